@@ -1,0 +1,57 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace mw {
+namespace {
+
+bool has(Isa isa) {
+  if (isa == Isa::portable) return true;
+#if defined(MW_X86)
+  __builtin_cpu_init();
+  if (isa == Isa::avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("bmi2");
+  return has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+#else
+  return false;
+#endif
+}
+
+std::atomic<int> g_active{-1};
+
+}  // namespace
+
+Isa best_isa() {
+  if (has(Isa::avx512)) return Isa::avx512;
+  if (has(Isa::avx2)) return Isa::avx2;
+  return Isa::portable;
+}
+
+Isa active_isa() {
+  int isa = g_active.load(std::memory_order_relaxed);
+  if (isa < 0) {
+    isa = static_cast<int>(best_isa());
+    g_active.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(isa);
+}
+
+void force_isa(Isa isa) {
+  if (!has(isa)) throw std::invalid_argument(std::string("this processor or build lacks ") + isa_name(isa));
+  g_active.store(static_cast<int>(isa), std::memory_order_relaxed);
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "portable";
+  }
+}
+
+}  // namespace mw

@@ -1,0 +1,32 @@
+// The compiled module memwall._native. Each family of kernels registers its functions in a file of its own (bind_NAME.cpp), so
+// that adding one touches this list and nothing else.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+void bind_linear(nb::module_& m);     // linear.h: matrices and products
+void bind_elementwise(nb::module_& m);  // norms, rotary embedding, activations
+void bind_attention(nb::module_& m);  // attention over full-precision and coded caches
+void bind_probe(nb::module_& m);      // measurements of this machine
+
+NB_MODULE(_native, m) {
+  m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
+  m.def("num_threads", &mw::num_threads, "Threads that kernels use, the caller included");
+  m.def("set_num_threads", &mw::set_num_threads, "n"_a);
+  m.def("isa", [] { return std::string(mw::isa_name(mw::active_isa())); }, "Instruction set in use");
+  m.def("best_isa", [] { return std::string(mw::isa_name(mw::best_isa())); });
+  m.def("force_isa", [](const std::string& name) {
+    for (int i = 0; i < mw::kNumIsas; ++i)
+      if (name == mw::isa_name(static_cast<mw::Isa>(i))) return mw::force_isa(static_cast<mw::Isa>(i));
+    throw nb::value_error(("unknown instruction set: " + name).c_str());
+  }, "name"_a);
+  bind_linear(m);
+  bind_elementwise(m);
+  bind_attention(m);
+  bind_probe(m);
+}
