@@ -91,7 +91,7 @@ class Codec(ABC):
         return sum(math.prod(s) * d.itemsize for s, d in self.buffers(shape).values())
 
     def from_tensors(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray]) -> Packed:
-        """Packed form from the arrays of a file, as they are (no copy); a missing or misshapen one is refused by name."""
+        """Packed form from the arrays of a file (no copy); one that is missing or misshapen is refused by name."""
         buffers = {}
         for buffer, (expected_shape, dtype) in self.buffers(shape).items():
             key = tensor_name(name, buffer)
