@@ -62,7 +62,7 @@ class Checkpoint:
         return self._file_of(name).tensor(name)
 
     def packed(self, name: str) -> Packed | None:
-        """The packed form of a tensor of a compressed folder, as views on the map; None where it is stored as floats."""
+        """The packed form of a tensor of a compressed folder (views on the map); None where it is stored as floats."""
         name = self._resolve(name)
         entry = self._packed_entry(name)
         if entry is None:
