@@ -200,7 +200,7 @@ def load(
         kernels.set_num_threads(settings.threads)
     config = ModelConfig.from_directory(model)
     with Checkpoint(model, config) as checkpoint:
-        specs = resolve(config, settings.weights, checkpoint.saved_specs())
+        specs = resolve(config, settings.weights, checkpoint)
         ledger = Ledger()
         runtime_bytes = measure_runtime(ledger)
         arena = Arena(_cap(budget, runtime_bytes), ledger)

@@ -14,10 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from memwall import kernels
-from memwall.kernels import Matrix
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache
-from memwall.models.config import ModelConfig
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig
 from memwall.models.rope import RotaryTable
 from memwall.models.weights import Weights
 
@@ -81,11 +80,6 @@ class _Layer:
             for e in range(config.num_experts)
         ]
 
-    def matrices(self, names: list[str]) -> list[Matrix]:
-        held = self.weights.matrices
-        return [held[name] for name in names]
-
-
 class Decoder:
     """A model ready to run on the CPU.
 
@@ -134,7 +128,7 @@ class Decoder:
         positions = np.arange(start, start + num_tokens, dtype=np.int64)
         cos, sin = self._rope.at(positions)
         hidden = self._buffers["hidden"][:num_tokens]
-        kernels.gather_rows(self.weights.matrices[self.config.embedding_name], np.asarray(tokens, np.int64), hidden)
+        kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
         try:
             for index, layer in enumerate(self._layers):
                 self._run_layer(index, layer, hidden, positions, cos, sin, cache)
@@ -147,7 +141,7 @@ class Decoder:
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Normed hidden states [n, H] -> logits [n, V] (n at most the logit_rows given at construction)."""
         out = self._buffers["logits"][: len(hidden)]
-        self._linear(hidden, [self.config.head_name], [out])
+        self._linear(hidden, [HEAD], [out])
         return out
 
     def _linear(

@@ -7,10 +7,12 @@ the configuration alone, so that the planner, the loader and the ledger agree to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 
 from memwall.errors import InputError
 from memwall.formats import codec
+from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
 
 FLOAT_CHOICES = ("float32", "float16", "bfloat16")
@@ -38,17 +40,16 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def resolve(config: ModelConfig, choice: str, saved: Mapping[str, str] | None = None) -> dict[str, str]:
+def resolve(config: ModelConfig, choice: str, checkpoint: Checkpoint | None = None) -> dict[str, str]:
     """Codec spec of every tensor of `config`.
 
-    saved: tensor -> spec as a compressed directory stores them; needed for (and only used by) the choice `saved`.
-    Raises InputError for an unknown choice.
+    checkpoint: needed for (and only used by) the choice `saved`. Raises InputError for an unknown choice.
     """
     tensors = config.tensors()
     if choice == "saved":
-        if saved is None:
+        if checkpoint is None or checkpoint.manifest is None:
             raise InputError("weights 'saved' needs a directory that `memwall compress` wrote")
-        return {tensor.name: saved.get(tensor.name, "float32") for tensor in tensors}
+        return {t.name: checkpoint.source_dtype(t.name) if is_matrix(t) else "float32" for t in tensors}
     if choice.startswith("mixed-"):
         return _mixed(tensors, _parse_mean_bits(choice), source_spec(config))
     spec = _canonical(choice)
@@ -79,14 +80,7 @@ def weight_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, int
 def tensor_bytes(tensor: TensorSpec, spec: str) -> int:
     """Resident bytes of one tensor in one format, alignment included."""
     buffers = codec(spec).buffers(tensor.shape).values()
-    return sum(aligned(_size(shape) * dtype.itemsize) for shape, dtype in buffers)
-
-
-def _size(shape: Iterable[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+    return sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in buffers)
 
 
 def _canonical(choice: str) -> str:

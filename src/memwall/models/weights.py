@@ -17,7 +17,7 @@ from memwall.formats import Packed, codec
 from memwall.kernels import Matrix
 from memwall.memory import Arena, Region
 from memwall.models.checkpoint import Checkpoint
-from memwall.models.config import ModelConfig, TensorSpec
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
 from memwall.models.precision import aligned, weight_bytes
 
 # Source bytes read between two encodes. Large enough to keep all threads busy, small beside any budget.
@@ -76,7 +76,7 @@ def load_weights(
     pool = _Pool(arena, weight_bytes(config, specs))
     weights = Weights(matrices={}, vectors={}, specs=specs)
     tensors = config.tensors()
-    total = sum(checkpoint.nbytes(tensor.name) for tensor in tensors)
+    total = sum(checkpoint.stored_bytes(tensor.name) for tensor in tensors)
     done = 0
     try:
         for tensor in tensors:
@@ -88,7 +88,7 @@ def load_weights(
                 vector[...] = checkpoint.tensor(tensor.name).astype(np.float32)
                 weights.vectors[tensor.name] = vector
             checkpoint.drop(tensor.name)
-            done += checkpoint.nbytes(tensor.name)
+            done += checkpoint.stored_bytes(tensor.name)
             if progress is not None:
                 progress(done, total)
     except BaseException:
@@ -97,7 +97,7 @@ def load_weights(
         pool.release()
         raise
     if config.tie_word_embeddings:
-        weights.matrices[config.head_name] = weights.matrices[config.embedding_name]
+        weights.matrices[HEAD] = weights.matrices[EMBEDDING]
     return weights
 
 
@@ -111,10 +111,11 @@ def _load_matrix(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, pool: _P
             np.copyto(buffer, packed.buffers[name])
         return Packed(spec=spec, shape=tensor.shape, buffers=buffers)
     source = checkpoint.tensor(tensor.name)
+    dtype = np.dtype(np.float32) if source.dtype == np.float64 else source.dtype
     num_rows = tensor.shape[0]
     piece_rows = max(PIECE_BYTES // max(source[0].nbytes, 1) // ROW_TILE, 1) * ROW_TILE
     for start in range(0, num_rows, piece_rows):
-        piece = kernels.encode(spec, np.ascontiguousarray(source[start : start + piece_rows]))
+        piece = kernels.encode(spec, np.ascontiguousarray(source[start : start + piece_rows], dtype))
         for name, part in piece.buffers.items():
             # tiles stack along the first axis as rows do, so a piece of whole tiles lands in one contiguous slice
             first = start if part.shape[0] == piece.shape[0] else start // ROW_TILE
