@@ -52,7 +52,15 @@ def test_filters_keep_the_right_candidates(options: dict[str, float], allowed: s
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"stop": ("",)}],
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"max_new_tokens": 0},
+        {"stop": ("",)},
+    ],
 )
 def test_bad_settings_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(InputError):

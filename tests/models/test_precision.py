@@ -46,7 +46,9 @@ def test_weight_bytes_add_up_by_owner() -> None:
     assert set(rows) == {f"weights/{spec}" for spec in specs.values()}
 
 
-@pytest.mark.parametrize("choice", ["int9", "int4-g63", "float8", "", "mixed-x", "mixed-0.5", "mixed-2.0", "saved", "../x"])
+@pytest.mark.parametrize(
+    "choice", ["int9", "int4-g63", "float8", "", "mixed-x", "mixed-0.5", "mixed-2.0", "saved", "../x"]
+)
 def test_unknown_choices_are_refused(choice: str) -> None:
     with pytest.raises(InputError):
         resolve(CONFIG, choice)

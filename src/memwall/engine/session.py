@@ -169,7 +169,11 @@ class Session:
         result.timings.decode_seconds = time.perf_counter() - began
         # the first token comes out of prefill; decoding made the others
         result.timings.decode_tokens_per_s = max(len(result.tokens) - 1, 0) / max(result.timings.decode_seconds, 1e-9)
-        rest = watcher.push(stream.flush())[0] + watcher.flush() if stream is not None and result.stop_reason != "stop" else ""
+        rest = (
+            watcher.push(stream.flush())[0] + watcher.flush()
+            if stream is not None and result.stop_reason != "stop"
+            else ""
+        )
         result.text += rest
         if rest:
             yield rest

@@ -54,7 +54,9 @@ def _matvec(
                     for column in tl.static_range(4):
                         piece = (words >> (8 * column + width * block)) & ((1 << width) - 1)
                         col = group * GROUP + unit * 32 + (place * blocks + block) * 4 + column
-                        value = tl.load(x + token * num_cols + col, mask=live & (col < num_cols), other=0.0).to(tl.float32)
+                        value = tl.load(x + token * num_cols + col, mask=live & (col < num_cols), other=0.0).to(
+                            tl.float32
+                        )
                         dot += piece.to(tl.float32) * value[:, None]
                         x_sum += value
                 at = (tile * num_groups + group)[:, None] * 16 + rows[None, :]
@@ -138,7 +140,9 @@ class PackedLinear(torch.nn.Module):
         flat = x.reshape(-1, self.num_cols).contiguous()
         out = torch.empty(len(flat), self.num_rows, dtype=x.dtype, device=x.device)
         settings: dict[str, Any] = {"BITS": self.bits, "GROUP": self.group, "HAS_MINS": self.mins is not None}
-        mins = self.mins if self.mins is not None else self.scales  # never read without HAS_MINS; a kernel needs a pointer
+        mins = (
+            self.mins if self.mins is not None else self.scales
+        )  # never read without HAS_MINS; a kernel needs a pointer
         tiles = triton.cdiv(self.num_rows, ROW_TILE)
         if len(flat) <= MATVEC_TOKENS:
             words = self.codes.view(-1).view(torch.int32)

@@ -80,6 +80,7 @@ class _Layer:
             for e in range(config.num_experts)
         ]
 
+
 class Decoder:
     """A model ready to run on the CPU.
 
@@ -201,7 +202,9 @@ class Decoder:
     def _block(self, name: str, rows: slice) -> np.ndarray:
         return self._buffers[name][: rows.stop - rows.start]
 
-    def _finish_heads(self, x: np.ndarray, norm: np.ndarray | None, num_heads: int, cos: np.ndarray, sin: np.ndarray) -> None:
+    def _finish_heads(
+        self, x: np.ndarray, norm: np.ndarray | None, num_heads: int, cos: np.ndarray, sin: np.ndarray
+    ) -> None:
         """Per-head norm (Qwen3) and rotation of x [T, num_heads * head_dim], in place."""
         head_dim = self.config.head_dim
         if norm is not None:

@@ -88,7 +88,9 @@ def _canonical(choice: str) -> str:
         return codec(choice).spec
     except ValueError as error:
         accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES))
-        raise InputError(f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto") from error
+        raise InputError(
+            f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto"
+        ) from error
 
 
 def _bits(spec: str) -> int:
@@ -109,7 +111,9 @@ def _parse_mean_bits(choice: str) -> float:
     except ValueError:
         bits = float("nan")
     if not 1 <= bits <= 32:
-        raise InputError(f"weights {choice!r}: write mixed- and a mean number of bits between 2.5 and 32, such as mixed-3.70")
+        raise InputError(
+            f"weights {choice!r}: write mixed- and a mean number of bits between 2.5 and 32, such as mixed-3.70"
+        )
     return bits
 
 
@@ -132,7 +136,10 @@ def _mixed(tensors: list[TensorSpec], mean_bits: float, ceiling: str) -> dict[st
             if extra > 0 and used + extra <= allowed:
                 specs[tensor.name] = spec
                 used += extra
-        if any(specs[tensor.name] != _for_tensor(tensor, rung) and specs[tensor.name] == before[tensor.name] for tensor in matrices):
+        if any(
+            specs[tensor.name] != _for_tensor(tensor, rung) and specs[tensor.name] == before[tensor.name]
+            for tensor in matrices
+        ):
             break  # this rung is not filled: a higher one would take bytes from tensors that still wait for it
     return specs
 

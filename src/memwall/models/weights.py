@@ -103,7 +103,8 @@ def load_weights(
 
 def _load_matrix(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, pool: _Pool) -> Packed:
     buffers = {
-        name: pool.take(f"weights/{spec}", shape, dtype) for name, (shape, dtype) in codec(spec).buffers(tensor.shape).items()
+        name: pool.take(f"weights/{spec}", shape, dtype)
+        for name, (shape, dtype) in codec(spec).buffers(tensor.shape).items()
     }
     packed = checkpoint.packed(tensor.name)
     if packed is not None and packed.spec == spec:
