@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -77,7 +79,7 @@ def test_stop_watcher_is_the_same_however_the_text_is_cut(text: str, stop: list[
     watcher = StopWatcher(tuple(stop))
     shown, met = "", False
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         part, met = watcher.push(text[begin:end])
         shown += part
         if met:

@@ -1,9 +1,10 @@
 """GPU products on packed weights, in Triton: the same tiles that the CPU kernels read, so one saved file serves both.
 
-Source: own layout (docs/file-format.md). Idea: a lane vector is 16 rows x 4 columns of bytes, so a 32-bit word is one row's four
-columns and loads are coalesced; a b-bit code is the sum of its bit planes times powers of two, and a product is linear, so each
-plane is multiplied by itself and no code is ever put together. Decoding (few tokens) runs `_matvec`, which reads every packed
-byte once; prompts run `_matmul`, which unpacks a block of codes to the input's dtype for the tensor cores.
+Source: own layout (docs/file-format.md). Idea: a lane vector is 16 rows x 4 columns of bytes, so a 32-bit word is one
+row's four columns and loads are coalesced; a b-bit code is the sum of its bit planes times powers of two, and a product
+is linear, so each plane is multiplied by itself and no code is ever put together. Decoding (few tokens) runs `_matvec`,
+which reads every packed byte once; prompts run `_matmul`, which unpacks a block of codes to the input's dtype for the
+tensor cores.
 
 Shapes: x [T, cols] float16, bfloat16 or float32 on the GPU; out [T, rows] of the same dtype; sums are float32.
 Cost: rows x cols x bits / 8 bytes read for each token block. Holds when: bits 2-8, groups of 32, 64 or 128.
@@ -29,7 +30,7 @@ def _matvec(
     codes, scales, mins, x, out, num_rows, num_cols, num_groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One row tile x one token. codes: int32 words [tiles, groups, GROUP/32, BITS, 16]; STEP groups are worked at once."""
+    """One row tile x one token, STEP groups at once. codes: int32 words [tiles, groups, GROUP/32, BITS, 16]."""
     tile, token = tl.program_id(0), tl.program_id(1)
     rows = tl.arange(0, 16)
     units: tl.constexpr = GROUP // 32
@@ -119,7 +120,7 @@ def _matmul(
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer whose weight [rows, cols] stays packed on the GPU (also runs under Triton's interpreter on a CPU)."""
+    """A linear layer whose weight [rows, cols] stays packed on the GPU (or on a CPU, in Triton's interpreter)."""
 
     def __init__(self, packed: Packed, bias: torch.Tensor | None = None, device: str | torch.device = "cuda") -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """The CPU engine's decoder: one forward pass for Llama, Mistral, Qwen2, Qwen3 and Mixtral-style models.
 
-NumPy holds the buffers, native kernels do the work, torch is never imported. The pass is layer-major: a whole prompt segment
-goes through one layer before the next begins, so weights are read once per segment and at most one layer holds its new keys and
-values in full precision. Inside a layer, rows are worked in blocks, which bounds the feed-forward activations.
+NumPy holds the buffers, native kernels do the work, torch is never imported. The pass is layer-major: a whole prompt
+segment goes through one layer before the next begins, so weights are read once per segment and at most one layer holds
+its new keys and values in full precision. Inside a layer, rows are worked in blocks, which bounds the feed-forward
+activations.
 
 Shapes: T new tokens, B rows of a block, H hidden size, F intermediate size, V vocabulary; activations are float32.
 """
@@ -113,9 +114,9 @@ class Decoder:
     def forward(self, tokens: np.ndarray, cache: DecoderCache, *, all_logits: bool = False) -> np.ndarray:
         """Run new tokens [T] through the model and keep their keys and values in `cache`.
 
-        Returns float32 logits: [V] of the last token, or [T, V] with all_logits (needs logit_rows >= T). The array is the
-        decoder's own buffer and is overwritten by the next call. When the cache refuses to grow (BudgetExceeded), it is left
-        as it was before the call.
+        Returns float32 logits: [V] of the last token, or [T, V] with all_logits (needs logit_rows >= T). The array is
+        the decoder's own buffer and is overwritten by the next call. When the cache refuses to grow (BudgetExceeded),
+        it is left as it was before the call.
         """
         hidden = self.hidden(tokens, cache)
         return self.logits(hidden) if all_logits else self.logits(hidden[-1:])[0]

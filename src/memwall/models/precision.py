@@ -1,8 +1,9 @@
 """Which tensor is stored in which format.
 
-A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a full codec spec (`int4-g64-asym`), a mean number of
-bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve` turns it into one codec spec per tensor, from
-the configuration alone, so that the planner, the loader and the ledger agree to the byte before any weight is read.
+A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a full codec spec (`int4-g64-asym`), a mean
+number of bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve` turns it into one codec
+spec per tensor, from the configuration alone, so that the planner, the loader and the ledger agree to the byte before
+any weight is read.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from memwall.models.config import ModelConfig, TensorSpec
 FLOAT_CHOICES = ("float32", "float16", "bfloat16")
 INT_CHOICES = ("int8", "int6", "int5", "int4", "int3", "int2")
 
-# The ladder that mixed precision climbs, one tensor at a time. Narrow codes get a minimum per group as well as a scale: at 2 and
-# 3 bits the quarter bit it costs buys more than the same bytes spent on wider codes elsewhere.
+# The ladder that mixed precision climbs, one tensor at a time. Narrow codes get a minimum per group as well as a scale:
+# at 2 and 3 bits the quarter bit it costs buys more than the same bytes spent on wider codes elsewhere.
 LADDER = ("int2-g64-asym", "int3-g64-asym", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
 
-# Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between thousands of
-# near-equal logits: neither goes below this.
+# Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between
+# thousands of near-equal logits: neither goes below this.
 MIN_EMBEDDING_BITS = 4
 
 ALIGNMENT_BYTES = 64
@@ -147,8 +148,8 @@ def _mixed(tensors: list[TensorSpec], mean_bits: float, ceiling: str) -> dict[st
 def sensitivity_rank(tensor: TensorSpec, tensors: list[TensorSpec]) -> tuple[int, int]:
     """Order in which tensors get more bits when nothing was measured: (class, layer), least first.
 
-    Values and the second matrix of the feed-forward block write straight into the residual stream and suffer most from low bits;
-    the first and the last layer more than those between. (`memwall compress` measures instead.)
+    Values and the second matrix of the feed-forward block write straight into the residual stream and suffer most from
+    low bits; the first and the last layer more than those between. (`memwall compress` measures instead.)
     """
     last = max((other.layer for other in tensors if other.layer is not None), default=0)
     layer = tensor.layer if tensor.layer is not None else -1

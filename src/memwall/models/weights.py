@@ -1,7 +1,8 @@
 """Load a checkpoint into an arena, tensor by tensor, compressing on the way.
 
-The source is memory-mapped; a few rows at a time are read, encoded and written to their final place, and the source's pages are
-given back at once. So the peak while loading is the compressed model plus one piece (`PIECE_BYTES`), not the float model.
+The source is memory-mapped; a few rows at a time are read, encoded and written to their final place, and the source's
+pages are given back at once. So the peak while loading is the compressed model plus one piece (`PIECE_BYTES`), not the
+float model.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Weights:
     specs: Mapping[str, str]
 
     def replace(self, name: str, packed: Packed) -> None:
-        """Put another form of one matrix in place (calibration swaps compressed layers in; not counted in the arena)."""
+        """Put another form of one matrix in place (calibration swaps compressed layers in; not in the arena)."""
         self.matrices[name] = kernels.matrix(packed)
 
 
@@ -70,8 +71,8 @@ def load_weights(
 ) -> Weights:
     """Read every tensor that `config` expects, in the formats of `specs`.
 
-    progress(done_bytes, total_bytes) counts source bytes. Raises BudgetExceeded before the arena's cap is crossed (nothing stays
-    allocated then) and InputError for a damaged checkpoint.
+    progress(done_bytes, total_bytes) counts source bytes. Raises BudgetExceeded before the arena's cap is crossed
+    (nothing stays allocated then) and InputError for a damaged checkpoint.
     """
     pool = _Pool(arena, weight_bytes(config, specs))
     weights = Weights(matrices={}, vectors={}, specs=specs)
