@@ -17,6 +17,13 @@ from memwall.errors import InputError
 
 FAMILIES = ("codec", "cache policy", "placement", "scheduler", "learner", "cost model")
 STATES = ("works", "partial", "missing")
+# fmt: off
+ROOMS = (
+    "hardware", "formats", "kernels", "memory", "models", "compress", "kv", "engine", "serve", "train", "cluster",
+    "retrieve", "recall", "graph", "vision", "recommend", "simulate", "plan", "studies", "cli",
+)
+# fmt: on
+"""Folders of the package, in the order of who may import whom: a room imports only rooms before it."""
 
 _PACKAGE = Path(__file__).resolve().parent
 
