@@ -39,11 +39,11 @@ def compress(
     """
     from memwall.compress import compress_model
     from memwall.hardware.units import format_bytes
-    from memwall.models import find_model
+    from memwall.models import model_directory
 
     with progress_bar("compressing", quiet=quiet) as progress:
         result = compress_model(
-            find_model(model),
+            model_directory(model),
             out,
             bits=bits,
             method=method,

@@ -61,11 +61,11 @@ def evaluate(
     same token best.
     """
     from memwall.engine import evaluate as measure
-    from memwall.models import find_model
+    from memwall.models import model_directory
 
     with progress_bar("evaluating", quiet=quiet) as progress:
         result = measure(
-            find_model(model),
+            model_directory(model),
             text,
             weights=weights,
             kv=kv,

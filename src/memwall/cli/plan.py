@@ -48,12 +48,12 @@ def plan(
 
     With --weights and --kv given it answers for exactly these settings. Exit status 1 when nothing fits.
     """
-    from memwall.models import find_model
+    from memwall.models import model_directory
     from memwall.plan import make_plan, write_html
 
     with progress_bar("measuring quality", quiet=quiet) as progress:
         made = make_plan(
-            find_model(model),
+            model_directory(model),
             budget=parse_budget(memory, budget),
             weights=weights,
             kv=kv,

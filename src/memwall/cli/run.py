@@ -205,10 +205,10 @@ def _start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Token
 
 
 def _complete(request: Request) -> None:
-    from memwall.models import Tokenizer, find_model
+    from memwall.models import Tokenizer, model_directory
 
     text = _read_prompt(request)
-    path = find_model(request.model)
+    path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
     needed = len(prompt) + request.sampling.max_new_tokens
@@ -307,9 +307,9 @@ def speed_line(result: Generation) -> str:
 
 def _chat(request: Request) -> None:
     """Turns from standard input until it ends or `/bye`; /reset forgets the conversation."""
-    from memwall.models import Tokenizer, find_model
+    from memwall.models import Tokenizer, model_directory
 
-    path = find_model(request.model)
+    path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
     session, plan = _start(request, needed_tokens=_chat_context(request, path), path=path, tokenizer=tokenizer)
     interactive = sys.stdin.isatty() and not request.quiet
@@ -343,7 +343,7 @@ def _chat(request: Request) -> None:
 def _chat_context(request: Request, path: Path) -> int:
     from memwall.models import ModelConfig
 
-    return request.context or ModelConfig.from_directory(path).max_position_embeddings
+    return request.context or ModelConfig.from_directory(path).max_position
 
 
 def _next_line(interactive: bool) -> str | None:
