@@ -1,14 +1,16 @@
 """Train a demo model: a small Llama on text that every machine has, able to recall facts from its context.
 
-    python examples/train_demo.py OUT                      about 14.6M parameters, context 2,048; wants a GPU
-    python examples/train_demo.py OUT --hours 2 --width 256 --layers 8 --heads 8 --kv-heads 4 --feed-forward 704 --context 1024
-                                                           about the size of the bundled model, for two CPU cores
-    python examples/train_demo.py OUT --smoke              seconds: shows that every step works, learns next to nothing
+    python examples/train_demo.py OUT             about 14.6M parameters, context 2,048; wants a GPU
+    python examples/train_demo.py OUT --smoke     seconds: shows that every step works, learns next to nothing
 
-Text: the installed Python's standard library (sources, and docstrings as prose), /usr/share/doc, and any --text PATH. Mixed in are
-rows with facts hidden among real text and asked for at the end, and rows that repeat a span. Each step's batch depends on the seed and
-the step alone, so an interrupted run goes on where its last checkpoint was. Prints held-out perplexity and recall accuracy, and writes a
-Hugging Face directory. Needs `pip install "memwall[torch]"`.
+For two CPU cores, the size of the bundled model:
+
+    python examples/train_demo.py OUT --hours 2 --width 256 --heads 8 --kv-heads 4 --feed-forward 704 --context 1024 --batch 8
+
+Text: the installed Python's standard library (sources, and docstrings as prose), /usr/share/doc, and any --text PATH. Mixed
+in are rows with facts hidden among real text and asked for at the end, and rows that repeat a span. Each step's batch
+depends on the seed and the step alone, so an interrupted run goes on where its last checkpoint was. Prints held-out
+perplexity and recall accuracy, and writes a Hugging Face directory. Needs `pip install "memwall[torch]"`.
 """
 
 from __future__ import annotations
@@ -39,11 +41,18 @@ SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
 BOS, EOS, PAD = 0, 1, 2
 # words, at most two digits together (so that numbers are copied piece by piece), punctuation, line ends, spaces
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-NAMES = """Alice Bruno Clara David Elena Felix Grace Hugo Irene Jonas Karen Louis Maria Nora Oscar Paula Robert Sarah Thomas Victor
-red blue green yellow violet orange silver golden scarlet indigo falcon badger otter heron lynx salmon beetle raven tiger walrus
-alpha beta gamma delta epsilon zeta theta kappa lambda sigma omega""".split()  # noqa: SIM905
+# fmt: off
+NAMES = [
+    "Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karen", "Louis", "Maria",
+    "Nora", "Oscar", "Paula", "Robert", "Sarah", "Thomas", "Victor", "red", "blue", "green", "yellow", "violet", "orange",
+    "silver", "golden", "scarlet", "indigo", "falcon", "badger", "otter", "heron", "lynx", "salmon", "beetle", "raven",
+    "tiger", "walrus", "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "kappa", "lambda", "sigma", "omega",
+]
+# fmt: on
 DOCUMENT_SUFFIXES = {".txt", ".md", ".rst", ".gz", ""}
 MOST_BYTES_PER_FILE = 400_000
+SHORTEST_RECALL = 128
+"""Tokens below which four facts and a question do not fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +80,7 @@ class Settings:
     tries: int = 24
 
 
-# ------------------------------------------------------------------------------------------------------------------- text
+# -------------------- text
 
 
 def candidate_files(settings: Settings) -> Iterator[Path]:
@@ -149,7 +158,7 @@ def encode_all(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     return np.concatenate([np.array([BOS, *encoding.ids, EOS], dtype=np.int32) for encoding in encodings])
 
 
-# ------------------------------------------------------------------------------------------------------------------ tasks
+# -------------------- tasks
 
 
 class Rows:
@@ -169,8 +178,7 @@ class Rows:
     def _row(self, chance: random.Random, length: int) -> np.ndarray:
         draw = chance.random()
         if draw < 0.7 * self.settings.task_share:
-            facts, tokens = self.facts(chance, chance.randint(length // 8, length), questions=4)
-            return self._fill(chance, tokens, length)
+            return self._fill(chance, self.facts(chance, chance.randint(length // 8, length), questions=4)[1], length)
         if draw < self.settings.task_share:
             return self._fill(chance, self._copies(chance, length), length)
         return self._window(chance, length)
@@ -184,16 +192,18 @@ class Rows:
         return np.concatenate([np.array(tokens, dtype=np.int32), rest])[:length]
 
     def facts(self, chance: random.Random, length: int, *, questions: int) -> tuple[str, list[int]]:
-        """(the last answer, tokens): facts at random places of real text, then questions; the last one lacks its answer when
-        `questions` is 1."""
+        """(the last answer, tokens): facts at random places of real text, then questions with their answers.
+
+        A single question is left unanswered: that is the prompt of the recall test.
+        """
         names = chance.sample(NAMES, 4)
         numbers = [chance.randint(1000, 99_999) for _ in names]
         stated = [self._ids(f"\nThe secret number of {name} is {number}.\n") for name, number in zip(names, numbers)]
         asked = [chance.randrange(len(names)) for _ in range(questions)]
         ask = "\nWhat is the secret number of {0}? The secret number of {0} is"
         tail: list[int] = []
-        for place, which in enumerate(asked):
-            answer = f" {numbers[which]}." if questions > 1 or place < questions - 1 else ""
+        for which in asked:
+            answer = f" {numbers[which]}." if questions > 1 else ""
             tail += self._ids(ask.format(names[which]) + answer)
         free = max(length - 1 - len(tail) - sum(map(len, stated)), len(stated) + 1)
         real = self._window(chance, free).tolist()
@@ -214,7 +224,7 @@ class Rows:
         return ids
 
 
-# --------------------------------------------------------------------------------------------------------------- training
+# -------------------- training
 
 
 def build(settings: Settings) -> LlamaForCausalLM:
@@ -321,7 +331,7 @@ def train(settings: Settings, rows: Rows, device: torch.device) -> LlamaForCausa
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------- figures
+# -------------------- figures
 
 
 @torch.no_grad()
@@ -366,7 +376,7 @@ def parse_arguments() -> Settings:
             parser.add_argument(f"--{name.name.replace('_', '-')}", type=kind, default=None)
     given = vars(parser.parse_args())
     small = {
-        "vocabulary": 512, "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 128, "context": 96,
+        "vocabulary": 512, "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 128, "context": 256,
         "batch": 4, "steps": 30, "warmup": 5, "files": 30, "checkpoint_every": 10, "tries": 2,
     }  # fmt: skip
     chosen = small if given.pop("smoke") else {}
@@ -390,10 +400,9 @@ def main() -> None:
     model = train(settings, Rows(tokenizer, stream, settings), device)
     test_rows = Rows(tokenizer, held_out, settings)
     figures: dict[str, Any] = {"held_out_perplexity": perplexity(model, held_out, settings, device), "recall": {}}
-    for length in sorted(
-        {settings.context // 16, settings.context // 4, settings.context // 2, settings.context * 7 // 8}
-    ):
-        figures["recall"][str(length)] = recall(model, test_rows, max(length, 80), settings, device)
+    for length in sorted({settings.context // share for share in (16, 8, 4, 2)} | {settings.context * 7 // 8}):
+        if length >= SHORTEST_RECALL:
+            figures["recall"][str(length)] = recall(model, test_rows, length, settings, device)
     save(model, tokenizer, settings.out)
     (settings.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
