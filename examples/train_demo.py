@@ -1,14 +1,15 @@
-"""Train a demo model: a small Llama on text that every machine has, able to recall facts from its context.
+r"""Train a demo model: a small Llama on text that every machine has, able to recall facts from its context.
 
     python examples/train_demo.py OUT             about 14.6M parameters, context 2,048; wants a GPU
     python examples/train_demo.py OUT --smoke     seconds: shows that every step works, learns next to nothing
 
 For two CPU cores, the size of the bundled model:
 
-    python examples/train_demo.py OUT --hours 2 --width 256 --heads 8 --kv-heads 4 --feed-forward 704 --context 1024 --batch 8
+    python examples/train_demo.py OUT --hours 2 --width 256 --heads 8 --kv-heads 4 --feed-forward 704 --context 1024 \
+        --batch 8
 
-Text: the installed Python's standard library (sources, and docstrings as prose), /usr/share/doc, and any --text PATH. Mixed
-in are rows with facts hidden among real text and asked for at the end, and rows that repeat a span. Each step's batch
+Text: the installed Python's standard library (sources, and docstrings as prose), /usr/share/doc, and any --text PATH.
+Mixed in are rows with facts hidden among real text and asked for at the end, and rows that repeat a span. Each step's batch
 depends on the seed and the step alone, so an interrupted run goes on where its last checkpoint was. Prints held-out
 perplexity and recall accuracy, and writes a Hugging Face directory. Needs `pip install "memwall[torch]"`.
 """
@@ -44,9 +45,10 @@ SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n
 # fmt: off
 NAMES = [
     "Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karen", "Louis", "Maria",
-    "Nora", "Oscar", "Paula", "Robert", "Sarah", "Thomas", "Victor", "red", "blue", "green", "yellow", "violet", "orange",
-    "silver", "golden", "scarlet", "indigo", "falcon", "badger", "otter", "heron", "lynx", "salmon", "beetle", "raven",
-    "tiger", "walrus", "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "kappa", "lambda", "sigma", "omega",
+    "Nora", "Oscar", "Paula", "Robert", "Sarah", "Thomas", "Victor", "red", "blue", "green", "yellow", "violet",
+    "orange", "silver", "golden", "scarlet", "indigo", "falcon", "badger", "otter", "heron", "lynx", "salmon", "beetle",
+    "raven", "tiger", "walrus", "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "kappa", "lambda", "sigma",
+    "omega",
 ]
 # fmt: on
 DOCUMENT_SUFFIXES = {".txt", ".md", ".rst", ".gz", ""}
