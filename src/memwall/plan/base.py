@@ -23,13 +23,15 @@ class Choice:
     """The settings a plan decides.
 
     weights: a codec spec, or `mixed-B` for B true bits per weight over the matrices. kv: a cache policy.
-    context: positions the cache must hold, prompt included. device: where weights and cache live.
+    context: positions the cache must hold, prompt included. segment_tokens: prompt tokens worked at once, which sizes the activations.
+    device: where weights and cache live.
     """
 
     weights: str
     kv: str
     context: int
     batch: int = 1
+    segment_tokens: int = 512
     threads: int = 1
     device: str = "cpu"
 
