@@ -161,7 +161,7 @@ def test_context_is_shortened_until_the_weights_keep_four_bits() -> None:
 
 def test_exact_settings_are_kept() -> None:
     only = search(ToySpace(), Goal(budget={"ram": 10**6}, weights="int3", kv="kivi(bits=2)", context=100, batch=2))
-    assert [one.choice for one in only] == [Choice(weights="int3", kv="kivi(bits=2)", context=100, batch=2)]
+    assert [one.choice for one in only] == [Choice(weights="int3", kv="kivi(bits=2)", context=100, batch=2, segment_tokens=100)]
     with pytest.raises(DoesNotFit, match="int3"):
         search(ToySpace(), Goal(budget={"ram": 6_000}, weights="int3", kv="kivi(bits=2)", context=100))
 

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from memwall.errors import InputError
 
 PLAN_VERSION = 1
+#: prompt tokens worked at once unless the context is shorter
+LONGEST_SEGMENT_TOKENS = 512
 
 _T = TypeVar("_T")
 
@@ -31,7 +33,7 @@ class Choice:
     kv: str
     context: int
     batch: int = 1
-    segment_tokens: int = 512
+    segment_tokens: int = LONGEST_SEGMENT_TOKENS
     threads: int = 1
     device: str = "cpu"
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
-from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import OWNER as ACTIVATIONS
 from memwall.models.decoder import activation_shapes
@@ -37,7 +37,6 @@ LOADING = "loading"
 HEADROOM = "headroom"
 #: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux x86-64, Python 3.11)
 DEFAULT_RUNTIME_BYTES = 64_000_000
-SEGMENT_TOKENS = 512
 #: cache policies tried when none is asked, the least lossy first
 POLICIES = ("float16", "kivi(4bit)", "kivi(2bit)")
 
@@ -52,8 +51,13 @@ class ModelSpace(Space):
         saved: Mapping[str, str] | None = None,
         runtime_bytes: int = DEFAULT_RUNTIME_BYTES,
         headroom_bytes: int = RUNTIME_HEADROOM_BYTES,
+        device_tier: str = "ram",
+        host_tier: str = "ram",
     ) -> None:
+        """device_tier holds weights, cache and activations; host_tier the interpreter and what loading needs."""
         self.config = config
+        self.device_tier = device_tier
+        self.host_tier = host_tier
         self.saved = saved
         self.runtime_bytes = runtime_bytes
         self.headroom_bytes = headroom_bytes
@@ -88,20 +92,20 @@ class ModelSpace(Space):
 
     def rows(self, choice: Choice) -> tuple[PlanRow, ...]:
         """Predicted rows; per tier they add up to the peak."""
-        device = "gpu" if choice.device == "gpu" else "ram"
+        device, host = self.device_tier, self.host_tier
         weights = self.weight_rows(choice.weights)
         cache = self.cache_rows(choice.kv, choice.context, choice.segment_tokens)
         work = activations(self.config, choice.segment_tokens) * choice.batch
         rows = [PlanRow(owner=owner, tier=device, nbytes=size) for owner, size in sorted(weights.items())]
         rows += [PlanRow(owner=owner, tier=device, nbytes=size * choice.batch) for owner, size in sorted(cache.items())]
         rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
-        rows.append(PlanRow(owner=RUNTIME, tier="ram", nbytes=self.runtime_bytes))
-        rows.append(PlanRow(owner=HEADROOM, tier="ram", nbytes=self.headroom_bytes))
-        # weights come first: while they load, cache and activations do not exist yet, on the CPU
-        room = 0 if device == "gpu" else sum(cache.values()) * choice.batch + work
+        rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=self.runtime_bytes))
+        rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
+        # weights come first: while they load, cache and activations do not exist yet and their room is free for it
+        room = sum(cache.values()) * choice.batch + work if device == host else 0
         above = max(loading_bytes(self.config, self.specs(choice.weights)) - room, 0)
         if above:
-            rows.append(PlanRow(owner=LOADING, tier="ram", nbytes=above))
+            rows.append(PlanRow(owner=LOADING, tier=host, nbytes=above))
         return tuple(row for row in rows if row.nbytes)
 
     def peak_bytes(self, choice: Choice) -> dict[str, int]:
@@ -135,23 +139,20 @@ def loading_bytes(config: ModelConfig, specs: Mapping[str, str]) -> int:
     return most
 
 
-def space_for(model: str, *, runtime_bytes: int | None = None) -> tuple[ModelSpace, str]:
-    """The space of a model directory and its fingerprint; InputError for what is not a model."""
-    config = ModelConfig.from_directory(model)
-    with Checkpoint(model, config) as checkpoint:
-        saved, fingerprint = checkpoint.saved_specs(), checkpoint.fingerprint()
-    return ModelSpace(config, saved=saved, runtime_bytes=runtime_bytes or measured_runtime_bytes()), fingerprint
+def measured_runtime_bytes(model: Path) -> int:
+    """Resident bytes of a process that has imported what `memwall run` imports and read the model's tokenizer.
 
-
-def measured_runtime_bytes() -> int:
-    """Resident bytes of a process that has imported what `memwall run` imports; measured once per version and kept."""
-    key = f"{__version__} {platform.platform()} {platform.python_version()}"
+    Measured once per version and tokenizer in a process of its own, and kept.
+    """
+    tokenizer = model / "tokenizer.json"
+    tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    key = f"{__version__} {platform.platform()} {platform.python_version()} tokenizer {tokenizer_bytes}"
     known = store.read("runtime").get(key)
     if isinstance(known, int) and known > 0:
         return known
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _RUNTIME_SCRIPT], capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", _RUNTIME_SCRIPT, str(model)], capture_output=True, text=True, timeout=60, check=True
         )
         measured = int(json.loads(done.stdout)["resident_bytes"])
     except (OSError, subprocess.SubprocessError, ValueError, KeyError):
@@ -161,9 +162,14 @@ def measured_runtime_bytes() -> int:
 
 
 _RUNTIME_SCRIPT = """
-import json
-import memwall.cli.run, memwall.engine, memwall.models.tokenizer
+import json, sys
+from pathlib import Path
+import memwall.cli.run, memwall.engine
 from memwall.memory import resident_bytes
+from memwall.models.tokenizer import Tokenizer
+if (Path(sys.argv[1]) / "tokenizer.json").is_file():
+    tokenizer = Tokenizer.from_directory(sys.argv[1])
+    tokenizer.encode("some words")
 print(json.dumps({"resident_bytes": resident_bytes(exact=True)}))
 """
 

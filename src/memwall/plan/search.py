@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
-from memwall.plan.base import Choice, Quality
+from memwall.plan.base import LONGEST_SEGMENT_TOKENS, Choice, Quality
 
 AUTO = "auto"
 #: below this many bits per weight a longer context is not worth the loss (model figure: low-bit curves bend near 4 bits)
@@ -211,7 +211,15 @@ def explain_misfit(space: Space, goal: Goal) -> str:
 
 
 def _choice(goal: Goal, weights: str, kv: str, context: int, batch: int) -> Choice:
-    return Choice(weights=weights, kv=kv, context=context, batch=batch, threads=goal.threads, device=goal.device)
+    return Choice(
+        weights=weights,
+        kv=kv,
+        context=context,
+        batch=batch,
+        threads=goal.threads,
+        device=goal.device,
+        segment_tokens=min(LONGEST_SEGMENT_TOKENS, context),
+    )
 
 
 def _best_uniform(space: Space, choice: Choice, budget: Mapping[str, int], *, at_least_bits: float) -> str | None:

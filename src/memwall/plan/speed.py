@@ -79,12 +79,12 @@ def predict_here(
     attend, overhead = profile.attend_seconds(choice.kv, heads), profile.overhead_seconds()
     if attend is None or overhead is None or None in rates.values() or None in blocks.values():
         return None
-    per_layer, per_token = overhead
+    per_layer, per_token, cache_step = overhead
 
     def step_seconds(context: float, held_bytes: float) -> float:
         working_set = sum(weights.values()) + held_bytes * choice.batch
         matrices = sum(size / _at(working_set, rates[spec] or []) for spec, size in weights.items())
-        attention = config.num_layers * max(_line(context, attend) - _line(0, attend), 0.0) * choice.batch
+        attention = config.num_layers * max(_line(context, attend) - cache_step, 0.0) * choice.batch
         return matrices + attention + config.num_layers * per_layer + per_token
 
     prompt = min(choice.segment_tokens, choice.context)
@@ -100,14 +100,13 @@ def predict_here(
 
 
 def predict_elsewhere(
-    config: ModelConfig, specs: Mapping[str, str], choice: Choice, cache_bytes: int, machine: Machine
+    config: ModelConfig, specs: Mapping[str, str], choice: Choice, cache_bytes: int, machine: Machine, tier: str
 ) -> Speed:
-    """Roofline on another machine's description."""
-    tier = machine.tier("gpu" if choice.device == "gpu" else "ram")
-    bandwidth = tier.bandwidth_bytes_per_s * EFFICIENCY
+    """Roofline on another machine's description; tier holds weights and cache."""
+    bandwidth = machine.tier(tier).read_bytes_per_s * EFFICIENCY
     weights = sum(step_bytes(config, specs).values())
     macs = sum(step_macs(config, specs).values())
-    peak = machine.flop_per_s("float16") * EFFICIENCY
+    peak = _peak_flop_per_s(machine, tier) * EFFICIENCY
     at_end = max((weights + cache_bytes * choice.batch) / bandwidth, 2 * macs * choice.batch / peak)
     at_start = max(weights / bandwidth, 2 * macs * choice.batch / peak)
     prompt = min(choice.segment_tokens, choice.context)
@@ -117,6 +116,15 @@ def predict_elsewhere(
         decode_tokens_per_s_at_start=choice.batch / at_start,
         prefill_tokens_per_s=1 / prefill,
     )
+
+
+def _peak_flop_per_s(machine: Machine, tier: str) -> float:
+    """The best rate of a unit working on this tier in a number type that products of activations can use."""
+    usable = ("float32", "tfloat32", "bfloat16", "float16", "int8")
+    rates = [
+        rate for unit in machine.compute if unit.tier == tier for dtype, rate in unit.flop_per_s.items() if dtype in usable
+    ]
+    return max(rates, default=math.inf)
 
 
 def _at(working_set_bytes: float, rates: list[float]) -> float:
