@@ -16,10 +16,21 @@ names = st.text(st.characters(codec="utf-8"), max_size=12)
 sizes = st.integers(0, 2**62)
 reals = st.floats(0, 1e9, allow_nan=False)
 choices = st.builds(
-    Choice, weights=names, kv=names, context=st.integers(1, 2**20), batch=st.integers(1, 64), threads=st.integers(1, 64), device=names
+    Choice,
+    weights=names,
+    kv=names,
+    context=st.integers(1, 2**20),
+    batch=st.integers(1, 64),
+    threads=st.integers(1, 64),
+    device=names,
 )
 qualities = st.none() | st.builds(
-    Quality, kl_nats=reals, perplexity=reals, top1_agreement=st.floats(0, 1), measured_on=names, tokens=st.integers(0, 10**6)
+    Quality,
+    kl_nats=reals,
+    perplexity=reals,
+    top1_agreement=st.floats(0, 1),
+    measured_on=names,
+    tokens=st.integers(0, 10**6),
 )
 peaks = st.dictionaries(names, sizes, max_size=3)
 options = st.builds(

@@ -21,7 +21,10 @@ PLAN = Plan(
     machine="desk",
     budget={"ram": 100_000_000},
     choice=CHOICE,
-    rows=(PlanRow(owner="weights/int4-g64", tier="ram", nbytes=60_000_000), PlanRow(owner="runtime", tier="ram", nbytes=39_000_000)),
+    rows=(
+        PlanRow(owner="weights/int4-g64", tier="ram", nbytes=60_000_000),
+        PlanRow(owner="runtime", tier="ram", nbytes=39_000_000),
+    ),
     peak_bytes={"ram": 99_000_000},
     bits_per_weight=3.7,
     kv_bits_per_value=2.9,
@@ -54,10 +57,14 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
-        self.outside += [value for name, value in attrs if name in ("src", "href") and value and not value.startswith("#")]
+        self.outside += [
+            value for name, value in attrs if name in ("src", "href") and value and not value.startswith("#")
+        ]
 
 
-@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, quality=None, runners_up=(), budget={}, decode_tokens_per_s=None)])
+@pytest.mark.parametrize(
+    "plan", [PLAN, replace(PLAN, quality=None, runners_up=(), budget={}, decode_tokens_per_s=None)]
+)
 def test_page_is_self_contained(plan: Plan) -> None:
     page = render_html(plan)
     tags = Tags()
@@ -86,5 +93,16 @@ def test_table_names_everything() -> None:
     console = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(PLAN))
     text = console.export_text()
-    for part in ("weights/int4-g64", "runtime", "predicted peak", "99 %", "mixed-3.70", "int3", "0.0310", "fewer bits", "Another sentence", "41.0"):
+    for part in (
+        "weights/int4-g64",
+        "runtime",
+        "predicted peak",
+        "99 %",
+        "mixed-3.70",
+        "int3",
+        "0.0310",
+        "fewer bits",
+        "Another sentence",
+        "41.0",
+    ):
         assert part in text

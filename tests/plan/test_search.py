@@ -1,4 +1,6 @@
-"""The search against full enumeration on small spaces, and its promises: never over a cap, never worse with more room."""
+"""The search against full enumeration on small spaces, and its promises: never over a cap, never worse with more
+room.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ from hypothesis import strategies as st
 
 from memwall.errors import DoesNotFit, InputError
 from memwall.plan.base import Choice, Quality
-from memwall.plan.search import Goal, Space, fits, grid, largest_context, mixed, most_weights, proxy_loss, search, smallest
+from memwall.plan.search import (
+    Goal,
+    Space,
+    fits,
+    grid,
+    largest_context,
+    mixed,
+    most_weights,
+    proxy_loss,
+    search,
+    smallest,
+)
 
 CACHE_BITS = {"float16": 16.0, "kivi(bits=4)": 4.5, "kivi(bits=2)": 2.5}
 UNIFORM_BITS = {"int8": 8.25, "int4": 4.25, "int3": 3.5, "int2": 2.5}
@@ -20,7 +33,9 @@ UNIFORM_BITS = {"int8": 8.25, "int4": 4.25, "int3": 3.5, "int2": 2.5}
 class ToySpace(Space):
     """A model of `num_weights` numbers, cached width `width`: every term by hand."""
 
-    def __init__(self, num_weights: int = 10_000, width: int = 64, runtime: int = 5_000, max_context: int = 2048) -> None:
+    def __init__(
+        self, num_weights: int = 10_000, width: int = 64, runtime: int = 5_000, max_context: int = 2048
+    ) -> None:
         self.num_weights, self.width, self.runtime = num_weights, width, runtime
         self.max_context = max_context
         self.ceiling, self.ceiling_bits, self.lowest_bits = "float16", 16.0, 2.5
@@ -76,7 +91,12 @@ def test_equals_enumeration(space: ToySpace, budget: int, context: int) -> None:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(space=spaces, ram=st.integers(4_000, 250_000), gpu=st.integers(1_000, 250_000), context=st.one_of(st.none(), st.integers(1, 2048)))
+@given(
+    space=spaces,
+    ram=st.integers(4_000, 250_000),
+    gpu=st.integers(1_000, 250_000),
+    context=st.one_of(st.none(), st.integers(1, 2048)),
+)
 def test_never_over_any_cap(space: ToySpace, ram: int, gpu: int, context: int | None) -> None:
     for device in ("cpu", "gpu"):
         goal = Goal(budget={"ram": ram, "gpu": gpu}, context=context, batch=None, device=device)
@@ -161,7 +181,9 @@ def test_context_is_shortened_until_the_weights_keep_four_bits() -> None:
 
 def test_exact_settings_are_kept() -> None:
     only = search(ToySpace(), Goal(budget={"ram": 10**6}, weights="int3", kv="kivi(bits=2)", context=100, batch=2))
-    assert [one.choice for one in only] == [Choice(weights="int3", kv="kivi(bits=2)", context=100, batch=2, segment_tokens=100)]
+    assert [one.choice for one in only] == [
+        Choice(weights="int3", kv="kivi(bits=2)", context=100, batch=2, segment_tokens=100)
+    ]
     with pytest.raises(DoesNotFit, match="int3"):
         search(ToySpace(), Goal(budget={"ram": 6_000}, weights="int3", kv="kivi(bits=2)", context=100))
 

@@ -1,10 +1,12 @@
 """How good a stored form of a model is: KL divergence to the float model, perplexity and top-1 agreement over a text.
 
-The float model (weights in the dtype of the source, float arithmetic, float32 cache) and the form under test see the same tokens. Without
-a cache policy both take whole windows as prompts, so that only the weights differ; with one, the form under test takes a short prompt
-and then one token at a time through its cache, as in generation. Logits are compared a few rows at a time and never kept.
+The float model (weights in the dtype of the source, float arithmetic, float32 cache) and the form under test see the
+same tokens. Without a cache policy both take whole windows as prompts, so that only the weights differ; with one, the
+form under test takes a short prompt and then one token at a time through its cache, as in generation. Logits are
+compared a few rows at a time and never kept.
 
-Sums are over scored positions: position i is scored by what it says of token i + 1. KL(float || tested) is in nats, the mean per position.
+Sums are over scored positions: position i is scored by what it says of token i + 1. KL(float || tested) is in nats,
+the mean per position.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import numpy as np
 
 from memwall.engine.session import Session, Settings, load
 from memwall.errors import InputError
+from memwall.memory import Budget
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.precision import bits_of, resolve, source_spec
 from memwall.models.tokenizer import Tokenizer
 
-DEFAULT_LIMIT_TOKENS = 4096
+LARGEST_TEXT_BYTES = 256 * 1024 * 1024
 WINDOW_TOKENS = 1024
 #: tokens fed as a prompt before decoding through the cache; not scored
 PROMPT_TOKENS = 64
@@ -37,7 +40,8 @@ Progress = Callable[[int, int], None]
 class Figures:
     """The result of one evaluation. kl_nats and top1_agreement are None when the float model is not at hand.
 
-    bits_per_weight is over the matrices; kv_bits_per_value over the cache at its fullest, None when no policy was asked.
+    bits_per_weight is over the matrices; kv_bits_per_value over the cache at its fullest, None when no policy was
+    asked.
     """
 
     perplexity: float
@@ -94,23 +98,29 @@ class Evaluator:
     def __init__(
         self,
         model: Path,
-        text: str,
+        text: str | Path,
         *,
         reference: Path | None = None,
-        limit_tokens: int = DEFAULT_LIMIT_TOKENS,
+        limit_tokens: int | None = None,
         window_tokens: int | None = None,
         threads: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
-        """reference: folder of the float model, needed only where `model` holds compressed weights."""
+        """text: itself, or the file that holds it; limit_tokens: how much of it is used, None for all.
+
+        reference: folder of the float model, needed only where `model` holds compressed weights. budget: cap for this
+        process.
+        """
         self.model = model
         self.config = ModelConfig.from_directory(model)
         with Checkpoint(model, self.config) as checkpoint:
             self._saved = checkpoint.saved_specs()
-        if limit_tokens < 2:
+        if limit_tokens is not None and limit_tokens < 2:
             raise InputError(f"limit is {limit_tokens} tokens; it must be at least 2")
-        self.window_tokens = min(window_tokens or WINDOW_TOKENS, self.config.max_position, limit_tokens)
-        self.windows = _windows(self.config, _encode(model, text), limit_tokens, self.window_tokens)
-        self._threads = threads
+        tokens = _encode(model, text)[:limit_tokens]
+        self.window_tokens = max(min(window_tokens or WINDOW_TOKENS, self.config.max_position, len(tokens) + 1), 2)
+        self.windows = _windows(self.config, tokens, self.window_tokens)
+        self._threads, self._budget = threads, budget
         source = reference or (model if self._saved is None else None)
         self._reference = self._load(source, source_spec(self.config), "float32", exact=True) if source else None
 
@@ -130,7 +140,9 @@ class Evaluator:
                 progress(index + 1, len(self.windows))
         return sums.figures(bits_per_weight=bits_of(self.config, specs), kv_bits_per_value=cache_bits)
 
-    def _score_window(self, tested: Session, window: np.ndarray, first: int, sums: Divergence, *, decoded: bool) -> None:
+    def _score_window(
+        self, tested: Session, window: np.ndarray, first: int, sums: Divergence, *, decoded: bool
+    ) -> None:
         truth = self._reference
         truth_hidden = truth.decoder.hidden(window[:-1], truth.cache) if truth is not None else None
         if decoded:
@@ -140,7 +152,11 @@ class Evaluator:
         step = self._compared_rows
         for begin in range(first, len(window) - 1, step):
             end = min(begin + step, len(window) - 1)
-            reference = truth.decoder.logits(truth_hidden[begin:end]) if truth is not None and truth_hidden is not None else None
+            reference = (
+                truth.decoder.logits(truth_hidden[begin:end])
+                if truth is not None and truth_hidden is not None
+                else None
+            )
             targets = window[begin + 1 : end + 1]
             if not decoded:
                 sums.add(tested.decoder.logits(hidden[begin:end]), targets, reference)
@@ -149,7 +165,11 @@ class Evaluator:
                 if position > first:
                     hidden = tested.decoder.hidden(window[position : position + 1], tested.cache)
                 row = position - begin
-                sums.add(tested.decoder.logits(hidden), targets[row : row + 1], None if reference is None else reference[row : row + 1])
+                sums.add(
+                    tested.decoder.logits(hidden),
+                    targets[row : row + 1],
+                    None if reference is None else reference[row : row + 1],
+                )
         if truth is not None:
             truth.reset()
 
@@ -167,25 +187,25 @@ class Evaluator:
             threads=self._threads,
             exact=exact,
         )
-        return load(model, settings)
+        return load(model, settings, budget=self._budget)
 
 
 def evaluate(
     model: Path,
-    text: str,
+    text: str | Path,
     *,
     weights: str,
     kv: str | None = None,
-    limit_tokens: int = DEFAULT_LIMIT_TOKENS,
-    window_tokens: int | None = None,
+    limit_tokens: int | None = None,
     reference: Path | None = None,
     threads: int | None = None,
+    budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> Figures:
-    """Quality of one stored form over a text; see the module's words. Raises InputError for a text of fewer than two tokens."""
-    evaluator = Evaluator(
-        model, text, reference=reference, limit_tokens=limit_tokens, window_tokens=window_tokens, threads=threads
-    )
+    """Quality of one stored form over a text (or text file); see the module's words. InputError for a text that
+    cannot be used.
+    """
+    evaluator = Evaluator(model, text, reference=reference, limit_tokens=limit_tokens, threads=threads, budget=budget)
     return evaluator.score(weights, kv, progress=progress)
 
 
@@ -200,16 +220,34 @@ def _perplexity(mean_loss: float) -> float:
     return math.exp(min(mean_loss, 700.0))  # past this a float overflows; such a model is broken either way
 
 
-def _encode(model: Path, text: str) -> list[int]:
-    if not text.strip():
-        raise InputError("the text is empty; give at least a few sentences")
-    return list(Tokenizer.from_directory(model).encode(text))
+def read_text(path: Path) -> str:
+    """A text file, checked: InputError when it is absent, too large, binary or not UTF-8."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_TEXT_BYTES:
+            raise InputError(f"{path}: {size:,} bytes; the most read is {LARGEST_TEXT_BYTES:,}")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start} is not valid); give a plain text file") from error
+    if "\0" in text:
+        raise InputError(f"{path}: holds zero bytes, so it is not a text; give a plain text file")
+    return text
 
 
-def _windows(config: ModelConfig, tokens: Sequence[int], limit_tokens: int, window_tokens: int) -> list[list[int]]:
+def _encode(model: Path, text: str | Path) -> list[int]:
+    name = str(text) if isinstance(text, Path) else "the text"
+    content = read_text(text) if isinstance(text, Path) else text
+    if not content.strip():
+        raise InputError(f"{name}: is empty; give at least a few sentences")
+    return list(Tokenizer.from_directory(model).encode(content))
+
+
+def _windows(config: ModelConfig, tokens: Sequence[int], window_tokens: int) -> list[list[int]]:
     """Cut tokens into windows, each opened by the model's begin token; a last piece too short to score is left out."""
     opening = [config.bos_token_id] if config.bos_token_id is not None else []
-    body = [token for token in tokens[:limit_tokens] if token != config.bos_token_id]
+    body = [token for token in tokens if token != config.bos_token_id]
     step = window_tokens - len(opening)
     if step < 1 or len(body) + len(opening) < 2:
         raise InputError(f"the text has {len(body)} tokens; at least 2 are needed")

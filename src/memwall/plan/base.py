@@ -1,7 +1,8 @@
 """What a plan is: the settings chosen, what they cost per owner and tier, how fast and how good they are, and why.
 
-A `Plan` is plain data with a versioned JSON form, so that programs can keep it, compare it and hand it to the runtime. Quantities carry
-their unit in their name; bytes are exact integers; speeds are tokens per second of one sequence times the batch.
+A `Plan` is plain data with a versioned JSON form, so that programs can keep it, compare it and hand it to the
+runtime. Quantities carry their unit in their name; bytes are exact integers; speeds are tokens per second of one
+sequence times the batch.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Choice:
     """The settings a plan decides.
 
     weights: a codec spec, or `mixed-B` for B true bits per weight over the matrices. kv: a cache policy.
-    context: positions the cache must hold, prompt included. segment_tokens: prompt tokens worked at once, which sizes the activations.
-    device: where weights and cache live.
+    context: positions the cache must hold, prompt included. segment_tokens: prompt tokens worked at once, which sizes
+    the activations. device: where weights and cache live.
     """
 
     weights: str
@@ -79,8 +80,8 @@ class Plan:
     """What will run, what it will cost, and why it was chosen.
 
     fingerprint: digest of configuration and tensor headers. budget: cap per tier, empty when none was asked.
-    rows: predicted bytes by owner and tier; their sum per tier is `peak_bytes`. decode_tokens_per_s holds at the end of the context asked,
-    decode_tokens_per_s_at_start with an empty cache. explanation: two sentences.
+    rows: predicted bytes by owner and tier; their sum per tier is `peak_bytes`. decode_tokens_per_s holds at the end
+    of the context asked, decode_tokens_per_s_at_start with an empty cache. explanation: two sentences.
     """
 
     model: str
@@ -120,7 +121,9 @@ class Plan:
         """Rebuild a plan; raises InputError naming the field that is unknown, missing or of the wrong version."""
         body = _mapping(document, "plan")
         if body.get("version") != PLAN_VERSION:
-            raise InputError(f"plan version {body.get('version')!r} is not supported; this memwall reads version {PLAN_VERSION}")
+            raise InputError(
+                f"plan version {body.get('version')!r} is not supported; this memwall reads version {PLAN_VERSION}"
+            )
         body["choice"] = _record(Choice, body.get("choice"), "choice")
         body["rows"] = tuple(_row(row) for row in _sequence(body.get("rows", []), "rows"))
         body["quality"] = _quality(body.get("quality"))

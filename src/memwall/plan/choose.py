@@ -1,12 +1,14 @@
 """From model, machine and goal to a `Plan`: predict, search, measure, explain.
 
-Headers and configuration are read, never weights, unless quality is measured; measured figures are kept under the model's fingerprint.
+Headers and configuration are read, never weights, unless quality is measured; measured figures are kept under the
+model's fingerprint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -26,9 +28,12 @@ from memwall.plan.search import AUTO, Candidate, Goal, check, contexts, fits, se
 from memwall.plan.speed import Speed, predict_elsewhere, predict_here
 
 HELD_OUT_NAME = "bundled held-out text"
-#: tokens of held-out text a choice is measured on: enough for the KL of formats a bit apart to differ by several standard errors
+#: tokens of held-out text a choice is measured on: enough for the KL of formats a bit apart to differ by several
+#: standard errors
 MEASURED_TOKENS = 1536
 MAX_RUNNERS_UP = 8
+
+Progress = Callable[[int, int], None]
 
 
 class Planner:
@@ -43,11 +48,13 @@ class Planner:
         runtime_bytes: int | None = None,
         text: str | None = None,
         profile: bool = True,
+        progress: Progress | None = None,
     ) -> None:
-        """machine: a preset's name; None is this one. device: cpu or gpu; None is the gpu of a machine that has one, else the cpu.
+        """machine: a preset's name; None is this one. device: cpu or gpu; None is the gpu of a machine that has one,
+        else the cpu.
 
-        text: held-out text instead of the bundled one. profile: measure kernels not yet known. runtime_bytes: the interpreter's own
-        memory, where the caller knows it.
+        text: held-out text instead of the bundled one. profile: measure kernels not yet known. runtime_bytes: the
+        interpreter's own memory, where the caller knows it.
         """
         self.model = Path(model)
         config = ModelConfig.from_directory(self.model)
@@ -65,6 +72,7 @@ class Planner:
             host_tier=host_tier,
         )
         self._text = text
+        self._progress = progress
         self._profile = profile
         self._profiles: dict[int, KernelProfile] = {}
         self._evaluator: object | None = None
@@ -109,7 +117,7 @@ class Planner:
         if self._evaluator is None:
             self._evaluator = Evaluator(self.model, self.text, limit_tokens=MEASURED_TOKENS, threads=choice.threads)
         assert isinstance(self._evaluator, Evaluator)
-        figures = self._evaluator.score(choice.weights, choice.kv)
+        figures = self._evaluator.score(choice.weights, choice.kv, progress=self._progress)
         if figures.kl_nats is None or figures.top1_agreement is None:
             return None
         name = HELD_OUT_NAME if self._text is None else "the text given"
@@ -117,7 +125,10 @@ class Planner:
             kl_nats=figures.kl_nats, perplexity=figures.perplexity, top1_agreement=figures.top1_agreement, measured_on=name,
             tokens=figures.tokens,
         )  # fmt: skip
-        store.update("quality", {self._quality_key(choice): [quality.kl_nats, quality.perplexity, quality.top1_agreement, quality.tokens]})
+        store.update(
+            "quality",
+            {self._quality_key(choice): [quality.kl_nats, quality.perplexity, quality.top1_agreement, quality.tokens]},
+        )
         return quality
 
     @property
@@ -130,7 +141,9 @@ class Planner:
         specs = self.space.specs(choice.weights)
         cache_bytes = sum(self.space.cache_rows(choice.kv, choice.context, choice.segment_tokens).values())
         if self.elsewhere is not None:
-            return predict_elsewhere(self.space.config, specs, choice, cache_bytes, self.elsewhere, self.space.device_tier)
+            return predict_elsewhere(
+                self.space.config, specs, choice, cache_bytes, self.elsewhere, self.space.device_tier
+            )
         if self.device != "cpu":
             return None  # kernels are profiled on the processor only
         profile = self._profiles.get(choice.threads)
@@ -141,7 +154,9 @@ class Planner:
         return speed
 
     def _complete(self, goal: Goal) -> Goal:
-        """Fill in what the machine implies: its device, and its capacities where another one is planned for without a budget."""
+        """Fill in what the machine implies: its device, and its capacities where another one is planned for without
+        a budget.
+        """
         if self.elsewhere is None or goal.budget:
             return replace(goal, device=self.device)
         tiers = dict.fromkeys((self.space.device_tier, self.space.host_tier))
@@ -178,7 +193,9 @@ class Planner:
         )
 
     def _runners_up(self, goal: Goal, candidates: list[Candidate]) -> list[Option]:
-        """The other policies' best, then the uniform formats beside the chosen cache: what more or fewer bits would need."""
+        """The other policies' best, then the uniform formats beside the chosen cache: what more or fewer bits would
+        need.
+        """
         best = candidates[0]
         options = [self._option(one, _compared(one, best)) for one in candidates[1:]]
         for weights in sorted({*self.space.uniform, self.space.ceiling}, key=self.space.weight_bits, reverse=True):
@@ -211,7 +228,9 @@ class Planner:
         if not (isinstance(kept, list) and len(kept) == 4 and all(isinstance(one, int | float) for one in kept)):
             return None
         name = HELD_OUT_NAME if self._text is None else "the text given"
-        return Quality(kl_nats=kept[0], perplexity=kept[1], top1_agreement=kept[2], measured_on=name, tokens=int(kept[3]))
+        return Quality(
+            kl_nats=kept[0], perplexity=kept[1], top1_agreement=kept[2], measured_on=name, tokens=int(kept[3])
+        )
 
 
 def make_plan(
@@ -230,13 +249,24 @@ def make_plan(
     text: str | None = None,
     runtime_bytes: int | None = None,
     profile: bool = True,
+    progress: Progress | None = None,
 ) -> Plan:
-    """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not fit.
+    """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
+    fit.
 
-    budget: caps per tier (None: no cap, or another machine's capacities). measure: measure quality on held-out text where it is not known;
-    profile: measure kernels where they are not known, otherwise speeds may be missing.
+    budget: caps per tier (None: no cap, or another machine's capacities). measure: measure quality on held-out text
+    where it is not known; profile: measure kernels where they are not known, otherwise speeds may be missing.
+    progress(done, total) counts windows of text.
     """
-    planner = Planner(model, machine=machine, device=device, runtime_bytes=runtime_bytes, text=text, profile=profile)
+    planner = Planner(
+        model,
+        machine=machine,
+        device=device,
+        runtime_bytes=runtime_bytes,
+        text=text,
+        profile=profile,
+        progress=progress,
+    )
     goal = Goal(
         budget=dict(budget.tiers) if budget is not None else {}, weights=weights, kv=kv, context=context, batch=batch,
         threads=threads or default_threads(), max_kl=max_kl,
@@ -247,7 +277,9 @@ def make_plan(
 
 
 def _tiers(machine: Machine | None, device: str | None) -> tuple[str, str]:
-    """(tier of weights and cache, tier of the interpreter): gpu and ram where there are such, else the first tier there is."""
+    """(tier of weights and cache, tier of the interpreter): gpu and ram where there are such, else the first tier
+    there is.
+    """
     if device not in (None, "cpu", "gpu"):
         raise InputError(f"device {device!r} is unknown; use cpu or gpu")
     if machine is None:

@@ -1,8 +1,10 @@
-"""Bytes per owner and tier before anything is loaded: what the loader, the cache and the decoder will put on the ledger.
+"""Bytes per owner and tier before anything is loaded: what the loader, the cache and the decoder will put on the
+ledger.
 
-Reads the configuration and the headers only. Each row is computed by the room that will allocate it (weights by `models.precision`, cache
-by `kv`, activations by `models.decoder`), so plan and ledger differ only where memory is not an arena's: the interpreter and its libraries
-(`runtime`, measured) and what loading needs for a moment (`loading`, counted only as far as it rises above the resident state).
+Reads the configuration and the headers only. Each row is computed by the room that will allocate it (weights by
+`models.precision`, cache by `kv`, activations by `models.decoder`), so plan and ledger differ only where memory is
+not an arena's: the interpreter and its libraries (`runtime`, measured) and what loading needs for a moment
+(`loading`, counted only as far as it rises above the resident state).
 """
 
 from __future__ import annotations
@@ -35,14 +37,17 @@ from memwall.plan.search import Space
 RUNTIME = "runtime"
 LOADING = "loading"
 HEADROOM = "headroom"
-#: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux x86-64, Python 3.11)
+#: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux
+#: x86-64, Python 3.11)
 DEFAULT_RUNTIME_BYTES = 64_000_000
 #: cache policies tried when none is asked, the least lossy first
 POLICIES = ("float16", "kivi(4bit)", "kivi(2bit)")
 
 
 class ModelSpace(Space):
-    """One model on one machine, as the search sees it. saved: spec per tensor of a compressed folder, which is then the only choice."""
+    """One model on one machine, as the search sees it. saved: spec per tensor of a compressed folder, which is then
+    the only choice.
+    """
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Rates of this machine's kernels, measured once in a few seconds and kept: what the speed model multiplies bytes with.
 
-- matvec: bytes per second of one-token products, per weight format and for working sets inside and outside the last-level cache, since
+- matvec: bytes per second of one-token products, per weight format and for working sets inside and outside the last-
+level cache, since
   a small model lives in the cache and a large one streams;
 - prefill: multiply-adds per second of a block of tokens, per weight format;
 - attend: seconds of one decode step's attention over a cache, per policy and head shape, at several lengths;
@@ -64,9 +65,13 @@ class KernelProfile:
         return self.get(f"prefill {spec}", lambda: _prefill(spec))
 
     def attend_seconds(self, policy: str, shape: tuple[int, int, int]) -> list[float] | None:
-        """Seconds of append, attention and settling of one token in one layer at each of ATTEND_TOKENS; shape is (heads, kv heads, size)."""
+        """Seconds of append, attention and settling of one token in one layer at each of ATTEND_TOKENS; shape is
+        (heads, kv heads, size).
+        """
         heads, kv_heads, head_dim = shape
-        return self.get(f"attend {policy} {heads}x{kv_heads}x{head_dim}", lambda: _attend(policy, heads, kv_heads, head_dim))
+        return self.get(
+            f"attend {policy} {heads}x{kv_heads}x{head_dim}", lambda: _attend(policy, heads, kv_heads, head_dim)
+        )
 
     def overhead_seconds(self) -> list[float] | None:
         """[per layer, per token, of the layer's share the cache's]."""
@@ -179,8 +184,8 @@ def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float
 def _overheads() -> list[float]:
     """Per layer and per token, from decoders of 2 and 10 tiny layers: the difference is eight layers.
 
-    A layer's overhead includes one cache step with next to nothing in the cache; it is given apart, so that the speed model can put the
-    real attention in its place.
+    A layer's overhead includes one cache step with next to nothing in the cache; it is given apart, so that the speed
+    model can put the real attention in its place.
     """
     few, many = (_seconds(_tiny_step(num_layers)) for num_layers in (2, 10))
     per_layer = max((many - few) / 8, 1e-6)
@@ -201,7 +206,9 @@ def _tiny_step(num_layers: int) -> Callable[[], None]:
     weights = Weights(matrices={}, vectors={}, specs={})
     for tensor in config.tensors():
         if tensor.role in MATRIX_ROLES:
-            weights.matrices[tensor.name] = kernels.matrix(random_packed("int4-g64", (tensor.shape[0], tensor.shape[1]), random))
+            weights.matrices[tensor.name] = kernels.matrix(
+                random_packed("int4-g64", (tensor.shape[0], tensor.shape[1]), random)
+            )
         else:
             weights.vectors[tensor.name] = np.ones(tensor.shape, np.float32)
     weights.matrices[config.head_name] = weights.matrices[config.embedding_name]

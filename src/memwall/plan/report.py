@@ -1,4 +1,6 @@
-"""How a plan is shown: tables for the terminal (rich) and one self-contained HTML page with a plot of quality versus bytes (matplotlib)."""
+"""How a plan is shown: tables for the terminal (rich) and one self-contained HTML page with a plot of quality
+versus bytes (matplotlib).
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,20 @@ def table(plan: Plan) -> Group:
     return Group(rows, Text(speed_line(plan)), options, Text(plan.explanation))
 
 
-OPTION_COLUMNS = ("", "weights", "bits/weight", "cache", "bits/value", "context", "batch", "peak", "tokens/s", "KL nats", "perplexity", "note")
+OPTION_COLUMNS = (
+    "",
+    "weights",
+    "bits/weight",
+    "cache",
+    "bits/value",
+    "context",
+    "batch",
+    "peak",
+    "tokens/s",
+    "KL nats",
+    "perplexity",
+    "note",
+)
 
 
 def option_cells(option: Option) -> list[str]:
@@ -114,7 +129,9 @@ def render_html(plan: Plan) -> str:
     escape = html.escape
     options = [chosen_option(plan), *plan.runners_up]
     head = "".join(f"<th>{escape(name)}</th>" for name in OPTION_COLUMNS[1:])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in option_cells(one)) + "</tr>" for one in options)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in option_cells(one)) + "</tr>" for one in options
+    )
     facts = _facts(plan)
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return (
@@ -150,7 +167,12 @@ def quality_plot(plan: Plan) -> str:
         axes = figure.subplots()
         _scatter(axes, points, tier, chosen=options[0])
         if tier in plan.budget:
-            axes.axvline(plan.budget[tier] / 1e6, color="#b03030", linestyle="--", label=f"budget {format_bytes(plan.budget[tier])}")
+            axes.axvline(
+                plan.budget[tier] / 1e6,
+                color="#b03030",
+                linestyle="--",
+                label=f"budget {format_bytes(plan.budget[tier])}",
+            )
         axes.set_xlabel(f"predicted peak on {tier}, MB (10^6 bytes)")
         axes.set_ylabel(label)
         if measured and all(value > 0 for _, value in points):

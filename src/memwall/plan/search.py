@@ -1,10 +1,11 @@
 """Choosing settings under a budget: enumerate, bound, compare.
 
-The search knows nothing of models or machines. It asks a `Space` what a choice weighs on each tier and how many bits it spends, and walks
-the choices: for every cache policy the most weight bits that fit (uniform or mixed, in hundredths of a bit), then the best of these.
+The search knows nothing of models or machines. It asks a `Space` what a choice weighs on each tier and how many bits
+it spends, and walks the choices: for every cache policy the most weight bits that fit (uniform or mixed, in
+hundredths of a bit), then the best of these.
 
-Mixed weights grow with their bits, so the most bits that fit are found by bisection; the result is checked against a full enumeration in
-the tests. The weights' own dtype is the ceiling: past it no bit helps.
+Mixed weights grow with their bits, so the most bits that fit are found by bisection; the result is checked against a
+full enumeration in the tests. The weights' own dtype is the ceiling: past it no bit helps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from memwall.hardware.units import format_bytes
 from memwall.plan.base import LONGEST_SEGMENT_TOKENS, Choice, Quality
 
 AUTO = "auto"
-#: below this many bits per weight a longer context is not worth the loss (model figure: low-bit curves bend near 4 bits)
+#: below this many bits per weight a longer context is not worth the loss (model figure: low-bit curves bend near 4
+#: bits)
 KEEPS_QUALITY_BITS = 4.0
 #: context aimed at when none is asked, halved until the weights keep KEEPS_QUALITY_BITS
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -31,8 +33,9 @@ _CACHE_LOSS_SHARE = 0.02
 class Space(ABC):
     """What the search must know about one model on one machine.
 
-    max_context: positions the model can address. ceiling: the dtype the weights come in. uniform: codec specs worth trying, any order.
-    lowest_bits, ceiling_bits: true bits per weight of the lowest mixed choice and of the ceiling. policies: cache policies worth trying.
+    max_context: positions the model can address. ceiling: the dtype the weights come in. uniform: codec specs worth
+    trying, any order. lowest_bits, ceiling_bits: true bits per weight of the lowest mixed choice and of the ceiling.
+    policies: cache policies worth trying.
     """
 
     max_context: int
@@ -90,9 +93,11 @@ def fits(space: Space, choice: Choice, budget: Mapping[str, int]) -> bool:
 
 
 def proxy_loss(candidate: Candidate) -> float:
-    """Expected order of quality where nothing was measured: error power falls fourfold per bit, weights count more than the cache.
+    """Expected order of quality where nothing was measured: error power falls fourfold per bit, weights count more
+    than the cache.
 
-    Cached numbers matter less per bit: their errors are fresh at each position and average out in attention (a model, not a measurement).
+    Cached numbers matter less per bit: their errors are fresh at each position and average out in attention (a model,
+    not a measurement).
     """
     return float(4.0**-candidate.bits_per_weight + _CACHE_LOSS_SHARE * 4.0**-candidate.cache_bits)
 
@@ -100,7 +105,8 @@ def proxy_loss(candidate: Candidate) -> float:
 def search(space: Space, goal: Goal, *, measure: Measure | None = None) -> list[Candidate]:
     """Candidates that fit the goal, best first; measured when `measure` is given.
 
-    Raises DoesNotFit naming the smallest budget that works, or the largest context that fits; InputError for settings that cannot be.
+    Raises DoesNotFit naming the smallest budget that works, or the largest context that fits; InputError for settings
+    that cannot be.
     """
     check(space, goal)
     candidates = _within_budget(space, goal)
@@ -138,7 +144,9 @@ def contexts(space: Space, goal: Goal) -> list[int]:
 
 
 def most_weights(space: Space, choice: Choice, budget: Mapping[str, int]) -> str | None:
-    """The weights with the most bits that fit beside everything else in `choice`; None when even the fewest bits do not."""
+    """The weights with the most bits that fit beside everything else in `choice`; None when even the fewest bits do
+    not.
+    """
     if fits(space, replace(choice, weights=space.ceiling), budget):
         return space.ceiling
     low, high = grid(space)

@@ -6,13 +6,15 @@ A decode step reads every weight it uses once and the whole cache once, so
             + layers x attention(policy, heads, context)
             + layers x layer overhead + token overhead
 
-where the working set is all that one step reads: below the size of the last-level cache rates are those of the cache. A prompt costs
-multiply-adds over the prefill rate of each format, and attention for half the prompt on average. Another machine than this one has no
-measured kernels: there the rate is the bandwidth of its preset times the share of it that kernels reach (EFFICIENCY, a model figure).
+where the working set is all that one step reads: below the size of the last-level cache rates are those of the cache.
+A prompt costs multiply-adds over the prefill rate of each format, and attention for half the prompt on average.
+Another machine than this one has no measured kernels: there the rate is the bandwidth of its preset times the share
+of it that kernels reach (EFFICIENCY, a model figure).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from memwall.models.precision import is_matrix, tensor_bytes
 from memwall.plan.base import Choice
 from memwall.plan.profile import ATTEND_TOKENS, PREFILL_TOKENS, WORKING_SETS_BYTES, KernelProfile
 
-#: share of a machine's nominal bandwidth and arithmetic that decoding and prefill reach (model figures; survey of published runs: 0.5-0.85)
+#: share of a machine's nominal bandwidth and arithmetic that decoding and prefill reach (model figures; survey of
+#: published runs: 0.5-0.85)
 EFFICIENCY = 0.65
 
 
@@ -122,7 +125,11 @@ def _peak_flop_per_s(machine: Machine, tier: str) -> float:
     """The best rate of a unit working on this tier in a number type that products of activations can use."""
     usable = ("float32", "tfloat32", "bfloat16", "float16", "int8")
     rates = [
-        rate for unit in machine.compute if unit.tier == tier for dtype, rate in unit.flop_per_s.items() if dtype in usable
+        rate
+        for unit in machine.compute
+        if unit.tier == tier
+        for dtype, rate in unit.flop_per_s.items()
+        if dtype in usable
     ]
     return max(rates, default=math.inf)
 
@@ -132,7 +139,7 @@ def _at(working_set_bytes: float, rates: list[float]) -> float:
     sizes = WORKING_SETS_BYTES
     if working_set_bytes <= sizes[0]:
         return rates[0]
-    for (low, high), (slow_low, slow_high) in zip(zip(sizes, sizes[1:]), zip(rates, rates[1:])):
+    for (low, high), (slow_low, slow_high) in zip(itertools.pairwise(sizes), itertools.pairwise(rates)):
         if working_set_bytes <= high:
             share = math.log(working_set_bytes / low) / math.log(high / low)
             return 1 / ((1 - share) / slow_low + share / slow_high)

@@ -1,4 +1,5 @@
-"""What planning measured and need not measure again: small JSON files under the user's cache folder, written whole or not at all.
+"""What planning measured and need not measure again: small JSON files under the user's cache folder, written whole or
+not at all.
 
 A damaged or foreign file counts as absent: everything in it can be measured again.
 """
@@ -29,7 +30,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def update(name: str, entries: dict[str, Any]) -> None:
-    """Add entries to a cache file. A cache that cannot be written is no error: the figures are measured again next time."""
+    """Add entries to a cache file. A cache that cannot be written is no error: the figures are measured again next
+    time.
+    """
     if not entries:
         return
     folder: Path = cache_directory()
