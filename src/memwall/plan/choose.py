@@ -101,9 +101,14 @@ class Planner:
         check(self.space, goal)
         context = contexts(self.space, goal)[0]
         choice = Choice(
-            weights=goal.weights, kv=goal.kv, context=context, batch=goal.batch or 1, threads=goal.threads, device=goal.device,
+            weights=goal.weights,
+            kv=goal.kv,
+            context=context,
+            batch=goal.batch or 1,
+            threads=goal.threads,
+            device=goal.device,
             segment_tokens=min(LONGEST_SEGMENT_TOKENS, context),
-        )  # fmt: skip
+        )
         quality = self.quality(choice) if measure else self._read_quality(choice)
         return self._build(goal, [self._candidate(choice, quality)])
 
@@ -122,9 +127,12 @@ class Planner:
             return None
         name = HELD_OUT_NAME if self._text is None else "the text given"
         quality = Quality(
-            kl_nats=figures.kl_nats, perplexity=figures.perplexity, top1_agreement=figures.top1_agreement, measured_on=name,
+            kl_nats=figures.kl_nats,
+            perplexity=figures.perplexity,
+            top1_agreement=figures.top1_agreement,
+            measured_on=name,
             tokens=figures.tokens,
-        )  # fmt: skip
+        )
         store.update(
             "quality",
             {self._quality_key(choice): [quality.kl_nats, quality.perplexity, quality.top1_agreement, quality.tokens]},
@@ -306,7 +314,10 @@ def explain(space: ModelSpace, goal: Goal, candidates: list[Candidate]) -> str:
     """Why the first candidate was chosen, in two sentences."""
     best = candidates[0]
     choice = best.choice
-    what = f"{choice.weights} weights ({best.bits_per_weight:.2f} bits) with a {choice.kv} cache for {choice.context} tokens"
+    what = (
+        f"{choice.weights} weights ({best.bits_per_weight:.2f} bits) with a {choice.kv} cache "
+        f"for {choice.context} tokens"
+    )
     if not goal.budget:
         first = f"No budget was set, so {what} is taken as it is."
     else:
@@ -327,9 +338,13 @@ def _why(candidates: list[Candidate]) -> str:
     if best.quality is None:
         second = f", ahead of {others[0].choice.weights} with {others[0].choice.kv}" if others else ""
         return f"Its loss was not measured, so options are ordered by their bits{second}."
-    text = f"It loses {best.quality.kl_nats:.3g} nats per token to the float model on {best.quality.tokens} tokens of {best.quality.measured_on}"
+    text = (
+        f"It loses {best.quality.kl_nats:.3g} nats per token to the float model on {best.quality.tokens} tokens "
+        f"of {best.quality.measured_on}"
+    )
     if others and others[0].quality is not None:
-        return f"{text}, against {others[0].quality.kl_nats:.3g} for {others[0].choice.weights} with {others[0].choice.kv}."
+        other = others[0].choice
+        return f"{text}, against {others[0].quality.kl_nats:.3g} for {other.weights} with {other.kv}."
     return f"{text}."
 
 

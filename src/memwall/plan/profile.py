@@ -158,27 +158,28 @@ def _prefill(spec: str) -> float:
 
 def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float]:
     """One layer, a cache filled to each length, then decode steps that grow it a little."""
+    # few steps, so that the length stays what it is called
+    return [_seconds(_cache_step(policy, heads, kv_heads, head_dim, length), at_least=0.01) for length in ATTEND_TOKENS]
+
+
+def _cache_step(policy: str, heads: int, kv_heads: int, head_dim: int, length: int) -> Callable[[], None]:
     random = np.random.default_rng(0)
-    seconds = []
-    for length in ATTEND_TOKENS:
-        shape = kv.CacheShape(num_layers=1, num_kv_heads=kv_heads, head_dim=head_dim)
-        cache = kv.build(policy, shape, Arena(1 << 62, Ledger()), length + 4096)
-        keys = random.standard_normal((length, kv_heads, head_dim), np.float32)
-        cache.append(0, keys, keys.copy(), np.arange(length))
+    shape = kv.CacheShape(num_layers=1, num_kv_heads=kv_heads, head_dim=head_dim)
+    cache = kv.build(policy, shape, Arena(1 << 62, Ledger()), 4 * length + 4096)
+    keys = random.standard_normal((length, kv_heads, head_dim), np.float32)
+    cache.append(0, keys, keys.copy(), np.arange(length))
+    cache.settle(0)
+    query = random.standard_normal((1, heads, head_dim), np.float32)
+    out = np.empty_like(query)
+    new_key, new_value = keys[:1].copy(), keys[:1].copy()
+
+    def step() -> None:
+        position = np.asarray([cache.length])
+        cache.append(0, new_key, new_value, position)
+        cache.attend(0, query, position, out)
         cache.settle(0)
-        query = random.standard_normal((1, heads, head_dim), np.float32)
-        out = np.empty_like(query)
-        new_keys, new_values = keys[:1].copy(), keys[:1].copy()
 
-        def step(cache: Any = cache, k: np.ndarray = new_keys, v: np.ndarray = new_values) -> None:
-            position = np.asarray([cache.length])
-            cache.append(0, k, v, position)
-            cache.attend(0, query, position, out)
-            cache.settle(0)
-
-        # few steps, so that the length stays what it is called
-        seconds.append(_seconds(step, at_least=min(_SECONDS_PER_FIGURE, 0.01)))
-    return seconds
+    return step
 
 
 def _overheads() -> list[float]:
@@ -196,12 +197,18 @@ def _overheads() -> list[float]:
 def _tiny_step(num_layers: int) -> Callable[[], None]:
     config = ModelConfig.from_dict(
         {
-            "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": num_layers,
-            "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 1 << 16,
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "vocab_size": 64,
+            "max_position_embeddings": 1 << 16,
             "tie_word_embeddings": True,
         },
         "profile",
-    )  # fmt: skip
+    )
     random = np.random.default_rng(0)
     weights = Weights(matrices={}, vectors={}, specs={})
     for tensor in config.tensors():

@@ -141,7 +141,8 @@ def render_html(plan: Plan) -> str:
         f"<h2>Bytes by owner</h2>{_bars(plan)}"
         f"<h2>Quality versus bytes</h2>{quality_plot(plan)}"
         f"<h2>Options</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"<h2>As data</h2><details><summary>JSON, version {plan.version}</summary><pre>{escape(plan.to_json(indent=1))}</pre></details>"
+        f"<h2>As data</h2><details><summary>JSON, version {plan.version}</summary>"
+        f"<pre>{escape(plan.to_json(indent=1))}</pre></details>"
         "</body></html>"
     )
 
@@ -220,8 +221,8 @@ def _facts(plan: Plan) -> dict[str, str]:
     }
     if quality is not None:
         facts["quality"] = (
-            f"KL {quality.kl_nats:.4f} nats, perplexity {quality.perplexity:.2f}, same top token {100 * quality.top1_agreement:.1f} % "
-            f"({quality.tokens} tokens of {quality.measured_on})"
+            f"KL {quality.kl_nats:.4f} nats, perplexity {quality.perplexity:.2f}, "
+            f"same top token {100 * quality.top1_agreement:.1f} % ({quality.tokens} tokens of {quality.measured_on})"
         )
     return facts
 
@@ -243,7 +244,9 @@ _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse;width:100%}"
     "td,th{padding:.25rem .5rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"
-    ".bar{width:60%}.bar div{height:.9rem;min-width:1px}dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem}"
+    ".bar{width:60%}.bar div{height:.9rem;min-width:1px}"
+    "dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem}"
     "dt{color:#666}dd{margin:0}svg{max-width:100%;height:auto}pre{overflow:auto;background:#f6f6f6;padding:1rem}"
-    "@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}td,th{border-color:#333}pre{background:#222}svg{background:#fff}}"
+    "@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}td,th{border-color:#333}pre{background:#222}"
+    "svg{background:#fff}}"
 )

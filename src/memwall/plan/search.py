@@ -290,7 +290,10 @@ def _bounded(space: Space, goal: Goal, candidates: Sequence[Candidate], measure:
         raise InputError("max-kl needs measured quality, and none could be measured for this model")
     best = min(measured, key=_order)
     lowest = best.quality.kl_nats if best.quality else limit
-    text = f"no choice within the budget stays under {limit:g} nats: the best, {best.choice.weights} with {best.choice.kv}, loses {lowest:.3g}"
+    text = (
+        f"no choice within the budget stays under {limit:g} nats: "
+        f"the best, {best.choice.weights} with {best.choice.kv}, loses {lowest:.3g}"
+    )
     for weights in sorted(space.uniform, key=space.weight_bits):
         if space.weight_bits(weights) <= best.bits_per_weight:
             continue

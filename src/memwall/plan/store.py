@@ -12,9 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memwall.hardware.probe import cache_directory
+MAX_FILE_BYTES = 1 << 24
 
-MAX_FILE_BYTES = 16 * 1024 * 1024
+
+def cache_directory() -> Path:
+    """Where a user's programs keep what they can make again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "memwall"
 
 
 def read(name: str) -> dict[str, Any]:
