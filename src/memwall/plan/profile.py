@@ -12,6 +12,7 @@ Every figure is the lower quartile of several rounds: other programs only ever a
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -25,15 +26,16 @@ from memwall.formats import Packed, codec
 from memwall.memory import Arena, Ledger
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import Decoder
-from memwall.models.precision import MATRIX_ROLES
+from memwall.models.precision import MATRIX_ROLES, aligned, tensor_bytes
 from memwall.models.weights import Weights
 from memwall.plan import store
 
 #: working sets in bytes: inside a second-level cache or two, inside a last-level cache, well outside any
-WORKING_SETS_BYTES = (1_500_000, 12_000_000, 96_000_000)
+WORKING_SETS_BYTES = (1_500_000, 12_000_000, 32_000_000, 96_000_000)
 PREFILL_TOKENS = 128
 ATTEND_TOKENS = (64, 1024)
-_MATRIX_ROWS, _MATRIX_COLS = 1024, 1024
+_MATRIX_SHAPE = (1024, 1024)
+_MATRICES_PER_CALL = 4
 _SECONDS_PER_FIGURE = 0.03
 _ROUNDS = 7
 
@@ -116,44 +118,71 @@ def _seconds(work: Callable[[], None], *, at_least: float = _SECONDS_PER_FIGURE)
     return float(sorted(rounds)[_ROUNDS // 4])
 
 
-def random_packed(spec: str, shape: tuple[int, int], random: np.random.Generator) -> Packed:
-    """A matrix of arbitrary content in the form of `spec`, without the cost of encoding one."""
+def random_packed(spec: str, shape: tuple[int, int], pool: np.ndarray, random: np.random.Generator) -> Packed:
+    """A matrix of arbitrary content in the form of `spec`, laid into the first bytes of `pool` as a loader would."""
     buffers: dict[str, np.ndarray] = {}
+    begin = 0
     for name, (extent, dtype) in codec(spec).buffers(shape).items():
+        nbytes = int(np.prod(extent)) * dtype.itemsize
+        buffer = pool[begin : begin + nbytes].view(dtype).reshape(extent)
+        begin += aligned(nbytes)
         if dtype == np.uint8:
-            buffers[name] = random.integers(0, 256, extent, np.uint8)
+            buffer[...] = random.integers(0, 256, extent, np.uint8)
         else:
-            buffers[name] = (random.random(extent, np.float32) * 0.02 - 0.01).astype(dtype)
+            buffer[...] = (random.random(extent, np.float32) * 0.02 - 0.01).astype(dtype)
+        buffers[name] = buffer
     return Packed(spec=spec, shape=shape, buffers=buffers)
 
 
+def _matrices(spec: str, working_set_bytes: int, arena: Arena) -> tuple[list[kernels.Matrix], np.ndarray]:
+    """So many matrices of _MATRIX_SHAPE that together they are the working set, and the memory they lie in."""
+    shape = _MATRIX_SHAPE
+    each = sum(aligned(math.prod(s) * d.itemsize) for s, d in codec(spec).buffers(shape).values())
+    count = max(1, round(working_set_bytes / each))
+    pool = arena.allocate("profile", count * each, np.uint8)
+    packed = random_packed(spec, shape, pool, np.random.default_rng(0))
+    for index in range(1, count):
+        # copies: the time does not depend on the values, and drawing them anew would take longer than the measurement
+        pool[index * each : (index + 1) * each] = pool[:each]
+    matrices = []
+    for index in range(count):
+        offset = index * each
+        buffers = {}
+        for name, array in packed.buffers.items():
+            start = offset + array.ctypes.data - pool.ctypes.data
+            buffers[name] = pool[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        matrices.append(kernels.matrix(Packed(spec=spec, shape=shape, buffers=buffers)))
+    return matrices, pool
+
+
 def _matvec(spec: str, working_set_bytes: int) -> float:
-    random = np.random.default_rng(0)
-    first = random_packed(spec, (_MATRIX_ROWS, _MATRIX_COLS), random)
-    count = max(1, round(working_set_bytes / first.nbytes))
-    # copies, not fresh random numbers: the time does not depend on the values
-    packed = [first] + [
-        Packed(spec=spec, shape=first.shape, buffers={name: array.copy() for name, array in first.buffers.items()})
-        for _ in range(count - 1)
-    ]
-    matrices = [kernels.matrix(one) for one in packed]
-    x = random.standard_normal((1, _MATRIX_COLS), np.float32)
-    out = np.empty((1, _MATRIX_ROWS), np.float32)
+    arena = Arena(1 << 62, Ledger())
+    matrices, pool = _matrices(spec, working_set_bytes, arena)
+    rows, cols = _MATRIX_SHAPE
+    x = np.random.default_rng(1).standard_normal((1, cols), np.float32)
+    outs = [np.empty((1, rows), np.float32) for _ in range(_MATRICES_PER_CALL)]
+    # several at once, as a layer does: the cost of a call is in the overheads and not wanted here
+    calls = [matrices[begin : begin + _MATRICES_PER_CALL] for begin in range(0, len(matrices), _MATRICES_PER_CALL)]
 
     def sweep() -> None:
-        for matrix in matrices:
-            kernels.linear(x, [matrix], [out])
+        for group in calls:
+            kernels.linear(x, group, outs[: len(group)])
 
-    return first.nbytes * count / _seconds(sweep)
+    nbytes = sum(matrix.nbytes for matrix in matrices)
+    rate = nbytes / _seconds(sweep)
+    arena.free(pool)
+    return rate
 
 
 def _prefill(spec: str) -> float:
-    random = np.random.default_rng(0)
-    matrices = [kernels.matrix(random_packed(spec, (_MATRIX_ROWS, _MATRIX_COLS), random)) for _ in range(2)]
-    x = random.standard_normal((PREFILL_TOKENS, _MATRIX_COLS), np.float32)
-    outs = [np.empty((PREFILL_TOKENS, _MATRIX_ROWS), np.float32) for _ in matrices]
+    arena = Arena(1 << 62, Ledger())
+    matrices, pool = _matrices(spec, 2_000_000, arena)
+    rows, cols = _MATRIX_SHAPE
+    x = np.random.default_rng(1).standard_normal((PREFILL_TOKENS, cols), np.float32)
+    outs = [np.empty((PREFILL_TOKENS, rows), np.float32) for _ in matrices]
     seconds = _seconds(lambda: kernels.linear(x, matrices, outs))
-    return len(matrices) * PREFILL_TOKENS * _MATRIX_ROWS * _MATRIX_COLS / seconds
+    arena.free(pool)
+    return len(matrices) * PREFILL_TOKENS * rows * cols / seconds
 
 
 def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float]:
@@ -213,9 +242,9 @@ def _tiny_step(num_layers: int) -> Callable[[], None]:
     weights = Weights(matrices={}, vectors={}, specs={})
     for tensor in config.tensors():
         if tensor.role in MATRIX_ROLES:
-            weights.matrices[tensor.name] = kernels.matrix(
-                random_packed("int4-g64", (tensor.shape[0], tensor.shape[1]), random)
-            )
+            pool = np.empty(tensor_bytes(tensor, "int4-g64"), np.uint8)
+            packed = random_packed("int4-g64", (tensor.shape[0], tensor.shape[1]), pool, random)
+            weights.matrices[tensor.name] = kernels.matrix(packed)
         else:
             weights.vectors[tensor.name] = np.ones(tensor.shape, np.float32)
     weights.matrices[config.head_name] = weights.matrices[config.embedding_name]
