@@ -71,7 +71,7 @@ def test_dense(spec: str, isa: str) -> None:
 @pytest.mark.parametrize("spec", ["int4-g64", "int3-g32-asym", "bfloat16"])
 @pytest.mark.parametrize("tokens", [1, 2, 300])
 def test_threads_blocks_biases_and_accumulation(spec: str, tokens: int, threads: int) -> None:
-    """Sizes that pass the thresholds of threads and of token blocks; several matrices, of several forms, in one call."""
+    """Sizes that pass the thresholds of threads and of token blocks; several matrices and forms in one call."""
     x = torch.from_numpy(activations(tokens, 576))
     parts = [
         weights(rows, 576, form, seed) for seed, (rows, form) in enumerate([(1100, spec), (70, "float32"), (333, spec)])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from memwall._native import best_isa, force_isa, isa, num_threads, set_num_threads
 from memwall.kernels.elementwise import rms_norm, rope, swiglu
+from memwall.kernels.encode import encode
 from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, scratch_bytes
 
 __all__ = [
     "Matrix",
     "best_isa",
+    "encode",
     "force_isa",
     "gather_rows",
     "isa",

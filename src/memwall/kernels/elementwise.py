@@ -1,4 +1,4 @@
-"""Operations between the products: normalization, rotary embedding, gated activation. float32 NumPy arrays, native code."""
+"""Operations between the products: normalization, rotary embedding, gated activation. float32 NumPy arrays."""
 
 from __future__ import annotations
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from memwall import _native
+from memwall._native import Matrix
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.integer import IntegerCodec
 
 __all__ = ["Matrix", "gather_rows", "linear", "matrix", "scratch_bytes"]
-
-Matrix = _native.Matrix
 
 
 def matrix(packed: Packed) -> Matrix:

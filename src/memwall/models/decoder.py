@@ -140,6 +140,12 @@ class Decoder:
         kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
         return hidden
 
+    def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
+        """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
+        positions = np.arange(cache.length, cache.length + len(hidden), dtype=np.int64)
+        cos, sin = self._rope.at(positions)
+        self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
+
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Normed hidden states [n, H] -> logits [n, V] (n at most the logit_rows given at construction)."""
         out = self._buffers["logits"][: len(hidden)]

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "encode.h"
 #include "linear.h"
 
 namespace nb = nanobind;
@@ -123,6 +124,23 @@ void gather_rows(const PyMatrix& m, nb::ndarray<const std::int64_t, nb::ndim<1>,
   mw::gather_rows(m.view, ids.data(), static_cast<std::int64_t>(ids.shape(0)), out.data());
 }
 
+// Encodes a dense matrix into tile buffers whose shapes tile_matrix() checks. False when the numbers cannot be encoded (not
+// finite, or too large for a float16 scale).
+template <class T, int Dimensions>
+using Writable = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+
+bool encode_tiles(const PyMatrix& from, int bits, int group, Writable<std::uint8_t, 4> codes, Writable<std::uint16_t, 3> scales,
+                  std::optional<Writable<std::uint16_t, 3>> mins) {
+  require(from.view.form != mw::Form::tiles, "encode_tiles: the values must be a dense matrix");
+  std::optional<Halves> read_mins;
+  if (mins) read_mins = Halves(*mins);
+  tile_matrix("tiles", from.view.rows, from.view.cols, bits, group, Codes(codes), Halves(scales), read_mins);
+  const mw::EncodeTask task{from.view.form, from.view.data, from.view.rows, from.view.cols,          bits,
+                            group,          codes.data(),   scales.data(),  mins ? mins->data() : nullptr};
+  nb::gil_scoped_release release;
+  return mw::encode_tiles(task);
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& m) {
@@ -139,6 +157,8 @@ void bind_linear(nb::module_& m) {
         "mins"_a.noconvert().none());
   m.def("linear", &linear, "x"_a.noconvert(), "matrices"_a, "outs"_a, nb::kw_only(), "exact"_a = false, "accumulate"_a = false,
         "biases"_a = nb::none());
+  m.def("encode_tiles", &encode_tiles, "values"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
+        "mins"_a.noconvert().none());
   m.def("gather_rows", &gather_rows, "matrix"_a, "ids"_a.noconvert(), "out"_a.noconvert());
   m.def("linear_scratch_bytes", &mw::linear_scratch_bytes);
 }
