@@ -55,7 +55,8 @@ def test_json_round_trip(plan: Plan) -> None:
 def small_plan(**changes: Any) -> Plan:
     settings: dict[str, Any] = {
         "model": "toy", "fingerprint": "0", "machine": "m", "budget": {"ram": 100},
-    rows=st.lists(st.builds(PlanRow, owner=names, tier=names, nbytes=sizes), max_size=4).map(tuple),
+        "choice": Choice(weights="int4", kv="float16", context=8),
+        "rows": (PlanRow(owner="weights/int4", tier="ram", nbytes=90),),
         "peak_bytes": {"ram": 90}, "bits_per_weight": 4.25, "kv_bits_per_value": 16.0,
     }  # fmt: skip
     return Plan(**(settings | changes))
