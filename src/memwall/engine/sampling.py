@@ -13,8 +13,8 @@ from memwall.errors import InputError
 class Sampling:
     """How to continue a text.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. stop: texts that end the generation and are not
-    returned. ignore_eos: go on through the model's end-of-text token (for benchmarks).
+    temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. stop: texts that end the generation and are
+    not returned. ignore_eos: go on through the model's end-of-text token (for benchmarks).
     """
 
     max_new_tokens: int = 128

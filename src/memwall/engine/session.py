@@ -1,7 +1,7 @@
 """Load a model inside a budget and generate from it.
 
-`load` takes settings that a plan (or a user) has fixed and builds the session: arena, weights, cache, decoder. `Session.generate`
-streams text and stops, before any byte over the budget is touched, when the cache can't grow.
+`load` takes settings that a plan (or a user) has fixed and builds the session: arena, weights, cache, decoder.
+`Session.generate` streams text and stops, before any byte over the budget is touched, when the cache can't grow.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from memwall.models.precision import resolve
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress, load_weights
 
-# The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves it this
-# much below the budget, so that the process as a whole stays under.
+# The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
+# it this much below the budget, so that the process as a whole stays under.
 RUNTIME_HEADROOM_BYTES = 2 << 20
 
 
@@ -33,9 +33,9 @@ RUNTIME_HEADROOM_BYTES = 2 << 20
 class Settings:
     """What a session is built from.
 
-    weights: a choice of `models.precision`; kv: a policy of `memwall.kv`; context_tokens: most tokens the cache will hold;
-    segment_tokens: prompt tokens worked at once (a prompt up to this long is attended in full precision); threads: None keeps
-    the number in use; exact: float arithmetic on packed weights.
+    weights: a choice of `models.precision`; kv: a policy of `memwall.kv`; context_tokens: most tokens the cache will
+    hold; segment_tokens: prompt tokens worked at once (a prompt up to this long is attended in full precision);
+    threads: None keeps the number in use; exact: float arithmetic on packed weights.
     """
 
     weights: str
@@ -62,8 +62,8 @@ class Timings:
 class Generation:
     """What one call of `generate` made; complete once its iterator has ended.
 
-    stop_reason: "eos", "stop", "length" (max_new_tokens), "context" (the cache holds all the tokens it was built for) or
-    "budget" (the next token's keys and values would have crossed the memory budget; `message` says so).
+    stop_reason: "eos", "stop", "length" (max_new_tokens), "context" (the cache holds all the tokens it was built for)
+    or "budget" (the next token's keys and values would have crossed the memory budget; `message` says so).
     """
 
     text: str = ""
@@ -169,7 +169,11 @@ class Session:
         result.timings.decode_seconds = time.perf_counter() - began
         # the first token comes out of prefill; decoding made the others
         result.timings.decode_tokens_per_s = max(len(result.tokens) - 1, 0) / max(result.timings.decode_seconds, 1e-9)
-        rest = watcher.push(stream.flush())[0] + watcher.flush() if stream is not None and result.stop_reason != "stop" else ""
+        rest = (
+            watcher.push(stream.flush())[0] + watcher.flush()
+            if stream is not None and result.stop_reason != "stop"
+            else ""
+        )
         result.text += rest
         if rest:
             yield rest
@@ -177,8 +181,8 @@ class Session:
     def _stop_at_budget(self, result: Generation, refused: BudgetExceeded, kept: int) -> None:
         result.stop_reason = "budget"
         result.message = (
-            f"stopped at the memory budget after {self.cache.length} tokens of context: {refused}. What was generated is kept; "
-            f"for a longer text raise --memory or use a smaller cache, such as --kv 'kivi(2bit)'"
+            f"stopped at the memory budget after {self.cache.length} tokens of context: {refused}. The text so far is kept; "
+            "for a longer one raise --memory or use a smaller cache, such as --kv 'kivi(2bit)'"
         )
 
 
@@ -192,15 +196,15 @@ def load(
 ) -> Session:
     """Build a session for a model directory.
 
-    budget: its `ram` is the resident set of the whole process, this interpreter included; None means no cap but the machine's.
-    Raises InputError for bad input and BudgetExceeded when the settings don't fit.
+    budget: its `ram` is the resident set of the whole process, this interpreter included; None means no cap but the
+    machine's. Raises InputError for bad input and BudgetExceeded when the settings don't fit.
     """
     began = time.perf_counter()
     if settings.threads is not None:
         kernels.set_num_threads(settings.threads)
     config = ModelConfig.from_directory(model)
     with Checkpoint(model, config) as checkpoint:
-        specs = resolve(config, settings.weights, checkpoint.saved_specs())
+        specs = resolve(config, settings.weights, checkpoint)
         ledger = Ledger()
         runtime_bytes = measure_runtime(ledger)
         arena = Arena(_cap(budget, runtime_bytes), ledger)

@@ -1,8 +1,9 @@
 """The CPU engine's decoder: one forward pass for Llama, Mistral, Qwen2, Qwen3 and Mixtral-style models.
 
-NumPy holds the buffers, native kernels do the work, torch is never imported. The pass is layer-major: a whole prompt segment
-goes through one layer before the next begins, so weights are read once per segment and at most one layer holds its new keys and
-values in full precision. Inside a layer, rows are worked in blocks, which bounds the feed-forward activations.
+NumPy holds the buffers, native kernels do the work, torch is never imported. The pass is layer-major: a whole prompt
+segment goes through one layer before the next begins, so weights are read once per segment and at most one layer holds
+its new keys and values in full precision. Inside a layer, rows are worked in blocks, which bounds the feed-forward
+activations.
 
 Shapes: T new tokens, B rows of a block, H hidden size, F intermediate size, V vocabulary; activations are float32.
 """
@@ -14,10 +15,9 @@ from collections.abc import Callable
 import numpy as np
 
 from memwall import kernels
-from memwall.kernels import Matrix
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache
-from memwall.models.config import ModelConfig
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig
 from memwall.models.rope import RotaryTable
 from memwall.models.weights import Weights
 
@@ -81,10 +81,6 @@ class _Layer:
             for e in range(config.num_experts)
         ]
 
-    def matrices(self, names: list[str]) -> list[Matrix]:
-        held = self.weights.matrices
-        return [held[name] for name in names]
-
 
 class Decoder:
     """A model ready to run on the CPU.
@@ -118,9 +114,9 @@ class Decoder:
     def forward(self, tokens: np.ndarray, cache: DecoderCache, *, all_logits: bool = False) -> np.ndarray:
         """Run new tokens [T] through the model and keep their keys and values in `cache`.
 
-        Returns float32 logits: [V] of the last token, or [T, V] with all_logits (needs logit_rows >= T). The array is the
-        decoder's own buffer and is overwritten by the next call. When the cache refuses to grow (BudgetExceeded), it is left
-        as it was before the call.
+        Returns float32 logits: [V] of the last token, or [T, V] with all_logits (needs logit_rows >= T). The array is
+        the decoder's own buffer and is overwritten by the next call. When the cache refuses to grow (BudgetExceeded),
+        it is left as it was before the call.
         """
         hidden = self.hidden(tokens, cache)
         return self.logits(hidden) if all_logits else self.logits(hidden[-1:])[0]
@@ -134,7 +130,7 @@ class Decoder:
         positions = np.arange(start, start + num_tokens, dtype=np.int64)
         cos, sin = self._rope.at(positions)
         hidden = self._buffers["hidden"][:num_tokens]
-        kernels.gather_rows(self.weights.matrices[self.config.embedding_name], np.asarray(tokens, np.int64), hidden)
+        kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
         try:
             for index, layer in enumerate(self._layers):
                 self._run_layer(index, layer, hidden, positions, cos, sin, cache)
@@ -144,10 +140,16 @@ class Decoder:
         kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
         return hidden
 
+    def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
+        """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
+        positions = np.arange(cache.length, cache.length + len(hidden), dtype=np.int64)
+        cos, sin = self._rope.at(positions)
+        self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
+
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Normed hidden states [n, H] -> logits [n, V] (n at most the logit_rows given at construction)."""
         out = self._buffers["logits"][: len(hidden)]
-        self._linear(hidden, [self.config.head_name], [out])
+        self._linear(hidden, [HEAD], [out])
         return out
 
     def _linear(
@@ -207,7 +209,9 @@ class Decoder:
     def _block(self, name: str, rows: slice) -> np.ndarray:
         return self._buffers[name][: rows.stop - rows.start]
 
-    def _finish_heads(self, x: np.ndarray, norm: np.ndarray | None, num_heads: int, cos: np.ndarray, sin: np.ndarray) -> None:
+    def _finish_heads(
+        self, x: np.ndarray, norm: np.ndarray | None, num_heads: int, cos: np.ndarray, sin: np.ndarray
+    ) -> None:
         """Per-head norm (Qwen3) and rotation of x [T, num_heads * head_dim], in place."""
         head_dim = self.config.head_dim
         if norm is not None:

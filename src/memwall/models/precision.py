@@ -1,27 +1,30 @@
 """Which tensor is stored in which format.
 
-A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a full codec spec (`int4-g64-asym`), a mean number of
-bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve` turns it into one codec spec per tensor, from
-the configuration alone, so that the planner, the loader and the ledger agree to the byte before any weight is read.
+A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a full codec spec (`int4-g64-asym`), a mean
+number of bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve` turns it into one codec
+spec per tensor, from the configuration alone, so that the planner, the loader and the ledger agree to the byte before
+any weight is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 
 from memwall.errors import InputError
 from memwall.formats import codec
+from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
 
 FLOAT_CHOICES = ("float32", "float16", "bfloat16")
 INT_CHOICES = ("int8", "int6", "int5", "int4", "int3", "int2")
 
-# The ladder that mixed precision climbs, one tensor at a time. Narrow codes get a minimum per group as well as a scale: at 2 and
-# 3 bits the quarter bit it costs buys more than the same bytes spent on wider codes elsewhere.
+# The ladder that mixed precision climbs, one tensor at a time. Narrow codes get a minimum per group as well as a scale:
+# at 2 and 3 bits the quarter bit it costs buys more than the same bytes spent on wider codes elsewhere.
 LADDER = ("int2-g64-asym", "int3-g64-asym", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
 
-# Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between thousands of
-# near-equal logits: neither goes below this.
+# Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between
+# thousands of near-equal logits: neither goes below this.
 MIN_EMBEDDING_BITS = 4
 
 ALIGNMENT_BYTES = 64
@@ -38,17 +41,16 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def resolve(config: ModelConfig, choice: str, saved: Mapping[str, str] | None = None) -> dict[str, str]:
+def resolve(config: ModelConfig, choice: str, checkpoint: Checkpoint | None = None) -> dict[str, str]:
     """Codec spec of every tensor of `config`.
 
-    saved: tensor -> spec as a compressed directory stores them; needed for (and only used by) the choice `saved`.
-    Raises InputError for an unknown choice.
+    checkpoint: needed for (and only used by) the choice `saved`. Raises InputError for an unknown choice.
     """
     tensors = config.tensors()
     if choice == "saved":
-        if saved is None:
+        if checkpoint is None or checkpoint.manifest is None:
             raise InputError("weights 'saved' needs a directory that `memwall compress` wrote")
-        return {tensor.name: saved.get(tensor.name, "float32") for tensor in tensors}
+        return {t.name: checkpoint.source_dtype(t.name) if is_matrix(t) else "float32" for t in tensors}
     if choice.startswith("mixed-"):
         return _mixed(tensors, _parse_mean_bits(choice), source_spec(config))
     spec = _canonical(choice)
@@ -79,14 +81,7 @@ def weight_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, int
 def tensor_bytes(tensor: TensorSpec, spec: str) -> int:
     """Resident bytes of one tensor in one format, alignment included."""
     buffers = codec(spec).buffers(tensor.shape).values()
-    return sum(aligned(_size(shape) * dtype.itemsize) for shape, dtype in buffers)
-
-
-def _size(shape: Iterable[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+    return sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in buffers)
 
 
 def _canonical(choice: str) -> str:
@@ -94,7 +89,9 @@ def _canonical(choice: str) -> str:
         return codec(choice).spec
     except ValueError as error:
         accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES))
-        raise InputError(f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto") from error
+        raise InputError(
+            f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto"
+        ) from error
 
 
 def _bits(spec: str) -> int:
@@ -115,7 +112,9 @@ def _parse_mean_bits(choice: str) -> float:
     except ValueError:
         bits = float("nan")
     if not 1 <= bits <= 32:
-        raise InputError(f"weights {choice!r}: write mixed- and a mean number of bits between 2.5 and 32, such as mixed-3.70")
+        raise InputError(
+            f"weights {choice!r}: write mixed- and a mean number of bits between 2.5 and 32, such as mixed-3.70"
+        )
     return bits
 
 
@@ -138,7 +137,10 @@ def _mixed(tensors: list[TensorSpec], mean_bits: float, ceiling: str) -> dict[st
             if extra > 0 and used + extra <= allowed:
                 specs[tensor.name] = spec
                 used += extra
-        if any(specs[tensor.name] != _for_tensor(tensor, rung) and specs[tensor.name] == before[tensor.name] for tensor in matrices):
+        if any(
+            specs[tensor.name] != _for_tensor(tensor, rung) and specs[tensor.name] == before[tensor.name]
+            for tensor in matrices
+        ):
             break  # this rung is not filled: a higher one would take bytes from tensors that still wait for it
     return specs
 
@@ -146,8 +148,8 @@ def _mixed(tensors: list[TensorSpec], mean_bits: float, ceiling: str) -> dict[st
 def sensitivity_rank(tensor: TensorSpec, tensors: list[TensorSpec]) -> tuple[int, int]:
     """Order in which tensors get more bits when nothing was measured: (class, layer), least first.
 
-    Values and the second matrix of the feed-forward block write straight into the residual stream and suffer most from low bits;
-    the first and the last layer more than those between. (`memwall compress` measures instead.)
+    Values and the second matrix of the feed-forward block write straight into the residual stream and suffer most from
+    low bits; the first and the last layer more than those between. (`memwall compress` measures instead.)
     """
     last = max((other.layer for other in tensors if other.layer is not None), default=0)
     layer = tensor.layer if tensor.layer is not None else -1

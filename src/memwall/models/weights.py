@@ -1,7 +1,8 @@
 """Load a checkpoint into an arena, tensor by tensor, compressing on the way.
 
-The source is memory-mapped; a few rows at a time are read, encoded and written to their final place, and the source's pages are
-given back at once. So the peak while loading is the compressed model plus one piece (`PIECE_BYTES`), not the float model.
+The source is memory-mapped; a few rows at a time are read, encoded and written to their final place, and the source's
+pages are given back at once. So the peak while loading is the compressed model plus one piece (`PIECE_BYTES`), not the
+float model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from memwall.formats import Packed, codec
 from memwall.kernels import Matrix
 from memwall.memory import Arena, Region
 from memwall.models.checkpoint import Checkpoint
-from memwall.models.config import ModelConfig, TensorSpec
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
 from memwall.models.precision import aligned, weight_bytes
 
 # Source bytes read between two encodes. Large enough to keep all threads busy, small beside any budget.
@@ -36,7 +37,7 @@ class Weights:
     specs: Mapping[str, str]
 
     def replace(self, name: str, packed: Packed) -> None:
-        """Put another form of one matrix in place (calibration swaps compressed layers in; not counted in the arena)."""
+        """Put another form of one matrix in place (calibration swaps compressed layers in; not in the arena)."""
         self.matrices[name] = kernels.matrix(packed)
 
 
@@ -70,13 +71,13 @@ def load_weights(
 ) -> Weights:
     """Read every tensor that `config` expects, in the formats of `specs`.
 
-    progress(done_bytes, total_bytes) counts source bytes. Raises BudgetExceeded before the arena's cap is crossed (nothing stays
-    allocated then) and InputError for a damaged checkpoint.
+    progress(done_bytes, total_bytes) counts source bytes. Raises BudgetExceeded before the arena's cap is crossed
+    (nothing stays allocated then) and InputError for a damaged checkpoint.
     """
     pool = _Pool(arena, weight_bytes(config, specs))
     weights = Weights(matrices={}, vectors={}, specs=specs)
     tensors = config.tensors()
-    total = sum(checkpoint.nbytes(tensor.name) for tensor in tensors)
+    total = sum(checkpoint.stored_bytes(tensor.name) for tensor in tensors)
     done = 0
     try:
         for tensor in tensors:
@@ -88,7 +89,7 @@ def load_weights(
                 vector[...] = checkpoint.tensor(tensor.name).astype(np.float32)
                 weights.vectors[tensor.name] = vector
             checkpoint.drop(tensor.name)
-            done += checkpoint.nbytes(tensor.name)
+            done += checkpoint.stored_bytes(tensor.name)
             if progress is not None:
                 progress(done, total)
     except BaseException:
@@ -97,13 +98,14 @@ def load_weights(
         pool.release()
         raise
     if config.tie_word_embeddings:
-        weights.matrices[config.head_name] = weights.matrices[config.embedding_name]
+        weights.matrices[HEAD] = weights.matrices[EMBEDDING]
     return weights
 
 
 def _load_matrix(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, pool: _Pool) -> Packed:
     buffers = {
-        name: pool.take(f"weights/{spec}", shape, dtype) for name, (shape, dtype) in codec(spec).buffers(tensor.shape).items()
+        name: pool.take(f"weights/{spec}", shape, dtype)
+        for name, (shape, dtype) in codec(spec).buffers(tensor.shape).items()
     }
     packed = checkpoint.packed(tensor.name)
     if packed is not None and packed.spec == spec:
@@ -111,10 +113,11 @@ def _load_matrix(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, pool: _P
             np.copyto(buffer, packed.buffers[name])
         return Packed(spec=spec, shape=tensor.shape, buffers=buffers)
     source = checkpoint.tensor(tensor.name)
+    dtype = np.dtype(np.float32) if source.dtype == np.float64 else source.dtype
     num_rows = tensor.shape[0]
     piece_rows = max(PIECE_BYTES // max(source[0].nbytes, 1) // ROW_TILE, 1) * ROW_TILE
     for start in range(0, num_rows, piece_rows):
-        piece = kernels.encode(spec, np.ascontiguousarray(source[start : start + piece_rows]))
+        piece = kernels.encode(spec, np.ascontiguousarray(source[start : start + piece_rows], dtype))
         for name, part in piece.buffers.items():
             # tiles stack along the first axis as rows do, so a piece of whole tiles lands in one contiguous slice
             first = start if part.shape[0] == piece.shape[0] else start // ROW_TILE
