@@ -256,14 +256,15 @@ def make_plan(
     max_kl: float | None = None,
     text: str | None = None,
     runtime_bytes: int | None = None,
-    profile: bool = True,
+    profile: bool | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
     fit.
 
     budget: caps per tier (None: no cap, or another machine's capacities). measure: measure quality on held-out text
-    where it is not known; profile: measure kernels where they are not known, otherwise speeds may be missing.
+    where it is not known; profile: measure kernels where they are not known (None: as `measure`), otherwise speeds may
+    be missing.
     progress(done, total) counts windows of text.
     """
     planner = Planner(
@@ -272,7 +273,7 @@ def make_plan(
         device=device,
         runtime_bytes=runtime_bytes,
         text=text,
-        profile=profile,
+        profile=measure if profile is None else profile,
         progress=progress,
     )
     goal = Goal(

@@ -193,7 +193,7 @@ def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float
 
 def _cache_step(policy: str, heads: int, kv_heads: int, head_dim: int, length: int) -> Callable[[], None]:
     random = np.random.default_rng(0)
-    shape = kv.CacheShape(num_layers=1, num_kv_heads=kv_heads, head_dim=head_dim)
+    shape = kv.CacheShape(num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     cache = kv.build(policy, shape, Arena(1 << 62, Ledger()), 4 * length + 4096)
     keys = random.standard_normal((length, kv_heads, head_dim), np.float32)
     cache.append(0, keys, keys.copy(), np.arange(length))
