@@ -94,7 +94,8 @@ def predict_here(
     block = sum(size / (blocks[spec] or math.inf) for spec, size in macs.items())
     # per token of a block the overheads are shared by the block; attention over half the prompt, several rows at a time
     shared = (config.num_layers * per_layer + per_token) / min(prompt, PREFILL_TOKENS)
-    prefill = block + shared + sum(max(_line(seen, attend) - _line(0, attend), 0.0) for seen in _seen(config, prompt / 2))
+    attention = sum(max(_line(seen, attend) - _line(0, attend), 0.0) for seen in _seen(config, prompt / 2))
+    prefill = block + shared + attention
     return Speed(
         decode_tokens_per_s=choice.batch / step_seconds(choice.context, cache_bytes),
         decode_tokens_per_s_at_start=choice.batch / step_seconds(0, 0),
