@@ -192,6 +192,7 @@ def _start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Token
         context=request.context or needed_tokens,
         threads=request.threads,
         measure=False,
+        profile=False,
     )
     settings = Settings(
         weights=plan.choice.weights,
@@ -199,8 +200,8 @@ def _start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Token
         context_tokens=plan.choice.context,
         threads=request.threads,
     )
-    with progress_bar("loading", quiet=request.quiet) as progress:
-        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=progress)
+    with progress_bar("loading", quiet=request.quiet) as bar:
+        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
     return session, plan
 
 
