@@ -133,10 +133,7 @@ class Session:
             return
         result.timings.prefill_seconds = time.perf_counter() - began
         result.timings.prefill_tokens_per_s = len(prompt) / result.timings.prefill_seconds
-        try:
-            yield from self._decode(logits, sampling, result)
-        finally:
-            kernels.release_idle_threads()
+        yield from self._decode(logits, sampling, result)
 
     def _decode(self, logits: np.ndarray, sampling: Sampling, result: Generation) -> Iterator[str]:
         sampler, watcher = Sampler(sampling), StopWatcher(sampling.stop)
@@ -217,7 +214,7 @@ def load(
         logit_rows=settings.logit_rows,
         exact=settings.exact,
     )
-    cache = kv.build(settings.kv, kv.CacheShape.of(config), arena, settings.context_tokens)
+    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens)
     return Session(
         settings=settings,
         config=config,
@@ -227,6 +224,17 @@ def load(
         arena=arena,
         ledger=ledger,
         load_seconds=time.perf_counter() - began,
+    )
+
+
+def cache_shape(config: ModelConfig) -> kv.CacheShape:
+    """What a KV cache must know of a model."""
+    return kv.CacheShape(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        windows=config.sliding_windows,
     )
 
 

@@ -26,6 +26,7 @@ _DECIMAL = {"B": 1, "kB": KB, "MB": MB, "GB": GB, "TB": TB, "PB": PB}
 _BINARY = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB, "PiB": PIB}
 _BITS = {"bit": 1, "kbit": KB, "Mbit": MB, "Gbit": GB, "Tbit": TB}
 _MULTIPLES = {"k": KB, "M": MB, "G": GB, "T": TB, "P": PB}
+_SECONDS = {"s": Fraction(1), "ms": Fraction(1, KB), "us": Fraction(1, MB), "ns": Fraction(1, GB)}
 _SIZES = {name.lower(): scale for name, scale in (_DECIMAL | _BINARY).items()}
 _BIT_RATES = {name.lower(): Fraction(scale, 8) for name, scale in _BITS.items()}
 
@@ -93,6 +94,23 @@ def format_flop_rate(flop_per_s: float) -> str:
         if flop_per_s >= scale:
             return f"{flop_per_s / scale:.3g} {name}FLOP/s"
     return f"{flop_per_s:.3g} FLOP/s"
+
+
+def parse_flop_rate(text: str) -> FlopPerSecond:
+    """`312 TFLOP/s` or `24.5TOP/s` to operations per second."""
+    number, unit = _split(text.replace("/s", ""), "rate of operations", "such as 312TFLOP/s or 24.5TOP/s")
+    match = re.fullmatch(r"([kMGTP]?)(?:FLOP|OP)", unit)
+    if match is None or not text.strip().endswith("/s"):
+        raise InputError(f"{text[:60]!r} is not a rate of operations: write 312TFLOP/s or 24.5TOP/s")
+    return FlopPerSecond(float(number * _MULTIPLES.get(match[1], Bytes(1))))
+
+
+def parse_seconds(text: str) -> Seconds:
+    """`110ns`, `45us`, `1.2ms` or `3s` to seconds."""
+    number, unit = _split(text, "duration", "such as 110ns, 45us, 1.2ms or 3s")
+    if unit not in _SECONDS:
+        raise InputError(f"{text[:60]!r} is not a duration: write 110ns, 45us, 1.2ms or 3s")
+    return Seconds(float(number * _SECONDS[unit]))
 
 
 def format_seconds(seconds: float) -> str:
