@@ -3,6 +3,9 @@
 `load(model, Settings(...), budget=...)` gives a `Session`; `Session.generate` streams text.
 """
 
+from memwall.engine.quality import Evaluator as Evaluator
+from memwall.engine.quality import Figures as Figures
+from memwall.engine.quality import evaluate as evaluate
 from memwall.engine.sampling import Sampler as Sampler
 from memwall.engine.sampling import Sampling as Sampling
 from memwall.engine.session import Generation as Generation

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memwall import kernels, kv
+from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
 from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
@@ -133,10 +133,7 @@ class Session:
             return
         result.timings.prefill_seconds = time.perf_counter() - began
         result.timings.prefill_tokens_per_s = len(prompt) / result.timings.prefill_seconds
-        try:
-            yield from self._decode(logits, sampling, result)
-        finally:
-            kernels.release_idle_threads()
+        yield from self._decode(logits, sampling, result)
 
     def _decode(self, logits: np.ndarray, sampling: Sampling, result: Generation) -> Iterator[str]:
         sampler, watcher = Sampler(sampling), StopWatcher(sampling.stop)
@@ -206,7 +203,8 @@ def load(
     with Checkpoint(model, config) as checkpoint:
         specs = resolve(config, settings.weights, checkpoint)
         ledger = Ledger()
-        runtime_bytes = measure_runtime(ledger)
+        _warm_up()
+        runtime_bytes = measure_runtime(ledger).nbytes
         arena = Arena(_cap(budget, runtime_bytes), ledger)
         weights = load_weights(config, checkpoint, specs, arena, progress=progress)
     decoder = Decoder(
@@ -217,7 +215,7 @@ def load(
         logit_rows=settings.logit_rows,
         exact=settings.exact,
     )
-    cache = kv.build(settings.kv, kv.CacheShape.of(config), arena, settings.context_tokens)
+    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens)
     return Session(
         settings=settings,
         config=config,
@@ -227,6 +225,29 @@ def load(
         arena=arena,
         ledger=ledger,
         load_seconds=time.perf_counter() - began,
+    )
+
+
+def _warm_up() -> None:
+    """Bring in what every run needs before the runtime row is measured: code pages, threads, a tidy heap."""
+    kernels.num_threads()
+    weight = np.ones((64, 128), np.float32)
+    x, out = np.ones((2, 128), np.float32), np.empty((2, 64), np.float32)
+    for spec in ("float32", "int4-g64"):
+        held = kernels.matrix(kernels.encode(spec, weight))
+        kernels.linear(x, [held], [out])
+        kernels.linear(x[:1], [held], [out[:1]])
+    _native.give_back_freed_memory()
+
+
+def cache_shape(config: ModelConfig) -> kv.CacheShape:
+    """What a KV cache must know of a model."""
+    return kv.CacheShape(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        windows=config.sliding_windows,
     )
 
 

@@ -18,7 +18,7 @@ from memwall import kernels
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
-from memwall.models.rope import RotaryTable
+from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
 
 BLOCK_ROWS = 128
@@ -105,7 +105,6 @@ class Decoder:
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
         self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
-        self._rope = RotaryTable(config.rope, config.head_dim)
         self._buffers = {
             name: arena.allocate(OWNER, shape, np.float32)
             for name, shape in activation_shapes(config, segment_tokens, logit_rows).items()
@@ -128,7 +127,7 @@ class Decoder:
             raise ValueError(f"forward takes 1 to {self.segment_tokens} tokens at a time, got {num_tokens}")
         start = cache.length
         positions = np.arange(start, start + num_tokens, dtype=np.int64)
-        cos, sin = self._rope.at(positions)
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
         hidden = self._buffers["hidden"][:num_tokens]
         kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
         try:
@@ -143,7 +142,7 @@ class Decoder:
     def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
         """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
         positions = np.arange(cache.length, cache.length + len(hidden), dtype=np.int64)
-        cos, sin = self._rope.at(positions)
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
         self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
