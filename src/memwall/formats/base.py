@@ -1,7 +1,7 @@
 """The codec seam: how numbers become bytes.
 
-A `Codec` turns an array into a `Packed` and back. A `Packed` owns plain NumPy buffers and nothing else, so its size is what its
-buffers weigh, and it can be written to a safetensors file and rebuilt from those bytes alone.
+A `Codec` turns an array into a `Packed` and back. A `Packed` owns plain NumPy buffers and nothing else, so its size
+is what its buffers weigh, and it can be written to a safetensors file and rebuilt from those bytes alone.
 """
 
 from __future__ import annotations
@@ -10,9 +10,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from memwall.errors import InputError
+
+# A buffer of this name is stored under the tensor's own name: float tensors look as in any other safetensors file.
+PLAIN_BUFFER = "values"
+
+
+def tensor_name(name: str, buffer: str) -> str:
+    """Name, in a file, of one buffer of the tensor `name`."""
+    return name if buffer == PLAIN_BUFFER else f"{name}::{buffer}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +53,33 @@ class Packed:
         """Bits really spent per logical number (scales and padding counted)."""
         return 8 * self.nbytes / max(self.size, 1)
 
+    def to_tensors(self, name: str) -> dict[str, np.ndarray]:
+        """The buffers under the names they have in a file: `name` for floats, `name::codes`, `name::scales`... else."""
+        return {tensor_name(name, buffer): array for buffer, array in self.buffers.items()}
+
+
+def array_namespace(x: Any) -> Any:
+    """The array API of `x`'s library.
+
+    NumPy is one itself: the CPU path skips the import of the compatibility layer, 10 MB that a small budget feels.
+    """
+    if isinstance(x, np.ndarray | np.generic):
+        return np
+    import array_api_compat
+
+    return array_api_compat.array_namespace(x)
+
 
 class Codec(ABC):
     """Encodes arrays to `Packed` and back. Instances are frozen dataclasses: settings and technique are one object."""
+
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Spec strings that the contract test runs: an easy setting and the hard ones."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, spec: str) -> Codec:
+        """Codec of a spec string; InputError where it names no setting of this family."""
 
     @property
     @abstractmethod
@@ -67,3 +101,19 @@ class Codec(ABC):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Exact bytes of the packed form of an array of `shape`."""
         return sum(math.prod(s) * d.itemsize for s, d in self.buffers(shape).values())
+
+    def from_tensors(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray]) -> Packed:
+        """Packed form from the arrays of a file (no copy); one that is missing or misshapen is refused by name."""
+        buffers = {}
+        for buffer, (expected_shape, dtype) in self.buffers(shape).items():
+            key = tensor_name(name, buffer)
+            if key not in tensors:
+                raise InputError(f"tensor {key!r} is missing; {self.spec} of shape {list(shape)} needs it")
+            array = tensors[key]
+            if tuple(array.shape) != expected_shape or array.dtype != dtype:
+                raise InputError(
+                    f"tensor {key!r} is {array.dtype}{list(array.shape)}, but {self.spec} of shape {list(shape)} "
+                    f"needs {dtype}{list(expected_shape)}"
+                )
+            buffers[buffer] = array
+        return Packed(spec=self.spec, shape=tuple(shape), buffers=buffers)

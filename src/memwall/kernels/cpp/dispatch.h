@@ -1,7 +1,7 @@
-// One table of function pointers per instruction set; `active()` gives the one in use.
+// Choice of instruction set at run time.
 //
-// A kernel family NAME adds a struct of function pointers here (declared in NAME.h), fills it in NAME.isa.cpp (compiled once per
-// instruction set, inside namespace mw::MW_ISA) and reads it through its own table, indexed by active_isa().
+// A kernel family NAME declares a struct of function pointers in NAME.h, fills one in NAME.isa.cpp (compiled once per instruction
+// set, inside namespace mw::MW_ISA) and reads the active one through MW_KERNEL_TABLE in its plain .cpp file.
 #pragma once
 
 namespace mw {
@@ -18,3 +18,24 @@ void force_isa(Isa isa);
 const char* isa_name(Isa isa);
 
 }  // namespace mw
+
+// At namespace scope of one plain .cpp file: declares the tables `variable` of every instruction set that is built, and a
+// function variable_in_use() that gives the active one.
+#if defined(MW_X86)
+#define MW_KERNEL_TABLE(Type, variable)                                                                    \
+  namespace mw::portable { extern const Type variable; }                                                   \
+  namespace mw::avx2 { extern const Type variable; }                                                       \
+  namespace mw::avx512 { extern const Type variable; }                                                     \
+  namespace mw {                                                                                           \
+  static const Type& variable##_in_use() {                                                                 \
+    static const Type* const tables[kNumIsas] = {&portable::variable, &avx2::variable, &avx512::variable}; \
+    return *tables[static_cast<int>(active_isa())];                                                        \
+  }                                                                                                        \
+  }
+#else
+#define MW_KERNEL_TABLE(Type, variable)                    \
+  namespace mw::portable { extern const Type variable; }   \
+  namespace mw {                                           \
+  static const Type& variable##_in_use() { return portable::variable; } \
+  }
+#endif

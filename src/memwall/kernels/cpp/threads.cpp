@@ -37,27 +37,25 @@ class Pool {
     start(n);
   }
 
-  void run(std::size_t n, std::size_t grain, const std::function<void(std::size_t, std::size_t, int)>& body) {
+  void run(std::size_t n, std::size_t grain, ChunkBody body) {
     if (n == 0) return;
     grain = std::max<std::size_t>(grain, 1);
+    if (n <= grain) return body(0, n, 0);
     std::unique_lock<std::mutex> guard(calls_);  // two Python threads may call kernels at once: one after the other
-    if (workers_.empty() || n <= grain) {
-      guard.unlock();
-      body(0, n, 0);
-      return;
-    }
+    if (workers_.empty()) return body(0, n, 0);
     body_ = &body;
     n_ = n;
     grain_ = grain;
     next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    open_.store(true, std::memory_order_seq_cst);
     epoch_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> wake(sleep_);
       awake_.notify_all();
     }
     drain(0);
-    for (int spin = 0; busy_.load(std::memory_order_acquire) != 0; ++spin) {
+    open_.store(false, std::memory_order_seq_cst);
+    for (int spin = 0; inside_.load(std::memory_order_seq_cst) != 0; ++spin) {
       if (spin < kSpins) relax();
       else std::this_thread::yield();
     }
@@ -65,7 +63,7 @@ class Pool {
 
  private:
   void drain(int worker) {
-    const auto& body = *body_;
+    const ChunkBody body = *body_;
     const std::size_t n = n_, grain = grain_;
     for (;;) {
       const std::size_t begin = next_.fetch_add(grain, std::memory_order_relaxed);
@@ -105,8 +103,11 @@ class Pool {
       }
       if (quit_) return;
       seen = epoch_.load(std::memory_order_acquire);
-      drain(worker);
-      busy_.fetch_sub(1, std::memory_order_release);
+      // Say "inside" first and look second, while the caller closes first and looks second: either the caller waits for this
+      // worker, or this worker sees that it came too late and leaves `body_` alone.
+      inside_.fetch_add(1, std::memory_order_seq_cst);
+      if (open_.load(std::memory_order_seq_cst)) drain(worker);
+      inside_.fetch_sub(1, std::memory_order_seq_cst);
     }
   }
 
@@ -117,8 +118,9 @@ class Pool {
   std::atomic<unsigned> epoch_{0};
   std::atomic<int> sleepers_{0};
   alignas(64) std::atomic<std::size_t> next_{0};
-  alignas(64) std::atomic<int> busy_{0};
-  const std::function<void(std::size_t, std::size_t, int)>* body_ = nullptr;
+  alignas(64) std::atomic<int> inside_{0};  // workers that may be using body_
+  std::atomic<bool> open_{false};           // chunks are being handed out
+  const ChunkBody* body_ = nullptr;
   std::size_t n_ = 0, grain_ = 1;
 };
 
@@ -154,7 +156,7 @@ void set_num_threads(int n) {
   if (pool().size() != n) pool().resize(n);
 }
 
-void parallel_for(std::size_t n, std::size_t grain, const std::function<void(std::size_t, std::size_t, int)>& body) {
+void parallel_for(std::size_t n, std::size_t grain, ChunkBody body) {
   pool().run(n, grain, body);
 }
 

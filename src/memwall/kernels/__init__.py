@@ -1,0 +1,29 @@
+"""Native kernels behind one dispatcher.
+
+C++ for CPUs lives in `cpp/` (portable, AVX2 and AVX-512, chosen when the program runs); the modules here are its Python
+faces. `reference` has each operation in plain torch; only tests import it.
+"""
+
+from __future__ import annotations
+
+from memwall._native import best_isa, force_isa, isa, num_threads, set_num_threads
+from memwall.kernels.elementwise import rms_norm, rope, swiglu
+from memwall.kernels.encode import encode
+from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, scratch_bytes
+
+__all__ = [
+    "Matrix",
+    "best_isa",
+    "encode",
+    "force_isa",
+    "gather_rows",
+    "isa",
+    "linear",
+    "matrix",
+    "num_threads",
+    "rms_norm",
+    "rope",
+    "scratch_bytes",
+    "set_num_threads",
+    "swiglu",
+]

@@ -1,0 +1,45 @@
+// Shares the rows of elementwise operations among threads when there are enough of them.
+#include "elementwise.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "threads.h"
+
+MW_KERNEL_TABLE(ElementwiseKernels, elementwise_kernels)
+
+namespace mw {
+namespace {
+
+// Numbers per chunk: about 10 us of work, so that decoding (one token) stays on the calling thread.
+constexpr std::int64_t kChunk = 1 << 16;
+
+std::size_t rows_per_chunk(std::int64_t width) { return static_cast<std::size_t>(std::max<std::int64_t>(1, kChunk / (width + 1))); }
+
+}  // namespace
+
+void rms_norm(const float* x, const float* weight, float eps, std::int64_t rows, std::int64_t width, float* out) {
+  const auto kernel = elementwise_kernels_in_use().rms_norm;
+  parallel_for(static_cast<std::size_t>(rows), rows_per_chunk(width), [&](std::size_t begin, std::size_t end, int) {
+    const auto at = static_cast<std::int64_t>(begin) * width;
+    kernel(x + at, weight, eps, static_cast<std::int64_t>(end - begin), width, out + at);
+  });
+}
+
+void rope(float* x, const float* cos, const float* sin, std::int64_t tokens, std::int64_t heads, std::int64_t width,
+          std::int64_t half) {
+  const auto kernel = elementwise_kernels_in_use().rope;
+  parallel_for(static_cast<std::size_t>(tokens), rows_per_chunk(heads * width), [&](std::size_t begin, std::size_t end, int) {
+    for (auto t = static_cast<std::int64_t>(begin); t < static_cast<std::int64_t>(end); ++t)
+      kernel(x + t * heads * width, cos + t * half, sin + t * half, heads, width, half);
+  });
+}
+
+void swiglu(const float* gate, const float* up, std::int64_t count, float* out) {
+  const auto kernel = elementwise_kernels_in_use().swiglu;
+  parallel_for(static_cast<std::size_t>(count), kChunk / 4, [&](std::size_t begin, std::size_t end, int) {
+    kernel(gate + begin, up + begin, static_cast<std::int64_t>(end - begin), out + begin);
+  });
+}
+
+}  // namespace mw

@@ -1,0 +1,22 @@
+// Operations between the products: normalization, rotary position embedding, gated activation. All float32.
+#pragma once
+
+#include <cstdint>
+
+namespace mw {
+
+struct ElementwiseKernels {
+  // out = x / sqrt(mean(x^2) + eps) * weight, for `rows` rows of `width`; out may be x
+  void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t rows, std::int64_t width, float* out);
+  // rotates the first 2 * half numbers of each of `heads` heads: pairs are (i, i + half)
+  void (*rope)(float* x, const float* cos, const float* sin, std::int64_t heads, std::int64_t width, std::int64_t half);
+  // out = gate / (1 + exp(-gate)) * up; out may be gate or up
+  void (*swiglu)(const float* gate, const float* up, std::int64_t count, float* out);
+};
+
+void rms_norm(const float* x, const float* weight, float eps, std::int64_t rows, std::int64_t width, float* out);
+void rope(float* x, const float* cos, const float* sin, std::int64_t tokens, std::int64_t heads, std::int64_t width,
+          std::int64_t half);
+void swiglu(const float* gate, const float* up, std::int64_t count, float* out);
+
+}  // namespace mw

@@ -1,0 +1,206 @@
+// Drives the product kernels: quantizes activations once per call, cuts the work in strips of rows, shares them among threads.
+#include "linear.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+#include "dispatch.h"
+#include "half.h"
+#include "threads.h"
+
+MW_KERNEL_TABLE(LinearKernels, linear_kernels)
+
+namespace mw {
+namespace {
+
+// Memory that only ever grows, so that a step of decoding allocates nothing. Guarded by g_mutex.
+class Scratch {
+ public:
+  char* at_least(std::size_t bytes) {
+    if (bytes > bytes_) {
+      std::free(data_);
+      bytes_ = 0;
+      data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+      if (data_ == nullptr) throw std::bad_alloc();
+      bytes_ = (bytes + 63) / 64 * 64;
+    }
+    return data_;
+  }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  char* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
+Scratch g_activations[3], g_workers;
+
+// Below this a call runs on its own thread: waking another costs about as much.
+constexpr double kInlineSeconds = 20e-6;
+constexpr double kChunkSeconds = 15e-6;
+// Rough speeds of one core, for the size of chunks only.
+constexpr double kBytesPerSecond = 15e9, kMultipliesPerSecond = 150e9;
+
+double strip_seconds(const Matrix& m, std::int64_t strip_rows, std::int64_t tokens) {
+  const double bytes = static_cast<double>(m.nbytes()) / std::max<std::int64_t>(m.rows, 1);
+  const double multiplies = static_cast<double>(m.cols) * static_cast<double>(tokens);
+  return static_cast<double>(strip_rows) * std::max(bytes / kBytesPerSecond, multiplies / kMultipliesPerSecond);
+}
+
+// Lays codes, scales and sums of `tokens` tokens out in one piece of scratch and quantizes into it.
+Activations quantize(const LinearKernels& kernels, const Input& input, int group, Scratch& scratch) {
+  Activations a;
+  a.group = group;
+  a.groups = (input.cols + group - 1) / group;
+  a.block = input.tokens == 1 ? 1 : kernels.token_block;
+  const std::int64_t blocks = (input.tokens + a.block - 1) / a.block, entries = blocks * a.block * a.groups;
+  a.codes = reinterpret_cast<std::int8_t*>(scratch.at_least(static_cast<std::size_t>(entries) * (group + 8)));
+  a.scales = reinterpret_cast<float*>(a.codes + entries * group);
+  a.sums = reinterpret_cast<std::int32_t*>(a.scales + entries);
+  const std::size_t grain = std::max<std::int64_t>(1, (1 << 16) / (a.block * input.cols + 1));
+  parallel_for(static_cast<std::size_t>(blocks), grain, [&](std::size_t begin, std::size_t end, int) {
+    for (auto b = static_cast<std::int64_t>(begin); b < static_cast<std::int64_t>(end); ++b) {
+      const std::int64_t first = b * a.block;
+      const int count = static_cast<int>(std::min<std::int64_t>(a.block, input.tokens - first));
+      kernels.quantize(input.x + first * input.cols, input.cols, count, b, a);
+    }
+  });
+  return a;
+}
+
+// One product and where its strips stand in the row of all strips of the call.
+struct Job {
+  const Matrix* matrix;
+  Output output;
+  StripKernel kernel;
+  const Input* input;
+  std::int64_t first_strip, num_strips;
+};
+
+constexpr std::size_t kMaxJobs = 8;  // products of one parallel region; a call with more takes several
+
+void run_jobs(const Job* jobs, std::size_t count, double seconds) {
+  const std::int64_t strips = jobs[count - 1].first_strip + jobs[count - 1].num_strips;
+  if (strips == 0) return;
+  const double chunk = std::max(1.0, kChunkSeconds / (seconds / static_cast<double>(strips)));
+  const std::size_t grain = seconds < kInlineSeconds ? strips : static_cast<std::size_t>(std::min<double>(chunk, strips));
+  char* scratch = g_workers.at_least(kWorkerScratchBytes * num_threads());
+  parallel_for(strips, grain, [&](std::size_t begin, std::size_t end, int worker) {
+    for (const Job* job = jobs; job != jobs + count; ++job) {
+      const std::int64_t first = std::max<std::int64_t>(begin, job->first_strip) - job->first_strip;
+      const std::int64_t last = std::min<std::int64_t>(end, job->first_strip + job->num_strips) - job->first_strip;
+      if (first < last) job->kernel(*job->matrix, *job->input, first, last, job->output, scratch + worker * kWorkerScratchBytes);
+    }
+  });
+}
+
+// At most kMaxTokens tokens and kMaxJobs products.
+void linear_block(const Input& plain, const Product* products, std::size_t count, bool exact, std::int64_t first_token) {
+  const LinearKernels& kernels = linear_kernels_in_use();
+  const bool one = plain.tokens == 1;
+  Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
+  Job jobs[kMaxJobs];
+  double seconds = 0;
+  std::int64_t strips = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const Matrix& m = *products[i].matrix;
+    Job& job = jobs[i];
+    job.matrix = &m;
+    job.output = products[i].output;
+    job.output.data += first_token * m.rows;
+    job.input = &inputs[3];
+    if (m.form != Form::tiles) {
+      job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
+    } else if (exact) {
+      job.kernel = kernels.tiles_exact;
+    } else {
+      const int slot = m.group == 32 ? 0 : m.group == 64 ? 1 : 2;
+      if (inputs[slot].coded.codes == nullptr) inputs[slot].coded = quantize(kernels, plain, m.group, g_activations[slot]);
+      job.input = &inputs[slot];
+      job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
+    }
+    const bool single_tile = one && !(exact && m.form == Form::tiles);
+    const std::int64_t strip_rows = kTileRows * (single_tile ? 1 : kernels.strip_tiles);
+    job.first_strip = strips;
+    job.num_strips = (m.rows + strip_rows - 1) / strip_rows;
+    strips += job.num_strips;
+    seconds += strip_seconds(m, strip_rows, plain.tokens) * static_cast<double>(job.num_strips);
+  }
+  run_jobs(jobs, count, seconds);
+}
+
+// The code at (row, col) of a matrix of tiles: bit planes come widest first and hold the low bits first.
+int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
+  const std::int64_t unit = col / kUnitColumns, block = col % kUnitColumns / 4;
+  const std::uint8_t* at = m.tile(row / kTileRows) + unit * kLaneVectorBytes * m.bits + 4 * (row % kTileRows) + col % 4;
+  int code = 0, low = 0, left = m.bits;
+  for (int width = 8; width > 0; width /= 2) {
+    if ((left & width) == 0) continue;
+    const int per_byte = 8 / width;
+    const int byte = at[kLaneVectorBytes * (block / per_byte)];
+    code |= ((byte >> (width * (block % per_byte))) & ((1 << width) - 1)) << low;
+    at += kLaneVectorBytes * width;
+    low += width;
+    left -= width;
+  }
+  return code;
+}
+
+}  // namespace
+
+std::int64_t Matrix::nbytes() const {
+  if (form == Form::float32) return rows * cols * 4;
+  if (form != Form::tiles) return rows * cols * 2;
+  return row_tiles * (tile_bytes() + groups * kTileRows * 2 * (mins ? 2 : 1));
+}
+
+std::size_t linear_scratch_bytes() {
+  std::lock_guard<std::mutex> guard(g_mutex);
+  std::size_t bytes = g_workers.bytes();
+  for (const auto& scratch : g_activations) bytes += scratch.bytes();
+  return bytes;
+}
+
+void linear(const float* x, std::int64_t tokens, std::int64_t cols, const Product* products, std::size_t count, bool exact) {
+  std::lock_guard<std::mutex> guard(g_mutex);
+  for (std::int64_t token = 0; token < tokens; token += kMaxTokens) {
+    Input input;
+    input.x = x + token * cols;
+    input.tokens = std::min<std::int64_t>(kMaxTokens, tokens - token);
+    input.cols = cols;
+    for (std::size_t i = 0; i < count; i += kMaxJobs)
+      linear_block(input, products + i, std::min(kMaxJobs, count - i), exact, token);
+  }
+}
+
+void decode_row(const Matrix& m, std::int64_t row, float* out) {
+  const auto* halves = static_cast<const std::uint16_t*>(m.data) + row * m.cols;
+  switch (m.form) {
+    case Form::float32: {
+      const float* from = static_cast<const float*>(m.data) + row * m.cols;
+      std::copy(from, from + m.cols, out);
+      return;
+    }
+    case Form::float16: return void(std::transform(halves, halves + m.cols, out, half_to_float));
+    case Form::bfloat16: return void(std::transform(halves, halves + m.cols, out, bfloat_to_float));
+    case Form::tiles: break;
+  }
+  const int zero = m.mins ? 0 : 1 << (m.bits - 1);
+  for (std::int64_t col = 0; col < m.cols; ++col) {
+    const std::int64_t at = (row / kTileRows * m.groups + col / m.group) * kTileRows + row % kTileRows;
+    const float scaled = half_to_float(m.scales[at]) * static_cast<float>(tile_code(m, row, col) - zero);
+    out[col] = m.mins ? scaled + half_to_float(m.mins[at]) : scaled;
+  }
+}
+
+void gather_rows(const Matrix& m, const std::int64_t* ids, std::int64_t count, float* out) {
+  const std::size_t grain = std::max<std::int64_t>(1, (1 << 14) / (m.cols + 1));
+  parallel_for(static_cast<std::size_t>(count), grain, [&](std::size_t begin, std::size_t end, int) {
+    for (std::size_t i = begin; i < end; ++i) decode_row(m, ids[i], out + static_cast<std::int64_t>(i) * m.cols);
+  });
+}
+
+}  // namespace mw

@@ -1,0 +1,185 @@
+// Products in float32: dense matrices of any float type, and packed tiles decoded on the way (the exact path).
+#include "linear_kernels.h"
+#include "tiles.h"
+
+namespace mw::MW_ISA {
+namespace {
+
+// Rows as they lie in memory: lanes run along the columns and are added up at the end. Four accumulators hide the latency.
+template <class Type, int Tokens>
+void row_products(const Matrix& m, const Input& input, std::int64_t first_row, std::int64_t end_row, const Output& out) {
+  constexpr int kChains = Tokens == 1 ? 4 : 2, kStep = kChains * kWidth;
+  const std::int64_t cols = m.cols, whole = cols / kStep * kStep;
+  for (std::int64_t row = first_row; row < end_row; ++row) {
+    const auto* w = static_cast<const typename Type::Element*>(m.data) + row * cols;
+    Vf sums[Tokens][kChains] = {};
+    for (std::int64_t c = 0; c < whole; c += kStep)
+      for (int i = 0; i < kChains; ++i) {
+        const Vf weights = Type::vector(w + c + i * kWidth);
+        for (int t = 0; t < Tokens; ++t) sums[t][i] += weights * load<Vf>(input.x + t * cols + c + i * kWidth);
+      }
+    for (int t = 0; t < Tokens; ++t) {
+      Vf all = sums[t][0];
+      for (int i = 1; i < kChains; ++i) all += sums[t][i];
+      float value = sum_of(all);
+      for (std::int64_t c = whole; c < cols; ++c) value += Type::scalar(w[c]) * input.x[t * cols + c];
+      write_rows(&value, t, row, 1, out);
+    }
+  }
+}
+
+// A panel: the weights of one strip, some columns of them, column after column, so that lanes are rows as in tiles.
+constexpr int kPanelColumns = 256;
+struct FloatPanel {
+  alignas(64) float weights[kPanelColumns][kStripRows];
+  alignas(64) float sums[kMaxTokens][kStripRows];
+  alignas(64) float row[4][kPanelColumns];
+};
+static_assert(sizeof(FloatPanel) <= kWorkerScratchBytes);
+
+template <int Tokens>
+void panel_block(const float* panel, const float* x, std::int64_t stride, int num_cols, float (*sums)[kStripRows]) {
+  Vf total[Tokens][kStripVectors];
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) total[t][v] = load<Vf>(sums[t] + v * kWidth);
+  for (int c = 0; c < num_cols; ++c, panel += kStripRows) {
+    Vf weights[kStripVectors];
+    for (int v = 0; v < kStripVectors; ++v) weights[v] = load<Vf>(panel + v * kWidth);
+    for (int t = 0; t < Tokens; ++t) {
+      const Vf value = splat(x[t * stride + c]);
+      for (int v = 0; v < kStripVectors; ++v) total[t][v] += weights[v] * value;
+    }
+  }
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) store(sums[t] + v * kWidth, total[t][v]);
+}
+
+void panel_products(const FloatPanel& panel, const Input& input, std::int64_t first_col, int num_cols, float (*sums)[kStripRows]) {
+  const int tokens = static_cast<int>(input.tokens);
+  int t = 0;
+  for (; t + kTokenBlock <= tokens; t += kTokenBlock)
+    panel_block<kTokenBlock>(panel.weights[0], input.x + t * input.cols + first_col, input.cols, num_cols, sums + t);
+  static_for<kTokenBlock>([&](auto index) {
+    constexpr int count = decltype(index)::value;
+    if constexpr (count > 0)
+      if (tokens - t == count)
+        panel_block<count>(panel.weights[0], input.x + t * input.cols + first_col, input.cols, num_cols, sums + t);
+  });
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+// Four rows of `row` into columns `to` and on of the panel.
+void transpose_rows(const float (*row)[kPanelColumns], int num_cols, int to, FloatPanel& panel) {
+  for (int c = 0; c < num_cols; c += 4) {
+    const Four a = load<Four>(row[0] + c), b = load<Four>(row[1] + c), d = load<Four>(row[2] + c), e = load<Four>(row[3] + c);
+    const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Four de_low = __builtin_shufflevector(d, e, 0, 4, 1, 5), de_high = __builtin_shufflevector(d, e, 2, 6, 3, 7);
+    store(panel.weights[c] + to, __builtin_shufflevector(ab_low, de_low, 0, 1, 4, 5));
+    store(panel.weights[c + 1] + to, __builtin_shufflevector(ab_low, de_low, 2, 3, 6, 7));
+    store(panel.weights[c + 2] + to, __builtin_shufflevector(ab_high, de_high, 0, 1, 4, 5));
+    store(panel.weights[c + 3] + to, __builtin_shufflevector(ab_high, de_high, 2, 3, 6, 7));
+  }
+}
+
+template <class Type>
+void transpose_panel(const Matrix& m, std::int64_t first_row, std::int64_t first_col, int num_cols, FloatPanel& panel) {
+  for (int r = 0; r < kStripRows; r += 4) {
+    for (int i = 0; i < 4; ++i) {
+      float* to = panel.row[i];
+      if (first_row + r + i >= m.rows) {
+        __builtin_memset(to, 0, sizeof panel.row[i]);
+        continue;
+      }
+      const auto* from = static_cast<const typename Type::Element*>(m.data) + (first_row + r + i) * m.cols + first_col;
+      int c = 0;
+      for (; c + kWidth <= num_cols; c += kWidth) store(to + c, Type::vector(from + c));
+      for (; c < num_cols; ++c) to[c] = Type::scalar(from[c]);
+    }
+    transpose_rows(panel.row, num_cols, r, panel);
+  }
+}
+
+// Fills the panel strip by strip and column chunk by column chunk; `fill(strip, first_col, num_cols)` writes it.
+template <class Fill>
+void panel_strips(const Input& input, std::int64_t begin, std::int64_t end, const Output& out, FloatPanel& panel, Fill fill) {
+  const int tokens = static_cast<int>(input.tokens);
+  for (std::int64_t strip = begin; strip < end; ++strip) {
+    __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * tokens);
+    for (std::int64_t c = 0; c < input.cols; c += kPanelColumns) {
+      const int num_cols = static_cast<int>(input.cols - c < kPanelColumns ? input.cols - c : kPanelColumns);
+      fill(strip, c, num_cols);
+      panel_products(panel, input, c, num_cols, panel.sums);
+    }
+    for (int t = 0; t < tokens; ++t) write_rows(panel.sums[t], t, strip * kStripRows, kStripRows, out);
+  }
+}
+
+// Decodes columns of one tile into the panel: byte c of each 32-bit lane is column c of the lane's row.
+template <int Bits>
+void decode_tile(const Matrix& m, std::int64_t tile, std::int64_t first_col, int num_cols, int slot, FloatPanel& panel) {
+  const std::int64_t first_group = first_col / m.group;
+  const std::uint8_t* unit = m.tile(tile) + first_group * m.group_bytes();
+  const std::uint16_t* scales = m.scales + (tile * m.groups + first_group) * kTileRows;
+  const std::uint16_t* mins = m.mins ? m.mins + (tile * m.groups + first_group) * kTileRows : nullptr;
+  for (int c = 0; c < num_cols; c += kUnitColumns, unit += kLaneVectorBytes * Bits) {
+    const int g = c / m.group * kTileRows;
+    for (int p = 0; p < kPieces; ++p) {
+      const Vf scale = load_half(scales + g + p * kWidth);
+      const Vf least = mins ? load_half(mins + g + p * kWidth) : Vf{};
+      const std::int32_t zero = mins ? 0 : 1 << (Bits - 1);
+      static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+        constexpr int I = decltype(block)::value;
+        const Vi codes = (Vi)code_block<Bits, I>(unit + p * kVectorBytes);
+        for (int byte = 0; byte < 4; ++byte)
+          store(panel.weights[c + 4 * I + byte] + slot * kTileRows + p * kWidth,
+                scale * to_float(((codes >> (8 * byte)) & 0xff) - zero) + least);
+      });
+    }
+  }
+}
+
+template <class Type>
+void float_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
+  const std::int64_t end_row = end * kTileRows < m.rows ? end * kTileRows : m.rows;
+  row_products<Type, 1>(m, input, begin * kTileRows, end_row, out);
+}
+
+template <class Type>
+void float_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  const std::int64_t end_row = end * kStripRows < m.rows ? end * kStripRows : m.rows;
+  // for so few tokens, transposing the weights would cost more than it saves
+  if (input.tokens == 2) return row_products<Type, 2>(m, input, begin * kStripRows, end_row, out);
+  if (input.tokens == 3) return row_products<Type, 3>(m, input, begin * kStripRows, end_row, out);
+  FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
+  panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
+    transpose_panel<Type>(m, strip * kStripRows, first_col, num_cols, panel);
+  });
+}
+
+}  // namespace
+
+void tiles_exact(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
+  panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
+    for (int slot = 0; slot < kStripTiles; ++slot) {
+      const std::int64_t tile = strip * kStripTiles + slot;
+      if (tile < m.row_tiles)
+        with_bits(m.bits, [&](auto bits) { decode_tile<decltype(bits)::value>(m, tile, first_col, num_cols, slot, panel); });
+    }
+  });
+}
+
+extern const LinearKernels linear_kernels;
+const LinearKernels linear_kernels = {
+    kTokenBlock,
+    kStripTiles,
+    quantize_block,
+    tiles_one,
+    tiles_many,
+    tiles_exact,
+    {float_one<Float32>, float_one<Float16>, float_one<BFloat16>},
+    {float_many<Float32>, float_many<Float16>, float_many<BFloat16>},
+};
+
+}  // namespace mw::MW_ISA

@@ -1,0 +1,26 @@
+// What the files linear_*.isa.cpp offer one another within one instruction set.
+#pragma once
+
+#include "linear.h"
+#include "vector.h"
+
+namespace mw::MW_ISA {
+
+// Tokens computed together, and row tiles per strip, so that the accumulators fill the registers and no more.
+#if defined(__AVX512F__)
+constexpr int kTokenBlock = 8, kStripTiles = 2;
+#elif defined(__AVX2__)
+constexpr int kTokenBlock = 4, kStripTiles = 1;
+#else
+constexpr int kTokenBlock = 2, kStripTiles = 1;
+#endif
+constexpr int kStripRows = kStripTiles * kTileRows;
+constexpr int kStripVectors = kStripRows / kWidth;
+
+void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to);
+
+void tiles_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void tiles_many(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void tiles_exact(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+
+}  // namespace mw::MW_ISA

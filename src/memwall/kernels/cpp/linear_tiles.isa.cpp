@@ -1,0 +1,220 @@
+// Integer products: packed weight tiles times activations quantized to 8 bits.
+#include "linear_kernels.h"
+#include "tiles.h"
+
+namespace mw::MW_ISA {
+namespace {
+
+// One group of one token: scale = largest magnitude / 127. Returns the sum of the codes; `stride` bytes lie between two fours.
+std::int32_t quantize_group(const float* x, int count, int group, std::int64_t stride, std::int8_t* codes, float* scale) {
+  float padded[128];
+  if (count < group) {
+    for (int i = 0; i < group; ++i) padded[i] = i < count ? x[i] : 0.0f;
+    x = padded;
+  }
+  Vf largest{};
+  for (int i = 0; i < group; i += kWidth) largest = vmax(largest, vabs(load<Vf>(x + i)));
+  const float peak = max_of(largest);
+  const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;  // a smaller peak would overflow the quotient
+  *scale = peak / 127.0f;
+  Vi sum{};
+  for (int i = 0; i < group; i += kWidth) {
+    const Vi rounded = round_to_int(load<Vf>(x + i) * inverse);
+    sum += rounded;
+    typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
+    std::int8_t bytes[kWidth];
+    const Bytes narrow = __builtin_convertvector(rounded, Bytes);
+    __builtin_memcpy(bytes, &narrow, kWidth);
+    for (int j = 0; j < kWidth; j += 4) __builtin_memcpy(codes + (i + j) / 4 * stride, bytes + j, 4);
+  }
+  std::int32_t lanes[kWidth], total = 0;
+  store(lanes, sum);
+  for (int i = 0; i < kWidth; ++i) total += lanes[i];
+  return total;
+}
+
+#if defined(__AVX512VNNI__)
+constexpr int kChains = 4;  // a fused dot product takes four cycles or five, and two can start in each
+#else
+constexpr int kChains = 1;
+#endif
+constexpr int kPrefetchBytes = 4096;  // hardware prefetch stops at the end of a page
+
+// One token, one tile. The offset of symmetric codes and the minimum of asymmetric ones both multiply the sum of the
+// activations, which is known beforehand: they cost one operation per group, not one per weight.
+template <int Bits>
+void one_token_tile(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
+  const int units = m.group / kUnitColumns;
+  const std::uint8_t* unit = m.tile(tile);
+  const std::uint16_t* scales = m.scales + tile * m.groups * kTileRows;
+  const std::uint16_t* mins = m.mins ? m.mins + tile * m.groups * kTileRows : nullptr;
+  const std::int8_t* x = a.codes;
+  Vf total[kPieces] = {};
+  for (std::int64_t g = 0; g < m.groups; ++g, scales += kTileRows) {
+    Dot<Bits> dot[kPieces][kChains];
+    const std::int32_t offset = mins ? 0 : -(a.sums[g] << (Bits - 1));
+    for (auto& chains : dot)
+      for (int i = 0; i < kChains; ++i) chains[i].start(splat(i == 0 ? offset : 0));
+    for (int u = 0; u < units; ++u, unit += kLaneVectorBytes * Bits, x += kUnitColumns)
+      static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+        constexpr int I = decltype(block)::value;
+        if constexpr (I < Bits) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
+        const Vb four = repeat_four(x + 4 * I);
+        for (int p = 0; p < kPieces; ++p)
+          dot[p][I % kChains].template add<I>(code_block<Bits, I>(unit + p * kVectorBytes), four);
+      });
+    for (int p = 0; p < kPieces; ++p) {
+      Vi sum = dot[p][0].sum;
+      for (int i = 1; i < kChains; ++i) sum += dot[p][i].sum;
+      total[p] += load_half(scales + p * kWidth) * a.scales[g] * to_float(sum);
+    }
+    if (mins) {
+      const float sum = a.scales[g] * static_cast<float>(a.sums[g]);
+      for (int p = 0; p < kPieces; ++p) total[p] += load_half(mins + p * kWidth) * sum;
+      mins += kTileRows;
+    }
+  }
+  for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
+}
+
+// Several tokens: a strip of row tiles is unpacked, some groups at a time, into a panel that stays in the first-level cache, and
+// every block of tokens passes over it.
+constexpr int kPanelColumns = 512;
+constexpr int kPanelGroups = kPanelColumns / 32;
+struct Panel {
+  alignas(64) std::uint8_t codes[kPanelColumns / 4][kStripTiles][kLaneVectorBytes];
+  alignas(64) float scales[kPanelGroups][kStripRows];
+  alignas(64) float mins[kPanelGroups][kStripRows];
+  alignas(64) float sums[kMaxTokens][kStripRows];
+};
+static_assert(sizeof(Panel) <= kWorkerScratchBytes);
+
+template <int Bits>
+void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, int num_groups, int slot, Panel& panel) {
+  const std::uint8_t* unit = m.tile(tile) + first_group * m.group_bytes();
+  const int num_units = num_groups * (m.group / kUnitColumns);
+  for (int u = 0; u < num_units; ++u, unit += kLaneVectorBytes * Bits)
+    static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+      constexpr int I = decltype(block)::value;
+      for (int p = 0; p < kPieces; ++p)
+        store(panel.codes[u * kUnitBlocks + I][slot] + p * kVectorBytes, code_block<Bits, I>(unit + p * kVectorBytes));
+    });
+  const std::int64_t first = (tile * m.groups + first_group) * kTileRows;
+  for (int g = 0; g < num_groups; ++g)
+    for (int r = 0; r < kTileRows; r += kWidth) {
+      store(panel.scales[g] + slot * kTileRows + r, load_half(m.scales + first + g * kTileRows + r));
+      if (m.mins) store(panel.mins[g] + slot * kTileRows + r, load_half(m.mins + first + g * kTileRows + r));
+    }
+}
+
+// A strip may end past the last tile: the missing one reads as zeros.
+void unpack_panel(const Matrix& m, std::int64_t strip, std::int64_t first_group, int num_groups, Panel& panel) {
+  for (int slot = 0; slot < kStripTiles; ++slot) {
+    const std::int64_t tile = strip * kStripTiles + slot;
+    if (tile < m.row_tiles) {
+      with_bits(m.bits, [&](auto bits) { unpack_tile<decltype(bits)::value>(m, tile, first_group, num_groups, slot, panel); });
+      continue;
+    }
+    for (int g = 0; g < num_groups; ++g)
+      for (int r = 0; r < kTileRows; ++r) panel.scales[g][slot * kTileRows + r] = panel.mins[g][slot * kTileRows + r] = 0.0f;
+  }
+}
+
+// Tokens of one block (the first Tokens of it) times some groups of the panel.
+template <class DotType, int Tokens, bool Asymmetric>
+void panel_block(const Panel& panel, const Activations& a, std::int64_t block, std::int64_t first_group, int num_groups,
+                 int offset_shift, float (*sums)[kStripRows]) {
+  const int blocks_per_group = a.group / 4;
+  const std::int8_t* x = a.codes + (block * a.padded_cols() + first_group * a.group) * kTokenBlock;
+  const float* x_scales = a.scales + (block * a.groups + first_group) * kTokenBlock;
+  const std::int32_t* x_sums = a.sums + (block * a.groups + first_group) * kTokenBlock;
+  const std::uint8_t* codes = panel.codes[0][0];
+  for (int g = 0; g < num_groups; ++g, x_scales += kTokenBlock, x_sums += kTokenBlock) {
+    DotType dot[Tokens][kStripVectors];
+    for (int t = 0; t < Tokens; ++t)
+      for (auto& d : dot[t]) d.start(splat(Asymmetric ? 0 : -(x_sums[t] << offset_shift)));
+    for (int c = 0; c < blocks_per_group; c += kUnitBlocks)
+      static_for<kUnitBlocks>([&](auto index) __attribute__((always_inline)) {
+        constexpr int I = decltype(index)::value;
+        Vb weights[kStripVectors];
+        for (int v = 0; v < kStripVectors; ++v) weights[v] = load<Vb>(codes + v * kVectorBytes);
+        for (int t = 0; t < Tokens; ++t) {
+          const Vb four = repeat_four(x + 4 * t);
+          for (int v = 0; v < kStripVectors; ++v) dot[t][v].template add<I>(weights[v], four);
+        }
+        codes += kStripVectors * kVectorBytes;
+        x += 4 * kTokenBlock;
+      });
+    for (int t = 0; t < Tokens; ++t)
+      for (int v = 0; v < kStripVectors; ++v) {
+        float* to = sums[t] + v * kWidth;
+        Vf sum = load<Vf>(to) + load<Vf>(panel.scales[g] + v * kWidth) * x_scales[t] * to_float(dot[t][v].sum);
+        if (Asymmetric) sum += load<Vf>(panel.mins[g] + v * kWidth) * (x_scales[t] * static_cast<float>(x_sums[t]));
+        store(to, sum);
+      }
+  }
+}
+
+using PanelBlock = void (*)(const Panel&, const Activations&, std::int64_t, std::int64_t, int, int, float (*)[kStripRows]);
+
+template <int Bits, bool Asymmetric>
+PanelBlock panel_block_for(int tokens) {
+  using D = Dot<Bits>;
+  PanelBlock found = nullptr;
+  static_for<kTokenBlock>([&](auto index) {
+    constexpr int count = decltype(index)::value + 1;
+    if (tokens == count) found = panel_block<D, count, Asymmetric>;
+  });
+  return found;
+}
+
+PanelBlock pick_panel_block(const Matrix& m, int tokens) {
+  PanelBlock found = nullptr;
+  with_bits(m.bits, [&](auto bits) {
+    constexpr int B = decltype(bits)::value;
+    found = m.mins ? panel_block_for<B, true>(tokens) : panel_block_for<B, false>(tokens);
+  });
+  return found;
+}
+
+}  // namespace
+
+void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
+  const std::int64_t stride = 4 * to.block;
+  for (int t = 0; t < count; ++t)
+    for (std::int64_t g = 0; g < to.groups; ++g) {
+      const std::int64_t first = g * to.group, at = (index * to.groups + g) * to.block + t;
+      const std::int64_t left = cols - first;
+      to.sums[at] = quantize_group(x + t * cols + first, static_cast<int>(left < to.group ? left : to.group), to.group, stride,
+                                   to.codes + (index * to.padded_cols() + first) * to.block + 4 * t, to.scales + at);
+    }
+}
+
+void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
+  with_bits(m.bits, [&](auto bits) {
+    for (std::int64_t tile = begin; tile < end; ++tile) {
+      alignas(64) float values[kTileRows];
+      one_token_tile<decltype(bits)::value>(m, input.coded, tile, values);
+      write_rows(values, 0, tile * kTileRows, kTileRows, out);
+    }
+  });
+}
+
+void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  Panel& panel = *reinterpret_cast<Panel*>(scratch);
+  const int tokens = static_cast<int>(input.tokens), chunk = kPanelColumns / m.group;
+  const int last = tokens % kTokenBlock;
+  const PanelBlock full = pick_panel_block(m, kTokenBlock), rest = last ? pick_panel_block(m, last) : nullptr;
+  for (std::int64_t strip = begin; strip < end; ++strip) {
+    __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * tokens);
+    for (std::int64_t g = 0; g < m.groups; g += chunk) {
+      const int num_groups = static_cast<int>(m.groups - g < chunk ? m.groups - g : chunk);
+      unpack_panel(m, strip, g, num_groups, panel);
+      for (int t = 0; t < tokens; t += kTokenBlock)
+        (tokens - t >= kTokenBlock ? full : rest)(panel, input.coded, t / kTokenBlock, g, num_groups, m.bits - 1, panel.sums + t);
+    }
+    for (int t = 0; t < tokens; ++t) write_rows(panel.sums[t], t, strip * kStripRows, kStripRows, out);
+  }
+}
+
+}  // namespace mw::MW_ISA

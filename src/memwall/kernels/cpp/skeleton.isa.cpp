@@ -1,1 +1,0 @@
-namespace mw::MW_ISA { int skeleton_anchor() { return 0; } }

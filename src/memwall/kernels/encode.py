@@ -1,0 +1,54 @@
+"""Native encoding of weight matrices, for compressing while loading: the bytes of the codecs, many times faster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from memwall import _native
+from memwall.errors import InputError
+from memwall.formats import Packed, codec
+from memwall.formats.integer import IntegerCodec
+
+__all__ = ["encode"]
+
+
+def encode(spec: str, values: np.ndarray, *, out: Mapping[str, np.ndarray] | None = None) -> Packed:
+    """What `codec(spec).encode(values)` gives, from the compiled code where it has one.
+
+    values: [rows, cols] of float32, float16, bfloat16 (ml_dtypes), or uint16 that holds bfloat16.
+    out: the arrays to write to, with the names, shapes and types of `codec(spec).buffers(values.shape)`; new ones by
+    default. Row slabs of a matrix (multiples of 16 rows) can be encoded one by one into slices of its tile buffers.
+    """
+    form = codec(spec)
+    values = values.view(ml_dtypes.bfloat16) if values.dtype == np.uint16 else values
+    expected = form.buffers(values.shape)
+    if out is None:
+        native = isinstance(form, IntegerCodec) and form.layout == "tiles"
+        out = {name: np.empty(shape, dtype) for name, (shape, dtype) in expected.items()} if native else None
+    elif {name: (array.shape, array.dtype) for name, array in out.items()} != expected:
+        wanted = ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in expected.items())
+        raise InputError(f"the buffers of {spec} for shape {list(values.shape)} must be: {wanted}")
+    if out is None or not _encode_native(form, values, out):
+        # the codec encodes what has no native form, and names what is wrong with numbers that cannot be encoded
+        packed = form.encode(values)
+        if out is None:
+            return packed
+        for name, array in out.items():
+            array[...] = packed.buffers[name]
+    return Packed(spec=form.spec, shape=values.shape, buffers=dict(out))
+
+
+def _encode_native(form: object, values: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:
+    """Fill `out` by compiled code; False where that has no way or the numbers cannot be encoded."""
+    name = values.dtype.name
+    if not isinstance(form, IntegerCodec) or form.layout != "tiles" or name not in ("float32", "float16", "bfloat16"):
+        return False
+    if not all(array.flags.c_contiguous for array in out.values()):
+        return False
+    values = np.ascontiguousarray(values)
+    source = _native.dense_matrix(name, values if name == "float32" else values.view(np.uint16))
+    mins = None if form.symmetric else out["mins"].view(np.uint16)
+    return bool(_native.encode_tiles(source, form.bits, form.group, out["codes"], out["scales"].view(np.uint16), mins))

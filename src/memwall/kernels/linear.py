@@ -1,0 +1,66 @@
+"""Products with weight matrices in any form: dense floats or packed integer tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from memwall import _native
+from memwall._native import Matrix
+from memwall.errors import InputError
+from memwall.formats import Packed, codec
+from memwall.formats.base import PLAIN_BUFFER
+from memwall.formats.integer import IntegerCodec
+
+__all__ = ["Matrix", "gather_rows", "linear", "matrix", "scratch_bytes"]
+
+
+def matrix(packed: Packed) -> Matrix:
+    """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
+
+    Takes what the codecs `float32`, `float16`, `bfloat16` and `int{2..8}-g{32,64,128}` (tiles) make of [rows, cols].
+    """
+    if len(packed.shape) != 2:
+        raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
+    form = codec(packed.spec)
+    if isinstance(form, IntegerCodec):
+        if form.layout != "tiles":
+            raise InputError(
+                f"{packed.spec}: kernels read the tile layout; encode with {form.spec.removesuffix('-rows')}"
+            )
+        buffers = {name: np.ascontiguousarray(buffer) for name, buffer in packed.buffers.items()}
+        mins = None if form.symmetric else buffers["mins"].view(np.uint16)
+        scales = buffers["scales"].view(np.uint16)
+        return _native.tile_matrix(form.spec, *packed.shape, form.bits, form.group, buffers["codes"], scales, mins)
+    values = np.ascontiguousarray(packed.buffers[PLAIN_BUFFER])
+    return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
+
+
+def linear(
+    x: np.ndarray,
+    matrices: Sequence[Matrix],
+    outs: Sequence[np.ndarray],
+    *,
+    exact: bool = False,
+    accumulate: bool = False,
+    biases: Sequence[np.ndarray | None] | None = None,
+) -> None:
+    """outs[i] = x @ matrices[i].T (+ biases[i]); with `accumulate` the result is added to what `outs` hold.
+
+    x [tokens, cols] and outs[i] [tokens, rows_i] are C-contiguous float32. All matrices are worked on in one parallel
+    region, and over packed tiles x is rounded once, to 8-bit integers with one scale per group of the weights; `exact`
+    keeps x in float32 and decodes the weights instead (slower, differs from the decoded product by rounding only).
+    """
+    _native.linear(x, matrices, outs, exact=exact, accumulate=accumulate, biases=biases)
+
+
+def gather_rows(matrix: Matrix, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """out[i] = row ids[i] of a matrix of any form, decoded to float32 (the embedding lookup). Returns `out`."""
+    _native.gather_rows(matrix, np.ascontiguousarray(ids, dtype=np.int64), out)
+    return out
+
+
+def scratch_bytes() -> int:
+    """Bytes that products hold between calls: rounded activations and one panel per thread. For the byte ledger."""
+    return int(_native.linear_scratch_bytes())

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from memwall import kernels
+from memwall.kernels import reference
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 256), (300, 515)])
+def test_rms_norm(shape: tuple[int, int], isa: str) -> None:
+    x, weight = normal(*shape), normal(shape[1], seed=1)
+    want = reference.rms_norm(torch.from_numpy(x), torch.from_numpy(weight), 1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(kernels.rms_norm(x, weight, 1e-5, np.empty_like(x))), want, rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(torch.from_numpy(kernels.rms_norm(x, weight, 1e-5, x)), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "half"), [((1, 1, 2), 1), ((5, 3, 64), 32), ((7, 2, 40), 20), ((2, 3, 80), 11), ((300, 4, 64), 32)]
+)
+def test_rope(shape: tuple[int, int, int], half: int, isa: str) -> None:
+    x, angles = normal(*shape), normal(shape[0], half, seed=1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    want = reference.rope(*(torch.from_numpy(array) for array in (x, cos, sin)))
+    torch.testing.assert_close(torch.from_numpy(kernels.rope(x.copy(), cos, sin)), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 19), (1, 8192), (40, 1025)])
+def test_swiglu(shape: tuple[int, int], isa: str) -> None:
+    gate, up = 8 * normal(*shape), normal(*shape, seed=1)
+    want = reference.swiglu(torch.from_numpy(gate), torch.from_numpy(up))
+    torch.testing.assert_close(
+        torch.from_numpy(kernels.swiglu(gate, up, np.empty_like(up))), want, rtol=2e-6, atol=1e-6
+    )
+    torch.testing.assert_close(torch.from_numpy(kernels.swiglu(gate, up, gate)), want, rtol=2e-6, atol=1e-6)
+
+
+def test_swiglu_at_the_ends_of_the_range(isa: str) -> None:
+    gate = np.float32([[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30]])
+    got = kernels.swiglu(gate, np.ones_like(gate), np.empty_like(gate))
+    np.testing.assert_allclose(got[0, 3:], gate[0, 3:])
+    np.testing.assert_allclose(got[0, 1:3], 0.0, atol=1e-30)
+
+
+def test_bad_shapes_are_named() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        kernels.rms_norm(normal(2, 3), normal(4), 1e-5, normal(2, 3))
+    with pytest.raises(ValueError, match="token"):
+        kernels.rope(normal(2, 1, 4), normal(3, 2), normal(3, 2))
+    with pytest.raises(ValueError, match="shape"):
+        kernels.swiglu(normal(2, 3), normal(2, 4), normal(2, 3))
