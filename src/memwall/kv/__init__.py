@@ -35,14 +35,19 @@ def build(policy: str, shape: CacheShape, arena: Arena, capacity_tokens: int) ->
     return cache
 
 
-def predict(policy: str, shape: CacheShape, num_tokens: int, prefill_tokens: int = 0) -> dict[str, int]:
+def predict(
+    policy: str, shape: CacheShape, num_tokens: int, prefill_tokens: int = 0, capacity_tokens: int | None = None
+) -> dict[str, int]:
     """Exact bytes per ledger owner of a cache that holds `num_tokens`, and of the prompt's staging beside it.
 
-    num_tokens: the most tokens the cache will hold, and the capacity it is built for.
+    num_tokens: the tokens it holds.
     prefill_tokens: the most tokens appended at once; their staging (`kv/staging`) goes when the last layer settles.
+    capacity_tokens: what the cache is built for, `num_tokens` unless given.
     """
     parsed = parse(policy)
-    sizes: dict[str, int] = _technique(parsed).predict(parsed, shape, num_tokens, prefill_tokens)
+    sizes: dict[str, int] = _technique(parsed).predict(
+        parsed, shape, num_tokens, prefill_tokens, capacity_tokens or max(num_tokens, 1)
+    )
     return sizes
 
 

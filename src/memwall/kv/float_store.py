@@ -93,7 +93,9 @@ class FloatCache(KVCache):
             self._values.append(GrowingRows(arena, OWNER, capacity_tokens, shape, dtype))
 
     @staticmethod
-    def predict(policy: Policy, shape: CacheShape, num_tokens: int, prefill_tokens: int) -> dict[str, int]:
+    def predict(
+        policy: Policy, shape: CacheShape, num_tokens: int, prefill_tokens: int, capacity_tokens: int
+    ) -> dict[str, int]:
         """Bytes per ledger owner once `num_tokens` are held."""
         row_bytes = shape.row_values * float_dtype(policy.name).itemsize
         return {OWNER: 2 * shape.num_layers * round_up(num_tokens * row_bytes)}
