@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from memwall.hardware.units import KIB
 from memwall.memory.ledger import Entry, Ledger
 
 RUNTIME_OWNER = "runtime"
@@ -59,7 +60,7 @@ def peak_resident_bytes() -> int:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others KiB
+    return peak if sys.platform == "darwin" else peak * KIB  # macOS counts bytes, the others KiB
 
 
 def reset_peak_resident() -> bool:
@@ -113,7 +114,7 @@ def _fields(path: str) -> dict[str, int]:
                 name, _, rest = line.partition(":")
                 words = rest.split()
                 if len(words) == 2 and words[1] == "kB":
-                    found[name] = int(words[0]) * 1024
+                    found[name] = int(words[0]) * KIB
     except OSError:
         return {}
     return found
@@ -127,6 +128,6 @@ def _resident_elsewhere() -> int:
         answer = subprocess.run(
             ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
         )
-        return int(answer.stdout) * 1024
+        return int(answer.stdout) * KIB
     except (OSError, ValueError, subprocess.SubprocessError):
         return peak_resident_bytes()
