@@ -200,6 +200,7 @@ def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokeni
         weights=plan.choice.weights,
         kv=plan.choice.kv,
         context_tokens=plan.choice.context,
+        segment_tokens=plan.choice.segment_tokens,
         threads=request.threads,
     )
     with progress_bar("loading", quiet=request.quiet) as bar:
