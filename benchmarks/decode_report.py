@@ -84,13 +84,16 @@ def runtime_row_bytes(contender: dict[str, Any]) -> int:
     return sum(size for owner, size in last.get("ledger", {}).items() if owner.split("/")[0] == "runtime")
 
 
-def agreement(model: dict[str, Any]) -> dict[str, float]:
-    """Cosine of each contender's logits with the most exact one's: low means that it ran another model."""
-    ran = measured(model)
+def agreement(contenders: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Cosine of each contender's logits with the most exact one's: low means that it ran another model.
+
+    Takes the logits out of the records, which are kept.
+    """
+    ran = {name: found.pop("check_logits") for name, found in contenders.items() if "check_logits" in found}
     if not ran:
         return {}
-    reference = max(ran.values(), key=lambda found: found["weight_bits"])["check_logits"]["logits"]
-    return {name: _cosine(found["check_logits"]["logits"], reference) for name, found in ran.items()}
+    reference = ran[max(ran, key=lambda name: contenders[name]["weight_bits"])]["logits"]
+    return {name: _cosine(check["logits"], reference) if check["finite"] else 0.0 for name, check in ran.items()}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -166,7 +169,7 @@ def _measure_rows(model: dict[str, Any], settings: dict[str, Any]) -> list[list[
     )
     starts = (found.get("startup_seconds") for found in ran.values())
     rows.append(["start-up to first token, s", *(_spread(values, digits=2) if values else "-" for values in starts)])
-    rows.append(["logits, cosine with the most exact", *(f"{value:.3f}" for value in agreement(model).values())])
+    rows.append(["logits, cosine with the most exact", *(f"{model['agreement'][name]:.3f}" for name in ran)])
     return rows
 
 
