@@ -76,7 +76,7 @@ COMMANDS = {
     "context that is no count": ((*RUN, "--context", "long"), 2, "long"),
     "context of nothing": ((*RUN, "--context", "0"), 2, "context"),
     "prompt longer than the context": (("run", "{model}", "word " * 50, "--context", "8"), 2, "context"),
-    "context longer than the model's": ((*RUN, "--context", "1m"), 2, "1,?024"),
+    "context longer than the model's": ((*RUN, "--context", "64k"), 2, "1,?024"),
     "empty prompt": (("run", "{model}", ""), 2, "prompt"),
     "negative temperature": ((*RUN, "--temperature", "-1"), 2, "temperature"),
     "no probability": ((*RUN, "--top-p", "0"), 2, "top-p"),
