@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, make_family, reference_logits, some_tokens
+from tests.models.families import FAMILIES, make_family, reference_logits, some_tokens
 
 from memwall.errors import InputError
 from memwall.models import DEMO_DIRECTORY, Checkpoint

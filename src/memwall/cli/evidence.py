@@ -51,8 +51,8 @@ def evidence(
     system = find_system(slug)
     if data is not None and not data.exists():
         raise InputError(f"--data {data}: there is no such file or directory")
-    with progress_bar(f"evidence for {system.name}", quiet=quiet) as progress:
-        report = run_evidence(slug, load_experiment(system), quick=quick, data=data, progress=progress)
+    with progress_bar(f"evidence for {system.name}", quiet=quiet) as bar:
+        report = run_evidence(slug, load_experiment(system), quick=quick, data=data, progress=bar.labelled)
     if json:
         print_json(report.to_dict())
     else:

@@ -127,7 +127,9 @@ def run(
     if chat:
         if json:
             raise InputError("--chat is a conversation and --json one object: give one of them")
-        _chat(request)
+        from memwall.cli.chat import talk
+
+        talk(request)
     else:
         _complete(request)
 
@@ -179,7 +181,7 @@ def _read_prompt(request: Request) -> str:
         raise InputError(f"standard input is not text: {error}") from error
 
 
-def _start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
+def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
     """Plan for the tokens that this run needs, then load as planned."""
     from memwall.engine import Settings, load
     from memwall.plan import make_plan
@@ -192,6 +194,7 @@ def _start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Token
         context=request.context or needed_tokens,
         threads=request.threads,
         measure=False,
+        profile=False,
     )
     settings = Settings(
         weights=plan.choice.weights,
@@ -199,25 +202,31 @@ def _start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Token
         context_tokens=plan.choice.context,
         threads=request.threads,
     )
-    with progress_bar("loading", quiet=request.quiet) as progress:
-        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=progress)
+    with progress_bar("loading", quiet=request.quiet) as bar:
+        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
     return session, plan
 
 
 def _complete(request: Request) -> None:
-    from memwall.models import Tokenizer, model_directory
+    from memwall.models import model_directory
+    from memwall.models.tokenizer import Tokenizer
 
     text = _read_prompt(request)
     path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
     needed = len(prompt) + request.sampling.max_new_tokens
-    session, plan = _start(request, needed_tokens=needed, path=path, tokenizer=tokenizer)
-    for piece in session.generate(prompt, request.sampling):
-        if not request.json:
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
+    session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer)
+    stream(session, prompt, request.sampling, show=not request.json)
     _report(request, session, plan)
+
+
+def stream(session: Session, prompt: list[int], sampling: Sampling, *, show: bool = True) -> None:
+    """Generate to the end, writing each piece of text as soon as it is there; the result is `session.last`."""
+    for piece in session.generate(prompt, sampling):
+        if show:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
 
 
 def _report(request: Request, session: Session, plan: Plan) -> None:
@@ -303,51 +312,3 @@ def speed_line(result: Generation) -> str:
         f"{timings.decode_tokens_per_s:.1f} tokens/s; loaded in {timings.load_seconds:.2f} s; "
         f"ended by {result.stop_reason}"
     )
-
-
-def _chat(request: Request) -> None:
-    """Turns from standard input until it ends or `/bye`; /reset forgets the conversation."""
-    from memwall.models import Tokenizer, model_directory
-
-    path = model_directory(request.model)
-    tokenizer = Tokenizer.from_directory(path)
-    session, plan = _start(request, needed_tokens=_chat_context(request, path), path=path, tokenizer=tokenizer)
-    interactive = sys.stdin.isatty() and not request.quiet
-    note("Write a message and press Enter; /reset forgets, /bye or Ctrl-D ends.", quiet=not interactive)
-    first = request.prompt
-    opening = True
-    while True:
-        line = first if first is not None else _next_line(interactive)
-        first = None
-        if line is None or line.strip() == "/bye":
-            break
-        if line.strip() == "/reset":
-            session.reset()
-            opening = True
-            continue
-        if not line.strip():
-            continue
-        for piece in session.generate(tokenizer.encode_turn(line, opening=opening), request.sampling):
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
-        typer.echo()
-        opening = False
-        if session.last.message:
-            note(f"memwall: {session.last.message}")
-        if session.last.stop_reason in ("budget", "context"):
-            break
-    if not request.quiet:
-        note("\n" + summary(session, plan, request, verbose=request.verbose))
-
-
-def _chat_context(request: Request, path: Path) -> int:
-    from memwall.models import ModelConfig
-
-    return request.context or ModelConfig.from_directory(path).max_position
-
-
-def _next_line(interactive: bool) -> str | None:
-    if interactive:
-        typer.echo("> ", nl=False, err=True)
-    line = sys.stdin.readline()
-    return line.removesuffix("\n") if line else None

@@ -102,8 +102,17 @@ class Session:
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.cache.truncate(0)
+        self.rewind(0)
+
+    def rewind(self, num_tokens: int) -> int:
+        """Forget all but the first `num_tokens` of what was fed and made; returns how many the cache really kept.
+
+        The last token made is not in the cache until the next one is asked for, so one less than asked may be kept.
+        """
+        kept = min(num_tokens, self.cache.length)
+        self.cache.truncate(kept)
         self._unfed = []
+        return kept
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
         """Feed prompt tokens in segments; returns the last token's logits [V] (the decoder's buffer)."""

@@ -20,6 +20,7 @@ from memwall.hardware.units import format_bytes
 from memwall.memory import Budget
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
+from memwall.models.precision import resolve
 from memwall.plan import store
 from memwall.plan.base import LONGEST_SEGMENT_TOKENS, Choice, Option, Plan, Quality
 from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
@@ -59,7 +60,8 @@ class Planner:
         self.model = Path(model)
         config = ModelConfig.from_directory(self.model)
         with Checkpoint(self.model, config) as checkpoint:
-            saved, self.fingerprint = checkpoint.saved_specs(), checkpoint.fingerprint()
+            saved = resolve(config, "saved", checkpoint) if checkpoint.manifest is not None else None
+            self.fingerprint = checkpoint.fingerprint()
         self.elsewhere: Machine | None = load_machine(machine) if machine is not None else None
         self.machine_name = self.elsewhere.title if self.elsewhere is not None else "this machine"
         device_tier, host_tier = _tiers(self.elsewhere, device)
@@ -208,8 +210,8 @@ class Planner:
         options = [self._option(one, _compared(one, best)) for one in candidates[1:]]
         for weights in sorted({*self.space.uniform, self.space.ceiling}, key=self.space.weight_bits, reverse=True):
             choice = replace(best.choice, weights=weights)
-            if choice == best.choice:
-                continue
+            if self.space.specs(weights) == self.space.specs(best.choice.weights):
+                continue  # the chosen one under its own or another name
             candidate = self._candidate(choice, self._read_quality(choice))
             if fits(self.space, choice, goal.budget):
                 note = "fits; fewer bits" if candidate.bits_per_weight < best.bits_per_weight else "fits"
@@ -256,14 +258,15 @@ def make_plan(
     max_kl: float | None = None,
     text: str | None = None,
     runtime_bytes: int | None = None,
-    profile: bool = True,
+    profile: bool | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
     fit.
 
     budget: caps per tier (None: no cap, or another machine's capacities). measure: measure quality on held-out text
-    where it is not known; profile: measure kernels where they are not known, otherwise speeds may be missing.
+    where it is not known; profile: measure kernels where they are not known (None: as `measure`), otherwise speeds may
+    be missing.
     progress(done, total) counts windows of text.
     """
     planner = Planner(
@@ -272,7 +275,7 @@ def make_plan(
         device=device,
         runtime_bytes=runtime_bytes,
         text=text,
-        profile=profile,
+        profile=measure if profile is None else profile,
         progress=progress,
     )
     goal = Goal(

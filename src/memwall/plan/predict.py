@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from memwall import __version__, kv
-from memwall.engine.session import RUNTIME_HEADROOM_BYTES
+from memwall.engine.session import RUNTIME_HEADROOM_BYTES, cache_shape
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
@@ -66,20 +66,26 @@ class ModelSpace(Space):
         self.saved = saved
         self.runtime_bytes = runtime_bytes
         self.headroom_bytes = headroom_bytes
-        self.shape = kv.CacheShape.of(config)
+        self.shape = cache_shape(config)
         self.max_context = config.max_position
         self.policies = POLICIES
         self.ceiling = source_spec(config) if saved is None else "saved"
         self.uniform = LADDER if saved is None else ("saved",)
         self.specs = lru_cache(maxsize=512)(self._specs)
-        self.weight_bits = lru_cache(maxsize=512)(self._weight_bits)  # type: ignore[method-assign]
+        self._bits = lru_cache(maxsize=512)(self._weight_bits)
         self.weight_rows = lru_cache(maxsize=512)(self._weight_rows)
         self.cache_rows = lru_cache(maxsize=512)(self._cache_rows)
         self.ceiling_bits = self.weight_bits(self.ceiling)
         self.lowest_bits = self.weight_bits(LADDER[0]) if saved is None else self.ceiling_bits
 
     def _specs(self, weights: str) -> dict[str, str]:
-        return resolve(self.config, weights, self.saved)
+        if weights == "saved" and self.saved is not None:
+            return dict(self.saved)
+        return resolve(self.config, weights)
+
+    def weight_bits(self, weights: str) -> float:
+        """True bits per weight over the matrices."""
+        return self._bits(weights)
 
     def _weight_bits(self, weights: str) -> float:
         return bits_of(self.config, self.specs(weights))

@@ -33,6 +33,13 @@ std::int32_t quantize_group(const float* x, int count, int group, std::int64_t s
   return total;
 }
 
+#if defined(__AVX512VNNI__)
+constexpr int kChains = 4;  // a fused dot product takes four cycles or five, and two can start in each
+#else
+constexpr int kChains = 1;
+#endif
+constexpr int kPrefetchBytes = 4096;  // hardware prefetch stops at the end of a page
+
 // One token, one tile. The offset of symmetric codes and the minimum of asymmetric ones both multiply the sum of the
 // activations, which is known beforehand: they cost one operation per group, not one per weight.
 template <int Bits>
@@ -44,18 +51,23 @@ void one_token_tile(const Matrix& m, const Activations& a, std::int64_t tile, fl
   const std::int8_t* x = a.codes;
   Vf total[kPieces] = {};
   for (std::int64_t g = 0; g < m.groups; ++g, scales += kTileRows) {
-    Dot<Bits> dot[kPieces];
+    Dot<Bits> dot[kPieces][kChains];
     const std::int32_t offset = mins ? 0 : -(a.sums[g] << (Bits - 1));
-    for (auto& d : dot) d.start(splat(offset));
+    for (auto& chains : dot)
+      for (int i = 0; i < kChains; ++i) chains[i].start(splat(i == 0 ? offset : 0));
     for (int u = 0; u < units; ++u, unit += kLaneVectorBytes * Bits, x += kUnitColumns)
       static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
         constexpr int I = decltype(block)::value;
+        if constexpr (I < Bits) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
         const Vb four = repeat_four(x + 4 * I);
         for (int p = 0; p < kPieces; ++p)
-          dot[p].template add<I>(code_block<Bits, I>(unit + p * kVectorBytes), four);
+          dot[p][I % kChains].template add<I>(code_block<Bits, I>(unit + p * kVectorBytes), four);
       });
-    for (int p = 0; p < kPieces; ++p)
-      total[p] += load_half(scales + p * kWidth) * a.scales[g] * to_float(dot[p].sum);
+    for (int p = 0; p < kPieces; ++p) {
+      Vi sum = dot[p][0].sum;
+      for (int i = 1; i < kChains; ++i) sum += dot[p][i].sum;
+      total[p] += load_half(scales + p * kWidth) * a.scales[g] * to_float(sum);
+    }
     if (mins) {
       const float sum = a.scales[g] * static_cast<float>(a.sums[g]);
       for (int p = 0; p < kPieces; ++p) total[p] += load_half(mins + p * kWidth) * sum;
