@@ -197,9 +197,8 @@ class Memory(Contender):
     def load(self, model: Path, *, threads: int, max_tokens: int) -> None:
         self.threads = threads
         try:
-            from memwall.hardware.system import processor_order
-
             from memwall import _native
+            from memwall.hardware.system import processor_order
 
             self.native, self.processors = _native, processor_order()
         except ImportError:

@@ -97,11 +97,12 @@ def test_the_table_names_all_and_says_what_did_not_run(model):
         {
             "date": "today",
             "hardware": {"cpu": "a chip", "cores": 2, "vector": [], "memory_bytes": 10**9, "system": "Linux"},
-            "load_average_at_start": 0.0,
+            "others_share": 0.5,
             "settings": {"threads": 2, "rounds": 3, "contexts": [0, 100], "prefill_tokens": 512},
             "models": {"small": model},
         }
     )
     assert "transformers-float32: not run: no torch" in text
     assert "| FAIL |" in text
+    assert "not quiet" in text
     assert "| pass |" in text
