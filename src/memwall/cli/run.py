@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,12 +160,13 @@ def parse_budget(memory: str | None, budget: str | None) -> Budget | None:
 
 
 def parse_context(text: str | None) -> int | None:
-    """`32k` or `4096` as tokens."""
+    """`4096` or `32k` as tokens, k being 1024 as in the names of models."""
     if text is None:
         return None
-    from memwall.hardware.units import parse_count
-
-    tokens = parse_count(text)
+    match = re.fullmatch(r"([0-9]{1,12})(k?)", text.strip().lower())
+    if match is None:
+        raise InputError(f"--context is {text!r}; write a count of tokens, such as 4096 or 32k (k is 1024)")
+    tokens = int(match[1]) * (1024 if match[2] else 1)
     if tokens < 1:
         raise InputError(f"--context is {text}; it must be at least 1 token")
     return tokens
@@ -200,6 +202,7 @@ def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokeni
         weights=plan.choice.weights,
         kv=plan.choice.kv,
         context_tokens=plan.choice.context,
+        segment_tokens=plan.choice.segment_tokens,
         threads=request.threads,
     )
     with progress_bar("loading", quiet=request.quiet) as bar:
