@@ -55,7 +55,7 @@ def test_runtime_can_count_against_the_budget_of_the_process() -> None:
     ledger = Ledger()
     arena = Arena(resident_bytes(exact=True) + 50_000_000, ledger)
     charge = arena.charge("runtime", 0)
-    nbytes = measure_runtime(ledger, charge)
+    nbytes = measure_runtime(ledger, charge).nbytes
     assert nbytes == charge.nbytes == arena.used_bytes == ledger.total()
     assert abs(ledger_error(ledger)) < 0.03
     with pytest.raises(BudgetExceeded):
@@ -101,7 +101,7 @@ def test_ledger_agrees_with_the_resident_set_through_a_life() -> None:
         """
         ledger = Ledger()
         arena = Arena(400_000_000, ledger)
-        runtime = measure_runtime(ledger)
+        runtime = measure_runtime(ledger).nbytes
         errors = [ledger_error(ledger)]
         weights = [arena.allocate("weights", 20_000_123, "uint8") for _ in range(5)]
         errors.append(ledger_error(ledger))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from memwall.hardware.units import KIB
 from memwall.memory.arena import Charge
-from memwall.memory.ledger import Ledger
+from memwall.memory.ledger import Entry, Ledger
 
 RUNTIME_OWNER = "runtime"
 """Ledger owner of what no arena allocated: interpreter, libraries, compiled code, heap."""
@@ -106,22 +106,21 @@ def mapped_file_bytes(path: str | Path) -> int:
     return total
 
 
-def measure_runtime(ledger: Ledger, charge: Charge | None = None) -> int:
+def measure_runtime(ledger: Ledger, charge: Charge | None = None) -> Charge | Entry:
     """Puts what the ledger does not explain in its row `runtime`: the resident set less everything else on `ram`.
 
     Call it once the libraries are loaded and before the large buffers come, or at any time to close the books; each
     call measures anew. Never below zero, so buffers that are on the ledger without being resident still show as an
     error. With a `charge` (of an arena, owner `runtime`) the bytes count against that arena's cap, which can then be
-    the budget of the whole process; BudgetExceeded when the runtime alone takes it over. Returns the bytes of the
-    row.
+    the budget of the whole process; BudgetExceeded when the runtime alone takes it over. The answer's `nbytes` is the
+    figure.
     """
     others = ledger.total("ram") - _runtime_bytes(ledger)
     nbytes = max(resident_bytes(exact=True) - others, 0)
     if charge is None:
-        ledger.put(RUNTIME_OWNER, "ram", nbytes)
-    else:
-        charge.resize(nbytes)
-    return nbytes
+        return ledger.put(RUNTIME_OWNER, "ram", nbytes)
+    charge.resize(nbytes)
+    return charge
 
 
 def ledger_error(ledger: Ledger) -> float:
