@@ -24,12 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from decode_report import markdown, wanted_rows
+from decode_report import agreement, markdown, wanted_rows
 from random_models import SHAPES, Shape, make_directory
 
 HERE = Path(__file__).resolve().parent
 LLAMA_CPP = ("llama.cpp", "llama.cpp-unfused", "llama.cpp-unpacked")
-MEMWALL = ("memwall",)
+MEMWALL = ("memwall", "memwall-kivi")
 TRANSFORMERS = ("transformers-bfloat16", "transformers-float32")
 ALONE = ("transformers-float32",)
 CHECK_PROMPT_TOKENS = 8
@@ -39,7 +39,7 @@ CHECK_LOGITS = 512
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     models: tuple[str, ...] = ("0.5b", "1b")
-    contenders: tuple[str, ...] = MEMWALL + LLAMA_CPP + TRANSFORMERS
+    contenders: tuple[str, ...] = ("memwall", *LLAMA_CPP, *TRANSFORMERS)
     threads: int = 2
     contexts: tuple[int, ...] = (0, 1024, 4096)
     prefill_tokens: int = 512
@@ -116,6 +116,7 @@ class ModelRun:
         self.paths: dict[str, Path] = {}
         self.found: dict[str, dict[str, Any]] = {}
         self.live: dict[str, Process] = {}
+        self.bandwidth_measure: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
         self._prepare()
@@ -128,6 +129,8 @@ class ModelRun:
             "shape": asdict(self.shape),
             "num_matrix_weights": self.shape.num_matrix_weights,
             "kv_values_per_token": self.shape.kv_values_per_token,
+            "bandwidth_measure": self.bandwidth_measure,
+            "agreement": agreement(self.found),
             "contenders": self.found,
         }
 
@@ -137,6 +140,8 @@ class ModelRun:
         for name in self.settings.contenders:
             self.found[name] = {}
             self.paths[name] = directory
+            if name in MEMWALL:
+                self._guard(name, partial(self._compress, name, directory))
         if any(name in LLAMA_CPP for name in self.settings.contenders):
             note("making the GGUF file if it is not there yet")
             command = [self.peer_python, str(HERE / "random_models.py"), "gguf", self.shape.name, str(self.work)]
@@ -145,6 +150,15 @@ class ModelRun:
                 self.paths[name] = self.work / f"llama-{self.shape.name}-q4_0.gguf"
                 if made.returncode:
                     self.found[name]["not_run"] = f"no GGUF file: {made.stderr.strip().splitlines()[-1]}"
+
+    def _compress(self, name: str, directory: Path) -> None:
+        out = self.work / f"llama-{self.shape.name}-memwall-int4"
+        process = self._start(name)
+        try:
+            process.ask("prepare", model=str(directory), out=str(out))
+            self.paths[name] = out
+        finally:
+            process.close()
 
     def _start(self, name: str) -> Process:
         python = self.peer_python if name in LLAMA_CPP + TRANSFORMERS else sys.executable
@@ -190,16 +204,18 @@ class ModelRun:
         try:
             for name, process in self.live.items():
                 note(f"{self.shape.name}: loading {name}")
-                loaded = self._guard(name, partial(self._load, process))
-                if loaded and name != "memory":
-                    self._record_load(name, process, loaded)
+                self._guard(name, partial(self._open, name, process))
             for context in self.settings.contexts:
                 self._context(context, names)
         finally:
             for process in self.live.values():
                 process.close()
 
-    def _record_load(self, name: str, process: Process, loaded: dict[str, Any]) -> None:
+    def _open(self, name: str, process: Process) -> None:
+        loaded = self._load(process)
+        if name == "memory":
+            self.bandwidth_measure = loaded["about"]
+            return
         record = self.found[name]
         record |= {key: loaded[key] for key in ("about", "weight_bits", "kv_bytes_per_value")}
         record["load_seconds"] = loaded["seconds"]
@@ -259,6 +275,23 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def processor_seconds() -> tuple[float, float, float]:
+    """Seconds so far of all processors: in all, busy, and busy for this process and its ended children."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+    ticks = [int(field) for field in fields]
+    idle_ticks = ticks[3] + ticks[4]
+    per_s = os.sysconf("SC_CLK_TCK")
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    return sum(ticks) / per_s, (sum(ticks) - idle_ticks) / per_s, own
+
+
+def others_share(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """Share of the processors' time that went to other processes between two calls of `processor_seconds`."""
+    total, busy, own = (late - early for early, late in zip(before, after, strict=True))
+    return max(0.0, busy - own) / total if total > 0 else 0.0
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -288,12 +321,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
 def main() -> int:
     arguments, settings = parse()
     machine = hardware()
-    load_before = os.getloadavg()[0]
+    before = processor_seconds()
     result: dict[str, Any] = {
         "question": "decode",
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         "hardware": machine,
-        "load_average_at_start": load_before,
         "settings": asdict(settings),
         "models": {},
     }
@@ -301,6 +333,7 @@ def main() -> int:
         found = ModelRun(SHAPES[model], settings, arguments).run()
         found["wanted"] = wanted_rows(found)
         result["models"][model] = found
+    result["others_share"] = others_share(before, processor_seconds())
     label = arguments.label or f"{'-'.join(machine['cpu'].lower().split())}-{machine['cores']}-cores"
     stem = f"decode_{'quick_' if arguments.quick else ''}{label}_{datetime.date.today():%Y%m}"
     arguments.out.mkdir(parents=True, exist_ok=True)

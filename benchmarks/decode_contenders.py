@@ -34,8 +34,8 @@ class Contender(ABC):
     @abstractmethod
     def truncate(self, length: int) -> None: ...
 
-    def rest(self) -> None:
-        """Stops whatever would go on using a core between turns."""
+    def prepare(self, model: Path, out: Path) -> None:
+        """Makes the engine's own form of the model, where it has one."""
         return
 
     @abstractmethod
@@ -53,9 +53,15 @@ class Memwall(Contender):
     def __init__(self, *, kv: str) -> None:
         self.kv = kv
 
+    def prepare(self, model: Path, out: Path) -> None:
+        from memwall.compress.model import compress_model
+
+        if not (out / "memwall.json").exists():
+            compress_model(model, out, bits="int4", method="rtn")
+
     def load(self, model: Path, *, threads: int, max_tokens: int) -> None:
         import memwall
-        from memwall import kernels
+        from memwall import kernels, kv
         from memwall.engine import Settings, load
         from memwall.models.precision import bits_of
 
@@ -70,15 +76,15 @@ class Memwall(Contender):
         )
         self.session = load(model, settings)
         self.weight_bits = bits_of(self.session.config, self.session.decoder.weights.specs)
+        shape = self.session.cache.shape
+        float_bytes = kv.read_bytes("float16", shape, max_tokens)
+        self.kv_bytes_per_value = 2 * kv.read_bytes(self.kv, shape, max_tokens) / float_bytes
 
     def extend(self, tokens: np.ndarray) -> np.ndarray:
         return self.session.prefill([int(token) for token in tokens])
 
     def truncate(self, length: int) -> None:
         self.session.cache.truncate(length)
-
-    def rest(self) -> None:
-        self.kernels.release_idle_threads()
 
     def about(self) -> dict[str, str]:
         specs = sorted(set(self.session.decoder.weights.specs.values()) - {"float32"})
@@ -186,17 +192,28 @@ class Memory(Contender):
 
     weight_bits = 0.0
     buffer_bytes = 1 << 29
+    pass_seconds = 0.4
 
     def load(self, model: Path, *, threads: int, max_tokens: int) -> None:
         self.threads = threads
-        self.parts = np.array_split(np.ones(self.buffer_bytes // 4, np.float32), threads)
+        try:
+            from memwall import _native
+            from memwall.hardware.system import processor_order
+
+            self.native, self.processors = _native, processor_order()
+        except ImportError:
+            self.native = None
+            self.parts = np.array_split(np.ones(self.buffer_bytes // 4, np.float32), threads)
 
     def read_bytes_per_s(self) -> float:
         """Best of a few passes over a buffer far larger than the caches."""
-        best_seconds = min(self._pass_seconds() for _ in range(5))
-        return self.buffer_bytes / best_seconds
+        if self.native is not None:
+            return max(
+                self.native.probe_memory("read", self.buffer_bytes, self.threads, self.processors, self.pass_seconds)
+            )
+        return self.buffer_bytes / min(self._numpy_seconds() for _ in range(5))
 
-    def _pass_seconds(self) -> float:
+    def _numpy_seconds(self) -> float:
         workers = [threading.Thread(target=np.dot, args=(part, part)) for part in self.parts]
         start = time.perf_counter()
         for worker in workers:
@@ -212,7 +229,11 @@ class Memory(Contender):
         return
 
     def about(self) -> dict[str, str]:
-        return {"version": f"NumPy {np.__version__}", "settings": f"{self.threads} threads, read only"}
+        how = f"NumPy {np.__version__}" if self.native is None else "memwall's native probe"
+        return {
+            "version": how,
+            "settings": f"{self.threads} threads, {self.buffer_bytes >> 20} MiB, best pass of a round",
+        }
 
 
 def make_contender(name: str) -> Contender:

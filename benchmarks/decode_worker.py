@@ -42,6 +42,11 @@ class Worker:
             "kv_bytes_per_value": self.contender.kv_bytes_per_value,
         }
 
+    def prepare(self, model: str, out: str) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.contender.prepare(Path(model), Path(out))
+        return {"seconds": time.perf_counter() - start}
+
     def fill(self, length: int) -> dict[str, Any]:
         """Brings the sequence to exactly `length` tokens; times only what had to be added."""
         if length < self.length:
@@ -101,7 +106,6 @@ def main() -> None:
         operation = request.pop("do")
         try:
             answer = getattr(worker, operation)(**request)
-            worker.contender.rest()
         except Exception as error:  # reported to the parent, which decides
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)

@@ -22,6 +22,8 @@ MOST_LINES_TECHNIQUE = 300
 MOST_LINES_OTHER = 400
 MOST_LINES_FUNCTION = 60
 # file or file:function -> why it may be longer
+BOUNDS_OF_COUNTS = {"models/config.py"}
+"""Files where such numbers bound counts and angles, not bytes."""
 LONGER: dict[str, str] = {
     "cli/run.py:run": "its parameters are the options of the command, one to three lines each",
 }
@@ -89,7 +91,7 @@ def test_units_live_in_one_place() -> None:
     places = [
         f"{name_of(path)}:{number}"
         for path in SOURCES
-        if name_of(path) != "hardware/units.py" and "_evidence" not in path.parts
+        if name_of(path) not in {"hardware/units.py", *BOUNDS_OF_COUNTS} and "_evidence" not in path.parts
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if stray.search(line.split("#")[0])
     ]

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from memwall.errors import InputError
+from memwall.formats import Packed, codec
 from memwall.formats.manifest import FileEntry, Manifest, PackedEntry
 from memwall.models import DEMO_DIRECTORY, Checkpoint, ModelConfig
 
@@ -54,14 +55,21 @@ def make_sharded(folder: Path) -> Path:
     return folder
 
 
-def make_compressed(folder: Path) -> Path:
+PACKED_NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def packed_matrix() -> Packed:
+    return codec("int4-g64").encode(np.random.default_rng(1).standard_normal((12, 8)).astype(np.float32))
+
+
+def make_compressed(folder: Path, change: Callable[[Tensors], object] = lambda tensors: None) -> Path:
     """A folder in memwall's form: one packed tensor, the rest as floats."""
-    name = "model.layers.0.mlp.up_proj.weight"
-    codes = np.arange(48, dtype=np.uint8).reshape(12, 4)
 
     def pack(tensors: Tensors) -> None:
-        del tensors[name]
-        tensors[name + "::codes"] = codes
+        del tensors[PACKED_NAME]
+        parts = {f"{PACKED_NAME}::{name}": buffer for name, buffer in packed_matrix().buffers.items()}
+        tensors.update(parts)
+        change(tensors)
 
     make(folder, pack)
     config = json.loads((folder / "config.json").read_text())
@@ -70,7 +78,7 @@ def make_compressed(folder: Path) -> Path:
     manifest = Manifest(
         model_config=config,
         files={"model.safetensors": FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())},
-        tensors={name: PackedEntry(spec="int4-g64", shape=(12, 8), buffers=("codes",))},
+        tensors={PACKED_NAME: PackedEntry(spec="int4-g64", shape=(12, 8), buffers=("codes", "scales"))},
     )
     (folder / "memwall.json").write_text(manifest.to_json())
     return folder
@@ -168,20 +176,40 @@ def test_one_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_compressed_folder_gives_packed_tensors(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.up_proj.weight"
     with Checkpoint(make_compressed(tmp_path / "a")) as checkpoint:
-        packed = checkpoint.packed(name)
+        packed, expected = checkpoint.packed(PACKED_NAME), packed_matrix()
         assert packed is not None
         assert (packed.spec, packed.shape) == ("int4-g64", (12, 8))
-        np.testing.assert_array_equal(packed.buffers["codes"].reshape(-1), np.arange(48))
+        for name, buffer in expected.buffers.items():
+            np.testing.assert_array_equal(packed.buffers[name], buffer)
+        assert checkpoint.stored_bytes(PACKED_NAME) == expected.nbytes
         assert checkpoint.packed("model.norm.weight") is None
-        assert checkpoint.source_dtype(name) == "int4-g64"
+        assert checkpoint.source_dtype(PACKED_NAME) == "int4-g64"
         with pytest.raises(InputError, match="stored packed"):
-            checkpoint.tensor(name)
-        checkpoint.drop(name)
+            checkpoint.tensor(PACKED_NAME)
+        checkpoint.drop(PACKED_NAME)
         calls: list[tuple[str, int, int]] = []
         checkpoint.verify(digests=True, progress=lambda *call: calls.append(call))
         assert calls[-1][1] == calls[-1][2] == checkpoint.nbytes
+
+
+def test_packed_buffers_that_no_kernel_could_use_are_refused(tmp_path: Path) -> None:
+    codes, scales = f"{PACKED_NAME}::codes", f"{PACKED_NAME}::scales"
+    wrong_shape = make_compressed(tmp_path / "a", lambda t: t.update({codes: t[codes].reshape(-1)}))
+    with pytest.raises(InputError, match=r"::codes is U8 \[512\]; int4-g64 needs uint8"):
+        Checkpoint(wrong_shape)
+    wrong_dtype = make_compressed(tmp_path / "b", lambda t: t.update({scales: t[scales].astype(np.float32)}))
+    with pytest.raises(InputError, match=r"::scales is F32 .* needs float16"):
+        Checkpoint(wrong_dtype)
+    document = json.loads((wrong_dtype / "memwall.json").read_text())
+    document["tensors"][PACKED_NAME]["spec"] = "int4-g64-asym"
+    (wrong_dtype / "memwall.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="other buffers than its form int4-g64-asym"):
+        Checkpoint(wrong_dtype)
+    document["tensors"][PACKED_NAME]["spec"] = "int99"
+    (wrong_dtype / "memwall.json").write_text(json.dumps(document))
+    with pytest.raises(InputError):
+        Checkpoint(wrong_dtype)
 
 
 def test_damage_to_a_compressed_folder_is_named(tmp_path: Path) -> None:
@@ -205,12 +233,12 @@ def test_damage_to_a_compressed_folder_is_named(tmp_path: Path) -> None:
 def test_a_manifest_that_lacks_a_buffer_or_knows_too_much_is_refused(tmp_path: Path) -> None:
     folder = make_compressed(tmp_path / "a")
     document = json.loads((folder / "memwall.json").read_text())
-    entry = document["tensors"]["model.layers.0.mlp.up_proj.weight"]
-    entry["buffers"] = ["codes", "scales"]
+    entry = document["tensors"][PACKED_NAME]
+    entry["buffers"] = ["codes", "scales", "mins"]
     (folder / "memwall.json").write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"missing tensors: .*::scales"):
+    with pytest.raises(InputError, match=r"missing tensors: .*::mins"):
         Checkpoint(folder)
-    entry["buffers"] = ["codes"]
+    entry["buffers"] = ["codes", "scales"]
     document["tensors"]["ghost"] = {**entry, "shape": [1]}
     (folder / "memwall.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match="does not know: 'ghost'"):

@@ -79,9 +79,12 @@ def test_weights_weigh_what_was_predicted(weights: str) -> None:
 def test_eight_bits_stay_close_and_fewer_bits_drift_further() -> None:
     tokens = some_tokens(DEMO_DIRECTORY, 64)
     reference = Loaded(DEMO_DIRECTORY, "float32").logits(tokens)
-    errors = [np.abs(Loaded(DEMO_DIRECTORY, weights).logits(tokens) - reference).mean() for weights in ("int8", "int4", "int2")]
+    errors = [
+        np.abs(Loaded(DEMO_DIRECTORY, weights).logits(tokens) - reference).mean()
+        for weights in ("int8", "int4", "int2")
+    ]
     assert errors[0] < errors[1] < errors[2]
-    assert errors[0] < 0.1
+    assert errors[0] < errors[1] / 3
 
 
 def test_loading_stops_before_the_cap_and_leaves_nothing() -> None:

@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from families import write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.models.families import write_tokenizer
 
 from memwall.errors import InputError
 from memwall.models import DEMO_DIRECTORY

@@ -7,7 +7,6 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -58,12 +57,14 @@ def complete_model(incomplete: str) -> Iterator[str]:
     """Shell completion of MODEL: the bundled model and directories."""
     if "demo".startswith(incomplete):
         yield "demo"
-    base = Path(incomplete).expanduser()
-    folder = base if incomplete.endswith("/") or not incomplete else base.parent
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and not path.name.startswith(".") and str(path).startswith(str(base)):
-                yield f"{path}/"
+    folder, beginning = os.path.split(os.path.expanduser(incomplete))
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder or ".") if entry.is_dir())
+    except OSError:
+        return
+    for name in names:
+        if name.startswith(beginning) and (not name.startswith(".") or beginning.startswith(".")):
+            yield os.path.join(folder, name, "")
 
 
 def complete_weights(incomplete: str) -> list[str]:

@@ -60,10 +60,10 @@ def evaluate(
     Divergence (kl_nats) is the mean per token of KL(float model || this one); top1_agreement is how often both like the
     same token best.
     """
-    from memwall.engine import evaluate as measure
+    from memwall.engine.quality import evaluate as measure
     from memwall.models import model_directory
 
-    with progress_bar("evaluating", quiet=quiet) as progress:
+    with progress_bar("evaluating", quiet=quiet) as bar:
         result = measure(
             model_directory(model),
             text,
@@ -72,7 +72,7 @@ def evaluate(
             limit_tokens=limit,
             threads=threads,
             budget=parse_budget(memory, budget),
-            progress=progress,
+            progress=bar.counted,
         )
     keys = ("perplexity", "kl_nats", "top1_agreement", "tokens", "bits_per_weight", "kv_bits_per_value")
     figures = {key: getattr(result, key) for key in keys}

@@ -46,13 +46,14 @@ def evidence(
 
     Exit status 1 when a claim fails. Claims that need absent hardware are reported as not run, never as passed.
     """
-    from memwall.claims import run_evidence
-
     system = find_system(slug)
+    experiment = load_experiment(system)
     if data is not None and not data.exists():
         raise InputError(f"--data {data}: there is no such file or directory")
-    with progress_bar(f"evidence for {system.name}", quiet=quiet) as progress:
-        report = run_evidence(slug, load_experiment(system), quick=quick, data=data, progress=progress)
+    from memwall.claims import run_evidence
+
+    with progress_bar(f"evidence for {system.name}", quiet=quiet) as bar:
+        report = run_evidence(slug, experiment, quick=quick, data=data, progress=bar.labelled)
     if json:
         print_json(report.to_dict())
     else:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memwall.cli.command import KV, AsJson, BudgetOption, Debug, Memory, Model, Quiet, Threads, Weights, add_command
-from memwall.cli.printing import format_table, note, progress_bar
+from memwall.cli.printing import note, progress_bar
 from memwall.cli.run import parse_budget, parse_context
 
 if TYPE_CHECKING:
-    from memwall.plan import Option, Plan
+    from memwall.plan import Plan
+
+PIPE_WIDTH = 200
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +42,9 @@ def plan(
     html: Annotated[
         Path | None, typer.Option(help="Write a report with a plot of quality against bytes.", dir_okay=False)
     ] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Plan for another machine: a preset's name or a TOML file (default: this one).")
+    ] = None,
     threads: Threads = None,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -51,7 +57,7 @@ def plan(
     from memwall.models import model_directory
     from memwall.plan import make_plan, write_html
 
-    with progress_bar("measuring quality", quiet=quiet) as progress:
+    with progress_bar("measuring quality", quiet=quiet) as bar:
         made = make_plan(
             model_directory(model),
             budget=parse_budget(memory, budget),
@@ -60,63 +66,27 @@ def plan(
             context=parse_context(context),
             batch=batch,
             threads=threads,
+            machine=machine,
             max_kl=max_kl,
             measure=not no_measure,
-            progress=progress,
+            progress=bar.counted,
         )
     if html is not None:
         write_html(made, html)
         note(f"wrote {html}", quiet=quiet)
-    typer.echo(made.to_json(indent=2) if json else describe(made))
+    if json:
+        typer.echo(made.to_json(indent=2))
+    else:
+        _show(made)
     if not made.fits:
         raise typer.Exit(1)
 
 
-def describe(plan: Plan) -> str:
-    """The plan for a person: rows, totals, speed, quality, reasons, runners-up."""
-    from memwall.hardware.units import format_bytes
+def _show(plan: Plan) -> None:
+    from rich.console import Console
 
-    rows = [(row.owner, row.tier, format_bytes(row.nbytes)) for row in plan.rows]
-    for tier, peak in plan.peak_bytes.items():
-        cap = plan.budget.get(tier)
-        rows.append(("peak", tier, format_bytes(peak) + (f" of {format_bytes(cap)}" if cap else "")))
-    choice = plan.choice
-    lines = [
-        f"{choice.weights} weights ({plan.bits_per_weight:.2f} bits each), {choice.kv} cache "
-        f"({plan.kv_bits_per_value:.2f} bits per number), context {choice.context:,}, batch {choice.batch}",
-        "",
-        format_table(("owner", "tier", "bytes"), rows, right=frozenset({2})),
-        "",
-    ]
-    if plan.decode_tokens_per_s is not None:
-        lines.append(f"predicted decode speed {plan.decode_tokens_per_s:.1f} tokens/s on {plan.machine}")
-    if plan.quality is not None:
-        quality = plan.quality
-        lines.append(
-            f"measured on {quality.measured_on} ({quality.tokens:,} tokens): divergence from the float model "
-            f"{quality.kl_nats:.4f} nats per token, perplexity {quality.perplexity:.2f}, "
-            f"same first choice {quality.top1_agreement:.1%}"
-        )
-    lines.append(plan.explanation)
-    if plan.runners_up:
-        lines += ["", "runners-up", _options_table(plan.runners_up)]
-    return "\n".join(lines)
+    from memwall.plan.report import table
 
-
-def _options_table(options: tuple[Option, ...]) -> str:
-    from memwall.hardware.units import format_bytes
-
-    rows = [
-        (
-            option.choice.weights,
-            option.choice.kv,
-            f"{option.choice.context:,}",
-            ", ".join(f"{tier} {format_bytes(peak)}" for tier, peak in option.peak_bytes.items()),
-            "-" if option.decode_tokens_per_s is None else f"{option.decode_tokens_per_s:.1f}",
-            "-" if option.quality is None else f"{option.quality.kl_nats:.4f}",
-            option.note,
-        )
-        for option in options
-    ]
-    headers = ("weights", "cache", "context", "peak", "tokens/s", "nats", "why not")
-    return format_table(headers, rows, right=frozenset({2, 4, 5}))
+    # in a pipe or a file lines are not folded
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    console.print(table(plan))

@@ -7,12 +7,28 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import typer
 
-# called with the work done, the whole of it, and what is being done
-Progress = Callable[[float, float, str], None]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reporters:
+    """One progress bar in the forms that rooms call: (done, whole), (stage, done, whole), (done, whole, what)."""
+
+    counted: Callable[[int, int], None]
+    staged: Callable[[str, int, int], None]
+    labelled: Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Silence:
+    """No progress: what rooms take as being left alone."""
+
+    counted: None = None
+    staged: None = None
+    labelled: None = None
 
 
 def print_json(value: Any) -> None:
@@ -42,21 +58,24 @@ def note(text: str = "", *, quiet: bool = False) -> None:
 
 
 @contextmanager
-def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Progress | None]:
-    """A bar on standard error while a terminal is there to show it; None otherwise, which rooms take as silence."""
+def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Reporters | Silence]:
+    """A bar on standard error while a terminal is there to show it."""
     if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield None
+        yield Silence()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     # rich itself honours NO_COLOR
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
 
-        def report(done: float, whole: float, what: str) -> None:
-            bar.update(task, completed=done, total=whole, description=what or label)
+        def show(done: int, whole: int, what: str) -> None:
+            bar.update(task, completed=done, total=whole, description=what)
 
-        yield report
+        yield Reporters(
+            counted=lambda done, whole: show(done, whole, label),
+            staged=lambda stage, done, whole: show(done, whole, f"{label}: {stage}"),
+            labelled=lambda done, whole, what: show(done, whole, f"{label}: {what}"),
+        )

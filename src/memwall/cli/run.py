@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,9 @@ def run(
     if chat:
         if json:
             raise InputError("--chat is a conversation and --json one object: give one of them")
-        _chat(request)
+        from memwall.cli.chat import talk
+
+        talk(request)
     else:
         _complete(request)
 
@@ -157,12 +160,13 @@ def parse_budget(memory: str | None, budget: str | None) -> Budget | None:
 
 
 def parse_context(text: str | None) -> int | None:
-    """`32k` or `4096` as tokens."""
+    """`4096` or `32k` as tokens, k being 1024 as in the names of models."""
     if text is None:
         return None
-    from memwall.hardware.units import parse_count
-
-    tokens = parse_count(text)
+    match = re.fullmatch(r"([0-9]{1,12})(k?)", text.strip().lower())
+    if match is None:
+        raise InputError(f"--context is {text!r}; write a count of tokens, such as 4096 or 32k (k is 1024)")
+    tokens = int(match[1]) * (1024 if match[2] else 1)
     if tokens < 1:
         raise InputError(f"--context is {text}; it must be at least 1 token")
     return tokens
@@ -179,7 +183,7 @@ def _read_prompt(request: Request) -> str:
         raise InputError(f"standard input is not text: {error}") from error
 
 
-def _start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
+def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
     """Plan for the tokens that this run needs, then load as planned."""
     from memwall.engine import Settings, load
     from memwall.plan import make_plan
@@ -192,32 +196,40 @@ def _start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Token
         context=request.context or needed_tokens,
         threads=request.threads,
         measure=False,
+        profile=False,
     )
     settings = Settings(
         weights=plan.choice.weights,
         kv=plan.choice.kv,
         context_tokens=plan.choice.context,
+        segment_tokens=plan.choice.segment_tokens,
         threads=request.threads,
     )
-    with progress_bar("loading", quiet=request.quiet) as progress:
-        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=progress)
+    with progress_bar("loading", quiet=request.quiet) as bar:
+        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
     return session, plan
 
 
 def _complete(request: Request) -> None:
-    from memwall.models import Tokenizer, model_directory
+    from memwall.models import model_directory
+    from memwall.models.tokenizer import Tokenizer
 
     text = _read_prompt(request)
     path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
     needed = len(prompt) + request.sampling.max_new_tokens
-    session, plan = _start(request, needed_tokens=needed, path=path, tokenizer=tokenizer)
-    for piece in session.generate(prompt, request.sampling):
-        if not request.json:
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
+    session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer)
+    stream(session, prompt, request.sampling, show=not request.json)
     _report(request, session, plan)
+
+
+def stream(session: Session, prompt: list[int], sampling: Sampling, *, show: bool = True) -> None:
+    """Generate to the end, writing each piece of text as soon as it is there; the result is `session.last`."""
+    for piece in session.generate(prompt, sampling):
+        if show:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
 
 
 def _report(request: Request, session: Session, plan: Plan) -> None:
@@ -303,51 +315,3 @@ def speed_line(result: Generation) -> str:
         f"{timings.decode_tokens_per_s:.1f} tokens/s; loaded in {timings.load_seconds:.2f} s; "
         f"ended by {result.stop_reason}"
     )
-
-
-def _chat(request: Request) -> None:
-    """Turns from standard input until it ends or `/bye`; /reset forgets the conversation."""
-    from memwall.models import Tokenizer, model_directory
-
-    path = model_directory(request.model)
-    tokenizer = Tokenizer.from_directory(path)
-    session, plan = _start(request, needed_tokens=_chat_context(request, path), path=path, tokenizer=tokenizer)
-    interactive = sys.stdin.isatty() and not request.quiet
-    note("Write a message and press Enter; /reset forgets, /bye or Ctrl-D ends.", quiet=not interactive)
-    first = request.prompt
-    opening = True
-    while True:
-        line = first if first is not None else _next_line(interactive)
-        first = None
-        if line is None or line.strip() == "/bye":
-            break
-        if line.strip() == "/reset":
-            session.reset()
-            opening = True
-            continue
-        if not line.strip():
-            continue
-        for piece in session.generate(tokenizer.encode_turn(line, opening=opening), request.sampling):
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
-        typer.echo()
-        opening = False
-        if session.last.message:
-            note(f"memwall: {session.last.message}")
-        if session.last.stop_reason in ("budget", "context"):
-            break
-    if not request.quiet:
-        note("\n" + summary(session, plan, request, verbose=request.verbose))
-
-
-def _chat_context(request: Request, path: Path) -> int:
-    from memwall.models import ModelConfig
-
-    return request.context or ModelConfig.from_directory(path).max_position
-
-
-def _next_line(interactive: bool) -> str | None:
-    if interactive:
-        typer.echo("> ", nl=False, err=True)
-    line = sys.stdin.readline()
-    return line.removesuffix("\n") if line else None

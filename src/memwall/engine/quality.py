@@ -114,7 +114,8 @@ class Evaluator:
         self.model = model
         self.config = ModelConfig.from_directory(model)
         with Checkpoint(model, self.config) as checkpoint:
-            self._saved = checkpoint.saved_specs()
+            packed = checkpoint.manifest is not None
+            self._saved = resolve(self.config, "saved", checkpoint) if packed else None
         if limit_tokens is not None and limit_tokens < 2:
             raise InputError(f"limit is {limit_tokens} tokens; it must be at least 2")
         tokens = _encode(model, text)[:limit_tokens]
@@ -126,7 +127,8 @@ class Evaluator:
 
     def score(self, weights: str, kv: str | None = None, *, progress: Progress | None = None) -> Figures:
         """Evaluate one choice of weights, decoded through a cache of policy `kv` when one is given."""
-        specs = resolve(self.config, weights, self._saved)
+        saved = self._saved if weights == "saved" else None
+        specs = saved or resolve(self.config, weights)
         tested = self._load(self.model, weights, kv or "float32", exact=False)
         sums = Divergence()
         cache_bits: float | None = None

@@ -43,12 +43,13 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        # numpy.random costs 2 MB of memory: greedy sampling does without it
+        self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
 
     def pick(self, logits: np.ndarray) -> int:
         """Next token id from logits [V] float32."""
         settings = self._sampling
-        if settings.temperature == 0:
+        if self._random is None:
             return int(np.argmax(logits))
         # only the candidates are sorted, not the whole vocabulary
         count = min(settings.top_k or len(logits), len(logits))

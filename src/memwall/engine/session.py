@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memwall import kernels, kv
+from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
 from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
@@ -102,8 +102,17 @@ class Session:
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.cache.truncate(0)
+        self.rewind(0)
+
+    def rewind(self, num_tokens: int) -> int:
+        """Forget all but the first `num_tokens` of what was fed and made; returns how many the cache really kept.
+
+        The last token made is not in the cache until the next one is asked for, so one less than asked may be kept.
+        """
+        kept = min(num_tokens, self.cache.length)
+        self.cache.truncate(kept)
         self._unfed = []
+        return kept
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
         """Feed prompt tokens in segments; returns the last token's logits [V] (the decoder's buffer)."""
@@ -203,7 +212,8 @@ def load(
     with Checkpoint(model, config) as checkpoint:
         specs = resolve(config, settings.weights, checkpoint)
         ledger = Ledger()
-        runtime_bytes = measure_runtime(ledger)
+        _warm_up()
+        runtime_bytes = measure_runtime(ledger).nbytes
         arena = Arena(_cap(budget, runtime_bytes), ledger)
         weights = load_weights(config, checkpoint, specs, arena, progress=progress)
     decoder = Decoder(
@@ -225,6 +235,18 @@ def load(
         ledger=ledger,
         load_seconds=time.perf_counter() - began,
     )
+
+
+def _warm_up() -> None:
+    """Bring in what every run needs before the runtime row is measured: code pages, threads, a tidy heap."""
+    kernels.num_threads()
+    weight = np.ones((64, 128), np.float32)
+    x, out = np.ones((2, 128), np.float32), np.empty((2, 64), np.float32)
+    for spec in ("float32", "int4-g64"):
+        held = kernels.matrix(kernels.encode(spec, weight))
+        kernels.linear(x, [held], [out])
+        kernels.linear(x[:1], [held], [out[:1]])
+    _native.give_back_freed_memory()
 
 
 def cache_shape(config: ModelConfig) -> kv.CacheShape:

@@ -23,8 +23,8 @@ MAX_FILE_BYTES = 16_000_000
 # refused, because it would grow a hundredfold in memory. Real headers and configurations spend more than 20 bytes of
 # text on each.
 MIN_BYTES_PER_CONTAINER = 8
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+# a string (its brackets do not count; possessive, so that hostile text takes linear time) or a bracket
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 
 
 def shown(name: object) -> str:
@@ -166,14 +166,19 @@ def _kind(value: Any) -> str:
 
 
 def _check_nesting(data: bytes, source: str, max_depth: int) -> None:
-    brackets = _STRING.sub(b"", data).translate(None, _NOT_BRACKETS)
-    depth = 0
-    for bracket in brackets[: 4 * max_depth + len(data) // MIN_BYTES_PER_CONTAINER * 2]:
-        depth += 1 if bracket in b"[{" else -1
-        if depth > max_depth:
-            raise InputError(f"{source}: JSON nested deeper than {max_depth} levels")
-    if len(brackets) > 4 * max_depth + len(data) // MIN_BYTES_PER_CONTAINER * 2:
-        raise InputError(f"{source}: JSON of almost only brackets, which no file of this kind is")
+    most = 4 * max_depth + len(data) // MIN_BYTES_PER_CONTAINER
+    depth = num_containers = 0
+    for match in _TOKEN.finditer(data):
+        first = data[match.start()]
+        if first in b"[{":
+            depth += 1
+            num_containers += 1
+            if depth > max_depth:
+                raise InputError(f"{source}: JSON nested deeper than {max_depth} levels")
+            if num_containers > most:
+                raise InputError(f"{source}: JSON of almost only brackets, which no file of this kind is")
+        elif first in b"]}":
+            depth -= 1
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Machines as typed data: tiers that hold bytes, links that move them, units that compute. Read from TOML, checked on the way.
+"""Machines as typed data: tiers that hold bytes, links that move them, units that compute. Read from TOML, checked on
+the way.
 
-A figure without a source is worth nothing, so every tier, link and compute unit carries one; `derived` names the fields that
-were worked out from others (bus width times clock) and `unsure` those that nobody stated firmly.
+A figure without a source is worth nothing, so every tier, link and compute unit carries one; `derived` names the
+fields that were worked out from others (bus width times clock) and `unsure` those that nobody stated firmly.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from memwall.errors import InputError
 from memwall.hardware.units import (
+    MIB,
     Bytes,
     BytesPerSecond,
     FlopPerSecond,
@@ -32,7 +34,7 @@ DTYPES = ("float64", "float32", "tfloat32", "bfloat16", "float16", "float8", "in
 """Number types that a compute unit can name."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
-_LARGEST_FILE_BYTES = 1 << 20
+_LARGEST_FILE_BYTES = 1 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,9 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A way between two tiers. The bandwidth is that of one direction; `both_ways` says whether the other has as much."""
+    """A way between two tiers. The bandwidth is that of one direction; `both_ways` says whether the other has as
+    much.
+    """
 
     source: str
     target: str
@@ -111,7 +115,9 @@ class Compute:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One machine. `name` is the preset's file name; `kind` a word such as laptop, gpu, server, phone, microcontroller."""
+    """One machine. `name` is the preset's file name; `kind` a word such as laptop, gpu, server, phone,
+    microcontroller.
+    """
 
     name: str
     title: str
@@ -131,7 +137,9 @@ class Machine:
         for link in self.links:
             for end in (link.source, link.target):
                 if end not in known:
-                    raise InputError(f"machine {self.name}: a link names tier {end!r}; its tiers are {', '.join(known)}")
+                    raise InputError(
+                        f"machine {self.name}: a link names tier {end!r}; its tiers are {', '.join(known)}"
+                    )
         for unit in self.compute:
             if unit.tier not in known:
                 raise InputError(
@@ -161,7 +169,9 @@ class Machine:
         return max(found, key=lambda link: link.bytes_per_s, default=None)
 
     def bytes_per_s(self, source: str, target: str) -> float:
-        """Bytes per second from one tier to another: the slowest of reading, the link (when there is one) and writing."""
+        """Bytes per second from one tier to another: the slowest of reading, the link (when there is one) and
+        writing.
+        """
         rates = [self.tier(source).read_bytes_per_s, self.tier(target).write_bytes_per_s]
         link = self.link(source, target)
         return min(rates if link is None else [*rates, link.bytes_per_s])
@@ -208,7 +218,7 @@ class Machine:
         """A machine from the text of a preset; `name` is used in messages."""
         try:
             data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"machine {name}: not valid TOML: {error}") from None
         _known_keys(name, data, {"title", "kind", "notes", "tier", "link", "compute"})
         return cls(
@@ -229,15 +239,17 @@ def preset_names() -> list[str]:
 
 
 def load_machine(name_or_path: str | Path) -> Machine:
-    """A preset by name, or the description in a TOML file. InputError names the nearest presets when there is neither."""
+    """A preset by name, or the description in a TOML file. InputError names the nearest presets when there is
+    neither.
+    """
     text = str(name_or_path)
     if isinstance(name_or_path, str) and not text.endswith(".toml"):
         if text in preset_names():
             folder = resources.files("memwall.hardware") / "presets"
             return Machine.from_toml((folder / f"{text}.toml").read_text(encoding="utf-8"), text)
         near = difflib.get_close_matches(text, preset_names(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(preset_names())}"
-        raise InputError(f"unknown machine {text!r}; {hint} Or give a .toml file.")
+        hint = f"nearest are {' and '.join(near)}" if near else f"known are {', '.join(preset_names())}"
+        raise InputError(f"unknown machine {text!r}; {hint}, or give a .toml file")
     path = Path(text)
     try:
         if path.stat().st_size > _LARGEST_FILE_BYTES:

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
+from memwall.hardware.units import KIB
 from memwall.memory.ledger import Entry, Ledger
 from memwall.memory.pages import HUGE_PAGE_BYTES, Pages, round_up
 
 ALIGNMENT_BYTES = 64
-SMALL_BYTES = 32 * 1024
+SMALL_BYTES = 32 * KIB
 """Arrays below this come from the heap: a mapping each would waste most of its last page."""
 HUGE_FROM_BYTES = 4 * HUGE_PAGE_BYTES
 """Ranges from here on use huge pages unless told otherwise."""

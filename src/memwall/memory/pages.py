@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from memwall.hardware.units import MIB
+
 PAGE_BYTES = mmap.PAGESIZE
-HUGE_PAGE_BYTES = 2 * 1024 * 1024
+HUGE_PAGE_BYTES = 2 * MIB
 _LINUX = sys.platform.startswith("linux")
 # Not named in the mmap module of every Python this runs on; values from the kernels' headers.
 _NORESERVE = 0x4000 if _LINUX else 0x40 if sys.platform == "darwin" else 0

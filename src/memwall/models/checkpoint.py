@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats import checked_json
-from memwall.formats.base import Packed
+from memwall.formats import Packed, checked_json, codec
 from memwall.formats.checked_json import shown
 from memwall.formats.manifest import MANIFEST_NAME, Manifest, PackedEntry, buffer_tensor_name
 from memwall.formats.safetensors_file import SafetensorsFile
@@ -207,7 +206,9 @@ class Checkpoint:
             if shape != spec.shape:
                 wanted = list(spec.shape)
                 raise InputError(f"{self.directory}: {name} has shape {list(shape)}; the configuration says {wanted}")
-            if entry is None and self._file_of(name).info(name).dtype not in FLOAT_DTYPES:
+            if entry is not None:
+                self._check_packed(name, entry)
+            elif self._file_of(name).info(name).dtype not in FLOAT_DTYPES:
                 raise InputError(f"{self.directory}: {name} is stored as {self.source_dtype(name)}, not as floats")
         if missing:
             raise InputError(f"{self.directory}: {_listed('missing tensors', missing)}")
@@ -216,6 +217,19 @@ class Checkpoint:
         unknown += [name for name in packed if name not in specs]
         if unknown:
             raise InputError(f"{self.directory}: {_listed('tensors that the configuration does not know', unknown)}")
+
+    def _check_packed(self, name: str, entry: PackedEntry) -> None:
+        """The buffers must be exactly those that the codec makes: kernels rely on their shapes."""
+        wanted = codec(entry.spec).buffers(entry.shape)
+        if set(wanted) != set(entry.buffers):
+            known = ", ".join(wanted)
+            raise InputError(f"{self.directory}: {name} has other buffers than its form {entry.spec} ({known})")
+        for buffer, (shape, dtype) in wanted.items():
+            part = buffer_tensor_name(name, buffer)
+            info = self._file_of(part).info(part)
+            if info.shape != shape or info.numpy_dtype != dtype:
+                got = f"{info.dtype} {list(info.shape)}"
+                raise InputError(f"{self.directory}: {part} is {got}; {entry.spec} needs {dtype} {list(shape)}")
 
     def _is_harmless(self, name: str) -> bool:
         """Older files carry the rotary table, and some tied models a copy of the embedding: both are ignored."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from memwall import kernels
 from memwall.formats import Packed, codec
+from memwall.formats.base import PLAIN_BUFFER
 from memwall.kernels import Matrix
 from memwall.memory import Arena, Region
 from memwall.models.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
 from memwall.models.precision import aligned, weight_bytes
 
 # Source bytes read between two encodes. Large enough to keep all threads busy, small beside any budget.
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 2 << 20
 ROW_TILE = 16
 
 Progress = Callable[[int, int], None]
@@ -113,14 +114,16 @@ def _load_matrix(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, pool: _P
             np.copyto(buffer, packed.buffers[name])
         return Packed(spec=spec, shape=tensor.shape, buffers=buffers)
     source = checkpoint.tensor(tensor.name)
-    dtype = np.dtype(np.float32) if source.dtype == np.float64 else source.dtype
-    num_rows = tensor.shape[0]
-    piece_rows = max(PIECE_BYTES // max(source[0].nbytes, 1) // ROW_TILE, 1) * ROW_TILE
+    num_rows, row_bytes = source.shape[0], max(source[0].nbytes, 1)
+    piece_rows = max(PIECE_BYTES // row_bytes // ROW_TILE, 1) * ROW_TILE
     for start in range(0, num_rows, piece_rows):
-        piece = kernels.encode(spec, np.ascontiguousarray(source[start : start + piece_rows], dtype))
-        for name, part in piece.buffers.items():
-            # tiles stack along the first axis as rows do, so a piece of whole tiles lands in one contiguous slice
-            first = start if part.shape[0] == piece.shape[0] else start // ROW_TILE
-            np.copyto(buffers[name][first : first + part.shape[0]], part)
+        piece = source[start : start + piece_rows]
+        # tiles stack along the first axis as rows do, so whole tiles of rows land in one slice of each buffer
+        tile = 1 if PLAIN_BUFFER in buffers else ROW_TILE
+        slices = {name: part[start // tile : -(-(start + len(piece)) // tile)] for name, part in buffers.items()}
+        if tile == 1 and slices[PLAIN_BUFFER].dtype in (piece.dtype, np.float32):
+            np.copyto(slices[PLAIN_BUFFER], piece, casting="same_kind")  # loses nothing, so nothing to check
+        else:
+            kernels.encode(spec, piece.astype(np.float32) if piece.dtype == np.float64 else piece, out=slices)
         checkpoint.drop(tensor.name)
     return Packed(spec=spec, shape=tensor.shape, buffers=buffers)

@@ -20,11 +20,12 @@ from memwall.hardware.units import format_bytes
 from memwall.memory import Budget
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
+from memwall.models.precision import resolve
 from memwall.plan import store
 from memwall.plan.base import LONGEST_SEGMENT_TOKENS, Choice, Option, Plan, Quality
 from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
 from memwall.plan.profile import KernelProfile, load_profile
-from memwall.plan.search import AUTO, Candidate, Goal, check, contexts, fits, search
+from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search
 from memwall.plan.speed import Speed, predict_elsewhere, predict_here
 
 HELD_OUT_NAME = "bundled held-out text"
@@ -59,7 +60,8 @@ class Planner:
         self.model = Path(model)
         config = ModelConfig.from_directory(self.model)
         with Checkpoint(self.model, config) as checkpoint:
-            saved, self.fingerprint = checkpoint.saved_specs(), checkpoint.fingerprint()
+            saved = resolve(config, "saved", checkpoint) if checkpoint.manifest is not None else None
+            self.fingerprint = checkpoint.fingerprint()
         self.elsewhere: Machine | None = load_machine(machine) if machine is not None else None
         self.machine_name = self.elsewhere.title if self.elsewhere is not None else "this machine"
         device_tier, host_tier = _tiers(self.elsewhere, device)
@@ -110,7 +112,7 @@ class Planner:
             segment_tokens=min(LONGEST_SEGMENT_TOKENS, context),
         )
         quality = self.quality(choice) if measure else self._read_quality(choice)
-        return self._build(goal, [self._candidate(choice, quality)])
+        return self._build(goal, [replace(candidate_of(self.space, choice), quality=quality)])
 
     def quality(self, choice: Choice) -> Quality | None:
         """Measured loss of a choice, from the cache file where it was measured before."""
@@ -172,13 +174,6 @@ class Planner:
             goal, device=self.device, budget={tier: int(self.elsewhere.tier(tier).capacity_bytes) for tier in tiers}
         )
 
-    def _candidate(self, choice: Choice, quality: Quality | None) -> Candidate:
-        space = self.space
-        return Candidate(
-            choice=choice, peak_bytes=space.peak_bytes(choice), bits_per_weight=space.weight_bits(choice.weights),
-            cache_bits=space.cache_bits(choice), quality=quality,
-        )  # fmt: skip
-
     def _build(self, goal: Goal, candidates: list[Candidate]) -> Plan:
         best = candidates[0]
         speed = self.speed(best.choice)
@@ -208,9 +203,9 @@ class Planner:
         options = [self._option(one, _compared(one, best)) for one in candidates[1:]]
         for weights in sorted({*self.space.uniform, self.space.ceiling}, key=self.space.weight_bits, reverse=True):
             choice = replace(best.choice, weights=weights)
-            if choice == best.choice:
-                continue
-            candidate = self._candidate(choice, self._read_quality(choice))
+            if self.space.specs(weights) == self.space.specs(best.choice.weights):
+                continue  # the chosen one under its own or another name
+            candidate = replace(candidate_of(self.space, choice), quality=self._read_quality(choice))
             if fits(self.space, choice, goal.budget):
                 note = "fits; fewer bits" if candidate.bits_per_weight < best.bits_per_weight else "fits"
             else:
@@ -256,14 +251,15 @@ def make_plan(
     max_kl: float | None = None,
     text: str | None = None,
     runtime_bytes: int | None = None,
-    profile: bool = True,
+    profile: bool | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
     fit.
 
     budget: caps per tier (None: no cap, or another machine's capacities). measure: measure quality on held-out text
-    where it is not known; profile: measure kernels where they are not known, otherwise speeds may be missing.
+    where it is not known; profile: measure kernels where they are not known (None: as `measure`), otherwise speeds may
+    be missing.
     progress(done, total) counts windows of text.
     """
     planner = Planner(
@@ -272,7 +268,7 @@ def make_plan(
         device=device,
         runtime_bytes=runtime_bytes,
         text=text,
-        profile=profile,
+        profile=measure if profile is None else profile,
         progress=progress,
     )
     goal = Goal(

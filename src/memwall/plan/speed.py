@@ -87,14 +87,15 @@ def predict_here(
     def step_seconds(context: float, held_bytes: float) -> float:
         working_set = sum(weights.values()) + held_bytes * choice.batch
         matrices = sum(size / _at(working_set, rates[spec] or []) for spec, size in weights.items())
-        attention = config.num_layers * max(_line(context, attend) - cache_step, 0.0) * choice.batch
+        attention = sum(max(_line(seen, attend) - cache_step, 0.0) for seen in _seen(config, context)) * choice.batch
         return matrices + attention + config.num_layers * per_layer + per_token
 
     prompt = min(choice.segment_tokens, choice.context)
     block = sum(size / (blocks[spec] or math.inf) for spec, size in macs.items())
     # per token of a block the overheads are shared by the block; attention over half the prompt, several rows at a time
     shared = (config.num_layers * per_layer + per_token) / min(prompt, PREFILL_TOKENS)
-    prefill = block + shared + config.num_layers * max(_line(prompt / 2, attend) - _line(0, attend), 0.0)
+    attention = sum(max(_line(seen, attend) - _line(0, attend), 0.0) for seen in _seen(config, prompt / 2))
+    prefill = block + shared + attention
     return Speed(
         decode_tokens_per_s=choice.batch / step_seconds(choice.context, cache_bytes),
         decode_tokens_per_s_at_start=choice.batch / step_seconds(0, 0),
@@ -119,6 +120,11 @@ def predict_elsewhere(
         decode_tokens_per_s_at_start=choice.batch / at_start,
         prefill_tokens_per_s=1 / prefill,
     )
+
+
+def _seen(config: ModelConfig, context: float) -> list[float]:
+    """Tokens each layer attends to at a context: no more than its sliding window."""
+    return [min(context, window or context) for window in config.sliding_windows]
 
 
 def _peak_flop_per_s(machine: Machine, tier: str) -> float:
