@@ -58,6 +58,18 @@ class Packed:
         return {tensor_name(name, buffer): array for buffer, array in self.buffers.items()}
 
 
+def array_namespace(x: Any) -> Any:
+    """The array API of `x`'s library.
+
+    NumPy is one itself: the CPU path skips the import of the compatibility layer, 10 MB that a small budget feels.
+    """
+    if isinstance(x, np.ndarray | np.generic):
+        return np
+    import array_api_compat
+
+    return array_api_compat.array_namespace(x)
+
+
 class Codec(ABC):
     """Encodes arrays to `Packed` and back. Instances are frozen dataclasses: settings and technique are one object."""
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
+
+from memwall.formats.base import array_namespace
 
 TILE_ROWS = 16
 UNIT_COLUMNS = 32

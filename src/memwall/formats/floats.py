@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
-from array_api_compat import array_namespace
 
 from memwall.errors import InputError
-from memwall.formats.base import PLAIN_BUFFER, Codec, Packed
+from memwall.formats.base import PLAIN_BUFFER, Codec, Packed, array_namespace
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

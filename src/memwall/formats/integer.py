@@ -28,10 +28,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, array_namespace
 from memwall.formats.bitpack import (
     LANE_BYTES,
     TILE_ROWS,

@@ -1,5 +1,151 @@
+// Python face of attention.h: checks shapes and types, lets go of the interpreter's lock, calls.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <string>
+
+#include "attention.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
-void bind_attention(nb::module_& m) { (void)m; }
+namespace {
+
+using Float3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Out3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Cache = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Blocks = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutBlocks = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw nb::value_error(message.c_str());
+}
+
+mw::Rows rows_of(const Cache& array, const char* name) {
+  mw::Rows rows;
+  rows.data = array.data();
+  if (array.dtype() == nb::dtype<float>()) rows.type = mw::Real::float32;
+  else if (array.dtype().code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16)
+    rows.type = mw::Real::float16;
+  else if (array.dtype() == nb::dtype<std::uint16_t>()) rows.type = mw::Real::bfloat16;
+  else require(false, std::string(name) + " must be float32, float16, or bfloat16 seen as uint16");
+  return rows;
+}
+
+mw::KiviForm form_of(int bits, int group, std::size_t head_dim) {
+  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, not " + std::to_string(bits));
+  require(group == 16 || group == 32 || group == 64 || group == 128, "group must be 16, 32, 64 or 128, not " + std::to_string(group));
+  require(head_dim % static_cast<std::size_t>(group) == 0,
+          "group " + std::to_string(group) + " does not divide the head dimension " + std::to_string(head_dim));
+  return {bits, group};
+}
+
+// what attend_float and attend_kivi share
+mw::Attention prepare(const Float3& q, const Cache& k, const Cache& v, const Out3& out, const std::optional<Out3>& stats,
+                      float scale, std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start) {
+  mw::Attention a;
+  const std::size_t tokens = q.shape(0), heads = q.shape(1), dim = q.shape(2), kv_heads = k.shape(1);
+  require(kv_heads > 0 && heads % kv_heads == 0,
+          std::to_string(heads) + " query heads cannot share " + std::to_string(kv_heads) + " key-value heads");
+  require(k.shape(2) == dim && v.shape(2) == dim && v.shape(1) == kv_heads, "k and v must be [tokens, kv_heads, head_dim] of the same head_dim as q");
+  require(dim > 0 && dim <= 1024, "head_dim must be 1 to 1024");
+  require(out.shape(0) == tokens && out.shape(1) == heads && out.shape(2) == dim, "out must have the shape of q");
+  if (stats) {
+    require(stats->shape(0) == tokens && stats->shape(1) == heads && stats->shape(2) == 2, "stats must be [tokens, heads, 2]");
+    a.stats = stats->data();
+  }
+  require(!window || *window > 0, "window must be positive");
+  a.q = q.data(), a.out = out.data();
+  a.num_tokens = static_cast<int>(tokens), a.num_heads = static_cast<int>(heads);
+  a.num_kv_heads = static_cast<int>(kv_heads), a.head_dim = static_cast<int>(dim);
+  a.scale = scale;
+  a.query_key = first_position - key_start;
+  a.first_key = window ? a.query_key - *window + 1 : -(std::int64_t{1} << 40);
+  a.keys = rows_of(k, "k"), a.values = rows_of(v, "v");
+  return a;
+}
+
+void attend_float(const Float3& q, const Cache& k, const Cache& v, const Out3& out, float scale, std::int64_t first_position,
+                  std::optional<std::int64_t> window, std::int64_t key_start, std::optional<Out3> stats) {
+  mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start);
+  require(k.shape(0) == v.shape(0), "k and v must hold the same number of tokens");
+  a.length = static_cast<std::int64_t>(k.shape(0));
+  nb::gil_scoped_release release;
+  mw::attend(a);
+}
+
+void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_blocks, std::int64_t coded_keys,
+                 std::int64_t coded_values, const Cache& k, const Cache& v, const Out3& out, int bits, int group, float scale,
+                 std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
+                 std::optional<Out3> stats) {
+  mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start);
+  a.form = form_of(bits, group, q.shape(2));
+  const std::size_t kv_heads = k.shape(1);
+  require(coded_keys >= 0 && coded_keys % group == 0, "coded keys must be whole groups of tokens");
+  require(coded_values >= 0, "coded_values must not be negative");
+  const auto blocks = [&](std::int64_t tokens, int per) { return static_cast<std::size_t>((tokens + per - 1) / per) * kv_heads; };
+  require(key_blocks.size() >= blocks(coded_keys, group) * a.form.key_block_bytes(a.head_dim), "key_blocks is too short for coded_keys");
+  require(value_blocks.size() >= blocks(coded_values, mw::KiviForm::kValueBlock) * a.form.value_block_bytes(a.head_dim),
+          "value_blocks is too short for coded_values");
+  a.length = coded_keys + static_cast<std::int64_t>(k.shape(0));
+  require(a.length == coded_values + static_cast<std::int64_t>(v.shape(0)), "keys and values must cover the same tokens");
+  a.key_blocks = key_blocks.data(), a.value_blocks = value_blocks.data();
+  a.coded_keys = coded_keys, a.coded_values = coded_values;
+  nb::gil_scoped_release release;
+  mw::attend(a);
+}
+
+void encode_keys(const Cache& k, const OutBlocks& blocks, int bits, int group) {
+  const mw::KiviForm form = form_of(bits, group, k.shape(2));
+  const int kv_heads = static_cast<int>(k.shape(1)), dim = static_cast<int>(k.shape(2));
+  require(k.shape(0) % static_cast<std::size_t>(group) == 0, "keys are coded in whole groups of tokens");
+  require(blocks.size() >= k.shape(0) / group * k.shape(1) * form.key_block_bytes(dim), "blocks is too short");
+  const mw::Rows rows = rows_of(k, "k");
+  nb::gil_scoped_release release;
+  mw::kivi_encode_keys(rows, form, kv_heads, dim, static_cast<std::int64_t>(k.shape(0)), blocks.data());
+}
+
+void encode_values(const Cache& v, std::int64_t first, const OutBlocks& blocks, int bits, int group) {
+  const mw::KiviForm form = form_of(bits, group, v.shape(2));
+  const int kv_heads = static_cast<int>(v.shape(1)), dim = static_cast<int>(v.shape(2));
+  require(first >= 0, "first must not be negative");
+  const std::size_t last = (static_cast<std::size_t>(first) + v.shape(0) + 31) / 32;
+  require(blocks.size() >= last * v.shape(1) * form.value_block_bytes(dim), "blocks is too short");
+  const mw::Rows rows = rows_of(v, "v");
+  nb::gil_scoped_release release;
+  mw::kivi_encode_values(rows, form, kv_heads, dim, first, static_cast<std::int64_t>(v.shape(0)), blocks.data());
+}
+
+// floats of coded tokens [first, first + out.shape(0))
+void decode_blocks(bool keys, const Blocks& blocks, std::int64_t first, const Out3& out, int bits, int group) {
+  mw::Attention a;
+  a.form = form_of(bits, group, out.shape(2));
+  a.num_kv_heads = static_cast<int>(out.shape(1)), a.head_dim = static_cast<int>(out.shape(2));
+  const std::int64_t end = first + static_cast<std::int64_t>(out.shape(0)), per = keys ? group : mw::KiviForm::kValueBlock;
+  const std::size_t size = keys ? a.form.key_block_bytes(a.head_dim) : a.form.value_block_bytes(a.head_dim);
+  require(first >= 0, "first must not be negative");
+  require(blocks.size() >= static_cast<std::size_t>((end + per - 1) / per) * out.shape(1) * size, "blocks is too short");
+  a.key_blocks = a.value_blocks = blocks.data();
+  const auto tile = keys ? mw::attention_kernels().key_tile : mw::attention_kernels().value_tile;
+  for (int h = 0; h < a.num_kv_heads; ++h)
+    tile(a, h, first, end, out.data() + static_cast<std::size_t>(h) * out.shape(2), static_cast<int>(out.shape(1) * out.shape(2)));
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+  m.def("attend_float", &attend_float, "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "first_position"_a, "window"_a.none(),
+        "key_start"_a, "stats"_a.none());
+  m.def("attend_kivi", &attend_kivi, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a,
+        "out"_a, "bits"_a, "group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
+  m.def("kivi_encode_keys", &encode_keys, "k"_a, "blocks"_a, "bits"_a, "group"_a);
+  m.def("kivi_encode_values", &encode_values, "v"_a, "first"_a, "blocks"_a, "bits"_a, "group"_a);
+  m.def("kivi_decode", &decode_blocks, "keys"_a, "blocks"_a, "first"_a, "out"_a, "bits"_a, "group"_a);
+  m.def("kivi_block_bytes", [](int bits, int group, int head_dim) {
+    const mw::KiviForm form = form_of(bits, group, static_cast<std::size_t>(head_dim));
+    return nb::make_tuple(form.key_block_bytes(head_dim), form.value_block_bytes(head_dim));
+  }, "bits"_a, "group"_a, "head_dim"_a);
+}

@@ -13,6 +13,7 @@ void bind_linear(nb::module_& m);     // linear.h: matrices and products
 void bind_elementwise(nb::module_& m);  // norms, rotary embedding, activations
 void bind_attention(nb::module_& m);  // attention over full-precision and coded caches
 void bind_probe(nb::module_& m);      // measurements of this machine
+void bind_heap(nb::module_& m);       // the C heap's habits
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -29,4 +30,5 @@ NB_MODULE(_native, m) {
   bind_elementwise(m);
   bind_attention(m);
   bind_probe(m);
+  bind_heap(m);
 }

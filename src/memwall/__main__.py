@@ -1,0 +1,5 @@
+"""`python -m memwall` is the command line."""
+
+from memwall.cli import main
+
+main()

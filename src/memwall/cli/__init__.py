@@ -1,0 +1,56 @@
+"""The command line: one file per verb, and `main` which turns errors into exit statuses.
+
+Every verb imports what it needs when it is called, so that `memwall --help` starts without NumPy. Verbs are thin: they
+parse, call a room, and print. Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from memwall import __version__
+from memwall.cli import compress, eval, evidence, plan, probe, run, systems
+
+app = typer.Typer(
+    name="memwall",
+    help="Run, compress and plan AI models inside the memory you have, and see where every byte went.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 it does not fit or a claim fails, 2 bad input, 130 interrupted. "
+    "GB = 10^9, GiB = 2^30.",
+    # plain help: importing rich would double the time to first letter
+    rich_markup_mode=None,
+)
+
+for verb in (run, plan, compress, eval, probe, systems, evidence):
+    verb.register(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memwall {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def memwall(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Run, compress and plan AI models inside the memory you have, and see where every byte went."""
+
+
+def main() -> None:
+    """Entry point of the `memwall` command."""
+    try:
+        app(prog_name="memwall")
+    except BrokenPipeError:
+        # the reader (`head`, say) went away; keep Python from complaining again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

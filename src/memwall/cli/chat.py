@@ -1,0 +1,87 @@
+"""`memwall run --chat`: turns at the terminal, with the cache kept between them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import typer
+
+from memwall.cli.printing import note
+from memwall.cli.run import start, stream, summary
+
+if TYPE_CHECKING:
+    from memwall.cli.run import Request
+    from memwall.engine import Sampling, Session
+    from memwall.models.chat import ChatTemplate
+    from memwall.models.tokenizer import Tokenizer
+
+
+class Conversation:
+    """Messages so far, and the tokens that the session has seen of them."""
+
+    def __init__(self, session: Session, tokenizer: Tokenizer, template: ChatTemplate, sampling: Sampling) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.template = template
+        self.sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
+        self.forget()
+
+    def forget(self) -> None:
+        """Start over."""
+        self.session.reset()
+        self._messages: list[dict[str, str]] = []
+        self._seen: list[int] = []
+
+    def say(self, text: str) -> None:
+        """One turn: the answer goes to standard output as it is made."""
+        self._messages.append({"role": "user", "content": text})
+        ids = self.tokenizer.encode(self.template.render(self._messages), add_bos=False)
+        # one token at least must be fed, to have logits to go on from
+        kept = self.session.rewind(min(num_shared(self._seen, ids), len(ids) - 1))
+        stream(self.session, ids[kept:], self.sampling)
+        typer.echo()
+        result = self.session.last
+        self._seen = [*ids, *result.tokens]
+        self._messages.append({"role": "assistant", "content": result.text.strip()})
+
+
+def num_shared(seen: list[int], ids: list[int]) -> int:
+    """Length of the common beginning. What was made and what the template writes of it may part: stop texts, blanks."""
+    return next((place for place, (one, other) in enumerate(zip(seen, ids)) if one != other), min(len(seen), len(ids)))
+
+
+def talk(request: Request) -> None:
+    """Turns from standard input until it ends or `/bye`; `/reset` forgets the conversation."""
+    from memwall.models import ModelConfig, model_directory
+    from memwall.models.chat import ChatTemplate
+    from memwall.models.tokenizer import Tokenizer
+
+    path = model_directory(request.model)
+    config = ModelConfig.from_directory(path)
+    tokenizer = Tokenizer.from_directory(path)
+    session, plan = start(request, needed_tokens=config.max_position, path=path, tokenizer=tokenizer)
+    conversation = Conversation(session, tokenizer, ChatTemplate.from_directory(path), request.sampling)
+    interactive = sys.stdin.isatty() and not request.quiet
+    note("Write a message and press Enter; /reset forgets, /bye or Ctrl-D ends.", quiet=not interactive)
+    line = request.prompt if request.prompt is not None else _next_line(interactive)
+    while line is not None and line.strip() != "/bye":
+        if line.strip() == "/reset":
+            conversation.forget()
+        elif line.strip():
+            conversation.say(line)
+            if session.last.message:
+                note(f"memwall: {session.last.message}")
+            if session.last.stop_reason == "budget":
+                raise typer.Exit(1)
+        line = _next_line(interactive)
+    if not request.quiet:
+        note("\n" + summary(session, plan, request, verbose=request.verbose))
+
+
+def _next_line(interactive: bool) -> str | None:
+    if interactive:
+        typer.echo("> ", nl=False, err=True)
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None

@@ -1,0 +1,125 @@
+"""What all verbs share: registration, errors as one clear paragraph, and the options that several of them take."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from memwall.errors import MemwallError
+
+INTERRUPTED = 130
+
+
+def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
+    """Register a verb. Its errors end the program with their own exit status; `--debug` shows where they came from."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except MemwallError as error:
+            fail(error, error.exit_status, debug=kwargs.get("debug", False))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            fail(describe_os_error(error), 2, debug=kwargs.get("debug", False))
+        except KeyboardInterrupt:
+            fail("interrupted", INTERRUPTED, debug=kwargs.get("debug", False))
+
+    app.command(name)(guarded)
+
+
+def fail(message: object, exit_status: int, *, debug: bool = False) -> None:
+    """Print one paragraph on standard error and end with that status. Call it while the error is being handled."""
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    width = min(os.get_terminal_size(sys.stderr.fileno()).columns, 120) if sys.stderr.isatty() else 0
+    text = f"memwall: {message}"
+    typer.echo(textwrap.fill(text, width, break_long_words=False) if width else text, err=True)
+    raise typer.Exit(exit_status)
+
+
+def describe_os_error(error: OSError) -> str:
+    """An error of the operating system in words: what could not be done to which file."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def complete_model(incomplete: str) -> Iterator[str]:
+    """Shell completion of MODEL: the bundled model and directories."""
+    if "demo".startswith(incomplete):
+        yield "demo"
+    folder, beginning = os.path.split(os.path.expanduser(incomplete))
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder or ".") if entry.is_dir())
+    except OSError:
+        return
+    for name in names:
+        if name.startswith(beginning) and (not name.startswith(".") or beginning.startswith(".")):
+            yield os.path.join(folder, name, "")
+
+
+def complete_weights(incomplete: str) -> list[str]:
+    """Shell completion of --weights."""
+    return [name for name in WEIGHT_FORMATS if name.startswith(incomplete)]
+
+
+def complete_kv(incomplete: str) -> list[str]:
+    """Shell completion of --kv."""
+    return [name for name in KV_POLICIES if name.startswith(incomplete)]
+
+
+# what the planner chooses from; any other spec that formats.codec accepts may be written out
+WEIGHT_FORMATS = ("auto", "float32", "float16", "bfloat16", "int8", "int4", "int3", "int2")
+KV_POLICIES = ("auto", "float32", "float16", "bfloat16", "kivi", "kivi(4bit)")
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Directory of a Hugging Face model, or `demo`.", metavar="MODEL", autocompletion=complete_model
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", help="Resident memory of the whole process, such as 200MB or 1.5GiB.", metavar="BYTES"),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Budget per tier and link, such as gpu=11.5GiB,ram=24GiB,disk=80GiB,disk_rate=1GB/s.",
+        metavar="TIERS",
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        help="Format of the weights: float32, float16, bfloat16, int8, int4, int3, int2, or auto (the best that fits).",
+        metavar="FORMAT",
+        autocompletion=complete_weights,
+    ),
+]
+KV = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        help="Store of keys and values: float32, float16, bfloat16, kivi, kivi(4bit), or auto.",
+        metavar="POLICY",
+        autocompletion=complete_kv,
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads to compute with (default: one per core).", min=1)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on standard error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,110 @@
+"""`memwall compress`: write a compressed model that loads again bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memwall.cli.command import AsJson, Debug, Memory, Model, Quiet, Threads, add_command
+from memwall.cli.printing import note, print_json, progress_bar
+from memwall.cli.run import parse_budget
+from memwall.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from memwall.memory import Arena
+
+
+def register(app: typer.Typer) -> None:
+    add_command(app, "compress", compress)
+
+
+def compress(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(help="Directory to write; it must not exist yet (see --force).", metavar="OUT")
+    ],
+    *,
+    bits: Annotated[
+        str,
+        typer.Option(
+            help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4.",
+            metavar="BITS",
+        ),
+    ] = "4.25",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gptq (compensated rounding) or rtn (round to nearest).",
+            metavar="METHOD",
+            autocompletion=lambda: ["gptq", "rtn"],
+        ),
+    ] = "gptq",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text file to calibrate on (default: the bundled text).")
+    ] = None,
+    group: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64 or 128.")] = 64,
+    memory: Memory = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing compressed model, and forget an unfinished run.")
+    ] = False,
+    threads: Threads = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress MODEL into the new directory OUT: safetensors plus a manifest with checksums.
+
+    A run that was interrupted goes on where it stopped when it is called again with the same settings.
+    """
+    from memwall.compress.model import compress_model
+    from memwall.models import model_directory
+
+    if threads is not None:
+        from memwall import kernels
+
+        kernels.set_num_threads(threads)
+    with progress_bar("compressing", quiet=quiet) as bar:
+        report = compress_model(
+            model_directory(model),
+            out,
+            bits=parse_bits(bits),
+            method=method,
+            calibration_text=calibration,
+            group=group,
+            arena=_arena(memory),
+            progress=bar.staged,
+            force=force,
+        )
+    if json:
+        print_json(report.to_dict())
+        return
+    from memwall.hardware.units import format_bytes
+
+    note(
+        f"{out}: {report.bits_per_weight:.2f} bits per weight, {format_bytes(report.file_bytes)} "
+        f"(was {format_bytes(report.source_bytes)}), {report.seconds:.0f} s",
+        quiet=quiet,
+    )
+
+
+def parse_bits(text: str) -> float | str:
+    """A mean number of bits, or a format as it stands."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _arena(memory: str | None) -> Arena | None:
+    """An arena that keeps the whole process, as it is now, within the budget."""
+    budget = parse_budget(memory, None)
+    if budget is None or budget.ram is None:
+        return None
+    from memwall.memory import Arena, Ledger, resident_bytes
+
+    free_bytes = budget.ram - resident_bytes()
+    if free_bytes <= 0:
+        raise DoesNotFit(f"--memory {memory}: this program alone holds {resident_bytes():,} bytes; give it more")
+    return Arena(free_bytes, Ledger())

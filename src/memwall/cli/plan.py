@@ -1,0 +1,92 @@
+"""`memwall plan`: what fits a budget, what it costs in quality, and why it was chosen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memwall.cli.command import KV, AsJson, BudgetOption, Debug, Memory, Model, Quiet, Threads, Weights, add_command
+from memwall.cli.printing import note, progress_bar
+from memwall.cli.run import parse_budget, parse_context
+
+if TYPE_CHECKING:
+    from memwall.plan import Plan
+
+PIPE_WIDTH = 200
+
+
+def register(app: typer.Typer) -> None:
+    add_command(app, "plan", plan)
+
+
+def plan(
+    model: Model,
+    *,
+    memory: Memory = None,
+    budget: BudgetOption = None,
+    weights: Weights = "auto",
+    kv: KV = "auto",
+    context: Annotated[
+        str | None, typer.Option(help="Tokens the cache must hold, such as 32k (default: the most that is sensible).")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Most divergence from the float model accepted, in nats per token.")
+    ] = None,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Read headers only; do not measure quality on held-out text.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report with a plot of quality against bytes.", dir_okay=False)
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Plan for another machine: a preset's name or a TOML file (default: this one).")
+    ] = None,
+    threads: Threads = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what fits: bytes per owner and tier, predicted speed, measured quality, and the runners-up.
+
+    With --weights and --kv given it answers for exactly these settings. Exit status 1 when nothing fits.
+    """
+    from memwall.models import model_directory
+    from memwall.plan import make_plan, write_html
+
+    with progress_bar("measuring quality", quiet=quiet) as bar:
+        made = make_plan(
+            model_directory(model),
+            budget=parse_budget(memory, budget),
+            weights=weights,
+            kv=kv,
+            context=parse_context(context),
+            batch=batch,
+            threads=threads,
+            machine=machine,
+            max_kl=max_kl,
+            measure=not no_measure,
+            progress=bar.counted,
+        )
+    if html is not None:
+        write_html(made, html)
+        note(f"wrote {html}", quiet=quiet)
+    if json:
+        typer.echo(made.to_json(indent=2))
+    else:
+        _show(made)
+    if not made.fits:
+        raise typer.Exit(1)
+
+
+def _show(plan: Plan) -> None:
+    from rich.console import Console
+
+    from memwall.plan.report import table
+
+    # in a pipe or a file lines are not folded
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    console.print(table(plan))

@@ -1,0 +1,317 @@
+"""`memwall run`: plan, load, generate; text to standard output, speed and ledger to standard error."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memwall.cli.command import (
+    KV,
+    AsJson,
+    BudgetOption,
+    Debug,
+    Memory,
+    Quiet,
+    Threads,
+    Weights,
+    add_command,
+    complete_model,
+)
+from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.errors import InputError
+
+if TYPE_CHECKING:
+    from memwall.engine import Generation, Sampling, Session
+    from memwall.memory import Budget
+    from memwall.models import Tokenizer
+    from memwall.plan import Plan
+
+DEMO = "demo"
+
+
+def register(app: typer.Typer) -> None:
+    add_command(app, "run", run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked on the command line, checked as far as it can be without a model."""
+
+    model: str
+    prompt: str | None
+    budget: Budget | None
+    weights: str
+    kv: str
+    context: int | None
+    threads: int | None
+    sampling: Sampling
+    chat: bool
+    verbose: bool
+    json: bool
+    quiet: bool
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Directory of a Hugging Face model, or `demo` (the default).",
+            autocompletion=complete_model,
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue; standard input when absent.", metavar="PROMPT")
+    ] = None,
+    *,
+    memory: Memory = None,
+    budget: BudgetOption = None,
+    weights: Weights = "auto",
+    kv: KV = "auto",
+    context: Annotated[
+        str | None, typer.Option(help="Tokens the cache must hold, such as 4096 or 32k (default: what this run needs).")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens only; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on through the model's end-of-text token.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk turn by turn; the cache is kept between turns.")] = False,
+    threads: Threads = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the plan, and predicted beside measured bytes.")
+    ] = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text inside a memory budget, then show where every byte went.
+
+    A lone positional argument is the MODEL if it is `demo`, an existing directory, or looks like a path (starts with
+    / ./ ../ or ~ and has no spaces); otherwise it is the prompt, and the bundled demo model continues it.
+    """
+    from memwall.engine import Sampling
+
+    model, prompt = split_positionals(model, prompt)
+    request = Request(
+        model=model,
+        prompt=prompt,
+        budget=parse_budget(memory, budget),
+        weights=weights,
+        kv=kv,
+        context=parse_context(context),
+        threads=threads,
+        sampling=Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop or ()),
+            ignore_eos=ignore_eos,
+        ),
+        chat=chat,
+        verbose=verbose,
+        json=json,
+        quiet=quiet,
+    )
+    if chat:
+        if json:
+            raise InputError("--chat is a conversation and --json one object: give one of them")
+        from memwall.cli.chat import talk
+
+        talk(request)
+    else:
+        _complete(request)
+
+
+def split_positionals(first: str | None, second: str | None) -> tuple[str, str | None]:
+    """(MODEL, prompt) from the positional arguments; a lone one is whichever it looks like."""
+    if second is not None or first is None:
+        return first or DEMO, second
+    looks_like_path = first.startswith(("/", "./", "../", "~")) and not any(letter.isspace() for letter in first)
+    if first == DEMO or looks_like_path or Path(first).is_dir():
+        return first, None
+    return DEMO, first
+
+
+def parse_budget(memory: str | None, budget: str | None) -> Budget | None:
+    """One budget from --memory and --budget, which exclude each other since both may name the RAM."""
+    if memory is not None and budget is not None:
+        raise InputError(
+            f"--memory {memory} and --budget {budget} are both given; write --budget ram={memory},... alone"
+        )
+    text = memory if memory is not None else budget
+    if text is None:
+        return None
+    from memwall.memory import Budget
+
+    return Budget.parse(text)
+
+
+def parse_context(text: str | None) -> int | None:
+    """`4096` or `32k` as tokens, k being 1024 as in the names of models."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,12})(k?)", text.strip().lower())
+    if match is None:
+        raise InputError(f"--context is {text!r}; write a count of tokens, such as 4096 or 32k (k is 1024)")
+    tokens = int(match[1]) * (1024 if match[2] else 1)
+    if tokens < 1:
+        raise InputError(f"--context is {text}; it must be at least 1 token")
+    return tokens
+
+
+def _read_prompt(request: Request) -> str:
+    if request.prompt is not None:
+        return request.prompt
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError('no prompt: give it as an argument (`memwall run "..."`), on standard input, or use --chat')
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not text: {error}") from error
+
+
+def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
+    """Plan for the tokens that this run needs, then load as planned."""
+    from memwall.engine import Settings, load
+    from memwall.plan import make_plan
+
+    plan = make_plan(
+        path,
+        budget=request.budget,
+        weights=request.weights,
+        kv=request.kv,
+        context=request.context or needed_tokens,
+        threads=request.threads,
+        measure=False,
+        profile=False,
+    )
+    settings = Settings(
+        weights=plan.choice.weights,
+        kv=plan.choice.kv,
+        context_tokens=plan.choice.context,
+        segment_tokens=plan.choice.segment_tokens,
+        threads=request.threads,
+    )
+    with progress_bar("loading", quiet=request.quiet) as bar:
+        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
+    return session, plan
+
+
+def _complete(request: Request) -> None:
+    from memwall.models import model_directory
+    from memwall.models.tokenizer import Tokenizer
+
+    text = _read_prompt(request)
+    path = model_directory(request.model)
+    tokenizer = Tokenizer.from_directory(path)
+    prompt = tokenizer.encode(text)
+    needed = len(prompt) + request.sampling.max_new_tokens
+    session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer)
+    stream(session, prompt, request.sampling, show=not request.json)
+    _report(request, session, plan)
+
+
+def stream(session: Session, prompt: list[int], sampling: Sampling, *, show: bool = True) -> None:
+    """Generate to the end, writing each piece of text as soon as it is there; the result is `session.last`."""
+    for piece in session.generate(prompt, sampling):
+        if show:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+
+def _report(request: Request, session: Session, plan: Plan) -> None:
+    result = session.last
+    if request.json:
+        print_json(result_object(session, plan))
+    else:
+        typer.echo()
+        if not request.quiet:
+            note("\n" + summary(session, plan, request, verbose=request.verbose))
+    if result.message:
+        note(f"memwall: {result.message}", quiet=request.json and request.quiet)
+    if result.stop_reason == "budget":
+        raise typer.Exit(1)
+
+
+def ledger_rows(session: Session, plan: Plan) -> list[dict[str, Any]]:
+    """Measured bytes by owner and tier, the predicted ones beside them."""
+    predicted = {(row.owner, row.tier): row.nbytes for row in plan.rows}
+    return [
+        {
+            "owner": row.owner,
+            "tier": row.tier,
+            "bytes": row.nbytes,
+            "predicted_bytes": predicted.get((row.owner, row.tier)),
+        }
+        for row in session.ledger.rows()
+    ]
+
+
+def result_object(session: Session, plan: Plan) -> dict[str, Any]:
+    """The JSON form of a run."""
+    from memwall.memory import peak_resident_bytes
+
+    result = session.last
+    timings = result.timings
+    return {
+        "text": result.text,
+        "tokens": len(result.tokens),
+        "prompt_tokens": result.prompt_tokens,
+        "stop_reason": result.stop_reason,
+        "timings": {
+            "load_seconds": timings.load_seconds,
+            "prefill_seconds": timings.prefill_seconds,
+            "decode_seconds": timings.decode_seconds,
+            "prefill_tokens_per_s": timings.prefill_tokens_per_s,
+            "tokens_per_s": timings.decode_tokens_per_s,
+        },
+        "ledger": ledger_rows(session, plan),
+        "peak_resident_bytes": peak_resident_bytes(),
+        "plan": plan.to_dict(),
+    }
+
+
+def summary(session: Session, plan: Plan, request: Request, *, verbose: bool) -> str:
+    """Speed, ledger and peak for a person."""
+    from memwall.hardware.units import format_bytes
+    from memwall.memory import peak_resident_bytes
+
+    headers = ("owner", "tier", "bytes", *(("predicted",) if verbose else ()))
+    rows = []
+    for row in ledger_rows(session, plan):
+        cells = (row["owner"], row["tier"], format_bytes(row["bytes"]))
+        guess = row["predicted_bytes"]
+        rows.append((*cells, "-" if guess is None else format_bytes(guess)) if verbose else cells)
+    peak = peak_resident_bytes()
+    limit = request.budget.ram if request.budget is not None else None
+    share = f" of {format_bytes(limit)} allowed ({peak / limit:.0%})" if limit else ""
+    lines = [
+        speed_line(session.last),
+        *([f"plan: {plan.choice.weights} weights, {plan.choice.kv} cache. {plan.explanation}"] if verbose else []),
+        format_table(headers, rows, right=frozenset({2, 3})),
+        f"peak resident {format_bytes(peak)}{share}",
+    ]
+    return "\n".join(lines)
+
+
+def speed_line(result: Generation) -> str:
+    """How fast it went."""
+    timings = result.timings
+    return (
+        f"{result.prompt_tokens} prompt tokens in {timings.prefill_seconds:.2f} s, {len(result.tokens)} new at "
+        f"{timings.decode_tokens_per_s:.1f} tokens/s; loaded in {timings.load_seconds:.2f} s; "
+        f"ended by {result.stop_reason}"
+    )

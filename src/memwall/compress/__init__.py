@@ -1,0 +1,27 @@
+"""Weight compression: calibration statistics, one compensated sweep, bit allocation, one file per method, saved models.
+
+`METHODS` is the table, name -> "module:Class", loaded on demand; a method is one file and one line here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from memwall.compress.base import MethodConfig, Statistics, WeightMethod
+from memwall.errors import InputError
+
+METHODS: dict[str, str] = {
+    "rtn": "memwall.compress.rtn:RoundToNearest",
+    "gptq": "memwall.compress.gptq:Gptq",
+}
+
+__all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]
+
+
+def weight_method(name: str) -> WeightMethod:
+    """The method of the table called `name`."""
+    if name not in METHODS:
+        raise InputError(f"unknown compression method {name!r}; known are {', '.join(METHODS)}")
+    module, _, class_name = METHODS[name].partition(":")
+    method: type[WeightMethod] = getattr(import_module(module), class_name)
+    return method()

@@ -1,0 +1,259 @@
+"""Calibration: a text runs through the model layer by layer; one collector gathers H = X^T X of all linear inputs.
+
+The hidden states of all calibration tokens are kept ([sequences, tokens, hidden] float32), and only one layer's
+weights are looked at at a time, through the file's map; so the cost in memory is the hidden states, one layer, and
+the H of its inputs. Layers that read the same input (q, k and v; gate and up) share one H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from memwall import kernels
+from memwall.compress.base import Statistics
+from memwall.errors import InputError
+from memwall.formats import Packed, codec
+from memwall.memory import Arena
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import EMBEDDING, ModelConfig
+from memwall.models.decoder import Decoder
+from memwall.models.tokenizer import Tokenizer
+from memwall.models.weights import Weights
+
+BUNDLED_TEXT = Path(__file__).with_name("calibration.txt")
+MIN_TOKENS = 128
+# rows gathered before they are multiplied: the product then costs far more than adding it to H
+STAGED_ROWS = 512
+OWNER = "calibration"
+
+# the member of each group of linears with the same input that statistics are kept under
+_SHARED = {"q_proj": "k_proj", "v_proj": "k_proj", "up_proj": "gate_proj", "w3": "w1"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """How much text is read: at most `max_tokens`, in sequences of `sequence_tokens`."""
+
+    max_tokens: int = 32_768
+    sequence_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sequence_tokens <= self.max_tokens:
+            raise InputError(
+                f"calibration over {self.max_tokens} tokens in sequences of {self.sequence_tokens}: a sequence must "
+                "have at least one token and at most all of them"
+            )
+
+
+def shared_input(name: str) -> str:
+    """Name under which the statistics of a linear's inputs are kept: its own, or a neighbour's that reads the same."""
+    head, _, last = name.removesuffix(".weight").rpartition(".")
+    return f"{head}.{_SHARED.get(last, last)}.weight" if head else name
+
+
+def read_text(path: Path) -> str:
+    """A calibration text; refuses what is missing, empty or not text."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"calibration text {path}: cannot be read: {error.strerror or error}") from None
+    if not data.strip():
+        raise InputError(f"calibration text {path} is empty; give some pages of the kind of text the model will read")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"calibration text {path} is not text: byte {error.start} is not UTF-8") from None
+    if "\0" in text:
+        raise InputError(f"calibration text {path} is binary: it holds NUL characters")
+    return text
+
+
+def token_sequences(
+    text: str, tokenizer: Tokenizer, config: ModelConfig, settings: CalibrationSettings, source: str
+) -> np.ndarray:
+    """Token ids [sequences, tokens]; each sequence begins as the model expects a text to begin."""
+    ids = tokenizer.encode(text, add_bos=False)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    length = min(settings.sequence_tokens, config.max_position, len(ids) + len(begin)) - len(begin)
+    if len(ids) < MIN_TOKENS:
+        raise InputError(f"calibration text {source} has {len(ids)} tokens; at least {MIN_TOKENS} are needed")
+    num_sequences = max(min(len(ids), settings.max_tokens) // length, 1)
+    sequences = np.array(ids[: num_sequences * length], np.int64).reshape(num_sequences, length)
+    start = np.broadcast_to(np.array(begin, np.int64), (num_sequences, len(begin)))
+    return np.concatenate([start, sequences], axis=1)
+
+
+class PromptCache:
+    """Keys and values of the one sequence and layer being worked on; a `DecoderCache` that forgets at once."""
+
+    length = 0
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._k = self._v = np.empty(0, np.float32)
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
+        self._k, self._v = k, v
+
+    def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
+        kernels.attend_float(
+            q,
+            self._k,
+            self._v,
+            scale=self._config.head_dim**-0.5,
+            first_position=int(positions[0]),
+            window=self._config.sliding_windows[layer],
+            out=out,
+        )
+        return out
+
+    def settle(self, layer: int) -> None:
+        """Nothing to compress: the next layer's keys replace these."""
+
+    def truncate(self, length: int) -> None:
+        """Nothing is held between calls."""
+
+
+class Collector:
+    """Observer of a decoder that accumulates statistics for the names it was made for, ignoring all others."""
+
+    def __init__(self, columns: dict[str, int], arena: Arena) -> None:
+        self._arena = arena
+        self.statistics: dict[str, Statistics] = {}
+        self._staged: dict[str, tuple[np.ndarray, int]] = {}
+        try:
+            for name, count in columns.items():
+                self.statistics[name] = Statistics(arena.allocate(OWNER, (count, count), np.float32))
+                self._staged[name] = (arena.allocate(OWNER, (STAGED_ROWS, count), np.float32), 0)
+        except BaseException:
+            self.release()
+            raise
+
+    @staticmethod
+    def nbytes(num_columns: int) -> int:
+        """Bytes held per input width."""
+        return 4 * num_columns * (num_columns + STAGED_ROWS)
+
+    def __call__(self, name: str, x: np.ndarray) -> None:
+        if name not in self._staged:
+            return
+        staged, count = self._staged[name]
+        while len(x):
+            taken = min(len(x), STAGED_ROWS - count)
+            staged[count : count + taken] = x[:taken]
+            x, count = x[taken:], count + taken
+            if count == STAGED_ROWS:
+                self.statistics[name].add(staged)
+                count = 0
+        self._staged[name] = (staged, count)
+
+    def finish(self) -> dict[str, Statistics]:
+        """The statistics, with all rows taken in."""
+        for name, (staged, count) in self._staged.items():
+            if count:
+                self.statistics[name].add(staged[:count])
+            self._staged[name] = (staged, 0)
+        return self.statistics
+
+    def release(self) -> None:
+        """Gives the memory back; the statistics are of no more use."""
+        for staged, _ in self._staged.values():
+            self._arena.free(staged)
+        for statistics in self.statistics.values():
+            self._arena.free(statistics.hessian)
+        self._staged, self.statistics = {}, {}
+
+
+class LayerStream:
+    """A model's layers in turn over all calibration tokens. Weights are those of the checkpoint until `replace`d."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, tokens: np.ndarray, arena: Arena) -> None:
+        self.config = config
+        self._checkpoint = checkpoint
+        self._tokens = tokens
+        self._arena = arena
+        specs = config.tensors()
+        vectors = {t.name: checkpoint.tensor(t.name).astype(np.float32) for t in specs if len(t.shape) == 1}
+        self._weights = Weights(matrices={}, vectors=vectors, specs={})
+        self._layer_names = [
+            [t.name for t in specs if t.layer == layer and len(t.shape) == 2] for layer in range(config.num_layers)
+        ]
+        num_sequences, length = tokens.shape
+        self._decoder = Decoder(config, self._weights, arena, segment_tokens=length, exact=True)
+        self._hidden = arena.allocate(OWNER, (num_sequences, length, config.hidden_size), np.float32)
+        self._work = arena.allocate(OWNER, (length, config.hidden_size), np.float32)
+
+    def embed(self, packed: Packed | None = None) -> None:
+        """Begin: the hidden states are the embeddings of the tokens."""
+        matrix = kernels.matrix(packed if packed is not None else float_packed(self._checkpoint, EMBEDDING))
+        for ids, hidden in zip(self._tokens, self._hidden, strict=True):
+            kernels.gather_rows(matrix, ids, hidden)
+        self._checkpoint.drop(EMBEDDING)
+
+    def collect(self, layer: int, names: Sequence[str]) -> Collector:
+        """Statistics of the inputs of `names` in one layer; the hidden states stay where they are."""
+        specs = {t.name: t for t in self.config.tensors() if t.layer == layer}
+        collector = Collector({shared_input(name): specs[name].shape[1] for name in names}, self._arena)
+        try:
+            self._run(layer, collector, advance=False)
+        except BaseException:
+            collector.release()
+            raise
+        return collector
+
+    def advance(self, layer: int, packed: dict[str, Packed] | None = None, observer: Collector | None = None) -> None:
+        """Move the hidden states through one layer, `packed` forms in place of the checkpoint's weights."""
+        self._run(layer, observer, advance=True, packed=packed or {})
+
+    def collect_final(self, name: str) -> Collector:
+        """Statistics of the head's inputs; call it after the last layer. The hidden states are normed afterwards."""
+        norm = self._weights.vectors["model.norm.weight"]
+        collector = Collector({name: self.config.hidden_size}, self._arena)
+        for hidden in self._hidden:
+            kernels.rms_norm(hidden, norm, self.config.rms_norm_eps, hidden)
+            collector(name, hidden)
+        return collector
+
+    def _run(
+        self,
+        layer: int,
+        observer: Callable[[str, np.ndarray], None] | None,
+        *,
+        advance: bool,
+        packed: dict[str, Packed] | None = None,
+    ) -> None:
+        names, replaced = self._layer_names[layer], packed or {}
+        for name in names:
+            form = replaced[name] if name in replaced else float_packed(self._checkpoint, name)
+            self._weights.matrices[name] = kernels.matrix(form)
+        self._decoder.observer = observer
+        try:
+            for hidden in self._hidden:
+                target = hidden if advance else self._work
+                if not advance:
+                    np.copyto(target, hidden)
+                self._decoder.run_layer(layer, target, PromptCache(self.config))
+        finally:
+            self._decoder.observer = None
+            for name in names:
+                del self._weights.matrices[name]
+            drop_pages(self._checkpoint, names)
+
+
+def float_packed(checkpoint: Checkpoint, name: str) -> Packed:
+    """A float tensor of the checkpoint as the map holds it (float64, which no kernel reads, as float32)."""
+    tensor = checkpoint.tensor(name)
+    spec = tensor.dtype.name
+    if spec == "float64":
+        return codec("float32").encode(tensor)
+    return Packed(spec=spec, shape=tensor.shape, buffers={"values": tensor})
+
+
+def drop_pages(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Take the pages of tensors out of resident memory."""
+    for name in names:
+        checkpoint.drop(name)

@@ -1,0 +1,358 @@
+"""One run over one model: what is decided (bits per matrix), what is measured, and the order in which parts are made.
+
+Layers are worked in order, and each is calibrated on what the layers before it, already compressed, hand on; so it also
+makes up for some of their error. For a mean number of bits the model is first run once as it is, to measure what each
+matrix loses at each width (`sensitivity`), and the widths are chosen for the least total (`allocate`). Embeddings are
+rounded to nearest (every row is an input of its own: H = I) and, like the head, keep at least four bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memwall.compress import sensitivity, weight_method
+from memwall.compress.allocate import Candidate, allocate
+from memwall.compress.base import MethodConfig, Statistics
+from memwall.compress.calibration import (
+    BUNDLED_TEXT,
+    CalibrationSettings,
+    Collector,
+    LayerStream,
+    float_packed,
+    read_text,
+    shared_input,
+    token_sequences,
+)
+from memwall.compress.saved import WorkDirectory, check_disk, read_part
+from memwall.errors import DoesNotFit, InputError
+from memwall.formats import Packed, codec
+from memwall.memory import Arena
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
+from memwall.models.decoder import activation_bytes
+from memwall.models.precision import LADDER, MIN_EMBEDDING_BITS, is_matrix, resolve
+from memwall.models.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total): `stage` is "measure" or "compress"; done and total count weights."""
+
+MIN_BITS, MAX_BITS = 2.0, 16.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What seldom needs changing: see `MethodConfig` and `CalibrationSettings`."""
+
+    damping: float = 0.01
+    activation_order: bool = False
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """The tensors of one file: the embedding, one layer, or what comes after the layers."""
+
+    tensors: tuple[TensorSpec, ...]
+    layer: int | None = None
+
+    @property
+    def matrices(self) -> list[TensorSpec]:
+        return [tensor for tensor in self.tensors if is_matrix(tensor)]
+
+
+class Job:
+    """Compress the model of `checkpoint` into a work directory."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        arena: Arena,
+        *,
+        bits: float | str,
+        method: str,
+        group: int,
+        tuning: Tuning,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.arena = arena
+        self.method = weight_method(method)
+        self.tuning = tuning
+        self.specs: dict[str, str] = {}
+        self.errors: dict[str, float] = {}
+        self.tokens: np.ndarray | None = None
+        self._progress = progress
+        self._parts = _parts(config)
+        self._matrices = [tensor for part in self._parts for tensor in part.matrices]
+        self._ladder = tuple(codec(spec.replace("-g64", f"-g{group}")).spec for spec in LADDER)
+        self._bits = _parsed_bits(bits)
+        self._text_sha256 = ""
+        if isinstance(self._bits, str):
+            self.specs = resolve(config, self._bits)
+        else:
+            self._choose(
+                [
+                    [Candidate(spec=s, nbytes=codec(s).nbytes(t.shape), loss=0.0) for s in self._rungs(t)]
+                    for t in self._matrices
+                ]
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any text has to be read."""
+        return self.method.needs_statistics or not isinstance(self._bits, str)
+
+    def calibrate_on(self, source: Path, calibration_text: Path | None) -> None:
+        """Read the calibration text, as much of it as the budget has room for."""
+        if not self.needs_calibration:
+            return
+        path = calibration_text or BUNDLED_TEXT
+        text = read_text(path)
+        tokenizer = Tokenizer.from_directory(source, self.config.vocab_size)
+        tokens = token_sequences(text, tokenizer, self.config, self.tuning.calibration, str(path))
+        self._text_sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.tokens = tokens[: self._affordable_sequences(*tokens.shape)]
+
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        return {
+            "model": self.checkpoint.fingerprint(),
+            "method": self.method.name,
+            "bits": self._bits,
+            "ladder": list(self._ladder),
+            "damping": self.tuning.damping,
+            "activation_order": self.tuning.activation_order,
+            "calibration_sha256": self._text_sha256,
+            "calibration_shape": [] if self.tokens is None else list(self.tokens.shape),
+        }
+
+    def run(self, work: WorkDirectory) -> None:
+        """Make every part that the work directory does not hold yet."""
+        stream = None
+        if self.tokens is not None:
+            stream = LayerStream(self.config, self.checkpoint, self.tokens, self.arena)
+        if not isinstance(self._bits, str):
+            self.specs = work.specs or self._measured_specs(stream)
+        work.set_specs(self.specs)
+        check_disk(work.path, self._remaining_bytes(len(work.parts)))
+        if not self.method.needs_statistics:
+            stream = None
+        done = 0
+        for index, part in enumerate(self._parts):
+            name = f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"
+            if index >= len(work.parts):
+                self._make_part(part, work, name, stream, done)
+            done += sum(tensor.size for tensor in part.matrices)
+            self._progress("compress", done, self._num_weights)
+            if stream is not None:
+                self._hand_on(part, read_part(work.path / name), stream)
+
+    # -- bits --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _num_weights(self) -> int:
+        return sum(tensor.size for tensor in self._matrices)
+
+    def _rungs(self, tensor: TensorSpec) -> list[str]:
+        """The forms that a matrix may take."""
+        at_least = MIN_EMBEDDING_BITS if tensor.role in ("embedding", "head") else 0
+        return [spec for spec in self._ladder if int(spec[3]) >= at_least]
+
+    def _choose(self, table: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+        assert not isinstance(self._bits, str)
+        try:
+            return allocate(table, int(self._bits * self._num_weights / 8))
+        except DoesNotFit:
+            least = 8 * sum(min(c.nbytes for c in options) for options in table) / self._num_weights
+            message = f"bits {self._bits:g}: the least this model takes is {least:.2f} bits per weight, scales included"
+            raise InputError(f"{message}; try --bits {np.ceil(10 * least) / 10:g}") from None
+
+    def _measured_specs(self, stream: LayerStream | None) -> dict[str, str]:
+        """Run the float model once, measure what every matrix loses in every form, and choose."""
+        assert stream is not None
+        losses: dict[str, list[Candidate]] = {}
+        done = 0
+        stream.embed()
+        for part in self._parts:
+            for tensors, statistics in self._statistics(part, stream):
+                for tensor in tensors:
+                    losses[tensor.name] = self._candidates(tensor, statistics.get(shared_input(tensor.name)))
+                    done += tensor.size
+                    self._progress("measure", done, self._num_weights)
+            if part.layer is not None:
+                stream.advance(part.layer)
+        if self.config.tie_word_embeddings:
+            # the embedding is the head too: it is read both ways, and both losses count
+            with self._collected(stream.collect_final(HEAD)) as statistics:
+                lookup, head = losses[EMBEDDING], self._candidates(self._matrices[0], statistics[HEAD])
+            losses[EMBEDDING] = [
+                Candidate(spec=a.spec, nbytes=a.nbytes, loss=a.loss + b.loss) for a, b in zip(lookup, head, strict=True)
+            ]
+        chosen = self._choose([losses[tensor.name] for tensor in self._matrices])
+        specs = {tensor.name: "float32" for part in self._parts for tensor in part.tensors}
+        specs.update({tensor.name: form.spec for tensor, form in zip(self._matrices, chosen, strict=True)})
+        return specs
+
+    def _candidates(self, tensor: TensorSpec, statistics: Statistics | None) -> list[Candidate]:
+        weight = self.checkpoint.tensor(tensor.name)
+        with _named(tensor.name):
+            found = sensitivity.candidates(weight, statistics, self._rungs(tensor))
+        self.checkpoint.drop(tensor.name)
+        return found
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _make_part(self, part: _Part, work: WorkDirectory, file: str, stream: LayerStream | None, done: int) -> None:
+        forms = {tensor.name: (self._stored_spec(tensor), tensor.shape) for tensor in part.tensors}
+        with work.writer(file, forms) as writer:
+            for tensor in part.tensors:
+                if not is_matrix(tensor):
+                    writer.write(tensor.name, float_packed(self.checkpoint, tensor.name))
+            for tensors, statistics in self._statistics(part, stream):
+                for tensor in tensors:
+                    writer.write(tensor.name, self._compress(tensor, statistics.get(shared_input(tensor.name))))
+                    done += tensor.size
+                    self._progress("compress", done, self._num_weights)
+
+    def _compress(self, tensor: TensorSpec, statistics: Statistics | None) -> Packed:
+        weight = self.checkpoint.tensor(tensor.name)
+        method = weight_method("rtn") if statistics is None else self.method
+        config = MethodConfig(
+            spec=self.specs[tensor.name],
+            damping=self.tuning.damping,
+            activation_order=self.tuning.activation_order,
+        )
+        charge = self.arena.charge("compress", _compress_bytes(weight, method.work_bytes(*weight.shape)))
+        try:
+            with _named(tensor.name):
+                packed = method.compress(weight, statistics, config)
+            self.errors[tensor.name] = sensitivity.relative_error(weight, packed, statistics)
+        finally:
+            charge.release()
+            self.checkpoint.drop(tensor.name)
+        return packed
+
+    def _hand_on(self, part: _Part, packed: dict[str, Packed], stream: LayerStream) -> None:
+        """What the next part is calibrated on comes out of this one as it is stored."""
+        if EMBEDDING in packed:
+            stream.embed(packed[EMBEDDING])
+        elif part.layer is not None:
+            stream.advance(part.layer, packed)
+
+    def _stored_spec(self, tensor: TensorSpec) -> str:
+        if is_matrix(tensor):
+            return self.specs[tensor.name]
+        dtype = self.checkpoint.source_dtype(tensor.name)
+        return "float32" if dtype == "float64" else dtype
+
+    def _remaining_bytes(self, num_done: int) -> int:
+        left = [tensor for part in self._parts[num_done:] for tensor in part.tensors]
+        return sum(codec(self._stored_spec(tensor)).nbytes(tensor.shape) for tensor in left)
+
+    # -- statistics within the budget ----------------------------------------------------------------------------------
+
+    def _statistics(
+        self, part: _Part, stream: LayerStream | None
+    ) -> Iterator[tuple[list[TensorSpec], dict[str, Statistics]]]:
+        """The part's matrices in runs whose statistics fit in memory together, each run with its statistics."""
+        if stream is None or not part.matrices or part.matrices[0].name == EMBEDDING:
+            yield part.matrices, {}
+        elif part.layer is None:
+            with self._collected(stream.collect_final(HEAD)) as statistics:
+                yield part.matrices, statistics
+        else:
+            for run in self._runs(part.matrices):
+                with self._collected(stream.collect(part.layer, [tensor.name for tensor in run])) as statistics:
+                    yield run, statistics
+
+    def _runs(self, matrices: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
+        work_bytes = max(_tensor_work_bytes(tensor, self.method.work_bytes(*tensor.shape)) for tensor in matrices)
+        room = self.arena.free_bytes - work_bytes
+        run: list[TensorSpec] = []
+        held: dict[str, int] = {}
+        for tensor in sorted(matrices, key=lambda t: shared_input(t.name)):
+            name, nbytes = shared_input(tensor.name), Collector.nbytes(tensor.shape[1])
+            if run and name not in held and sum(held.values()) + nbytes > room:
+                yield run
+                run, held = [], {}
+            held[name] = nbytes
+            run.append(tensor)
+        yield run
+
+    @staticmethod
+    @contextmanager
+    def _collected(collector: Collector) -> Iterator[dict[str, Statistics]]:
+        try:
+            yield collector.finish()
+        finally:
+            collector.release()
+
+    def _affordable_sequences(self, num_sequences: int, length: int) -> int:
+        config = self.config
+        layers = [part for part in self._parts if part.layer is not None]
+        source_bytes = max(self._source_bytes(part.tensors) for part in layers)
+        tensor_bytes = max(
+            Collector.nbytes(t.shape[1]) + _tensor_work_bytes(t, self.method.work_bytes(*t.shape))
+            for t in self._matrices
+            if t.name != EMBEDDING
+        )
+        hidden_bytes = 4 * length * config.hidden_size
+        fixed_bytes = activation_bytes(config, length) + hidden_bytes + max(source_bytes, tensor_bytes) + (2 << 20)
+        affordable = (self.arena.free_bytes - fixed_bytes) // hidden_bytes
+        if affordable < 1:
+            raise DoesNotFit(
+                f"calibration needs {fixed_bytes + hidden_bytes:,} bytes for one sequence of {length} tokens, "
+                f"{self.arena.free_bytes:,} are free; raise the memory or use --method rtn"
+            )
+        return min(num_sequences, affordable)
+
+    def _source_bytes(self, tensors: Iterable[TensorSpec]) -> int:
+        return sum(self.checkpoint.stored_bytes(tensor.name) for tensor in tensors)
+
+
+def _parts(config: ModelConfig) -> list[_Part]:
+    tensors = config.tensors()
+    layers = [
+        _Part(tensors=tuple(t for t in tensors if t.layer == layer), layer=layer) for layer in range(config.num_layers)
+    ]
+    first = _Part(tensors=tuple(t for t in tensors if t.name == EMBEDDING))
+    last = _Part(tensors=tuple(t for t in tensors if t.layer is None and t.name != EMBEDDING))
+    return [first, *layers, last]
+
+
+def _parsed_bits(bits: float | str) -> float | str:
+    """A mean number of bits, or the canonical name of one format for all."""
+    try:
+        mean = float(bits)
+    except ValueError:
+        return codec(str(bits)).spec
+    if not MIN_BITS <= mean <= MAX_BITS:
+        raise InputError(f"bits {mean:g}: give a mean between {MIN_BITS:g} and {MAX_BITS:g}, or a format such as int4")
+    return mean
+
+
+def _compress_bytes(weight: np.ndarray, work_bytes: int) -> int:
+    """Resident while one matrix is compressed: its pages, its float32 form, what the method holds, the result."""
+    return weight.nbytes + 4 * weight.size + work_bytes + weight.size
+
+
+def _tensor_work_bytes(tensor: TensorSpec, work_bytes: int) -> int:
+    return 9 * tensor.size + work_bytes
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors about values say whose values they are."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None

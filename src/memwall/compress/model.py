@@ -1,0 +1,106 @@
+"""Compress a whole model folder into a new one: `compress_model`, and the report of what it made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memwall.compress.job import Job, Progress, Tuning
+from memwall.compress.saved import WorkDirectory, check_output
+from memwall.errors import InputError
+from memwall.memory import Arena, Ledger
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.precision import bits_of
+
+UNCAPPED_BYTES = 1 << 62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressReport:
+    """What a run made.
+
+    errors: share of each matrix' squared output that its form loses over the calibration text (over all inputs alike
+    where there is none), for the parts that this run made itself.
+    """
+
+    directory: str
+    method: str
+    bits_per_weight: float
+    source_bytes: int
+    file_bytes: int
+    specs: Mapping[str, str]
+    errors: Mapping[str, float]
+    num_calibration_tokens: int
+    num_resumed_parts: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def compress_model(
+    model_directory: str | Path,
+    out_directory: str | Path,
+    *,
+    bits: float | str,
+    method: str = "gptq",
+    calibration_text: Path | None = None,
+    group: int = 64,
+    arena: Arena | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+    tuning: Tuning | None = None,
+) -> CompressReport:
+    """Write a compressed form of a float model to a new folder.
+
+    bits: mean true bits per weight over all compressed matrices, scales included, such as 3.5; or one format for all,
+    such as "int4" or "int3-g32-asym". method: a name of `METHODS`. calibration_text: a UTF-8 file, None for the bundled
+    one. group: weights per scale of mixed formats. arena: caps the memory held. force: replace an existing compressed
+    model and forget an unfinished run. progress: see `Progress`.
+
+    Raises InputError, DoesNotFit (budget or disk too small). The same call takes an unfinished run up again.
+    """
+    began = time.perf_counter()
+    source, out = Path(model_directory), Path(out_directory)
+    check_output(out, force=force)
+    config = ModelConfig.from_directory(source)
+    with Checkpoint(source, config) as checkpoint:
+        if checkpoint.manifest is not None:
+            raise InputError(f"{source}: is already compressed; give the float model it was made from")
+        job = Job(
+            config,
+            checkpoint,
+            arena or Arena(UNCAPPED_BYTES, Ledger()),
+            bits=bits,
+            method=method,
+            group=group,
+            tuning=tuning or Tuning(),
+            progress=progress or _silent,
+        )
+        job.calibrate_on(source, calibration_text)
+        settings = job.settings()
+        with WorkDirectory(out, settings, force=force) as work:
+            job.run(work)
+            bits_per_weight = bits_of(config, job.specs)
+            work.finish(source, dict(config.source), {"bits_per_weight": bits_per_weight, **settings})
+        return CompressReport(
+            directory=str(out),
+            method=method,
+            bits_per_weight=bits_per_weight,
+            source_bytes=checkpoint.nbytes,
+            file_bytes=sum(part.bytes for part in work.parts),
+            specs=job.specs,
+            errors=job.errors,
+            num_calibration_tokens=0 if job.tokens is None else job.tokens.size,
+            num_resumed_parts=work.num_resumed,
+            seconds=time.perf_counter() - began,
+        )
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress wanted."""

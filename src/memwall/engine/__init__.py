@@ -1,0 +1,14 @@
+"""The step loop: a loaded model, its cache and the tokens that come out.
+
+`load(model, Settings(...), budget=...)` gives a `Session`; `Session.generate` streams text.
+"""
+
+from memwall.engine.quality import Evaluator as Evaluator
+from memwall.engine.quality import Figures as Figures
+from memwall.engine.quality import evaluate as evaluate
+from memwall.engine.sampling import Sampler as Sampler
+from memwall.engine.sampling import Sampling as Sampling
+from memwall.engine.session import Generation as Generation
+from memwall.engine.session import Session as Session
+from memwall.engine.session import Settings as Settings
+from memwall.engine.session import load as load

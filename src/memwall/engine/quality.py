@@ -1,0 +1,257 @@
+"""How good a stored form of a model is: KL divergence to the float model, perplexity and top-1 agreement over a text.
+
+The float model (weights in the dtype of the source, float arithmetic, float32 cache) and the form under test see the
+same tokens. Without a cache policy both take whole windows as prompts, so that only the weights differ; with one, the
+form under test takes a short prompt and then one token at a time through its cache, as in generation. Logits are
+compared a few rows at a time and never kept.
+
+Sums are over scored positions: position i is scored by what it says of token i + 1. KL(float || tested) is in nats,
+the mean per position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from memwall.engine.session import Session, Settings, load
+from memwall.errors import InputError
+from memwall.memory import Budget
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.precision import bits_of, resolve, source_spec
+from memwall.models.tokenizer import Tokenizer
+
+LARGEST_TEXT_BYTES = 256 * 1024 * 1024
+WINDOW_TOKENS = 1024
+#: tokens fed as a prompt before decoding through the cache; not scored
+PROMPT_TOKENS = 64
+#: logits compared at once: this many numbers, so that a large vocabulary costs no more than a small one
+COMPARED_VALUES = 1 << 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """The result of one evaluation. kl_nats and top1_agreement are None when the float model is not at hand.
+
+    bits_per_weight is over the matrices; kv_bits_per_value over the cache at its fullest, None when no policy was
+    asked.
+    """
+
+    perplexity: float
+    kl_nats: float | None
+    top1_agreement: float | None
+    tokens: int
+    bits_per_weight: float
+    kv_bits_per_value: float | None
+    reference_perplexity: float | None = None
+
+
+class Divergence:
+    """Running sums over scored positions."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._loss = self._reference_loss = self._kl = 0.0
+        self._agreed = self._compared = 0
+
+    def add(self, logits: np.ndarray, targets: np.ndarray, reference: np.ndarray | None) -> None:
+        """logits and reference [n, V] float32, targets [n]: the tokens that really came next."""
+        rows = np.arange(len(targets))
+        tested = log_softmax(logits)
+        self.tokens += len(targets)
+        self._loss -= float(tested[rows, targets].sum(dtype=np.float64))
+        if reference is None:
+            return
+        truth = log_softmax(reference)
+        self._reference_loss -= float(truth[rows, targets].sum(dtype=np.float64))
+        self._agreed += int((logits.argmax(axis=1) == reference.argmax(axis=1)).sum())
+        self._compared += len(targets)
+        np.subtract(truth, tested, out=tested)
+        np.exp(truth, out=truth)
+        self._kl += float(np.einsum("nv,nv->", truth, tested, dtype=np.float64))
+
+    def figures(self, *, bits_per_weight: float, kv_bits_per_value: float | None) -> Figures:
+        """The means so far."""
+        compared = self._compared > 0
+        return Figures(
+            perplexity=_perplexity(self._loss / self.tokens),
+            # rounding may leave a sum of nothing a hair below zero; KL has no negative values
+            kl_nats=max(self._kl / self._compared, 0.0) if compared else None,
+            top1_agreement=self._agreed / self._compared if compared else None,
+            tokens=self.tokens,
+            bits_per_weight=bits_per_weight,
+            kv_bits_per_value=kv_bits_per_value,
+            reference_perplexity=_perplexity(self._reference_loss / self._compared) if compared else None,
+        )
+
+
+class Evaluator:
+    """One model and one text, ready to score any number of stored forms; the float model is loaded once."""
+
+    def __init__(
+        self,
+        model: Path,
+        text: str | Path,
+        *,
+        reference: Path | None = None,
+        limit_tokens: int | None = None,
+        window_tokens: int | None = None,
+        threads: int | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        """text: itself, or the file that holds it; limit_tokens: how much of it is used, None for all.
+
+        reference: folder of the float model, needed only where `model` holds compressed weights. budget: cap for this
+        process.
+        """
+        self.model = model
+        self.config = ModelConfig.from_directory(model)
+        with Checkpoint(model, self.config) as checkpoint:
+            packed = checkpoint.manifest is not None
+            self._saved = resolve(self.config, "saved", checkpoint) if packed else None
+        if limit_tokens is not None and limit_tokens < 2:
+            raise InputError(f"limit is {limit_tokens} tokens; it must be at least 2")
+        tokens = _encode(model, text)[:limit_tokens]
+        self.window_tokens = max(min(window_tokens or WINDOW_TOKENS, self.config.max_position, len(tokens) + 1), 2)
+        self.windows = _windows(self.config, tokens, self.window_tokens)
+        self._threads, self._budget = threads, budget
+        source = reference or (model if self._saved is None else None)
+        self._reference = self._load(source, source_spec(self.config), "float32", exact=True) if source else None
+
+    def score(self, weights: str, kv: str | None = None, *, progress: Progress | None = None) -> Figures:
+        """Evaluate one choice of weights, decoded through a cache of policy `kv` when one is given."""
+        saved = self._saved if weights == "saved" else None
+        specs = saved or resolve(self.config, weights)
+        tested = self._load(self.model, weights, kv or "float32", exact=False)
+        sums = Divergence()
+        cache_bits: float | None = None
+        for index, window in enumerate(self.windows):
+            first = 0 if kv is None else min(PROMPT_TOKENS, len(window) // 2)
+            self._score_window(tested, np.asarray(window), first, sums, decoded=kv is not None)
+            if kv is not None:
+                cache_bits = max(cache_bits or 0.0, tested.cache.bits_per_value)
+            tested.reset()
+            if progress is not None:
+                progress(index + 1, len(self.windows))
+        return sums.figures(bits_per_weight=bits_of(self.config, specs), kv_bits_per_value=cache_bits)
+
+    def _score_window(
+        self, tested: Session, window: np.ndarray, first: int, sums: Divergence, *, decoded: bool
+    ) -> None:
+        truth = self._reference
+        truth_hidden = truth.decoder.hidden(window[:-1], truth.cache) if truth is not None else None
+        if decoded:
+            hidden = tested.decoder.hidden(window[: first + 1], tested.cache)[-1:]
+        else:
+            hidden = tested.decoder.hidden(window[:-1], tested.cache)
+        step = self._compared_rows
+        for begin in range(first, len(window) - 1, step):
+            end = min(begin + step, len(window) - 1)
+            reference = (
+                truth.decoder.logits(truth_hidden[begin:end])
+                if truth is not None and truth_hidden is not None
+                else None
+            )
+            targets = window[begin + 1 : end + 1]
+            if not decoded:
+                sums.add(tested.decoder.logits(hidden[begin:end]), targets, reference)
+                continue
+            for position in range(begin, end):
+                if position > first:
+                    hidden = tested.decoder.hidden(window[position : position + 1], tested.cache)
+                row = position - begin
+                sums.add(
+                    tested.decoder.logits(hidden),
+                    targets[row : row + 1],
+                    None if reference is None else reference[row : row + 1],
+                )
+        if truth is not None:
+            truth.reset()
+
+    @property
+    def _compared_rows(self) -> int:
+        return max(1, min(64, COMPARED_VALUES // self.config.vocab_size))
+
+    def _load(self, model: Path, weights: str, kv: str, *, exact: bool) -> Session:
+        settings = Settings(
+            weights=weights,
+            kv=kv,
+            context_tokens=self.window_tokens,
+            segment_tokens=self.window_tokens,
+            logit_rows=self._compared_rows,
+            threads=self._threads,
+            exact=exact,
+        )
+        return load(model, settings, budget=self._budget)
+
+
+def evaluate(
+    model: Path,
+    text: str | Path,
+    *,
+    weights: str,
+    kv: str | None = None,
+    limit_tokens: int | None = None,
+    reference: Path | None = None,
+    threads: int | None = None,
+    budget: Budget | None = None,
+    progress: Progress | None = None,
+) -> Figures:
+    """Quality of one stored form over a text (or text file); see the module's words. InputError for a text that
+    cannot be used.
+    """
+    evaluator = Evaluator(model, text, reference=reference, limit_tokens=limit_tokens, threads=threads, budget=budget)
+    return evaluator.score(weights, kv, progress=progress)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Row-wise log-probabilities of logits [n, V]; a new float32 array."""
+    shifted: np.ndarray = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def _perplexity(mean_loss: float) -> float:
+    return math.exp(min(mean_loss, 700.0))  # past this a float overflows; such a model is broken either way
+
+
+def read_text(path: Path) -> str:
+    """A text file, checked: InputError when it is absent, too large, binary or not UTF-8."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_TEXT_BYTES:
+            raise InputError(f"{path}: {size:,} bytes; the most read is {LARGEST_TEXT_BYTES:,}")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start} is not valid); give a plain text file") from error
+    if "\0" in text:
+        raise InputError(f"{path}: holds zero bytes, so it is not a text; give a plain text file")
+    return text
+
+
+def _encode(model: Path, text: str | Path) -> list[int]:
+    name = str(text) if isinstance(text, Path) else "the text"
+    content = read_text(text) if isinstance(text, Path) else text
+    if not content.strip():
+        raise InputError(f"{name}: is empty; give at least a few sentences")
+    return list(Tokenizer.from_directory(model).encode(content))
+
+
+def _windows(config: ModelConfig, tokens: Sequence[int], window_tokens: int) -> list[list[int]]:
+    """Cut tokens into windows, each opened by the model's begin token; a last piece too short to score is left out."""
+    opening = [config.bos_token_id] if config.bos_token_id is not None else []
+    body = [token for token in tokens if token != config.bos_token_id]
+    step = window_tokens - len(opening)
+    if step < 1 or len(body) + len(opening) < 2:
+        raise InputError(f"the text has {len(body)} tokens; at least 2 are needed")
+    pieces = [opening + list(body[begin : begin + step]) for begin in range(0, len(body), step)]
+    return [piece for piece in pieces if len(piece) >= 2]

@@ -1,0 +1,274 @@
+"""Load a model inside a budget and generate from it.
+
+`load` takes settings that a plan (or a user) has fixed and builds the session: arena, weights, cache, decoder.
+`Session.generate` streams text and stops, before any byte over the budget is touched, when the cache can't grow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from memwall import _native, kernels, kv
+from memwall.engine.sampling import Sampler, Sampling, StopWatcher
+from memwall.errors import BudgetExceeded, InputError
+from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.decoder import Decoder
+from memwall.models.precision import resolve
+from memwall.models.tokenizer import Tokenizer
+from memwall.models.weights import Progress, load_weights
+
+# The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
+# it this much below the budget, so that the process as a whole stays under.
+RUNTIME_HEADROOM_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a session is built from.
+
+    weights: a choice of `models.precision`; kv: a policy of `memwall.kv`; context_tokens: most tokens the cache will
+    hold; segment_tokens: prompt tokens worked at once (a prompt up to this long is attended in full precision);
+    threads: None keeps the number in use; exact: float arithmetic on packed weights.
+    """
+
+    weights: str
+    kv: str = "float16"
+    context_tokens: int = 1024
+    segment_tokens: int = 512
+    logit_rows: int = 1
+    threads: int | None = None
+    exact: bool = False
+
+
+@dataclass(slots=True)
+class Timings:
+    """Wall-clock seconds of the phases of one generation."""
+
+    load_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Generation:
+    """What one call of `generate` made; complete once its iterator has ended.
+
+    stop_reason: "eos", "stop", "length" (max_new_tokens), "context" (the cache holds all the tokens it was built for)
+    or "budget" (the next token's keys and values would have crossed the memory budget; `message` says so).
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    stop_reason: str = ""
+    message: str = ""
+    timings: Timings = field(default_factory=Timings)
+
+
+class Session:
+    """A loaded model with its cache; successive `generate` calls continue the same conversation until `reset`."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        decoder: Decoder,
+        cache: kv.KVCache,
+        arena: Arena,
+        ledger: Ledger,
+        load_seconds: float,
+    ) -> None:
+        self.settings = settings
+        self.config = config
+        self.tokenizer = tokenizer
+        self.decoder = decoder
+        self.cache = cache
+        self.arena = arena
+        self.ledger = ledger
+        self.load_seconds = load_seconds
+        self.last = Generation()
+        self._unfed: list[int] = []
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.rewind(0)
+
+    def rewind(self, num_tokens: int) -> int:
+        """Forget all but the first `num_tokens` of what was fed and made; returns how many the cache really kept.
+
+        The last token made is not in the cache until the next one is asked for, so one less than asked may be kept.
+        """
+        kept = min(num_tokens, self.cache.length)
+        self.cache.truncate(kept)
+        self._unfed = []
+        return kept
+
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Feed prompt tokens in segments; returns the last token's logits [V] (the decoder's buffer)."""
+        if not tokens:
+            raise InputError("the prompt is empty; give at least one token")
+        needed = self.cache.length + len(tokens)
+        if needed > self.settings.context_tokens:
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens and {self.cache.length} are held already, but the context is "
+                f"{self.settings.context_tokens}; shorten it or pass --context {needed}"
+            )
+        step = self.settings.segment_tokens
+        logits = np.empty(0, np.float32)
+        for begin in range(0, len(tokens), step):
+            logits = self.decoder.forward(np.asarray(tokens[begin : begin + step]), self.cache)
+        return logits
+
+    def generate(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
+        """Yield text as it is made; `last` holds the whole result, also while running and when it stops early."""
+        result = self.last = Generation(prompt_tokens=len(prompt))
+        result.timings.load_seconds = self.load_seconds
+        began = time.perf_counter()
+        try:
+            logits = self.prefill(self._unfed + list(prompt))
+        except BudgetExceeded as refused:
+            self._stop_at_budget(result, refused, len(prompt))
+            return
+        result.timings.prefill_seconds = time.perf_counter() - began
+        result.timings.prefill_tokens_per_s = len(prompt) / result.timings.prefill_seconds
+        yield from self._decode(logits, sampling, result)
+
+    def _decode(self, logits: np.ndarray, sampling: Sampling, result: Generation) -> Iterator[str]:
+        sampler, watcher = Sampler(sampling), StopWatcher(sampling.stop)
+        stream = self.tokenizer.stream() if self.tokenizer is not None else None
+        began = time.perf_counter()
+        while not result.stop_reason:
+            token = sampler.pick(logits)
+            if token in self.config.eos_token_ids and not sampling.ignore_eos:
+                result.stop_reason = "eos"
+                break
+            result.tokens.append(token)
+            self._unfed = [token]
+            shown, met = watcher.push(stream.push(token) if stream is not None else "")
+            result.text += shown
+            if shown:
+                yield shown
+            if met:
+                result.stop_reason = "stop"
+            elif len(result.tokens) == sampling.max_new_tokens:
+                result.stop_reason = "length"
+            elif self.cache.length == self.settings.context_tokens:
+                result.stop_reason = "context"
+                result.message = f"stopped at the context of {self.settings.context_tokens} tokens"
+            else:
+                try:
+                    logits = self.decoder.forward(np.asarray([token]), self.cache)
+                    self._unfed = []
+                except BudgetExceeded as refused:
+                    self._stop_at_budget(result, refused, len(result.tokens))
+        result.timings.decode_seconds = time.perf_counter() - began
+        # the first token comes out of prefill; decoding made the others
+        result.timings.decode_tokens_per_s = max(len(result.tokens) - 1, 0) / max(result.timings.decode_seconds, 1e-9)
+        rest = (
+            watcher.push(stream.flush())[0] + watcher.flush()
+            if stream is not None and result.stop_reason != "stop"
+            else ""
+        )
+        result.text += rest
+        if rest:
+            yield rest
+
+    def _stop_at_budget(self, result: Generation, refused: BudgetExceeded, kept: int) -> None:
+        result.stop_reason = "budget"
+        result.message = (
+            f"stopped at the memory budget after {self.cache.length} tokens of context: {refused}. The text so far is kept; "
+            "for a longer one raise --memory or use a smaller cache, such as --kv 'kivi(2bit)'"
+        )
+
+
+def load(
+    model: Path,
+    settings: Settings,
+    *,
+    budget: Budget | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> Session:
+    """Build a session for a model directory.
+
+    budget: its `ram` is the resident set of the whole process, this interpreter included; None means no cap but the
+    machine's. Raises InputError for bad input and BudgetExceeded when the settings don't fit.
+    """
+    began = time.perf_counter()
+    if settings.threads is not None:
+        kernels.set_num_threads(settings.threads)
+    config = ModelConfig.from_directory(model)
+    with Checkpoint(model, config) as checkpoint:
+        specs = resolve(config, settings.weights, checkpoint)
+        ledger = Ledger()
+        _warm_up()
+        runtime_bytes = measure_runtime(ledger).nbytes
+        arena = Arena(_cap(budget, runtime_bytes), ledger)
+        weights = load_weights(config, checkpoint, specs, arena, progress=progress)
+    decoder = Decoder(
+        config,
+        weights,
+        arena,
+        segment_tokens=settings.segment_tokens,
+        logit_rows=settings.logit_rows,
+        exact=settings.exact,
+    )
+    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens)
+    return Session(
+        settings=settings,
+        config=config,
+        tokenizer=tokenizer,
+        decoder=decoder,
+        cache=cache,
+        arena=arena,
+        ledger=ledger,
+        load_seconds=time.perf_counter() - began,
+    )
+
+
+def _warm_up() -> None:
+    """Bring in what every run needs before the runtime row is measured: code pages, threads, a tidy heap."""
+    kernels.num_threads()
+    weight = np.ones((64, 128), np.float32)
+    x, out = np.ones((2, 128), np.float32), np.empty((2, 64), np.float32)
+    for spec in ("float32", "int4-g64"):
+        held = kernels.matrix(kernels.encode(spec, weight))
+        kernels.linear(x, [held], [out])
+        kernels.linear(x[:1], [held], [out[:1]])
+    _native.give_back_freed_memory()
+
+
+def cache_shape(config: ModelConfig) -> kv.CacheShape:
+    """What a KV cache must know of a model."""
+    return kv.CacheShape(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        windows=config.sliding_windows,
+    )
+
+
+def _cap(budget: Budget | None, runtime_bytes: int) -> int:
+    if budget is None or budget.ram is None:
+        return 1 << 62
+    cap = budget.ram - runtime_bytes - RUNTIME_HEADROOM_BYTES
+    if cap <= 0:
+        raise BudgetExceeded("runtime", runtime_bytes + RUNTIME_HEADROOM_BYTES, budget.ram, budget.ram)
+    return cap
+
+
+def unaccounted_bytes(ledger: Ledger) -> int:
+    """Resident bytes of the process that no ledger row explains (negative: the ledger says more than is resident)."""
+    return resident_bytes() - ledger.total("ram")

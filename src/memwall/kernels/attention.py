@@ -1,0 +1,123 @@
+"""Attention on the CPU: over full-precision rows and over KIVI-coded ones.
+
+Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens.
+Query i sits at position `first_position + i`, cached token j at `key_start + j`; a query sees the keys at or before its
+own position and, with a window, the last `window` of them. `stats[T, H, 2]` receives the largest logit and the sum of
+exponentials relative to it: what `merge_partials` needs to join attentions over pieces of a cache that are held apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import memwall._native as _native
+import numpy as np
+
+__all__ = [
+    "attend_float",
+    "attend_kivi",
+    "kivi_block_bytes",
+    "kivi_decode_keys",
+    "kivi_decode_values",
+    "kivi_encode_keys",
+    "kivi_encode_values",
+    "merge_partials",
+]
+
+VALUE_BLOCK_TOKENS = 32
+"""Tokens of a KIVI value block; a key block has one group of tokens."""
+
+
+def attend_float(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    scale: float,
+    first_position: int,
+    window: int | None = None,
+    key_start: int = 0,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """q [T, H, D] float32 over k, v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32."""
+    _native.attend_float(q, _plain(k), _plain(v), out, scale, first_position, window, key_start, stats)
+    return out
+
+
+def attend_kivi(
+    q: np.ndarray,
+    key_blocks: np.ndarray,
+    value_blocks: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    coded_keys: int,
+    coded_values: int,
+    bits: int,
+    group: int,
+    scale: float,
+    first_position: int,
+    window: int | None = None,
+    key_start: int = 0,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """Attention over coded tokens followed by exact ones, on the coded form.
+
+    key_blocks, value_blocks: uint8, as `kivi_encode_keys` and `kivi_encode_values` fill them; the first `coded_keys`
+    keys and `coded_values` values are read from there, the rest from the rows of k and v, which start where these end.
+    """
+    _native.attend_kivi(
+        q, key_blocks, value_blocks, coded_keys, coded_values, _plain(k), _plain(v), out, bits, group, scale,
+        first_position, window, key_start, stats,
+    )  # fmt: skip
+    return out
+
+
+def merge_partials(outs: Sequence[np.ndarray], stats: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Joins attentions of the same queries over disjoint keys: (out, stats) of all keys together.
+
+    A piece in which a query saw no key carries the sum 0 and adds nothing.
+    """
+    all_stats = np.stack(list(stats))
+    peaks, sums = all_stats[..., 0], all_stats[..., 1]
+    peak = np.max(np.where(sums > 0, peaks, -np.inf), axis=0)
+    with np.errstate(invalid="ignore"):
+        weights = np.where(sums > 0, sums * np.exp(peaks - peak), 0.0)
+    total = weights.sum(axis=0)
+    out = np.einsum("pth,pthd->thd", weights, np.stack(list(outs))) / np.where(total > 0, total, 1.0)[..., None]
+    return out.astype(np.float32), np.stack([peak, total], axis=-1).astype(np.float32)
+
+
+def kivi_block_bytes(bits: int, group: int, head_dim: int) -> tuple[int, int]:
+    """Bytes of one key-value head's key block (`group` tokens) and value block (`VALUE_BLOCK_TOKENS` tokens)."""
+    key, value = _native.kivi_block_bytes(bits, group, head_dim)
+    return int(key), int(value)
+
+
+def kivi_encode_keys(k: np.ndarray, blocks: np.ndarray, *, bits: int, group: int) -> None:
+    """Codes exact keys [n, Hkv, D], n whole groups, into `blocks` from its start."""
+    _native.kivi_encode_keys(_plain(k), blocks, bits, group)
+
+
+def kivi_encode_values(v: np.ndarray, first: int, blocks: np.ndarray, *, bits: int, group: int) -> None:
+    """Codes exact values [n, Hkv, D] as tokens `first .. first + n` of `blocks`; those before keep their codes."""
+    _native.kivi_encode_values(_plain(v), first, blocks, bits, group)
+
+
+def kivi_decode_keys(blocks: np.ndarray, first: int, out: np.ndarray, *, bits: int, group: int) -> np.ndarray:
+    """Floats of coded keys `first .. first + n` into out [n, Hkv, D]."""
+    _native.kivi_decode(True, blocks, first, out, bits, group)
+    return out
+
+
+def kivi_decode_values(blocks: np.ndarray, first: int, out: np.ndarray, *, bits: int, group: int) -> np.ndarray:
+    """Floats of coded values `first .. first + n` into out [n, Hkv, D]."""
+    _native.kivi_decode(False, blocks, first, out, bits, group)
+    return out
+
+
+def _plain(rows: np.ndarray) -> np.ndarray:
+    """bfloat16 is unknown to NumPy itself: its bits travel as uint16."""
+    return rows.view(np.uint16) if rows.dtype.name == "bfloat16" else rows

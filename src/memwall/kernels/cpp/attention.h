@@ -1,0 +1,92 @@
+// Attention over a cache whose past may be coded and whose recent part is exact.
+//
+// Token t of the cache: keys [0, coded_keys) live in KIVI key blocks, the rest in `keys`; values likewise with their own split
+// (KIVI holds another number of exact values than of exact keys). A full-precision cache has no coded part.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mw {
+
+enum class Real : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// Rows of exact numbers [token][kv head][head_dim]; row 0 is the first token after the coded part.
+struct Rows {
+  const void* data = nullptr;
+  Real type = Real::float32;
+};
+
+// How a KIVI cache is cut; see kivi.isa.cpp for the layout of a block.
+struct KiviForm {
+  int bits = 0;
+  int group = 0;
+
+  // bytes of the codes, then of scales and minima, of one key block (`group` tokens) of one kv head
+  std::size_t key_code_bytes(int head_dim) const { return plane_bytes(head_dim, group); }
+  std::size_t key_block_bytes(int head_dim) const { return key_code_bytes(head_dim) + 4u * static_cast<unsigned>(head_dim); }
+  // the same of one value block (kValueBlock tokens)
+  std::size_t value_code_bytes(int head_dim) const {
+    return static_cast<std::size_t>(bits) * static_cast<unsigned>(head_dim) * kValueBlock / 8;
+  }
+  std::size_t value_block_bytes(int head_dim) const {
+    return value_code_bytes(head_dim) + 4u * static_cast<unsigned>(head_dim / group) * kValueBlock;
+  }
+  static constexpr int kValueBlock = 32;
+
+ private:
+  std::size_t plane_bytes(int channels, int tokens) const;
+};
+
+struct Attention {
+  const float* q = nullptr;  // [num_tokens][num_heads][head_dim]
+  float* out = nullptr;      // the same
+  float* stats = nullptr;    // [num_tokens][num_heads][2]: maximum logit, sum of exponentials; may be null
+  int num_tokens = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  float scale = 1.0f;
+  std::int64_t length = 0;      // tokens in the cache
+  std::int64_t first_key = 0;   // index of the first key that query 0 may see ...
+  std::int64_t query_key = 0;   // ... and of the last one: query i sees [first_key + i, query_key + i], cut to [0, length)
+  Rows keys, values;
+  KiviForm form;
+  const std::uint8_t* key_blocks = nullptr;    // [block][kv head][key_block_bytes]
+  const std::uint8_t* value_blocks = nullptr;  // [block][kv head][value_block_bytes]
+  std::int64_t coded_keys = 0, coded_values = 0;
+
+  int queries_per_kv_head() const { return num_heads / num_kv_heads; }
+  int padded_dim() const { return (head_dim + 15) / 16 * 16; }
+};
+
+// What one worker found over one run of tokens: for each query head maximum, sum and the unnormalized output.
+struct Partial {
+  float* peak;  // [num_heads]
+  float* sum;   // [num_heads]
+  float* out;   // [num_heads][padded_dim]
+};
+
+struct AttentionKernels {
+  // one query token, cache tokens [begin, end), begin a multiple of kStep; q is scaled and padded
+  void (*decode)(const Attention&, const float* q, std::int64_t begin, std::int64_t end, const Partial&, float* scratch);
+  std::size_t (*decode_scratch)(const Attention&);  // floats
+  // query tokens [begin, end) of one kv head
+  void (*prefill)(const Attention&, int kv_head, int begin, int end, float* scratch);
+  std::size_t (*prefill_scratch)(const Attention&, int queries);
+  // exact rows [tokens][kv head][head_dim] -> blocks; key rows: one whole block; value rows: tokens [slot, slot + count) of a block
+  void (*encode_keys)(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::uint8_t* block);
+  void (*encode_values)(const Rows&, const KiviForm&, int kv_heads, int head_dim, int slot, int count, std::uint8_t* block);
+  // float form of coded tokens [begin, end) of one kv head
+  void (*key_tile)(const Attention&, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
+  void (*value_tile)(const Attention&, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
+};
+
+constexpr int kStep = 128;  // tokens scored before their values are summed: scores stay in the first cache
+
+const AttentionKernels& attention_kernels();
+void attend(const Attention&);
+
+// rows = exact tokens; encodes `count` tokens of keys (whole blocks) from the start of `blocks`, of values from token `first`
+void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::int64_t count, std::uint8_t* blocks);
+void kivi_encode_values(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::int64_t first, std::int64_t count,
+                        std::uint8_t* blocks);
+
+}  // namespace mw

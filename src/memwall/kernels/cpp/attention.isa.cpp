@@ -1,0 +1,377 @@
+// Attention over full-precision rows, and the walk over a cache that may start with a coded part.
+//
+// Decoding (one query) reads every key and value once and is bound by memory, so the walk follows the order in memory: a few
+// tokens at a time, all heads of them. A prompt (many queries) is bound by arithmetic: tiles of 64 keys against up to 128 rows
+// of queries, logits kept transposed (key-major), so that the softmax runs down the columns with no sums across a vector.
+#include "attention_isa.h"
+#include "attention_simd.h"
+
+#include "attention_table.h"
+
+namespace mw::MW_ISA {
+namespace {
+
+constexpr float kNever = -1e30f;  // below every logit, and finite: differences of two of them stay numbers
+#if defined(__AVX512F__)
+constexpr int kHeads = 4;  // query heads that share one load of a key: as many as the registers hold
+#else
+constexpr int kHeads = 2;
+#endif
+constexpr int kWindow = 16;         // value rows summed before moving to the next head
+constexpr std::int64_t kAhead = 8;  // rows fetched ahead
+constexpr int kTile = 64;
+
+template <typename A, typename B>
+inline auto smaller(A a, B b) {
+  return a < b ? a : b;
+}
+template <typename A, typename B>
+inline auto larger(A a, B b) {
+  return a > b ? a : b;
+}
+inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+template <typename T>
+struct View {
+  const T* data;
+  std::int64_t stride;  // between tokens
+  int dim;
+  const T* row(std::int64_t token, int kv_head) const { return data + token * stride + static_cast<std::int64_t>(kv_head) * dim; }
+};
+
+template <typename T>
+View<T> view(const Rows& rows, const Attention& a) {
+  return {static_cast<const T*>(rows.data), static_cast<std::int64_t>(a.num_kv_heads) * a.head_dim, a.head_dim};
+}
+
+template <typename Body>
+inline void with_type(Real type, Body&& body) {
+  if (type == Real::float32) body(float{});
+  else if (type == Real::float16) body(f16{});
+  else body(bf16{});
+}
+
+// ---- decoding ----------------------------------------------------------------------------------------------------------
+
+// logits of four tokens for R query heads of one kv head
+template <int R, typename T>
+inline void dot_tile(const T* const k[4], const float* q, int dim, int padded, float* scores) {
+  vf sum[R][4];
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < 4; ++t) sum[r][t] = vset(0.0f);
+  const auto step = [&](const vf (&key)[4], int d) {
+    for (int r = 0; r < R; ++r) {
+      const vf query = vload(q + r * padded + d);
+      for (int t = 0; t < 4; ++t) sum[r][t] = vfma(query, key[t], sum[r][t]);
+    }
+  };
+  int d = 0;
+  for (; d + W <= dim; d += W) {
+    const vf key[4] = {vload(k[0] + d), vload(k[1] + d), vload(k[2] + d), vload(k[3] + d)};
+    step(key, d);
+  }
+  if (d < dim) {
+    const int n = dim - d;
+    const vf key[4] = {vload_part(k[0] + d, n), vload_part(k[1] + d, n), vload_part(k[2] + d, n), vload_part(k[3] + d, n)};
+    step(key, d);
+  }
+  for (int r = 0; r < R; ++r) store_sums4(scores + r * kStep, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+}
+
+template <typename T>
+void exact_scores(const Attention& a, const View<T>& keys, const float* q, std::int64_t first, int count, float* scores) {
+  const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
+  const std::int64_t row_bytes = static_cast<std::int64_t>(a.head_dim) * sizeof(T);
+  for (int t = 0; t < count; t += 4) {
+    for (int h = 0; h < a.num_kv_heads; ++h) {
+      const T* k[4];
+      for (int i = 0; i < 4; ++i) {
+        k[i] = keys.row(first + smaller(t + i, count - 1), h);  // the last row again instead of rows that are not there
+        const char* ahead = reinterpret_cast<const char*>(k[i] + kAhead * keys.stride);
+        for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+      }
+      int r = 0;
+      const auto at = [&](int n) { return h * rep + n; };
+      for (; r + kHeads <= rep; r += kHeads)
+        dot_tile<kHeads>(k, q + at(r) * padded, a.head_dim, padded, scores + at(r) * kStep + t);
+      for (; r < rep; ++r) dot_tile<1>(k, q + at(r) * padded, a.head_dim, padded, scores + at(r) * kStep + t);
+    }
+  }
+}
+
+// out[r][0 .. V * W) += sum over rows of p[r][row] * v[row]
+template <int R, int V, typename T>
+inline void sum_tile(const T* v, std::int64_t stride, int count, const float* p, float* out, int padded) {
+  vf sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) sum[r][i] = vload(out + r * padded + i * W);
+  for (int t = 0; t < count; ++t, v += stride) {
+    vf value[V];
+    for (int i = 0; i < V; ++i) value[i] = vload(v + i * W);
+    for (int r = 0; r < R; ++r) {
+      const vf weight = vset(p[r * kStep + t]);
+      for (int i = 0; i < V; ++i) sum[r][i] = vfma(weight, value[i], sum[r][i]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) vstore(out + r * padded + i * W, sum[r][i]);
+}
+
+template <int R, typename T>
+inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p, float* out, int dim, int padded) {
+  int d = 0;
+  for (; d + 4 * W <= dim; d += 4 * W) sum_tile<R, 4>(v + d, stride, count, p, out + d, padded);
+  for (; d + W <= dim; d += W) sum_tile<R, 1>(v + d, stride, count, p, out + d, padded);
+  for (; d < dim; ++d)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < count; ++t) out[r * padded + d] += p[r * kStep + t] * to_float(v[t * stride + d]);
+}
+
+template <typename T>
+void exact_values(const Attention& a, const View<T>& values, const float* p, std::int64_t first, int count, float* out) {
+  const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
+  const std::int64_t row_bytes = static_cast<std::int64_t>(a.head_dim) * sizeof(T);
+  for (int t = 0; t < count; t += kWindow) {
+    const int n = smaller(kWindow, count - t);
+    for (int h = 0; h < a.num_kv_heads; ++h) {
+      const T* v = values.row(first + t, h);
+      for (int i = 0; i < n; ++i) {
+        const char* ahead = reinterpret_cast<const char*>(v + (kWindow + i) * values.stride);
+        for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+      }
+      int r = 0;
+      const auto at = [&](int i) { return h * rep + i; };
+      for (; r + kHeads <= rep; r += kHeads)
+        sum_rows<kHeads>(v, values.stride, n, p + at(r) * kStep + t, out + at(r) * padded, a.head_dim, padded);
+      for (; r < rep; ++r) sum_rows<1>(v, values.stride, n, p + at(r) * kStep + t, out + at(r) * padded, a.head_dim, padded);
+    }
+  }
+}
+
+// logits of one step become weights, relative to the highest logit so far; what was summed before is scaled down to it
+void softmax_step(const Attention& a, float* scores, int count, int hidden, const Partial& part) {
+  const int padded = a.padded_dim(), whole = round_up(count, 32);
+  for (int h = 0; h < a.num_heads; ++h) {
+    float* s = scores + h * kStep;
+    for (int t = 0; t < hidden; ++t) s[t] = -__builtin_inff();
+    for (int t = count; t < whole; ++t) s[t] = -__builtin_inff();
+    vf top = vset(part.peak[h]);
+    for (int t = 0; t < whole; t += W) top = vmax(top, vload(s + t));
+    const float peak = hmax(top);
+    if (peak > part.peak[h]) {
+      alignas(64) float lane[W];
+      vstore(lane, vexp(vset(part.peak[h] - peak)));
+      part.sum[h] *= lane[0];
+      for (int d = 0; d < padded; d += W) vstore(part.out + h * padded + d, vmul(vload(part.out + h * padded + d), vset(lane[0])));
+      part.peak[h] = peak;
+    }
+    vf sum = vset(0.0f);
+    for (int t = 0; t < whole; t += W) {
+      const vf weight = vexp(vsub(vload(s + t), vset(peak)));
+      vstore(s + t, weight);
+      sum = vadd(sum, weight);
+    }
+    part.sum[h] += hsum(sum);
+  }
+}
+
+std::size_t decode_scratch(const Attention& a) {
+  return static_cast<std::size_t>(a.num_heads) * kStep + (a.form.bits ? kivi_scratch(a) : 0);
+}
+
+void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, const Partial& part, float* scratch) {
+  float* scores = scratch;
+  float* rest = scratch + static_cast<std::size_t>(a.num_heads) * kStep;
+  for (int h = 0; h < a.num_heads; ++h) part.peak[h] = kNever, part.sum[h] = 0.0f;
+  for (int i = 0; i < a.num_heads * a.padded_dim(); ++i) part.out[i] = 0.0f;
+  for (std::int64_t step = begin; step < end; step += kStep) {
+    const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kStep, end - step));
+    const auto coded_part = [&](std::int64_t coded) {
+      return static_cast<int>(smaller<std::int64_t, std::int64_t>(larger<std::int64_t, std::int64_t>(coded - step, 0), count));
+    };
+    const int coded_keys = coded_part(a.coded_keys), coded_values = coded_part(a.coded_values);
+    if (coded_keys > 0) kivi_scores(a, q, step, step + coded_keys, scores, rest);
+    if (coded_keys < count)
+      with_type(a.keys.type, [&](auto t) {
+        exact_scores(a, view<decltype(t)>(a.keys, a), q, step + coded_keys - a.coded_keys, count - coded_keys, scores + coded_keys);
+      });
+    const std::int64_t hidden = larger<std::int64_t, std::int64_t>(a.first_key - step, 0);
+    softmax_step(a, scores, count, static_cast<int>(smaller<std::int64_t, std::int64_t>(hidden, count)), part);
+    if (coded_values > 0) kivi_values(a, scores, step, step + coded_values, part.out, rest);
+    if (coded_values < count)
+      with_type(a.values.type, [&](auto t) {
+        exact_values(a, view<decltype(t)>(a.values, a), scores + coded_values, step + coded_values - a.coded_values,
+                     count - coded_values, part.out);
+      });
+  }
+}
+
+// ---- prompts -----------------------------------------------------------------------------------------------------------
+
+// C[4][V * W] (+)= A[4][depth] * B[depth][V * W]; A is read one number at a time, at any strides
+template <int V>
+inline void multiply_tile(const float* a, std::int64_t a_row, std::int64_t a_col, const float* b, int ldb, float* c, int ldc,
+                          int depth, bool add) {
+  vf sum[4][V];
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < V; ++j) sum[i][j] = add ? vload(c + i * ldc + j * W) : vset(0.0f);
+  for (int k = 0; k < depth; ++k, a += a_col, b += ldb) {
+    vf right[V];
+    for (int j = 0; j < V; ++j) right[j] = vload(b + j * W);
+    for (int i = 0; i < 4; ++i) {
+      const vf left = vset(a[i * a_row]);
+      for (int j = 0; j < V; ++j) sum[i][j] = vfma(left, right[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < V; ++j) vstore(c + i * ldc + j * W, sum[i][j]);
+}
+
+// rows a multiple of 4, columns of 16
+void multiply(const float* a, std::int64_t a_row, std::int64_t a_col, const float* b, int ldb, float* c, int ldc, int rows,
+              int columns, int depth, bool add) {
+#if defined(__AVX512F__)
+  constexpr int V = 4;
+#else
+  constexpr int V = 2;
+#endif
+  int j = 0;
+  for (; j + V * W <= columns; j += V * W)
+    for (int i = 0; i < rows; i += 4)
+      multiply_tile<V>(a + i * a_row, a_row, a_col, b + j, ldb, c + static_cast<std::int64_t>(i) * ldc + j, ldc, depth, add);
+  for (; j < columns; j += W)
+    for (int i = 0; i < rows; i += 4)
+      multiply_tile<1>(a + i * a_row, a_row, a_col, b + j, ldb, c + static_cast<std::int64_t>(i) * ldc + j, ldc, depth, add);
+}
+
+template <typename T>
+void exact_tile(const Attention& a, const View<T>& rows, int kv_head, std::int64_t first, int count, float* tile) {
+  const int padded = a.padded_dim();
+  for (int t = 0; t < count; ++t) {
+    const T* row = rows.row(first + t, kv_head);
+    float* to = tile + t * padded;
+    int d = 0;
+    for (; d + W <= a.head_dim; d += W) vstore(to + d, vload(row + d));
+    for (; d < padded; ++d) to[d] = d < a.head_dim ? to_float(row[d]) : 0.0f;
+  }
+}
+
+// float rows of tokens [begin, begin + count), from the coded part, the exact one, or both
+template <typename CodedTile>
+void load_tile(const Attention& a, const Rows& rows, std::int64_t coded, int kv_head, std::int64_t begin, int count, float* tile,
+               CodedTile&& coded_tile) {
+  const std::int64_t left = larger<std::int64_t, std::int64_t>(coded - begin, 0);
+  const int n = static_cast<int>(smaller<std::int64_t, std::int64_t>(left, count));
+  if (n > 0) coded_tile(a, kv_head, begin, begin + n, tile, a.padded_dim());
+  if (n < count)
+    with_type(rows.type, [&](auto t) {
+      exact_tile(a, view<decltype(t)>(rows, a), kv_head, begin + n - coded, count - n, tile + n * a.padded_dim());
+    });
+}
+
+struct PromptScratch {  // rows = query tokens x heads of one kv head, padded to 16
+  int rows;
+  float *q, *keys, *values, *scores, *out, *peak, *sum, *low, *high, *shrink;
+  PromptScratch(float* at, int padded_rows, int dim) : rows(padded_rows) {
+    const auto take = [&](std::size_t n) {
+      float* p = at;
+      at += n;
+      return p;
+    };
+    const std::size_t r = static_cast<std::size_t>(rows), d = static_cast<std::size_t>(dim);
+    q = take(d * r), keys = take(kTile * d), values = take(kTile * d), scores = take(kTile * r), out = take(r * d);
+    peak = take(r), sum = take(r), low = take(r), high = take(r), shrink = take(r);
+  }
+  static std::size_t size(int rows, int dim) {
+    return static_cast<std::size_t>(rows) * dim * 2 + static_cast<std::size_t>(kTile) * (2 * dim + rows) + 5u * rows;
+  }
+};
+
+std::size_t prefill_scratch(const Attention& a, int queries) {
+  return PromptScratch::size(round_up(queries * a.queries_per_kv_head(), 16), a.padded_dim());
+}
+
+// queries transposed and scaled, limits of each row; positions inside the tile walk are kept as floats (exact below 2^24)
+void load_queries(const Attention& a, int kv_head, int begin, int end, std::int64_t origin, const PromptScratch& s) {
+  const int rep = a.queries_per_kv_head(), dim = a.padded_dim();
+  for (std::size_t i = 0; i < static_cast<std::size_t>(dim) * s.rows; ++i) s.q[i] = 0.0f;
+  for (int i = 0; i < s.rows * dim; ++i) s.out[i] = 0.0f;
+  for (int row = 0; row < s.rows; ++row) {
+    s.peak[row] = kNever, s.sum[row] = 0.0f, s.low[row] = 0.0f, s.high[row] = 0.0f;
+    const int token = begin + row / rep;
+    if (token >= end) continue;
+    const float* q = a.q + (static_cast<std::int64_t>(token) * a.num_heads + kv_head * rep + row % rep) * a.head_dim;
+    for (int d = 0; d < a.head_dim; ++d) s.q[static_cast<std::int64_t>(d) * s.rows + row] = q[d] * a.scale;
+    s.low[row] = static_cast<float>(larger<std::int64_t, std::int64_t>(a.first_key + token, 0) - origin);
+    s.high[row] = static_cast<float>(smaller<std::int64_t, std::int64_t>(a.query_key + token + 1, a.length) - origin);
+  }
+}
+
+void softmax_tile(const PromptScratch& s, int count, int dim, std::int64_t at, bool masked) {
+  for (int row = 0; row < s.rows; row += W) {
+    const vf before = vload(s.peak + row), low = vload(s.low + row), high = vload(s.high + row);
+    vf peak = before, sum = vset(0.0f);
+    for (int k = 0; k < count; ++k) {
+      float* score = s.scores + k * s.rows + row;
+      vf x = vload(score);
+      if (masked) {
+        x = vwithin(x, vset(static_cast<float>(at + k)), low, high);
+        vstore(score, x);
+      }
+      peak = vmax(peak, x);
+    }
+    for (int k = 0; k < count; ++k) {
+      float* score = s.scores + k * s.rows + row;
+      const vf weight = vexp(vsub(vload(score), peak));
+      vstore(score, weight);
+      sum = vadd(sum, weight);
+    }
+    const vf shrink = vexp(vsub(before, peak));
+    vstore(s.peak + row, peak);
+    vstore(s.shrink + row, shrink);
+    vstore(s.sum + row, vfma(vload(s.sum + row), shrink, sum));
+  }
+  for (int row = 0; row < s.rows; ++row) {
+    if (s.shrink[row] == 1.0f) continue;
+    for (int d = 0; d < dim; d += W) vstore(s.out + row * dim + d, vmul(vload(s.out + row * dim + d), vset(s.shrink[row])));
+  }
+}
+
+void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch) {
+  const int rep = a.queries_per_kv_head(), dim = a.padded_dim();
+  const PromptScratch s(scratch, round_up((end - begin) * rep, 16), dim);
+  // what the first and the last query of this block may see
+  const std::int64_t low_first = larger<std::int64_t, std::int64_t>(a.first_key + begin, 0);
+  const std::int64_t low_last = larger<std::int64_t, std::int64_t>(a.first_key + end - 1, 0);
+  const std::int64_t high_first = smaller<std::int64_t, std::int64_t>(a.query_key + begin + 1, a.length);
+  const std::int64_t high_last = smaller<std::int64_t, std::int64_t>(a.query_key + end, a.length);
+  const std::int64_t origin = low_first / kTile * kTile;
+  load_queries(a, kv_head, begin, end, origin, s);
+  for (std::int64_t tile = origin; tile < high_last; tile += kTile) {
+    const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kTile, high_last - tile));
+    load_tile(a, a.keys, a.coded_keys, kv_head, tile, count, s.keys, kivi_key_tile);
+    multiply(s.keys, dim, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, dim, false);
+    const bool masked = tile < low_last || tile + count > high_first;
+    softmax_tile(s, count, dim, tile - origin, masked);
+    load_tile(a, a.values, a.coded_values, kv_head, tile, count, s.values, kivi_value_tile);
+    multiply(s.scores, 1, s.rows, s.values, dim, s.out, dim, s.rows, dim, count, true);
+  }
+  for (int row = 0; row < (end - begin) * rep; ++row) {
+    const std::int64_t at = static_cast<std::int64_t>(begin + row / rep) * a.num_heads + kv_head * rep + row % rep;
+    const float inverse = s.sum[row] > 0.0f ? 1.0f / s.sum[row] : 0.0f;
+    for (int d = 0; d < a.head_dim; ++d) a.out[at * a.head_dim + d] = s.out[row * dim + d] * inverse;
+    if (a.stats == nullptr) continue;
+    a.stats[2 * at] = s.sum[row] > 0.0f ? s.peak[row] : -__builtin_inff();
+    a.stats[2 * at + 1] = s.sum[row];
+  }
+}
+
+}  // namespace
+
+const AttentionKernels& attention_table() {
+  static const AttentionKernels table{decode,        decode_scratch,       prefill, prefill_scratch, kivi_encode_key_block,
+                                      kivi_encode_value_rows, kivi_key_tile, kivi_value_tile};
+  return table;
+}
+
+}  // namespace mw::MW_ISA

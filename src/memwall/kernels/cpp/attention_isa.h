@@ -1,0 +1,20 @@
+// What attention.isa.cpp and kivi.isa.cpp need of each other, inside one instruction set.
+#pragma once
+
+#include "attention.h"
+
+namespace mw::MW_ISA {
+
+// scores[head * kStep + token - begin] = q . k for coded tokens [begin, end), both multiples of the group
+void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, float* scores, float* scratch);
+// out[head][channel] += sum of p[head * kStep + token - begin] * v over coded tokens [begin, end), begin a multiple of 32
+void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::int64_t end, float* out, float* scratch);
+std::size_t kivi_scratch(const Attention& a);  // floats
+// float form of a few coded tokens of one kv head: tile[(token - begin) * ld + channel]
+void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
+void kivi_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
+void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, std::uint8_t* block);
+void kivi_encode_value_rows(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, int slot, int count,
+                            std::uint8_t* block);
+
+}  // namespace mw::MW_ISA

@@ -1,0 +1,389 @@
+"""What a model is, read from a Hugging Face `config.json`: sizes, rotary settings, windows, and every tensor it must
+have.
+
+Reads the form of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and of transformers 5 (`rope_parameters`,
+`dtype`). Each field is checked by type and range; nothing is allocated from a declared size before it was checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from memwall.errors import InputError
+from memwall.formats import checked_json
+from memwall.formats.checked_json import Fields, shown
+from memwall.formats.manifest import MANIFEST_NAME, Manifest
+
+Role = Literal["embedding", "head", "linear", "norm", "bias", "router", "expert"]
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
+}
+FAMILIES = tuple(ARCHITECTURES.values())
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+DTYPES = ("float32", "float16", "bfloat16")
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+MAX_EXPERT_TENSORS = 100_000
+MAX_POSITION = 2**28
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding; fields that the type does not use keep their defaults.
+
+    attention_factor multiplies cos and sin; it is resolved here (YaRN derives it from `factor` when the file names
+    none).
+    """
+
+    type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    attention_factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor that the checkpoint must hold. `layer` and `expert` are None where there is none."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder of one of the supported families. `source` is the Hugging Face configuration it was read from."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position: int
+    tie_word_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    num_experts: int
+    num_experts_per_token: int
+    norm_topk_prob: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    source: Mapping[str, Any]
+
+    @staticmethod
+    def from_directory(directory: str | Path) -> ModelConfig:
+        """Reads `config.json` and the token ids of `generation_config.json`, or the manifest of a compressed model."""
+        folder = checked_directory(directory)
+        if (folder / MANIFEST_NAME).is_file():
+            return ModelConfig.from_dict(Manifest.load(folder).model_config, str(folder / MANIFEST_NAME))
+        path = folder / "config.json"
+        if not path.is_file():
+            found = ", ".join(sorted(item.name for item in folder.iterdir())[:5])
+            raise InputError(f"{folder}: no config.json here, so it is not a model folder (it holds {found})")
+        values = checked_json.read(path)
+        generation_path = folder / "generation_config.json"
+        if generation_path.is_file():
+            generation = checked_json.read(generation_path)
+            for name in ("bos_token_id", "eos_token_id"):
+                if generation.get(name) is not None:
+                    values[name] = generation[name]
+        return ModelConfig.from_dict(values, str(path))
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """A checked configuration from the contents of a `config.json`."""
+        fields = Fields(values, source)
+        family = _family(fields)
+        if fields.has("quantization_config"):
+            method = shown(fields.mapping("quantization_config").get("quant_method"))
+            raise InputError(
+                f"{source}: weights already quantized by {method}; give the float model (bfloat16, float16, float32)"
+            )
+        fields.text("hidden_act", "silu", ("silu", "swish"))
+        hidden_size = fields.integer("hidden_size", 1, 2**20)
+        num_heads, num_kv_heads, head_dim = _heads(fields, family, hidden_size)
+        num_layers = fields.integer("num_hidden_layers", 1, 2048)
+        vocab_size = fields.integer("vocab_size", 1, 2**24)
+        max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION, _DEFAULT_POSITIONS[family])
+        num_experts, per_token = _experts(fields, family, num_layers)
+        attention_bias = family in ("llama", "qwen3") and fields.flag("attention_bias", False)
+        return ModelConfig(
+            family=family,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size", 1, 2**22),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, 1e-5 if family == "mixtral" else 1e-6),
+            rope=_rope(fields, family, max_position),
+            max_position=max_position,
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            sliding_windows=_sliding_windows(fields, family, num_layers),
+            qkv_bias=family == "qwen2" or attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=family == "llama" and fields.flag("mlp_bias", False),
+            qk_norm=family == "qwen3",
+            num_experts=num_experts,
+            num_experts_per_token=per_token,
+            norm_topk_prob=num_experts > 0,
+            bos_token_id=next(iter(_token_ids(fields, "bos_token_id", vocab_size)), None),
+            eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size),
+            dtype=fields.text("dtype", fields.text("torch_dtype", "float32", DTYPES), DTYPES),
+            source=dict(values),
+        )
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Count of stored weights; tied embeddings count once."""
+        return sum(spec.size for spec in self.tensors())
+
+    def tensors(self) -> list[TensorSpec]:
+        """Every tensor of the checkpoint, in the order in which a forward pass meets them."""
+        hidden = self.hidden_size
+        specs = [TensorSpec(name=EMBEDDING, shape=(self.vocab_size, hidden), role="embedding")]
+        for layer in range(self.num_layers):
+            specs += _layer_tensors(self, layer)
+        specs.append(TensorSpec(name="model.norm.weight", shape=(hidden,), role="norm"))
+        if not self.tie_word_embeddings:
+            specs.append(TensorSpec(name=HEAD, shape=(self.vocab_size, hidden), role="head"))
+        return specs
+
+
+def checked_directory(directory: str | Path) -> Path:
+    """The folder as a path, or an error that says what is wrong with it."""
+    folder = Path(directory)
+    try:
+        if not folder.exists():
+            raise InputError(f"{folder}: there is no such folder; give a model folder or 'demo'")
+        if not folder.is_dir():
+            raise InputError(f"{folder}: is a file; give the folder that holds config.json")
+        if not any(folder.iterdir()):
+            raise InputError(f"{folder}: the folder is empty; a model folder holds config.json and *.safetensors")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{shown(str(folder))}: cannot be read: {error}") from None
+    return folder
+
+
+# What transformers assumes for a field that config.json leaves out.
+_DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "mixtral": 131072}
+_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "mixtral": 8}
+
+
+def _family(fields: Fields) -> str:
+    supported = f"supported are {', '.join(ARCHITECTURES)}"
+    for architecture in fields.items("architectures", 16, []):
+        if isinstance(architecture, str) and architecture in ARCHITECTURES:
+            return ARCHITECTURES[architecture]
+        raise InputError(f"{fields.source}: unknown architecture {shown(architecture)}; {supported}")
+    model_type = fields.values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(
+            f"{fields.source}: names no known architecture (model_type is {shown(model_type)}); {supported}"
+        )
+    return model_type
+
+
+def _heads(fields: Fields, family: str, hidden_size: int) -> tuple[int, int, int]:
+    num_heads = fields.integer("num_attention_heads", 1, 2**16)
+    # a null means "as many as heads"; an absent field means the family's default
+    absent = "num_key_value_heads" not in fields.values
+    default = min(_DEFAULT_KV_HEADS.get(family, num_heads), num_heads) if absent else num_heads
+    num_kv_heads = fields.integer("num_key_value_heads", 1, num_heads, default)
+    if num_heads % num_kv_heads:
+        raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
+    if fields.has("head_dim") or family == "qwen3":
+        head_dim = fields.integer("head_dim", 2, 2**14, 128)
+    elif hidden_size % num_heads:
+        raise fields.error("hidden_size", hidden_size, f"a multiple of num_attention_heads ({num_heads})")
+    else:
+        head_dim = hidden_size // num_heads
+    if head_dim % 2:
+        raise fields.error("head_dim", head_dim, "even (rotary embedding turns pairs)")
+    return num_heads, num_kv_heads, head_dim
+
+
+def _experts(fields: Fields, family: str, num_layers: int) -> tuple[int, int]:
+    if family != "mixtral":
+        return 0, 0
+    num_experts = fields.integer("num_local_experts", 1, min(4096, MAX_EXPERT_TENSORS // num_layers), 8)
+    return num_experts, fields.integer("num_experts_per_tok", 1, num_experts, min(2, num_experts))
+
+
+def _token_ids(fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
+    value = fields.values.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if len(ids) > 64 or any(type(item) is not int or not 0 <= item < vocab_size for item in ids):
+        raise fields.error(name, value, f"a token id below vocab_size ({vocab_size}), or a list of them")
+    return tuple(dict.fromkeys(ids))
+
+
+def _sliding_windows(fields: Fields, family: str, num_layers: int) -> tuple[int | None, ...]:
+    """Per layer: how many positions, its own included, a token sees; None sees all."""
+    if family == "llama":
+        return (None,) * num_layers
+    if family in ("mistral", "mixtral"):
+        absent = family == "mistral" and "sliding_window" not in fields.values
+        window = 4096 if absent else _window(fields, None)
+        return (window,) * num_layers
+    window = _window(fields, 4096) if fields.flag("use_sliding_window", False) else None
+    if fields.has("layer_types"):
+        types = fields.items("layer_types", num_layers)
+        if len(types) != num_layers or any(kind not in ("full_attention", "sliding_attention") for kind in types):
+            raise fields.error("layer_types", types, f"{num_layers} times full_attention or sliding_attention")
+        if window is None and "sliding_attention" in types:
+            raise fields.error("layer_types", types, "full_attention throughout, since use_sliding_window is off")
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    first = fields.integer("max_window_layers", 0, 2**20, 28)
+    return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def _window(fields: Fields, default: int | None) -> int | None:
+    if fields.has("sliding_window") or default is not None:
+        return fields.integer("sliding_window", 1, MAX_POSITION, default)
+    return None
+
+
+def _rope(fields: Fields, family: str, max_position: int) -> RopeConfig:
+    name = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
+    rope = Fields(fields.mapping(name, {}), f"{fields.source}: {name}")
+    if any(isinstance(value, Mapping) for value in rope.values.values()):
+        raise InputError(f"{rope.source}: settings per kind of layer are not supported; one for all layers is")
+    theta = fields.number("rope_theta", 1.0001, 1e15, 1e6 if family == "mixtral" else 1e4)
+    theta = rope.number("rope_theta", 1.0001, 1e15, theta)
+    kind = rope.text("rope_type", rope.text("type", "default"), ROPE_TYPES)
+    for place in (fields, rope):
+        if place.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
+            raise place.error(
+                "partial_rotary_factor", place.values["partial_rotary_factor"], "1 (the whole head turns)"
+            )
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(type=kind, theta=theta, factor=rope.number("factor", 1e-6, 1e6))
+    # transformers lets the field at the top win over the one inside
+    holder = fields if fields.has("original_max_position_embeddings") else rope
+    original = holder.integer("original_max_position_embeddings", 1, MAX_POSITION, max_position)
+    if kind == "llama3":
+        low = rope.number("low_freq_factor", 1e-6, 1e6)
+        high = rope.number("high_freq_factor", 1e-6, 1e6)
+        if high <= low:
+            raise rope.error("high_freq_factor", high, f"above low_freq_factor ({low:g})")
+        return RopeConfig(
+            type=kind,
+            theta=theta,
+            factor=rope.number("factor", 1e-6, 1e6),
+            original_max_position=original,
+            low_freq_factor=low,
+            high_freq_factor=high,
+        )
+    return _yarn(rope, theta, original, max_position)
+
+
+def _yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeConfig:
+    factor = rope.number("factor", 1e-6, 1e6, max_position / original)
+    attention_factor = rope.values.get("attention_factor")
+    if attention_factor is None:
+        scale, scale_all = rope.number("mscale", 0.0, 1e6, 0.0), rope.number("mscale_all_dim", 0.0, 1e6, 0.0)
+        both = scale > 0 and scale_all > 0
+        attention_factor = (
+            _yarn_scale(factor, scale) / _yarn_scale(factor, scale_all) if both else _yarn_scale(factor, 1.0)
+        )
+    else:
+        attention_factor = rope.number("attention_factor", 1e-6, 1e6)
+    return RopeConfig(
+        type="yarn",
+        theta=theta,
+        factor=factor,
+        attention_factor=attention_factor,
+        original_max_position=original,
+        beta_fast=rope.number("beta_fast", 0.0, 1e6, 32.0) or 32.0,
+        beta_slow=rope.number("beta_slow", 0.0, 1e6, 1.0) or 1.0,
+        truncate=rope.flag("truncate", True),
+    )
+
+
+def _yarn_scale(factor: float, scale: float) -> float:
+    """Temperature correction of YaRN (Peng 2023, equation 22)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
+    prefix = f"model.layers.{layer}."
+    hidden, query, kv = config.hidden_size, config.query_size, config.kv_size
+    yield TensorSpec(name=prefix + "input_layernorm.weight", shape=(hidden,), role="norm", layer=layer)
+    projections = (
+        ("q_proj", query, hidden, config.qkv_bias),
+        ("k_proj", kv, hidden, config.qkv_bias),
+        ("v_proj", kv, hidden, config.qkv_bias),
+        ("o_proj", hidden, query, config.output_bias),
+    )
+    for name, rows, cols, bias in projections:
+        yield from _linear(prefix + "self_attn." + name, rows, cols, bias, layer)
+    if config.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            full_name = f"{prefix}self_attn.{name}.weight"
+            yield TensorSpec(name=full_name, shape=(config.head_dim,), role="norm", layer=layer)
+    yield TensorSpec(name=prefix + "post_attention_layernorm.weight", shape=(hidden,), role="norm", layer=layer)
+    inner = config.intermediate_size
+    if not config.num_experts:
+        for name, rows, cols in (
+            ("gate_proj", inner, hidden),
+            ("up_proj", inner, hidden),
+            ("down_proj", hidden, inner),
+        ):
+            yield from _linear(prefix + "mlp." + name, rows, cols, config.mlp_bias, layer)
+        return
+    block = prefix + "block_sparse_moe."
+    yield TensorSpec(name=block + "gate.weight", shape=(config.num_experts, hidden), role="router", layer=layer)
+    for expert in range(config.num_experts):
+        for name, rows, cols in (("w1", inner, hidden), ("w3", inner, hidden), ("w2", hidden, inner)):
+            full_name = f"{block}experts.{expert}.{name}.weight"
+            yield TensorSpec(name=full_name, shape=(rows, cols), role="expert", layer=layer, expert=expert)
+
+
+def _linear(name: str, rows: int, cols: int, bias: bool, layer: int) -> Iterator[TensorSpec]:
+    yield TensorSpec(name=name + ".weight", shape=(rows, cols), role="linear", layer=layer)
+    if bias:
+        yield TensorSpec(name=name + ".bias", shape=(rows,), role="bias", layer=layer)

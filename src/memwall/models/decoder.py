@@ -1,0 +1,248 @@
+"""The CPU engine's decoder: one forward pass for Llama, Mistral, Qwen2, Qwen3 and Mixtral-style models.
+
+NumPy holds the buffers, native kernels do the work, torch is never imported. The pass is layer-major: a whole prompt
+segment goes through one layer before the next begins, so weights are read once per segment and at most one layer holds
+its new keys and values in full precision. Inside a layer, rows are worked in blocks, which bounds the feed-forward
+activations.
+
+Shapes: T new tokens, B rows of a block, H hidden size, F intermediate size, V vocabulary; activations are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from memwall import kernels
+from memwall.memory import Arena
+from memwall.models.base import DecoderCache
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig
+from memwall.models.rope import rope_tables
+from memwall.models.weights import Weights
+
+BLOCK_ROWS = 128
+OWNER = "activations"
+
+# observer(tensor_name, x): called with the input [rows, cols] of each linear, for calibration
+Observer = Callable[[str, np.ndarray], None]
+
+
+def activation_shapes(config: ModelConfig, segment_tokens: int, logit_rows: int = 1) -> dict[str, tuple[int, int]]:
+    """Buffers the decoder keeps for segments of up to `segment_tokens`, by name; all float32."""
+    block = min(segment_tokens, BLOCK_ROWS)
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = {
+        "hidden": (segment_tokens, config.hidden_size),
+        "keys": (segment_tokens, kv_width),
+        "values": (segment_tokens, kv_width),
+        "normed": (block, config.hidden_size),
+        "queries": (block, q_width),
+        "attended": (block, q_width),
+        "gate": (block, config.intermediate_size),
+        "up": (block, config.intermediate_size),
+        "logits": (logit_rows, config.vocab_size),
+    }
+    if config.num_experts:
+        shapes["router"] = (block, config.num_experts)
+        shapes["expert_in"] = (block, config.hidden_size)
+        shapes["expert_out"] = (block, config.hidden_size)
+    return shapes
+
+
+def activation_bytes(config: ModelConfig, segment_tokens: int, logit_rows: int = 1) -> int:
+    """Bytes of the buffers above."""
+    shapes = activation_shapes(config, segment_tokens, logit_rows).values()
+    return sum(rows * cols for rows, cols in shapes) * np.dtype(np.float32).itemsize
+
+
+class _Layer:
+    """Names and matrices of one layer, looked up once."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        prefix = f"model.layers.{index}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        vector = weights.vectors.get
+        self.weights = weights
+        self.input_norm = weights.vectors[prefix + "input_layernorm.weight"]
+        self.post_norm = weights.vectors[prefix + "post_attention_layernorm.weight"]
+        self.qkv = [attention + name + ".weight" for name in ("q_proj", "k_proj", "v_proj")]
+        self.qkv_bias = [vector(attention + name + ".bias") for name in ("q_proj", "k_proj", "v_proj")]
+        self.output = attention + "o_proj.weight"
+        self.output_bias = vector(attention + "o_proj.bias")
+        self.q_norm, self.k_norm = vector(attention + "q_norm.weight"), vector(attention + "k_norm.weight")
+        self.gate_up = [mlp + "gate_proj.weight", mlp + "up_proj.weight"]
+        self.gate_up_bias = [vector(mlp + "gate_proj.bias"), vector(mlp + "up_proj.bias")]
+        self.down, self.down_bias = mlp + "down_proj.weight", vector(mlp + "down_proj.bias")
+        moe = prefix + "block_sparse_moe."
+        self.router = moe + "gate.weight"
+        self.experts = [
+            ([f"{moe}experts.{e}.w1.weight", f"{moe}experts.{e}.w3.weight"], f"{moe}experts.{e}.w2.weight")
+            for e in range(config.num_experts)
+        ]
+
+
+class Decoder:
+    """A model ready to run on the CPU.
+
+    exact: use float arithmetic on packed weights instead of 8-bit activations (slower; the reference for quality).
+    segment_tokens: longest segment of new tokens that `forward` takes; longer prompts are fed in segments.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        arena: Arena,
+        *,
+        segment_tokens: int = 512,
+        logit_rows: int = 1,
+        exact: bool = False,
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.exact = exact
+        self.segment_tokens = segment_tokens
+        self.observer: Observer | None = None
+        self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
+        self._buffers = {
+            name: arena.allocate(OWNER, shape, np.float32)
+            for name, shape in activation_shapes(config, segment_tokens, logit_rows).items()
+        }
+
+    def forward(self, tokens: np.ndarray, cache: DecoderCache, *, all_logits: bool = False) -> np.ndarray:
+        """Run new tokens [T] through the model and keep their keys and values in `cache`.
+
+        Returns float32 logits: [V] of the last token, or [T, V] with all_logits (needs logit_rows >= T). The array is
+        the decoder's own buffer and is overwritten by the next call. When the cache refuses to grow (BudgetExceeded),
+        it is left as it was before the call.
+        """
+        hidden = self.hidden(tokens, cache)
+        return self.logits(hidden) if all_logits else self.logits(hidden[-1:])[0]
+
+    def hidden(self, tokens: np.ndarray, cache: DecoderCache) -> np.ndarray:
+        """Final normed hidden states [T, H] of new tokens; see `forward`."""
+        num_tokens = len(tokens)
+        if not 0 < num_tokens <= self.segment_tokens:
+            raise ValueError(f"forward takes 1 to {self.segment_tokens} tokens at a time, got {num_tokens}")
+        start = cache.length
+        positions = np.arange(start, start + num_tokens, dtype=np.int64)
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        hidden = self._buffers["hidden"][:num_tokens]
+        kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
+        try:
+            for index, layer in enumerate(self._layers):
+                self._run_layer(index, layer, hidden, positions, cos, sin, cache)
+        except BaseException:
+            cache.truncate(start)
+            raise
+        kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
+        return hidden
+
+    def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
+        """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
+        positions = np.arange(cache.length, cache.length + len(hidden), dtype=np.int64)
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Normed hidden states [n, H] -> logits [n, V] (n at most the logit_rows given at construction)."""
+        out = self._buffers["logits"][: len(hidden)]
+        self._linear(hidden, [HEAD], [out])
+        return out
+
+    def _linear(
+        self,
+        x: np.ndarray,
+        names: list[str],
+        outs: list[np.ndarray],
+        biases: list[np.ndarray | None] | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        if self.observer is not None:
+            for name in names:
+                self.observer(name, x)
+        held = self.weights.matrices
+        kernels.linear(x, [held[name] for name in names], outs, exact=self.exact, accumulate=accumulate, biases=biases)
+
+    def _run_layer(
+        self,
+        index: int,
+        layer: _Layer,
+        hidden: np.ndarray,
+        positions: np.ndarray,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        cache: DecoderCache,
+    ) -> None:
+        num_tokens, eps = len(hidden), self.config.rms_norm_eps
+        blocks = [slice(a, min(a + BLOCK_ROWS, num_tokens)) for a in range(0, num_tokens, BLOCK_ROWS)]
+        keys, values = self._buffers["keys"][:num_tokens], self._buffers["values"][:num_tokens]
+        one_block = len(blocks) == 1
+        for rows in blocks:
+            normed, queries = self._block("normed", rows), self._block("queries", rows)
+            kernels.rms_norm(hidden[rows], layer.input_norm, eps, normed)
+            first = 0 if one_block else 1  # queries of a single block ride along; else each block makes its own below
+            outs = [queries, keys[rows], values[rows]][first:]
+            self._linear(normed, layer.qkv[first:], outs, layer.qkv_bias[first:])
+        self._finish_heads(keys, layer.k_norm, self.config.num_kv_heads, cos, sin)
+        head_shape = (num_tokens, self.config.num_kv_heads, self.config.head_dim)
+        cache.append(index, keys.reshape(head_shape), values.reshape(head_shape), positions)
+        for rows in blocks:
+            normed, queries = self._block("normed", rows), self._block("queries", rows)
+            if not one_block:
+                kernels.rms_norm(hidden[rows], layer.input_norm, eps, normed)
+                self._linear(normed, layer.qkv[:1], [queries], layer.qkv_bias[:1])
+            self._finish_heads(queries, layer.q_norm, self.config.num_heads, cos[rows], sin[rows])
+            attended = self._block("attended", rows)
+            q_shape = (len(queries), self.config.num_heads, self.config.head_dim)
+            cache.attend(index, queries.reshape(q_shape), positions[rows], attended.reshape(q_shape))
+            self._linear(attended, [layer.output], [hidden[rows]], [layer.output_bias], accumulate=True)
+            kernels.rms_norm(hidden[rows], layer.post_norm, eps, normed)
+            if self.config.num_experts:
+                self._experts(layer, normed, hidden[rows])
+            else:
+                self._feed_forward(layer, normed, hidden[rows])
+        cache.settle(index)
+
+    def _block(self, name: str, rows: slice) -> np.ndarray:
+        return self._buffers[name][: rows.stop - rows.start]
+
+    def _finish_heads(
+        self, x: np.ndarray, norm: np.ndarray | None, num_heads: int, cos: np.ndarray, sin: np.ndarray
+    ) -> None:
+        """Per-head norm (Qwen3) and rotation of x [T, num_heads * head_dim], in place."""
+        head_dim = self.config.head_dim
+        if norm is not None:
+            per_head = x.reshape(-1, head_dim)
+            kernels.rms_norm(per_head, norm, self.config.rms_norm_eps, per_head)
+        kernels.rope(x.reshape(len(x), num_heads, head_dim), cos, sin)
+
+    def _feed_forward(self, layer: _Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+        gate, up = self._buffers["gate"][: len(normed)], self._buffers["up"][: len(normed)]
+        self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
+        kernels.swiglu(gate, up, gate)
+        self._linear(gate, [layer.down], [residual], [layer.down_bias], accumulate=True)
+
+    def _experts(self, layer: _Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+        """Each token goes through its top experts, weighted by the softmax over the router's logits."""
+        router = self._buffers["router"][: len(normed)]
+        self._linear(normed, [layer.router], [router])
+        router -= router.max(axis=1, keepdims=True)
+        np.exp(router, out=router)
+        router /= router.sum(axis=1, keepdims=True)
+        top = np.argsort(-router, axis=1, kind="stable")[:, : self.config.num_experts_per_token]
+        shares = np.take_along_axis(router, top, axis=1)
+        if self.config.norm_topk_prob:
+            shares /= shares.sum(axis=1, keepdims=True)
+        for expert, (gate_up, down) in enumerate(layer.experts):
+            tokens, slots = np.nonzero(top == expert)
+            if not len(tokens):
+                continue
+            x, out = self._buffers["expert_in"][: len(tokens)], self._buffers["expert_out"][: len(tokens)]
+            gate, up = self._buffers["gate"][: len(tokens)], self._buffers["up"][: len(tokens)]
+            np.take(normed, tokens, axis=0, out=x)
+            self._linear(x, gate_up, [gate, up])
+            kernels.swiglu(gate, up, gate)
+            self._linear(gate, [down], [out])
+            residual[tokens] += out * shares[tokens, slots, None]

@@ -1,0 +1,160 @@
+"""Which tensor is stored in which format.
+
+A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a full codec spec (`int4-g64-asym`), a mean
+number of bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve` turns it into one codec
+spec per tensor, from the configuration alone, so that the planner, the loader and the ledger agree to the byte before
+any weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from memwall.errors import InputError
+from memwall.formats import codec
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig, TensorSpec
+
+FLOAT_CHOICES = ("float32", "float16", "bfloat16")
+INT_CHOICES = ("int8", "int6", "int5", "int4", "int3", "int2")
+
+# The ladder that mixed precision climbs, one tensor at a time. Narrow codes get a minimum per group as well as a scale:
+# at 2 and 3 bits the quarter bit it costs buys more than the same bytes spent on wider codes elsewhere.
+LADDER = ("int2-g64-asym", "int3-g64-asym", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
+
+# Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between
+# thousands of near-equal logits: neither goes below this.
+MIN_EMBEDDING_BITS = 4
+
+ALIGNMENT_BYTES = 64
+MATRIX_ROLES = frozenset({"embedding", "head", "linear", "expert"})
+
+
+def is_matrix(tensor: TensorSpec) -> bool:
+    """Whether a tensor takes part in compression (the rest stays float32)."""
+    return tensor.role in MATRIX_ROLES
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes rounded up to the alignment of weight buffers."""
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def resolve(config: ModelConfig, choice: str, checkpoint: Checkpoint | None = None) -> dict[str, str]:
+    """Codec spec of every tensor of `config`.
+
+    checkpoint: needed for (and only used by) the choice `saved`. Raises InputError for an unknown choice.
+    """
+    tensors = config.tensors()
+    if choice == "saved":
+        if checkpoint is None or checkpoint.manifest is None:
+            raise InputError("weights 'saved' needs a directory that `memwall compress` wrote")
+        return {t.name: checkpoint.source_dtype(t.name) if is_matrix(t) else "float32" for t in tensors}
+    if choice.startswith("mixed-"):
+        return _mixed(tensors, _parse_mean_bits(choice), source_spec(config))
+    spec = _canonical(choice)
+    return {tensor.name: _for_tensor(tensor, spec) for tensor in tensors}
+
+
+def source_spec(config: ModelConfig) -> str:
+    """The dtype the checkpoint was saved in: storing more bits than that buys nothing."""
+    return config.dtype if config.dtype in FLOAT_CHOICES else "float32"
+
+
+def bits_of(config: ModelConfig, specs: Mapping[str, str]) -> float:
+    """Mean true bits per weight over the matrices, scales and padding included."""
+    matrices = [tensor for tensor in config.tensors() if is_matrix(tensor)]
+    nbytes = sum(codec(specs[tensor.name]).nbytes(tensor.shape) for tensor in matrices)
+    return 8 * nbytes / sum(tensor.size for tensor in matrices)
+
+
+def weight_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, int]:
+    """Resident bytes per ledger owner (`weights/int4-g64`, ...), each buffer aligned as the loader lays it out."""
+    totals: dict[str, int] = {}
+    for tensor in config.tensors():
+        owner = f"weights/{specs[tensor.name]}"
+        totals[owner] = totals.get(owner, 0) + tensor_bytes(tensor, specs[tensor.name])
+    return totals
+
+
+def tensor_bytes(tensor: TensorSpec, spec: str) -> int:
+    """Resident bytes of one tensor in one format, alignment included."""
+    buffers = codec(spec).buffers(tensor.shape).values()
+    return sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in buffers)
+
+
+def _canonical(choice: str) -> str:
+    try:
+        return codec(choice).spec
+    except ValueError as error:
+        accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES))
+        raise InputError(
+            f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto"
+        ) from error
+
+
+def _bits(spec: str) -> int:
+    return int(spec[3]) if spec.startswith("int") else 16
+
+
+def _for_tensor(tensor: TensorSpec, spec: str) -> str:
+    if not is_matrix(tensor):
+        return "float32"
+    if tensor.role in ("embedding", "head") and _bits(spec) < MIN_EMBEDDING_BITS:
+        return f"int{MIN_EMBEDDING_BITS}-g64"
+    return spec
+
+
+def _parse_mean_bits(choice: str) -> float:
+    try:
+        bits = float(choice.removeprefix("mixed-"))
+    except ValueError:
+        bits = float("nan")
+    if not 1 <= bits <= 32:
+        raise InputError(
+            f"weights {choice!r}: write mixed- and a mean number of bits between 2.5 and 32, such as mixed-3.70"
+        )
+    return bits
+
+
+def _mixed(tensors: list[TensorSpec], mean_bits: float, ceiling: str) -> dict[str, str]:
+    """Climb the ladder rung by rung, most sensitive tensors first, while the mean stays at or under `mean_bits`."""
+    matrices = [tensor for tensor in tensors if is_matrix(tensor)]
+    allowed = int(mean_bits * sum(tensor.size for tensor in matrices) / 8)
+    rungs = (*LADDER, ceiling)
+    specs = {tensor.name: _for_tensor(tensor, rungs[0]) for tensor in tensors}
+    used = sum(codec(specs[tensor.name]).nbytes(tensor.shape) for tensor in matrices)
+    if used > allowed:
+        smallest = 8 * used / sum(tensor.size for tensor in matrices)
+        raise InputError(f"mixed-{mean_bits:g}: the least this model takes is {smallest:.2f} bits per weight")
+    order = sorted(matrices, key=lambda tensor: sensitivity_rank(tensor, tensors))
+    for rung in rungs[1:]:
+        before = dict(specs)
+        for tensor in order:
+            spec = _for_tensor(tensor, rung)
+            extra = codec(spec).nbytes(tensor.shape) - codec(specs[tensor.name]).nbytes(tensor.shape)
+            if extra > 0 and used + extra <= allowed:
+                specs[tensor.name] = spec
+                used += extra
+        if any(
+            specs[tensor.name] != _for_tensor(tensor, rung) and specs[tensor.name] == before[tensor.name]
+            for tensor in matrices
+        ):
+            break  # this rung is not filled: a higher one would take bytes from tensors that still wait for it
+    return specs
+
+
+def sensitivity_rank(tensor: TensorSpec, tensors: list[TensorSpec]) -> tuple[int, int]:
+    """Order in which tensors get more bits when nothing was measured: (class, layer), least first.
+
+    Values and the second matrix of the feed-forward block write straight into the residual stream and suffer most from
+    low bits; the first and the last layer more than those between. (`memwall compress` measures instead.)
+    """
+    last = max((other.layer for other in tensors if other.layer is not None), default=0)
+    layer = tensor.layer if tensor.layer is not None else -1
+    if tensor.role in ("embedding", "head"):
+        return (1, layer)
+    writes = any(part in tensor.name for part in ("v_proj", "down_proj", ".w2."))
+    edge = layer in (0, last)
+    return ((0 if edge else 2) if writes else (3 if edge else 4), layer)

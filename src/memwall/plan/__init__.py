@@ -1,0 +1,17 @@
+"""From model, machine and goal to a plan: `make_plan` (or `Planner` for several goals) predicts bytes and speed,
+searches, measures, chooses.
+
+base: the `Plan` and its JSON. search: the enumeration. predict: bytes. speed, profile: time. report: table and page.
+store: kept figures.
+"""
+
+from memwall.plan.base import PLAN_VERSION as PLAN_VERSION
+from memwall.plan.base import Choice as Choice
+from memwall.plan.base import Option as Option
+from memwall.plan.base import Plan as Plan
+from memwall.plan.base import PlanRow as PlanRow
+from memwall.plan.base import Quality as Quality
+from memwall.plan.choose import Planner as Planner
+from memwall.plan.choose import make_plan as make_plan
+from memwall.plan.report import write_html as write_html
+from memwall.plan.search import Goal as Goal

@@ -1,0 +1,350 @@
+"""From model, machine and goal to a `Plan`: predict, search, measure, explain.
+
+Headers and configuration are read, never weights, unless quality is measured; measured figures are kept under the
+model's fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from memwall import __version__
+from memwall.errors import InputError
+from memwall.hardware.machine import Machine, load_machine
+from memwall.hardware.units import format_bytes
+from memwall.memory import Budget
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.precision import resolve
+from memwall.plan import store
+from memwall.plan.base import LONGEST_SEGMENT_TOKENS, Choice, Option, Plan, Quality
+from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
+from memwall.plan.profile import KernelProfile, load_profile
+from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search
+from memwall.plan.speed import Speed, predict_elsewhere, predict_here
+
+HELD_OUT_NAME = "bundled held-out text"
+#: tokens of held-out text a choice is measured on: enough for the KL of formats a bit apart to differ by several
+#: standard errors
+MEASURED_TOKENS = 1536
+MAX_RUNNERS_UP = 8
+
+Progress = Callable[[int, int], None]
+
+
+class Planner:
+    """One model on one machine, planned for any number of goals."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        machine: str | None = None,
+        device: str | None = None,
+        runtime_bytes: int | None = None,
+        text: str | None = None,
+        profile: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """machine: a preset's name; None is this one. device: cpu or gpu; None is the gpu of a machine that has one,
+        else the cpu.
+
+        text: held-out text instead of the bundled one. profile: measure kernels not yet known. runtime_bytes: the
+        interpreter's own memory, where the caller knows it.
+        """
+        self.model = Path(model)
+        config = ModelConfig.from_directory(self.model)
+        with Checkpoint(self.model, config) as checkpoint:
+            saved = resolve(config, "saved", checkpoint) if checkpoint.manifest is not None else None
+            self.fingerprint = checkpoint.fingerprint()
+        self.elsewhere: Machine | None = load_machine(machine) if machine is not None else None
+        self.machine_name = self.elsewhere.title if self.elsewhere is not None else "this machine"
+        device_tier, host_tier = _tiers(self.elsewhere, device)
+        self.device = "cpu" if device_tier == "ram" else "gpu"
+        self.space = ModelSpace(
+            config,
+            saved=saved,
+            runtime_bytes=runtime_bytes or measured_runtime_bytes(self.model),
+            device_tier=device_tier,
+            host_tier=host_tier,
+        )
+        self._text = text
+        self._progress = progress
+        self._profile = profile
+        self._profiles: dict[int, KernelProfile] = {}
+        self._evaluator: object | None = None
+
+    def plan(self, goal: Goal, *, measure: bool = True) -> Plan:
+        """The best choice for the goal. Raises DoesNotFit or InputError; see `search`."""
+        goal = self._complete(goal)
+        check_weights(self.space, goal.weights)
+        check_policy(self.space, goal.kv)
+        if measure:
+            return self._build(goal, search(self.space, goal, measure=self.quality))
+        candidates = search(self.space, replace(goal, max_kl=None))
+        # kept figures count only when every candidate has one: known and unknown cannot be compared
+        kept = all(self._read_quality(one.choice) is not None for one in candidates)
+        if kept or goal.max_kl is not None:
+            candidates = search(self.space, goal, measure=self._read_quality if kept else None)
+        return self._build(goal, candidates)
+
+    def exact(self, goal: Goal, *, measure: bool = False) -> Plan:
+        """The plan of settings that are all given, whether or not they fit (`Plan.fits` says)."""
+        goal = self._complete(goal)
+        if AUTO in (goal.weights, goal.kv):
+            raise InputError("exact planning needs weights and cache named; leave neither to auto")
+        check_weights(self.space, goal.weights)
+        check_policy(self.space, goal.kv)
+        check(self.space, goal)
+        context = contexts(self.space, goal)[0]
+        choice = Choice(
+            weights=goal.weights,
+            kv=goal.kv,
+            context=context,
+            batch=goal.batch or 1,
+            threads=goal.threads,
+            device=goal.device,
+            segment_tokens=min(LONGEST_SEGMENT_TOKENS, context),
+        )
+        quality = self.quality(choice) if measure else self._read_quality(choice)
+        return self._build(goal, [replace(candidate_of(self.space, choice), quality=quality)])
+
+    def quality(self, choice: Choice) -> Quality | None:
+        """Measured loss of a choice, from the cache file where it was measured before."""
+        known = self._read_quality(choice)
+        if known is not None:
+            return known
+        from memwall.engine.quality import Evaluator
+
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.model, self.text, limit_tokens=MEASURED_TOKENS, threads=choice.threads)
+        assert isinstance(self._evaluator, Evaluator)
+        figures = self._evaluator.score(choice.weights, choice.kv, progress=self._progress)
+        if figures.kl_nats is None or figures.top1_agreement is None:
+            return None
+        name = HELD_OUT_NAME if self._text is None else "the text given"
+        quality = Quality(
+            kl_nats=figures.kl_nats,
+            perplexity=figures.perplexity,
+            top1_agreement=figures.top1_agreement,
+            measured_on=name,
+            tokens=figures.tokens,
+        )
+        store.update(
+            "quality",
+            {self._quality_key(choice): [quality.kl_nats, quality.perplexity, quality.top1_agreement, quality.tokens]},
+        )
+        return quality
+
+    @property
+    def text(self) -> str:
+        """The held-out text that quality is measured on."""
+        return held_out_text() if self._text is None else self._text
+
+    def speed(self, choice: Choice) -> Speed | None:
+        """Predicted speed of a choice; None where kernels are not profiled and may not be now."""
+        specs = self.space.specs(choice.weights)
+        cache_bytes = sum(self.space.cache_rows(choice.kv, choice.context, choice.segment_tokens).values())
+        if self.elsewhere is not None:
+            return predict_elsewhere(
+                self.space.config, specs, choice, cache_bytes, self.elsewhere, self.space.device_tier
+            )
+        if self.device != "cpu":
+            return None  # kernels are profiled on the processor only
+        profile = self._profiles.get(choice.threads)
+        if profile is None:
+            profile = self._profiles[choice.threads] = load_profile(threads=choice.threads, measure=self._profile)
+        speed = predict_here(self.space.config, specs, choice, cache_bytes, profile)
+        profile.save()
+        return speed
+
+    def _complete(self, goal: Goal) -> Goal:
+        """Fill in what the machine implies: its device, and its capacities where another one is planned for without
+        a budget.
+        """
+        if self.elsewhere is None or goal.budget:
+            return replace(goal, device=self.device)
+        tiers = dict.fromkeys((self.space.device_tier, self.space.host_tier))
+        return replace(
+            goal, device=self.device, budget={tier: int(self.elsewhere.tier(tier).capacity_bytes) for tier in tiers}
+        )
+
+    def _build(self, goal: Goal, candidates: list[Candidate]) -> Plan:
+        best = candidates[0]
+        speed = self.speed(best.choice)
+        return Plan(
+            model=str(self.model),
+            fingerprint=self.fingerprint,
+            machine=self.machine_name,
+            budget=dict(goal.budget),
+            choice=best.choice,
+            rows=self.space.rows(best.choice),
+            peak_bytes=dict(best.peak_bytes),
+            bits_per_weight=best.bits_per_weight,
+            kv_bits_per_value=best.cache_bits,
+            decode_tokens_per_s=speed.decode_tokens_per_s if speed else None,
+            decode_tokens_per_s_at_start=speed.decode_tokens_per_s_at_start if speed else None,
+            prefill_tokens_per_s=speed.prefill_tokens_per_s if speed else None,
+            quality=best.quality,
+            explanation=explain(self.space, goal, candidates),
+            runners_up=tuple(self._runners_up(goal, candidates)),
+        )
+
+    def _runners_up(self, goal: Goal, candidates: list[Candidate]) -> list[Option]:
+        """The other policies' best, then the uniform formats beside the chosen cache: what more or fewer bits would
+        need.
+        """
+        best = candidates[0]
+        options = [self._option(one, _compared(one, best)) for one in candidates[1:]]
+        for weights in sorted({*self.space.uniform, self.space.ceiling}, key=self.space.weight_bits, reverse=True):
+            choice = replace(best.choice, weights=weights)
+            if self.space.specs(weights) == self.space.specs(best.choice.weights):
+                continue  # the chosen one under its own or another name
+            candidate = replace(candidate_of(self.space, choice), quality=self._read_quality(choice))
+            if fits(self.space, choice, goal.budget):
+                note = "fits; fewer bits" if candidate.bits_per_weight < best.bits_per_weight else "fits"
+            else:
+                over = max(candidate.peak_bytes.get(tier, 0) - cap for tier, cap in goal.budget.items())
+                note = f"needs {format_bytes(over)} more"
+            options.append(self._option(candidate, note))
+        return options[:MAX_RUNNERS_UP]
+
+    def _option(self, candidate: Candidate, note: str) -> Option:
+        speed = self.speed(candidate.choice)
+        return Option(
+            choice=candidate.choice, peak_bytes=dict(candidate.peak_bytes), bits_per_weight=candidate.bits_per_weight,
+            kv_bits_per_value=candidate.cache_bits, decode_tokens_per_s=speed.decode_tokens_per_s if speed else None,
+            quality=candidate.quality, note=note,
+        )  # fmt: skip
+
+    def _quality_key(self, choice: Choice) -> str:
+        digest = hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        return f"{__version__} {self.fingerprint} {choice.weights} {choice.kv} {digest} {MEASURED_TOKENS}"
+
+    def _read_quality(self, choice: Choice) -> Quality | None:
+        kept = store.read("quality").get(self._quality_key(choice))
+        if not (isinstance(kept, list) and len(kept) == 4 and all(isinstance(one, int | float) for one in kept)):
+            return None
+        name = HELD_OUT_NAME if self._text is None else "the text given"
+        return Quality(
+            kl_nats=kept[0], perplexity=kept[1], top1_agreement=kept[2], measured_on=name, tokens=int(kept[3])
+        )
+
+
+def make_plan(
+    model: str | os.PathLike[str],
+    *,
+    budget: Budget | None = None,
+    weights: str = AUTO,
+    kv: str = AUTO,
+    context: int | None = None,
+    batch: int | None = 1,
+    threads: int | None = None,
+    device: str | None = None,
+    machine: str | None = None,
+    measure: bool = True,
+    max_kl: float | None = None,
+    text: str | None = None,
+    runtime_bytes: int | None = None,
+    profile: bool | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
+    fit.
+
+    budget: caps per tier (None: no cap, or another machine's capacities). measure: measure quality on held-out text
+    where it is not known; profile: measure kernels where they are not known (None: as `measure`), otherwise speeds may
+    be missing.
+    progress(done, total) counts windows of text.
+    """
+    planner = Planner(
+        model,
+        machine=machine,
+        device=device,
+        runtime_bytes=runtime_bytes,
+        text=text,
+        profile=measure if profile is None else profile,
+        progress=progress,
+    )
+    goal = Goal(
+        budget=dict(budget.tiers) if budget is not None else {}, weights=weights, kv=kv, context=context, batch=batch,
+        threads=threads or default_threads(), max_kl=max_kl,
+    )  # fmt: skip
+    if AUTO not in (weights, kv) and max_kl is None:
+        return planner.exact(goal, measure=measure)
+    return planner.plan(goal, measure=measure)
+
+
+def _tiers(machine: Machine | None, device: str | None) -> tuple[str, str]:
+    """(tier of weights and cache, tier of the interpreter): gpu and ram where there are such, else the first tier
+    there is.
+    """
+    if device not in (None, "cpu", "gpu"):
+        raise InputError(f"device {device!r} is unknown; use cpu or gpu")
+    if machine is None:
+        return ("gpu" if device == "gpu" else "ram"), "ram"
+    host = "ram" if machine.has_tier("ram") else machine.tiers[0].name
+    if device == "cpu" or not machine.has_tier("gpu"):
+        if device == "gpu":
+            machine.tier("gpu")  # raises, naming the tiers there are
+        return host, host
+    return "gpu", host
+
+
+def default_threads() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def held_out_text() -> str:
+    """The bundled text: docstrings of Python's standard library (PSF licence), used for nothing else in memwall."""
+    return resources.files("memwall.plan").joinpath("heldout.txt").read_text(encoding="utf-8")
+
+
+def explain(space: ModelSpace, goal: Goal, candidates: list[Candidate]) -> str:
+    """Why the first candidate was chosen, in two sentences."""
+    best = candidates[0]
+    choice = best.choice
+    what = (
+        f"{choice.weights} weights ({best.bits_per_weight:.2f} bits) with a {choice.kv} cache "
+        f"for {choice.context} tokens"
+    )
+    if not goal.budget:
+        first = f"No budget was set, so {what} is taken as it is."
+    else:
+        tier = next(iter(goal.budget))
+        used = f"{format_bytes(best.peak_bytes.get(tier, 0))} of {format_bytes(goal.budget[tier])} on {tier}"
+        if AUTO not in (goal.weights, goal.kv):
+            verdict = "fits" if fits(space, choice, goal.budget) else "does not fit"
+            first = f"As asked, {what} {verdict}: it needs {used}."
+        elif choice.weights == space.ceiling:
+            first = f"The weights fit as they are, so {what} is chosen and takes {used}."
+        else:
+            first = f"{what[0].upper()}{what[1:]} is the most that fits and takes {used}."
+    return f"{first} {_why(candidates)}"
+
+
+def _why(candidates: list[Candidate]) -> str:
+    best, others = candidates[0], candidates[1:]
+    if best.quality is None:
+        second = f", ahead of {others[0].choice.weights} with {others[0].choice.kv}" if others else ""
+        return f"Its loss was not measured, so options are ordered by their bits{second}."
+    text = (
+        f"It loses {best.quality.kl_nats:.3g} nats per token to the float model on {best.quality.tokens} tokens "
+        f"of {best.quality.measured_on}"
+    )
+    if others and others[0].quality is not None:
+        other = others[0].choice
+        return f"{text}, against {others[0].quality.kl_nats:.3g} for {other.weights} with {other.kv}."
+    return f"{text}."
+
+
+def _compared(one: Candidate, best: Candidate) -> str:
+    if one.quality is not None and best.quality is not None:
+        return "fits; more loss" if one.quality.kl_nats > best.quality.kl_nats else "fits"
+    return "fits; fewer bits where it counts"

@@ -1,0 +1,237 @@
+"""Bytes per owner and tier before anything is loaded: what the loader, the cache and the decoder will put on the
+ledger.
+
+Reads the configuration and the headers only. Each row is computed by the room that will allocate it (weights by
+`models.precision`, cache by `kv`, activations by `models.decoder`), so plan and ledger differ only where memory is
+not an arena's: the interpreter and its libraries (`runtime`, measured) and what loading needs for a moment
+(`loading`, counted only as far as it rises above the resident state).
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from memwall import __version__, kv
+from memwall.engine.session import RUNTIME_HEADROOM_BYTES, cache_shape
+from memwall.errors import InputError
+from memwall.formats import codec
+from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
+from memwall.memory.pages import round_up
+from memwall.models import model_directory
+from memwall.models.config import ModelConfig
+from memwall.models.decoder import OWNER as ACTIVATIONS
+from memwall.models.decoder import activation_shapes
+from memwall.models.precision import LADDER, bits_of, is_matrix, resolve, source_spec, weight_bytes
+from memwall.models.weights import PIECE_BYTES
+from memwall.plan import store
+from memwall.plan.base import Choice, PlanRow
+from memwall.plan.search import Space
+
+RUNTIME = "runtime"
+LOADING = "loading"
+HEADROOM = "headroom"
+#: runs of the same command differ by this much in what the interpreter holds; on top of what the session keeps free
+RUNTIME_SPREAD_BYTES = 512 * 1024
+#: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux
+#: x86-64, Python 3.11)
+DEFAULT_RUNTIME_BYTES = 64_000_000
+#: cache policies tried when none is asked, the least lossy first
+POLICIES = ("float16", "kivi(4bit)", "kivi(2bit)")
+
+
+class ModelSpace(Space):
+    """One model on one machine, as the search sees it. saved: spec per tensor of a compressed folder, which is then
+    the only choice.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        saved: Mapping[str, str] | None = None,
+        runtime_bytes: int = DEFAULT_RUNTIME_BYTES,
+        headroom_bytes: int = RUNTIME_HEADROOM_BYTES + RUNTIME_SPREAD_BYTES,
+        device_tier: str = "ram",
+        host_tier: str = "ram",
+    ) -> None:
+        """device_tier holds weights, cache and activations; host_tier the interpreter and what loading needs."""
+        self.config = config
+        self.device_tier = device_tier
+        self.host_tier = host_tier
+        self.saved = saved
+        self.runtime_bytes = runtime_bytes
+        self.headroom_bytes = headroom_bytes
+        self.shape = cache_shape(config)
+        self.max_context = config.max_position
+        self.policies = POLICIES
+        self.ceiling = source_spec(config) if saved is None else "saved"
+        self.uniform = LADDER if saved is None else ("saved",)
+        self.specs = lru_cache(maxsize=512)(self._specs)
+        self._bits = lru_cache(maxsize=512)(self._weight_bits)
+        self.weight_rows = lru_cache(maxsize=512)(self._weight_rows)
+        self.cache_rows = lru_cache(maxsize=512)(self._cache_rows)
+        self.ceiling_bits = self.weight_bits(self.ceiling)
+        self.lowest_bits = self.weight_bits(LADDER[0]) if saved is None else self.ceiling_bits
+
+    def _specs(self, weights: str) -> dict[str, str]:
+        if weights == "saved" and self.saved is not None:
+            return dict(self.saved)
+        return resolve(self.config, weights)
+
+    def weight_bits(self, weights: str) -> float:
+        """True bits per weight over the matrices."""
+        return self._bits(weights)
+
+    def _weight_bits(self, weights: str) -> float:
+        return bits_of(self.config, self.specs(weights))
+
+    def _weight_rows(self, weights: str) -> dict[str, int]:
+        return {owner: round_up(size) for owner, size in weight_bytes(self.config, self.specs(weights)).items() if size}
+
+    def _cache_rows(self, policy: str, context: int, segment: int) -> dict[str, int]:
+        return dict(kv.predict(policy, self.shape, context, min(segment, context)))
+
+    def cache_bits(self, choice: Choice) -> float:
+        """Bits per cached number at the end of the context, exact tail and staging included."""
+        numbers = 2 * self.shape.num_layers * self.shape.num_kv_heads * self.shape.head_dim * choice.context
+        return 8 * sum(self.cache_rows(choice.kv, choice.context, choice.segment_tokens).values()) / numbers
+
+    def stored_bits(self, policy: str) -> float:
+        """From the growth of the cache between two long contexts, where the exact tail no longer changes."""
+        shape, short, long = self.shape, 1 << 14, 1 << 15
+        sizes = [sum(kv.predict(policy, shape, length).values()) for length in (short, long)]
+        numbers = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * (long - short)
+        return 8 * (sizes[1] - sizes[0]) / numbers
+
+    def rows(self, choice: Choice) -> tuple[PlanRow, ...]:
+        """Predicted rows; per tier they add up to the peak."""
+        device, host = self.device_tier, self.host_tier
+        weights = self.weight_rows(choice.weights)
+        cache = self.cache_rows(choice.kv, choice.context, choice.segment_tokens)
+        work = activations(self.config, choice.segment_tokens) * choice.batch
+        rows = [PlanRow(owner=owner, tier=device, nbytes=size) for owner, size in sorted(weights.items())]
+        rows += [PlanRow(owner=owner, tier=device, nbytes=size * choice.batch) for owner, size in sorted(cache.items())]
+        rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
+        rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=self.runtime_bytes))
+        rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
+        # weights come first: while they load, cache and activations do not exist yet and their room is free for it
+        room = sum(cache.values()) * choice.batch + work if device == host else 0
+        above = max(loading_bytes(self.config, self.specs(choice.weights)) - room, 0)
+        if above:
+            rows.append(PlanRow(owner=LOADING, tier=host, nbytes=above))
+        return tuple(row for row in rows if row.nbytes)
+
+    def peak_bytes(self, choice: Choice) -> dict[str, int]:
+        """Sum of the rows per tier."""
+        totals: dict[str, int] = {}
+        for row in self.rows(choice):
+            totals[row.tier] = totals.get(row.tier, 0) + row.nbytes
+        return totals
+
+
+def activations(config: ModelConfig, segment_tokens: int) -> int:
+    """Resident bytes of the decoder's buffers, each in whole pages as the arena gives them out."""
+    total = 0
+    for rows, cols in activation_shapes(config, segment_tokens).values():
+        nbytes = rows * cols * np.dtype(np.float32).itemsize
+        total += round_up(nbytes) if nbytes >= SMALL_BYTES else max(round_up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+    return total
+
+
+def loading_bytes(config: ModelConfig, specs: Mapping[str, str]) -> int:
+    """The most that loading holds beside the finished weights: one piece of the source and its encoded form."""
+    source_bytes = np.dtype(np.float32 if source_spec(config) == "float32" else np.float16).itemsize
+    most = 0
+    for tensor in config.tensors():
+        piece = min(tensor.size * source_bytes, PIECE_BYTES)
+        if is_matrix(tensor):
+            values = piece // source_bytes
+            rows = max(values // tensor.shape[-1], 1)
+            piece += codec(specs[tensor.name]).nbytes((rows, tensor.shape[-1]))
+        most = max(most, piece)
+    return most
+
+
+def measured_runtime_bytes(model: Path) -> int:
+    """The runtime row of a process that runs this model: what the arena does not hold.
+
+    Measured once per version in processes of their own, and kept: the row of a real `memwall run demo`, and what the
+    model's tokenizer takes beyond the demo's.
+    """
+    tokenizer = model / "tokenizer.json"
+    size = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    key = f"{__version__} {platform.platform()} {platform.python_version()}"
+    known = store.read("runtime")
+    base = known.get(key, 0)
+    extra = known.get(f"{key} tokenizer of {size}", 0 if _is_demo(model) or not size else None)
+    fresh = {}
+    if not isinstance(base, int) or base <= 0:
+        base = fresh[key] = _measured(_RUN_SCRIPT)
+    if not isinstance(extra, int):
+        extra = fresh[f"{key} tokenizer of {size}"] = _measured(_TOKENIZER_SCRIPT, str(model))
+    store.update("runtime", {name: value for name, value in fresh.items() if value is not None})
+    return (DEFAULT_RUNTIME_BYTES if base is None else base) + (extra or 0)
+
+
+def _is_demo(model: Path) -> bool:
+    return model.resolve() == model_directory("demo").resolve()
+
+
+def _measured(script: str, *arguments: str) -> int | None:
+    """The number that a script prints last; None when it fails, which leaves the default to be used."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60, check=True
+        )
+        return max(int(done.stdout.splitlines()[-1]), 0)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+# The command itself, so that whatever it keeps is counted; it must not ask for the figure that it is here to give.
+_RUN_SCRIPT = """
+import contextlib, io, json, sys
+import memwall.plan.choose as choose
+choose.measured_runtime_bytes = lambda model: 1
+from memwall.cli import main
+sys.argv = ["memwall", "run", "demo", "Some words", "--json", "--weights", "int4", "--kv", "float16"]
+sys.argv += ["--max-new-tokens", "4", "--ignore-eos"]
+with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+    main()
+print(sum(row["bytes"] for row in json.loads(out.getvalue())["ledger"] if row["owner"] == "runtime"))
+"""
+_TOKENIZER_SCRIPT = """
+import sys
+from memwall.memory import resident_bytes
+from memwall.models import model_directory
+from memwall.models.tokenizer import Tokenizer
+kept, sizes = [], []
+for folder in (model_directory("demo"), model_directory("demo"), sys.argv[1]):
+    kept.append(Tokenizer.from_directory(folder))
+    kept[-1].encode("some words to encode")
+    sizes.append(resident_bytes(exact=True))
+print((sizes[2] - sizes[1]) - (sizes[1] - sizes[0]))
+"""
+
+
+def check_weights(space: ModelSpace, weights: str) -> None:
+    """InputError for an unknown or impossible choice of weights."""
+    if weights != "auto":
+        space.specs(weights)
+
+
+def check_policy(space: ModelSpace, policy: str) -> None:
+    """InputError for an unknown cache policy."""
+    if policy == "auto":
+        return
+    try:
+        space.cache_rows(policy, 1, 1)
+    except ValueError as error:
+        raise InputError(f"cache policy {policy!r}: {error}") from error

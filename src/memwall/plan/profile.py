@@ -1,0 +1,262 @@
+"""Rates of this machine's kernels, measured once in a few seconds and kept: what the speed model multiplies bytes with.
+
+- matvec: bytes per second of one-token products, per weight format and for working sets inside and outside the last-
+level cache, since
+  a small model lives in the cache and a large one streams;
+- prefill: multiply-adds per second of a block of tokens, per weight format;
+- attend: seconds of one decode step's attention over a cache, per policy and head shape, at several lengths;
+- overheads: seconds per layer and per token that do not depend on sizes, from a decoder too small to have any work.
+
+Every figure is the second fastest of several rounds: other programs only ever add time.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from memwall import __version__, kernels, kv
+from memwall.engine.session import cache_shape
+from memwall.formats import Packed, codec
+from memwall.memory import Arena, Ledger
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig
+from memwall.models.decoder import Decoder
+from memwall.models.precision import MATRIX_ROLES, aligned, tensor_bytes
+from memwall.models.weights import Weights
+from memwall.plan import store
+
+#: working sets in bytes: inside a second-level cache or two, inside a last-level cache, well outside any
+WORKING_SETS_BYTES = (1_500_000, 12_000_000, 32_000_000, 96_000_000)
+PREFILL_TOKENS = 128
+ATTEND_TOKENS = (64, 1024)
+_MATRIX_SHAPE = (1024, 1024)
+_MATRICES_PER_CALL = 4
+_SECONDS_PER_FIGURE = 0.03
+_ROUNDS = 9
+
+
+@dataclass(slots=True)
+class KernelProfile:
+    """Measured figures of one machine, thread count and instruction set; filled as they are asked for.
+
+    key: what the figures hold for. figures: name -> number, or list of numbers, exactly as kept in the cache file.
+    """
+
+    key: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    measure: bool = True
+    _fresh: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, measured: Callable[[], Any]) -> Any:
+        """The figure of this name, measuring it when absent; None when absent and not to be measured."""
+        if name not in self.figures and self.measure:
+            self.figures[name] = self._fresh[name] = measured()
+        return self.figures.get(name)
+
+    def matvec_bytes_per_s(self, spec: str) -> list[float] | None:
+        """One rate per working set."""
+        return self.get(f"matvec {spec}", lambda: [_matvec(spec, size) for size in WORKING_SETS_BYTES])
+
+    def prefill_macs_per_s(self, spec: str) -> float | None:
+        """Multiply-adds per second of a block of PREFILL_TOKENS tokens."""
+        return self.get(f"prefill {spec}", lambda: _prefill(spec))
+
+    def attend_seconds(self, policy: str, shape: tuple[int, int, int]) -> list[float] | None:
+        """Seconds of append, attention and settling of one token in one layer at each of ATTEND_TOKENS; shape is
+        (heads, kv heads, size).
+        """
+        heads, kv_heads, head_dim = shape
+        return self.get(
+            f"attend {policy} {heads}x{kv_heads}x{head_dim}", lambda: _attend(policy, heads, kv_heads, head_dim)
+        )
+
+    def overhead_seconds(self) -> list[float] | None:
+        """[per layer, per token, of the layer's share the cache's]."""
+        return self.get("overhead", _overheads)
+
+    def save(self) -> None:
+        """Keep what was measured."""
+        if self._fresh:
+            kept = store.read("kernels").get(self.key)
+            store.update("kernels", {self.key: (kept if isinstance(kept, dict) else {}) | self._fresh})
+            self._fresh = {}
+
+
+def load_profile(*, threads: int, measure: bool = True) -> KernelProfile:
+    """The kept figures for this machine and `threads`; sets the thread count of the kernels when it may measure."""
+    key = f"{__version__} {platform.node()} {platform.machine()} {kernels.isa()} {threads} threads"
+    if measure:
+        kernels.set_num_threads(threads)
+    kept = store.read("kernels").get(key)
+    figures = {name: value for name, value in kept.items() if _is_figure(value)} if isinstance(kept, dict) else {}
+    return KernelProfile(key=key, figures=figures, measure=measure)
+
+
+def _is_figure(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return bool(numbers) and all(isinstance(one, int | float) and 0 <= one < float("inf") for one in numbers)
+
+
+def _seconds(work: Callable[[], None], *, at_least: float = _SECONDS_PER_FIGURE) -> float:
+    """Seconds of one call: enough calls per round to be timed, the second fastest of the rounds."""
+    work()
+    began = time.perf_counter()
+    work()
+    once = max(time.perf_counter() - began, 1e-7)
+    calls = max(1, int(at_least / _ROUNDS / once))
+    rounds = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        for _ in range(calls):
+            work()
+        rounds.append((time.perf_counter() - began) / calls)
+    return float(sorted(rounds)[1])
+
+
+def random_packed(spec: str, shape: tuple[int, int], pool: np.ndarray, random: np.random.Generator) -> Packed:
+    """A matrix of arbitrary content in the form of `spec`, laid into the first bytes of `pool` as a loader would."""
+    buffers: dict[str, np.ndarray] = {}
+    begin = 0
+    for name, (extent, dtype) in codec(spec).buffers(shape).items():
+        nbytes = int(np.prod(extent)) * dtype.itemsize
+        buffer = pool[begin : begin + nbytes].view(dtype).reshape(extent)
+        begin += aligned(nbytes)
+        if dtype == np.uint8:
+            buffer[...] = random.integers(0, 256, extent, np.uint8)
+        else:
+            buffer[...] = (random.random(extent, np.float32) * 0.02 - 0.01).astype(dtype)
+        buffers[name] = buffer
+    return Packed(spec=spec, shape=shape, buffers=buffers)
+
+
+def _matrices(spec: str, working_set_bytes: int, arena: Arena) -> tuple[list[kernels.Matrix], np.ndarray]:
+    """So many matrices of _MATRIX_SHAPE that together they are the working set, and the memory they lie in."""
+    shape = _MATRIX_SHAPE
+    each = sum(aligned(math.prod(s) * d.itemsize) for s, d in codec(spec).buffers(shape).values())
+    count = max(1, round(working_set_bytes / each))
+    pool = arena.allocate("profile", count * each, np.uint8)
+    packed = random_packed(spec, shape, pool, np.random.default_rng(0))
+    for index in range(1, count):
+        # copies: the time does not depend on the values, and drawing them anew would take longer than the measurement
+        pool[index * each : (index + 1) * each] = pool[:each]
+    matrices = []
+    for index in range(count):
+        offset = index * each
+        buffers = {}
+        for name, array in packed.buffers.items():
+            start = offset + array.ctypes.data - pool.ctypes.data
+            buffers[name] = pool[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        matrices.append(kernels.matrix(Packed(spec=spec, shape=shape, buffers=buffers)))
+    return matrices, pool
+
+
+def _matvec(spec: str, working_set_bytes: int) -> float:
+    arena = Arena(1 << 62, Ledger())
+    matrices, pool = _matrices(spec, working_set_bytes, arena)
+    rows, cols = _MATRIX_SHAPE
+    x = np.random.default_rng(1).standard_normal((1, cols), np.float32)
+    outs = [np.empty((1, rows), np.float32) for _ in range(_MATRICES_PER_CALL)]
+    # several at once, as a layer does: the cost of a call is in the overheads and not wanted here
+    calls = [matrices[begin : begin + _MATRICES_PER_CALL] for begin in range(0, len(matrices), _MATRICES_PER_CALL)]
+
+    def sweep() -> None:
+        for group in calls:
+            kernels.linear(x, group, outs[: len(group)])
+
+    nbytes = sum(matrix.nbytes for matrix in matrices)
+    rate = nbytes / _seconds(sweep)
+    arena.free(pool)
+    return rate
+
+
+def _prefill(spec: str) -> float:
+    arena = Arena(1 << 62, Ledger())
+    matrices, pool = _matrices(spec, 2_000_000, arena)
+    rows, cols = _MATRIX_SHAPE
+    x = np.random.default_rng(1).standard_normal((PREFILL_TOKENS, cols), np.float32)
+    outs = [np.empty((PREFILL_TOKENS, rows), np.float32) for _ in matrices]
+    seconds = _seconds(lambda: kernels.linear(x, matrices, outs))
+    arena.free(pool)
+    return len(matrices) * PREFILL_TOKENS * rows * cols / seconds
+
+
+def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float]:
+    """One layer, a cache filled to each length, then decode steps that grow it a little."""
+    # few steps, so that the length stays what it is called
+    return [_seconds(_cache_step(policy, heads, kv_heads, head_dim, length), at_least=0.01) for length in ATTEND_TOKENS]
+
+
+def _cache_step(policy: str, heads: int, kv_heads: int, head_dim: int, length: int) -> Callable[[], None]:
+    random = np.random.default_rng(0)
+    shape = kv.CacheShape(num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    cache = kv.build(policy, shape, Arena(1 << 62, Ledger()), 4 * length + 4096)
+    keys = random.standard_normal((length, kv_heads, head_dim), np.float32)
+    cache.append(0, keys, keys.copy(), np.arange(length))
+    cache.settle(0)
+    query = random.standard_normal((1, heads, head_dim), np.float32)
+    out = np.empty_like(query)
+    new_key, new_value = keys[:1].copy(), keys[:1].copy()
+
+    def step() -> None:
+        position = np.asarray([cache.length])
+        cache.append(0, new_key, new_value, position)
+        cache.attend(0, query, position, out)
+        cache.settle(0)
+
+    return step
+
+
+def _overheads() -> list[float]:
+    """Per layer and per token, from decoders of 2 and 10 tiny layers: the difference is eight layers.
+
+    A layer's overhead includes one cache step with next to nothing in the cache; it is given apart, so that the speed
+    model can put the real attention in its place.
+    """
+    few, many = (_seconds(_tiny_step(num_layers)) for num_layers in (2, 10))
+    per_layer = max((many - few) / 8, 1e-6)
+    cache_step = _attend("float16", 1, 1, 64)[0]
+    return [per_layer, max(few - 2 * per_layer, 1e-6), min(cache_step, per_layer)]
+
+
+def _tiny_step(num_layers: int) -> Callable[[], None]:
+    config = ModelConfig.from_dict(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "vocab_size": 64,
+            "max_position_embeddings": 1 << 16,
+            "tie_word_embeddings": True,
+        },
+        "profile",
+    )
+    random = np.random.default_rng(0)
+    weights = Weights(matrices={}, vectors={}, specs={})
+    for tensor in config.tensors():
+        if tensor.role in MATRIX_ROLES:
+            pool = np.empty(tensor_bytes(tensor, "int4-g64"), np.uint8)
+            packed = random_packed("int4-g64", (tensor.shape[0], tensor.shape[1]), pool, random)
+            weights.matrices[tensor.name] = kernels.matrix(packed)
+        else:
+            weights.vectors[tensor.name] = np.ones(tensor.shape, np.float32)
+    weights.matrices[HEAD] = weights.matrices[EMBEDDING]
+    arena = Arena(1 << 62, Ledger())
+    decoder = Decoder(config, weights, arena, segment_tokens=1)
+    cache = kv.build("float16", cache_shape(config), arena, 1 << 16)
+    token = np.asarray([1])
+
+    def step() -> None:
+        if cache.length > 32:
+            cache.truncate(1)
+        decoder.forward(token, cache)
+
+    return step

@@ -1,0 +1,158 @@
+"""Tokens per second before anything runs: bytes over measured rates, plus overheads.
+
+A decode step reads every weight it uses once and the whole cache once, so
+
+    seconds = sum over matrices of bytes / rate(format, working set)
+            + layers x attention(policy, heads, context)
+            + layers x layer overhead + token overhead
+
+where the working set is all that one step reads: below the size of the last-level cache rates are those of the cache.
+A prompt costs multiply-adds over the prefill rate of each format, and attention for half the prompt on average.
+Another machine than this one has no measured kernels: there the rate is the bandwidth of its preset times the share
+of it that kernels reach (EFFICIENCY, a model figure).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from memwall.hardware.machine import Machine
+from memwall.models.config import ModelConfig, TensorSpec
+from memwall.models.precision import is_matrix, tensor_bytes
+from memwall.plan.base import Choice
+from memwall.plan.profile import ATTEND_TOKENS, PREFILL_TOKENS, WORKING_SETS_BYTES, KernelProfile
+
+#: share of a machine's nominal bandwidth and arithmetic that decoding and prefill reach (model figures; survey of
+#: published runs: 0.5-0.85)
+EFFICIENCY = 0.65
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Predicted tokens per second: decode at the end of the context and with an empty cache, and prefill."""
+
+    decode_tokens_per_s: float
+    decode_tokens_per_s_at_start: float
+    prefill_tokens_per_s: float
+
+
+def used_share(config: ModelConfig, tensor: TensorSpec) -> float:
+    """Which part of a matrix one token reads: one row of the embedding, the routed experts, otherwise all."""
+    if tensor.role == "embedding" and not config.tie_word_embeddings:
+        return 1 / tensor.shape[0]
+    if tensor.role == "expert":
+        return config.num_experts_per_token / config.num_experts
+    return 1.0
+
+
+def step_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, float]:
+    """Weight bytes one decode step reads, per format."""
+    totals: dict[str, float] = {}
+    for tensor in config.tensors():
+        if is_matrix(tensor):
+            spec = specs[tensor.name]
+            totals[spec] = totals.get(spec, 0.0) + used_share(config, tensor) * tensor_bytes(tensor, spec)
+    return totals
+
+
+def step_macs(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, float]:
+    """Multiply-adds per token inside the layers, per format; the head runs once per prompt and is left out."""
+    totals: dict[str, float] = {}
+    for tensor in config.tensors():
+        if tensor.role in ("linear", "expert"):
+            spec = specs[tensor.name]
+            totals[spec] = totals.get(spec, 0.0) + used_share(config, tensor) * tensor.size
+    return totals
+
+
+def predict_here(
+    config: ModelConfig, specs: Mapping[str, str], choice: Choice, cache_bytes: int, profile: KernelProfile
+) -> Speed | None:
+    """From rates measured on this machine; None when a figure is missing and may not be measured.
+
+    cache_bytes: bytes of the cache of one sequence at the end of the context.
+    """
+    weights, macs = step_bytes(config, specs), step_macs(config, specs)
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    rates = {spec: profile.matvec_bytes_per_s(spec) for spec in weights}
+    blocks = {spec: profile.prefill_macs_per_s(spec) for spec in macs}
+    attend, overhead = profile.attend_seconds(choice.kv, heads), profile.overhead_seconds()
+    if attend is None or overhead is None or None in rates.values() or None in blocks.values():
+        return None
+    per_layer, per_token, cache_step = overhead
+
+    def step_seconds(context: float, held_bytes: float) -> float:
+        working_set = sum(weights.values()) + held_bytes * choice.batch
+        matrices = sum(size / _at(working_set, rates[spec] or []) for spec, size in weights.items())
+        attention = sum(max(_line(seen, attend) - cache_step, 0.0) for seen in _seen(config, context)) * choice.batch
+        return matrices + attention + config.num_layers * per_layer + per_token
+
+    prompt = min(choice.segment_tokens, choice.context)
+    block = sum(size / (blocks[spec] or math.inf) for spec, size in macs.items())
+    # per token of a block the overheads are shared by the block; attention over half the prompt, several rows at a time
+    shared = (config.num_layers * per_layer + per_token) / min(prompt, PREFILL_TOKENS)
+    attention = sum(max(_line(seen, attend) - _line(0, attend), 0.0) for seen in _seen(config, prompt / 2))
+    prefill = block + shared + attention
+    return Speed(
+        decode_tokens_per_s=choice.batch / step_seconds(choice.context, cache_bytes),
+        decode_tokens_per_s_at_start=choice.batch / step_seconds(0, 0),
+        prefill_tokens_per_s=1 / prefill,
+    )
+
+
+def predict_elsewhere(
+    config: ModelConfig, specs: Mapping[str, str], choice: Choice, cache_bytes: int, machine: Machine, tier: str
+) -> Speed:
+    """Roofline on another machine's description; tier holds weights and cache."""
+    bandwidth = machine.tier(tier).read_bytes_per_s * EFFICIENCY
+    weights = sum(step_bytes(config, specs).values())
+    macs = sum(step_macs(config, specs).values())
+    peak = _peak_flop_per_s(machine, tier) * EFFICIENCY
+    at_end = max((weights + cache_bytes * choice.batch) / bandwidth, 2 * macs * choice.batch / peak)
+    at_start = max(weights / bandwidth, 2 * macs * choice.batch / peak)
+    prompt = min(choice.segment_tokens, choice.context)
+    prefill = max(2 * macs / peak, weights / bandwidth / prompt)
+    return Speed(
+        decode_tokens_per_s=choice.batch / at_end,
+        decode_tokens_per_s_at_start=choice.batch / at_start,
+        prefill_tokens_per_s=1 / prefill,
+    )
+
+
+def _seen(config: ModelConfig, context: float) -> list[float]:
+    """Tokens each layer attends to at a context: no more than its sliding window."""
+    return [min(context, window or context) for window in config.sliding_windows]
+
+
+def _peak_flop_per_s(machine: Machine, tier: str) -> float:
+    """The best rate of a unit working on this tier in a number type that products of activations can use."""
+    usable = ("float32", "tfloat32", "bfloat16", "float16", "int8")
+    rates = [
+        rate
+        for unit in machine.compute
+        if unit.tier == tier
+        for dtype, rate in unit.flop_per_s.items()
+        if dtype in usable
+    ]
+    return max(rates, default=math.inf)
+
+
+def _at(working_set_bytes: float, rates: list[float]) -> float:
+    """Rate at a working set between the measured ones: linear in seconds per byte over the logarithm of the size."""
+    sizes = WORKING_SETS_BYTES
+    if working_set_bytes <= sizes[0]:
+        return rates[0]
+    for (low, high), (slow_low, slow_high) in zip(itertools.pairwise(sizes), itertools.pairwise(rates)):
+        if working_set_bytes <= high:
+            share = math.log(working_set_bytes / low) / math.log(high / low)
+            return 1 / ((1 - share) / slow_low + share / slow_high)
+    return rates[-1]
+
+
+def _line(tokens: float, seconds: list[float]) -> float:
+    """Attention seconds at a context: the line through the two measured lengths."""
+    (short, long), (low, high) = ATTEND_TOKENS, seconds
+    return low + (high - low) * (tokens - short) / (long - short)

@@ -1,0 +1,115 @@
+"""What all verbs share: errors, interrupts, pipes, completion."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from memwall.cli.command import add_command, complete_kv, complete_model, complete_weights, describe_os_error
+from memwall.errors import BudgetExceeded, InputError, MissingDependency
+
+
+def run_verb(error: BaseException, **options: Any) -> Any:
+    app = typer.Typer()
+
+    def verb(*, debug: bool = False) -> None:
+        raise error
+
+    add_command(app, "verb", verb)
+    return CliRunner().invoke(app, ["--debug"] if options.get("debug") else [])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InputError("no such format"), 2),
+        (MissingDependency("torch", "torch"), 2),
+        (BudgetExceeded("weights", 10, 5, 7), 1),
+        (FileNotFoundError(2, "No such file", "gone.txt"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_end_with_their_status_and_one_paragraph(error: BaseException, status: int) -> None:
+    result = run_verb(error)
+    assert result.exit_code == status
+    assert result.stderr.startswith("memwall: ")
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+    assert "Traceback" in run_verb(error, debug=True).stderr
+
+
+def test_unexpected_errors_are_not_hidden() -> None:
+    assert isinstance(run_verb(ZeroDivisionError()).exception, ZeroDivisionError)
+
+
+def test_os_errors_name_the_file() -> None:
+    assert describe_os_error(PermissionError(13, "Permission denied", "out/x")) == "out/x: Permission denied"
+    assert describe_os_error(OSError("odd")) == "odd"
+
+
+def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / ".hidden").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert list(complete_model("")) == ["demo", "llama/"]
+    assert list(complete_model("d")) == ["demo"]
+    assert list(complete_model(f"{tmp_path}/l")) == [f"{tmp_path}/llama/"]
+    assert complete_weights("int") == ["int8", "int4", "int3", "int2"]
+    assert "kivi" in complete_kv("k")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_be_completed(shell: str) -> None:
+    words = {"COMP_WORDS": "memwall sys", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "memwall sys"}
+    done = subprocess.run(
+        [sys.executable, "-m", "memwall"],
+        env={
+            **environment(),
+            **words,
+            "_MEMWALL_COMPLETE": f"complete_{shell}",
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "systems" in done.stdout
+
+
+def test_interrupt_ends_with_130_and_no_traceback() -> None:
+    arguments = ["run", "demo", "The city", "--max-new-tokens", "1000", "--ignore-eos", "--context", "1024"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "memwall", *arguments, "--weights", "int4", "--kv", "float32", "--threads", "1"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)  # it writes, so it runs
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    script = f"{sys.executable} -m memwall systems --json | head -c 1"
+    done = subprocess.run(["bash", "-c", script], env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout == "["
+    assert "Error" not in done.stderr
+    assert "Traceback" not in done.stderr

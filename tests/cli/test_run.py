@@ -1,0 +1,122 @@
+"""`memwall run`: what is the model and what the prompt, the JSON object, streams, budgets, turns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memwall.cli.chat import num_shared
+from memwall.cli.run import parse_budget, parse_context, split_positionals
+from memwall.errors import InputError
+
+SHORT = ("--weights", "int4", "--kv", "float16", "--max-new-tokens", "6", "--ignore-eos")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (None, None, ("demo", None)),
+        ("demo", None, ("demo", None)),
+        ("demo", "hello", ("demo", "hello")),
+        ("somewhere", "hello", ("somewhere", "hello")),
+        ("Once upon a time", None, ("demo", "Once upon a time")),
+        ("hello", None, ("demo", "hello")),
+        ("./nowhere", None, ("./nowhere", None)),
+        ("~/model", None, ("~/model", None)),
+        ("/ is a path and this is none", None, ("demo", "/ is a path and this is none")),
+    ],
+)
+def test_model_or_prompt(first: str | None, second: str | None, expected: tuple[str, str | None]) -> None:
+    assert split_positionals(first, second) == expected
+
+
+def test_an_existing_folder_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert split_positionals("model", None) == ("demo", "model")
+    (tmp_path / "model").mkdir()
+    assert split_positionals("model", None) == ("model", None)
+
+
+def test_budgets_and_contexts() -> None:
+    assert parse_budget(None, None) is None
+    assert parse_budget("200MB", None).ram == 200_000_000  # type: ignore[union-attr]
+    assert parse_budget(None, "ram=1GiB,disk=1GB").ram == 1024**3  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="--budget"):
+        parse_budget("1GB", "ram=1GB")
+    assert parse_context(None) is None
+    assert parse_context("32k") == 32 * 1024
+    with pytest.raises(InputError, match="at least 1"):
+        parse_context("0")
+
+
+def test_text_alone_goes_to_standard_output(memwall: Any) -> None:
+    result = memwall("run", "demo", "The history of the city", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip()
+    assert "tokens/s" not in result.stdout
+    for word in ("tokens/s", "weights/int4", "runtime", "peak resident"):
+        assert word in result.stderr
+    quiet = memwall("run", "demo", "The history of the city", *SHORT, "--quiet")
+    assert quiet.stdout == result.stdout
+    assert not quiet.stderr
+
+
+def test_prompt_from_standard_input_and_no_model(memwall: Any) -> None:
+    given = memwall("run", "demo", "The city", *SHORT, "--quiet").stdout
+    assert memwall("run", "demo", *SHORT, "--quiet", input="The city").stdout == given
+    assert memwall("run", *SHORT, "--quiet", input="The city").stdout == given
+    assert memwall("run", "The city", *SHORT, "--quiet").stdout == given
+
+
+def test_the_json_object(memwall: Any) -> None:
+    result = memwall("run", "demo", "The history of the city", *SHORT, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert {"text", "tokens", "prompt_tokens", "timings", "ledger", "peak_resident_bytes", "plan"} <= document.keys()
+    assert document["tokens"] == 6
+    assert document["prompt_tokens"] > 3
+    assert {"load_seconds", "prefill_seconds", "decode_seconds", "tokens_per_s"} <= document["timings"].keys()
+    assert all({"owner", "tier", "bytes", "predicted_bytes"} <= row.keys() for row in document["ledger"])
+    assert {"version", "choice", "rows"} <= document["plan"].keys()
+    assert document["plan"]["choice"]["weights"].startswith("int4")
+    weights = [row for row in document["ledger"] if row["owner"].startswith("weights/")]
+    assert weights
+    assert all(row["bytes"] == row["predicted_bytes"] for row in weights)
+
+
+def test_seeds_and_stop_texts(memwall: Any) -> None:
+    drawn = ("run", "demo", "The city", *SHORT[:4], "--max-new-tokens", "12", "--temperature", "1", "--quiet")
+    first, again, other = (memwall(*drawn, "--seed", seed).stdout for seed in ("1", "1", "2"))
+    assert first == again != other
+    text = memwall("run", "demo", "The city", *SHORT, "--quiet").stdout
+    stop = text.strip()[2:4]
+    stopped = memwall("run", "demo", "The city", *SHORT, "--quiet", "--stop", stop).stdout
+    assert stopped.strip() == text[: text.index(stop)].strip()
+
+
+def test_budget_is_kept_and_reported(spawn: Any) -> None:
+    result = spawn("run", "demo", "The city", "--memory", "200MB", "--max-new-tokens", "4", "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["peak_resident_bytes"] <= 200_000_000
+    assert document["plan"]["budget"]["ram"] == 200_000_000
+
+
+def test_turns_share_the_cache(memwall: Any) -> None:
+    result = memwall(
+        "run", "demo", "--chat", *SHORT, input="Hello there.\n\nAnd then?\n/reset\nHello there.\n/bye\nnever\n"
+    )
+    assert result.exit_code == 0, result.stderr
+    answers = result.stdout.splitlines()
+    assert len(answers) >= 3
+    assert "tokens/s" in result.stderr
+
+
+def test_shared_beginnings() -> None:
+    assert num_shared([], [1]) == 0
+    assert num_shared([1, 2, 3], [1, 2]) == 2
+    assert num_shared([1, 2, 3], [1, 5, 3]) == 1
+    assert num_shared([1, 2], [1, 2, 3]) == 2

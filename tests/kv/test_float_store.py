@@ -1,0 +1,90 @@
+"""The full-precision cache against plain attention, and its bytes against its own prediction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from memwall import kv
+from memwall.errors import BudgetExceeded, DoesNotFit
+from memwall.kernels import attention_reference
+from memwall.memory import Arena, Ledger
+
+SHAPE = kv.CacheShape(num_layers=2, num_heads=6, num_kv_heads=2, head_dim=20, windows=(None, 9))
+
+
+def step(cache: kv.KVCache, k: np.ndarray, v: np.ndarray, q: np.ndarray, first: int) -> list[np.ndarray]:
+    """One forward pass over all layers; the same numbers in each."""
+    positions = np.arange(first, first + len(k))
+    outs = []
+    for layer in range(cache.shape.num_layers):
+        cache.append(layer, k, v, positions)
+        outs.append(cache.attend(layer, q, positions, np.empty_like(q)))
+        cache.settle(layer)
+    return outs
+
+
+@pytest.mark.parametrize("policy", ["float32", "float16", "bfloat16"])
+def test_equals_plain_attention(policy: str) -> None:
+    rng = np.random.default_rng(0)
+    num_tokens = 31
+    q = rng.standard_normal((num_tokens, 6, 20)).astype(np.float32)
+    k, v = rng.standard_normal((2, num_tokens, 2, 20)).astype(np.float32)
+    cache = kv.build(policy, SHAPE, Arena(1 << 24, Ledger()), 64)
+    kept = getattr(torch, policy)
+    for begin, end in [(0, 17), (17, 18), (18, 19), (19, 25), (25, 31)]:
+        outs = step(cache, k[begin:end], v[begin:end], q[begin:end], begin)
+        for layer, out in enumerate(outs):
+            want, _ = attention_reference.attend(
+                torch.from_numpy(q[begin:end]), *(torch.from_numpy(x[:end]).to(kept) for x in (k, v)),
+                scale=20**-0.5, first_position=begin, window=SHAPE.window(layer),
+            )  # fmt: skip
+            np.testing.assert_allclose(out, want.numpy(), atol=1e-5)
+    assert cache.length == num_tokens
+
+
+@pytest.mark.parametrize("policy", ["float32", "float16", "bfloat16"])
+def test_bytes_are_what_was_predicted(policy: str) -> None:
+    ledger = Ledger()
+    cache = kv.build(policy, SHAPE, Arena(1 << 24, ledger), 400)
+    for first in range(0, 400, 100):
+        row = np.ones((100, 2, 20), np.float32)
+        step(cache, row, row, np.ones((100, 6, 20), np.float32), first)
+        predicted = kv.predict(policy, SHAPE, first + 100)
+        assert {row.owner: row.nbytes for row in ledger.rows()} == predicted
+        assert cache.nbytes == sum(predicted.values())
+    cache.truncate(10)
+    assert cache.nbytes == sum(kv.predict(policy, SHAPE, 10).values())
+    cache.release()
+    assert ledger.total() == 0
+
+
+def test_truncated_tokens_are_forgotten() -> None:
+    rng = np.random.default_rng(1)
+    k, v = rng.standard_normal((2, 12, 2, 20)).astype(np.float32)
+    q = rng.standard_normal((12, 6, 20)).astype(np.float32)
+    fresh = kv.build("float32", SHAPE, Arena(1 << 24, Ledger()), 64)
+    used = kv.build("float32", SHAPE, Arena(1 << 24, Ledger()), 64)
+    step(used, k[::-1].copy(), v[::-1].copy(), q, 0)
+    used.truncate(0)
+    step(used, k[:5], v[:5], q[:5], 0)
+    step(used, k[6:9], v[6:9], q[6:9], 5)
+    used.truncate(5)
+    step(fresh, k[:5], v[:5], q[:5], 0)
+    for a, b in zip(step(used, k[5:], v[5:], q[5:], 5), step(fresh, k[5:], v[5:], q[5:], 5)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_refusals() -> None:
+    cache = kv.build("float32", SHAPE, Arena(4 * 4096, Ledger()), 60)
+    row = np.ones((50, 2, 20), np.float32)
+    cache.append(0, row[:20], row[:20], np.arange(20))
+    with pytest.raises(BudgetExceeded, match="kv/full"):
+        cache.append(0, row[:30], row[:30], np.arange(20, 50))
+    with pytest.raises(DoesNotFit, match="--context 70"):
+        cache.append(0, row, row, np.arange(20, 70))
+    with pytest.raises(ValueError, match="next position is 20"):
+        cache.append(0, row[:1], row[:1], np.arange(3, 4))
+    with pytest.raises(ValueError, match="truncate"):
+        cache.truncate(1)
