@@ -275,6 +275,23 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def processor_seconds() -> tuple[float, float, float]:
+    """Seconds so far of all processors: in all, busy, and busy for this process and its ended children."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+    ticks = [int(field) for field in fields]
+    idle_ticks = ticks[3] + ticks[4]
+    per_s = os.sysconf("SC_CLK_TCK")
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    return sum(ticks) / per_s, (sum(ticks) - idle_ticks) / per_s, own
+
+
+def others_share(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """Share of the processors' time that went to other processes between two calls of `processor_seconds`."""
+    total, busy, own = (late - early for early, late in zip(before, after, strict=True))
+    return max(0.0, busy - own) / total if total > 0 else 0.0
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -304,12 +321,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
 def main() -> int:
     arguments, settings = parse()
     machine = hardware()
-    load_before = os.getloadavg()[0]
+    before = processor_seconds()
     result: dict[str, Any] = {
         "question": "decode",
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         "hardware": machine,
-        "load_average_at_start": load_before,
         "settings": asdict(settings),
         "models": {},
     }
@@ -317,6 +333,7 @@ def main() -> int:
         found = ModelRun(SHAPES[model], settings, arguments).run()
         found["wanted"] = wanted_rows(found)
         result["models"][model] = found
+    result["others_share"] = others_share(before, processor_seconds())
     label = arguments.label or f"{'-'.join(machine['cpu'].lower().split())}-{machine['cores']}-cores"
     stem = f"decode_{'quick_' if arguments.quick else ''}{label}_{datetime.date.today():%Y%m}"
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -38,10 +38,6 @@ class Contender(ABC):
         """Makes the engine's own form of the model, where it has one."""
         return
 
-    def rest(self) -> None:
-        """Stops whatever would go on using a core between turns."""
-        return
-
     @abstractmethod
     def about(self) -> dict[str, str]:
         """Versions and settings that matter, for the record."""
@@ -80,7 +76,7 @@ class Memwall(Contender):
         )
         self.session = load(model, settings)
         self.weight_bits = bits_of(self.session.config, self.session.decoder.weights.specs)
-        shape = kv.CacheShape.of(self.session.config)
+        shape = self.session.cache.shape
         float_bytes = kv.read_bytes("float16", shape, max_tokens)
         self.kv_bytes_per_value = 2 * kv.read_bytes(self.kv, shape, max_tokens) / float_bytes
 
@@ -89,10 +85,6 @@ class Memwall(Contender):
 
     def truncate(self, length: int) -> None:
         self.session.cache.truncate(length)
-
-    def rest(self) -> None:
-        if hasattr(self, "kernels"):
-            self.kernels.release_idle_threads()
 
     def about(self) -> dict[str, str]:
         specs = sorted(set(self.session.decoder.weights.specs.values()) - {"float32"})
@@ -205,9 +197,8 @@ class Memory(Contender):
     def load(self, model: Path, *, threads: int, max_tokens: int) -> None:
         self.threads = threads
         try:
-            from memwall.hardware.system import processor_order
-
             from memwall import _native
+            from memwall.hardware.system import processor_order
 
             self.native, self.processors = _native, processor_order()
         except ImportError:

@@ -14,6 +14,7 @@ from typing import Any
 DECODE_RATIO = 1.3
 BANDWIDTH_SHARE = 0.75
 PREFILL_RATIO = 0.8
+QUIET_SHARE = 0.05
 
 
 def bytes_per_step(model: dict[str, Any], contender: dict[str, Any], context: int) -> float:
@@ -103,10 +104,12 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{result['date']}; {machine['cpu']}, {machine['cores']} cores ({', '.join(machine['vector'])}), "
         f"{_gigabytes(machine['memory_bytes'])}; {machine['system']}; {settings['threads']} threads; "
-        f"load average at the start {result['load_average_at_start']:.2f}. "
+        f"other processes took {result['others_share']:.0%} of the processors. "
         f"Medians over {settings['rounds']} alternating rounds, smallest and largest in brackets. MB = 10^6 bytes.",
         "",
     ]
+    if result["others_share"] > QUIET_SHARE:
+        lines += ["**The machine was not quiet: these figures only show that the benchmark runs.**", ""]
     for name, model in result["models"].items():
         lines += _model_section(name, model, settings)
     return "\n".join(lines) + "\n"
@@ -124,10 +127,9 @@ def _model_section(name: str, model: dict[str, Any], settings: dict[str, Any]) -
     ]
     bandwidths = [value for found in ran.values() for values in found["bandwidth"].values() for value in values]
     if bandwidths:
-        lines += [
-            f"Read-only memory bandwidth in the same run: {_spread([value / 1e9 for value in bandwidths])} GB/s.",
-            "",
-        ]
+        measure = ", ".join(model["bandwidth_measure"].values())
+        spread = _spread([value / 1e9 for value in bandwidths])
+        lines += [f"Read-only memory bandwidth in the same run: {spread} GB/s ({measure}).", ""]
     lines += [*_table(["", *ran], _measure_rows(model, settings)), ""]
     for contender, found in ran.items():
         lines.append(f"- {contender}: {found['about']['version']}; {found['about']['settings']}")

@@ -106,7 +106,6 @@ def main() -> None:
         operation = request.pop("do")
         try:
             answer = getattr(worker, operation)(**request)
-            worker.contender.rest()
         except Exception as error:  # reported to the parent, which decides
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -203,6 +204,14 @@ def test_an_interrupt_leaves_the_older_file_and_no_other(tmp_path: Path, kind: t
         interrupted()
     assert os.listdir(tmp_path) == ["m.safetensors"]
     assert path.read_bytes() == b"older"
+
+
+def test_a_writer_that_is_forgotten_leaves_nothing(tmp_path: Path) -> None:
+    writer = SafetensorsWriter(tmp_path / "m.safetensors", [("x", "U8", (4,))])
+    assert len(os.listdir(tmp_path)) == 1
+    del writer
+    gc.collect()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memwall.errors import InputError
 from memwall.hardware import Machine, Tier, load_machine, preset_names
@@ -94,7 +97,7 @@ def test_a_file_is_a_machine_too(tmp_path: Path) -> None:
 
 
 def test_an_unknown_machine_names_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"did you mean a100-\d0gb or a100-\d0gb"):
+    with pytest.raises(InputError, match=r"nearest are a100-\d0gb and a100-\d0gb"):
         load_machine("a100")
     with pytest.raises(InputError, match="known are"):
         load_machine("zzzzzz")
@@ -142,6 +145,16 @@ def test_asking_for_what_is_not_there_names_what_is() -> None:
         Machine(name="x", title="x", kind="x", tiers=())
     with pytest.raises(InputError, match="more than zero"):
         Tier(name="ram", capacity_bytes=0, read_bytes_per_s=1.0, write_bytes_per_s=1.0, reference="x")  # type: ignore[arg-type]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(SMALL.splitlines()), max_size=25), st.text(max_size=30))
+def test_any_text_is_read_or_refused(lines: list[str], junk: str) -> None:
+    for text in ("\n".join(lines), "\n".join([*lines, junk])):
+        with contextlib.suppress(InputError):
+            assert Machine.from_toml(text, "any").tiers
+    with pytest.raises(InputError, match="not valid TOML"):
+        Machine.from_toml("a = " + "[" * 20_000, "deep")
 
 
 @pytest.mark.parametrize("data", [{}, {"name": "x"}, {"name": "x", "title": "", "kind": "", "tiers": [{"nam": 1}]}])

@@ -100,6 +100,13 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
             assert parse(text) >= 0
 
 
+def test_counts_are_whole_and_k_is_1024() -> None:
+    assert [units.parse_count(text) for text in ("4096", "32k", " 2 K", "1M", "0")] == [4096, 32768, 2048, 2**20, 0]
+    for text in ("", "1.5k", "-4", "32kB", "k", "9" * 400, "four"):
+        with pytest.raises(InputError, match="is not a count"):
+            units.parse_count(text)
+
+
 def test_text_of_other_quantities() -> None:
     assert units.format_rate(20.14e9) == "20.1 GB/s"
     assert units.format_flop_rate(1.23e12) == "1.23 TFLOP/s"

@@ -5,10 +5,22 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from memwall.memory import Ledger, ledger_error, measure_runtime, peak_resident_bytes, resident_bytes, resident_split
+from memwall.errors import BudgetExceeded
+from memwall.memory import (
+    Arena,
+    Ledger,
+    ledger_error,
+    mapped_file_bytes,
+    measure_runtime,
+    peak_resident_bytes,
+    resident_bytes,
+    resident_split,
+)
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -37,6 +49,50 @@ def test_runtime_row_closes_the_books_and_is_not_added_twice() -> None:
     measure_runtime(ledger)
     assert [row.owner for row in ledger.rows()] == ["runtime", "weights"]
     assert abs(ledger_error(ledger)) < 0.03
+
+
+def test_runtime_can_count_against_the_budget_of_the_process() -> None:
+    ledger = Ledger()
+    arena = Arena(resident_bytes(exact=True) + 50_000_000, ledger)
+    charge = arena.charge("runtime", 0)
+    nbytes = measure_runtime(ledger, charge).nbytes
+    assert nbytes == charge.nbytes == arena.used_bytes == ledger.total()
+    assert abs(ledger_error(ledger)) < 0.03
+    with pytest.raises(BudgetExceeded):
+        arena.allocate("weights", 60_000_000, "uint8")
+    with pytest.raises(BudgetExceeded, match="runtime"):
+        measure_runtime(ledger, Arena(1000, ledger).charge("runtime", 0))
+
+
+@linux
+def test_pages_of_a_mapped_file_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "weights file.bin"
+    path.write_bytes(bytes(4_096_000))
+    assert mapped_file_bytes(path) == 0
+    mapped = np.memmap(path, np.uint8, mode="r")
+    int(mapped.sum())
+    assert mapped_file_bytes(path) == 4_096_000
+
+
+@linux
+def test_huge_pages_never_bring_in_more_than_was_committed() -> None:
+    out = in_a_fresh_process(
+        """
+        arena = Arena(10**9, Ledger())
+        region = arena.reserve("kv", 10**9)
+        before = resident_bytes(exact=True)
+        excess = []
+        for size in [1, 2**21 - 1, 2**21 + 1, 9_000_001, 9_500_000, 30_000_000, 30_000_001, 64_000_000]:
+            region.commit(size)
+            excess.append(resident_bytes(exact=True) - before - region.committed_bytes)
+        for size in [50_000_000, 2**22 + 5, 2**21, 1]:
+            region.shrink(size)
+            excess.append(resident_bytes(exact=True) - before - region.committed_bytes)
+        out = {"excess": excess}
+        """
+    )
+    assert max(out["excess"]) < 2**21, out
+    assert min(out["excess"]) > -(2**19), out
 
 
 @linux

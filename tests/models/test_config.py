@@ -124,6 +124,7 @@ def test_generation_config_gives_the_token_ids(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor must be"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be"),
         ({"rope_scaling": [1]}, "rope_scaling must be an object"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per kind of layer"),
         ({"rope_theta": -1}, "rope_theta must be"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
     ],

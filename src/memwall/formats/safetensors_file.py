@@ -361,6 +361,11 @@ class SafetensorsWriter:
         elif self.sha256 is None and self._descriptor >= 0:
             self.close()
 
+    def __del__(self) -> None:
+        # an interrupt can strike between construction and `with`
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.abort()
+
     def _reserve(self) -> None:
         try:
             os.posix_fallocate(self._descriptor, 0, self.nbytes)

@@ -218,7 +218,7 @@ class Machine:
         """A machine from the text of a preset; `name` is used in messages."""
         try:
             data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"machine {name}: not valid TOML: {error}") from None
         _known_keys(name, data, {"title", "kind", "notes", "tier", "link", "compute"})
         return cls(
@@ -248,8 +248,8 @@ def load_machine(name_or_path: str | Path) -> Machine:
             folder = resources.files("memwall.hardware") / "presets"
             return Machine.from_toml((folder / f"{text}.toml").read_text(encoding="utf-8"), text)
         near = difflib.get_close_matches(text, preset_names(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(preset_names())}"
-        raise InputError(f"unknown machine {text!r}; {hint} Or give a .toml file.")
+        hint = f"nearest are {' and '.join(near)}" if near else f"known are {', '.join(preset_names())}"
+        raise InputError(f"unknown machine {text!r}; {hint}, or give a .toml file")
     path = Path(text)
     try:
         if path.stat().st_size > _LARGEST_FILE_BYTES:

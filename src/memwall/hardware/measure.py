@@ -41,6 +41,8 @@ Progress = Callable[[int, int, str], None]
 
 _DTYPES = ("float32", "int8", "bfloat16", "float16")
 _WRITE_BLOCK_BYTES = 1 * MIB
+_BUSY_BELOW = 0.5
+"""A median below this share of the best means that something else took the processors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class _Effort:
 
 
 _FULL = _Effort(
-    pass_seconds=0.25,
+    pass_seconds=0.2,
     disk_seconds=0.15,
     buffer_bytes=256 * MIB,
     disk_file_bytes=512 * MIB,
@@ -104,8 +106,10 @@ def probe(
     finally:
         native.probe_release()
     disk = _measure_disk(native, disk_directory, effort, steps, notes)
-    if any(row.median_bytes_per_s < 0.7 * row.best_bytes_per_s for row in bandwidths if row.kind == "read"):
-        notes.append("Other work was running: the medians of memory bandwidth lie well below the best.")
+    typical = [row.median_bytes_per_s / row.best_bytes_per_s for row in bandwidths]
+    typical += [row.median_flop_per_s / row.best_flop_per_s for row in arithmetic]
+    if min(typical) < _BUSY_BELOW:
+        notes.append("Other work was running: some medians lie far below the best, which may itself be too low.")
     report = ProbeReport(
         memwall_version=__version__,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),

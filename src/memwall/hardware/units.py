@@ -88,6 +88,14 @@ def format_rate(bytes_per_s: float) -> str:
     return f"{format_bytes(round(bytes_per_s))}/s"
 
 
+def parse_count(text: str) -> int:
+    """A count of tokens or the like: `4096`, or `32k` and `1M` in powers of 1024, as context lengths are named."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*([kKmM]?)", text.strip(), re.ASCII)
+    if match is None:
+        raise InputError(f"{text[:60]!r} is not a count: write a whole number such as 4096, or 32k (k = 1024)")
+    return int(match[1]) * {"": 1, "k": KIB, "m": MIB}[match[2].lower()]
+
+
 def format_flop_rate(flop_per_s: float) -> str:
     """Operations per second as text: `1.2 TFLOP/s`."""
     for name, scale in reversed((_MULTIPLES | {"E": 1000 * PB}).items()):

@@ -11,6 +11,7 @@ from memwall.memory.ledger import Entry, Ledger, Row
 from memwall.memory.resident import (
     Resident,
     ledger_error,
+    mapped_file_bytes,
     measure_runtime,
     peak_resident_bytes,
     reset_peak_resident,
@@ -28,6 +29,7 @@ __all__ = [
     "Resident",
     "Row",
     "ledger_error",
+    "mapped_file_bytes",
     "measure_runtime",
     "peak_resident_bytes",
     "reset_peak_resident",

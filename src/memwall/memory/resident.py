@@ -6,16 +6,19 @@ Linux first; no third-party library.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from memwall.hardware.units import KIB
+from memwall.memory.arena import Charge
 from memwall.memory.ledger import Entry, Ledger
 
 RUNTIME_OWNER = "runtime"
 """Ledger owner of what no arena allocated: interpreter, libraries, compiled code, heap."""
 
+_MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -84,15 +87,40 @@ def resident_split() -> Resident | None:
     )
 
 
-def measure_runtime(ledger: Ledger) -> Entry:
+def mapped_file_bytes(path: str | Path) -> int:
+    """Resident bytes of this process's mappings of one file; 0 where the system does not tell.
+
+    What a ledger row for weights used where they lie is measured with: the system reads such pages on demand and may
+    drop them, so the row follows this figure and not the file's size.
+    """
+    wanted, total, inside = str(Path(path).resolve()), 0, False
+    try:
+        with open("/proc/self/smaps") as file:
+            for line in file:
+                if line.startswith("Rss:"):
+                    total += int(line.split()[1]) * KIB if inside else 0
+                elif _MAPPING.match(line):
+                    inside = line.rstrip("\n").split(maxsplit=5)[5:] == [wanted]
+    except OSError:
+        return 0
+    return total
+
+
+def measure_runtime(ledger: Ledger, charge: Charge | None = None) -> Charge | Entry:
     """Puts what the ledger does not explain in its row `runtime`: the resident set less everything else on `ram`.
 
     Call it once the libraries are loaded and before the large buffers come, or at any time to close the books; each
     call measures anew. Never below zero, so buffers that are on the ledger without being resident still show as an
-    error.
+    error. With a `charge` (of an arena, owner `runtime`) the bytes count against that arena's cap, which can then be
+    the budget of the whole process; BudgetExceeded when the runtime alone takes it over. The answer's `nbytes` is the
+    figure.
     """
     others = ledger.total("ram") - _runtime_bytes(ledger)
-    return ledger.put(RUNTIME_OWNER, "ram", max(resident_bytes(exact=True) - others, 0))
+    nbytes = max(resident_bytes(exact=True) - others, 0)
+    if charge is None:
+        return ledger.put(RUNTIME_OWNER, "ram", nbytes)
+    charge.resize(nbytes)
+    return charge
 
 
 def ledger_error(ledger: Ledger) -> float:

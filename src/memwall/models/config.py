@@ -33,6 +33,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 MAX_EXPERT_TENSORS = 100_000
+MAX_POSITION = 2**28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +134,7 @@ class ModelConfig:
         num_heads, num_kv_heads, head_dim = _heads(fields, family, hidden_size)
         num_layers = fields.integer("num_hidden_layers", 1, 2048)
         vocab_size = fields.integer("vocab_size", 1, 2**24)
-        max_position = fields.integer("max_position_embeddings", 1, 2**30, _DEFAULT_POSITIONS[family])
+        max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION, _DEFAULT_POSITIONS[family])
         num_experts, per_token = _experts(fields, family, num_layers)
         attention_bias = family in ("llama", "qwen3") and fields.flag("attention_bias", False)
         return ModelConfig(
@@ -280,13 +281,15 @@ def _sliding_windows(fields: Fields, family: str, num_layers: int) -> tuple[int 
 
 def _window(fields: Fields, default: int | None) -> int | None:
     if fields.has("sliding_window") or default is not None:
-        return fields.integer("sliding_window", 1, 2**30, default)
+        return fields.integer("sliding_window", 1, MAX_POSITION, default)
     return None
 
 
 def _rope(fields: Fields, family: str, max_position: int) -> RopeConfig:
     name = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
     rope = Fields(fields.mapping(name, {}), f"{fields.source}: {name}")
+    if any(isinstance(value, Mapping) for value in rope.values.values()):
+        raise InputError(f"{rope.source}: settings per kind of layer are not supported; one for all layers is")
     theta = fields.number("rope_theta", 1.0001, 1e15, 1e6 if family == "mixtral" else 1e4)
     theta = rope.number("rope_theta", 1.0001, 1e15, theta)
     kind = rope.text("rope_type", rope.text("type", "default"), ROPE_TYPES)
@@ -301,7 +304,7 @@ def _rope(fields: Fields, family: str, max_position: int) -> RopeConfig:
         return RopeConfig(type=kind, theta=theta, factor=rope.number("factor", 1e-6, 1e6))
     # transformers lets the field at the top win over the one inside
     holder = fields if fields.has("original_max_position_embeddings") else rope
-    original = holder.integer("original_max_position_embeddings", 1, 2**30, max_position)
+    original = holder.integer("original_max_position_embeddings", 1, MAX_POSITION, max_position)
     if kind == "llama3":
         low = rope.number("low_freq_factor", 1e-6, 1e6)
         high = rope.number("high_freq_factor", 1e-6, 1e6)
@@ -335,8 +338,8 @@ def _yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeC
         factor=factor,
         attention_factor=attention_factor,
         original_max_position=original,
-        beta_fast=rope.number("beta_fast", 0.0, 1e9, 32.0) or 32.0,
-        beta_slow=rope.number("beta_slow", 0.0, 1e9, 1.0) or 1.0,
+        beta_fast=rope.number("beta_fast", 0.0, 1e6, 32.0) or 32.0,
+        beta_slow=rope.number("beta_slow", 0.0, 1e6, 1.0) or 1.0,
         truncate=rope.flag("truncate", True),
     )
 

@@ -51,7 +51,8 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         settings = _settings(folder)
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        # counted, not listed: a dictionary of a large vocabulary would stay in the process as tens of megabytes
+        largest = max([tokenizer.get_vocab_size(with_added_tokens=False) - 1, *tokenizer.get_added_tokens_decoder()])
         if vocab_size is not None and largest >= vocab_size:
             raise InputError(f"{path}: has token ids up to {largest}, but the model knows only {vocab_size} tokens")
         return Tokenizer(tokenizer, special_tokens(settings), settings.get("add_bos_token") is True)

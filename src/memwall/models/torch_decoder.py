@@ -114,7 +114,7 @@ class Attention(nn.Module):
             keys, values = context.cache.append(self.layer, keys, values)
         mask = context.mask(self.window)
         attended = functional.scaled_dot_product_attention(
-            queries, keys.to(x.dtype), values.to(x.dtype), attn_mask=mask, enable_gqa=True
+            queries, keys.to(x.dtype), values.to(x.dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         joined: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return joined
@@ -127,11 +127,14 @@ class Attention(nn.Module):
 class Context:
     """What all layers of one pass share: rotation of the new tokens, who sees whom, and the cache."""
 
-    def __init__(self, inv_freq: Tensor, factor: float, positions: Tensor, cache: TorchCache | None) -> None:
+    def __init__(
+        self, inv_freq: Tensor, factor: float, positions: Tensor, cache: TorchCache | None, *, is_start: bool = False
+    ) -> None:
         angles = positions.float()[:, None] * inv_freq
         self.cos, self.sin = angles.cos() * factor, angles.sin() * factor
         self.positions = positions
         self.cache = cache
+        self.is_start = is_start
         self.key_positions = positions if cache is None else cache.extend(positions)
         self._masks: dict[int | None, Tensor] = {}
 
@@ -141,8 +144,13 @@ class Context:
         turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
         return torch.cat(turned, -1).to(x.dtype)
 
-    def mask(self, window: int | None) -> Tensor:
-        """True where a query [T] may see a key [S]: not later, and within the window, its own position counted."""
+    def mask(self, window: int | None) -> Tensor | None:
+        """True where a query [T] may see a key [S]: not later, and within the window, its own position counted.
+
+        None at the start of a sequence that fits the window: plain causal attention, for which there are lean kernels.
+        """
+        if self.is_start and (window is None or window >= len(self.positions)):
+            return None
         if window not in self._masks:
             distance = self.positions[:, None] - self.key_positions[None, :]
             self._masks[window] = distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -283,9 +291,11 @@ class TorchDecoder(nn.Module):
         """What the layers need beside the hidden states; for callers that run the layers one by one."""
         device = self.inv_freq.device
         start = 0 if cache is None else cache.length
+        is_start = positions is None and start == 0
         if positions is None:
             positions = torch.arange(start, start + num_tokens, device=device)
-        return Context(self.inv_freq, self.config.rope.attention_factor, positions.to(device), cache)
+        factor = self.config.rope.attention_factor
+        return Context(self.inv_freq, factor, positions.to(device), cache, is_start=is_start)
 
     def linears(self) -> dict[str, nn.Module]:
         """Every matrix product of a pass, by the name of its weight tensor; a tied head has its own name."""

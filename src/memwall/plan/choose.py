@@ -25,7 +25,7 @@ from memwall.plan import store
 from memwall.plan.base import LONGEST_SEGMENT_TOKENS, Choice, Option, Plan, Quality
 from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
 from memwall.plan.profile import KernelProfile, load_profile
-from memwall.plan.search import AUTO, Candidate, Goal, check, contexts, fits, search
+from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search
 from memwall.plan.speed import Speed, predict_elsewhere, predict_here
 
 HELD_OUT_NAME = "bundled held-out text"
@@ -112,7 +112,7 @@ class Planner:
             segment_tokens=min(LONGEST_SEGMENT_TOKENS, context),
         )
         quality = self.quality(choice) if measure else self._read_quality(choice)
-        return self._build(goal, [self._candidate(choice, quality)])
+        return self._build(goal, [replace(candidate_of(self.space, choice), quality=quality)])
 
     def quality(self, choice: Choice) -> Quality | None:
         """Measured loss of a choice, from the cache file where it was measured before."""
@@ -174,13 +174,6 @@ class Planner:
             goal, device=self.device, budget={tier: int(self.elsewhere.tier(tier).capacity_bytes) for tier in tiers}
         )
 
-    def _candidate(self, choice: Choice, quality: Quality | None) -> Candidate:
-        space = self.space
-        return Candidate(
-            choice=choice, peak_bytes=space.peak_bytes(choice), bits_per_weight=space.weight_bits(choice.weights),
-            cache_bits=space.cache_bits(choice), quality=quality,
-        )  # fmt: skip
-
     def _build(self, goal: Goal, candidates: list[Candidate]) -> Plan:
         best = candidates[0]
         speed = self.speed(best.choice)
@@ -212,7 +205,7 @@ class Planner:
             choice = replace(best.choice, weights=weights)
             if self.space.specs(weights) == self.space.specs(best.choice.weights):
                 continue  # the chosen one under its own or another name
-            candidate = self._candidate(choice, self._read_quality(choice))
+            candidate = replace(candidate_of(self.space, choice), quality=self._read_quality(choice))
             if fits(self.space, choice, goal.budget):
                 note = "fits; fewer bits" if candidate.bits_per_weight < best.bits_per_weight else "fits"
             else:

@@ -9,7 +9,6 @@ not an arena's: the interpreter and its libraries (`runtime`, measured) and what
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
+from memwall.models import model_directory
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import OWNER as ACTIVATIONS
 from memwall.models.decoder import activation_shapes
@@ -37,6 +37,8 @@ from memwall.plan.search import Space
 RUNTIME = "runtime"
 LOADING = "loading"
 HEADROOM = "headroom"
+#: runs of the same command differ by this much in what the interpreter holds; on top of what the session keeps free
+RUNTIME_SPREAD_BYTES = 512 * 1024
 #: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux
 #: x86-64, Python 3.11)
 DEFAULT_RUNTIME_BYTES = 64_000_000
@@ -55,7 +57,7 @@ class ModelSpace(Space):
         *,
         saved: Mapping[str, str] | None = None,
         runtime_bytes: int = DEFAULT_RUNTIME_BYTES,
-        headroom_bytes: int = RUNTIME_HEADROOM_BYTES,
+        headroom_bytes: int = RUNTIME_HEADROOM_BYTES + RUNTIME_SPREAD_BYTES,
         device_tier: str = "ram",
         host_tier: str = "ram",
     ) -> None:
@@ -100,6 +102,13 @@ class ModelSpace(Space):
         """Bits per cached number at the end of the context, exact tail and staging included."""
         numbers = 2 * self.shape.num_layers * self.shape.num_kv_heads * self.shape.head_dim * choice.context
         return 8 * sum(self.cache_rows(choice.kv, choice.context, choice.segment_tokens).values()) / numbers
+
+    def stored_bits(self, policy: str) -> float:
+        """From the growth of the cache between two long contexts, where the exact tail no longer changes."""
+        shape, short, long = self.shape, 1 << 14, 1 << 15
+        sizes = [sum(kv.predict(policy, shape, length).values()) for length in (short, long)]
+        numbers = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * (long - short)
+        return 8 * (sizes[1] - sizes[0]) / numbers
 
     def rows(self, choice: Choice) -> tuple[PlanRow, ...]:
         """Predicted rows; per tier they add up to the peak."""
@@ -151,37 +160,64 @@ def loading_bytes(config: ModelConfig, specs: Mapping[str, str]) -> int:
 
 
 def measured_runtime_bytes(model: Path) -> int:
-    """Resident bytes of a process that has imported what `memwall run` imports and read the model's tokenizer.
+    """The runtime row of a process that runs this model: what the arena does not hold.
 
-    Measured once per version and tokenizer in a process of its own, and kept.
+    Measured once per version in processes of their own, and kept: the row of a real `memwall run demo`, and what the
+    model's tokenizer takes beyond the demo's.
     """
     tokenizer = model / "tokenizer.json"
-    tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
-    key = f"{__version__} {platform.platform()} {platform.python_version()} tokenizer {tokenizer_bytes}"
-    known = store.read("runtime").get(key)
-    if isinstance(known, int) and known > 0:
-        return known
+    size = tokenizer.stat().st_size if tokenizer.is_file() else 0
+    key = f"{__version__} {platform.platform()} {platform.python_version()}"
+    known = store.read("runtime")
+    base = known.get(key, 0)
+    extra = known.get(f"{key} tokenizer of {size}", 0 if _is_demo(model) or not size else None)
+    fresh = {}
+    if not isinstance(base, int) or base <= 0:
+        base = fresh[key] = _measured(_RUN_SCRIPT)
+    if not isinstance(extra, int):
+        extra = fresh[f"{key} tokenizer of {size}"] = _measured(_TOKENIZER_SCRIPT, str(model))
+    store.update("runtime", {name: value for name, value in fresh.items() if value is not None})
+    return (DEFAULT_RUNTIME_BYTES if base is None else base) + (extra or 0)
+
+
+def _is_demo(model: Path) -> bool:
+    return model.resolve() == model_directory("demo").resolve()
+
+
+def _measured(script: str, *arguments: str) -> int | None:
+    """The number that a script prints last; None when it fails, which leaves the default to be used."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _RUNTIME_SCRIPT, str(model)], capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60, check=True
         )
-        measured = int(json.loads(done.stdout)["resident_bytes"])
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
-        return DEFAULT_RUNTIME_BYTES
-    store.update("runtime", {key: measured})
-    return measured
+        return max(int(done.stdout.splitlines()[-1]), 0)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
-_RUNTIME_SCRIPT = """
-import json, sys
-from pathlib import Path
-import memwall.cli.run, memwall.engine
+# The command itself, so that whatever it keeps is counted; it must not ask for the figure that it is here to give.
+_RUN_SCRIPT = """
+import contextlib, io, json, sys
+import memwall.plan.choose as choose
+choose.measured_runtime_bytes = lambda model: 1
+from memwall.cli import main
+sys.argv = ["memwall", "run", "demo", "Some words", "--json", "--weights", "int4", "--kv", "float16"]
+sys.argv += ["--max-new-tokens", "4", "--ignore-eos"]
+with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+    main()
+print(sum(row["bytes"] for row in json.loads(out.getvalue())["ledger"] if row["owner"] == "runtime"))
+"""
+_TOKENIZER_SCRIPT = """
+import sys
 from memwall.memory import resident_bytes
+from memwall.models import model_directory
 from memwall.models.tokenizer import Tokenizer
-if (Path(sys.argv[1]) / "tokenizer.json").is_file():
-    tokenizer = Tokenizer.from_directory(sys.argv[1])
-    tokenizer.encode("some words")
-print(json.dumps({"resident_bytes": resident_bytes(exact=True)}))
+kept, sizes = [], []
+for folder in (model_directory("demo"), model_directory("demo"), sys.argv[1]):
+    kept.append(Tokenizer.from_directory(folder))
+    kept[-1].encode("some words to encode")
+    sizes.append(resident_bytes(exact=True))
+print((sizes[2] - sizes[1]) - (sizes[1] - sizes[0]))
 """
 
 

@@ -25,9 +25,7 @@ Statistics statistics_of(const float* x, int count) {
     low = vmin(low, values);
     worst = worst > magnitude ? worst : magnitude;
   }
-  std::int32_t lanes[kWidth], largest = 0;
-  store(lanes, worst);
-  for (int i = 0; i < kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  const std::int32_t largest = across(worst, [](Vi a, Vi b) { return a > b ? a : b; });
   return {max_of(high), -max_of(-low), largest < 0x7f800000};
 }
 

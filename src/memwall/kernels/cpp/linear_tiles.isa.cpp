@@ -27,10 +27,7 @@ std::int32_t quantize_group(const float* x, int count, int group, std::int64_t s
     __builtin_memcpy(bytes, &narrow, kWidth);
     for (int j = 0; j < kWidth; j += 4) __builtin_memcpy(codes + (i + j) / 4 * stride, bytes + j, 4);
   }
-  std::int32_t lanes[kWidth], total = 0;
-  store(lanes, sum);
-  for (int i = 0; i < kWidth; ++i) total += lanes[i];
-  return total;
+  return sum_of(sum);
 }
 
 #if defined(__AVX512VNNI__)
@@ -129,10 +126,13 @@ void panel_block(const Panel& panel, const Activations& a, std::int64_t block, s
   const float* x_scales = a.scales + (block * a.groups + first_group) * kTokenBlock;
   const std::int32_t* x_sums = a.sums + (block * a.groups + first_group) * kTokenBlock;
   const std::uint8_t* codes = panel.codes[0][0];
+  Vf total[Tokens][kStripVectors];
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) total[t][v] = load<Vf>(sums[t] + v * kWidth);
   for (int g = 0; g < num_groups; ++g, x_scales += kTokenBlock, x_sums += kTokenBlock) {
     DotType dot[Tokens][kStripVectors];
     for (int t = 0; t < Tokens; ++t)
-      for (auto& d : dot[t]) d.start(splat(Asymmetric ? 0 : -(x_sums[t] << offset_shift)));
+      for (auto& d : dot[t]) d.start(Asymmetric ? Vi{} : -(splat(x_sums[t]) << offset_shift));
     for (int c = 0; c < blocks_per_group; c += kUnitBlocks)
       static_for<kUnitBlocks>([&](auto index) __attribute__((always_inline)) {
         constexpr int I = decltype(index)::value;
@@ -147,12 +147,12 @@ void panel_block(const Panel& panel, const Activations& a, std::int64_t block, s
       });
     for (int t = 0; t < Tokens; ++t)
       for (int v = 0; v < kStripVectors; ++v) {
-        float* to = sums[t] + v * kWidth;
-        Vf sum = load<Vf>(to) + load<Vf>(panel.scales[g] + v * kWidth) * x_scales[t] * to_float(dot[t][v].sum);
-        if (Asymmetric) sum += load<Vf>(panel.mins[g] + v * kWidth) * (x_scales[t] * static_cast<float>(x_sums[t]));
-        store(to, sum);
+        total[t][v] += load<Vf>(panel.scales[g] + v * kWidth) * x_scales[t] * to_float(dot[t][v].sum);
+        if (Asymmetric) total[t][v] += load<Vf>(panel.mins[g] + v * kWidth) * (x_scales[t] * static_cast<float>(x_sums[t]));
       }
   }
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) store(sums[t] + v * kWidth, total[t][v]);
 }
 
 using PanelBlock = void (*)(const Panel&, const Activations&, std::int64_t, std::int64_t, int, int, float (*)[kStripRows]);
@@ -210,10 +210,14 @@ void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
     for (std::int64_t g = 0; g < m.groups; g += chunk) {
       const int num_groups = static_cast<int>(m.groups - g < chunk ? m.groups - g : chunk);
       unpack_panel(m, strip, g, num_groups, panel);
-      for (int t = 0; t < tokens; t += kTokenBlock)
-        (tokens - t >= kTokenBlock ? full : rest)(panel, input.coded, t / kTokenBlock, g, num_groups, m.bits - 1, panel.sums + t);
+      const bool is_last = g + num_groups == m.groups;
+      for (int t = 0; t < tokens; t += kTokenBlock) {
+        const int count = tokens - t < kTokenBlock ? tokens - t : kTokenBlock;
+        for (int i = t; is_last && i < t + count; ++i) expect_rows(i, strip * kStripRows, kStripRows, out);
+        (count == kTokenBlock ? full : rest)(panel, input.coded, t / kTokenBlock, g, num_groups, m.bits - 1, panel.sums + t);
+        for (int i = t; is_last && i < t + count; ++i) write_rows(panel.sums[i], i, strip * kStripRows, kStripRows, out);
+      }
     }
-    for (int t = 0; t < tokens; ++t) write_rows(panel.sums[t], t, strip * kStripRows, kStripRows, out);
   }
 }
 

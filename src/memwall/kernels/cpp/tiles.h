@@ -123,17 +123,28 @@ MW_INLINE void with_bits(int bits, F&& f) {
   }
 }
 
-// Adds 16 results of one token into its output row, which may end within the tile.
-MW_INLINE void write_rows(const float* values, std::int64_t token, std::int64_t first_row, std::int64_t count,
-                          const Output& out) {
+// Writes `count` results of one token to its output row, which may end among them.
+MW_INLINE void write_rows(const float* values, std::int64_t token, std::int64_t first_row, int count, const Output& out) {
   float* to = out.data + token * out.rows + first_row;
-  const std::int64_t left = out.rows - first_row;
-  if (count > left) count = left;
-  for (std::int64_t i = 0; i < count; ++i) {
-    float value = values[i];
-    if (out.bias) value += out.bias[first_row + i];
+  const float* bias = out.bias ? out.bias + first_row : nullptr;
+  int i = 0;
+  if (out.rows - first_row < count) count = static_cast<int>(out.rows - first_row);
+  for (; i + kWidth <= count; i += kWidth) {
+    Vf value = load<Vf>(values + i);
+    if (bias) value += load<Vf>(bias + i);
+    if (out.accumulate) value += load<Vf>(to + i);
+    store(to + i, value);
+  }
+  for (; i < count; ++i) {
+    const float value = bias ? values[i] + bias[i] : values[i];
     to[i] = out.accumulate ? to[i] + value : value;
   }
+}
+
+// Asks for the lines that write_rows will write, while there is other work to do.
+MW_INLINE void expect_rows(std::int64_t token, std::int64_t first_row, int count, const Output& out) {
+  const float* to = out.data + token * out.rows + first_row;
+  for (int i = 0; i < count; i += 16) __builtin_prefetch(to + i, 1);
 }
 
 }  // namespace mw::MW_ISA

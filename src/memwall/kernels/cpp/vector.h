@@ -4,7 +4,9 @@
 // processor; intrinsics stand only where the language has no word for the instruction.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "half.h"
 
@@ -54,21 +56,25 @@ MW_INLINE Vf vmax(Vf a, Vf b) { return a > b ? a : b; }
 MW_INLINE Vf vmin(Vf a, Vf b) { return a < b ? a : b; }
 MW_INLINE Vf vabs(Vf a) { return (Vf)((Vi)a & 0x7fffffff); }
 
-MW_INLINE float sum_of(Vf v) {
-  float lane[kWidth];
-  store(lane, v);
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+template <int N, class V, std::size_t... I>
+MW_INLINE V rotated(V v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, static_cast<int>((I + N) % kWidth)...);
 }
 
-MW_INLINE float max_of(Vf v) {
-  float lane[kWidth];
-  store(lane, v);
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+// Combines all lanes by halves: f is applied log2(kWidth) times.
+template <int N = kWidth / 2, class V, class F>
+MW_INLINE auto across(V v, F&& f) {
+  v = f(v, rotated<N>(v, std::make_index_sequence<kWidth>{}));
+  if constexpr (N > 1) return across<N / 2>(v, f);
+  else return v[0];
 }
+MW_INLINE float sum_of(Vf v) {
+  return across(v, [](Vf a, Vf b) { return a + b; });
+}
+MW_INLINE std::int32_t sum_of(Vi v) {
+  return across(v, [](Vi a, Vi b) { return a + b; });
+}
+MW_INLINE float max_of(Vf v) { return across(v, vmax); }
 
 // Nearest integer, ties to even. Adding 1.5 * 2^23 leaves no room for a fraction; holds for |x| < 2^22.
 MW_INLINE Vi round_to_int(Vf x) { return (Vi)(x + 12582912.0f) - 0x4b400000; }

@@ -1,0 +1,140 @@
+"""Whole plans of the demo model: the promises of the command, with quality and kernels stubbed or bounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memwall.errors import DoesNotFit, InputError
+from memwall.memory import Budget
+from memwall.models import model_directory
+from memwall.plan import Choice, Goal, Plan, Planner, Quality, make_plan, store
+from memwall.plan import choose as choose_module
+from memwall.plan.choose import held_out_text
+
+DEMO = model_directory("demo")
+RUNTIME = 40_000_000
+
+
+def planned(budget: int | None, **settings: object) -> Plan:
+    options: dict[str, object] = {"measure": False, "runtime_bytes": RUNTIME, "threads": 1, "context": 256}
+    return make_plan(DEMO, budget=Budget(tiers={"ram": budget}) if budget else None, **(options | settings))  # type: ignore[arg-type]
+
+
+def test_reads_headers_only_and_stays_under_the_budget() -> None:
+    for budget in (48_000_000, 50_000_000, 53_000_000, 80_000_000):
+        plan = planned(budget)
+        assert plan.fits
+        assert plan.peak_bytes["ram"] <= budget
+        assert sum(row.nbytes for row in plan.rows) == plan.peak_bytes["ram"]
+        assert Plan.from_json(plan.to_json()) == plan
+        assert plan.quality is None
+        assert plan.explanation.count(". ") == 1
+
+
+def test_bits_grow_with_the_budget_and_use_it() -> None:
+    plans = [planned(budget, kv="float16") for budget in range(48_000_000, 58_000_000, 500_000)]
+    bits = [plan.bits_per_weight for plan in plans]
+    assert bits == sorted(bits)
+    assert bits[-1] > bits[0]
+    for plan in plans:
+        if plan.choice.weights != "float16":
+            assert plan.peak_bytes["ram"] >= 0.95 * plan.budget["ram"]
+
+
+def test_smallest_budget_works_and_one_byte_less_does_not() -> None:
+    with pytest.raises(DoesNotFit) as refused:
+        planned(RUNTIME + 1)
+    smallest = int(str(refused.value).rpartition("--memory ")[2])
+    assert planned(smallest).peak_bytes["ram"] <= smallest
+    with pytest.raises(DoesNotFit, match=str(smallest)):
+        planned(smallest - 1)
+
+
+def test_exact_settings_answer_whether_or_not_they_fit() -> None:
+    fitting = planned(80_000_000, weights="int4", kv="float16")
+    assert fitting.choice.weights == "int4"
+    assert fitting.fits
+    tight = planned(45_000_000, weights="float16", kv="float32")
+    assert not tight.fits
+    assert "does not fit" in tight.explanation
+    assert planned(None, weights="int3", kv="kivi(2bit)").budget == {}
+
+
+def test_runners_up_are_others_and_say_why_not() -> None:
+    plan = planned(50_000_000)
+    assert plan.runners_up
+    assert all(option.note for option in plan.runners_up)
+    assert all(option.choice != plan.choice for option in plan.runners_up)
+    assert any("more" in option.note and "needs" in option.note for option in plan.runners_up)
+
+
+def test_another_machine_gives_tiers_and_speed() -> None:
+    plan = make_plan(DEMO, machine="a100-80gb", measure=False, runtime_bytes=RUNTIME, context=512)
+    assert set(plan.peak_bytes) == {"gpu", "ram"}
+    assert plan.choice.device == "gpu"
+    assert plan.budget["gpu"] == 80 * 2**30
+    assert plan.decode_tokens_per_s is not None
+    with pytest.raises(InputError, match="a100"):
+        make_plan(DEMO, machine="a100-80", measure=False, runtime_bytes=RUNTIME)
+
+
+def test_measured_quality_decides_is_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[str, str]] = []
+
+    class Stub:
+        def __init__(self, *arguments: object, **settings: object) -> None:
+            pass
+
+        def score(self, weights: str, kv: str, progress: object = None) -> object:
+            measured.append((weights, kv))
+            loss = 0.3 if kv == "float16" else 0.2
+
+            class Figures:
+                kl_nats, perplexity, top1_agreement, tokens = loss, 20.0, 0.9, 100
+
+            return Figures()
+
+    monkeypatch.setattr("memwall.engine.quality.Evaluator", Stub)
+    planner = Planner(DEMO, runtime_bytes=RUNTIME, profile=False)
+    goal = Goal(budget={"ram": 50_000_000}, context=256, threads=1)
+    monkeypatch.setattr(choose_module, "Figures", None, raising=False)
+    plan = planner.plan(goal)
+    assert plan.quality is not None
+    assert plan.choice.kv != "float16"
+    assert "0.2 nats" in plan.explanation
+    count = len(measured)
+    assert planner.plan(goal, measure=False).quality == plan.quality
+    assert len(measured) == count
+    assert store.read("quality")
+
+
+def test_unknown_model_and_settings_are_input_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        make_plan(tmp_path / "absent", runtime_bytes=RUNTIME)
+    with pytest.raises(InputError, match="int9"):
+        planned(10**8, weights="int9")
+    with pytest.raises(InputError, match="zip"):
+        planned(10**8, kv="zip")
+    with pytest.raises(InputError, match="1 to 1024"):
+        planned(10**8, context=5000)
+    with pytest.raises(InputError, match="cpu or gpu"):
+        planned(10**8, device="tpu")
+    with pytest.raises(InputError, match="measure"):
+        planned(10**8, max_kl=0.1)
+
+
+def test_real_measurement_of_one_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_module, "MEASURED_TOKENS", 96)
+    planner = Planner(DEMO, runtime_bytes=RUNTIME, profile=False)
+    quality = planner.quality(Choice(weights="int3", kv="kivi(2bit)", context=128, segment_tokens=128))
+    assert isinstance(quality, Quality)
+    assert 0 < quality.kl_nats < 5
+    assert 0 <= quality.top1_agreement <= 1
+
+
+def test_held_out_text_is_plain_prose_of_a_useful_size() -> None:
+    text = held_out_text()
+    assert 30_000 < len(text) < 60_000
+    assert text.isascii()

@@ -1,0 +1,75 @@
+"""The speed model by hand: known rates in, known seconds out."""
+
+from __future__ import annotations
+
+import pytest
+
+from memwall.hardware.machine import load_machine
+from memwall.models import ModelConfig, model_directory
+from memwall.models.precision import resolve
+from memwall.plan.base import Choice
+from memwall.plan.profile import WORKING_SETS_BYTES, KernelProfile
+from memwall.plan.speed import EFFICIENCY, predict_elsewhere, predict_here, step_bytes, step_macs
+
+DEMO = ModelConfig.from_directory(model_directory("demo"))
+INT4 = resolve(DEMO, "int4")
+CHOICE = Choice(weights="int4", kv="float16", context=1024)
+
+
+def profile(rates: list[float]) -> KernelProfile:
+    figures = {
+        "matvec int4-g64": rates,
+        "prefill int4-g64": 1e11,
+        f"attend float16 {DEMO.num_heads}x{DEMO.num_kv_heads}x{DEMO.head_dim}": [1e-5 + 64e-8, 1e-5 + 1024e-8],
+        "overhead": [20e-6, 50e-6, 1e-5],
+    }
+    return KernelProfile(key="hand", figures=figures, measure=False)
+
+
+def test_decode_is_bytes_over_rate_plus_overheads() -> None:
+    speed = predict_here(DEMO, INT4, CHOICE, 4 << 20, profile([1e10] * len(WORKING_SETS_BYTES)))
+    assert speed is not None
+    start = sum(step_bytes(DEMO, INT4).values()) / 1e10 + DEMO.num_layers * 20e-6 + 50e-6
+    assert 1 / speed.decode_tokens_per_s_at_start == pytest.approx(start)
+    # the line through the two measured lengths: 10 ns more per cached token and layer
+    assert 1 / speed.decode_tokens_per_s == pytest.approx(start + DEMO.num_layers * 1024e-8)
+
+
+def test_larger_working_sets_leave_the_cache() -> None:
+    rates = [4e10, 2e10, 1.5e10, 1e10]
+    small = predict_here(DEMO, INT4, CHOICE, 0, profile(rates))
+    large = predict_here(DEMO, INT4, CHOICE, 10**9, profile(rates))
+    assert small is not None
+    assert large is not None
+    assert small.decode_tokens_per_s > large.decode_tokens_per_s
+    assert small.decode_tokens_per_s_at_start == large.decode_tokens_per_s_at_start
+
+
+def test_unknown_figures_give_no_prediction() -> None:
+    assert predict_here(DEMO, resolve(DEMO, "int8"), CHOICE, 0, profile([1e10] * 4)) is None
+
+
+def test_experts_and_embeddings_count_by_what_a_token_reads() -> None:
+    experts = ModelConfig.from_dict(
+        {
+            "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "num_local_experts": 4,
+            "num_experts_per_tok": 2, "tie_word_embeddings": False,
+        }
+    )  # fmt: skip
+    specs = resolve(experts, "float32")
+    read = sum(step_bytes(experts, specs).values())
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 2 * 3 * 64 * 128
+    assert read == pytest.approx(4 * (2 * layer + 512 * 64 + 64))
+    assert sum(step_macs(experts, specs).values()) == 2 * layer
+
+
+def test_elsewhere_is_a_roofline() -> None:
+    machine = load_machine("a100-80gb")
+    speed = predict_elsewhere(DEMO, INT4, CHOICE, 1 << 20, machine, "gpu")
+    weights = sum(step_bytes(DEMO, INT4).values())
+    bandwidth = machine.tier("gpu").read_bytes_per_s * EFFICIENCY
+    assert speed.decode_tokens_per_s_at_start == pytest.approx(bandwidth / weights)
+    assert speed.decode_tokens_per_s == pytest.approx(bandwidth / (weights + (1 << 20)))
+    assert speed.prefill_tokens_per_s > speed.decode_tokens_per_s
