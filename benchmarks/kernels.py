@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--paths", default="avx512,avx2")
     parser.add_argument("--threads", type=int, default=0, help="0: all")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--megabytes", type=float, default=128)
+    parser.add_argument("--megabytes", type=float, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args()
