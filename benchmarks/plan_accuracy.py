@@ -5,7 +5,7 @@ several budgets, formats, cache policies and contexts. Bounds: peak within 5 %, 
 of the budget used where more bits would help. Prints a table, writes it as Markdown and JSON, exits with status 1 when
 a bound is missed.
 
-    python benchmarks/plan_accuracy.py [--quick] [--threads 2] [--repeats 3] [--output benchmarks/results]
+    python benchmarks/plan_accuracy.py [--quick] [--threads 2] [--repeats 5] [--output benchmarks/results]
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -100,6 +99,7 @@ class Outcome:
     peak_error: float
     predicted_tokens_per_s: float
     measured_tokens_per_s: float
+    all_tokens_per_s: list[float]
     speed_error: float
     budget_used: float | None
     rows: list[dict[str, Any]]
@@ -168,7 +168,7 @@ def run_once(model: Path, case: Case, prompt: str, context: int, budget: int | N
 
 
 def examine(planner: Planner, case: Case, threads: int, repeats: int) -> Outcome:
-    """Run one case several times and compare the median speed and the largest peak with the plan."""
+    """Run one case several times and compare the least disturbed speed and the largest peak with the plan."""
     tokenizer = Tokenizer.from_directory(planner.model)
     prompt, prompt_tokens = prompt_of(tokenizer, case.context - NEW_TOKENS[case.model])
     context = prompt_tokens + NEW_TOKENS[case.model]
@@ -185,7 +185,7 @@ def examine(planner: Planner, case: Case, threads: int, repeats: int) -> Outcome
         run["timings"]["decode_tokens_per_s" if "decode_tokens_per_s" in run["timings"] else "tokens_per_s"]
         for run in runs
     ]
-    measured_speed = statistics.median(speeds)
+    measured_speed = max(speeds)  # other programs only take away, as in the profile of the kernels
     measured_peak = max(run["peak_resident_bytes"] for run in runs)
     predicted_peak = plan["peak_bytes"]["ram"]
     # seconds per token grow by the same amount with each token of context: the mean is that of the middle
@@ -215,6 +215,7 @@ def examine(planner: Planner, case: Case, threads: int, repeats: int) -> Outcome
         peak_error=peak_error,
         predicted_tokens_per_s=predicted_speed,
         measured_tokens_per_s=measured_speed,
+        all_tokens_per_s=speeds,
         speed_error=speed_error,
         budget_used=used,
         rows=runs[0]["ledger"],
@@ -267,7 +268,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the demo model's cases only, once each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     cases = [case for case in CASES if not arguments.quick or case.model == "demo"]
