@@ -77,7 +77,7 @@ def test_truncated_tokens_are_forgotten() -> None:
 
 
 def test_refusals() -> None:
-    cache = kv.build("float32", SHAPE, Arena(3 * 4096, Ledger()), 60)
+    cache = kv.build("float32", SHAPE, Arena(4 * 4096, Ledger()), 60)
     row = np.ones((50, 2, 20), np.float32)
     cache.append(0, row[:20], row[:20], np.arange(20))
     with pytest.raises(BudgetExceeded, match="kv/full"):

@@ -28,7 +28,7 @@ from memwall.errors import InputError
 if TYPE_CHECKING:
     from memwall.engine import Generation, Sampling, Session
     from memwall.memory import Budget
-    from memwall.models import Tokenizer
+    from memwall.models.tokenizer import Tokenizer
     from memwall.plan import Plan
 
 DEMO = "demo"

@@ -124,8 +124,9 @@ class FloatCache(KVCache):
         held = self._lengths[layer]
         self._check_append(held, len(k), positions)
         end = held + len(k)
-        self._keys[layer].reserve(end)
-        self._values[layer].reserve(end)
+        # the first layer takes room for all: a refusal must come before any layer has changed
+        for rows in (*self._keys, *self._values) if layer == 0 else (self._keys[layer], self._values[layer]):
+            rows.reserve(end)
         self._keys[layer].rows(held, end)[:] = k
         self._values[layer].rows(held, end)[:] = v
         self._lengths[layer] = end

@@ -228,20 +228,15 @@ class KiviCache(KVCache):
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         state = self._layers[layer]
         self._check_append(state.length, len(k), positions)
-        # room for what settling will code is taken here: a refusal must come before anything has changed
-        num_keys, num_values = state.keys.count + len(k), state.values.count + len(k)
-        key_tokens = state.coded_keys + num_keys - num_keys % self.settings.cycle
-        value_tokens = state.coded_values + max(num_values - self.settings.residual, 0)
-        if len(k) > 1:
-            self._staged_keys.reserve(num_keys)
-            self._staged_values.reserve(num_values)
-        state.key_blocks.reserve(self.settings.key_bytes(self.shape, key_tokens))
-        state.value_blocks.reserve(self.settings.value_bytes(self.shape, value_tokens))
+        # the first layer takes room for all: a refusal must come before any layer has changed
+        for each in self._layers if layer == 0 else [state]:
+            self._reserve(each, len(k))
         if len(k) == 1:
             state.keys.push(k)
             state.values.push(v)
         else:
-            keys, values = self._staged_keys.rows(0, num_keys), self._staged_values.rows(0, num_values)
+            keys = self._staged_keys.rows(0, state.keys.count + len(k))
+            values = self._staged_values.rows(0, state.values.count + len(k))
             for rows, recent, new in ((keys, state.keys, k), (values, state.values, v)):
                 rows[: recent.count] = recent.rows
                 rows[recent.count :] = new
@@ -317,6 +312,17 @@ class KiviCache(KVCache):
         self._staged_keys.release()
         self._staged_values.release()
         self.arena.free(self._recent)
+
+    def _reserve(self, state: _Layer, num_new: int) -> None:
+        """Room for new tokens' staging and for what settling will code."""
+        num_keys, num_values = state.keys.count + num_new, state.values.count + num_new
+        if num_new > 1:
+            self._staged_keys.reserve(num_keys)
+            self._staged_values.reserve(num_values)
+        key_tokens = state.coded_keys + num_keys - num_keys % self.settings.cycle
+        value_tokens = state.coded_values + max(num_values - self.settings.residual, 0)
+        state.key_blocks.reserve(self.settings.key_bytes(self.shape, key_tokens))
+        state.value_blocks.reserve(self.settings.value_bytes(self.shape, value_tokens))
 
     def _exact(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact keys and values of the layer: the staged ones of a prompt, else the recent ones."""
