@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models.families import write_tokenizer
 
 from memwall.errors import InputError
 from memwall.models import DEMO_DIRECTORY
 from memwall.models.tokenizer import StreamDecoder, Tokenizer
+from tests.models.families import write_tokenizer
 
 
 @cache

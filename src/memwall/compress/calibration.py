@@ -17,6 +17,7 @@ from memwall import kernels
 from memwall.compress.base import Statistics
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
+from memwall.kernels import attention
 from memwall.memory import Arena
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, ModelConfig
@@ -100,7 +101,7 @@ class PromptCache:
         self._k, self._v = k, v
 
     def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
-        kernels.attend_float(
+        attention.attend_float(
             q,
             self._k,
             self._v,
