@@ -217,9 +217,10 @@ def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokeni
 
 def _complete(request: Request) -> None:
     from memwall.models import model_directory
+    from memwall.models.config import checked_directory
     from memwall.models.tokenizer import Tokenizer
 
-    path = model_directory(request.model)
+    path = checked_directory(model_directory(request.model))
     text = _read_prompt(request)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
