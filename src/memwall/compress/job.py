@@ -51,7 +51,7 @@ class Tuning:
     """What seldom needs changing: see `MethodConfig` and `CalibrationSettings`."""
 
     damping: float = 0.01
-    activation_order: bool = False
+    activation_order: bool = True
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
 
 
