@@ -9,7 +9,7 @@ from __future__ import annotations
 from memwall._native import best_isa, force_isa, isa, num_threads, set_num_threads
 from memwall.kernels.elementwise import rms_norm, rope, swiglu
 from memwall.kernels.encode import encode
-from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, scratch_bytes
+from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, scratch_bytes
 
 __all__ = [
     "Matrix",
@@ -21,6 +21,7 @@ __all__ = [
     "linear",
     "matrix",
     "num_threads",
+    "predict_scratch_bytes",
     "rms_norm",
     "rope",
     "scratch_bytes",
