@@ -40,7 +40,7 @@ Scratch g_activations[3], g_workers;
 
 // Below this a call runs on its own thread: waking another costs about as much.
 constexpr double kInlineSeconds = 20e-6;
-constexpr double kChunkSeconds = 15e-6;
+constexpr double kChunkSeconds = 5e-6;
 // Rough speeds of one core, for the size of chunks only.
 constexpr double kBytesPerSecond = 15e9, kMultipliesPerSecond = 150e9;
 
