@@ -1,4 +1,4 @@
-"""The torch form with packed weights: each linear layer becomes a Triton product on the same tiles the CPU engine reads."""
+"""The torch form with packed weights: linear layers become Triton products on the tiles that the CPU engine reads."""
 
 from __future__ import annotations
 
