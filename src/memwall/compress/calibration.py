@@ -40,7 +40,7 @@ _SHARED = {"q_proj": "k_proj", "v_proj": "k_proj", "up_proj": "gate_proj", "w3":
 class CalibrationSettings:
     """How much text is read: at most `max_tokens`, in sequences of `sequence_tokens`."""
 
-    max_tokens: int = 32_768
+    max_tokens: int = 16_384
     sequence_tokens: int = 512
 
     def __post_init__(self) -> None:
@@ -196,16 +196,18 @@ class LayerStream:
             kernels.gather_rows(matrix, ids, hidden)
         self._checkpoint.drop(EMBEDDING)
 
-    def collect(self, layer: int, names: Sequence[str]) -> Collector:
-        """Statistics of the inputs of `names` in one layer; the hidden states stay where they are."""
+    def collect(self, layer: int, names: Sequence[str], *, advance: bool = False) -> Collector:
+        """Statistics of the inputs of `names` in one layer; the hidden states stay where they are, or `advance`."""
         specs = {t.name: t for t in self.config.tensors() if t.layer == layer}
         collector = Collector({shared_input(name): specs[name].shape[1] for name in names}, self._arena)
         try:
             with self._weights_of(layer, {}):
                 self._decoder.observer = collector
                 for hidden in self.hidden:
-                    np.copyto(self._work, hidden)
-                    self._decoder.run_layer(layer, self._work, PromptCache(self.config))
+                    states = hidden if advance else self._work
+                    if not advance:
+                        np.copyto(states, hidden)
+                    self._decoder.run_layer(layer, states, PromptCache(self.config))
         except BaseException:
             collector.release()
             raise

@@ -189,7 +189,7 @@ class Job:
         stream.embed()
         for part in self._parts:
             before = stream.hidden[0].copy()
-            for tensors, statistics in self._statistics(part, stream):
+            for tensors, statistics in self._statistics(part, stream, advance=True):
                 forms = {tensor.name: self._probe_form(tensor) for tensor in tensors}
                 if part.layer is not None:
                     nats = probe.layer_nats(part.layer, before, forms)
@@ -202,8 +202,6 @@ class Job:
                     losses[tensor.name] = self._candidates(tensor, known, forms[tensor.name], nats[tensor.name])
                     done += tensor.size
                     self._progress("measure", done, self._num_weights)
-            if part.layer is not None:
-                stream.advance(part.layer)
         drop_pages(self.checkpoint, {EMBEDDING, EMBEDDING if tied else HEAD})
         chosen = self._choose([losses[tensor.name] for tensor in self._matrices])
         specs = {tensor.name: "float32" for part in self._parts for tensor in part.tensors}
@@ -223,11 +221,9 @@ class Job:
         self, tensor: TensorSpec, statistics: Statistics | None, probed: Packed, nats: float
     ) -> list[Candidate]:
         weight = self.checkpoint.tensor(tensor.name)
-        error = sensitivity.relative_error(weight, probed, statistics)
-        configs = [self._config(spec) for spec in self._rungs(tensor)]
-        price = nats / error if error > 0 else 0.0
-        with _named(tensor.name):
-            found = sensitivity.candidates(weight, statistics, configs, self._method_for(statistics), price=price)
+        method, config = self._method_for(statistics), self._config(probed.spec)
+        nats *= sensitivity.gain(weight, statistics, method, config)
+        found = sensitivity.candidates(weight, statistics, self._rungs(tensor), probed.spec, nats)
         self.checkpoint.drop(tensor.name)
         return found
 
@@ -284,17 +280,23 @@ class Job:
     # -- statistics within the budget ----------------------------------------------------------------------------------
 
     def _statistics(
-        self, part: _Part, stream: LayerStream | None
+        self, part: _Part, stream: LayerStream | None, *, advance: bool = False
     ) -> Iterator[tuple[list[TensorSpec], dict[str, Statistics]]]:
-        """The part's matrices in runs whose statistics fit in memory together, each run with its statistics."""
+        """The part's matrices in runs whose statistics fit in memory together, each run with its statistics.
+
+        advance: the last run also moves the stream through the part's layer, as it is.
+        """
         if stream is None or not part.matrices or part.matrices[0].name == EMBEDDING:
             yield part.matrices, {}
         elif part.layer is None:
             with self._collected(stream.collect_final(HEAD)) as statistics:
                 yield part.matrices, statistics
         else:
-            for run in self._runs(part.matrices):
-                with self._collected(stream.collect(part.layer, [tensor.name for tensor in run])) as statistics:
+            runs = list(self._runs(part.matrices))
+            for index, run in enumerate(runs):
+                is_last = index == len(runs) - 1
+                names = [tensor.name for tensor in run]
+                with self._collected(stream.collect(part.layer, names, advance=advance and is_last)) as statistics:
                     yield run, statistics
 
     def _runs(self, matrices: list[TensorSpec]) -> Iterator[list[TensorSpec]]:

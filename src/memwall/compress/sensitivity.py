@@ -33,23 +33,28 @@ def sample_rows(weight: np.ndarray) -> np.ndarray:
 
 
 def candidates(
-    weight: np.ndarray,
-    statistics: Statistics | None,
-    configs: Sequence[MethodConfig],
-    method: WeightMethod,
-    *,
-    price: float = 1.0,
+    weight: np.ndarray, statistics: Statistics | None, specs: Sequence[str], probed: str, nats: float
 ) -> list[Candidate]:
-    """Every form that a matrix may take, with its bytes and its loss by `method`. No statistics: H = I."""
+    """Every form that a matrix may take, with its bytes and its loss.
+
+    The loss of the form `probed` is `nats`, that of others in proportion to their errors. No statistics: H = I.
+    """
     rows = sample_rows(weight)
-    whole = output_error(rows, statistics)
-    found = []
-    for config in configs:
-        coder = codec(config.spec)
-        change = coder.decode(method.compress(rows, statistics, config)) - rows
-        loss = price * output_error(change, statistics) / whole if whole > 0 else 0.0
-        found.append(Candidate(spec=config.spec, nbytes=coder.nbytes(weight.shape), loss=loss))
-    return found
+    errors = {spec: _rounding_error(rows, statistics, spec) for spec in {*specs, probed}}
+    price = nats / errors[probed] if errors[probed] > 0 else 0.0
+    return [Candidate(spec=s, nbytes=codec(s).nbytes(weight.shape), loss=price * errors[s]) for s in specs]
+
+
+def gain(weight: np.ndarray, statistics: Statistics | None, method: WeightMethod, config: MethodConfig) -> float:
+    """What a method leaves of the error of rounding to nearest; nearly the same at every width, so one is measured."""
+    rows = sample_rows(weight)
+    error = _rounding_error(rows, statistics, config.spec)
+    packed = method.compress(rows, statistics, config)
+    return output_error(codec(config.spec).decode(packed) - rows, statistics) / error if error > 0 else 1.0
+
+
+def _rounding_error(rows: np.ndarray, statistics: Statistics | None, spec: str) -> float:
+    return output_error(codec(spec).decode(kernels.encode(spec, rows)) - rows, statistics)
 
 
 def relative_error(weight: np.ndarray, packed: Packed, statistics: Statistics | None) -> float:

@@ -67,42 +67,42 @@ class IntegerColumns(ColumnQuantizer):
         self._codes = np.empty((num_columns, num_rows), np.uint8)
         self._scales = np.zeros((num_groups, num_rows), np.float16)
         self._mins = None if codec.symmetric else np.zeros((num_groups, num_rows), np.float16)
-        self._entered = -1
+        self._prepared: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]] = {}
 
     def enter_group(self, index: int, columns: np.ndarray) -> None:
         scales, mins = self.codec.fit(columns.T)
         self._scales[index] = scales
         if self._mins is not None:
             self._mins[index] = mins
-        self._entered = -1
+        self._prepared.pop(index, None)
 
     def quantize(self, column: int, values: np.ndarray) -> np.ndarray:
-        if self._entered != column // self.group:
-            self._use(column // self.group)
-        shifted = values if self._min is None else values - self._min
-        codes = np.rint(shifted / self._divisor)
-        if self._min is None:
+        scale, divisor, low, zero = self._parameters(column // self.group)
+        codes = values / divisor if low is None else (values - low) / divisor
+        np.rint(codes, out=codes)
+        if low is None:
             codes += self.codec.zero_code
-        np.clip(codes, 0.0, (1 << self.codec.bits) - 1, out=codes)
-        if self._has_zero:
-            codes[self._zero] = self.codec.zero_code
+        np.maximum(codes, 0, out=codes)
+        np.minimum(codes, (1 << self.codec.bits) - 1, out=codes)
+        if zero is not None:
+            codes[zero] = self.codec.zero_code
         self._codes[column] = codes
-        if self._min is None:
+        if low is None:
             codes -= self.codec.zero_code
-            codes *= self._scale
-        else:
-            codes *= self._scale
-            codes += self._min
+        codes *= scale
+        if low is not None:
+            codes += low
         return codes
 
-    def _use(self, index: int) -> None:
-        """float32 copies of one group's parameters, made once for its columns."""
-        self._entered = index
-        self._scale = self._scales[index].astype(np.float32)
-        self._min = None if self._mins is None else self._mins[index].astype(np.float32)
-        self._zero = self._scale == 0
-        self._has_zero = bool(self._zero.any())
-        self._divisor = np.where(self._zero, np.float32(1), self._scale)
+    def _parameters(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Scale, divisor, minimum and the rows without a scale of one group in float32, made once for its columns."""
+        if index not in self._prepared:
+            scale = self._scales[index].astype(np.float32)
+            zero = scale == 0
+            divisor = np.where(zero, np.float32(1), scale)
+            low = None if self._mins is None else self._mins[index].astype(np.float32)
+            self._prepared[index] = scale, divisor, low, zero if zero.any() else None
+        return self._prepared[index]
 
     def finish(self) -> Packed:
         mins = None if self._mins is None else self._mins.T
