@@ -46,13 +46,7 @@ class Gptq(WeightMethod):
         if statistics.hessian.shape != (num_columns, num_columns):
             raise InputError(f"statistics of {len(statistics.hessian)} inputs do not fit a matrix of {num_columns}")
         columns = sweep.IntegerColumns(coder, num_rows, num_columns)
-        return sweep.sweep(
-            weight,
-            statistics.hessian,
-            columns,
-            damping=config.damping,
-            activation_order=config.activation_order,
-        )
+        return sweep.sweep(weight, statistics.factor(config.damping, config.activation_order), columns)
 
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         return sweep.work_bytes(num_rows, num_columns)

@@ -18,6 +18,7 @@ is up to an `OutlierRule`. Arrays are held column by column ([cols, rows]), so t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -149,28 +150,41 @@ def work_bytes(num_rows: int, num_columns: int) -> int:
     return max(3 * itemsize * num_columns**2 + 4 * num_rows * num_columns, 4 * num_columns**2 + matrices)
 
 
-def sweep(
-    weight: np.ndarray,
-    hessian: np.ndarray,
-    quantizer: ColumnQuantizer,
-    *,
-    damping: float = 0.01,
-    activation_order: bool = False,
-    outliers: OutlierRule | None = None,
-) -> Packed:
-    """Compress weight [rows, cols] under H [cols, cols].
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """The factor of one H, for all matrices that read the same inputs.
 
-    activation_order: columns with the largest inputs go first. Groups stay those of neighbouring columns, so that the
-    stored form is the same; their parameters come from the weights as given, as their columns no longer meet together.
+    order [cols]: the columns in the order they are worked; feedback and pivots are in that order, see `factor`.
+    """
+
+    order: np.ndarray
+    feedback: np.ndarray
+    pivots: np.ndarray
+
+    @staticmethod
+    def of(hessian: np.ndarray, damping: float = 0.01, activation_order: bool = False) -> Factor:
+        """activation_order: columns with the largest inputs go first."""
+        order = np.arange(len(hessian))
+        if activation_order:
+            order = np.argsort(-np.diagonal(hessian), kind="stable")
+            hessian = hessian[np.ix_(order, order)]
+        return Factor(order, *factor(hessian, damping))
+
+
+def sweep(
+    weight: np.ndarray, factored: Factor, quantizer: ColumnQuantizer, *, outliers: OutlierRule | None = None
+) -> Packed:
+    """Compress weight [rows, cols] under the H that was factored.
+
+    Groups are those of neighbouring columns whatever the order, so that the stored form is the same. Worked out of
+    order, a group's parameters come from the weights as given, as its columns no longer meet together.
     """
     columns = np.ascontiguousarray(np.asarray(weight, np.float32).T)
-    order = np.argsort(-np.diagonal(hessian), kind="stable") if activation_order else np.arange(len(columns))
+    order, feedback, pivots = factored.order, factored.feedback, factored.pivots
     in_order = bool((order == np.arange(len(columns))).all())
     if not in_order:
-        hessian = hessian[np.ix_(order, order)]
         for start in range(0, len(columns), quantizer.group):
             quantizer.enter_group(start // quantizer.group, columns[start : start + quantizer.group])
-    feedback, pivots = factor(hessian, damping)
     errors = np.empty_like(columns)
     for start in range(0, len(columns), quantizer.group):
         members = order[start : start + quantizer.group]

@@ -17,7 +17,11 @@ void row_block(const Matrix& m, const Input& input, std::int64_t row, std::int64
   for (std::int64_t c = 0; c < whole; c += kStep)
     for (int i = 0; i < kChains; ++i) {
       Vf weights[Rows];
-      for (int r = 0; r < Rows; ++r) weights[r] = Type::vector(w + r * cols + c + i * kWidth);
+      for (int r = 0; r < Rows; ++r) {
+        const auto* at = w + r * cols + c + i * kWidth;
+        weights[r] = Type::vector(at);
+        if (Tokens == 1) __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
+      }
       for (int t = 0; t < Tokens; ++t) {
         const Vf values = load<Vf>(x + t * cols + c + i * kWidth);
         for (int r = 0; r < Rows; ++r) sums[r][t][i] += weights[r] * values;

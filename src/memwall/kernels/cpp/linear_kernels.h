@@ -14,6 +14,7 @@ constexpr int kTokenBlock = 4, kStripTiles = 1;
 #else
 constexpr int kTokenBlock = 2, kStripTiles = 1;
 #endif
+constexpr int kPrefetchBytes = 4096;  // hardware prefetch stops at the end of a page
 constexpr int kStripRows = kStripTiles * kTileRows;
 constexpr int kStripVectors = kStripRows / kWidth;
 

@@ -46,7 +46,6 @@ constexpr int kChains = 4;  // a fused dot product takes four cycles or five, an
 #else
 constexpr int kChains = 1;
 #endif
-constexpr int kPrefetchBytes = 4096;  // hardware prefetch stops at the end of a page
 
 // One token, one tile. The offset of symmetric codes and the minimum of asymmetric ones both multiply the sum of the
 // activations, which is known beforehand: they cost one operation per group, not one per weight.
