@@ -245,7 +245,7 @@ def _encode(model: Path, text: str | Path) -> list[int]:
     content = read_text(text) if isinstance(text, Path) else text
     if not content.strip():
         raise InputError(f"{name}: is empty; give at least a few sentences")
-    return list(Tokenizer.from_directory(model).encode(content))
+    return list(Tokenizer.from_directory(model).encode(content, add_bos=False))
 
 
 def _windows(config: ModelConfig, tokens: Sequence[int], window_tokens: int) -> list[list[int]]:
