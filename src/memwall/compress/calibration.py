@@ -127,6 +127,7 @@ class Collector:
         self._arena = arena
         self.statistics: dict[str, Statistics] = {}
         self._staged: dict[str, tuple[np.ndarray, int]] = {}
+        self._work = arena.charge(OWNER, self.work_bytes(max(columns.values(), default=0)))
         try:
             for name, count in columns.items():
                 self.statistics[name] = Statistics(arena.allocate(OWNER, (count, count), np.float32))
@@ -139,6 +140,11 @@ class Collector:
     def nbytes(num_columns: int) -> int:
         """Bytes held per input width."""
         return 4 * num_columns * (num_columns + STAGED_ROWS)
+
+    @staticmethod
+    def work_bytes(num_columns: int) -> int:
+        """Bytes held once while the widest input's rows are multiplied."""
+        return 4 * num_columns**2
 
     def __call__(self, name: str, x: np.ndarray) -> None:
         if name not in self._staged:
@@ -159,6 +165,7 @@ class Collector:
             if count:
                 self.statistics[name].add(staged[:count])
             self._staged[name] = (staged, 0)
+        self._work.resize(0)
         return self.statistics
 
     def release(self) -> None:
@@ -167,6 +174,7 @@ class Collector:
             self._arena.free(staged)
         for statistics in self.statistics.values():
             self._arena.free(statistics.hessian)
+        self._work.release()
         self._staged, self.statistics = {}, {}
 
 

@@ -300,7 +300,10 @@ class Job:
                     yield run, statistics
 
     def _runs(self, matrices: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
-        work_bytes = max(_tensor_work_bytes(tensor, self.method.work_bytes(*tensor.shape)) for tensor in matrices)
+        work_bytes = max(
+            max(Collector.work_bytes(t.shape[1]), _tensor_work_bytes(t, self.method.work_bytes(*t.shape)))
+            for t in matrices
+        )
         room = self.arena.free_bytes - work_bytes
         run: list[TensorSpec] = []
         held: dict[str, int] = {}
@@ -326,7 +329,8 @@ class Job:
         layers = [part for part in self._parts if part.layer is not None]
         source_bytes = max(self._source_bytes(part.tensors) for part in layers)
         tensor_bytes = max(
-            Collector.nbytes(t.shape[1]) + _tensor_work_bytes(t, self.method.work_bytes(*t.shape))
+            Collector.nbytes(t.shape[1])
+            + max(Collector.work_bytes(t.shape[1]), _tensor_work_bytes(t, self.method.work_bytes(*t.shape)))
             for t in self._matrices
             if t.name != EMBEDDING
         )

@@ -30,6 +30,7 @@ from memwall.formats.integer import IntegerCodec
 # above this the factor is made in float32: the damping is far above its rounding, and float64 would take gigabytes
 _FLOAT64_COLUMNS = 4096
 _DAMPING_TRIES = 6
+_BLOCK_COLUMNS = 128
 
 
 class ColumnQuantizer(ABC):
@@ -109,45 +110,55 @@ class IntegerColumns(ColumnQuantizer):
         return self.codec.pack(np.ascontiguousarray(self._codes.T), self._scales.T, mins)
 
 
-def factor(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
+def factor(hessian: np.ndarray, damping: float, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """H + damping * mean(diag H) I = R R^T, R upper triangular -> feedback R_ij / R_jj [cols, cols] float32, R_jj^2.
 
-    An input that is always zero leaves an empty row and column, which the damping fills: its weights are just rounded.
-    Where H is too close to singular for its precision the damping grows tenfold until the factor exists.
+    order: the columns as they are to be worked. An input that is always zero leaves an empty row and column, which the
+    damping fills: its weights are just rounded. Where H is too close to singular for its precision the damping grows
+    tenfold until the factor exists.
     """
-    if not np.isfinite(hessian).all():
+    diagonal = np.diagonal(hessian)
+    if not np.isfinite(hessian.sum(dtype=np.float64)):
         raise InputError("the calibration statistics hold NaN or infinite values; are the model's weights damaged?")
     # of the matrix in reverse order, the lower factor is this one's upper factor
-    reverse: Any = hessian[::-1, ::-1].astype(np.float64 if len(hessian) <= _FLOAT64_COLUMNS else np.float32)
-    mean = float(np.mean(np.diagonal(reverse), dtype=np.float64)) or 1.0
-    diagonal = reverse.reshape(-1)[:: len(reverse) + 1]
-    added = 0.0
+    reverse = np.arange(len(hessian))[::-1] if order is None else order[::-1]
+    dtype = np.float64 if len(hessian) <= _FLOAT64_COLUMNS else np.float32
+    mean = float(np.mean(diagonal, dtype=np.float64)) or 1.0
     for attempt in range(_DAMPING_TRIES):
-        wanted = damping * mean * 10.0**attempt
-        diagonal += wanted - added
-        added = wanted
+        lower: Any = hessian[np.ix_(reverse, reverse)].astype(dtype, copy=False)
+        lower.reshape(-1)[:: len(lower) + 1] += damping * mean * 10.0**attempt
         try:
-            lower = np.linalg.cholesky(reverse)
+            _cholesky_in_place(lower)
             break
         except np.linalg.LinAlgError:
             continue
     else:
         raise InputError("the calibration statistics are not positive definite, even damped; use more calibration text")
-    del reverse, diagonal
-    upper = lower[::-1, ::-1]
-    pivots = np.diagonal(upper).copy()
-    upper /= pivots
-    return np.ascontiguousarray(upper, np.float32), pivots**2
+    pivots = np.diagonal(lower).copy()
+    lower /= pivots
+    return lower.astype(np.float32, copy=False)[::-1, ::-1], pivots[::-1] ** 2
+
+
+def _cholesky_in_place(matrix: np.ndarray) -> None:
+    """The lower Cholesky factor over the matrix itself: NumPy's own makes two more copies of it."""
+    size = len(matrix)
+    for start in range(0, size, _BLOCK_COLUMNS):
+        stop = min(start + _BLOCK_COLUMNS, size)
+        if start:
+            matrix[start:, start:stop] -= matrix[start:, :start] @ matrix[start:stop, :start].T
+        corner = np.linalg.cholesky(matrix[start:stop, start:stop])
+        matrix[start:stop, start:stop] = corner
+        matrix[stop:, start:stop] = matrix[stop:, start:stop] @ np.linalg.inv(corner).T
+        matrix[start:stop, stop:] = 0
 
 
 def work_bytes(num_rows: int, num_columns: int) -> int:
-    """Most bytes that `sweep` holds beside weight, H and result.
+    """Most bytes that `Factor.of` and `sweep` hold beside weight, H and result.
 
-    Three squares while the factor is made; then the feedback beside columns and errors (float32) and codes.
+    The factor and its float32 form; then the latter beside columns and errors (float32) and codes (twice).
     """
-    itemsize = 8 if num_columns <= _FLOAT64_COLUMNS else 4
-    matrices = 9 * num_rows * num_columns
-    return max(3 * itemsize * num_columns**2 + 4 * num_rows * num_columns, 4 * num_columns**2 + matrices)
+    squares = 12 if num_columns <= _FLOAT64_COLUMNS else 4
+    return max(squares * num_columns**2, 4 * num_columns**2 + 10 * num_rows * num_columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +178,7 @@ class Factor:
         order = np.arange(len(hessian))
         if activation_order:
             order = np.argsort(-np.diagonal(hessian), kind="stable")
-            hessian = hessian[np.ix_(order, order)]
-        return Factor(order, *factor(hessian, damping))
+        return Factor(order, *factor(hessian, damping, order))
 
 
 def sweep(
@@ -190,14 +200,16 @@ def sweep(
         members = order[start : start + quantizer.group]
         stop = start + len(members)
         original = columns[members]
-        targets = original + feedback[:start, start:stop].T @ errors[:start]
+        # the factor is a reversed view, which BLAS does not take: one group's part is copied at a time
+        taken_in = np.ascontiguousarray(feedback[:stop, start:stop].T)
+        targets = original + taken_in[:, :start] @ errors[:start]
         if in_order:
             quantizer.enter_group(start // quantizer.group, targets)
         _sweep_group(
             members,
             original,
             targets,
-            feedback[start:stop, start:stop],
+            taken_in[:, start:stop],
             errors[start:stop],
             quantizer,
             None if outliers is None else (outliers, pivots[start:stop]),
@@ -214,10 +226,13 @@ def _sweep_group(
     quantizer: ColumnQuantizer,
     outliers: tuple[OutlierRule, np.ndarray] | None,
 ) -> None:
-    """The columns of one group in turn; errors [members, rows] receives what each leaves behind."""
+    """The columns of one group in turn; errors [members, rows] receives what each leaves behind.
+
+    feedback [members, members]: row j weighs the errors that column j takes in.
+    """
     for j, column in enumerate(members):
         if j:
-            targets[j] += feedback[:j, j] @ errors[:j]
+            targets[j] += feedback[j, :j] @ errors[:j]
         rounded = quantizer.quantize(int(column), targets[j])
         if outliers is not None:
             rule, pivots = outliers
