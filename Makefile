@@ -7,10 +7,10 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src/memwal
 .PHONY: run test lint native clean
 
 run: $(VENV)/core
-	$(BIN)/memwall run --memory 200MB "The history of the city begins"
+	$(BIN)/memwall run --memory 200MB --temperature 0.8 --seed 2 "The history of the city begins"
 
 test: $(VENV)/everything
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

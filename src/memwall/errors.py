@@ -29,7 +29,8 @@ class BudgetExceeded(DoesNotFit):
         self.cap_bytes = cap_bytes
         self.tier = tier
         super().__init__(
-            f"{owner} needs {requested_bytes:,} bytes more on {tier}, but only {free_bytes:,} of the {cap_bytes:,} allowed are left"
+            f"{owner} needs {requested_bytes:,} bytes more on {tier}, "
+            f"but only {free_bytes:,} of the {cap_bytes:,} allowed are left"
         )
 
 

@@ -101,9 +101,13 @@ def test_a_refused_token_leaves_the_cache_as_it_was() -> None:
     tokens = some_tokens(DEMO_DIRECTORY, 64)
     loaded.logits(tokens)
     loaded.arena.set_cap(loaded.arena.used_bytes)
-    with pytest.raises(BudgetExceeded):
+
+    def decode_on() -> None:
         for _ in range(64):
             loaded.decoder.forward(tokens[:1], loaded.cache)
+
+    with pytest.raises(BudgetExceeded):
+        decode_on()
     held = loaded.cache.length
     loaded.arena.set_cap(1 << 40)
     after = loaded.decoder.forward(tokens[:1], loaded.cache).copy()

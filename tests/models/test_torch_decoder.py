@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.models.families import FAMILIES, make_family, reference_logits, some_tokens
 
 from memwall.errors import InputError
 from memwall.models import DEMO_DIRECTORY, Checkpoint
 from memwall.models.torch_decoder import TorchCache, TorchDecoder
+from tests.models.families import FAMILIES, make_family, reference_logits, some_tokens
 
 TOLERANCE = 2e-4
 

@@ -16,6 +16,7 @@ from memwall.plan.base import Choice, Quality
 from memwall.plan.search import (
     Goal,
     Space,
+    _largest,
     fits,
     grid,
     largest_context,
@@ -229,3 +230,19 @@ def test_bound_on_loss() -> None:
 def test_impossible_settings_are_named(field: str, value: float) -> None:
     with pytest.raises(InputError, match=str(value)):
         search(ToySpace(), replace(Goal(budget={"ram": 10**6}), **{field: value}))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(low=st.integers(-5, 50), width=st.integers(0, 300), data=st.data())
+def test_largest_from_any_guess(low: int, width: int, data: st.DataObject) -> None:
+    high = low + width
+    answer, guess = data.draw(st.integers(low, high)), data.draw(st.integers(low, high))
+    asked: list[int] = []
+
+    def holds(number: int) -> bool:
+        asked.append(number)
+        assert low <= number <= high
+        return number <= answer
+
+    assert _largest(holds, low, high, guess) == answer
+    assert len(asked) <= 4 + 2 * (abs(answer - guess) + 1).bit_length() + 2

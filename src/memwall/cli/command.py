@@ -7,9 +7,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from memwall.errors import MemwallError
 
@@ -32,7 +33,21 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
         except KeyboardInterrupt:
             fail("interrupted", INTERRUPTED, debug=kwargs.get("debug", False))
 
-    app.command(name)(guarded)
+    class Verb(TyperCommand):
+        """Recent releases of Click drop the help that Typer gives to arguments; it is put back from the function."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            hints = get_type_hints(function, include_extras=True)
+            for parameter in self.params:
+                told = getattr(hints.get(parameter.name or ""), "__metadata__", ())
+                if told and getattr(parameter, "help", None) is None:
+                    parameter.help = told[0].help
+
+        def format_arguments(self, *args: Any) -> None:
+            """Typer lists the arguments beside the options already."""
+
+    app.command(name, cls=Verb)(guarded)
 
 
 def fail(message: object, exit_status: int, *, debug: bool = False) -> None:

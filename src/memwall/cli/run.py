@@ -28,7 +28,7 @@ from memwall.errors import InputError
 if TYPE_CHECKING:
     from memwall.engine import Generation, Sampling, Session
     from memwall.memory import Budget
-    from memwall.models import Tokenizer
+    from memwall.models.tokenizer import Tokenizer
     from memwall.plan import Plan
 
 DEMO = "demo"
@@ -173,8 +173,13 @@ def parse_context(text: str | None) -> int | None:
 
 
 def _read_prompt(request: Request) -> str:
-    if request.prompt is not None:
-        return request.prompt
+    text = request.prompt if request.prompt is not None else _read_standard_input()
+    if not text:
+        raise InputError("the prompt is empty; give at least one word")
+    return text
+
+
+def _read_standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError('no prompt: give it as an argument (`memwall run "..."`), on standard input, or use --chat')
     try:
@@ -212,10 +217,11 @@ def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokeni
 
 def _complete(request: Request) -> None:
     from memwall.models import model_directory
+    from memwall.models.config import checked_directory
     from memwall.models.tokenizer import Tokenizer
 
+    path = checked_directory(model_directory(request.model))
     text = _read_prompt(request)
-    path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
     needed = len(prompt) + request.sampling.max_new_tokens

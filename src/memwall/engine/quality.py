@@ -132,11 +132,13 @@ class Evaluator:
         tested = self._load(self.model, weights, kv or "float32", exact=False)
         sums = Divergence()
         cache_bits: float | None = None
+        fullest = 0
         for index, window in enumerate(self.windows):
             first = 0 if kv is None else min(PROMPT_TOKENS, len(window) // 2)
             self._score_window(tested, np.asarray(window), first, sums, decoded=kv is not None)
-            if kv is not None:
-                cache_bits = max(cache_bits or 0.0, tested.cache.bits_per_value)
+            # a short window spends most of its bits on whole pages: the fullest cache is the one that tells
+            if kv is not None and tested.cache.length > fullest:
+                fullest, cache_bits = tested.cache.length, tested.cache.bits_per_value
             tested.reset()
             if progress is not None:
                 progress(index + 1, len(self.windows))
@@ -243,7 +245,7 @@ def _encode(model: Path, text: str | Path) -> list[int]:
     content = read_text(text) if isinstance(text, Path) else text
     if not content.strip():
         raise InputError(f"{name}: is empty; give at least a few sentences")
-    return list(Tokenizer.from_directory(model).encode(content))
+    return list(Tokenizer.from_directory(model).encode(content, add_bos=False))
 
 
 def _windows(config: ModelConfig, tokens: Sequence[int], window_tokens: int) -> list[list[int]]:

@@ -138,7 +138,7 @@ class Session:
         try:
             logits = self.prefill(self._unfed + list(prompt))
         except BudgetExceeded as refused:
-            self._stop_at_budget(result, refused, len(prompt))
+            self._stop_at_budget(result, refused)
             return
         result.timings.prefill_seconds = time.perf_counter() - began
         result.timings.prefill_tokens_per_s = len(prompt) / result.timings.prefill_seconds
@@ -171,7 +171,7 @@ class Session:
                     logits = self.decoder.forward(np.asarray([token]), self.cache)
                     self._unfed = []
                 except BudgetExceeded as refused:
-                    self._stop_at_budget(result, refused, len(result.tokens))
+                    self._stop_at_budget(result, refused)
         result.timings.decode_seconds = time.perf_counter() - began
         # the first token comes out of prefill; decoding made the others
         result.timings.decode_tokens_per_s = max(len(result.tokens) - 1, 0) / max(result.timings.decode_seconds, 1e-9)
@@ -184,11 +184,11 @@ class Session:
         if rest:
             yield rest
 
-    def _stop_at_budget(self, result: Generation, refused: BudgetExceeded, kept: int) -> None:
+    def _stop_at_budget(self, result: Generation, refused: BudgetExceeded) -> None:
         result.stop_reason = "budget"
         result.message = (
-            f"stopped at the memory budget after {self.cache.length} tokens of context: {refused}. The text so far is kept; "
-            "for a longer one raise --memory or use a smaller cache, such as --kv 'kivi(2bit)'"
+            f"stopped at the memory budget after {self.cache.length} tokens of context: {refused}. "
+            "The text so far is kept; for a longer one raise --memory or use a smaller cache, such as --kv 'kivi(2bit)'"
         )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import memwall._native as _native
 import numpy as np
+
+import memwall._native as _native
 
 __all__ = [
     "attend_float",

@@ -25,8 +25,8 @@ ROW_TILE = 16
 MATVEC_TOKENS = 4
 
 
-@triton.jit
-def _matvec(
+@triton.jit  # the arguments are pointers and sizes that Triton types itself
+def _matvec(  # type: ignore[no-untyped-def]
     codes, scales, mins, x, out, num_rows, num_cols, num_groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def _matvec(
 
 
 @triton.jit
-def _matmul(
+def _matmul(  # type: ignore[no-untyped-def]
     codes, scales, mins, x, out, num_tokens, num_rows, num_cols, num_groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -121,6 +121,11 @@ def _matmul(
 
 class PackedLinear(torch.nn.Module):
     """A linear layer whose weight [rows, cols] stays packed on the GPU (or on a CPU, in Triton's interpreter)."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    mins: torch.Tensor | None
+    bias: torch.Tensor | None
 
     def __init__(self, packed: Packed, bias: torch.Tensor | None = None, device: str | torch.device = "cuda") -> None:
         super().__init__()

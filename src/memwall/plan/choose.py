@@ -32,7 +32,7 @@ HELD_OUT_NAME = "bundled held-out text"
 #: tokens of held-out text a choice is measured on: enough for the KL of formats a bit apart to differ by several
 #: standard errors
 MEASURED_TOKENS = 1536
-MAX_RUNNERS_UP = 8
+MAX_RUNNERS_UP = 10
 
 Progress = Callable[[int, int], None]
 
@@ -49,13 +49,15 @@ class Planner:
         runtime_bytes: int | None = None,
         text: str | None = None,
         profile: bool = True,
+        measure_all: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """machine: a preset's name; None is this one. device: cpu or gpu; None is the gpu of a machine that has one,
         else the cpu.
 
-        text: held-out text instead of the bundled one. profile: measure kernels not yet known. runtime_bytes: the
-        interpreter's own memory, where the caller knows it.
+        text: held-out text instead of the bundled one. measure_all: the runners-up too, where quality is measured.
+        profile: measure kernels not yet known. runtime_bytes: the interpreter's own memory, where the caller knows
+        it.
         """
         self.model = Path(model)
         config = ModelConfig.from_directory(self.model)
@@ -76,6 +78,7 @@ class Planner:
         self._text = text
         self._progress = progress
         self._profile = profile
+        self._measure_all = measure_all
         self._profiles: dict[int, KernelProfile] = {}
         self._evaluator: object | None = None
 
@@ -205,7 +208,7 @@ class Planner:
             choice = replace(best.choice, weights=weights)
             if self.space.specs(weights) == self.space.specs(best.choice.weights):
                 continue  # the chosen one under its own or another name
-            candidate = replace(candidate_of(self.space, choice), quality=self._read_quality(choice))
+            candidate = replace(candidate_of(self.space, choice), quality=self._quality_beside(choice))
             if fits(self.space, choice, goal.budget):
                 note = "fits; fewer bits" if candidate.bits_per_weight < best.bits_per_weight else "fits"
             else:
@@ -213,6 +216,9 @@ class Planner:
                 note = f"needs {format_bytes(over)} more"
             options.append(self._option(candidate, note))
         return options[:MAX_RUNNERS_UP]
+
+    def _quality_beside(self, choice: Choice) -> Quality | None:
+        return self.quality(choice) if self._measure_all else self._read_quality(choice)
 
     def _option(self, candidate: Candidate, note: str) -> Option:
         speed = self.speed(candidate.choice)
@@ -252,6 +258,7 @@ def make_plan(
     text: str | None = None,
     runtime_bytes: int | None = None,
     profile: bool | None = None,
+    measure_all: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
@@ -259,8 +266,8 @@ def make_plan(
 
     budget: caps per tier (None: no cap, or another machine's capacities). measure: measure quality on held-out text
     where it is not known; profile: measure kernels where they are not known (None: as `measure`), otherwise speeds may
-    be missing.
-    progress(done, total) counts windows of text.
+    be missing; measure_all: the runners-up's quality too, for a fuller plot. progress(done, total) counts windows of
+    text.
     """
     planner = Planner(
         model,
@@ -269,6 +276,7 @@ def make_plan(
         runtime_bytes=runtime_bytes,
         text=text,
         profile=measure if profile is None else profile,
+        measure_all=measure and measure_all,
         progress=progress,
     )
     goal = Goal(

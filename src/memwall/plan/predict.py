@@ -21,15 +21,14 @@ import numpy as np
 from memwall import __version__, kv
 from memwall.engine.session import RUNTIME_HEADROOM_BYTES, cache_shape
 from memwall.errors import InputError
-from memwall.formats import codec
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
 from memwall.models import model_directory
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import OWNER as ACTIVATIONS
-from memwall.models.decoder import activation_shapes
-from memwall.models.precision import LADDER, bits_of, is_matrix, resolve, source_spec, weight_bytes
-from memwall.models.weights import PIECE_BYTES
+from memwall.models.decoder import SCRATCH, activation_shapes, scratch_bytes
+from memwall.models.precision import LADDER, bits_of, resolve, source_spec, tensor_bytes, weight_bytes
+from memwall.models.weights import PIECE_BYTES, ROW_TILE
 from memwall.plan import store
 from memwall.plan.base import Choice, PlanRow
 from memwall.plan.search import Space
@@ -38,7 +37,7 @@ RUNTIME = "runtime"
 LOADING = "loading"
 HEADROOM = "headroom"
 #: runs of the same command differ by this much in what the interpreter holds; on top of what the session keeps free
-RUNTIME_SPREAD_BYTES = 512 * 1024
+RUNTIME_SPREAD_BYTES = 768 * 1024
 #: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux
 #: x86-64, Python 3.11)
 DEFAULT_RUNTIME_BYTES = 64_000_000
@@ -119,6 +118,8 @@ class ModelSpace(Space):
         rows = [PlanRow(owner=owner, tier=device, nbytes=size) for owner, size in sorted(weights.items())]
         rows += [PlanRow(owner=owner, tier=device, nbytes=size * choice.batch) for owner, size in sorted(cache.items())]
         rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
+        scratch = scratch_bytes(self.config, self.specs(choice.weights), choice.segment_tokens)
+        rows.append(PlanRow(owner=SCRATCH, tier=device, nbytes=scratch))
         rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=self.runtime_bytes))
         rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
         # weights come first: while they load, cache and activations do not exist yet and their room is free for it
@@ -146,17 +147,17 @@ def activations(config: ModelConfig, segment_tokens: int) -> int:
 
 
 def loading_bytes(config: ModelConfig, specs: Mapping[str, str]) -> int:
-    """The most that loading holds beside the finished weights: one piece of the source and its encoded form."""
+    """The most that loading holds beyond the finished weights: a piece of the source is in memory while it is encoded.
+
+    Tensors come one after another, so an early piece, however large, lies where later weights will.
+    """
     source_bytes = np.dtype(np.float32 if source_spec(config) == "float32" else np.float16).itemsize
-    most = 0
+    held = most = 0
     for tensor in config.tensors():
-        piece = min(tensor.size * source_bytes, PIECE_BYTES)
-        if is_matrix(tensor):
-            values = piece // source_bytes
-            rows = max(values // tensor.shape[-1], 1)
-            piece += codec(specs[tensor.name]).nbytes((rows, tensor.shape[-1]))
-        most = max(most, piece)
-    return most
+        held += tensor_bytes(tensor, specs[tensor.name])
+        smallest_piece = ROW_TILE * tensor.shape[-1] * source_bytes
+        most = max(most, held + min(tensor.size * source_bytes, max(PIECE_BYTES, smallest_piece)))
+    return most - held
 
 
 def measured_runtime_bytes(model: Path) -> int:
@@ -201,6 +202,10 @@ import contextlib, io, json, sys
 import memwall.plan.choose as choose
 choose.measured_runtime_bytes = lambda model: 1
 from memwall.cli import main
+from memwall.memory import Budget
+from memwall.models import model_directory
+# a budget that takes some searching: the run below has none and would plan at once
+choose.make_plan(model_directory("demo"), budget=Budget(tiers={"ram": 11_000_000}), context=64, measure=False)
 sys.argv = ["memwall", "run", "demo", "Some words", "--json", "--weights", "int4", "--kv", "float16"]
 sys.argv += ["--max-new-tokens", "4", "--ignore-eos"]
 with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):

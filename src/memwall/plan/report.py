@@ -178,6 +178,7 @@ def quality_plot(plan: Plan) -> str:
         axes.set_ylabel(label)
         if measured and all(value > 0 for _, value in points):
             axes.set_yscale("log")
+        axes.margins(x=0.18)  # room for the last label
         axes.grid(alpha=0.3)
         axes.legend()
         buffer = io.StringIO()

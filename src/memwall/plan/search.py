@@ -145,22 +145,53 @@ def contexts(space: Space, goal: Goal) -> list[int]:
 
 
 def most_weights(space: Space, choice: Choice, budget: Mapping[str, int]) -> str | None:
-    """The weights with the most bits that fit beside everything else in `choice`; None when even the fewest bits do
-    not.
-    """
+    """The weights with the most bits that fit beside everything else in `choice`; None when the fewest bits do not."""
     if fits(space, replace(choice, weights=space.ceiling), budget):
         return space.ceiling
     low, high = grid(space)
     if not fits(space, replace(choice, weights=mixed(low)), budget):
         return _best_uniform(space, choice, budget, at_least_bits=0.0)
+    best = _largest(
+        lambda hundredths: fits(space, replace(choice, weights=mixed(hundredths)), budget),
+        low,
+        high,
+        _guess(space, choice, budget, low, high),
+    )
+    # a uniform format of the same size is preferred: one kernel, one look-up
+    return _best_uniform(space, choice, budget, at_least_bits=space.weight_bits(mixed(best))) or mixed(best)
+
+
+def _guess(space: Space, choice: Choice, budget: Mapping[str, int], low: int, high: int) -> int:
+    """Where the budget would be used up if bytes grew evenly with bits, which they nearly do."""
+    least, most = (space.peak_bytes(replace(choice, weights=one)) for one in (mixed(low), space.ceiling))
+    shares = [
+        (cap - least.get(tier, 0)) / (most[tier] - least.get(tier, 0))
+        for tier, cap in budget.items()
+        if most.get(tier, 0) > least.get(tier, 0)
+    ]
+    return max(low, min(high, low + int(min(shares, default=1.0) * (high - low))))
+
+
+def _largest(holds: Callable[[int], bool], low: int, high: int, guess: int) -> int:
+    """The largest number in [low, high] for which `holds`, which is true at low and, once false, stays false."""
+    step = 1
+    if holds(guess):
+        low = guess
+        while low + step <= high and holds(low + step):
+            low, step = low + step, 2 * step
+        high = min(high, low + step - 1)
+    else:
+        high = guess - 1
+        while high - step >= low and not holds(high - step + 1):
+            high, step = high - step, 2 * step
+        low = max(low, high - step + 1)
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(space, replace(choice, weights=mixed(middle)), budget):
+        if holds(middle):
             low = middle
         else:
             high = middle - 1
-    # a uniform format of the same size is preferred: one kernel, one look-up
-    return _best_uniform(space, choice, budget, at_least_bits=space.weight_bits(mixed(low))) or mixed(low)
+    return low
 
 
 def mixed(hundredths: int) -> str:
@@ -193,14 +224,7 @@ def largest_context(space: Space, goal: Goal) -> int | None:
         _, peak = smallest(space, replace(goal, context=context))
         return all(peak.get(tier, 0) <= cap for tier, cap in goal.budget.items())
 
-    low, high = 0, space.max_context
-    while low < high:
-        middle = (low + high + 1) // 2
-        if possible(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low or None
+    return _largest(possible, 1, space.max_context, space.max_context) if possible(1) else None
 
 
 def explain_misfit(space: Space, goal: Goal) -> str:

@@ -6,28 +6,39 @@ namespace mw::MW_ISA {
 namespace {
 
 // One group of one token: scale = largest magnitude / 127. Returns the sum of the codes; `stride` bytes lie between two fours.
-std::int32_t quantize_group(const float* x, int count, int group, std::int64_t stride, std::int8_t* codes, float* scale) {
-  float padded[128];
-  if (count < group) {
-    for (int i = 0; i < group; ++i) padded[i] = i < count ? x[i] : 0.0f;
-    x = padded;
-  }
+template <int Group>
+std::int32_t quantize_group(const float* x, std::int64_t stride, std::int8_t* codes, float* scale) {
+  typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
+  constexpr int kVectors = Group / kWidth;
   Vf largest{};
-  for (int i = 0; i < group; i += kWidth) largest = vmax(largest, vabs(load<Vf>(x + i)));
+  for (int i = 0; i < kVectors; ++i) largest = vmax(largest, vabs(load<Vf>(x + i * kWidth)));
   const float peak = max_of(largest);
   const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;  // a smaller peak would overflow the quotient
-  *scale = peak / 127.0f;
+  *scale = peak * (1.0f / 127.0f);
   Vi sum{};
-  for (int i = 0; i < group; i += kWidth) {
-    const Vi rounded = round_to_int(load<Vf>(x + i) * inverse);
+  for (int i = 0; i < kVectors; ++i) {
+    const Vi rounded = round_to_int(load<Vf>(x + i * kWidth) * inverse);
     sum += rounded;
-    typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
     std::int8_t bytes[kWidth];
-    const Bytes narrow = __builtin_convertvector(rounded, Bytes);
-    __builtin_memcpy(bytes, &narrow, kWidth);
-    for (int j = 0; j < kWidth; j += 4) __builtin_memcpy(codes + (i + j) / 4 * stride, bytes + j, 4);
+    store(bytes, __builtin_convertvector(rounded, Bytes));
+    for (int j = 0; j < kWidth; j += 4, codes += stride) __builtin_memcpy(codes, bytes + j, 4);
   }
   return sum_of(sum);
+}
+
+// One token; the last group may be short.
+template <int Group>
+void quantize_token(const float* x, std::int64_t cols, std::int64_t stride, std::int8_t* codes, float* scales, std::int32_t* sums,
+                    int block) {
+  for (; cols > 0; cols -= Group, x += Group, codes += Group / 4 * stride, scales += block, sums += block) {
+    if (cols >= Group) {
+      *sums = quantize_group<Group>(x, stride, codes, scales);
+      continue;
+    }
+    float padded[Group] = {};
+    for (std::int64_t i = 0; i < cols; ++i) padded[i] = x[i];
+    *sums = quantize_group<Group>(padded, stride, codes, scales);
+  }
 }
 
 #if defined(__AVX512VNNI__)
@@ -180,14 +191,10 @@ PanelBlock pick_panel_block(const Matrix& m, int tokens) {
 }  // namespace
 
 void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
-  const std::int64_t stride = 4 * to.block;
+  const auto one = to.group == 32 ? quantize_token<32> : to.group == 64 ? quantize_token<64> : quantize_token<128>;
+  const std::int64_t codes = index * to.padded_cols() * to.block, statistics = index * to.groups * to.block;
   for (int t = 0; t < count; ++t)
-    for (std::int64_t g = 0; g < to.groups; ++g) {
-      const std::int64_t first = g * to.group, at = (index * to.groups + g) * to.block + t;
-      const std::int64_t left = cols - first;
-      to.sums[at] = quantize_group(x + t * cols + first, static_cast<int>(left < to.group ? left : to.group), to.group, stride,
-                                   to.codes + (index * to.padded_cols() + first) * to.block + 4 * t, to.scales + at);
-    }
+    one(x + t * cols, cols, 4 * to.block, to.codes + codes + 4 * t, to.scales + statistics + t, to.sums + statistics + t, to.block);
 }
 
 void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {

@@ -52,8 +52,29 @@ MW_INLINE Vi splat(std::int32_t x) { return x - Vi{}; }
 
 MW_INLINE Vf to_float(Vi v) { return __builtin_convertvector(v, Vf); }
 
-MW_INLINE Vf vmax(Vf a, Vf b) { return a > b ? a : b; }
-MW_INLINE Vf vmin(Vf a, Vf b) { return a < b ? a : b; }
+// of two equal numbers, or where one is not a number, the second
+MW_INLINE Vf vmax(Vf a, Vf b) {
+#if defined(__AVX512F__)
+  return (Vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+MW_INLINE Vf vmin(Vf a, Vf b) {
+#if defined(__AVX512F__)
+  return (Vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Vf)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 MW_INLINE Vf vabs(Vf a) { return (Vf)((Vi)a & 0x7fffffff); }
 
 template <int N, class V, std::size_t... I>
