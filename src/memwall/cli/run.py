@@ -188,8 +188,8 @@ def _read_standard_input() -> str:
         raise InputError(f"standard input is not text: {error}") from error
 
 
-def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
-    """Plan for the tokens that this run needs, then load as planned."""
+def start(request: Request, *, needed_tokens: int | None, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
+    """Plan for the tokens that this run needs (None: as many as are sensible), then load as planned."""
     from memwall.engine import Settings, load
     from memwall.plan import make_plan
 
@@ -216,7 +216,7 @@ def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokeni
 
 
 def _complete(request: Request) -> None:
-    from memwall.models import model_directory
+    from memwall.models import ModelConfig, model_directory
     from memwall.models.config import checked_directory
     from memwall.models.tokenizer import Tokenizer
 
@@ -224,7 +224,11 @@ def _complete(request: Request) -> None:
     text = _read_prompt(request)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
-    needed = len(prompt) + request.sampling.max_new_tokens
+    longest = ModelConfig.from_directory(path).max_position
+    if request.context is None and len(prompt) > longest:
+        raise InputError(f"the prompt has {len(prompt):,} tokens, but the context of {path} is {longest:,}; shorten it")
+    # a text that reaches the end of the context stops there, with a message, rather than being refused beforehand
+    needed = min(len(prompt) + request.sampling.max_new_tokens, longest)
     session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer)
     stream(session, prompt, request.sampling, show=not request.json)
     _report(request, session, plan)
