@@ -23,7 +23,7 @@ from memwall.cli.command import (
     complete_model,
 )
 from memwall.cli.printing import format_table, note, print_json, progress_bar
-from memwall.errors import InputError
+from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 
 if TYPE_CHECKING:
     from memwall.engine import Generation, Sampling, Session
@@ -210,9 +210,36 @@ def start(request: Request, *, needed_tokens: int | None, path: Path, tokenizer:
         segment_tokens=plan.choice.segment_tokens,
         threads=request.threads,
     )
-    with progress_bar("loading", quiet=request.quiet) as bar:
-        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
+    try:
+        with progress_bar("loading", quiet=request.quiet) as bar:
+            session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
+    except BudgetExceeded as refused:
+        raise DoesNotFit(_what_would_fit(request, plan, refused)) from refused
     return session, plan
+
+
+def _what_would_fit(request: Request, plan: Plan, refused: BudgetExceeded) -> str:
+    """Why settings named by the user did not fit, and the nearest ones that do."""
+    from memwall.hardware.units import format_bytes
+    from memwall.plan import make_plan
+
+    choice, needed = plan.choice, plan.peak_bytes["ram"]
+    text = (
+        f"{choice.weights} weights with a {choice.kv} cache for {choice.context} tokens "
+        f"do not fit in {request.budget}: {refused}. They need {format_bytes(needed)}: try --memory {needed}"
+    )
+    try:
+        other = make_plan(
+            plan.model,
+            budget=request.budget,
+            context=choice.context,
+            threads=request.threads,
+            measure=False,
+            profile=False,
+        )
+    except DoesNotFit as smaller:
+        return f"{text}. With weights and cache left to memwall: {smaller}"
+    return f"{text}, or --weights {other.choice.weights} --kv '{other.choice.kv}', which fit in {request.budget}"
 
 
 def _complete(request: Request) -> None:
