@@ -23,6 +23,7 @@ import numpy as np
 
 from memwall import kernels, kv
 from memwall.claims import Claim, Progress, main, not_run
+from memwall.engine.quality import log_softmax
 from memwall.engine.session import cache_shape
 from memwall.errors import InputError
 from memwall.kernels.attention import attend_float
@@ -38,26 +39,29 @@ CONTEXT_TOKENS = 1024
 GROUP = 32
 AXES = {"K channel, V token": (True, False), "K channel, V channel": (True, True),
         "K token, V token": (False, False), "K token, V channel": (False, True)}  # fmt: skip
-NAMES = """Alice Tom Maria Oscar Nina Peter Laura Victor Emma David Sarah Henry Ruth Simon Clara Martin red blue green
-silver tiger falcon otter badger alpha beta gamma delta sigma omega""".split()
+NAMES = (
+    "Alice Tom Maria Oscar Nina Peter Laura Victor Emma David Sarah Henry Ruth Simon Clara Martin red blue green "
+    "silver tiger falcon otter badger alpha beta gamma delta sigma omega"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
+    """step_tokens: held-out tokens decoded at once; the quick form takes several, which see one another exactly."""
+
     windows: int
-    prompt_tokens: int
-    decoded_tokens: int
+    step_tokens: int
     recall_tries: int
-    recall_tokens: int
-    layers: int
     lengths: tuple[int, ...]
     rounds: int
+    prompt_tokens: int = 512
+    decoded_tokens: int = 448
+    recall_tokens: int = 512
+    layers: int = 4
 
 
-FULL = Sizes(windows=6, prompt_tokens=512, decoded_tokens=448, recall_tries=24, recall_tokens=512,
-             layers=4, lengths=(2048, 8192, 32768), rounds=9)  # fmt: skip
-QUICK = Sizes(windows=2, prompt_tokens=512, decoded_tokens=192, recall_tries=8, recall_tokens=512,
-              layers=4, lengths=(2048, 16384), rounds=5)  # fmt: skip
+FULL = Sizes(windows=6, step_tokens=1, recall_tries=24, lengths=(1024, 8192, 32768), rounds=9)
+QUICK = Sizes(windows=6, step_tokens=8, recall_tries=8, lengths=(1024, 32768), rounds=5)
 
 
 # ---- caches of the study -------------------------------------------------------------------------------------------
@@ -119,12 +123,15 @@ class AxesCache(kv.KVCache):
         self.lengths = [0] * self.shape.num_layers
         self.coded = [[0, 0] for _ in range(self.shape.num_layers)]
 
+    def fork(self) -> kv.KVCache:
+        raise NotImplementedError("the study decodes one sequence")
+
     def release(self) -> None:
         pass
 
 
 class OutlierCache(kv.KVCache):
-    """Makes one key channel in 16 `factor` times larger in the cache inside, and the queries' smaller: the same model."""
+    """In the cache inside one key channel in 16 is `factor` times larger, and smaller in queries: the same model."""
 
     policy = "study"
 
@@ -154,6 +161,9 @@ class OutlierCache(kv.KVCache):
     def truncate(self, length: int) -> None:
         self.inner.truncate(length)
 
+    def fork(self) -> kv.KVCache:
+        return OutlierCache(self.inner.fork(), float(self.factors[3]))
+
     def release(self) -> None:
         self.inner.release()
 
@@ -172,15 +182,22 @@ class Demo:
         self.arena = Arena(1 << 40, Ledger())
         with Checkpoint(directory, self.config) as checkpoint:
             weights = load_weights(self.config, checkpoint, resolve(self.config, "float16"), self.arena)
-        self.decoder = Decoder(self.config, weights, self.arena, segment_tokens=CONTEXT_TOKENS, exact=True)
+        self.decoder = Decoder(
+            self.config,
+            weights,
+            self.arena,
+            segment_tokens=CONTEXT_TOKENS,
+            logit_rows=sizes.step_tokens,
+            exact=True,
+        )
         self.tokenizer = Tokenizer.from_directory(directory)
         text = held_out_text() if data is None else data.read_text(encoding="utf-8")
         self.tokens = np.array(self.tokenizer.encode(text, add_bos=False), np.int64)
-        self.step_tokens = sizes.prompt_tokens + sizes.decoded_tokens
-        if len(self.tokens) < sizes.windows * self.step_tokens + 1:
+        self.window_tokens = sizes.prompt_tokens + sizes.decoded_tokens
+        if len(self.tokens) < sizes.windows * self.window_tokens + 1:
             raise InputError(
                 f"{data or 'the bundled text'}: {len(self.tokens):,} tokens; "
-                f"needs {sizes.windows * self.step_tokens + 1:,} at least"
+                f"needs {sizes.windows * self.window_tokens + 1:,} at least"
             )
         self.truth: list[np.ndarray] = []
 
@@ -188,36 +205,35 @@ class Demo:
         return kv.build(policy, self.shape, self.arena, CONTEXT_TOKENS)
 
     def windows(self) -> Iterator[np.ndarray]:
-        stride = (len(self.tokens) - self.step_tokens - 1) // max(self.sizes.windows - 1, 1)
+        stride = (len(self.tokens) - self.window_tokens - 1) // max(self.sizes.windows - 1, 1)
         for index in range(self.sizes.windows):
             begin = index * stride
-            body = self.tokens[begin : begin + self.step_tokens]
+            body = self.tokens[begin : begin + self.window_tokens]
             yield np.concatenate([[self.config.bos_token_id or 0], body])
 
     def decode(self, cache: kv.KVCache) -> Iterator[tuple[int, np.ndarray]]:
         """(token that came next, log-probabilities) of each decoded token; the prompt's own are not scored."""
-        first = self.sizes.prompt_tokens
+        first, step = self.sizes.prompt_tokens, self.sizes.step_tokens
         for window in self.windows():
             cache.truncate(0)
             self.decoder.forward(window[:first], cache)
-            for position in range(first, len(window) - 1):
-                logits = self.decoder.forward(window[position : position + 1], cache).astype(np.float64)
-                logits -= logits.max()
-                yield int(window[position + 1]), (logits - math.log(np.exp(logits).sum())).astype(np.float32)
+            for position in range(first, len(window) - 1, step):
+                end = min(position + step, len(window) - 1)
+                logits = self.decoder.forward(window[position:end], cache, all_logits=True)
+                for target, row in zip(window[position + 1 : end + 1], log_softmax(logits)):
+                    yield int(target), row
 
     def score(self, cache: kv.KVCache) -> Score:
         """The first call sets the truth (the float32 cache) that later ones are compared with."""
-        loss, divergence, is_truth = 0.0, 0.0, not self.truth
-        count = 0
-        for target, mine in self.decode(cache):
+        is_truth, losses, divergences = not self.truth, [], []
+        for index, (target, mine) in enumerate(self.decode(cache)):
             if is_truth:
                 self.truth.append(mine)
-            truth = self.truth[count]
-            count += 1
-            loss -= float(mine[target])
-            divergence += float(np.exp(truth) @ (truth - mine))
+            truth = self.truth[index]
+            losses.append(-float(mine[target]))
+            divergences.append(float(np.exp(truth) @ (truth - mine)))
         cache.release()
-        return Score(loss / count, divergence / count)
+        return Score(np.array(losses), np.array(divergences))
 
     def outlier_ratio(self) -> float:
         """Largest |mean| of a key channel over the median one, in the median layer and head."""
@@ -245,7 +261,7 @@ class Demo:
         return right / self.sizes.recall_tries
 
     def _facts(self, rng: np.random.Generator) -> tuple[list[int], list[int], str]:
-        names = rng.choice(NAMES, 4, replace=False)
+        names = rng.choice(NAMES.split(), 4, replace=False)
         numbers = [str(n) for n in rng.integers(1000, 100_000, 4)]
         encode = lambda text: self.tokenizer.encode(text, add_bos=False)  # noqa: E731
         facts = [encode(f"\nThe secret number of {name} is {n}.\n") for name, n in zip(names, numbers)]
@@ -263,89 +279,108 @@ class Demo:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """loss: nats per token; divergence: KL from the float32 cache, nats per token."""
+    """Of each decoded token: its loss, and the KL divergence from the float32 cache, in nats."""
 
-    loss: float
-    divergence: float
+    losses: np.ndarray
+    divergences: np.ndarray
+
+    @property
+    def divergence(self) -> float:
+        return float(self.divergences.mean())
 
     def gap(self, exact: Score) -> float:
         """Perplexity lost, relative to the float32 cache."""
-        return math.expm1(self.loss - exact.loss)
+        return math.expm1(float((self.losses - exact.losses).mean()))
+
+    def errors_above(self, other: Score) -> float:
+        """How much more KL this has than the other on the same tokens, in standard errors of that difference."""
+        difference = self.divergences - other.divergences
+        return float(difference.mean() / (difference.std() / math.sqrt(len(difference))))
 
 
-def quality_claims(demo: Demo, tick: Callable[[str], None]) -> Iterator[Claim]:
-    def score(what: str, cache: kv.KVCache) -> Score:
-        tick(what)
-        return demo.score(cache)
+class Quality:
+    """Scores caches over the same tokens and says what they lost."""
 
-    def shown(scores: dict[str, Score]) -> str:
-        return "; ".join(f"{key}: {100 * s.gap(exact):+.2f} %, KL {s.divergence:.5f}" for key, s in scores.items())
+    def __init__(self, demo: Demo, tick: Callable[[str], None]) -> None:
+        self.demo, self.tick = demo, tick
+        self.exact = self.score("float32", demo.cache("float32"))
 
-    exact = score("float32", demo.cache("float32"))
-    base = f"perplexity over {math.exp(exact.loss):.2f} of the float32 cache, {len(demo.truth)} tokens"
-    axes = {
-        name: score(name, AxesCache(demo.shape, 2, GROUP, *along) if name != next(iter(AXES)) else
-                    demo.cache(f"kivi(bits=2,group={GROUP},residual={GROUP})"))
-        for name, along in AXES.items()
-    }  # fmt: skip
-    best, value_wrong, key_wrong, _ = axes.values()
+    def score(self, what: str, cache: kv.KVCache) -> Score:
+        self.tick(what)
+        return self.demo.score(cache)
+
+    def kivi(self, bits: int, residual: int = GROUP) -> Score:
+        cache = self.demo.cache(f"kivi(bits={bits},group={GROUP},residual={residual})")
+        return self.score(f"{bits} bits, residual {residual}", cache)
+
+    def shown(self, scores: dict[str, Score]) -> str:
+        return "; ".join(f"{key}: {s.gap(self.exact):+.2%}, KL {s.divergence:.5f}" for key, s in scores.items())
+
+
+def axes_claims(quality: Quality, best: Score) -> Iterator[Claim]:
+    demo, names = quality.demo, list(AXES)
+    axes = {names[0]: best}
+    for name in names[1:]:
+        axes[name] = quality.score(name, AxesCache(demo.shape, 2, GROUP, *AXES[name]))
+    _, value_wrong, key_wrong, both_wrong = axes.values()
+    above = {name: axes[name].errors_above(best) for name in names[1:]}
+    perplexity = math.exp(float(quality.exact.losses.mean()))
+    which = f"{len(best.losses):,} tokens, {demo.sizes.step_tokens} a step"
     yield Claim(
-        claim="at 2 bits, keys per channel and values per token lose least of the four choices of axes",
-        measured=f"{base}: {shown(axes)}",
-        required="lowest perplexity and KL of the four",
-        passed=best.loss == min(s.loss for s in axes.values())
-        and best.divergence == min(s.divergence for s in axes.values()),
+        claim="at 2 bits no other choice of axes loses less than keys per channel with values per token",
+        measured=f"perplexity over the float32 cache's {perplexity:.2f} and KL, {which}: "
+        f"{quality.shown(axes)}; KL above it in standard errors: "
+        + ", ".join(f"{n}: {e:+.1f}" for n, e in above.items()),
+        required="lowest, or level with the lowest (2 standard errors); more than that below keys per token",
+        passed=min(above.values()) > -2 and above["K token, V token"] > 2,
     )
-    by_key = key_wrong.divergence - best.divergence
-    by_value = value_wrong.divergence - best.divergence
+    by_key, by_value = key_wrong.divergence - best.divergence, value_wrong.divergence - best.divergence
     yield Claim(
         claim="the axis of keys matters more than the axis of values",
-        measured=f"KL added by the wrong axis: of keys {by_key:.5f}, of values {by_value:.5f}; "
-        f"outlier ratio of this model's keys {demo.outlier_ratio():.1f}",
+        measured=f"KL added by the wrong axis: of keys {by_key:.5f}, of values {by_value:.5f}, of both "
+        f"{both_wrong.divergence - best.divergence:.5f}; outlier ratio of this model's keys {demo.outlier_ratio():.1f}",
         required="keys' share larger",
         passed=by_key > by_value,
     )
-    tame = score("study cache", AxesCache(demo.shape, 2, GROUP, True, False))
-    yield Claim(
-        claim="the shipped store decodes as the plain arrays of the study do on the same axes",
-        measured=f"KL {best.divergence:.5f} against {tame.divergence:.5f}",
-        required="within 2 %",
-        passed=abs(best.divergence / tame.divergence - 1) < 0.02,
-    )
     planted = {
-        name: score(f"outliers, {name}", OutlierCache(AxesCache(demo.shape, 2, GROUP, along, False), 32.0))
+        name: quality.score(f"outliers, {name}", OutlierCache(AxesCache(demo.shape, 2, GROUP, along, False), 32.0))
         for name, along in (("K channel", True), ("K token", False))
     }
     ratio = planted["K token"].divergence / planted["K channel"].divergence
     yield Claim(
-        claim="with planted outlier channels (2 of 32 keys times 32) the order of the axes is large",
-        measured=f"{shown(planted)}; {ratio:.0f} times the KL",
+        claim="with planted outliers (2 of 32 key channels times 32) the order of the axes is large",
+        measured=f"{quality.shown(planted)}; {ratio:.0f} times the KL",
         required="at least 10 times the KL with keys per token",
         passed=ratio >= 10,
     )
-    residuals = {
-        f"R={r}": score(f"residual {r}", demo.cache(f"kivi(bits=2,group={GROUP},residual={r})")) for r in (0, 32, 128)
-    }
+    study = quality.score("study cache", AxesCache(demo.shape, 2, GROUP, True, False))
+    yield Claim(
+        claim="the shipped store decodes as the plain arrays of this study do on the same axes",
+        measured=f"KL {best.divergence:.5f} against {study.divergence:.5f}",
+        required="within 2 %",
+        passed=abs(best.divergence / study.divergence - 1) < 0.02,
+    )
+
+
+def quality_claims(quality: Quality) -> Iterator[Claim]:
+    best, exact = quality.kivi(2), quality.exact
+    yield from axes_claims(quality, best)
+    residuals = {"R=0": quality.kivi(2, 0), "R=32": best, "R=128": quality.kivi(2, 128)}
+    none, most = residuals["R=0"], residuals["R=128"]
     yield Claim(
         claim="128 exact tokens lose less than none",
-        measured=shown(residuals),
-        required="R=128 below R=0 in perplexity and KL",
-        passed=residuals["R=128"].loss < residuals["R=0"].loss
-        and residuals["R=128"].divergence < residuals["R=0"].divergence,
+        measured=quality.shown(residuals),
+        required="R=128 below R=0 in KL and perplexity",
+        passed=most.divergence < none.divergence and most.gap(exact) < none.gap(exact),
     )
-    bits = {
-        f"{b} bits": best
-        if b == 2
-        else score(f"{b} bits", demo.cache(f"kivi(bits={b},group={GROUP},residual={GROUP})"))
-        for b in (2, 3, 4, 8)
-    }
-    gap_2, gap_4 = bits["2 bits"].gap(exact), bits["4 bits"].gap(exact)
+    bits = {b: best if b == 2 else quality.kivi(b) for b in (2, 3, 4, 8)}
+    shares = bits[4].divergence / best.divergence, bits[4].gap(exact) / best.gap(exact)
     yield Claim(
         claim="4 bits lose less than a tenth of what 2 bits lose",
-        measured=f"{shown(bits)}; perplexity gap {gap_4 / gap_2:.3f}, "
-        f"KL {bits['4 bits'].divergence / bits['2 bits'].divergence:.3f} of that at 2 bits",
+        measured=quality.shown({f"{b} bits": s for b, s in bits.items()})
+        + f"; 4 bits over 2 bits: KL {shares[0]:.3f}, perplexity {shares[1]:.3f}",
         required="both under 0.1",
-        passed=gap_4 < 0.1 * gap_2 and bits["4 bits"].divergence < 0.1 * bits["2 bits"].divergence,
+        passed=max(shares) < 0.1,
     )
 
 
@@ -403,6 +438,7 @@ def fill(cache: kv.KVCache, num_tokens: int, chunk_tokens: int = 2048) -> None:
 def bytes_claims(tick: Callable[[str], None]) -> Iterator[Claim]:
     row_numbers = 2 * ONE_B.num_layers * ONE_B.row_values
     held: dict[str, tuple[int, int]] = {}
+    fill(kv.build("kivi", ONE_B, Arena(1 << 40, Ledger()), 512), 512)  # so that first calls are behind us
     for policy in ("float16", "kivi(4bit)", "kivi(2bit)"):
         tick(f"bytes, {policy}")
         ledger = Ledger()
@@ -419,7 +455,7 @@ def bytes_claims(tick: Callable[[str], None]) -> Iterator[Claim]:
         measured=", ".join(
             f"{p}: {held[p][0]:,} ({off[p]:+.2%}), {held['float16'][0] / held[p][0]:.2f} times less than float16"
             for p in off
-        ),  # fmt: skip
+        ),
         required="within 3 %",
         passed=all(abs(x) < 0.03 for x in off.values()),
     )
@@ -431,25 +467,23 @@ def bytes_claims(tick: Callable[[str], None]) -> Iterator[Claim]:
         passed=all(abs(x) < 0.03 for x in apart.values()),
     )
     tick("bytes, transformers")
-    yield peer_claim(held["kivi(4bit)"][0], held["kivi(2bit)"][0])
+    yield peer_claim({bits: kv.predict(f"kivi({bits}bit)", ONE_B, ONE_B_TOKENS)["kv/coded"] for bits in (4, 2)})
 
 
-def peer_claim(four_bits: int, two_bits: int) -> Claim:
-    """transformers' QuantizedCache (quanto) with the same group and residual, over the same numbers."""
-    claim, required = (
-        "no larger than transformers' quantized cache (quanto) of the same bits, group and residual",
-        "<= 1",
-    )
+def peer_claim(coded_bytes: dict[int, int]) -> Claim:
+    """transformers' QuantizedCache (quanto) right after the same prompt, when it holds codes alone."""
+    claim = "the coded part is no larger than transformers' quantized cache (quanto) of the same bits and group"
+    required = "at most 1.03 of its bytes"
     missing = [name for name in ("torch", "transformers", "optimum.quanto") if not _installed(name)]
     if missing:
         return not_run(claim, required, needs=", ".join(missing))
-    sizes = {bits: quanto_bytes(bits) for bits in (4, 2)}
-    ratios = {4: four_bits / sizes[4], 2: two_bits / sizes[2]}
+    sizes = {bits: ONE_B.num_layers * quanto_layer_bytes(bits) for bits in coded_bytes}
+    ratios = {bits: coded_bytes[bits] / sizes[bits] for bits in sizes}
     return Claim(
         claim=claim,
         measured=", ".join(f"{b} bits: {ratios[b]:.3f} of its {sizes[b]:,} bytes" for b in ratios),
         required=required,
-        passed=all(ratio <= 1 for ratio in ratios.values()),
+        passed=all(ratio <= 1.03 for ratio in ratios.values()),
     )
 
 
@@ -460,19 +494,18 @@ def _installed(name: str) -> bool:
         return False
 
 
-def quanto_bytes(bits: int) -> int:
-    """Bytes of all tensors that the peer's cache holds."""
+def quanto_layer_bytes(bits: int) -> int:
+    """Bytes of all tensors that the peer's cache holds after one layer's prompt."""
     import torch
     from transformers import LlamaConfig, QuantizedCache
 
     config = LlamaConfig(
-        num_hidden_layers=ONE_B.num_layers, num_attention_heads=ONE_B.num_heads, num_key_value_heads=ONE_B.num_kv_heads,
+        num_hidden_layers=1, num_attention_heads=ONE_B.num_heads, num_key_value_heads=ONE_B.num_kv_heads,
         head_dim=ONE_B.head_dim, hidden_size=ONE_B.num_heads * ONE_B.head_dim, vocab_size=64,
     )  # fmt: skip
     cache = QuantizedCache("quanto", config, nbits=bits, axis_key=0, axis_value=0, q_group_size=32, residual_length=128)
     rows = torch.randn(1, ONE_B.num_kv_heads, ONE_B_TOKENS, ONE_B.head_dim).half()
-    for layer in range(ONE_B.num_layers):
-        cache.update(rows, rows.clone(), layer)
+    cache.update(rows, rows.clone(), 0)
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in _tensors(cache, set())}.values())
 
 
@@ -518,18 +551,19 @@ def speed_claim(sizes: Sizes, tick: Callable[[str], None]) -> Claim:
                 turn[index] = time.perf_counter() - began
         for cache in caches:
             cache.release()
-        full, half, coded = np.median(seconds[1:], axis=0)
-        ratios.append(float(np.median(seconds[1:, 1] / seconds[1:, 2])))
-        over_full = float(np.median(seconds[1:, 0] / seconds[1:, 2]))
+        full, half, coded = np.median(seconds[1:], axis=0) * 1e3
+        over_full, over_half = (float(np.median(seconds[1:, i] / seconds[1:, 2])) for i in (0, 1))
+        ratios.append(over_half)
+        mebibytes = 2 * shape.num_layers * shape.row_values * 2 * length >> 20
         lines.append(
-            f"{length:,} tokens ({caches[1].shape.num_layers * 2 * 1024 * length >> 20} MiB as float16): float32 "
-            f"{1e3 * full:.2f}, float16 {1e3 * half:.2f}, 2 bits {1e3 * coded:.2f} ms: {over_full:.2f} and {ratios[-1]:.2f} times"
+            f"{length:,} tokens ({mebibytes} MiB as float16): float32 {full:.2f}, float16 {half:.2f}, 2 bits "
+            f"{coded:.2f} ms: {over_full:.2f} and {over_half:.2f} times faster"
         )
     return Claim(
-        claim=f"a decode step's attention is faster on 2-bit codes than over the full cache ({kernels.num_threads()} threads, "
-        f"{kernels.isa()}, {sizes.layers} layers of 8 kv heads of 64, 32 query heads)",
+        claim="attention of a decode step is faster on 2-bit codes than over the full cache "
+        f"({sizes.layers} layers, 32 query heads, 8 kv heads of 64; {kernels.num_threads()} threads, {kernels.isa()})",
         measured="; ".join(lines),
-        required="more than 1 time float16 past the last-level cache, and growing from the shortest to the longest context",
+        required="faster than float16 at the longest context, and by more than at the shortest",
         passed=ratios[-1] > 1 and ratios[-1] > ratios[0],
     )
 
@@ -537,7 +571,7 @@ def speed_claim(sizes: Sizes, tick: Callable[[str], None]) -> Claim:
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     """All claims; quick: fewer tokens and rounds."""
     sizes = QUICK if quick else FULL
-    steps, done = 27 + len(sizes.lengths), 0
+    steps, done = 23 + len(sizes.lengths), 0
 
     def tick(what: str) -> None:
         nonlocal done
@@ -546,15 +580,15 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         done += 1
 
     demo = Demo(data, sizes)
-    claims = [*quality_claims(demo, tick), first_token_claim(demo), recall_claim(demo, tick)]
-    claims += [*bytes_claims(tick), speed_claim(sizes, tick)]
-    claims.append(
-        not_run(
-            "on a GPU, faster than float16 attention at 16K tokens and twice the batch before memory ends",
-            "ratio > 1, >= 2",
-        )
-    )
-    return claims
+    gpu = "on a GPU, decode attention at 16K tokens is faster than float16's, and twice the batch fits"
+    return [
+        *quality_claims(Quality(demo, tick)),
+        first_token_claim(demo),
+        recall_claim(demo, tick),
+        *bytes_claims(tick),
+        speed_claim(sizes, tick),
+        not_run(gpu, "ratio above 1, and at least 2"),
+    ]
 
 
 if __name__ == "__main__":

@@ -162,6 +162,7 @@ inline void value_tile(const Codes<B>& codes, const std::uint32_t* main, const s
     bit[v] = iload(main + v * W);
     if constexpr (B == 3) bit[v] = iload(extra + v * W);
   }
+#pragma GCC unroll 1  // or all 32 tokens are unrolled, and the scheduler runs out of registers
   for (int t = 0; t < kBlock; t += kPerWord<B>, main += dim) {
     vi word[V], plane[V];
     for (int v = 0; v < V; ++v) {
