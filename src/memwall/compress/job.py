@@ -350,7 +350,7 @@ class Job:
                 f"calibration needs {fixed_bytes + hidden_bytes:,} bytes for one sequence of {length} tokens, "
                 f"{self.arena.free_bytes:,} are free; raise the memory, or use method rtn and one format, such as int4"
             )
-        # in powers of two, so that a run taken up under the same budget, a little more or less of it free, reads the same
+        # powers of two: a run taken up with a little more or less memory free then reads the same text
         return num_sequences if affordable >= num_sequences else 1 << (affordable.bit_length() - 1)
 
     def _probe_bytes(self) -> int:
