@@ -128,7 +128,7 @@ def test_unknown_model_and_settings_are_input_errors(tmp_path: Path) -> None:
         planned(10**8, weights="int9")
     with pytest.raises(InputError, match="zip"):
         planned(10**8, kv="zip")
-    with pytest.raises(InputError, match="1 to [0-9]+ tokens"):
+    with pytest.raises(InputError, match=r"1 to [0-9]+ tokens"):
         planned(10**8, context=1_000_000)
     with pytest.raises(InputError, match="cpu or gpu"):
         planned(10**8, device="tpu")
