@@ -10,8 +10,8 @@ For two CPU cores, the size of the bundled model:
 
 Text: the installed Python's standard library (sources, and docstrings as prose), /usr/share/doc, and any --text PATH.
 Mixed in are rows with facts hidden among real text and asked for at the end, and rows that repeat a span. Each step's
-batch depends on the seed and the step alone, so an interrupted run goes on where its last checkpoint was. Prints held-out
-perplexity and recall accuracy, and writes a Hugging Face directory. Needs `pip install "memwall[torch]"`.
+batch depends on the seed and the step alone, so an interrupted run goes on where its last checkpoint was. Prints
+held-out perplexity and recall accuracy, and writes a Hugging Face directory. Needs `pip install "memwall[torch]"`.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def test_bad_places_and_models(source: Path, tmp_path: Path) -> None:
 def test_budget_is_kept(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="calibration needs"):
         compress(source, tmp_path / "out", arena=Arena(1 << 20, Ledger()))
-    needed = 6 << 20
+    needed = 12 << 20
     arena = Arena(needed, Ledger())
     report = compress(source, tmp_path / "out", arena=arena)
     assert 0 < report.num_calibration_tokens <= 512

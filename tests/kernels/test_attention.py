@@ -124,7 +124,8 @@ def test_kivi_codes_and_attention(isa: str, bits: int, group: int, dim: int) -> 
         settings = {"scale": dim**-0.5, "first_position": first, "window": window}
         out, stats = np.empty_like(q), np.empty((num_queries, heads, 2), np.float32)
         attention.attend_kivi(
-            q, key_blocks, value_blocks, k[coded_keys:], v[coded_values:], coded_keys=coded_keys, coded_values=coded_values,
+            q, key_blocks, value_blocks, k[coded_keys:], v[coded_values:],
+            coded_keys=coded_keys, coded_values=coded_values,
             **form, **settings, out=out, stats=stats,
         )  # fmt: skip
         want_out, want_stats = expected(q, keys, values, **settings)

@@ -63,8 +63,9 @@ def test_loading_counts_only_above_what_comes_later() -> None:
         row.owner: row.nbytes for row in space.rows(Choice(weights="int4", kv="float16", context=1, segment_tokens=1))
     }
     long = {row.owner for row in space.rows(Choice(weights="int4", kv="float32", context=1024))}
-    # the last matrix is 256 x 704 in float16, and the final norm after it is four times 256 bytes
-    assert 0 < short[predict.LOADING] < loading_bytes(CONFIG, space.specs("int4")) == 2 * 256 * 704 - 4 * 256
+    # the last matrix in float16 while it is encoded, with nothing to come but the final norm in float32
+    last = 2 * CONFIG.hidden_size * CONFIG.intermediate_size - 4 * CONFIG.hidden_size
+    assert 0 < short[predict.LOADING] < loading_bytes(CONFIG, space.specs("int4")) == last
     assert predict.LOADING not in long
 
 

@@ -8,13 +8,21 @@ import pytest
 from memwall import kernels
 from memwall.formats import codec
 from memwall.plan import profile, store
-from memwall.plan.profile import ATTEND_TOKENS, WORKING_SETS_BYTES, KernelProfile, load_profile, random_packed
+from memwall.plan.profile import (
+    ATTEND_LAYERS,
+    ATTEND_TOKENS,
+    WORKING_SETS_BYTES,
+    KernelProfile,
+    load_profile,
+    random_packed,
+)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "WORKING_SETS_BYTES", (100_000, 200_000, 300_000, 400_000))
     monkeypatch.setattr(profile, "_MATRIX_SHAPE", (128, 128))
+    monkeypatch.setattr(profile, "_BETWEEN_BYTES", 20_000)
     monkeypatch.setattr(profile, "_SECONDS_PER_FIGURE", 0.001)
 
 
@@ -27,7 +35,7 @@ def test_figures_are_measured_kept_and_read_again() -> None:
     assert attend is not None
     assert overhead is not None
     assert len(rates) == len(WORKING_SETS_BYTES)
-    assert len(attend) == len(ATTEND_TOKENS)
+    assert len(attend) == len(ATTEND_TOKENS) * len(ATTEND_LAYERS)
     assert all(one > 0 for one in [*rates, *attend, *overhead, first.prefill_macs_per_s("float16") or 0])
     first.save()
     second = load_profile(threads=1, measure=False)

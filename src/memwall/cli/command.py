@@ -15,6 +15,8 @@ from typer.core import TyperCommand
 from memwall.errors import MemwallError
 
 INTERRUPTED = 130
+CLOSED_PIPE = 141
+"""What the shell reports for programs that a closed pipe ended."""
 
 
 def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
@@ -26,8 +28,12 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
             function(*args, **kwargs)
         except MemwallError as error:
             fail(error, error.exit_status, debug=kwargs.get("debug", False))
+            # what is still in the buffer must meet a closed pipe here, not when Python ends
+            sys.stdout.flush()
         except BrokenPipeError:
-            raise
+            # the reader (`head`, say) went away; keep Python from complaining again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(CLOSED_PIPE) from None
         except OSError as error:
             fail(describe_os_error(error), 2, debug=kwargs.get("debug", False))
         except KeyboardInterrupt:

@@ -249,6 +249,8 @@ class LayerStream:
     def _weights_of(self, layer: int, packed: Mapping[str, Packed]) -> Iterator[None]:
         """One layer's matrices in place; afterwards their pages leave the resident set."""
         names = self._layer_names[layer]
+        mapped = sum(self._checkpoint.stored_bytes(name) for name in names if name not in packed)
+        charge = self._arena.charge("weights/source", mapped)
         for name in names:
             form = packed[name] if name in packed else float_packed(self._checkpoint, name)
             self._weights.matrices[name] = kernels.matrix(form)
@@ -259,6 +261,7 @@ class LayerStream:
             for name in names:
                 del self._weights.matrices[name]
             drop_pages(self._checkpoint, names)
+            charge.release()
 
 
 def float_packed(checkpoint: Checkpoint, name: str) -> Packed:

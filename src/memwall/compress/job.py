@@ -181,6 +181,7 @@ class Job:
     def _measured_specs(self, stream: LayerStream | None) -> dict[str, str]:
         """Run the float model once, measure what every matrix loses in every form, and choose."""
         assert stream is not None
+        charge = self.arena.charge("compress", self._probe_bytes())
         tied = self.config.tie_word_embeddings
         embedding, head = (self._float(EMBEDDING if tied else name) for name in (EMBEDDING, HEAD))
         probe = sensitivity.Probe(stream, embedding, head)
@@ -203,6 +204,7 @@ class Job:
                     done += tensor.size
                     self._progress("measure", done, self._num_weights)
         drop_pages(self.checkpoint, {EMBEDDING, EMBEDDING if tied else HEAD})
+        charge.release()
         chosen = self._choose([losses[tensor.name] for tensor in self._matrices])
         specs = {tensor.name: "float32" for part in self._parts for tensor in part.tensors}
         specs.update({tensor.name: form.spec for tensor, form in zip(self._matrices, chosen, strict=True)})
@@ -222,10 +224,14 @@ class Job:
     ) -> list[Candidate]:
         weight = self.checkpoint.tensor(tensor.name)
         method, config = self._method_for(statistics), self._config(probed.spec)
-        nats *= sensitivity.gain(weight, statistics, method, config)
-        found = sensitivity.candidates(weight, statistics, self._rungs(tensor), probed.spec, nats)
-        self.checkpoint.drop(tensor.name)
-        return found
+        sampled = (min(len(weight), sensitivity.SAMPLE_ROWS), weight.shape[1])
+        charge = self.arena.charge("compress", weight.nbytes + method.work_bytes(*sampled))
+        try:
+            nats *= sensitivity.gain(weight, statistics, method, config)
+            return sensitivity.candidates(weight, statistics, self._rungs(tensor), probed.spec, nats)
+        finally:
+            charge.release()
+            self.checkpoint.drop(tensor.name)
 
     def _method_for(self, statistics: Statistics | None) -> WeightMethod:
         return weight_method("rtn") if statistics is None else self.method
@@ -304,7 +310,7 @@ class Job:
             max(Collector.work_bytes(t.shape[1]), _tensor_work_bytes(t, self.method.work_bytes(*t.shape)))
             for t in matrices
         )
-        room = self.arena.free_bytes - work_bytes
+        room = self.arena.free_bytes - work_bytes - self._source_bytes(matrices)
         run: list[TensorSpec] = []
         held: dict[str, int] = {}
         for tensor in sorted(matrices, key=lambda t: shared_input(t.name)):
@@ -335,14 +341,24 @@ class Job:
             if t.name != EMBEDDING
         )
         hidden_bytes = 4 * length * config.hidden_size
-        fixed_bytes = activation_bytes(config, length) + hidden_bytes + max(source_bytes, tensor_bytes) + (2 << 20)
+        fixed_bytes = activation_bytes(config, length) + hidden_bytes + source_bytes + tensor_bytes + (2 << 20)
+        if not isinstance(self._bits, str):
+            fixed_bytes += self._probe_bytes()
         affordable = (self.arena.free_bytes - fixed_bytes) // hidden_bytes
         if affordable < 1:
             raise DoesNotFit(
                 f"calibration needs {fixed_bytes + hidden_bytes:,} bytes for one sequence of {length} tokens, "
-                f"{self.arena.free_bytes:,} are free; raise the memory or use --method rtn"
+                f"{self.arena.free_bytes:,} are free; raise the memory, or use method rtn and one format, such as int4"
             )
-        return min(num_sequences, affordable)
+        # powers of two: a run taken up with a little more or less memory free then reads the same text
+        return num_sequences if affordable >= num_sequences else 1 << (affordable.bit_length() - 1)
+
+    def _probe_bytes(self) -> int:
+        """What measuring holds: embedding and head, probed states, probed forms of a layer (a byte a weight)."""
+        ends = [tensor for part in (self._parts[0], self._parts[-1]) for tensor in part.tensors]
+        most = max(len(part.matrices) for part in self._parts)
+        forms_bytes = max(sum(tensor.size for tensor in part.matrices) for part in self._parts)
+        return self._source_bytes(ends) + sensitivity.Probe.work_bytes(self.config, most) + forms_bytes
 
     def _source_bytes(self, tensors: Iterable[TensorSpec]) -> int:
         return sum(self.checkpoint.stored_bytes(tensor.name) for tensor in tensors)

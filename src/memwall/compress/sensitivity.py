@@ -18,6 +18,7 @@ from memwall.compress.allocate import Candidate
 from memwall.compress.base import MethodConfig, Statistics, WeightMethod
 from memwall.compress.calibration import LayerStream
 from memwall.formats import Packed, codec
+from memwall.models.config import ModelConfig
 
 # rows of a matrix that stand for all: the share lost hardly differs between rows, and a row's codes depend on it alone
 SAMPLE_ROWS = 256
@@ -84,6 +85,11 @@ class Probe:
         self.tokens = stream.tokens[0, :PROBE_TOKENS]
         self._final = self.embedded(embedding)[None]
         self._finish(self._final, 0)
+
+    @staticmethod
+    def work_bytes(config: ModelConfig, num_forms: int) -> int:
+        """Bytes held beside the embedding and the head while `num_forms` matrices of a layer are probed."""
+        return 4 * ((num_forms + 3) * PROBE_TOKENS * config.hidden_size + 4 * LOGIT_ROWS * config.vocab_size)
 
     def embedded(self, embedding: Packed) -> np.ndarray:
         """Hidden states [tokens, hidden] at the first layer."""

@@ -118,7 +118,7 @@ class Evaluator:
             self._saved = resolve(self.config, "saved", checkpoint) if packed else None
         if limit_tokens is not None and limit_tokens < 2:
             raise InputError(f"limit is {limit_tokens} tokens; it must be at least 2")
-        tokens = _encode(model, text)[:limit_tokens]
+        tokens = _encode(model, self.config, text)[:limit_tokens]
         self.window_tokens = max(min(window_tokens or WINDOW_TOKENS, self.config.max_position, len(tokens) + 1), 2)
         self.windows = _windows(self.config, tokens, self.window_tokens)
         self._threads, self._budget = threads, budget
@@ -132,13 +132,11 @@ class Evaluator:
         tested = self._load(self.model, weights, kv or "float32", exact=False)
         sums = Divergence()
         cache_bits: float | None = None
-        fullest = 0
         for index, window in enumerate(self.windows):
             first = 0 if kv is None else min(PROMPT_TOKENS, len(window) // 2)
             self._score_window(tested, np.asarray(window), first, sums, decoded=kv is not None)
-            # a short window spends most of its bits on whole pages: the fullest cache is the one that tells
-            if kv is not None and tested.cache.length > fullest:
-                fullest, cache_bits = tested.cache.length, tested.cache.bits_per_value
+            if kv is not None:
+                cache_bits = max(cache_bits or 0.0, tested.cache.bits_per_value)
             tested.reset()
             if progress is not None:
                 progress(index + 1, len(self.windows))
@@ -240,20 +238,21 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _encode(model: Path, text: str | Path) -> list[int]:
+def _encode(model: Path, config: ModelConfig, text: str | Path) -> list[int]:
+    """Tokens of the text itself: begin tokens are set at the head of each window instead."""
     name = str(text) if isinstance(text, Path) else "the text"
     content = read_text(text) if isinstance(text, Path) else text
     if not content.strip():
         raise InputError(f"{name}: is empty; give at least a few sentences")
-    return list(Tokenizer.from_directory(model).encode(content, add_bos=False))
+    tokens = Tokenizer.from_directory(model).encode(content)
+    return [token for token in tokens if token != config.bos_token_id]
 
 
 def _windows(config: ModelConfig, tokens: Sequence[int], window_tokens: int) -> list[list[int]]:
     """Cut tokens into windows, each opened by the model's begin token; a last piece too short to score is left out."""
     opening = [config.bos_token_id] if config.bos_token_id is not None else []
-    body = [token for token in tokens if token != config.bos_token_id]
     step = window_tokens - len(opening)
-    if step < 1 or len(body) + len(opening) < 2:
-        raise InputError(f"the text has {len(body)} tokens; at least 2 are needed")
-    pieces = [opening + list(body[begin : begin + step]) for begin in range(0, len(body), step)]
+    if step < 1 or len(tokens) + len(opening) < 2:
+        raise InputError(f"the text has {len(tokens)} tokens; at least 2 are needed")
+    pieces = [opening + list(tokens[begin : begin + step]) for begin in range(0, len(tokens), step)]
     return [piece for piece in pieces if len(piece) >= 2]

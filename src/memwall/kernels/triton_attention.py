@@ -122,9 +122,7 @@ def attend_kivi(
             f"against {coded_values} + {values.shape[0]}"
         )
     if dim & (dim - 1) or group & (group - 1) or group < MIN_HEADS:
-        raise ValueError(
-            f"head dimension {dim} and group {group}: powers of two, the group at least {MIN_HEADS}"
-        )
+        raise ValueError(f"head dimension {dim} and group {group}: powers of two, the group at least {MIN_HEADS}")
     shared = num_heads // num_kv_heads
     key_bytes, value_bytes = kivi_block_bytes(bits, group, dim)
     num_groups = triton.cdiv(length, group)

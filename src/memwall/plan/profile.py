@@ -7,7 +7,7 @@ level cache, since
 - attend: seconds of one decode step's attention over a cache, per policy and head shape, at several lengths;
 - overheads: seconds per layer and per token that do not depend on sizes, from a decoder too small to have any work.
 
-Every figure is the second fastest of several rounds: other programs only ever add time.
+Every figure is from the faster third of several rounds: other programs only ever add time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from memwall import __version__, kernels, kv
+from memwall.engine.sampling import Sampler, Sampling
 from memwall.engine.session import cache_shape
 from memwall.formats import Packed, codec
 from memwall.memory import Arena, Ledger
@@ -35,6 +36,11 @@ from memwall.plan import store
 WORKING_SETS_BYTES = (1_500_000, 12_000_000, 32_000_000, 96_000_000)
 PREFILL_TOKENS = 128
 ATTEND_TOKENS = (64, 1024)
+#: layers that attention is measured over in turn, with so many bytes of weights between two of them: in all a working
+#: set inside a last-level cache, and one outside any
+ATTEND_LAYERS = (2, 16)
+_BETWEEN_BYTES = 4_000_000
+_ATTEND_SAMPLES = 64
 _MATRIX_SHAPE = (1024, 1024)
 _MATRICES_PER_CALL = 4
 _SECONDS_PER_FIGURE = 0.03
@@ -104,7 +110,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def _seconds(work: Callable[[], None], *, at_least: float = _SECONDS_PER_FIGURE) -> float:
-    """Seconds of one call: enough calls per round to be timed, the second fastest of the rounds."""
+    """Seconds of one call: enough calls per round to be timed, the last of the fastest third of the rounds."""
     work()
     began = time.perf_counter()
     work()
@@ -116,7 +122,7 @@ def _seconds(work: Callable[[], None], *, at_least: float = _SECONDS_PER_FIGURE)
         for _ in range(calls):
             work()
         rounds.append((time.perf_counter() - began) / calls)
-    return float(sorted(rounds)[1])
+    return float(sorted(rounds)[_ROUNDS // 3])
 
 
 def random_packed(spec: str, shape: tuple[int, int], pool: np.ndarray, random: np.random.Generator) -> Packed:
@@ -187,9 +193,34 @@ def _prefill(spec: str) -> float:
 
 
 def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float]:
-    """One layer, a cache filled to each length, then decode steps that grow it a little."""
-    # few steps, so that the length stays what it is called
-    return [_seconds(_cache_step(policy, heads, kv_heads, head_dim, length), at_least=0.01) for length in ATTEND_TOKENS]
+    """Single decode steps over several layers' caches in turn, each after a product that reads _BETWEEN_BYTES.
+
+    The products do to the processor's caches what the weights do between two visits of a layer, and keep the threads
+    awake. With few layers a cache is found again in the last-level cache, with many it is not.
+    """
+    arena = Arena(1 << 62, Ledger())
+    rows, cols = _MATRIX_SHAPE
+    x = np.ones((1, cols), np.float32)
+    seconds = []
+    for num_layers in ATTEND_LAYERS:
+        matrices, pool = _matrices("int8-g64", num_layers * _BETWEEN_BYTES, arena)
+        share = -(-len(matrices) // num_layers)
+        outs = [np.empty((1, rows), np.float32) for _ in range(share)]
+        for length in ATTEND_TOKENS:
+            steps = [_cache_step(policy, heads, kv_heads, head_dim, length) for _ in range(num_layers)]
+            samples = []
+            for index in range(_ATTEND_SAMPLES):
+                layer = index % num_layers
+                between = matrices[layer * share : (layer + 1) * share]
+                kernels.linear(x, between, outs[: len(between)])
+                began = time.perf_counter()
+                steps[layer]()
+                samples.append(time.perf_counter() - began)
+            # the mean of the better half of those after the first round, which finds nothing where it belongs
+            kept = sorted(samples[num_layers:])
+            seconds.append(float(np.mean(kept[: len(kept) // 2])))
+        arena.free(pool)
+    return seconds
 
 
 def _cache_step(policy: str, heads: int, kv_heads: int, head_dim: int, length: int) -> Callable[[], None]:
@@ -220,7 +251,7 @@ def _overheads() -> list[float]:
     """
     few, many = (_seconds(_tiny_step(num_layers)) for num_layers in (2, 10))
     per_layer = max((many - few) / 8, 1e-6)
-    cache_step = _attend("float16", 1, 1, 64)[0]
+    cache_step = _seconds(_cache_step("float16", 1, 1, 64, 16), at_least=0.01)
     return [per_layer, max(few - 2 * per_layer, 1e-6), min(cache_step, per_layer)]
 
 
@@ -252,11 +283,13 @@ def _tiny_step(num_layers: int) -> Callable[[], None]:
     arena = Arena(1 << 62, Ledger())
     decoder = Decoder(config, weights, arena, segment_tokens=1)
     cache = kv.build("float16", cache_shape(config), arena, 1 << 16)
-    token = np.asarray([1])
+    sampler = Sampler(Sampling())
+    token = 1
 
     def step() -> None:
+        nonlocal token
         if cache.length > 32:
             cache.truncate(1)
-        decoder.forward(token, cache)
+        token = sampler.pick(decoder.forward(np.asarray([token]), cache))
 
     return step

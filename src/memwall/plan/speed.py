@@ -87,15 +87,17 @@ def predict_here(
     def step_seconds(context: float, held_bytes: float) -> float:
         working_set = sum(weights.values()) + held_bytes * choice.batch
         matrices = sum(size / _at(working_set, rates[spec] or []) for spec, size in weights.items())
-        attention = sum(max(_line(seen, attend) - cache_step, 0.0) for seen in _seen(config, context)) * choice.batch
+        steps = (_attention(seen, working_set, attend) for seen in _seen(config, context))
+        attention = sum(max(step - cache_step, 0.0) for step in steps) * choice.batch
         return matrices + attention + config.num_layers * per_layer + per_token
 
     prompt = min(choice.segment_tokens, choice.context)
     block = sum(size / (blocks[spec] or math.inf) for spec, size in macs.items())
     # per token of a block the overheads are shared by the block; attention over half the prompt, several rows at a time
     shared = (config.num_layers * per_layer + per_token) / min(prompt, PREFILL_TOKENS)
-    attention = sum(max(_line(seen, attend) - _line(0, attend), 0.0) for seen in _seen(config, prompt / 2))
-    prefill = block + shared + attention
+    # rows of a block share what they read, so the cache counts as near
+    near = (_attention(seen, 0, attend) - _attention(0, 0, attend) for seen in _seen(config, prompt / 2))
+    prefill = block + shared + sum(max(step, 0.0) for step in near)
     return Speed(
         decode_tokens_per_s=choice.batch / step_seconds(choice.context, cache_bytes),
         decode_tokens_per_s_at_start=choice.batch / step_seconds(0, 0),
@@ -150,6 +152,14 @@ def _at(working_set_bytes: float, rates: list[float]) -> float:
             share = math.log(working_set_bytes / low) / math.log(high / low)
             return 1 / ((1 - share) / slow_low + share / slow_high)
     return rates[-1]
+
+
+def _attention(tokens: float, working_set_bytes: float, seconds: list[float]) -> float:
+    """One layer's attention step: between a cache read from near and one read from far, as the working set says."""
+    near, far = _line(tokens, seconds[:2]), _line(tokens, seconds[2:])
+    low, high = WORKING_SETS_BYTES[1], WORKING_SETS_BYTES[-1]
+    share = math.log(max(working_set_bytes, 1) / low) / math.log(high / low)
+    return near + (far - near) * min(max(share, 0.0), 1.0)
 
 
 def _line(tokens: float, seconds: list[float]) -> float:
