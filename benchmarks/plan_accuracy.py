@@ -30,7 +30,7 @@ import numpy as np
 from memwall.engine import Settings, load
 from memwall.models import ModelConfig, model_directory
 from memwall.models.tokenizer import Tokenizer
-from memwall.plan import Choice, Planner
+from memwall.plan import Choice, Planner, store
 from memwall.plan.choose import held_out_text
 from memwall.plan.search import Goal
 
@@ -233,7 +233,10 @@ def examine(planner: Planner, case: Case, threads: int, repeats: int) -> Outcome
     prompt, prompt_tokens = prompt_of(tokenizer, case.context - NEW_TOKENS[case.model])
     context = prompt_tokens + NEW_TOKENS[case.model]
     budget = budget_of(planner, case, context, threads)
-    # profiled in this process and kept, so that the run's own plan has speeds without measuring while it is timed
+    # Profiled anew beside each case, as one measures pairs: a shared machine drifts. Kept, so that the run's own plan has
+    # speeds without measuring while it is timed.
+    (store.cache_directory() / "kernels.json").unlink(missing_ok=True)
+    planner = Planner(planner.model, profile=True)
     goal = Goal(
         budget={"ram": budget} if budget else {}, weights=case.weights, kv=case.kv, context=context, threads=threads
     )

@@ -36,7 +36,7 @@ def test_decode_is_bytes_over_rate_plus_overheads() -> None:
 
 
 def test_larger_working_sets_leave_the_cache() -> None:
-    rates = [4e10, 2e10, 1.5e10, 1e10]
+    rates = [4e10, 2e10, 1.5e10, 1e10, 0.9e10]
     small = predict_here(DEMO, INT4, CHOICE, 0, profile(rates))
     large = predict_here(DEMO, INT4, CHOICE, 10**9, profile(rates))
     assert small is not None
@@ -46,7 +46,7 @@ def test_larger_working_sets_leave_the_cache() -> None:
 
 
 def test_unknown_figures_give_no_prediction() -> None:
-    assert predict_here(DEMO, resolve(DEMO, "int8"), CHOICE, 0, profile([1e10] * 4)) is None
+    assert predict_here(DEMO, resolve(DEMO, "int8"), CHOICE, 0, profile([1e10] * 5)) is None
 
 
 def test_experts_and_embeddings_count_by_what_a_token_reads() -> None:

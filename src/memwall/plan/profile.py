@@ -32,8 +32,9 @@ from memwall.models.precision import MATRIX_ROLES, aligned, tensor_bytes
 from memwall.models.weights import Weights
 from memwall.plan import store
 
-#: working sets in bytes: inside a second-level cache or two, inside a last-level cache, well outside any
-WORKING_SETS_BYTES = (1_500_000, 12_000_000, 32_000_000, 96_000_000)
+#: working sets in bytes: inside a second-level cache or two, inside a last-level cache, and so far outside that what it
+#: still holds of them counts for little
+WORKING_SETS_BYTES = (1_500_000, 12_000_000, 32_000_000, 96_000_000, 256_000_000)
 PREFILL_TOKENS = 128
 ATTEND_TOKENS = (64, 1024)
 #: layers that attention is measured over in turn, with so many bytes of weights between two of them: in all a working

@@ -157,7 +157,7 @@ def _at(working_set_bytes: float, rates: list[float]) -> float:
 def _attention(tokens: float, working_set_bytes: float, seconds: list[float]) -> float:
     """One layer's attention step: between a cache read from near and one read from far, as the working set says."""
     near, far = _line(tokens, seconds[:2]), _line(tokens, seconds[2:])
-    low, high = WORKING_SETS_BYTES[1], WORKING_SETS_BYTES[-1]
+    low, high = WORKING_SETS_BYTES[1], WORKING_SETS_BYTES[3]
     share = math.log(max(working_set_bytes, 1) / low) / math.log(high / low)
     return near + (far - near) * min(max(share, 0.0), 1.0)
 
