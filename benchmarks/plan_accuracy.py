@@ -233,8 +233,8 @@ def examine(planner: Planner, case: Case, threads: int, repeats: int) -> Outcome
     prompt, prompt_tokens = prompt_of(tokenizer, case.context - NEW_TOKENS[case.model])
     context = prompt_tokens + NEW_TOKENS[case.model]
     budget = budget_of(planner, case, context, threads)
-    # Profiled anew beside each case, as one measures pairs: a shared machine drifts. Kept, so that the run's own plan has
-    # speeds without measuring while it is timed.
+    # Profiled anew beside each case, as one measures pairs: a shared machine drifts. Kept, so that the run plans with
+    # the same figures and measures nothing while it is timed.
     (store.cache_directory() / "kernels.json").unlink(missing_ok=True)
     planner = Planner(planner.model, profile=True)
     goal = Goal(

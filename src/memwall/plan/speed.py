@@ -23,7 +23,15 @@ from memwall.hardware.machine import Machine
 from memwall.models.config import ModelConfig, TensorSpec
 from memwall.models.precision import is_matrix, tensor_bytes
 from memwall.plan.base import Choice
-from memwall.plan.profile import ATTEND_TOKENS, PREFILL_TOKENS, WORKING_SETS_BYTES, KernelProfile
+from memwall.plan.profile import (
+    ATTEND_TOKENS,
+    PREFILL_TOKENS,
+    TINY,
+    WIDE,
+    WORKING_SETS_BYTES,
+    KernelProfile,
+    layer_weights,
+)
 
 #: share of a machine's nominal bandwidth and arithmetic that decoding and prefill reach (model figures; survey of
 #: published runs: 0.5-0.85)
@@ -82,7 +90,8 @@ def predict_here(
     attend, overhead = profile.attend_seconds(choice.kv, heads), profile.overhead_seconds()
     if attend is None or overhead is None or None in rates.values() or None in blocks.values():
         return None
-    per_layer, per_token, cache_step = overhead
+    tiny, wide, per_token, cache_step = overhead
+    per_layer = _between(step_macs(config, specs), config.num_layers, tiny, wide)
 
     def step_seconds(context: float, held_bytes: float) -> float:
         working_set = sum(weights.values()) + held_bytes * choice.batch
@@ -122,6 +131,13 @@ def predict_elsewhere(
         decode_tokens_per_s_at_start=choice.batch / at_start,
         prefill_tokens_per_s=1 / prefill,
     )
+
+
+def _between(macs: Mapping[str, float], num_layers: int, tiny: float, wide: float) -> float:
+    """Overhead of a layer of this model's size: between the two measured ones over the logarithm of its weights."""
+    low, high = layer_weights(TINY), layer_weights(WIDE)
+    share = math.log(max(sum(macs.values()) / num_layers, 1) / low) / math.log(high / low)
+    return tiny + (wide - tiny) * min(max(share, 0.0), 1.0)
 
 
 def _seen(config: ModelConfig, context: float) -> list[float]:
