@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--json] [--formats int4,int8,float32] [--paths avx512,avx2] [--threads 2]
 
 Decode: one token times a matrix that no cache holds (`--megabytes`); before each product the plain read rate of the
-same number of threads is measured, and the share is the median over such pairs; where other programs disturb the machine,
-look at the share of the best instead (best product over best reading). Prefill: `--tokens` tokens times a
+same number of threads is measured, and the share is the median over such pairs; where other programs disturb the
+machine, look at the share of the best instead (best product over best reading). Prefill: `--tokens` tokens times a
 matrix of 2,048 x 2,048; a multiplication and an addition count as two operations. Encode: bytes of bfloat16 read per
 second while rounding to the format.
 """
@@ -134,7 +134,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def print_table(result: dict[str, Any]) -> None:
     print(f"{result['processor']}, {result['threads']} threads, {result['date']}")
     print(
-        f"{'format':<16}{'path':<10}{'decode GB/s':>12}{'of reading':>12}{'of best':>9}{'prefill GOP/s':>15}{'encode GB/s':>13}"
+        f"{'format':<16}{'path':<10}{'decode GB/s':>12}{'of reading':>12}{'of best':>9}"
+        f"{'prefill GOP/s':>15}{'encode GB/s':>13}"
     )
     for spec, row in result["formats"].items():
         for path, decode in row["decode"].items():
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--paths", default="avx512,avx2")
     parser.add_argument("--threads", type=int, default=0, help="0: all")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--megabytes", type=float, default=128)
+    parser.add_argument("--megabytes", type=float, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args()

@@ -9,9 +9,9 @@ For two CPU cores, the size of the bundled model:
         --batch 8
 
 Text: the installed Python's standard library (sources, and docstrings as prose), /usr/share/doc, and any --text PATH.
-Mixed in are rows with facts hidden among real text and asked for at the end, and rows that repeat a span. Each step's batch
-depends on the seed and the step alone, so an interrupted run goes on where its last checkpoint was. Prints held-out
-perplexity and recall accuracy, and writes a Hugging Face directory. Needs `pip install "memwall[torch]"`.
+Mixed in are rows with facts hidden among real text and asked for at the end, and rows that repeat a span. Each step's
+batch depends on the seed and the step alone, so an interrupted run goes on where its last checkpoint was. Prints
+held-out perplexity and recall accuracy, and writes a Hugging Face directory. Needs `pip install "memwall[torch]"`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ NAMES = [
     "Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karen", "Louis", "Maria",
     "Nora", "Oscar", "Paula", "Robert", "Sarah", "Thomas", "Victor", "red", "blue", "green", "yellow", "violet",
     "orange", "silver", "golden", "scarlet", "indigo", "falcon", "badger", "otter", "heron", "lynx", "salmon", "beetle",
-    "raven", "tiger", "walrus", "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "kappa", "lambda", "sigma",
-    "omega",
+    "raven", "tiger", "walrus", "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "kappa", "lambda",
+    "sigma", "omega",
 ]
 # fmt: on
 DOCUMENT_SUFFIXES = {".txt", ".md", ".rst", ".gz", ""}

@@ -105,6 +105,28 @@ def test_budget_is_kept_and_reported(spawn: Any) -> None:
     assert document["plan"]["budget"]["ram"] == 200_000_000
 
 
+def test_a_text_that_outgrows_the_budget_is_kept(spawn: Any) -> None:
+    settings = ("--weights", "float16", "--kv", "float32", "--max-new-tokens", "1000", "--ignore-eos", "--json")
+    result = None
+    for megabytes in range(66, 90, 2):
+        result = spawn("run", "demo", "hello", "--memory", f"{megabytes}MB", *settings)
+        if result.stdout:
+            break
+    assert result is not None
+    document = json.loads(result.stdout)
+    assert result.returncode == 1
+    assert document["stop_reason"] == "budget"
+    assert document["text"]
+    assert "--memory" in result.stderr
+    assert document["peak_resident_bytes"] <= megabytes * 1_000_000
+
+
+def test_the_end_of_the_context_is_no_error(memwall: Any) -> None:
+    result = memwall("run", "demo", "hello", *SHORT[:4], "--max-new-tokens", "1200", "--ignore-eos", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["stop_reason"] == "context"
+
+
 def test_turns_share_the_cache(memwall: Any) -> None:
     result = memwall(
         "run", "demo", "--chat", *SHORT, input="Hello there.\n\nAnd then?\n/reset\nHello there.\n/bye\nnever\n"

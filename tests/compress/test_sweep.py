@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwall.compress.sweep import IntegerColumns, factor, sweep
+from memwall.compress.sweep import Factor, IntegerColumns, factor, sweep
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.integer import IntegerCodec
@@ -45,7 +45,7 @@ def test_identity_is_round_to_nearest_bit_for_bit(
     weight[:, ::7] = 0
     coder = integer_codec(spec)
     hessian = np.eye(columns, dtype=np.float32) * np.float32(size)
-    swept = sweep(weight, hessian, IntegerColumns(coder, rows, columns), activation_order=activation_order)
+    swept = sweep(weight, Factor.of(hessian, 0.01, activation_order), IntegerColumns(coder, rows, columns))
     nearest = coder.encode(weight)
     assert swept.shape == nearest.shape
     for name, buffer in nearest.buffers.items():
@@ -78,7 +78,7 @@ def test_agrees_with_the_published_recursion() -> None:
         expected[:, j] = coder.quantize(column, scales, mins)[:, 0]
         error = (column - coder.dequantize(expected[:, j : j + 1], scales, mins))[:, 0] / inverse[j, j]
         work[:, j:] -= np.outer(error, inverse[j, j:])
-    swept = sweep(weight, hessian.astype(np.float32), IntegerColumns(coder, rows, columns))
+    swept = sweep(weight, Factor.of(hessian.astype(np.float32)), IntegerColumns(coder, rows, columns))
     codes, _, _ = coder.unpack(swept)
     assert (codes == expected).mean() > 0.99  # a tie may fall either way in float32
 
@@ -88,10 +88,10 @@ def test_dead_inputs_and_singular_statistics() -> None:
     coder = integer_codec("int4")
     nearest = coder.encode(weight)
     for hessian in (np.zeros((64, 64)), np.diag(np.arange(64.0) % 2)):
-        swept = sweep(weight, hessian.astype(np.float32), IntegerColumns(coder, 4, 64))
+        swept = sweep(weight, Factor.of(hessian.astype(np.float32)), IntegerColumns(coder, 4, 64))
         np.testing.assert_array_equal(swept.buffers["codes"], nearest.buffers["codes"])
     one_token = np.outer(*[np.arange(64, dtype=np.float32)] * 2)
-    assert np.isfinite(coder.decode(sweep(weight, one_token, IntegerColumns(coder, 4, 64)))).all()
+    assert np.isfinite(coder.decode(sweep(weight, Factor.of(one_token), IntegerColumns(coder, 4, 64)))).all()
     with pytest.raises(InputError, match="not positive definite"):
         factor(-np.eye(4, dtype=np.float32), 0.01)
     with pytest.raises(InputError, match="NaN"):
@@ -107,6 +107,6 @@ def test_outliers_leave_no_error_behind() -> None:
     weight = np.random.default_rng(0).standard_normal((16, 96), np.float32)
     x = correlated(300, 96)
     coder = integer_codec("int3")
-    swept = sweep(weight, x.T @ x, IntegerColumns(coder, 16, 96), outliers=KeepAll())
+    swept = sweep(weight, Factor.of(x.T @ x), IntegerColumns(coder, 16, 96), outliers=KeepAll())
     # with every entry kept exact, no column has anything to make up for
     np.testing.assert_array_equal(swept.buffers["codes"], coder.encode(weight).buffers["codes"])

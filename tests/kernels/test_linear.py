@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -156,6 +158,20 @@ def test_scratch_is_reused_and_counted() -> None:
     before = kernels.scratch_bytes()
     product(activations(4, 128), matrix)
     assert kernels.scratch_bytes() == before > 0
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 700])
+def test_scratch_is_predicted(tokens: int) -> None:
+    """In a process of its own, because scratch never shrinks."""
+    program = f"""
+import numpy as np
+from memwall import kernels
+for cols, group in [(200, 64), (512, 64)]:
+    matrix = kernels.matrix(kernels.encode(f"int4-g{{group}}", np.ones((16, cols), np.float32)))
+    kernels.linear(np.ones(({tokens}, cols), np.float32), [matrix], [np.empty(({tokens}, 16), np.float32)])
+    assert kernels.scratch_bytes() == kernels.predict_scratch_bytes({tokens}, cols, group=group)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -19,7 +19,7 @@ from memwall.kernels.triton_linear import PackedLinear  # noqa: E402
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 5, 20])
+@pytest.mark.parametrize("tokens", [3, 20])
 @pytest.mark.parametrize(
     "spec", ["int2-g32-asym", "int3-g64-asym", "int4-g64", "int5-g32", "int6-g128", "int7-g64-asym", "int8-g64"]
 )

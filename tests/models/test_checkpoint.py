@@ -243,3 +243,22 @@ def test_a_manifest_that_lacks_a_buffer_or_knows_too_much_is_refused(tmp_path: P
     (folder / "memwall.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match="does not know: 'ghost'"):
         Checkpoint(folder)
+
+
+def test_files_that_passed_are_not_hashed_again_and_changed_ones_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = make_compressed(tmp_path / "model")
+    hashed: list[str] = []
+    with Checkpoint(folder) as checkpoint:
+        checkpoint.verify_once(lambda name, done, total: hashed.append(name))
+        first = len(hashed)
+        checkpoint.verify_once(lambda name, done, total: hashed.append(name))
+    assert first == len(hashed) > 0
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with Checkpoint(folder) as checkpoint, pytest.raises(InputError, match=r"model\.safetensors: altered"):
+        checkpoint.verify_once()

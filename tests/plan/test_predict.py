@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memwall import kv
+from memwall import kernels, kv
 from memwall.engine import Settings, load
 from memwall.errors import InputError
 from memwall.models import ModelConfig, model_directory
+from memwall.models.decoder import scratch_bytes
 from memwall.plan import predict
 from memwall.plan.base import Choice
 from memwall.plan.predict import ModelSpace, activations, check_policy, check_weights, loading_bytes
@@ -29,6 +30,7 @@ CONFIG = ModelConfig.from_directory(DEMO)
 )
 def test_rows_equal_the_ledger(weights: str, policy: str, context: int) -> None:
     choice = Choice(weights=weights, kv=policy, context=context, segment_tokens=min(context, 128))
+    kernels.set_num_threads(1)  # each thread keeps a panel
     predicted = {row.owner: row.nbytes for row in ModelSpace(CONFIG).rows(choice)}
     settings = Settings(
         weights=weights, kv=policy, context_tokens=context, segment_tokens=choice.segment_tokens, threads=1
@@ -49,7 +51,8 @@ def test_rows_add_up_to_the_peak_and_follow_the_device() -> None:
     peak = space.peak_bytes(choice)
     assert sum(peak.values()) == sum(row.nbytes for row in space.rows(choice))
     assert peak["ram"] == 1010 + loading_bytes(CONFIG, space.specs("int4"))
-    assert peak["gpu"] == sum(space.weight_rows("int4").values()) + activations(CONFIG, 64) + sum(
+    scratch = scratch_bytes(CONFIG, space.specs("int4"), 64)
+    assert peak["gpu"] == sum(space.weight_rows("int4").values()) + activations(CONFIG, 64) + scratch + sum(
         kv.predict("float16", space.shape, 64, 64).values()
     )
 
@@ -69,7 +72,7 @@ def test_loading_counts_only_above_what_comes_later() -> None:
 def test_batch_multiplies_cache_and_activations_but_not_weights() -> None:
     space = ModelSpace(CONFIG, runtime_bytes=0, headroom_bytes=0)
     one, four = (space.peak_bytes(Choice(weights="int4", kv="float16", context=1024, batch=n))["ram"] for n in (1, 4))
-    weights = sum(space.weight_rows("int4").values())
+    weights = sum(space.weight_rows("int4").values()) + scratch_bytes(CONFIG, space.specs("int4"), 512)
     assert four - weights == 4 * (one - weights)
 
 

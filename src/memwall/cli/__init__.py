@@ -6,8 +6,6 @@ parse, call a room, and print. Results go to standard output, everything else to
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Annotated
 
 import typer
@@ -48,9 +46,4 @@ def memwall(
 
 def main() -> None:
     """Entry point of the `memwall` command."""
-    try:
-        app(prog_name="memwall")
-    except BrokenPipeError:
-        # the reader (`head`, say) went away; keep Python from complaining again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    app(prog_name="memwall")

@@ -54,14 +54,13 @@ def num_shared(seen: list[int], ids: list[int]) -> int:
 
 def talk(request: Request) -> None:
     """Turns from standard input until it ends or `/bye`; `/reset` forgets the conversation."""
-    from memwall.models import ModelConfig, model_directory
+    from memwall.models import model_directory
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
     path = model_directory(request.model)
-    config = ModelConfig.from_directory(path)
     tokenizer = Tokenizer.from_directory(path)
-    session, plan = start(request, needed_tokens=config.max_position, path=path, tokenizer=tokenizer)
+    session, plan = start(request, needed_tokens=None, path=path, tokenizer=tokenizer)
     conversation = Conversation(session, tokenizer, ChatTemplate.from_directory(path), request.sampling)
     interactive = sys.stdin.isatty() and not request.quiet
     note("Write a message and press Enter; /reset forgets, /bye or Ctrl-D ends.", quiet=not interactive)

@@ -7,13 +7,16 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from memwall.errors import MemwallError
 
 INTERRUPTED = 130
+CLOSED_PIPE = 141
+"""What the shell reports for programs that a closed pipe ended."""
 
 
 def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
@@ -25,14 +28,32 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
             function(*args, **kwargs)
         except MemwallError as error:
             fail(error, error.exit_status, debug=kwargs.get("debug", False))
+            # what is still in the buffer must meet a closed pipe here, not when Python ends
+            sys.stdout.flush()
         except BrokenPipeError:
-            raise
+            # the reader (`head`, say) went away; keep Python from complaining again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(CLOSED_PIPE) from None
         except OSError as error:
             fail(describe_os_error(error), 2, debug=kwargs.get("debug", False))
         except KeyboardInterrupt:
             fail("interrupted", INTERRUPTED, debug=kwargs.get("debug", False))
 
-    app.command(name)(guarded)
+    class Verb(TyperCommand):
+        """Recent releases of Click drop the help that Typer gives to arguments; it is put back from the function."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            hints = get_type_hints(function, include_extras=True)
+            for parameter in self.params:
+                told = getattr(hints.get(parameter.name or ""), "__metadata__", ())
+                if told and getattr(parameter, "help", None) is None:
+                    parameter.help = told[0].help
+
+        def format_arguments(self, *args: Any) -> None:
+            """Typer lists the arguments beside the options already."""
+
+    app.command(name, cls=Verb)(guarded)
 
 
 def fail(message: object, exit_status: int, *, debug: bool = False) -> None:

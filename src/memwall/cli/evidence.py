@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from memwall.cli.command import AsJson, Debug, Quiet, add_command
-from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.cli.printing import print_json, progress_bar
 from memwall.errors import InputError
 from memwall.systems import System, all_systems, find_system
 
@@ -57,9 +57,7 @@ def evidence(
     if json:
         print_json(report.to_dict())
     else:
-        rows = [(outcome.verdict, outcome.claim, outcome.measured, outcome.required) for outcome in report.claims]
-        typer.echo(format_table(("result", "claim", "measured", "required"), rows))
-        note(f"\n{report.seconds:.0f} s on {report.machine}", quiet=quiet)
+        typer.echo(report.to_table())
     if report.failed:
         raise typer.Exit(1)
 

@@ -22,6 +22,12 @@ def register(app: typer.Typer) -> None:
     add_command(app, "plan", plan)
 
 
+def _complete_machine(incomplete: str) -> list[str]:
+    from memwall.hardware import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
 def plan(
     model: Model,
     *,
@@ -43,7 +49,12 @@ def plan(
         Path | None, typer.Option(help="Write a report with a plot of quality against bytes.", dir_okay=False)
     ] = None,
     machine: Annotated[
-        str | None, typer.Option(help="Plan for another machine: a preset's name or a TOML file (default: this one).")
+        str | None,
+        typer.Option(
+            help="Plan for another machine: a preset's name or a TOML file (default: this one).",
+            metavar="MACHINE",
+            autocompletion=_complete_machine,
+        ),
     ] = None,
     threads: Threads = None,
     json: AsJson = False,

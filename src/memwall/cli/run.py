@@ -23,7 +23,7 @@ from memwall.cli.command import (
     complete_model,
 )
 from memwall.cli.printing import format_table, note, print_json, progress_bar
-from memwall.errors import InputError
+from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 
 if TYPE_CHECKING:
     from memwall.engine import Generation, Sampling, Session
@@ -173,8 +173,13 @@ def parse_context(text: str | None) -> int | None:
 
 
 def _read_prompt(request: Request) -> str:
-    if request.prompt is not None:
-        return request.prompt
+    text = request.prompt if request.prompt is not None else _read_standard_input()
+    if not text:
+        raise InputError("the prompt is empty; give at least one word")
+    return text
+
+
+def _read_standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError('no prompt: give it as an argument (`memwall run "..."`), on standard input, or use --chat')
     try:
@@ -183,8 +188,8 @@ def _read_prompt(request: Request) -> str:
         raise InputError(f"standard input is not text: {error}") from error
 
 
-def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
-    """Plan for the tokens that this run needs, then load as planned."""
+def start(request: Request, *, needed_tokens: int | None, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
+    """Plan for the tokens that this run needs (None: as many as are sensible), then load as planned."""
     from memwall.engine import Settings, load
     from memwall.plan import make_plan
 
@@ -205,20 +210,52 @@ def start(request: Request, *, needed_tokens: int, path: Path, tokenizer: Tokeni
         segment_tokens=plan.choice.segment_tokens,
         threads=request.threads,
     )
-    with progress_bar("loading", quiet=request.quiet) as bar:
-        session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
+    try:
+        with progress_bar("loading", quiet=request.quiet) as bar:
+            session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
+    except BudgetExceeded as refused:
+        raise DoesNotFit(_what_would_fit(request, plan, refused)) from refused
     return session, plan
 
 
+def _what_would_fit(request: Request, plan: Plan, refused: BudgetExceeded) -> str:
+    """Why settings named by the user did not fit, and the nearest ones that do."""
+    from memwall.hardware.units import format_bytes
+    from memwall.plan import make_plan
+
+    choice, needed = plan.choice, plan.peak_bytes["ram"]
+    text = (
+        f"{choice.weights} weights with a {choice.kv} cache for {choice.context} tokens "
+        f"do not fit in {request.budget}: {refused}. They need {format_bytes(needed)}: try --memory {needed}"
+    )
+    try:
+        other = make_plan(
+            plan.model,
+            budget=request.budget,
+            context=choice.context,
+            threads=request.threads,
+            measure=False,
+            profile=False,
+        )
+    except DoesNotFit as smaller:
+        return f"{text}. With weights and cache left to memwall: {smaller}"
+    return f"{text}, or --weights {other.choice.weights} --kv '{other.choice.kv}', which fit in {request.budget}"
+
+
 def _complete(request: Request) -> None:
-    from memwall.models import model_directory
+    from memwall.models import ModelConfig, model_directory
+    from memwall.models.config import checked_directory
     from memwall.models.tokenizer import Tokenizer
 
+    path = checked_directory(model_directory(request.model))
     text = _read_prompt(request)
-    path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
-    needed = len(prompt) + request.sampling.max_new_tokens
+    longest = ModelConfig.from_directory(path).max_position
+    if request.context is None and len(prompt) > longest:
+        raise InputError(f"the prompt has {len(prompt):,} tokens, but the context of {path} is {longest:,}; shorten it")
+    # a text that reaches the end of the context stops there, with a message, rather than being refused beforehand
+    needed = min(len(prompt) + request.sampling.max_new_tokens, longest)
     session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer)
     stream(session, prompt, request.sampling, show=not request.json)
     _report(request, session, plan)

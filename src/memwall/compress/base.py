@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from memwall.compress.sweep import Factor
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 
@@ -27,6 +28,7 @@ class Statistics:
 
     hessian: np.ndarray
     num_tokens: int = 0
+    _factor: tuple[tuple[float, bool], Factor] | None = None
 
     @staticmethod
     def identity(num_columns: int) -> Statistics:
@@ -37,6 +39,14 @@ class Statistics:
         """Take in inputs x [tokens, cols] float32."""
         self.hessian += x.T @ x
         self.num_tokens += len(x)
+        self._factor = None
+
+    def factor(self, damping: float, activation_order: bool) -> Factor:
+        """H's factor for the sweep; made once for all matrices that read these inputs."""
+        key = (damping, activation_order)
+        if self._factor is None or self._factor[0] != key:
+            self._factor = (key, Factor.of(self.hessian, damping, activation_order))
+        return self._factor[1]
 
     def error(self, difference: np.ndarray) -> float:
         """Squared error of the outputs when the weights change by `difference` [rows, cols]."""

@@ -7,7 +7,8 @@ the H of its inputs. Layers that read the same input (q, k and v; gate and up) s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ _SHARED = {"q_proj": "k_proj", "v_proj": "k_proj", "up_proj": "gate_proj", "w3":
 class CalibrationSettings:
     """How much text is read: at most `max_tokens`, in sequences of `sequence_tokens`."""
 
-    max_tokens: int = 32_768
+    max_tokens: int = 16_384
     sequence_tokens: int = 512
 
     def __post_init__(self) -> None:
@@ -126,6 +127,7 @@ class Collector:
         self._arena = arena
         self.statistics: dict[str, Statistics] = {}
         self._staged: dict[str, tuple[np.ndarray, int]] = {}
+        self._work = arena.charge(OWNER, self.work_bytes(max(columns.values(), default=0)))
         try:
             for name, count in columns.items():
                 self.statistics[name] = Statistics(arena.allocate(OWNER, (count, count), np.float32))
@@ -138,6 +140,11 @@ class Collector:
     def nbytes(num_columns: int) -> int:
         """Bytes held per input width."""
         return 4 * num_columns * (num_columns + STAGED_ROWS)
+
+    @staticmethod
+    def work_bytes(num_columns: int) -> int:
+        """Bytes held once while the widest input's rows are multiplied."""
+        return 4 * num_columns**2
 
     def __call__(self, name: str, x: np.ndarray) -> None:
         if name not in self._staged:
@@ -158,6 +165,7 @@ class Collector:
             if count:
                 self.statistics[name].add(staged[:count])
             self._staged[name] = (staged, 0)
+        self._work.resize(0)
         return self.statistics
 
     def release(self) -> None:
@@ -166,6 +174,7 @@ class Collector:
             self._arena.free(staged)
         for statistics in self.statistics.values():
             self._arena.free(statistics.hessian)
+        self._work.release()
         self._staged, self.statistics = {}, {}
 
 
@@ -175,7 +184,7 @@ class LayerStream:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, tokens: np.ndarray, arena: Arena) -> None:
         self.config = config
         self._checkpoint = checkpoint
-        self._tokens = tokens
+        self.tokens = tokens
         self._arena = arena
         specs = config.tensors()
         vectors = {t.name: checkpoint.tensor(t.name).astype(np.float32) for t in specs if len(t.shape) == 1}
@@ -185,64 +194,74 @@ class LayerStream:
         ]
         num_sequences, length = tokens.shape
         self._decoder = Decoder(config, self._weights, arena, segment_tokens=length, exact=True)
-        self._hidden = arena.allocate(OWNER, (num_sequences, length, config.hidden_size), np.float32)
+        self.hidden = arena.allocate(OWNER, (num_sequences, length, config.hidden_size), np.float32)
         self._work = arena.allocate(OWNER, (length, config.hidden_size), np.float32)
 
     def embed(self, packed: Packed | None = None) -> None:
         """Begin: the hidden states are the embeddings of the tokens."""
         matrix = kernels.matrix(packed if packed is not None else float_packed(self._checkpoint, EMBEDDING))
-        for ids, hidden in zip(self._tokens, self._hidden, strict=True):
+        for ids, hidden in zip(self.tokens, self.hidden, strict=True):
             kernels.gather_rows(matrix, ids, hidden)
         self._checkpoint.drop(EMBEDDING)
 
-    def collect(self, layer: int, names: Sequence[str]) -> Collector:
-        """Statistics of the inputs of `names` in one layer; the hidden states stay where they are."""
+    def collect(self, layer: int, names: Sequence[str], *, advance: bool = False) -> Collector:
+        """Statistics of the inputs of `names` in one layer; the hidden states stay where they are, or `advance`."""
         specs = {t.name: t for t in self.config.tensors() if t.layer == layer}
         collector = Collector({shared_input(name): specs[name].shape[1] for name in names}, self._arena)
         try:
-            self._run(layer, collector, advance=False)
+            with self._weights_of(layer, {}):
+                self._decoder.observer = collector
+                for hidden in self.hidden:
+                    states = hidden if advance else self._work
+                    if not advance:
+                        np.copyto(states, hidden)
+                    self._decoder.run_layer(layer, states, PromptCache(self.config))
         except BaseException:
             collector.release()
             raise
         return collector
 
-    def advance(self, layer: int, packed: dict[str, Packed] | None = None, observer: Collector | None = None) -> None:
+    def advance(self, layer: int, packed: Mapping[str, Packed] | None = None) -> None:
         """Move the hidden states through one layer, `packed` forms in place of the checkpoint's weights."""
-        self._run(layer, observer, advance=True, packed=packed or {})
+        self.run_layer(layer, self.hidden, packed)
+
+    def run_layer(self, layer: int, hidden: np.ndarray, packed: Mapping[str, Packed] | None = None) -> None:
+        """Any hidden states [sequences, at most `length` tokens, hidden] through one layer, in place."""
+        with self._weights_of(layer, packed or {}):
+            for states in hidden:
+                self._decoder.run_layer(layer, states, PromptCache(self.config))
+
+    def norm(self, hidden: np.ndarray) -> None:
+        """The norm after the last layer, in place."""
+        norm = self._weights.vectors["model.norm.weight"]
+        for states in hidden:
+            kernels.rms_norm(states, norm, self.config.rms_norm_eps, states)
 
     def collect_final(self, name: str) -> Collector:
         """Statistics of the head's inputs; call it after the last layer. The hidden states are normed afterwards."""
-        norm = self._weights.vectors["model.norm.weight"]
         collector = Collector({name: self.config.hidden_size}, self._arena)
-        for hidden in self._hidden:
-            kernels.rms_norm(hidden, norm, self.config.rms_norm_eps, hidden)
+        self.norm(self.hidden)
+        for hidden in self.hidden:
             collector(name, hidden)
         return collector
 
-    def _run(
-        self,
-        layer: int,
-        observer: Callable[[str, np.ndarray], None] | None,
-        *,
-        advance: bool,
-        packed: dict[str, Packed] | None = None,
-    ) -> None:
-        names, replaced = self._layer_names[layer], packed or {}
+    @contextmanager
+    def _weights_of(self, layer: int, packed: Mapping[str, Packed]) -> Iterator[None]:
+        """One layer's matrices in place; afterwards their pages leave the resident set."""
+        names = self._layer_names[layer]
+        mapped = sum(self._checkpoint.stored_bytes(name) for name in names if name not in packed)
+        charge = self._arena.charge("weights/source", mapped)
         for name in names:
-            form = replaced[name] if name in replaced else float_packed(self._checkpoint, name)
+            form = packed[name] if name in packed else float_packed(self._checkpoint, name)
             self._weights.matrices[name] = kernels.matrix(form)
-        self._decoder.observer = observer
         try:
-            for hidden in self._hidden:
-                target = hidden if advance else self._work
-                if not advance:
-                    np.copyto(target, hidden)
-                self._decoder.run_layer(layer, target, PromptCache(self.config))
+            yield
         finally:
             self._decoder.observer = None
             for name in names:
                 del self._weights.matrices[name]
             drop_pages(self._checkpoint, names)
+            charge.release()
 
 
 def float_packed(checkpoint: Checkpoint, name: str) -> Packed:

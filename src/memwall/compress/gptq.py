@@ -13,7 +13,7 @@ Differs from the paper: no inverse is formed (`sweep`); an input that never fire
 zero; with activation order the groups stay neighbours and their scales come from the weights as given ("static groups"
 of later code).
 Cost: cols^3 / 3 operations for the factor and rows * cols^2 for the feedback; resident beside weight and H,
-max(24 cols^2 + 4 rows * cols, 4 cols^2 + 9 rows * cols) bytes (12 cols^2 instead of 24 above 4,096 columns).
+max(12 cols^2, 4 cols^2 + 10 rows * cols) bytes (4 cols^2 instead of 12 above 4,096 columns).
 Holds when: the calibration text has more tokens than the layer has inputs and resembles what the model will read.
 """
 
@@ -46,13 +46,7 @@ class Gptq(WeightMethod):
         if statistics.hessian.shape != (num_columns, num_columns):
             raise InputError(f"statistics of {len(statistics.hessian)} inputs do not fit a matrix of {num_columns}")
         columns = sweep.IntegerColumns(coder, num_rows, num_columns)
-        return sweep.sweep(
-            weight,
-            statistics.hessian,
-            columns,
-            damping=config.damping,
-            activation_order=config.activation_order,
-        )
+        return sweep.sweep(weight, statistics.factor(config.damping, config.activation_order), columns)
 
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         return sweep.work_bytes(num_rows, num_columns)

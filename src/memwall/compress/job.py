@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from memwall import kernels
 from memwall.compress import sensitivity, weight_method
 from memwall.compress.allocate import Candidate, allocate
-from memwall.compress.base import MethodConfig, Statistics
+from memwall.compress.base import MethodConfig, Statistics, WeightMethod
 from memwall.compress.calibration import (
     BUNDLED_TEXT,
     CalibrationSettings,
     Collector,
     LayerStream,
+    drop_pages,
     float_packed,
     read_text,
     shared_input,
@@ -51,7 +53,7 @@ class Tuning:
     """What seldom needs changing: see `MethodConfig` and `CalibrationSettings`."""
 
     damping: float = 0.01
-    activation_order: bool = False
+    activation_order: bool = True
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
 
 
@@ -179,35 +181,63 @@ class Job:
     def _measured_specs(self, stream: LayerStream | None) -> dict[str, str]:
         """Run the float model once, measure what every matrix loses in every form, and choose."""
         assert stream is not None
+        charge = self.arena.charge("compress", self._probe_bytes())
+        tied = self.config.tie_word_embeddings
+        embedding, head = (self._float(EMBEDDING if tied else name) for name in (EMBEDDING, HEAD))
+        probe = sensitivity.Probe(stream, embedding, head)
         losses: dict[str, list[Candidate]] = {}
         done = 0
         stream.embed()
         for part in self._parts:
-            for tensors, statistics in self._statistics(part, stream):
+            before = stream.hidden[0].copy()
+            for tensors, statistics in self._statistics(part, stream, advance=True):
+                forms = {tensor.name: self._probe_form(tensor) for tensor in tensors}
+                if part.layer is not None:
+                    nats = probe.layer_nats(part.layer, before, forms)
+                elif EMBEDDING in forms:
+                    nats = {EMBEDDING: probe.embedding_nats(forms[EMBEDDING], tied=tied)}
+                else:
+                    nats = {name: probe.head_nats(packed) for name, packed in forms.items()}
                 for tensor in tensors:
-                    losses[tensor.name] = self._candidates(tensor, statistics.get(shared_input(tensor.name)))
+                    known = statistics.get(shared_input(tensor.name))
+                    losses[tensor.name] = self._candidates(tensor, known, forms[tensor.name], nats[tensor.name])
                     done += tensor.size
                     self._progress("measure", done, self._num_weights)
-            if part.layer is not None:
-                stream.advance(part.layer)
-        if self.config.tie_word_embeddings:
-            # the embedding is the head too: it is read both ways, and both losses count
-            with self._collected(stream.collect_final(HEAD)) as statistics:
-                lookup, head = losses[EMBEDDING], self._candidates(self._matrices[0], statistics[HEAD])
-            losses[EMBEDDING] = [
-                Candidate(spec=a.spec, nbytes=a.nbytes, loss=a.loss + b.loss) for a, b in zip(lookup, head, strict=True)
-            ]
+        drop_pages(self.checkpoint, {EMBEDDING, EMBEDDING if tied else HEAD})
+        charge.release()
         chosen = self._choose([losses[tensor.name] for tensor in self._matrices])
         specs = {tensor.name: "float32" for part in self._parts for tensor in part.tensors}
         specs.update({tensor.name: form.spec for tensor, form in zip(self._matrices, chosen, strict=True)})
         return specs
 
-    def _candidates(self, tensor: TensorSpec, statistics: Statistics | None) -> list[Candidate]:
-        weight = self.checkpoint.tensor(tensor.name)
+    def _float(self, name: str) -> Packed:
+        return float_packed(self.checkpoint, name)
+
+    def _probe_form(self, tensor: TensorSpec) -> Packed:
+        """The form whose effect is measured: few bits, so that it stands out, but not the crudest."""
+        spec = self._rungs(tensor)[0 if tensor.role in ("embedding", "head") else 1]
         with _named(tensor.name):
-            found = sensitivity.candidates(weight, statistics, self._rungs(tensor))
-        self.checkpoint.drop(tensor.name)
-        return found
+            return kernels.encode(spec, self.checkpoint.tensor(tensor.name))
+
+    def _candidates(
+        self, tensor: TensorSpec, statistics: Statistics | None, probed: Packed, nats: float
+    ) -> list[Candidate]:
+        weight = self.checkpoint.tensor(tensor.name)
+        method, config = self._method_for(statistics), self._config(probed.spec)
+        sampled = (min(len(weight), sensitivity.SAMPLE_ROWS), weight.shape[1])
+        charge = self.arena.charge("compress", weight.nbytes + method.work_bytes(*sampled))
+        try:
+            nats *= sensitivity.gain(weight, statistics, method, config)
+            return sensitivity.candidates(weight, statistics, self._rungs(tensor), probed.spec, nats)
+        finally:
+            charge.release()
+            self.checkpoint.drop(tensor.name)
+
+    def _method_for(self, statistics: Statistics | None) -> WeightMethod:
+        return weight_method("rtn") if statistics is None else self.method
+
+    def _config(self, spec: str) -> MethodConfig:
+        return MethodConfig(spec=spec, damping=self.tuning.damping, activation_order=self.tuning.activation_order)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -225,12 +255,7 @@ class Job:
 
     def _compress(self, tensor: TensorSpec, statistics: Statistics | None) -> Packed:
         weight = self.checkpoint.tensor(tensor.name)
-        method = weight_method("rtn") if statistics is None else self.method
-        config = MethodConfig(
-            spec=self.specs[tensor.name],
-            damping=self.tuning.damping,
-            activation_order=self.tuning.activation_order,
-        )
+        method, config = self._method_for(statistics), self._config(self.specs[tensor.name])
         charge = self.arena.charge("compress", _compress_bytes(weight, method.work_bytes(*weight.shape)))
         try:
             with _named(tensor.name):
@@ -261,22 +286,31 @@ class Job:
     # -- statistics within the budget ----------------------------------------------------------------------------------
 
     def _statistics(
-        self, part: _Part, stream: LayerStream | None
+        self, part: _Part, stream: LayerStream | None, *, advance: bool = False
     ) -> Iterator[tuple[list[TensorSpec], dict[str, Statistics]]]:
-        """The part's matrices in runs whose statistics fit in memory together, each run with its statistics."""
+        """The part's matrices in runs whose statistics fit in memory together, each run with its statistics.
+
+        advance: the last run also moves the stream through the part's layer, as it is.
+        """
         if stream is None or not part.matrices or part.matrices[0].name == EMBEDDING:
             yield part.matrices, {}
         elif part.layer is None:
             with self._collected(stream.collect_final(HEAD)) as statistics:
                 yield part.matrices, statistics
         else:
-            for run in self._runs(part.matrices):
-                with self._collected(stream.collect(part.layer, [tensor.name for tensor in run])) as statistics:
+            runs = list(self._runs(part.matrices))
+            for index, run in enumerate(runs):
+                is_last = index == len(runs) - 1
+                names = [tensor.name for tensor in run]
+                with self._collected(stream.collect(part.layer, names, advance=advance and is_last)) as statistics:
                     yield run, statistics
 
     def _runs(self, matrices: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
-        work_bytes = max(_tensor_work_bytes(tensor, self.method.work_bytes(*tensor.shape)) for tensor in matrices)
-        room = self.arena.free_bytes - work_bytes
+        work_bytes = max(
+            max(Collector.work_bytes(t.shape[1]), _tensor_work_bytes(t, self.method.work_bytes(*t.shape)))
+            for t in matrices
+        )
+        room = self.arena.free_bytes - work_bytes - self._source_bytes(matrices)
         run: list[TensorSpec] = []
         held: dict[str, int] = {}
         for tensor in sorted(matrices, key=lambda t: shared_input(t.name)):
@@ -301,19 +335,30 @@ class Job:
         layers = [part for part in self._parts if part.layer is not None]
         source_bytes = max(self._source_bytes(part.tensors) for part in layers)
         tensor_bytes = max(
-            Collector.nbytes(t.shape[1]) + _tensor_work_bytes(t, self.method.work_bytes(*t.shape))
+            Collector.nbytes(t.shape[1])
+            + max(Collector.work_bytes(t.shape[1]), _tensor_work_bytes(t, self.method.work_bytes(*t.shape)))
             for t in self._matrices
             if t.name != EMBEDDING
         )
         hidden_bytes = 4 * length * config.hidden_size
-        fixed_bytes = activation_bytes(config, length) + hidden_bytes + max(source_bytes, tensor_bytes) + (2 << 20)
+        fixed_bytes = activation_bytes(config, length) + hidden_bytes + source_bytes + tensor_bytes + (2 << 20)
+        if not isinstance(self._bits, str):
+            fixed_bytes += self._probe_bytes()
         affordable = (self.arena.free_bytes - fixed_bytes) // hidden_bytes
         if affordable < 1:
             raise DoesNotFit(
                 f"calibration needs {fixed_bytes + hidden_bytes:,} bytes for one sequence of {length} tokens, "
-                f"{self.arena.free_bytes:,} are free; raise the memory or use --method rtn"
+                f"{self.arena.free_bytes:,} are free; raise the memory, or use method rtn and one format, such as int4"
             )
-        return min(num_sequences, affordable)
+        # powers of two: a run taken up with a little more or less memory free then reads the same text
+        return num_sequences if affordable >= num_sequences else 1 << (affordable.bit_length() - 1)
+
+    def _probe_bytes(self) -> int:
+        """What measuring holds: embedding and head, probed states, probed forms of a layer (a byte a weight)."""
+        ends = [tensor for part in (self._parts[0], self._parts[-1]) for tensor in part.tensors]
+        most = max(len(part.matrices) for part in self._parts)
+        forms_bytes = max(sum(tensor.size for tensor in part.matrices) for part in self._parts)
+        return self._source_bytes(ends) + sensitivity.Probe.work_bytes(self.config, most) + forms_bytes
 
     def _source_bytes(self, tensors: Iterable[TensorSpec]) -> int:
         return sum(self.checkpoint.stored_bytes(tensor.name) for tensor in tensors)

@@ -18,6 +18,7 @@ is up to an `OutlierRule`. Arrays are held column by column ([cols, rows]), so t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from memwall.formats.integer import IntegerCodec
 # above this the factor is made in float32: the damping is far above its rounding, and float64 would take gigabytes
 _FLOAT64_COLUMNS = 4096
 _DAMPING_TRIES = 6
+_BLOCK_COLUMNS = 128
 
 
 class ColumnQuantizer(ABC):
@@ -66,124 +68,148 @@ class IntegerColumns(ColumnQuantizer):
         self._codes = np.empty((num_columns, num_rows), np.uint8)
         self._scales = np.zeros((num_groups, num_rows), np.float16)
         self._mins = None if codec.symmetric else np.zeros((num_groups, num_rows), np.float16)
-        self._entered = -1
+        self._prepared: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]] = {}
 
     def enter_group(self, index: int, columns: np.ndarray) -> None:
         scales, mins = self.codec.fit(columns.T)
         self._scales[index] = scales
         if self._mins is not None:
             self._mins[index] = mins
-        self._entered = -1
+        self._prepared.pop(index, None)
 
     def quantize(self, column: int, values: np.ndarray) -> np.ndarray:
-        if self._entered != column // self.group:
-            self._use(column // self.group)
-        shifted = values if self._min is None else values - self._min
-        codes = np.rint(shifted / self._divisor)
-        if self._min is None:
+        scale, divisor, low, zero = self._parameters(column // self.group)
+        codes = values / divisor if low is None else (values - low) / divisor
+        np.rint(codes, out=codes)
+        if low is None:
             codes += self.codec.zero_code
-        np.clip(codes, 0.0, (1 << self.codec.bits) - 1, out=codes)
-        if self._has_zero:
-            codes[self._zero] = self.codec.zero_code
+        np.maximum(codes, 0, out=codes)
+        np.minimum(codes, (1 << self.codec.bits) - 1, out=codes)
+        if zero is not None:
+            codes[zero] = self.codec.zero_code
         self._codes[column] = codes
-        if self._min is None:
+        if low is None:
             codes -= self.codec.zero_code
-            codes *= self._scale
-        else:
-            codes *= self._scale
-            codes += self._min
+        codes *= scale
+        if low is not None:
+            codes += low
         return codes
 
-    def _use(self, index: int) -> None:
-        """float32 copies of one group's parameters, made once for its columns."""
-        self._entered = index
-        self._scale = self._scales[index].astype(np.float32)
-        self._min = None if self._mins is None else self._mins[index].astype(np.float32)
-        self._zero = self._scale == 0
-        self._has_zero = bool(self._zero.any())
-        self._divisor = np.where(self._zero, np.float32(1), self._scale)
+    def _parameters(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Scale, divisor, minimum and the rows without a scale of one group in float32, made once for its columns."""
+        if index not in self._prepared:
+            scale = self._scales[index].astype(np.float32)
+            zero = scale == 0
+            divisor = np.where(zero, np.float32(1), scale)
+            low = None if self._mins is None else self._mins[index].astype(np.float32)
+            self._prepared[index] = scale, divisor, low, zero if zero.any() else None
+        return self._prepared[index]
 
     def finish(self) -> Packed:
         mins = None if self._mins is None else self._mins.T
         return self.codec.pack(np.ascontiguousarray(self._codes.T), self._scales.T, mins)
 
 
-def factor(hessian: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
+def factor(hessian: np.ndarray, damping: float, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """H + damping * mean(diag H) I = R R^T, R upper triangular -> feedback R_ij / R_jj [cols, cols] float32, R_jj^2.
 
-    An input that is always zero leaves an empty row and column, which the damping fills: its weights are just rounded.
-    Where H is too close to singular for its precision the damping grows tenfold until the factor exists.
+    order: the columns as they are to be worked. An input that is always zero leaves an empty row and column, which the
+    damping fills: its weights are just rounded. Where H is too close to singular for its precision the damping grows
+    tenfold until the factor exists.
     """
-    if not np.isfinite(hessian).all():
+    diagonal = np.diagonal(hessian)
+    if not np.isfinite(hessian.sum(dtype=np.float64)):
         raise InputError("the calibration statistics hold NaN or infinite values; are the model's weights damaged?")
     # of the matrix in reverse order, the lower factor is this one's upper factor
-    reverse: Any = hessian[::-1, ::-1].astype(np.float64 if len(hessian) <= _FLOAT64_COLUMNS else np.float32)
-    mean = float(np.mean(np.diagonal(reverse), dtype=np.float64)) or 1.0
-    diagonal = reverse.reshape(-1)[:: len(reverse) + 1]
-    added = 0.0
+    reverse = np.arange(len(hessian))[::-1] if order is None else order[::-1]
+    dtype = np.float64 if len(hessian) <= _FLOAT64_COLUMNS else np.float32
+    mean = float(np.mean(diagonal, dtype=np.float64)) or 1.0
     for attempt in range(_DAMPING_TRIES):
-        wanted = damping * mean * 10.0**attempt
-        diagonal += wanted - added
-        added = wanted
+        lower: Any = hessian[np.ix_(reverse, reverse)].astype(dtype, copy=False)
+        lower.reshape(-1)[:: len(lower) + 1] += damping * mean * 10.0**attempt
         try:
-            lower = np.linalg.cholesky(reverse)
+            _cholesky_in_place(lower)
             break
         except np.linalg.LinAlgError:
             continue
     else:
         raise InputError("the calibration statistics are not positive definite, even damped; use more calibration text")
-    del reverse, diagonal
-    upper = lower[::-1, ::-1]
-    pivots = np.diagonal(upper).copy()
-    upper /= pivots
-    return np.ascontiguousarray(upper, np.float32), pivots**2
+    pivots = np.diagonal(lower).copy()
+    lower /= pivots
+    return lower.astype(np.float32, copy=False)[::-1, ::-1], pivots[::-1] ** 2
+
+
+def _cholesky_in_place(matrix: np.ndarray) -> None:
+    """The lower Cholesky factor over the matrix itself: NumPy's own makes two more copies of it."""
+    size = len(matrix)
+    for start in range(0, size, _BLOCK_COLUMNS):
+        stop = min(start + _BLOCK_COLUMNS, size)
+        if start:
+            matrix[start:, start:stop] -= matrix[start:, :start] @ matrix[start:stop, :start].T
+        corner = np.linalg.cholesky(matrix[start:stop, start:stop])
+        matrix[start:stop, start:stop] = corner
+        matrix[stop:, start:stop] = matrix[stop:, start:stop] @ np.linalg.inv(corner).T
+        matrix[start:stop, stop:] = 0
 
 
 def work_bytes(num_rows: int, num_columns: int) -> int:
-    """Most bytes that `sweep` holds beside weight, H and result.
+    """Most bytes that `Factor.of` and `sweep` hold beside weight, H and result.
 
-    Three squares while the factor is made; then the feedback beside columns and errors (float32) and codes.
+    The factor and its float32 form; then the latter beside columns and errors (float32) and codes (twice).
     """
-    itemsize = 8 if num_columns <= _FLOAT64_COLUMNS else 4
-    matrices = 9 * num_rows * num_columns
-    return max(3 * itemsize * num_columns**2 + 4 * num_rows * num_columns, 4 * num_columns**2 + matrices)
+    squares = 12 if num_columns <= _FLOAT64_COLUMNS else 4
+    return max(squares * num_columns**2, 4 * num_columns**2 + 10 * num_rows * num_columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """The factor of one H, for all matrices that read the same inputs.
+
+    order [cols]: the columns in the order they are worked; feedback and pivots are in that order, see `factor`.
+    """
+
+    order: np.ndarray
+    feedback: np.ndarray
+    pivots: np.ndarray
+
+    @staticmethod
+    def of(hessian: np.ndarray, damping: float = 0.01, activation_order: bool = False) -> Factor:
+        """activation_order: columns with the largest inputs go first."""
+        order = np.arange(len(hessian))
+        if activation_order:
+            order = np.argsort(-np.diagonal(hessian), kind="stable")
+        return Factor(order, *factor(hessian, damping, order))
 
 
 def sweep(
-    weight: np.ndarray,
-    hessian: np.ndarray,
-    quantizer: ColumnQuantizer,
-    *,
-    damping: float = 0.01,
-    activation_order: bool = False,
-    outliers: OutlierRule | None = None,
+    weight: np.ndarray, factored: Factor, quantizer: ColumnQuantizer, *, outliers: OutlierRule | None = None
 ) -> Packed:
-    """Compress weight [rows, cols] under H [cols, cols].
+    """Compress weight [rows, cols] under the H that was factored.
 
-    activation_order: columns with the largest inputs go first. Groups stay those of neighbouring columns, so that the
-    stored form is the same; their parameters come from the weights as given, as their columns no longer meet together.
+    Groups are those of neighbouring columns whatever the order, so that the stored form is the same. Worked out of
+    order, a group's parameters come from the weights as given, as its columns no longer meet together.
     """
     columns = np.ascontiguousarray(np.asarray(weight, np.float32).T)
-    order = np.argsort(-np.diagonal(hessian), kind="stable") if activation_order else np.arange(len(columns))
+    order, feedback, pivots = factored.order, factored.feedback, factored.pivots
     in_order = bool((order == np.arange(len(columns))).all())
     if not in_order:
-        hessian = hessian[np.ix_(order, order)]
         for start in range(0, len(columns), quantizer.group):
             quantizer.enter_group(start // quantizer.group, columns[start : start + quantizer.group])
-    feedback, pivots = factor(hessian, damping)
     errors = np.empty_like(columns)
     for start in range(0, len(columns), quantizer.group):
         members = order[start : start + quantizer.group]
         stop = start + len(members)
         original = columns[members]
-        targets = original + feedback[:start, start:stop].T @ errors[:start]
+        # the factor is a reversed view, which BLAS does not take: one group's part is copied at a time
+        taken_in = np.ascontiguousarray(feedback[:stop, start:stop].T)
+        targets = original + taken_in[:, :start] @ errors[:start]
         if in_order:
             quantizer.enter_group(start // quantizer.group, targets)
         _sweep_group(
             members,
             original,
             targets,
-            feedback[start:stop, start:stop],
+            taken_in[:, start:stop],
             errors[start:stop],
             quantizer,
             None if outliers is None else (outliers, pivots[start:stop]),
@@ -200,10 +226,13 @@ def _sweep_group(
     quantizer: ColumnQuantizer,
     outliers: tuple[OutlierRule, np.ndarray] | None,
 ) -> None:
-    """The columns of one group in turn; errors [members, rows] receives what each leaves behind."""
+    """The columns of one group in turn; errors [members, rows] receives what each leaves behind.
+
+    feedback [members, members]: row j weighs the errors that column j takes in.
+    """
     for j, column in enumerate(members):
         if j:
-            targets[j] += feedback[:j, j] @ errors[:j]
+            targets[j] += feedback[j, :j] @ errors[:j]
         rounded = quantizer.quantize(int(column), targets[j])
         if outliers is not None:
             rule, pivots = outliers

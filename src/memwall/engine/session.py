@@ -210,6 +210,7 @@ def load(
         kernels.set_num_threads(settings.threads)
     config = ModelConfig.from_directory(model)
     with Checkpoint(model, config) as checkpoint:
+        checkpoint.verify_once()
         specs = resolve(config, settings.weights, checkpoint)
         ledger = Ledger()
         _warm_up()

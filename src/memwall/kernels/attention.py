@@ -9,6 +9,7 @@ exponentials relative to it: what `merge_partials` needs to join attentions over
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -91,6 +92,7 @@ def merge_partials(outs: Sequence[np.ndarray], stats: Sequence[np.ndarray]) -> t
     return out.astype(np.float32), np.stack([peak, total], axis=-1).astype(np.float32)
 
 
+@cache
 def kivi_block_bytes(bits: int, group: int, head_dim: int) -> tuple[int, int]:
     """Bytes of one key-value head's key block (`group` tokens) and value block (`VALUE_BLOCK_TOKENS` tokens)."""
     key, value = _native.kivi_block_bytes(bits, group, head_dim)
@@ -121,4 +123,6 @@ def kivi_decode_values(blocks: np.ndarray, first: int, out: np.ndarray, *, bits:
 
 def _plain(rows: np.ndarray) -> np.ndarray:
     """bfloat16 is unknown to NumPy itself: its bits travel as uint16."""
+    if rows.dtype.kind != "V":  # a name costs microseconds, this nothing
+        return rows
     return rows.view(np.uint16) if rows.dtype.name == "bfloat16" else rows

@@ -13,7 +13,7 @@ from memwall.formats import Packed, codec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.integer import IntegerCodec
 
-__all__ = ["Matrix", "gather_rows", "linear", "matrix", "scratch_bytes"]
+__all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes", "scratch_bytes"]
 
 
 def matrix(packed: Packed) -> Matrix:
@@ -64,3 +64,12 @@ def gather_rows(matrix: Matrix, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
 def scratch_bytes() -> int:
     """Bytes that products hold between calls: rounded activations and one panel per thread. For the byte ledger."""
     return int(_native.linear_scratch_bytes())
+
+
+def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64) -> int:
+    """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
+
+    group: of the weights; 0 for dense weights and for exact products, which round no activations. Weights of several
+    groups keep one piece each; the widest input and the largest number of tokens of a run count.
+    """
+    return int(_native.linear_scratch_bytes_for(tokens, cols, group))

@@ -100,6 +100,10 @@ class KVCache(ABC):
         """Forgets all but the first `length` tokens and gives whole pages back."""
 
     @abstractmethod
+    def fork(self) -> KVCache:
+        """A cache of its own with the same tokens, as another branch of a search needs. Between forward passes only."""
+
+    @abstractmethod
     def release(self) -> None:
         """Gives all memory back; the cache is of no more use."""
 

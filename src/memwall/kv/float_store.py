@@ -153,6 +153,18 @@ class FloatCache(KVCache):
             self._keys[layer].shrink(length)
             self._values[layer].shrink(length)
 
+    def fork(self) -> FloatCache:
+        other = FloatCache(self._policy, self.shape, self.arena, self.capacity_tokens)
+        try:
+            for mine, theirs in zip((*self._keys, *self._values), (*other._keys, *other._values)):
+                theirs.reserve(self.length)
+                theirs.rows(0, self.length)[:] = mine.rows(0, self.length)
+        except BaseException:
+            other.release()
+            raise
+        other._lengths = [self.length] * self.shape.num_layers
+        return other
+
     def release(self) -> None:
         for rows in (*self._keys, *self._values):
             rows.release()

@@ -28,7 +28,7 @@ from memwall.errors import InputError
 from memwall.kernels import attention
 from memwall.kv.base import CacheShape, KVCache
 from memwall.kv.float_store import GrowingRows, float_dtype
-from memwall.kv.policy import Policy
+from memwall.kv.policy import Policy, parse
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
 
@@ -106,13 +106,17 @@ class _Blocks:
     """Coded blocks of one layer in a range that grows."""
 
     def __init__(self, arena: Arena, capacity_bytes: int) -> None:
-        self.region = arena.reserve(CODED, max(capacity_bytes, 1))
+        self.region = arena.reserve(CODED, round_up(max(capacity_bytes, 1)))
         self.bytes = self.region.array(0, np.uint8)
 
     def reserve(self, nbytes: int) -> None:
         if nbytes > len(self.bytes):
             self.region.commit(nbytes)
             self.bytes = self.region.array(self.region.committed_bytes, np.uint8)
+
+    def copy_from(self, other: _Blocks) -> None:
+        self.reserve(len(other.bytes))
+        self.bytes[:] = other.bytes
 
     def shrink(self, nbytes: int) -> None:
         self.bytes = self.bytes[:0]
@@ -158,6 +162,13 @@ class _Layer:
         self.values = _Recent(values)
         self.coded_keys = self.coded_values = 0
         self.length = 0
+
+    def copy_from(self, other: _Layer) -> None:
+        self.key_blocks.copy_from(other.key_blocks)
+        self.value_blocks.copy_from(other.value_blocks)
+        self.keys.set(other.keys.rows)
+        self.values.set(other.values.rows)
+        self.coded_keys, self.coded_values, self.length = other.coded_keys, other.coded_values, other.length
 
 
 class KiviCache(KVCache):
@@ -302,6 +313,16 @@ class KiviCache(KVCache):
             state.length = length
             state.key_blocks.shrink(settings.key_bytes(self.shape, state.coded_keys))
             state.value_blocks.shrink(settings.value_bytes(self.shape, state.coded_values))
+
+    def fork(self) -> KiviCache:
+        other = KiviCache(parse(self.policy), self.shape, self.arena, self.capacity_tokens)
+        try:
+            for mine, theirs in zip(self._layers, other._layers):
+                theirs.copy_from(mine)
+        except BaseException:
+            other.release()
+            raise
+        return other
 
     def release(self) -> None:
         self._unstage(release=False)

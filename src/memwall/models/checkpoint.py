@@ -7,6 +7,7 @@ it never follows a name out of the folder. A compressed folder (`memwall.json`) 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from memwall.formats import Packed, checked_json, codec
 from memwall.formats.checked_json import shown
 from memwall.formats.manifest import MANIFEST_NAME, Manifest, PackedEntry, buffer_tensor_name
 from memwall.formats.safetensors_file import SafetensorsFile
+from memwall.hardware.system import cache_directory
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, checked_directory
 
 SINGLE_NAME = "model.safetensors"
@@ -131,6 +133,27 @@ class Checkpoint:
                         progress(name, done, total)
             if digest.hexdigest() != entry.sha256:
                 raise InputError(f"{self.directory / name}: altered or damaged (SHA-256 differs from {MANIFEST_NAME})")
+
+    def verify_once(self, progress: Progress | None = None) -> None:
+        """`verify(digests=True)`, unless these very files passed before.
+
+        A file is known by device, inode, size, time of change and digest; an empty marker under the user's cache folder
+        says that it passed. So a start does not hash gigabytes again, and a changed file is always hashed.
+        """
+        if self.manifest is None:
+            return
+        digest = hashlib.sha256()
+        for name, entry in sorted(self.manifest.files.items()):
+            status = (self.directory / name).stat()
+            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            digest.update(repr((name, entry.sha256, *identity)).encode())
+        marker = cache_directory() / "verified" / digest.hexdigest()
+        if marker.is_file():
+            return
+        self.verify(digests=True, progress=progress)
+        with contextlib.suppress(OSError):  # a cache that can't be written only costs the next start its hashing
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
 
     def close(self) -> None:
         for file in self._files.values():

@@ -10,11 +10,12 @@ Shapes: T new tokens, B rows of a block, H hidden size, F intermediate size, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from memwall import kernels
+from memwall.formats import codec
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
@@ -23,6 +24,7 @@ from memwall.models.weights import Weights
 
 BLOCK_ROWS = 128
 OWNER = "activations"
+SCRATCH = "kernels/scratch"
 
 # observer(tensor_name, x): called with the input [rows, cols] of each linear, for calibration
 Observer = Callable[[str, np.ndarray], None]
@@ -54,6 +56,15 @@ def activation_bytes(config: ModelConfig, segment_tokens: int, logit_rows: int =
     """Bytes of the buffers above."""
     shapes = activation_shapes(config, segment_tokens, logit_rows).values()
     return sum(rows * cols for rows, cols in shapes) * np.dtype(np.float32).itemsize
+
+
+def scratch_bytes(config: ModelConfig, specs: Mapping[str, str], segment_tokens: int, *, exact: bool = False) -> int:
+    """Bytes the products keep between calls: activations rounded for the widest matrix, and a panel per thread."""
+    tokens = min(segment_tokens, BLOCK_ROWS)
+    widest = max(config.hidden_size, config.intermediate_size, config.query_size)
+    groups = {0} if exact else {getattr(codec(spec), "group", 0) for spec in specs.values()}
+    once = kernels.predict_scratch_bytes(tokens, widest, group=0)
+    return once + sum(kernels.predict_scratch_bytes(tokens, widest, group=group) - once for group in groups)
 
 
 class _Layer:
@@ -105,6 +116,8 @@ class Decoder:
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
         self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
+        # the kernels allocate this themselves, at the first product; it counts against the cap from now on
+        arena.charge(SCRATCH, scratch_bytes(config, weights.specs, segment_tokens, exact=exact))
         self._buffers = {
             name: arena.allocate(OWNER, shape, np.float32)
             for name, shape in activation_shapes(config, segment_tokens, logit_rows).items()

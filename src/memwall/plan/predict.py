@@ -26,7 +26,7 @@ from memwall.memory.pages import round_up
 from memwall.models import model_directory
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import OWNER as ACTIVATIONS
-from memwall.models.decoder import activation_shapes
+from memwall.models.decoder import SCRATCH, activation_shapes, scratch_bytes
 from memwall.models.precision import LADDER, bits_of, resolve, source_spec, tensor_bytes, weight_bytes
 from memwall.models.weights import PIECE_BYTES, ROW_TILE
 from memwall.plan import store
@@ -118,6 +118,8 @@ class ModelSpace(Space):
         rows = [PlanRow(owner=owner, tier=device, nbytes=size) for owner, size in sorted(weights.items())]
         rows += [PlanRow(owner=owner, tier=device, nbytes=size * choice.batch) for owner, size in sorted(cache.items())]
         rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
+        scratch = scratch_bytes(self.config, self.specs(choice.weights), choice.segment_tokens)
+        rows.append(PlanRow(owner=SCRATCH, tier=device, nbytes=scratch))
         rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=self.runtime_bytes))
         rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
         # weights come first: while they load, cache and activations do not exist yet and their room is free for it

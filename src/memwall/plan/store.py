@@ -12,13 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from memwall.hardware.system import cache_directory
+
 MAX_FILE_BYTES = 1 << 24
-
-
-def cache_directory() -> Path:
-    """Where a user's programs keep what they can make again."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "memwall"
 
 
 def read(name: str) -> dict[str, Any]:

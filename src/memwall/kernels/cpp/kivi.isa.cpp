@@ -16,6 +16,11 @@ namespace mw::MW_ISA {
 namespace {
 
 constexpr int kHeads = 4;  // query heads that share one unpacking: 8 sums in registers, which AVX2 just holds
+#if defined(__AVX512F__)
+constexpr int kSums = 2;  // per result: twice the registers, so twice the additions under way
+#else
+constexpr int kSums = 1;
+#endif
 constexpr int kBlock = KiviForm::kValueBlock;
 constexpr float kLargestHalf = 65504.0f;
 
@@ -162,6 +167,7 @@ inline void value_tile(const Codes<B>& codes, const std::uint32_t* main, const s
     bit[v] = iload(main + v * W);
     if constexpr (B == 3) bit[v] = iload(extra + v * W);
   }
+#pragma GCC unroll 1  // or all 32 tokens are unrolled, and the scheduler runs out of registers
   for (int t = 0; t < kBlock; t += kPerWord<B>, main += dim) {
     vi word[V], plane[V];
     for (int v = 0; v < V; ++v) {
@@ -271,7 +277,7 @@ void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::in
         float* to = scores + (h * rep) * kStep + (token - begin);
         int r = 0;
         for (; r + kHeads <= rep; r += kHeads)
-          score_block<B, kHeads, 1>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
+          score_block<B, kHeads, kSums>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
         for (; r + 2 <= rep; r += 2)
           score_block<B, 2, 2>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
         for (; r < rep; ++r) score_block<B, 1, 4>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
@@ -303,7 +309,7 @@ void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::in
         int r = 0;
         for (; r + kHeads <= rep; r += kHeads) {
           for (int i = 0; i < kHeads; ++i) weight[i] = weights(r + i);
-          value_block<B, kHeads, 1>(codes, block, a.form, dim, weight, to + r * dim, scaled);
+          value_block<B, kHeads, kSums>(codes, block, a.form, dim, weight, to + r * dim, scaled);
         }
         for (; r + 2 <= rep; r += 2) {
           weight[0] = weights(r), weight[1] = weights(r + 1);

@@ -22,13 +22,14 @@ class Scratch {
     if (bytes > bytes_) {
       std::free(data_);
       bytes_ = 0;
-      data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+      data_ = static_cast<char*>(std::aligned_alloc(64, rounded(bytes)));
       if (data_ == nullptr) throw std::bad_alloc();
-      bytes_ = (bytes + 63) / 64 * 64;
+      bytes_ = rounded(bytes);
     }
     return data_;
   }
   std::size_t bytes() const { return bytes_; }
+  static std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
  private:
   char* data_ = nullptr;
@@ -40,7 +41,7 @@ Scratch g_activations[3], g_workers;
 
 // Below this a call runs on its own thread: waking another costs about as much.
 constexpr double kInlineSeconds = 20e-6;
-constexpr double kChunkSeconds = 15e-6;
+constexpr double kChunkSeconds = 5e-6;
 // Rough speeds of one core, for the size of chunks only.
 constexpr double kBytesPerSecond = 15e9, kMultipliesPerSecond = 150e9;
 
@@ -50,14 +51,22 @@ double strip_seconds(const Matrix& m, std::int64_t strip_rows, std::int64_t toke
   return static_cast<double>(strip_rows) * std::max(bytes / kBytesPerSecond, multiplies / kMultipliesPerSecond);
 }
 
+int tokens_together(const LinearKernels& kernels, std::int64_t tokens) { return tokens == 1 ? 1 : kernels.token_block; }
+
+// Bytes of codes, scales and sums.
+std::size_t activation_bytes(std::int64_t tokens, std::int64_t cols, int group, int block) {
+  const std::int64_t entries = (tokens + block - 1) / block * block * ((cols + group - 1) / group);
+  return static_cast<std::size_t>(entries) * (group + sizeof(float) + sizeof(std::int32_t));
+}
+
 // Lays codes, scales and sums of `tokens` tokens out in one piece of scratch and quantizes into it.
 Activations quantize(const LinearKernels& kernels, const Input& input, int group, Scratch& scratch) {
   Activations a;
   a.group = group;
   a.groups = (input.cols + group - 1) / group;
-  a.block = input.tokens == 1 ? 1 : kernels.token_block;
+  a.block = tokens_together(kernels, input.tokens);
   const std::int64_t blocks = (input.tokens + a.block - 1) / a.block, entries = blocks * a.block * a.groups;
-  a.codes = reinterpret_cast<std::int8_t*>(scratch.at_least(static_cast<std::size_t>(entries) * (group + 8)));
+  a.codes = reinterpret_cast<std::int8_t*>(scratch.at_least(activation_bytes(input.tokens, input.cols, group, a.block)));
   a.scales = reinterpret_cast<float*>(a.codes + entries * group);
   a.sums = reinterpret_cast<std::int32_t*>(a.scales + entries);
   const std::size_t grain = std::max<std::int64_t>(1, (1 << 16) / (a.block * input.cols + 1));
@@ -162,6 +171,13 @@ std::size_t linear_scratch_bytes() {
   std::size_t bytes = g_workers.bytes();
   for (const auto& scratch : g_activations) bytes += scratch.bytes();
   return bytes;
+}
+
+std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group) {
+  const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * num_threads());
+  if (group == 0 || tokens == 0) return workers;
+  tokens = std::min<std::int64_t>(tokens, kMaxTokens);
+  return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens)));
 }
 
 void linear(const float* x, std::int64_t tokens, std::int64_t cols, const Product* products, std::size_t count, bool exact) {

@@ -5,27 +5,53 @@
 namespace mw::MW_ISA {
 namespace {
 
-// Rows as they lie in memory: lanes run along the columns and are added up at the end. Four accumulators hide the latency.
-template <class Type, int Tokens>
-void row_products(const Matrix& m, const Input& input, std::int64_t first_row, std::int64_t end_row, const Output& out) {
-  constexpr int kChains = Tokens == 1 ? 4 : 2, kStep = kChains * kWidth;
+// Rows as they lie in memory: lanes run along the columns and are added up at the end. A block of Rows by Tokens is computed
+// together, so that each vector loaded is used several times; a single product has Chains sums to hide their latency.
+template <class Type, int Rows, int Tokens>
+void row_block(const Matrix& m, const Input& input, std::int64_t row, std::int64_t token, const Output& out) {
+  constexpr int kChains = Rows * Tokens == 1 ? 4 : Rows * Tokens < 4 ? 2 : 1, kStep = kChains * kWidth;
   const std::int64_t cols = m.cols, whole = cols / kStep * kStep;
-  for (std::int64_t row = first_row; row < end_row; ++row) {
-    const auto* w = static_cast<const typename Type::Element*>(m.data) + row * cols;
-    Vf sums[Tokens][kChains] = {};
-    for (std::int64_t c = 0; c < whole; c += kStep)
-      for (int i = 0; i < kChains; ++i) {
-        const Vf weights = Type::vector(w + c + i * kWidth);
-        for (int t = 0; t < Tokens; ++t) sums[t][i] += weights * load<Vf>(input.x + t * cols + c + i * kWidth);
+  const auto* w = static_cast<const typename Type::Element*>(m.data) + row * cols;
+  const float* x = input.x + token * cols;
+  Vf sums[Rows][Tokens][kChains] = {};
+  for (std::int64_t c = 0; c < whole; c += kStep)
+    for (int i = 0; i < kChains; ++i) {
+      Vf weights[Rows];
+      for (int r = 0; r < Rows; ++r) weights[r] = Type::vector(w + r * cols + c + i * kWidth);
+      for (int t = 0; t < Tokens; ++t) {
+        const Vf values = load<Vf>(x + t * cols + c + i * kWidth);
+        for (int r = 0; r < Rows; ++r) sums[r][t][i] += weights[r] * values;
       }
-    for (int t = 0; t < Tokens; ++t) {
-      Vf all = sums[t][0];
-      for (int i = 1; i < kChains; ++i) all += sums[t][i];
-      float value = sum_of(all);
-      for (std::int64_t c = whole; c < cols; ++c) value += Type::scalar(w[c]) * input.x[t * cols + c];
-      write_rows(&value, t, row, 1, out);
     }
-  }
+  for (int r = 0; r < Rows; ++r)
+    for (int t = 0; t < Tokens; ++t) {
+      Vf all = sums[r][t][0];
+      for (int i = 1; i < kChains; ++i) all += sums[r][t][i];
+      float value = sum_of(all);
+      for (std::int64_t c = whole; c < cols; ++c) value += Type::scalar(w[r * cols + c]) * x[t * cols + c];
+      write_rows(&value, token + t, row + r, 1, out);
+    }
+}
+
+constexpr int kBlockRows = kWidth == 16 ? 4 : 2, kBlockTokens = 4;
+// with more tokens, transposing the weights costs less than adding up lanes
+constexpr int kMostRowTokens = 16;
+
+template <class Type, int Rows>
+void row_tokens(const Matrix& m, const Input& input, std::int64_t row, const Output& out) {
+  std::int64_t token = 0;
+  for (; token + kBlockTokens <= input.tokens; token += kBlockTokens) row_block<Type, Rows, kBlockTokens>(m, input, row, token, out);
+  static_for<kBlockTokens>([&](auto index) {
+    constexpr int count = decltype(index)::value;
+    if constexpr (count > 0)
+      if (input.tokens - token == count) row_block<Type, Rows, count>(m, input, row, token, out);
+  });
+}
+
+template <class Type>
+void row_products(const Matrix& m, const Input& input, std::int64_t row, std::int64_t end_row, const Output& out) {
+  for (; input.tokens > 1 && row + kBlockRows <= end_row; row += kBlockRows) row_tokens<Type, kBlockRows>(m, input, row, out);
+  for (; row < end_row; ++row) row_tokens<Type, 1>(m, input, row, out);
 }
 
 // A panel: the weights of one strip, some columns of them, column after column, so that lanes are rows as in tiles.
@@ -142,15 +168,13 @@ void decode_tile(const Matrix& m, std::int64_t tile, std::int64_t first_col, int
 template <class Type>
 void float_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
   const std::int64_t end_row = end * kTileRows < m.rows ? end * kTileRows : m.rows;
-  row_products<Type, 1>(m, input, begin * kTileRows, end_row, out);
+  row_products<Type>(m, input, begin * kTileRows, end_row, out);
 }
 
 template <class Type>
 void float_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
   const std::int64_t end_row = end * kStripRows < m.rows ? end * kStripRows : m.rows;
-  // for so few tokens, transposing the weights would cost more than it saves
-  if (input.tokens == 2) return row_products<Type, 2>(m, input, begin * kStripRows, end_row, out);
-  if (input.tokens == 3) return row_products<Type, 3>(m, input, begin * kStripRows, end_row, out);
+  if (input.tokens <= kMostRowTokens) return row_products<Type>(m, input, begin * kStripRows, end_row, out);
   FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
   panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
     transpose_panel<Type>(m, strip * kStripRows, first_col, num_cols, panel);

@@ -1,0 +1,58 @@
+"""`memwall compress`, then running what it wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memwall.cli.compress import parse_bits
+from tests.models.families import make_family
+
+TEXT = "A city lies on a river, and the river comes down from the hills. " * 40
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return make_family("llama", tmp_path)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_bits() -> None:
+    assert parse_bits("3.5") == 3.5
+    assert parse_bits("int4-g64") == "int4-g64"
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_compress_and_run(memwall: Any, small: Path, text: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "out"
+    arguments = ("compress", small, out, "--bits", "5", "--method", method, "--calibration", text, "--json")
+    result = memwall(*arguments)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert 3 < document["bits_per_weight"] <= 5
+    assert (out / "memwall.json").is_file()
+    run = memwall("run", out, "A city", "--max-new-tokens", "3", "--ignore-eos", "--json")
+    assert run.exit_code == 0, run.stderr
+    assert json.loads(run.stdout)["tokens"] == 3
+    again = memwall(*arguments)
+    assert again.exit_code == 2
+    assert "--force" in again.stderr
+
+
+def test_a_damaged_file_is_refused_by_name(memwall: Any, small: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert memwall("compress", small, out, "--method", "rtn", "--calibration", text).exit_code == 0
+    victim = sorted(out.glob("*.safetensors"))[0]
+    victim.write_bytes(victim.read_bytes()[:-10])
+    result = memwall("run", out, "A city", "--max-new-tokens", "2")
+    assert result.exit_code == 2
+    assert victim.name in result.stderr

@@ -1,0 +1,28 @@
+"""`memwall eval`: the six figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+KEYS = {"perplexity", "kl_nats", "top1_agreement", "tokens", "bits_per_weight", "kv_bits_per_value"}
+
+
+def test_figures(memwall: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A city lies on a river, and the river comes down from the hills. " * 20)
+    plain = json.loads(memwall("eval", "demo", text, "--limit", "64", "--json").stdout)
+    assert plain.keys() == KEYS
+    assert plain["kl_nats"] < 1e-4
+    assert plain["kv_bits_per_value"] is None
+    packed = json.loads(memwall("eval", "demo", text, "--limit", "64", "--weights", "int4", "--json").stdout)
+    assert packed["kl_nats"] > plain["kl_nats"]
+    assert packed["bits_per_weight"] == 4.25
+    cached = json.loads(
+        memwall("eval", "demo", text, "--limit", "200", "--weights", "int4", "--kv", "kivi(2bit)", "--json").stdout
+    )
+    assert cached["kv_bits_per_value"] < 16
+    assert cached["kl_nats"] > 0
+    table = memwall("eval", "demo", text, "--limit", "64")
+    assert all(key in table.stdout for key in KEYS)

@@ -1,0 +1,45 @@
+"""`memwall plan`: table, JSON, report, and status 1 when nothing fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PLAN = ("plan", "demo", "--no-measure", "--context", "256")
+
+
+def test_table_and_json_agree(memwall: Any) -> None:
+    document = json.loads(memwall(*PLAN, "--memory", "2GB", "--json").stdout)
+    assert document["version"] >= 1
+    assert document["choice"]["context"] == 256
+    assert sum(row["bytes"] for row in document["rows"]) == document["peak_bytes"]["ram"] <= 2_000_000_000
+    table = memwall(*PLAN, "--memory", "2GB")
+    assert table.exit_code == 0, table.stderr
+    assert document["choice"]["weights"] in table.stdout
+    assert document["explanation"].split(",")[0][:30] in " ".join(table.stdout.split())
+
+
+def test_exact_settings(memwall: Any) -> None:
+    result = memwall(*PLAN, "--weights", "int4", "--kv", "kivi(2bit)", "--json")
+    document = json.loads(result.stdout)
+    assert document["choice"]["weights"].startswith("int4")
+    assert "kivi" in document["choice"]["kv"]
+
+
+def test_nothing_fits(memwall: Any) -> None:
+    result = memwall(*PLAN, "--memory", "1MB")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.stderr
+    exact = memwall(*PLAN, "--memory", "1MB", "--weights", "int4", "--kv", "float16", "--json")
+    assert exact.exit_code == 1
+    assert json.loads(exact.stdout)["peak_bytes"]["ram"] > 1_000_000
+
+
+def test_report(memwall: Any, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    result = memwall(*PLAN, "--memory", "2GB", "--html", report, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    text = report.read_text()
+    assert "<html" in text
+    assert "weights/" in text

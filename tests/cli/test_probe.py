@@ -1,0 +1,31 @@
+"""`memwall probe` prints what the room measured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from memwall import hardware
+
+
+class Report:
+    """Stands for a measured machine."""
+
+    notes = ("Other work was running.",)
+
+    def rows(self) -> list[hardware.ProbeRow]:
+        return [hardware.ProbeRow(group="memory", setting="read, 1 thread", figure="20 GB/s", typical="18 GB/s")]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": 1}
+
+
+def test_table_and_json(memwall: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "probe", lambda **settings: Report())
+    table = memwall("probe", "--quick")
+    assert table.exit_code == 0, table.stderr
+    assert "20 GB/s" in table.stdout
+    assert "Other work" in table.stderr
+    assert json.loads(memwall("probe", "--json").stdout) == {"format": 1}

@@ -1,0 +1,158 @@
+"""Attention kernels against plain torch, on every instruction set, over sizes that divide nothing."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from memwall.kernels import attention, attention_reference
+
+TYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# T, S, H, Hkv, D, window
+SIZES = [
+    (1, 1, 1, 1, 1, None),
+    (1, 7, 3, 1, 5, None),
+    (1, 300, 8, 4, 32, None),
+    (1, 700, 8, 2, 64, 100),
+    (1, 261, 6, 6, 80, None),
+    (1, 1500, 32, 8, 64, None),
+    (5, 9, 4, 2, 20, 3),
+    (37, 137, 8, 4, 32, None),
+    (70, 70, 6, 2, 65, 17),
+    (130, 130, 14, 2, 64, None),
+    (3, 513, 23, 1, 64, None),
+    (0, 5, 2, 1, 16, None),
+]
+
+
+def rows(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+def expected(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, **settings: float | int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    out, stats = attention_reference.attend(*(torch.from_numpy(x.astype(np.float32)) for x in (q, k, v)), **settings)
+    return out.numpy(), stats.numpy()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_float(isa: str, threads: int, dtype: str, size: tuple) -> None:
+    num_queries, num_keys, heads, kv_heads, dim, window = size
+    rng = np.random.default_rng(0)
+    q = 3 * rows(rng, num_queries, heads, dim)
+    k, v = (rows(rng, num_keys, kv_heads, dim).astype(TYPES[dtype]) for _ in range(2))
+    out, stats = np.full_like(q, np.nan), np.empty((num_queries, heads, 2), np.float32)
+    settings = {"scale": dim**-0.5, "first_position": num_keys - num_queries, "window": window}
+    attention.attend_float(q, k, v, **settings, out=out, stats=stats)
+    want, want_stats = expected(q, k, v, **settings)
+    np.testing.assert_allclose(out, want, atol=2e-5)
+    np.testing.assert_allclose(stats, want_stats, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_queries", [1, 6])
+def test_pieces_merge_to_the_whole(isa: str, num_queries: int) -> None:
+    rng = np.random.default_rng(1)
+    q = rows(rng, num_queries, 4, 32)
+    k, v = rows(rng, 200, 2, 32), rows(rng, 200, 2, 32)
+    settings = {"scale": 0.2, "first_position": 90, "window": 77}  # keys behind the queries stay unseen
+    outs, all_stats = [], []
+    for begin, end in [(0, 5), (5, 64), (64, 101), (101, 200)]:
+        out, stats = np.empty_like(q), np.empty((num_queries, 4, 2), np.float32)
+        attention.attend_float(q, k[begin:end], v[begin:end], **settings, key_start=begin, out=out, stats=stats)
+        outs.append(out)
+        all_stats.append(stats)
+    out, stats = attention.merge_partials(outs, all_stats)
+    want, want_stats = expected(q, k, v, **settings)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    np.testing.assert_allclose(stats, want_stats, rtol=1e-5)
+    assert not outs[-1][0].any()  # saw nothing
+    assert np.isneginf(all_stats[-1][0, :, 0]).all()
+
+
+FORMS = [
+    (bits, group, dim) for bits in (2, 3, 4, 8) for group, dim in ((16, 48), (32, 32), (32, 96), (64, 64), (128, 128))
+]
+
+
+@pytest.mark.parametrize(("bits", "group", "dim"), FORMS)
+def test_kivi_codes_and_attention(isa: str, bits: int, group: int, dim: int) -> None:
+    rng = np.random.default_rng(2)
+    heads, kv_heads, coded_keys, coded_values = 6, 2, 3 * group, 83
+    length = max(coded_keys, coded_values) + 40
+    k, v = (rows(rng, length, kv_heads, dim).astype(np.float16) for _ in range(2))
+    k[:, 0, 3] *= 20
+    k[:, :, 4] = 2
+    form = {"bits": bits, "group": group}
+    key_bytes, value_bytes = attention.kivi_block_bytes(**form, head_dim=dim)
+    key_blocks, value_blocks = (np.full(3 * kv_heads * n, 255, np.uint8) for n in (key_bytes, value_bytes))
+    attention.kivi_encode_keys(k[:coded_keys], key_blocks, **form)
+    attention.kivi_encode_values(v[:50], 0, value_blocks, **form)
+    for i in range(50, coded_values):
+        attention.kivi_encode_values(v[i : i + 1], i, value_blocks, **form)
+
+    tk, tv = torch.from_numpy(k[:coded_keys]).float(), torch.from_numpy(v[:coded_values]).float()
+    codes = attention_reference.kivi_unpack(torch.from_numpy(key_blocks), bits, group, kv_heads, dim, keys=True)
+    want = attention_reference.kivi_quantize(tk.view(3, group, kv_heads, dim), bits, 1)[0]
+    assert torch.equal(codes, want.view(coded_keys, kv_heads, dim).long())
+    codes = attention_reference.kivi_unpack(torch.from_numpy(value_blocks), bits, group, kv_heads, dim, keys=False)
+    want = attention_reference.kivi_quantize(tv.view(coded_values, kv_heads, -1, group), bits, 3)[0]
+    assert torch.equal(codes[:coded_values], want.view(coded_values, kv_heads, dim).long())
+
+    past_keys = attention_reference.kivi_round_trip(tk, bits, group, along_tokens=True).numpy()
+    past_values = attention_reference.kivi_round_trip(tv, bits, group, along_tokens=False).numpy()
+    some = np.empty((coded_keys - 5, kv_heads, dim), np.float32)
+    np.testing.assert_allclose(
+        attention.kivi_decode_keys(key_blocks, 5, some, **form), past_keys[5:], rtol=1e-6, atol=1e-6
+    )
+    some = np.empty((coded_values - 5, kv_heads, dim), np.float32)
+    np.testing.assert_allclose(
+        attention.kivi_decode_values(value_blocks, 5, some, **form), past_values[5:], rtol=1e-6, atol=1e-6
+    )
+    keys = np.concatenate([past_keys, k[coded_keys:].astype(np.float32)])
+    values = np.concatenate([past_values, v[coded_values:].astype(np.float32)])
+    for num_queries, first, window in [
+        (1, length - 1, None),
+        (5, length - 5, None),
+        (1, 40, None),
+        (1, length - 1, 70),
+    ]:
+        q = rows(rng, num_queries, heads, dim)
+        settings = {"scale": dim**-0.5, "first_position": first, "window": window}
+        out, stats = np.empty_like(q), np.empty((num_queries, heads, 2), np.float32)
+        attention.attend_kivi(
+            q, key_blocks, value_blocks, k[coded_keys:], v[coded_values:],
+            coded_keys=coded_keys, coded_values=coded_values,
+            **form, **settings, out=out, stats=stats,
+        )  # fmt: skip
+        want_out, want_stats = expected(q, keys, values, **settings)
+        np.testing.assert_allclose(out, want_out, atol=5e-5)
+        np.testing.assert_allclose(stats, want_stats, rtol=1e-3, atol=1e-4)
+
+
+def test_bad_shapes_are_refused() -> None:
+    q, k = np.zeros((1, 4, 32), np.float32), np.zeros((8, 2, 32), np.float32)
+
+    def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, window: int | None = None) -> None:
+        attention.attend_float(q, k, v, scale=1.0, first_position=7, window=window, out=out)
+
+    for change in (
+        {"k": np.zeros((8, 3, 32), np.float32), "v": np.zeros((8, 3, 32), np.float32)},
+        {"v": k[:7]},
+        {"out": np.zeros((2, 4, 32), np.float32)},
+        {"window": 0},
+        {"k": k.astype(np.int32)},
+        {"v": k[:, :, :16].copy()},
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            attend(**{"q": q, "k": k, "v": k, "out": q.copy(), **change})
+    for bits, group in ((5, 32), (2, 24), (2, 64)):
+        with pytest.raises(ValueError, match=r"bits|group"):
+            attention.kivi_block_bytes(bits, group, 32)
+    with pytest.raises(ValueError, match="whole groups"):
+        attention.kivi_encode_keys(k, np.zeros(4096, np.uint8), bits=2, group=32)
+    with pytest.raises(ValueError, match="too short"):
+        attention.kivi_encode_values(k, 25, np.zeros(100, np.uint8), bits=2, group=32)
