@@ -20,7 +20,7 @@ from memwall.plan.profile import (
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "WORKING_SETS_BYTES", (100_000, 200_000, 300_000, 400_000))
+    monkeypatch.setattr(profile, "WORKING_SETS_BYTES", (100_000, 200_000, 300_000, 400_000, 500_000))
     monkeypatch.setattr(profile, "_MATRIX_SHAPE", (128, 128))
     monkeypatch.setattr(profile, "_BETWEEN_BYTES", 20_000)
     monkeypatch.setattr(profile, "_SECONDS_PER_FIGURE", 0.001)

@@ -21,7 +21,7 @@ def profile(rates: list[float]) -> KernelProfile:
         "matvec int4-g64": rates,
         "prefill int4-g64": 1e11,
         f"attend float16 {DEMO.num_heads}x{DEMO.num_kv_heads}x{DEMO.head_dim}": [1e-5 + 64e-8, 1e-5 + 1024e-8] * 2,
-        "overhead": [20e-6, 50e-6, 1e-5],
+        "overhead": [20e-6, 20e-6, 50e-6, 1e-5],
     }
     return KernelProfile(key="hand", figures=figures, measure=False)
 
@@ -36,7 +36,7 @@ def test_decode_is_bytes_over_rate_plus_overheads() -> None:
 
 
 def test_larger_working_sets_leave_the_cache() -> None:
-    rates = [4e10, 2e10, 1.5e10, 1e10]
+    rates = [4e10, 2e10, 1.5e10, 1e10, 0.9e10]
     small = predict_here(DEMO, INT4, CHOICE, 0, profile(rates))
     large = predict_here(DEMO, INT4, CHOICE, 10**9, profile(rates))
     assert small is not None
@@ -45,8 +45,18 @@ def test_larger_working_sets_leave_the_cache() -> None:
     assert small.decode_tokens_per_s_at_start == large.decode_tokens_per_s_at_start
 
 
+def test_overheads_grow_from_tiny_to_wide_layers() -> None:
+    flat, steep = profile([1e10] * 5), profile([1e10] * 5)
+    steep.figures["overhead"] = [20e-6, 60e-6, 50e-6, 1e-5]
+    before, after = (predict_here(DEMO, INT4, CHOICE, 0, one) for one in (flat, steep))
+    assert before is not None
+    assert after is not None
+    more = 1 / after.decode_tokens_per_s_at_start - 1 / before.decode_tokens_per_s_at_start
+    assert 0 < more < DEMO.num_layers * 40e-6
+
+
 def test_unknown_figures_give_no_prediction() -> None:
-    assert predict_here(DEMO, resolve(DEMO, "int8"), CHOICE, 0, profile([1e10] * 4)) is None
+    assert predict_here(DEMO, resolve(DEMO, "int8"), CHOICE, 0, profile([1e10] * 5)) is None
 
 
 def test_experts_and_embeddings_count_by_what_a_token_reads() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,9 @@ from memwall.models.precision import MATRIX_ROLES, aligned, tensor_bytes
 from memwall.models.weights import Weights
 from memwall.plan import store
 
-#: working sets in bytes: inside a second-level cache or two, inside a last-level cache, well outside any
-WORKING_SETS_BYTES = (1_500_000, 12_000_000, 32_000_000, 96_000_000)
+#: working sets in bytes: inside a second-level cache or two, inside a last-level cache, and so far outside that what it
+#: still holds of them counts for little
+WORKING_SETS_BYTES = (1_500_000, 12_000_000, 32_000_000, 96_000_000, 256_000_000)
 PREFILL_TOKENS = 128
 ATTEND_TOKENS = (64, 1024)
 #: layers that attention is measured over in turn, with so many bytes of weights between two of them: in all a working
@@ -41,6 +42,16 @@ ATTEND_TOKENS = (64, 1024)
 ATTEND_LAYERS = (2, 16)
 _BETWEEN_BYTES = 4_000_000
 _ATTEND_SAMPLES = 64
+#: layers that overheads are measured on: one too small to have any work, one whose products are cut over the threads
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+_SPEC = "int4-g64"
 _MATRIX_SHAPE = (1024, 1024)
 _MATRICES_PER_CALL = 4
 _SECONDS_PER_FIGURE = 0.03
@@ -83,7 +94,7 @@ class KernelProfile:
         )
 
     def overhead_seconds(self) -> list[float] | None:
-        """[per layer, per token, of the layer's share the cache's]."""
+        """[per tiny layer, per wide layer, per token, of a layer's share the cache's]."""
         return self.get("overhead", _overheads)
 
     def save(self) -> None:
@@ -244,43 +255,51 @@ def _cache_step(policy: str, heads: int, kv_heads: int, head_dim: int, length: i
 
 
 def _overheads() -> list[float]:
-    """Per layer and per token, from decoders of 2 and 10 tiny layers: the difference is eight layers.
+    """Per layer (tiny and wide), per token, and the cache's part of a layer: differences of decoders of two depths.
 
-    A layer's overhead includes one cache step with next to nothing in the cache; it is given apart, so that the speed
-    model can put the real attention in its place.
+    A wide layer's products are cut over the threads, which costs what no rate shows; its bytes over the rate are taken
+    off. A layer includes one cache step with next to nothing in the cache, given apart so that the speed model can put
+    the real attention in its place.
     """
-    few, many = (_seconds(_tiny_step(num_layers)) for num_layers in (2, 10))
-    per_layer = max((many - few) / 8, 1e-6)
+    few, many = (_seconds(_decode_step(TINY, num_layers)) for num_layers in (2, 10))
+    tiny = max((many - few) / 8, 1e-6)
+    one, three = (_seconds(_decode_step(WIDE, num_layers)) for num_layers in (1, 3))
+    reading = layer_weights(WIDE) * (codec(_SPEC).nbytes((16, 64)) / (16 * 64)) / _matvec(_SPEC, WORKING_SETS_BYTES[1])
+    wide = max((three - one) / 2 - reading, tiny)
     cache_step = _seconds(_cache_step("float16", 1, 1, 64, 16), at_least=0.01)
-    return [per_layer, max(few - 2 * per_layer, 1e-6), min(cache_step, per_layer)]
+    return [tiny, wide, max(few - 2 * tiny, 1e-6), min(cache_step, tiny)]
 
 
-def _tiny_step(num_layers: int) -> Callable[[], None]:
+def layer_weights(sizes: Mapping[str, int]) -> int:
+    """Weights in the matrices of one layer of these sizes."""
+    hidden, head_dim = sizes["hidden_size"], sizes["head_dim"]
+    heads = 2 * sizes["num_attention_heads"] + 2 * sizes["num_key_value_heads"]
+    return hidden * (heads * head_dim + 3 * sizes["intermediate_size"])
+
+
+def _decode_step(sizes: Mapping[str, int], num_layers: int) -> Callable[[], None]:
     config = ModelConfig.from_dict(
         {
             "architectures": ["LlamaForCausalLM"],
-            "hidden_size": 64,
-            "intermediate_size": 64,
             "num_hidden_layers": num_layers,
-            "num_attention_heads": 1,
-            "num_key_value_heads": 1,
             "vocab_size": 64,
             "max_position_embeddings": 1 << 16,
             "tie_word_embeddings": True,
+            **sizes,
         },
         "profile",
     )
     random = np.random.default_rng(0)
+    arena = Arena(1 << 62, Ledger())
     weights = Weights(matrices={}, vectors={}, specs={})
     for tensor in config.tensors():
         if tensor.role in MATRIX_ROLES:
-            pool = np.empty(tensor_bytes(tensor, "int4-g64"), np.uint8)
-            packed = random_packed("int4-g64", (tensor.shape[0], tensor.shape[1]), pool, random)
+            pool = arena.allocate("profile", tensor_bytes(tensor, _SPEC), np.uint8)
+            packed = random_packed(_SPEC, (tensor.shape[0], tensor.shape[1]), pool, random)
             weights.matrices[tensor.name] = kernels.matrix(packed)
         else:
             weights.vectors[tensor.name] = np.ones(tensor.shape, np.float32)
     weights.matrices[HEAD] = weights.matrices[EMBEDDING]
-    arena = Arena(1 << 62, Ledger())
     decoder = Decoder(config, weights, arena, segment_tokens=1)
     cache = kv.build("float16", cache_shape(config), arena, 1 << 16)
     sampler = Sampler(Sampling())

@@ -23,7 +23,15 @@ from memwall.hardware.machine import Machine
 from memwall.models.config import ModelConfig, TensorSpec
 from memwall.models.precision import is_matrix, tensor_bytes
 from memwall.plan.base import Choice
-from memwall.plan.profile import ATTEND_TOKENS, PREFILL_TOKENS, WORKING_SETS_BYTES, KernelProfile
+from memwall.plan.profile import (
+    ATTEND_TOKENS,
+    PREFILL_TOKENS,
+    TINY,
+    WIDE,
+    WORKING_SETS_BYTES,
+    KernelProfile,
+    layer_weights,
+)
 
 #: share of a machine's nominal bandwidth and arithmetic that decoding and prefill reach (model figures; survey of
 #: published runs: 0.5-0.85)
@@ -82,7 +90,8 @@ def predict_here(
     attend, overhead = profile.attend_seconds(choice.kv, heads), profile.overhead_seconds()
     if attend is None or overhead is None or None in rates.values() or None in blocks.values():
         return None
-    per_layer, per_token, cache_step = overhead
+    tiny, wide, per_token, cache_step = overhead
+    per_layer = _between(step_macs(config, specs), config.num_layers, tiny, wide)
 
     def step_seconds(context: float, held_bytes: float) -> float:
         working_set = sum(weights.values()) + held_bytes * choice.batch
@@ -124,6 +133,13 @@ def predict_elsewhere(
     )
 
 
+def _between(macs: Mapping[str, float], num_layers: int, tiny: float, wide: float) -> float:
+    """Overhead of a layer of this model's size: between the two measured ones over the logarithm of its weights."""
+    low, high = layer_weights(TINY), layer_weights(WIDE)
+    share = math.log(max(sum(macs.values()) / num_layers, 1) / low) / math.log(high / low)
+    return tiny + (wide - tiny) * min(max(share, 0.0), 1.0)
+
+
 def _seen(config: ModelConfig, context: float) -> list[float]:
     """Tokens each layer attends to at a context: no more than its sliding window."""
     return [min(context, window or context) for window in config.sliding_windows]
@@ -157,7 +173,7 @@ def _at(working_set_bytes: float, rates: list[float]) -> float:
 def _attention(tokens: float, working_set_bytes: float, seconds: list[float]) -> float:
     """One layer's attention step: between a cache read from near and one read from far, as the working set says."""
     near, far = _line(tokens, seconds[:2]), _line(tokens, seconds[2:])
-    low, high = WORKING_SETS_BYTES[1], WORKING_SETS_BYTES[-1]
+    low, high = WORKING_SETS_BYTES[1], WORKING_SETS_BYTES[3]
     share = math.log(max(working_set_bytes, 1) / low) / math.log(high / low)
     return near + (far - near) * min(max(share, 0.0), 1.0)
 
