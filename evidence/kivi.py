@@ -579,7 +579,7 @@ def speed_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
             )
     threads = f"{kernels.num_threads()} threads, {kernels.isa()}"
     yield Claim(
-        claim=f"past the last-level cache, attention of a decode step is faster on 2-bit codes than on float16 ({threads})",
+        claim=f"past the last-level cache, a decode step attends faster over 2-bit codes than over float16 ({threads})",
         measured="; ".join(f"{name}: {lines[name][-1]}" for name in lines),
         required="more than 1 time in both shapes",
         passed=all(ratios[-1] > 1 for ratios in found.values()),
