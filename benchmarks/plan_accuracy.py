@@ -88,7 +88,7 @@ CASES = (
     Case(model="random", weights="int2", kv="kivi(4bit)", context=256),
 )
 NOTES = """Made by `benchmarks/plan_accuracy.py`. Peak: the largest of the runs. Speed: the fastest run (in brackets),
-or the lower quartile of single decode steps where other programs used more than 5 % of the processors in every run
+or the median of single decode steps where other programs used more than 5 % of the processors in every run
 (column "others") and the steps were faster. Kernels are profiled beside each case."""
 NEW_TOKENS = {"demo": 192, "random": 64}
 
@@ -211,7 +211,7 @@ def own_seconds() -> float:
 
 
 def undisturbed_tokens_per_s(model: Path, choice: dict[str, Any], prompt: list[int], num_new: int) -> float:
-    """Decode speed by the lower quartile of single steps: what the run would do if nothing else ran beside it."""
+    """Decode speed by the median of single steps: what the run would do if nothing else ran beside it."""
     settings = Settings(
         weights=choice["weights"],
         kv=choice["kv"],
@@ -227,7 +227,7 @@ def undisturbed_tokens_per_s(model: Path, choice: dict[str, Any], prompt: list[i
         token = int(np.argmax(session.decoder.forward(np.asarray([token]), session.cache)))
         seconds.append(time.perf_counter() - began)
     session.cache.release()
-    return 1 / float(np.percentile(seconds, 25))
+    return 1 / float(np.median(seconds))
 
 
 def examine(planner: Planner, case: Case, threads: int, repeats: int) -> Outcome:
@@ -330,6 +330,7 @@ def machine_facts(threads: int) -> dict[str, Any]:
         "threads": threads,
         "instruction_set": kernels.isa(),
         "load_average": os.getloadavg(),
+        "niceness": os.nice(0),
         "python": platform.python_version(),
         "memwall": memwall.__version__,
     }
