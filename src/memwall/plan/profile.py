@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,8 @@ WIDE = {
 _SPEC = "int4-g64"
 _MATRIX_SHAPE = (1024, 1024)
 _MATRICES_PER_CALL = 4
+#: what the figures are measured on; figures of another recipe are not comparable and are measured anew
+RECIPE = zlib.crc32(repr((WORKING_SETS_BYTES, PREFILL_TOKENS, ATTEND_TOKENS, ATTEND_LAYERS, TINY, WIDE)).encode())
 _SECONDS_PER_FIGURE = 0.03
 _ROUNDS = 9
 
@@ -110,7 +113,7 @@ class KernelProfile:
 
 def load_profile(*, threads: int, measure: bool = True) -> KernelProfile:
     """The kept figures for this machine and `threads`; sets the thread count of the kernels when it may measure."""
-    key = f"{__version__} {platform.node()} {platform.machine()} {kernels.isa()} {threads} threads"
+    key = f"{__version__} {platform.node()} {platform.machine()} {kernels.isa()} {threads} threads {RECIPE:08x}"
     if measure:
         kernels.set_num_threads(threads)
     kept = store.read("kernels").get(key)
