@@ -80,6 +80,8 @@ def plan(
             machine=machine,
             max_kl=max_kl,
             measure=not no_measure,
+            measure_all=html is not None and not no_measure,
+            profile=True,
             progress=bar.counted,
         )
     if html is not None:
