@@ -18,6 +18,7 @@ from memwall.formats import Packed, codec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.kernels import Matrix
 from memwall.memory import Arena, Region
+from memwall.memory.pages import HUGE_PAGE_BYTES, round_up
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
 from memwall.models.precision import aligned, weight_bytes
@@ -54,7 +55,8 @@ class _Pool:
         offset = self._used[owner]
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         self._used[owner] = offset + aligned(nbytes)
-        region.commit(self._used[owner])
+        # whole huge pages at a time: one that is committed in two parts stays cut into small pages
+        region.commit(min(round_up(self._used[owner], HUGE_PAGE_BYTES), region.capacity_bytes))
         return region.array(shape, dtype, offset)
 
     def release(self) -> None:
