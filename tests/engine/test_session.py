@@ -88,6 +88,15 @@ def test_stops_at_the_budget_before_it_is_crossed_and_keeps_the_text() -> None:
     assert loaded.arena.used_bytes <= loaded.arena.cap_bytes
 
 
+def test_a_prompt_longer_than_one_block_of_rows_attends_exactly_before_kivi_codes_it() -> None:
+    tokens = [0, *(3 + 7 * i % 4000 for i in range(699))]
+    logits = [
+        session(weights="float16", kv=policy, context_tokens=720, segment_tokens=700).prefill(tokens).copy()
+        for policy in ("float16", "kivi")
+    ]
+    assert (logits[0] == logits[1]).all()
+
+
 def test_a_budget_below_the_runtime_is_refused() -> None:
     settings = Settings(weights="int4", context_tokens=64)
     with pytest.raises(DoesNotFit, match="runtime"):

@@ -149,3 +149,11 @@ def test_held_out_text_is_plain_prose_of_a_useful_size() -> None:
     text = held_out_text()
     assert 30_000 < len(text) < 60_000
     assert text.isascii()
+
+
+def test_a_cache_that_codes_the_prompt_gets_it_in_one_segment() -> None:
+    sizes = {"kivi(2bit)": 700, "float16": 512}
+    for policy, size in sizes.items():
+        assert planned(10**9, kv=policy, context=900, prompt_tokens=700).choice.segment_tokens == size
+        assert planned(10**9, weights="int4", kv=policy, context=900, prompt_tokens=700).choice.segment_tokens == size
+        assert planned(10**9, kv=policy, context=900, prompt_tokens=5).choice.segment_tokens == 5

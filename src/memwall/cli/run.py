@@ -188,7 +188,14 @@ def _read_standard_input() -> str:
         raise InputError(f"standard input is not text: {error}") from error
 
 
-def start(request: Request, *, needed_tokens: int | None, path: Path, tokenizer: Tokenizer) -> tuple[Session, Plan]:
+def start(
+    request: Request,
+    *,
+    needed_tokens: int | None,
+    path: Path,
+    tokenizer: Tokenizer,
+    prompt_tokens: int | None = None,
+) -> tuple[Session, Plan]:
     """Plan for the tokens that this run needs (None: as many as are sensible), then load as planned."""
     from memwall.engine import Settings, load
     from memwall.plan import make_plan
@@ -199,6 +206,7 @@ def start(request: Request, *, needed_tokens: int | None, path: Path, tokenizer:
         weights=request.weights,
         kv=request.kv,
         context=request.context or needed_tokens,
+        prompt_tokens=prompt_tokens,
         threads=request.threads,
         measure=False,
         profile=False,
@@ -256,7 +264,7 @@ def _complete(request: Request) -> None:
         raise InputError(f"the prompt has {len(prompt):,} tokens, but the context of {path} is {longest:,}; shorten it")
     # a text that reaches the end of the context stops there, with a message, rather than being refused beforehand
     needed = min(len(prompt) + request.sampling.max_new_tokens, longest)
-    session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer)
+    session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer, prompt_tokens=len(prompt))
     stream(session, prompt, request.sampling, show=not request.json)
     _report(request, session, plan)
 

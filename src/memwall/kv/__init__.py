@@ -17,7 +17,7 @@ from memwall.kv.policy import Policy, parse
 if TYPE_CHECKING:
     from memwall.memory import Arena
 
-__all__ = ["POLICIES", "CacheShape", "KVCache", "Policy", "build", "parse", "predict", "read_bytes"]
+__all__ = ["POLICIES", "CacheShape", "KVCache", "Policy", "build", "codes_prompt", "parse", "predict", "read_bytes"]
 
 POLICIES = {
     "float32": "memwall.kv.float_store:FloatCache",
@@ -49,6 +49,11 @@ def predict(
         parsed, shape, num_tokens, prefill_tokens, capacity_tokens or max(num_tokens, 1)
     )
     return sizes
+
+
+def codes_prompt(policy: str) -> bool:
+    """Whether a prompt must be fed in one segment for its tokens to attend to each other exactly."""
+    return bool(_technique(parse(policy)).codes_prompt)
 
 
 def read_bytes(policy: str, shape: CacheShape, num_tokens: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -62,6 +62,9 @@ class CacheShape:
 
 class KVCache(ABC):
     """The keys and values of one sequence, in the form that the policy gives them."""
+
+    codes_prompt: ClassVar[bool] = False
+    """Whether settling codes a prompt's tokens, so that a prompt must come in one segment to attend exactly."""
 
     def __init__(self, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
         if capacity_tokens < 1:

@@ -174,6 +174,8 @@ class _Layer:
 class KiviCache(KVCache):
     """See the module's text."""
 
+    codes_prompt = True
+
     def __init__(self, policy: Policy, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
         super().__init__(shape, arena, capacity_tokens)
         self.settings = settings = KiviSettings.from_policy(policy, shape.head_dim)

@@ -22,10 +22,10 @@ from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.precision import resolve
 from memwall.plan import store
-from memwall.plan.base import LONGEST_SEGMENT_TOKENS, Choice, Option, Plan, Quality
+from memwall.plan.base import Choice, Option, Plan, Quality
 from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
 from memwall.plan.profile import KernelProfile, load_profile
-from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search
+from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search, segment_tokens
 from memwall.plan.speed import Speed, predict_elsewhere, predict_here
 
 HELD_OUT_NAME = "bundled held-out text"
@@ -112,7 +112,7 @@ class Planner:
             batch=goal.batch or 1,
             threads=goal.threads,
             device=goal.device,
-            segment_tokens=min(LONGEST_SEGMENT_TOKENS, context),
+            segment_tokens=segment_tokens(goal, goal.kv, context),
         )
         quality = self.quality(choice) if measure else self._read_quality(choice)
         return self._build(goal, [replace(candidate_of(self.space, choice), quality=quality)])
@@ -249,6 +249,7 @@ def make_plan(
     weights: str = AUTO,
     kv: str = AUTO,
     context: int | None = None,
+    prompt_tokens: int | None = None,
     batch: int | None = 1,
     threads: int | None = None,
     device: str | None = None,
@@ -264,10 +265,10 @@ def make_plan(
     """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
     fit.
 
-    budget: caps per tier (None: no cap, or another machine's capacities). measure: measure quality on held-out text
-    where it is not known; profile: measure kernels where they are not known (None: as `measure`), otherwise speeds may
-    be missing; measure_all: the runners-up's quality too, for a fuller plot. progress(done, total) counts windows of
-    text.
+    prompt_tokens: length of the prompt, where known. budget: caps per tier (None: no cap, or another machine's
+    capacities). measure: measure quality on held-out text where it is not known; profile: measure kernels where they
+    are not known (None: as `measure`), otherwise speeds may be missing; measure_all: the runners-up's quality too, for
+    a fuller plot. progress(done, total) counts windows of text.
     """
     planner = Planner(
         model,
@@ -280,7 +281,8 @@ def make_plan(
         progress=progress,
     )
     goal = Goal(
-        budget=dict(budget.tiers) if budget is not None else {}, weights=weights, kv=kv, context=context, batch=batch,
+        budget=dict(budget.tiers) if budget is not None else {}, weights=weights, kv=kv, context=context,
+        prompt_tokens=prompt_tokens, batch=batch,
         threads=threads or default_threads(), max_kl=max_kl,
     )  # fmt: skip
     if AUTO not in (weights, kv) and max_kl is None:

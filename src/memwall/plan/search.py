@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from memwall import kv as caches
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
 from memwall.plan.base import LONGEST_SEGMENT_TOKENS, Choice, Quality
@@ -65,12 +66,16 @@ class Space(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """What is asked. `auto` weights or cache, and None for context or batch, leave these to the search."""
+    """What is asked. `auto` weights or cache, and None for context or batch, leave these to the search.
+
+    prompt_tokens: length of the prompt where it is known; it sizes the segments (see `segment_tokens`).
+    """
 
     budget: Mapping[str, int]
     weights: str = AUTO
     kv: str = AUTO
     context: int | None = None
+    prompt_tokens: int | None = None
     batch: int | None = 1
     threads: int = 1
     device: str = "cpu"
@@ -243,6 +248,18 @@ def explain_misfit(space: Space, goal: Goal) -> str:
     return f"{text}; try {advice[0]}" if advice else text
 
 
+def segment_tokens(goal: Goal, kv: str, context: int) -> int:
+    """Prompt tokens to work at once.
+
+    A cache that codes the prompt gets it whole, however long, since the tokens of a second segment would attend to the
+    coded form of the first. Others lose nothing by segments, which need less memory.
+    """
+    if goal.prompt_tokens is None:
+        return min(LONGEST_SEGMENT_TOKENS, context)
+    prompt = max(min(goal.prompt_tokens, context), 1)
+    return prompt if caches.codes_prompt(kv) else min(LONGEST_SEGMENT_TOKENS, prompt)
+
+
 def _choice(goal: Goal, weights: str, kv: str, context: int, batch: int) -> Choice:
     return Choice(
         weights=weights,
@@ -251,7 +268,7 @@ def _choice(goal: Goal, weights: str, kv: str, context: int, batch: int) -> Choi
         batch=batch,
         threads=goal.threads,
         device=goal.device,
-        segment_tokens=min(LONGEST_SEGMENT_TOKENS, context),
+        segment_tokens=segment_tokens(goal, kv, context),
     )
 
 
