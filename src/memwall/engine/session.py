@@ -27,6 +27,8 @@ from memwall.models.weights import Progress, load_weights
 # The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
 # it this much below the budget, so that the process as a whole stays under.
 RUNTIME_HEADROOM_BYTES = 2 << 20
+# What must stay free of that at any moment; when the heap has grown into it, the cache gets less.
+LEAST_HEADROOM_BYTES = 3 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,7 @@ class Session:
         self.arena = arena
         self.ledger = ledger
         self.load_seconds = load_seconds
+        self.budget_bytes: int | None = None
         self.last = Generation()
         self._unfed: list[int] = []
 
@@ -168,6 +171,7 @@ class Session:
                 result.message = f"stopped at the context of {self.settings.context_tokens} tokens"
             else:
                 try:
+                    self._hold_budget()
                     logits = self.decoder.forward(np.asarray([token]), self.cache)
                     self._unfed = []
                 except BudgetExceeded as refused:
@@ -183,6 +187,15 @@ class Session:
         result.text += rest
         if rest:
             yield rest
+
+    def _hold_budget(self) -> None:
+        """Lower the cap by what the process has come to hold outside the arena: the whole stays in budget."""
+        if self.budget_bytes is None:
+            return
+        outside = resident_bytes() - self.arena.used_bytes
+        cap = self.budget_bytes - outside - LEAST_HEADROOM_BYTES
+        if cap < self.arena.cap_bytes:
+            self.arena.set_cap(max(cap, self.arena.used_bytes))
 
     def _stop_at_budget(self, result: Generation, refused: BudgetExceeded) -> None:
         result.stop_reason = "budget"
@@ -226,7 +239,7 @@ def load(
         exact=settings.exact,
     )
     cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens)
-    return Session(
+    session = Session(
         settings=settings,
         config=config,
         tokenizer=tokenizer,
@@ -236,6 +249,8 @@ def load(
         ledger=ledger,
         load_seconds=time.perf_counter() - began,
     )
+    session.budget_bytes = budget.ram if budget is not None else None
+    return session
 
 
 def _warm_up() -> None:
