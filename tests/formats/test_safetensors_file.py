@@ -65,6 +65,23 @@ def test_arrays_outlive_close_and_dropped_pages(tmp_path: Path) -> None:
         file.tensor("x")
 
 
+@pytest.mark.parametrize(("most_bytes", "multiple", "counts"), [(1, 1, [1] * 7), (40, 2, [4, 3]), (1 << 20, 4, [7])])
+def test_pieces_are_the_tensor_under_maps_of_their_own(
+    tmp_path: Path, most_bytes: int, multiple: int, counts: list[int]
+) -> None:
+    x = np.arange(7 * 5, dtype=np.float16).reshape(7, 5)
+    tensors = {"w": x, "v": np.ones(3, np.float32), "empty": np.empty((0, 4), np.float32)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with SafetensorsFile(tmp_path / "x.safetensors") as file:
+        pieces = list(file.pieces("w", most_bytes, multiple))
+        assert [len(rows) for _, rows in pieces] == counts
+        assert [first for first, _ in pieces] == [sum(counts[:i]) for i in range(len(counts))]
+        np.testing.assert_array_equal(np.concatenate([rows for _, rows in pieces]), x)
+        assert not pieces[0][1].flags.writeable
+        assert [rows.shape for _, rows in file.pieces("empty", 64)] == [(0, 4)]
+    np.testing.assert_array_equal(pieces[0][1], x[: counts[0]])  # a map lives as long as its array
+
+
 def test_drop_pages_lowers_the_resident_set(tmp_path: Path) -> None:
     def resident_file_bytes() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -8,11 +8,12 @@ import pytest
 from memwall import kernels, kv
 from memwall.engine import Settings, load
 from memwall.errors import InputError
+from memwall.memory.pages import HUGE_PAGE_BYTES, PAGE_BYTES, round_up
 from memwall.models import ModelConfig, model_directory
 from memwall.models.decoder import scratch_bytes
 from memwall.plan import predict
 from memwall.plan.base import Choice
-from memwall.plan.predict import ModelSpace, activations, check_policy, check_weights, loading_bytes
+from memwall.plan.predict import ModelSpace, activations, check_policy, check_weights
 from memwall.plan.search import grid, mixed
 
 DEMO = model_directory("demo")
@@ -50,7 +51,7 @@ def test_rows_add_up_to_the_peak_and_follow_the_device() -> None:
     space = ModelSpace(CONFIG, device_tier="gpu", runtime_bytes=1000, headroom_bytes=10)
     peak = space.peak_bytes(choice)
     assert sum(peak.values()) == sum(row.nbytes for row in space.rows(choice))
-    assert peak["ram"] == 1010 + loading_bytes(CONFIG, space.specs("int4"))
+    assert peak["ram"] == 1010 + space.loading_bytes("int4")
     scratch = scratch_bytes(CONFIG, space.specs("int4"), 64)
     assert peak["gpu"] == sum(space.weight_rows("int4").values()) + activations(CONFIG, 64) + scratch + sum(
         kv.predict("float16", space.shape, 64, 64).values()
@@ -63,9 +64,10 @@ def test_loading_counts_only_above_what_comes_later() -> None:
         row.owner: row.nbytes for row in space.rows(Choice(weights="int4", kv="float16", context=1, segment_tokens=1))
     }
     long = {row.owner for row in space.rows(Choice(weights="int4", kv="float32", context=1024))}
-    # the last matrix in float16 while it is encoded, with nothing to come but the final norm in float32
-    last = 2 * CONFIG.hidden_size * CONFIG.intermediate_size - 4 * CONFIG.hidden_size
-    assert 0 < short[predict.LOADING] < loading_bytes(CONFIG, space.specs("int4")) == last
+    # the last matrix in float16 while it is encoded, on whole pages and one more; weights come by whole huge pages
+    last = round_up(2 * CONFIG.hidden_size * CONFIG.intermediate_size) + PAGE_BYTES
+    assert last <= space.loading_bytes("int4") < last + HUGE_PAGE_BYTES
+    assert 0 < short[predict.LOADING] < space.loading_bytes("int4")
     assert predict.LOADING not in long
 
 

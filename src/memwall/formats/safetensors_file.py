@@ -16,7 +16,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,8 @@ MAX_NAME_LENGTH = 4096
 ALIGNMENT_BYTES = 64
 _LENGTH_BYTES = 8
 _COPY_BYTES = 1 << 20
+_FOLIO_BYTES = 2 << 20
+"""The most that one touched page of a mapped file brings in with it on Linux: a huge page's worth."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -174,10 +176,11 @@ class SafetensorsFile:
         self.header_sha256 = hashlib.sha256(header).hexdigest()
         self.data_start = _LENGTH_BYTES + len(header)
         self.nbytes = self.data_start + data_bytes
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size != self.nbytes:
-                raise InputError(f"{self.path}: changed while it was being opened")
-            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(self.path, "rb")  # noqa: SIM115 - `pieces` maps parts of it until `close`
+        if os.fstat(self._file.fileno()).st_size != self.nbytes:
+            self._file.close()
+            raise InputError(f"{self.path}: changed while it was being opened")
+        self._map: mmap.mmap | None = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -199,22 +202,49 @@ class SafetensorsFile:
         flat = np.frombuffer(self._mapped(), info.numpy_dtype, math.prod(info.shape), info.start)
         return flat.reshape(info.shape)
 
+    def pieces(self, name: str, most_bytes: int, multiple: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows) of a tensor in order, read-only, in pieces of a multiple of `multiple` rows that take
+        at most `most_bytes` where so few rows do.
+
+        Each piece has a map of its own that goes with the array. On the map of the whole file a touched page may bring
+        in all that the system keeps beside it (2 MiB with large folios); here no more than the piece becomes resident.
+        """
+        info = self.info(name)
+        if not info.shape or not info.nbytes:
+            yield 0, self.tensor(name)
+            return
+        row_bytes = info.nbytes // info.shape[0]
+        step = max(most_bytes // row_bytes // multiple, 1) * multiple
+        for first in range(0, info.shape[0], step):
+            count = min(step, info.shape[0] - first)
+            yield first, self._window(info, info.start + first * row_bytes, (count, *info.shape[1:]))
+
+    def _window(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> np.ndarray:
+        self._mapped()
+        count = math.prod(shape)
+        begin = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        nbytes = start - begin + count * info.numpy_dtype.itemsize
+        window = mmap.mmap(self._file.fileno(), nbytes, access=mmap.ACCESS_READ, offset=begin)
+        return np.frombuffer(window, info.numpy_dtype, count, start - begin).reshape(shape)
+
     def drop_pages(self, name: str | None = None, start: int = 0, stop: int | None = None) -> None:
         """Takes pages of a tensor (or of bytes `start` to `stop` of the file) out of this process's resident memory.
 
-        They are read again from the file when touched. Whole pages go, those shared with a neighbour too.
+        They are read again from the file when touched. What the system may have brought in beside them goes too.
         """
         if name is not None:
             info = self.info(name)
             start, stop = info.start, info.stop
         stop = self.nbytes if stop is None else min(stop, self.nbytes)
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        first = start // _FOLIO_BYTES * _FOLIO_BYTES
+        stop = min(-(-stop // _FOLIO_BYTES) * _FOLIO_BYTES, self.nbytes)
         if stop > first and hasattr(mmap, "MADV_DONTNEED"):
             self._mapped().madvise(mmap.MADV_DONTNEED, first, stop - first)
 
     def close(self) -> None:
         """Unmaps the file; while arrays on it live, the map stays until the last of them goes."""
         mapped, self._map = self._map, None
+        self._file.close()
         if mapped is not None:
             try:
                 mapped.close()

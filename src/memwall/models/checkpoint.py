@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> np.ndarray:
         """Read-only float array of the source dtype. A tied `lm_head.weight` is the embedding."""
-        name = self._resolve(name)
-        if self._packed_entry(name) is not None:
-            raise InputError(f"{self.directory}: {name} is stored packed; it has no float form here")
+        name = self._float_name(name)
         return self._file_of(name).tensor(name)
 
     def packed(self, name: str) -> Packed | None:
@@ -71,6 +69,21 @@ class Checkpoint:
         parts = {buffer: buffer_tensor_name(name, buffer) for buffer in entry.buffers}
         buffers = {buffer: self._file_of(part).tensor(part) for buffer, part in parts.items()}
         return Packed(spec=entry.spec, shape=entry.shape, buffers=buffers)
+
+    def pieces(self, name: str, most_bytes: int, multiple: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows) of a float tensor, a few rows resident at a time: see `SafetensorsFile.pieces`."""
+        name = self._float_name(name)
+        return self._file_of(name).pieces(name, most_bytes, multiple)
+
+    def packed_pieces(self, name: str, most_bytes: int) -> Iterator[tuple[str, int, np.ndarray]]:
+        """(buffer, first row, rows) over all buffers of a packed tensor, a few rows resident at a time."""
+        entry = self._packed_entry(self._resolve(name))
+        if entry is None:
+            raise InputError(f"{self.directory}: {name} is not stored packed")
+        for buffer in entry.buffers:
+            part = buffer_tensor_name(self._resolve(name), buffer)
+            for first, rows in self._file_of(part).pieces(part, most_bytes):
+                yield buffer, first, rows
 
     def drop(self, name: str) -> None:
         """Takes the pages of a tensor out of resident memory; they are read again from the file when touched."""
@@ -260,6 +273,12 @@ class Checkpoint:
 
     def _resolve(self, name: str) -> str:
         return EMBEDDING if name == HEAD and self.config.tie_word_embeddings else name
+
+    def _float_name(self, name: str) -> str:
+        name = self._resolve(name)
+        if self._packed_entry(name) is not None:
+            raise InputError(f"{self.directory}: {name} is stored packed; it has no float form here")
+        return name
 
     def _packed_entry(self, name: str) -> PackedEntry | None:
         return self.manifest.tensors.get(name) if self.manifest is not None else None

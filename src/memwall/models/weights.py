@@ -1,8 +1,8 @@
 """Load a checkpoint into an arena, tensor by tensor, compressing on the way.
 
-The source is memory-mapped; a few rows at a time are read, encoded and written to their final place, and the source's
-pages are given back at once. So the peak while loading is the compressed model plus one piece (`PIECE_BYTES`), not the
-float model.
+The source is memory-mapped a few rows at a time; they are encoded, written to their final place, and unmapped. So the
+peak while loading is the compressed model plus one piece (`PIECE_BYTES`), not the float model, and the piece is on the
+ledger too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from memwall.formats import Packed, codec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.kernels import Matrix
 from memwall.memory import Arena, Region
-from memwall.memory.pages import HUGE_PAGE_BYTES, round_up
+from memwall.memory.pages import HUGE_PAGE_BYTES, PAGE_BYTES, round_up
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
-from memwall.models.precision import aligned, weight_bytes
+from memwall.models.precision import aligned, tensor_bytes, weight_bytes
 
 # Source bytes read between two encodes. Large enough to keep all threads busy, small beside any budget.
 PIECE_BYTES = 2 << 20
 ROW_TILE = 16
+LOADING = "loading"
+"""Ledger owner of the mapped piece."""
 
 Progress = Callable[[int, int], None]
 
@@ -55,8 +57,7 @@ class _Pool:
         offset = self._used[owner]
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         self._used[owner] = offset + aligned(nbytes)
-        # whole huge pages at a time: one that is committed in two parts stays cut into small pages
-        region.commit(min(round_up(self._used[owner], HUGE_PAGE_BYTES), region.capacity_bytes))
+        region.commit(min(_committed(self._used[owner], region.capacity_bytes), region.capacity_bytes))
         return region.array(shape, dtype, offset)
 
     def release(self) -> None:
@@ -82,16 +83,20 @@ def load_weights(
     tensors = config.tensors()
     total = sum(checkpoint.stored_bytes(tensor.name) for tensor in tensors)
     done = 0
+    source = arena.charge(LOADING, 0)
     try:
         for tensor in tensors:
-            spec = specs[tensor.name]
+            buffers = {
+                name: pool.take(f"weights/{specs[tensor.name]}", shape, dtype)
+                for name, (shape, dtype) in codec(specs[tensor.name]).buffers(tensor.shape).items()
+            }
+            source.resize(_piece_bytes(tensor, checkpoint.stored_bytes(tensor.name)))
+            _fill(tensor, specs[tensor.name], checkpoint, buffers)
             if len(tensor.shape) == 2:
-                weights.matrices[tensor.name] = kernels.matrix(_load_matrix(tensor, spec, checkpoint, pool))
+                packed = Packed(spec=specs[tensor.name], shape=tensor.shape, buffers=buffers)
+                weights.matrices[tensor.name] = kernels.matrix(packed)
             else:
-                vector = pool.take(f"weights/{spec}", tensor.shape, np.dtype(np.float32))
-                vector[...] = checkpoint.tensor(tensor.name).astype(np.float32)
-                weights.vectors[tensor.name] = vector
-            checkpoint.drop(tensor.name)
+                weights.vectors[tensor.name] = buffers[PLAIN_BUFFER]
             done += checkpoint.stored_bytes(tensor.name)
             if progress is not None:
                 progress(done, total)
@@ -100,32 +105,56 @@ def load_weights(
         weights.vectors.clear()
         pool.release()
         raise
+    finally:
+        source.release()
     if config.tie_word_embeddings:
         weights.matrices[HEAD] = weights.matrices[EMBEDDING]
     return weights
 
 
-def _load_matrix(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, pool: _Pool) -> Packed:
-    buffers = {
-        name: pool.take(f"weights/{spec}", shape, dtype)
-        for name, (shape, dtype) in codec(spec).buffers(tensor.shape).items()
-    }
+def loading_bytes(config: ModelConfig, specs: Mapping[str, str], source_itemsize: int) -> int:
+    """The most that loading holds beyond the finished weights: the piece of the source that is being encoded.
+
+    Tensors come one after another, so an early piece, however large, lies where later weights will.
+    source_itemsize: bytes per number in the checkpoint.
+    """
+    sizes = weight_bytes(config, specs)
+    used = dict.fromkeys(sizes, 0)
+    most = 0
+    for tensor in config.tensors():
+        owner = f"weights/{specs[tensor.name]}"
+        used[owner] += tensor_bytes(tensor, specs[tensor.name])
+        held = sum(_committed(used[each], sizes[each]) for each in sizes)
+        most = max(most, held + _piece_bytes(tensor, tensor.size * source_itemsize))
+    return most - sum(round_up(size) for size in sizes.values())
+
+
+def _committed(used: int, capacity: int) -> int:
+    """Whole huge pages at a time: one that is committed in two parts stays cut into small pages."""
+    return min(round_up(used, HUGE_PAGE_BYTES), round_up(capacity))
+
+
+def _piece_bytes(tensor: TensorSpec, stored_bytes: int) -> int:
+    """Resident bytes of the largest piece of a tensor's source: whole pages, and one for a start amid a page."""
+    tile_bytes = ROW_TILE * (stored_bytes // max(tensor.shape[0], 1))
+    return round_up(min(stored_bytes, max(PIECE_BYTES, tile_bytes))) + PAGE_BYTES
+
+
+def _fill(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, buffers: dict[str, np.ndarray]) -> None:
+    """Read a tensor piece by piece into its final buffers, encoding on the way where it is stored otherwise."""
     packed = checkpoint.packed(tensor.name)
     if packed is not None and packed.spec == spec:
-        for name, buffer in buffers.items():
-            np.copyto(buffer, packed.buffers[name])
-        return Packed(spec=spec, shape=tensor.shape, buffers=buffers)
-    source = checkpoint.tensor(tensor.name)
-    num_rows, row_bytes = source.shape[0], max(source[0].nbytes, 1)
-    piece_rows = max(PIECE_BYTES // row_bytes // ROW_TILE, 1) * ROW_TILE
-    for start in range(0, num_rows, piece_rows):
-        piece = source[start : start + piece_rows]
-        # tiles stack along the first axis as rows do, so whole tiles of rows land in one slice of each buffer
-        tile = 1 if PLAIN_BUFFER in buffers else ROW_TILE
+        for name, first, rows in checkpoint.packed_pieces(tensor.name, PIECE_BYTES):
+            np.copyto(buffers[name][first : first + len(rows)], rows)
+        return
+    plain = buffers.get(PLAIN_BUFFER)
+    # tiles stack along the first axis as rows do, so whole tiles of rows land in one slice of each buffer
+    tile = 1 if plain is not None else ROW_TILE
+    for start, piece in checkpoint.pieces(tensor.name, PIECE_BYTES, ROW_TILE):
         slices = {name: part[start // tile : -(-(start + len(piece)) // tile)] for name, part in buffers.items()}
-        if tile == 1 and slices[PLAIN_BUFFER].dtype in (piece.dtype, np.float32):
+        if len(tensor.shape) == 1:
+            slices[PLAIN_BUFFER][...] = piece.astype(np.float32)
+        elif plain is not None and plain.dtype in (piece.dtype, np.float32):
             np.copyto(slices[PLAIN_BUFFER], piece, casting="same_kind")  # loses nothing, so nothing to check
         else:
             kernels.encode(spec, piece.astype(np.float32) if piece.dtype == np.float64 else piece, out=slices)
-        checkpoint.drop(tensor.name)
-    return Packed(spec=spec, shape=tensor.shape, buffers=buffers)

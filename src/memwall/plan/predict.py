@@ -27,14 +27,13 @@ from memwall.models import model_directory
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import OWNER as ACTIVATIONS
 from memwall.models.decoder import SCRATCH, activation_shapes, scratch_bytes
-from memwall.models.precision import LADDER, bits_of, resolve, source_spec, tensor_bytes, weight_bytes
-from memwall.models.weights import PIECE_BYTES, ROW_TILE
+from memwall.models.precision import LADDER, bits_of, resolve, source_spec, weight_bytes
+from memwall.models.weights import LOADING, loading_bytes
 from memwall.plan import store
 from memwall.plan.base import Choice, PlanRow
 from memwall.plan.search import Space
 
 RUNTIME = "runtime"
-LOADING = "loading"
 HEADROOM = "headroom"
 #: runs of the same command differ by this much in what the interpreter holds; on top of what the session keeps free
 RUNTIME_SPREAD_BYTES = 768 * 1024
@@ -76,6 +75,7 @@ class ModelSpace(Space):
         self._bits = lru_cache(maxsize=512)(self._weight_bits)
         self.weight_rows = lru_cache(maxsize=512)(self._weight_rows)
         self.cache_rows = lru_cache(maxsize=512)(self._cache_rows)
+        self.loading_bytes = lru_cache(maxsize=512)(self._loading_bytes)
         self.ceiling_bits = self.weight_bits(self.ceiling)
         self.lowest_bits = self.weight_bits(LADDER[0]) if saved is None else self.ceiling_bits
 
@@ -96,6 +96,10 @@ class ModelSpace(Space):
 
     def _cache_rows(self, policy: str, context: int, segment: int) -> dict[str, int]:
         return dict(kv.predict(policy, self.shape, context, min(segment, context)))
+
+    def _loading_bytes(self, weights: str) -> int:
+        itemsize = np.dtype(np.float32 if source_spec(self.config) == "float32" else np.float16).itemsize
+        return loading_bytes(self.config, self.specs(weights), itemsize)
 
     def cache_bits(self, choice: Choice) -> float:
         """Bits per cached number at the end of the context, exact tail and staging included."""
@@ -124,7 +128,7 @@ class ModelSpace(Space):
         rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
         # weights come first: while they load, cache and activations do not exist yet and their room is free for it
         room = sum(cache.values()) * choice.batch + work if device == host else 0
-        above = max(loading_bytes(self.config, self.specs(choice.weights)) - room, 0)
+        above = max(self.loading_bytes(choice.weights) - room, 0)
         if above:
             rows.append(PlanRow(owner=LOADING, tier=host, nbytes=above))
         return tuple(row for row in rows if row.nbytes)
@@ -144,20 +148,6 @@ def activations(config: ModelConfig, segment_tokens: int) -> int:
         nbytes = rows * cols * np.dtype(np.float32).itemsize
         total += round_up(nbytes) if nbytes >= SMALL_BYTES else max(round_up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
     return total
-
-
-def loading_bytes(config: ModelConfig, specs: Mapping[str, str]) -> int:
-    """The most that loading holds beyond the finished weights: a piece of the source is in memory while it is encoded.
-
-    Tensors come one after another, so an early piece, however large, lies where later weights will.
-    """
-    source_bytes = np.dtype(np.float32 if source_spec(config) == "float32" else np.float16).itemsize
-    held = most = 0
-    for tensor in config.tensors():
-        held += tensor_bytes(tensor, specs[tensor.name])
-        smallest_piece = ROW_TILE * tensor.shape[-1] * source_bytes
-        most = max(most, held + min(tensor.size * source_bytes, max(PIECE_BYTES, smallest_piece)))
-    return most - held
 
 
 def measured_runtime_bytes(model: Path) -> int:
