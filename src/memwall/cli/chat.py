@@ -54,14 +54,22 @@ def num_shared(seen: list[int], ids: list[int]) -> int:
 
 def talk(request: Request) -> None:
     """Turns from standard input until it ends or `/bye`; `/reset` forgets the conversation."""
+    from memwall.memory import resident_bytes
     from memwall.models import model_directory
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
     path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
-    session, plan = start(request, needed_tokens=None, path=path, tokenizer=tokenizer)
-    conversation = Conversation(session, tokenizer, ChatTemplate.from_directory(path), request.sampling)
+    # rendered once ahead: the template library brings some megabytes that the plan must know of
+    before_bytes = resident_bytes(exact=True)
+    template = ChatTemplate.from_directory(path)
+    template.render([{"role": "user", "content": request.prompt or "hello"}])
+    growth_bytes = max(resident_bytes(exact=True) - before_bytes, 0)
+    session, plan = start(
+        request, needed_tokens=None, path=path, tokenizer=tokenizer, runtime_growth_bytes=growth_bytes
+    )
+    conversation = Conversation(session, tokenizer, template, request.sampling)
     interactive = sys.stdin.isatty() and not request.quiet
     note("Write a message and press Enter; /reset forgets, /bye or Ctrl-D ends.", quiet=not interactive)
     line = request.prompt if request.prompt is not None else _next_line(interactive)

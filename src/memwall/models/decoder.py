@@ -38,6 +38,8 @@ def activation_shapes(config: ModelConfig, segment_tokens: int, logit_rows: int 
         "hidden": (segment_tokens, config.hidden_size),
         "keys": (segment_tokens, kv_width),
         "values": (segment_tokens, kv_width),
+        "cos": (segment_tokens, config.head_dim // 2),
+        "sin": (segment_tokens, config.head_dim // 2),
         "normed": (block, config.hidden_size),
         "queries": (block, q_width),
         "attended": (block, q_width),
@@ -58,13 +60,26 @@ def activation_bytes(config: ModelConfig, segment_tokens: int, logit_rows: int =
     return sum(rows * cols for rows, cols in shapes) * np.dtype(np.float32).itemsize
 
 
-def scratch_bytes(config: ModelConfig, specs: Mapping[str, str], segment_tokens: int, *, exact: bool = False) -> int:
-    """Bytes the products keep between calls: activations rounded for the widest matrix, and a panel per thread."""
+def scratch_bytes(
+    config: ModelConfig,
+    specs: Mapping[str, str],
+    segment_tokens: int,
+    *,
+    exact: bool = False,
+    threads: int | None = None,
+) -> int:
+    """Bytes the kernels keep between calls: activations rounded for the widest matrix, a panel per thread, and what
+    each thread attends with. threads: None for those in use.
+    """
     tokens = min(segment_tokens, BLOCK_ROWS)
     widest = max(config.hidden_size, config.intermediate_size, config.query_size)
     groups = {0} if exact else {getattr(codec(spec), "group", 0) for spec in specs.values()}
-    once = kernels.predict_scratch_bytes(tokens, widest, group=0)
-    return once + sum(kernels.predict_scratch_bytes(tokens, widest, group=group) - once for group in groups)
+    panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
+    rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
+    attention = kernels.predict_attention_scratch_bytes(
+        config.num_heads, config.num_kv_heads, config.head_dim, tokens, threads=threads
+    )
+    return panels + rounded + attention
 
 
 class _Layer:
@@ -140,7 +155,7 @@ class Decoder:
             raise ValueError(f"forward takes 1 to {self.segment_tokens} tokens at a time, got {num_tokens}")
         start = cache.length
         positions = np.arange(start, start + num_tokens, dtype=np.int64)
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        cos, sin = self._tables(positions)
         hidden = self._buffers["hidden"][:num_tokens]
         kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
         try:
@@ -155,7 +170,7 @@ class Decoder:
     def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
         """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
         positions = np.arange(cache.length, cache.length + len(hidden), dtype=np.int64)
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        cos, sin = self._tables(positions)
         self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
@@ -163,6 +178,11 @@ class Decoder:
         out = self._buffers["logits"][: len(hidden)]
         self._linear(hidden, [HEAD], [out])
         return out
+
+    def _tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin of the positions, in the decoder's buffers."""
+        tables = (self._buffers["cos"][: len(positions)], self._buffers["sin"][: len(positions)])
+        return rope_tables(self.config.rope, self.config.head_dim, positions, tables)
 
     def _linear(
         self,
@@ -258,4 +278,6 @@ class Decoder:
             self._linear(x, gate_up, [gate, up])
             kernels.swiglu(gate, up, gate)
             self._linear(gate, [down], [out])
-            residual[tokens] += out * shares[tokens, slots, None]
+            out *= shares[tokens, slots, None]
+            out += np.take(residual, tokens, axis=0, out=x)
+            residual[tokens] = out
