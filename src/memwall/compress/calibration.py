@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -94,9 +95,18 @@ class PromptCache:
 
     length = 0
 
+    takes_inputs: ClassVar[bool] = False
+
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
         self._k = self._v = np.empty(0, np.float32)
+
+    @property
+    def next_position(self) -> int:
+        return self.length
+
+    def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
+        """Not asked for."""
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         self._k, self._v = k, v

@@ -112,7 +112,7 @@ class Session:
 
         The last token made is not in the cache until the next one is asked for, so one less than asked may be kept.
         """
-        kept = min(num_tokens, self.cache.length)
+        kept = self.cache.rewindable(min(num_tokens, self.cache.length))
         self.cache.truncate(kept)
         self._unfed = []
         return kept
@@ -127,10 +127,11 @@ class Session:
                 f"the prompt has {len(tokens)} tokens and {self.cache.length} are held already, but the context is "
                 f"{self.settings.context_tokens}; shorten it or pass --context {needed}"
             )
-        step = self.settings.segment_tokens
         logits = np.empty(0, np.float32)
-        for begin in range(0, len(tokens), step):
-            logits = self.decoder.forward(np.asarray(tokens[begin : begin + step]), self.cache)
+        begin = 0
+        for count in self.cache.begin_prompt(len(tokens), self.settings.segment_tokens):
+            logits = self.decoder.forward(np.asarray(tokens[begin : begin + count]), self.cache)
+            begin += count
         return logits
 
     def generate(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
@@ -238,7 +239,13 @@ def load(
         logit_rows=settings.logit_rows,
         exact=settings.exact,
     )
-    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens)
+    cache = kv.build(
+        settings.kv,
+        cache_shape(config),
+        arena,
+        settings.context_tokens,
+        kv.CacheModel(config=config, weights=weights, directory=model),
+    )
     session = Session(
         settings=settings,
         config=config,
@@ -273,6 +280,7 @@ def cache_shape(config: ModelConfig) -> kv.CacheShape:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         windows=config.sliding_windows,
+        hidden_size=config.hidden_size,
     )
 
 

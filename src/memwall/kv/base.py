@@ -2,23 +2,39 @@
 
 The decoder goes layer by layer. In each layer it appends the keys (after rotation) and values of all new tokens once,
 attends in one or more blocks of query rows, and settles: only then may the cache compress, so that new tokens always
-attend exactly.
+attend exactly. A cache that drops tokens goes on counting them: `length` is what it was given, not what it kept.
 
-Units: `length` and capacities in tokens; T new tokens, H query heads, Hkv key-value heads, D numbers a head.
+Caches nest: one that chooses tokens or channels (`role`) holds an inner one, which it hands what it keeps as if these
+were all the tokens there are, so that inner positions are places in the inner cache.
+
+Units: `length` and capacities in tokens; T new tokens, H query heads, Hkv key-value heads, D numbers a head, d the
+model's hidden size.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from memwall.errors import DoesNotFit, InputError
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.rope import RotaryTable
 
 if TYPE_CHECKING:
+    from memwall.kv.policy import Policy
     from memwall.memory import Arena
+    from memwall.models.weights import Weights
+
+Role = Literal["tokens", "channels", "store"]
+ROLES: tuple[Role, ...] = ("tokens", "channels", "store")
+"""What a policy decides, outermost first: which tokens stay, which channels stay, how rows are stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +43,7 @@ class CacheShape:
 
     windows: each layer's sliding window in tokens, None where it sees everything.
     scale: what q . k is multiplied with, one over the root of `head_dim` unless given.
+    hidden_size: width d of the layers' inputs, for caches that keep these; None where it is not known.
     """
 
     num_layers: int
@@ -35,6 +52,7 @@ class CacheShape:
     head_dim: int
     windows: tuple[int | None, ...] | None = None
     scale: float | None = None
+    hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
@@ -60,11 +78,40 @@ class CacheShape:
         return self.windows[layer] if self.windows is not None else None
 
 
+@dataclass(frozen=True, eq=False)
+class CacheModel:
+    """The loaded model behind a cache: its configuration, the weights as they are held, the folder they came from."""
+
+    config: ModelConfig
+    weights: Weights
+    directory: Path
+
+    @cached_property
+    def rotary(self) -> RotaryTable:
+        """Rotation tables of the model's keys and queries."""
+        return RotaryTable(self.config.rope, self.config.head_dim)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the model: what was fitted to it, or cached from it, is of no use to another."""
+        with Checkpoint(self.directory, self.config) as checkpoint:
+            return checkpoint.fingerprint()
+
+
 class KVCache(ABC):
     """The keys and values of one sequence, in the form that the policy gives them."""
 
+    role: ClassVar[Role] = "store"
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Names of policies that this one can't work on top of, with the reason."""
+    needs_model: ClassVar[bool] = False
+    """Whether it looks into the model (rotation, weights, fitted factors)."""
+    takes_inputs: ClassVar[bool] = False
+    """Whether the decoder must hand it the layers' inputs (`take_inputs`)."""
     codes_prompt: ClassVar[bool] = False
-    """Whether settling codes a prompt's tokens, so that a prompt must come in one segment to attend exactly."""
+    """Whether settling changes what a prompt's later tokens would see, so that it must come in one segment to attend
+    exactly.
+    """
 
     def __init__(self, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
         if capacity_tokens < 1:
@@ -72,6 +119,21 @@ class KVCache(ABC):
         self.shape = shape
         self.arena = arena
         self.capacity_tokens = capacity_tokens
+
+    @staticmethod
+    def predict(
+        policy: Policy, shape: CacheShape, num_tokens: int, prefill_tokens: int, capacity_tokens: int
+    ) -> dict[str, int]:
+        """Exact bytes per ledger owner with `num_tokens` taken in, `prefill_tokens` of them at once.
+
+        Every policy of the table has it; a cache made for one experiment needs none.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
+        """Bytes that one decode step reads with `num_tokens` taken in; as `predict`."""
+        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -81,7 +143,29 @@ class KVCache(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """Tokens that every layer holds."""
+        """Tokens that every layer has taken in; the next one's place in the sequence."""
+
+    @property
+    def next_position(self) -> int:
+        """The rotary position of the next token: its place in the sequence, unless the cache packs what it keeps."""
+        return self.length
+
+    def begin_prompt(self, num_tokens: int, longest: int) -> list[int]:
+        """A prompt of so many tokens comes: the sizes of the segments to feed it in, each at most `longest`."""
+        return [min(longest, num_tokens - begin) for begin in range(0, num_tokens, longest)]
+
+    def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
+        """The layer's normed inputs x [n, d] of the new tokens at `positions` [n], before `append`, block by block.
+
+        Only called where `takes_inputs` is set.
+        """
+        raise NotImplementedError
+
+    def observe(self, layer: int, q: np.ndarray) -> None:  # noqa: B027 - most caches do not look
+        """The prompt's last queries [w, H, D] (rotated), from an outer cache that attended to the prompt itself.
+
+        Called before `settle`; a cache that does not look at queries ignores them.
+        """
 
     @abstractmethod
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
@@ -91,12 +175,22 @@ class KVCache(ABC):
         """
 
     @abstractmethod
-    def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Attention of q [T, H, D] float32 at consecutive `positions` over the layer's tokens, into out [T, H, D]."""
+    def attend(
+        self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Attention of q [T, H, D] float32 at consecutive `positions` over the layer's tokens, into out [T, H, D].
+
+        stats [T, H, 2] receives the largest logit and the sum of exponentials, for merging with other parts
+        (`kernels.attention.merge_partials`).
+        """
 
     @abstractmethod
     def settle(self, layer: int) -> None:
         """Called once after a layer's attention: compresses what may be compressed now."""
+
+    def rewindable(self, length: int) -> int:
+        """The longest `truncate` that is possible and forgets all from `length` on; less where tokens were dropped."""
+        return length
 
     @abstractmethod
     def truncate(self, length: int) -> None:

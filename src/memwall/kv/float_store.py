@@ -16,7 +16,7 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.kernels.attention import attend_float
-from memwall.kv.base import CacheShape, KVCache
+from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.policy import Policy
 from memwall.memory.pages import round_up
 
@@ -81,7 +81,14 @@ class GrowingRows:
 class FloatCache(KVCache):
     """See the module's text."""
 
-    def __init__(self, policy: Policy, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        shape: CacheShape,
+        arena: Arena,
+        capacity_tokens: int,
+        model: CacheModel | None = None,
+    ) -> None:
         super().__init__(shape, arena, capacity_tokens)
         self._policy = policy
         dtype = float_dtype(policy.name)
@@ -131,7 +138,9 @@ class FloatCache(KVCache):
         self._values[layer].rows(held, end)[:] = v
         self._lengths[layer] = end
 
-    def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def attend(
+        self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
+    ) -> np.ndarray:
         end = self._lengths[layer]
         return attend_float(
             q,
@@ -141,6 +150,7 @@ class FloatCache(KVCache):
             first_position=int(positions[0]),
             window=self.shape.window(layer),
             out=out,
+            stats=stats,
         )
 
     def settle(self, layer: int) -> None:

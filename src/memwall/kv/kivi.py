@@ -26,7 +26,7 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.kernels import attention
-from memwall.kv.base import CacheShape, KVCache
+from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.float_store import GrowingRows, float_dtype
 from memwall.kv.policy import Policy, parse
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
@@ -176,7 +176,14 @@ class KiviCache(KVCache):
 
     codes_prompt = True
 
-    def __init__(self, policy: Policy, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        shape: CacheShape,
+        arena: Arena,
+        capacity_tokens: int,
+        model: CacheModel | None = None,
+    ) -> None:
         super().__init__(shape, arena, capacity_tokens)
         self.settings = settings = KiviSettings.from_policy(policy, shape.head_dim)
         dtype = float_dtype(settings.exact)
@@ -256,7 +263,9 @@ class KiviCache(KVCache):
             self._staged = (layer, keys, values)
         state.length += len(k)
 
-    def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def attend(
+        self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
+    ) -> np.ndarray:
         state = self._layers[layer]
         keys, values = self._exact(layer)
         return attention.attend_kivi(
@@ -273,6 +282,7 @@ class KiviCache(KVCache):
             first_position=int(positions[0]),
             window=self.shape.window(layer),
             out=out,
+            stats=stats,
         )
 
     def settle(self, layer: int) -> None:

@@ -140,7 +140,7 @@ class Decoder:
             raise ValueError(f"forward takes 1 to {self.segment_tokens} tokens at a time, got {num_tokens}")
         start = cache.length
         positions = np.arange(start, start + num_tokens, dtype=np.int64)
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        cos, sin = self._rotation(cache, positions)
         hidden = self._buffers["hidden"][:num_tokens]
         kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
         try:
@@ -155,8 +155,13 @@ class Decoder:
     def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
         """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
         positions = np.arange(cache.length, cache.length + len(hidden), dtype=np.int64)
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        cos, sin = self._rotation(cache, positions)
         self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
+
+    def _rotation(self, cache: DecoderCache, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A cache that packs what it keeps has tokens turn by their place there, not in the sequence."""
+        turns = positions + (cache.next_position - cache.length)
+        return rope_tables(self.config.rope, self.config.head_dim, turns)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Normed hidden states [n, H] -> logits [n, V] (n at most the logit_rows given at construction)."""
@@ -195,6 +200,8 @@ class Decoder:
         for rows in blocks:
             normed, queries = self._block("normed", rows), self._block("queries", rows)
             kernels.rms_norm(hidden[rows], layer.input_norm, eps, normed)
+            if cache.takes_inputs:
+                cache.take_inputs(index, normed, positions[rows])
             first = 0 if one_block else 1  # queries of a single block ride along; else each block makes its own below
             outs = [queries, keys[rows], values[rows]][first:]
             self._linear(normed, layer.qkv[first:], outs, layer.qkv_bias[first:])
