@@ -133,6 +133,52 @@ def test_kivi_codes_and_attention(isa: str, bits: int, group: int, dim: int) -> 
         np.testing.assert_allclose(stats, want_stats, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [1, 3, 7, 8, 13, 20, 39, 77])
+def test_keys_narrower_than_values(isa: str, threads: int, width: int) -> None:
+    rng = np.random.default_rng(width)
+    for name, num_queries, dim in (("float16", 1, 64), ("float32", 1, 40), ("bfloat16", 9, 32), ("float16", 70, 48)):
+        q = rows(rng, num_queries, 8, width)
+        k, v = (rows(rng, 333, 2, size).astype(TYPES[name]) for size in (width, dim))
+        out, stats = np.empty((num_queries, 8, dim), np.float32), np.empty((num_queries, 8, 2), np.float32)
+        settings = {"scale": dim**-0.5, "first_position": 333 - num_queries, "window": 300}
+        attention.attend_float(q, k, v, **settings, out=out, stats=stats)
+        want, want_stats = expected(q, k, v, **settings)
+        np.testing.assert_allclose(out, want, atol=2e-5)
+        np.testing.assert_allclose(stats, want_stats, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("width", [1, 13, 20, 39, 77])
+def test_coded_keys_narrower_than_values(isa: str, bits: int, width: int) -> None:
+    rng = np.random.default_rng(width)
+    heads, kv_heads, dim, group, coded_keys, coded_values = 6, 2, 64, 16, 192, 150
+    k, v = rows(rng, 200, kv_heads, width), rows(rng, 200, kv_heads, dim)
+    form = {"bits": bits, "group": group}
+    key_bytes, value_bytes = attention.kivi_block_bytes(**form, head_dim=dim, key_dim=width)
+    key_blocks = np.full(12 * kv_heads * key_bytes, 255, np.uint8)
+    value_blocks = np.full(5 * kv_heads * value_bytes, 255, np.uint8)
+    attention.kivi_encode_keys(k[:coded_keys], key_blocks, **form)
+    attention.kivi_encode_values(v[:coded_values], 0, value_blocks, **form)
+    past_keys = attention_reference.kivi_round_trip(torch.from_numpy(k[:coded_keys]), bits, group, along_tokens=True)
+    past_values = attention_reference.kivi_round_trip(
+        torch.from_numpy(v[:coded_values]), bits, group, along_tokens=False
+    )
+    decoded = np.empty((coded_keys, kv_heads, width), np.float32)
+    attention.kivi_decode_keys(key_blocks, 0, decoded, **form)
+    np.testing.assert_allclose(decoded, past_keys.numpy(), rtol=1e-6, atol=1e-6)
+    keys = np.concatenate([past_keys.numpy(), k[coded_keys:]])
+    values = np.concatenate([past_values.numpy(), v[coded_values:]])
+    for num_queries in (1, 5):
+        q = rows(rng, num_queries, heads, width)
+        settings = {"scale": dim**-0.5, "first_position": 200 - num_queries, "window": None}
+        out = np.empty((num_queries, heads, dim), np.float32)
+        attention.attend_kivi(
+            q, key_blocks, value_blocks, k[coded_keys:], v[coded_values:],
+            coded_keys=coded_keys, coded_values=coded_values, **form, **settings, out=out,
+        )  # fmt: skip
+        np.testing.assert_allclose(out, expected(q, keys, values, **settings)[0], atol=5e-5)
+
+
 def test_bad_shapes_are_refused() -> None:
     q, k = np.zeros((1, 4, 32), np.float32), np.zeros((8, 2, 32), np.float32)
 

@@ -28,7 +28,7 @@ from memwall.errors import InputError
 from memwall.kernels import attention
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.float_store import GrowingRows, float_dtype
-from memwall.kv.policy import Policy, parse
+from memwall.kv.policy import Policy
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
 
@@ -83,9 +83,9 @@ class KiviSettings:
         """Keys that are coded together: R, or one group when R is 0."""
         return max(self.residual, self.group)
 
-    def key_bytes(self, shape: CacheShape, tokens: int) -> int:
-        """Bytes of the coded keys of one layer (`tokens` whole groups)."""
-        block = attention.kivi_block_bytes(self.bits, self.group, shape.head_dim)[0]
+    def key_bytes(self, shape: CacheShape, tokens: int, key_dim: int | None = None) -> int:
+        """Bytes of the coded keys of one layer (`tokens` whole groups), of fewer channels where `key_dim` says so."""
+        block = attention.kivi_block_bytes(self.bits, self.group, shape.head_dim, key_dim)[0]
         return tokens // self.group * shape.num_kv_heads * block
 
     def value_bytes(self, shape: CacheShape, tokens: int) -> int:
@@ -100,6 +100,37 @@ class KiviSettings:
     def split(self, length: int) -> tuple[int, int]:
         """Coded keys and coded values among `length` tokens."""
         return length - length % self.cycle, max(length - self.residual, 0)
+
+
+def predict_kivi(
+    policy: Policy, shape: CacheShape, sizes: tuple[int, int, int], key_dim: int | None = None
+) -> dict[str, int]:
+    """As `KiviCache.predict`; sizes: tokens held, tokens at once, capacity; key_dim: channels that coded keys have."""
+    num_tokens, prefill_tokens, capacity_tokens = sizes
+    settings = KiviSettings.from_policy(policy, shape.head_dim)
+    row_bytes = shape.row_values * float_dtype(settings.exact).itemsize
+    coded_keys, coded_values = settings.split(num_tokens)
+    keys, values = settings.key_bytes(shape, coded_keys, key_dim), settings.value_bytes(shape, coded_values)
+    recent = shape.num_layers * sum(settings.recent_rows(capacity_tokens)) * row_bytes
+    return {
+        CODED: shape.num_layers * (round_up(keys) + round_up(values)),
+        RECENT: round_up(recent, ALIGNMENT_BYTES) if recent < SMALL_BYTES else round_up(recent),
+        STAGING: 2 * round_up(prefill_tokens * row_bytes) if prefill_tokens > 1 else 0,
+    }
+
+
+def read_bytes_kivi(policy: Policy, shape: CacheShape, num_tokens: int, key_dim: int | None = None) -> int:
+    """As `KiviCache.read_bytes`; key_dim: channels that coded keys have."""
+    settings = KiviSettings.from_policy(policy, shape.head_dim)
+    row_bytes = shape.row_values * float_dtype(settings.exact).itemsize
+    channel_bytes = shape.num_kv_heads * (settings.bits + 32 / settings.group) / 8
+    total = 0.0
+    for layer in range(shape.num_layers):
+        seen = min(num_tokens, shape.window(layer) or num_tokens)
+        for coded, dim in zip(settings.split(num_tokens), (key_dim or shape.head_dim, shape.head_dim)):
+            exact = min(num_tokens - coded, seen)
+            total += exact * row_bytes + (seen - exact) * channel_bytes * dim
+    return math.ceil(total)
 
 
 class _Blocks:
@@ -185,7 +216,9 @@ class KiviCache(KVCache):
         model: CacheModel | None = None,
     ) -> None:
         super().__init__(shape, arena, capacity_tokens)
+        self._policy = policy
         self.settings = settings = KiviSettings.from_policy(policy, shape.head_dim)
+        self.key_dim = shape.head_dim  # channels of coded keys
         dtype = float_dtype(settings.exact)
         key_rows, value_rows = settings.recent_rows(capacity_tokens)
         row_shape = (shape.num_kv_heads, shape.head_dim)
@@ -202,31 +235,12 @@ class KiviCache(KVCache):
         policy: Policy, shape: CacheShape, num_tokens: int, prefill_tokens: int, capacity_tokens: int
     ) -> dict[str, int]:
         """Bytes per ledger owner once `num_tokens` are held, and of the staging of `prefill_tokens` at once."""
-        settings = KiviSettings.from_policy(policy, shape.head_dim)
-        row_bytes = shape.row_values * float_dtype(settings.exact).itemsize
-        coded_keys, coded_values = settings.split(num_tokens)
-        coded = round_up(settings.key_bytes(shape, coded_keys)) + round_up(settings.value_bytes(shape, coded_values))
-        recent = shape.num_layers * sum(settings.recent_rows(capacity_tokens)) * row_bytes
-        staging = 2 * round_up(prefill_tokens * row_bytes) if prefill_tokens > 1 else 0
-        return {
-            CODED: shape.num_layers * coded,
-            RECENT: round_up(recent, ALIGNMENT_BYTES) if recent < SMALL_BYTES else round_up(recent),
-            STAGING: staging,
-        }
+        return predict_kivi(policy, shape, (num_tokens, prefill_tokens, capacity_tokens))
 
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
         """Bytes that one decode step reads with `num_tokens` held."""
-        settings = KiviSettings.from_policy(policy, shape.head_dim)
-        row_bytes = shape.row_values * float_dtype(settings.exact).itemsize
-        coded_row_bytes = shape.row_values * (settings.bits + 32 / settings.group) / 8
-        total = 0.0
-        for layer in range(shape.num_layers):
-            seen = min(num_tokens, shape.window(layer) or num_tokens)
-            for coded in settings.split(num_tokens):
-                exact = min(num_tokens - coded, seen)
-                total += exact * row_bytes + (seen - exact) * coded_row_bytes
-        return math.ceil(total)
+        return read_bytes_kivi(policy, shape, num_tokens)
 
     @property
     def policy(self) -> str:
@@ -290,12 +304,12 @@ class KiviCache(KVCache):
         keys, values = self._exact(layer)
         num_keys = len(keys) - len(keys) % settings.cycle
         num_values = max(len(values) - settings.residual, 0)
-        form = {"bits": settings.bits, "group": settings.group}
         if num_keys:
-            start = settings.key_bytes(self.shape, state.coded_keys)
-            attention.kivi_encode_keys(keys[:num_keys], state.key_blocks.bytes[start:], **form)
+            start = settings.key_bytes(self.shape, state.coded_keys, self.key_dim)
+            self._encode_keys(layer, keys[:num_keys], state.key_blocks.bytes[start:])
             state.coded_keys += num_keys
         if num_values:
+            form = {"bits": settings.bits, "group": settings.group}
             attention.kivi_encode_values(values[:num_values], state.coded_values, state.value_blocks.bytes, **form)
             state.coded_values += num_values
         if self._staged is not None and self._staged[0] == layer:
@@ -310,24 +324,22 @@ class KiviCache(KVCache):
         self._check_truncate(length)
         self._unstage(release=True)
         settings = self.settings
-        for state in self._layers:
+        for layer, state in enumerate(self._layers):
             if length < state.coded_keys:
                 whole = length // settings.group * settings.group
                 rest = np.empty((length - whole, *self._recent.shape[2:]), np.float32)
-                if len(rest):
-                    form = {"bits": settings.bits, "group": settings.group}
-                    attention.kivi_decode_keys(state.key_blocks.bytes, whole, rest, **form)
+                self._decode_keys(layer, whole, rest)
                 state.coded_keys = whole
                 state.keys.set(rest)
             state.keys.count = length - state.coded_keys
             state.coded_values = min(state.coded_values, length)
             state.values.count = length - state.coded_values
             state.length = length
-            state.key_blocks.shrink(settings.key_bytes(self.shape, state.coded_keys))
+            state.key_blocks.shrink(settings.key_bytes(self.shape, state.coded_keys, self.key_dim))
             state.value_blocks.shrink(settings.value_bytes(self.shape, state.coded_values))
 
     def fork(self) -> KiviCache:
-        other = KiviCache(parse(self.policy), self.shape, self.arena, self.capacity_tokens)
+        other = self._empty()
         try:
             for mine, theirs in zip(self._layers, other._layers):
                 theirs.copy_from(mine)
@@ -354,8 +366,18 @@ class KiviCache(KVCache):
             self._staged_values.reserve(num_values)
         key_tokens = state.coded_keys + num_keys - num_keys % self.settings.cycle
         value_tokens = state.coded_values + max(num_values - self.settings.residual, 0)
-        state.key_blocks.reserve(self.settings.key_bytes(self.shape, key_tokens))
+        state.key_blocks.reserve(self.settings.key_bytes(self.shape, key_tokens, self.key_dim))
         state.value_blocks.reserve(self.settings.value_bytes(self.shape, value_tokens))
+
+    def _empty(self) -> KiviCache:
+        return KiviCache(self._policy, self.shape, self.arena, self.capacity_tokens)
+
+    def _encode_keys(self, layer: int, keys: np.ndarray, blocks: np.ndarray) -> None:
+        attention.kivi_encode_keys(keys, blocks, bits=self.settings.bits, group=self.settings.group)
+
+    def _decode_keys(self, layer: int, first: int, out: np.ndarray) -> None:
+        blocks = self._layers[layer].key_blocks.bytes
+        attention.kivi_decode_keys(blocks, first, out, bits=self.settings.bits, group=self.settings.group)
 
     def _exact(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact keys and values of the layer: the staged ones of a prompt, else the recent ones."""
