@@ -11,7 +11,16 @@ from memwall import kv
 from memwall.errors import BudgetExceeded, InputError
 from memwall.memory import Arena, Ledger
 
-SETTINGS = ("float32", "float16", "bfloat16", "kivi", "kivi(bits=3,group=16,residual=0)", "kivi(8bit,exact=bfloat16)")
+SETTINGS = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "kivi",
+    "kivi(bits=3,group=16,residual=0)",
+    "kivi(8bit,exact=bfloat16)",
+    "vattention(page_kib=8)",
+    "vattention(page_kib=4,bits=32,ahead=0)",
+)
 SHAPE = kv.CacheShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
 NUM_TOKENS = 230
 

@@ -23,6 +23,7 @@ POLICIES = {
     "float16": "memwall.kv.float_store:FloatCache",
     "bfloat16": "memwall.kv.float_store:FloatCache",
     "kivi": "memwall.kv.kivi:KiviCache",
+    "vattention": "memwall.kv.virtual_cache:VirtualCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 
