@@ -151,7 +151,8 @@ class VirtualKV:
         count = self.step(lengths)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "memwall pages")
-        self._ahead = self._thread.submit(self._map_ahead)
+        if self.settings.eager or any(self._wanted(slot, self.settings.ahead_steps) for slot in self._active):
+            self._ahead = self._thread.submit(self._map_ahead)
         return count
 
     def wait(self) -> None:
@@ -357,13 +358,16 @@ class VirtualKV:
 
     def _map_one_ahead(self, slot: int, ahead: int) -> int:
         with self._lock:
-            if slot not in self._active or not self.lengths[slot]:
-                return 0
-            count = self.blocks(min(self.lengths[slot] + ahead, self.max_tokens)) - self.mapped_blocks(slot)
-            if count > 0:
-                self._ensure(count)
-                self._map(slot, count)
-            return max(count, 0)
+            count = self._wanted(slot, ahead) if slot in self._active else 0
+            self._ensure(count)
+            self._map(slot, count)
+            return count
+
+    def _wanted(self, slot: int, ahead: int) -> int:
+        """Blocks that so many more tokens of a running sequence would need."""
+        length = self.lengths[slot]
+        blocks = self.blocks(min(length + ahead, self.max_tokens)) if length else 0
+        return max(blocks - self.mapped_blocks(slot), 0)
 
     def _unmap_one(self) -> None:
         with self._lock:

@@ -1,9 +1,9 @@
 """One sequence in vAttention's store, as a cache policy: `vattention(page_kib=64,bits=16,ahead=1)`.
 
 Source: none; `kv.vattention` behind the seam of one sequence's cache.
-Idea: rows lie in a slot of a `VirtualKV` whose pool keeps no spare memory, so that the ledger holds the mapped pages and
-nothing else. While a step computes, a thread maps what `ahead` more tokens need; the step's end waits for it. A fork is
-another slot of the same store: it sees the same pages, and only the block that it goes on writing in is copied.
+Idea: rows lie in a slot of a `VirtualKV` whose pool keeps no spare memory, so that the ledger holds the mapped pages
+and nothing else. While a step computes, a thread maps what `ahead` more tokens need; the step's end waits for it. A
+fork is another slot of the same store: it sees the same pages, and only the block that it goes on writing in is copied.
 Units and shapes: rows [tokens, Hkv, D] of float16 or float32 (`bits`); `page_kib` is a power of two.
 Differs from the paper: nothing known beyond what `kv.vattention` says.
 Cost: resident 2 * layers * ceil(min(n + ahead, capacity) * row bytes / page) * page; a decode step reads the n rows.
@@ -65,7 +65,9 @@ class VirtualCache(KVCache):
                 num_slots=slots,
                 max_tokens=capacity_tokens,
                 num_blocks=slots * blocks,
-                settings=VirtualSettings(page_bytes=page, deferred=False, keep=False, ahead_steps=settings["ahead"]),
+                settings=VirtualSettings(
+                    page_bytes=page, deferred=False, keep=False, ahead_steps=settings["ahead"], ahead_blocks=blocks
+                ),
                 dtype=dtype,
                 fill=False,
             )

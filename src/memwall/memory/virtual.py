@@ -118,19 +118,11 @@ def _load(name: str, result: Any, *arguments: Any) -> Any:
 
 _LINUX = sys.platform.startswith("linux")
 if _LINUX:
-    _mmap = _load(
-        "mmap",
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_long,
-    )
-    _munmap = _load("munmap", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
-    _madvise = _load("madvise", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    _fallocate = _load("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+    _SIZE, _INT, _ADDRESS, _OFFSET = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_long
+    _mmap = _load("mmap", _ADDRESS, _ADDRESS, _SIZE, _INT, _INT, _INT, _OFFSET)
+    _munmap = _load("munmap", _INT, _ADDRESS, _SIZE)
+    _madvise = _load("madvise", _INT, _ADDRESS, _SIZE, _INT)
+    _fallocate = _load("fallocate", _INT, _INT, _INT, _OFFSET, _OFFSET)
 
 
 def _map_memory(address: int | None, nbytes: int, protection: int, flags: int, file: int = -1, offset: int = 0) -> int:
@@ -241,7 +233,7 @@ class HostPages(PageSource):
 
 
 class LazyPages(HostPages):
-    """The baseline: every address may be used, and the system finds a page at the first touch, in the midst of the work.
+    """The baseline: every address may be used; the system finds a page at the first touch, in the midst of the work.
 
     Nothing is held before, nothing bounds it but the machine, and a page cannot be shared.
     """

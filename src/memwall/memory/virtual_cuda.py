@@ -1,7 +1,7 @@
 """Pages of a GPU's memory behind addresses that never move: the driver's virtual-memory calls as a `PageSource`.
 
-Package `cuda-python` (`cuda.bindings.driver`) makes the calls; arrays are torch tensors over the addresses. A page is a
-handle of `cuMemCreate`; it is made once, when it is touched, and goes back to the driver only when it is discarded,
+Package `cuda-bindings` (`cuda.bindings.driver`) makes the calls; arrays are torch tensors over the addresses. A page is
+a handle of `cuMemCreate`; it is made once, when it is touched, and goes back to the driver only when it is discarded,
 because making one takes the driver longer than mapping it. Everything queued on the GPU is waited for before a page is
 unmapped: a kernel that reads an unmapped address ends the whole context.
 """
@@ -9,6 +9,7 @@ unmapped: a kernel that reads an unmapped address ends the whole context.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,9 @@ class CudaPages(PageSource):
     def __init__(self, page_bytes: int, *, device: int = 0, driver: Any = None) -> None:
         if driver is None:
             try:
-                from cuda.bindings import driver
+                driver = import_module("cuda.bindings.driver")
             except ImportError as missing:
-                raise MissingDependency("cuda-python", "gpu") from missing
+                raise MissingDependency("cuda-bindings", "cuda") from missing
         self.page_bytes = page_bytes
         self.device = device
         self._driver = driver
