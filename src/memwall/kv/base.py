@@ -14,7 +14,7 @@ model's hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +106,8 @@ class KVCache(ABC):
     """Names of policies that this one can't work on top of, with the reason."""
     needs_model: ClassVar[bool] = False
     """Whether it looks into the model (rotation, weights, fitted factors)."""
+    fits: ClassVar[bool] = False
+    """Whether it must be fitted to the model once (`fit`, `kv.fitted`)."""
     takes_inputs: ClassVar[bool] = False
     """Whether the decoder must hand it the layers' inputs (`take_inputs`)."""
     codes_prompt: ClassVar[bool] = False
@@ -133,6 +135,26 @@ class KVCache(ABC):
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
         """Bytes that one decode step reads with `num_tokens` taken in; as `predict`."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit_key(cls, policy: Policy) -> str:
+        """Canonical form of the settings that `fit` depends on; where `fits` is set."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit(
+        cls,
+        policy: Policy,
+        directory: Path,
+        text: str | None,
+        threads: int | None,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> dict[str, np.ndarray]:
+        """Learns what the policy needs of the model in `directory` from `text` (None: the bundled one).
+
+        progress(stage, done, in all). Where `fits` is set; may use torch, which running never does.
+        """
         raise NotImplementedError
 
     @property
