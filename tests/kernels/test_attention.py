@@ -202,3 +202,47 @@ def test_bad_shapes_are_refused() -> None:
         attention.kivi_encode_keys(k, np.zeros(4096, np.uint8), bits=2, group=32)
     with pytest.raises(ValueError, match="too short"):
         attention.kivi_encode_values(k, 25, np.zeros(100, np.uint8), bits=2, group=32)
+
+
+@pytest.mark.parametrize("num_queries", [1, 40])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rows_that_lie_apart_and_pages_give_the_same_bits(isa: str, num_queries: int, dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    length, page, layers = 333, 32, 3
+    q = rows(rng, num_queries, 6, 40)
+    spread = rows(rng, 2, length, layers, 2, 40).astype(TYPES[dtype])
+    settings = {"scale": 0.2, "first_position": length - num_queries, "window": 200}
+    table = rng.permutation(20)[: -(-length // page)].astype(np.int32)
+    for layer in range(layers):
+        k, v = spread[:, :, layer]
+        outs = [np.empty_like(q) for _ in range(3)]
+        stats = [np.empty((num_queries, 6, 2), np.float32) for _ in range(3)]
+        attention.attend_float(q, k.copy(), v.copy(), **settings, out=outs[0], stats=stats[0])
+        attention.attend_float(q, k, v, **settings, out=outs[1], stats=stats[1])
+        pools = [np.zeros((20 * page, 2, 40), TYPES[dtype]) for _ in range(2)]
+        for index, place in enumerate(table):
+            for pool, x in zip(pools, (k, v)):
+                part = x[index * page : (index + 1) * page]
+                pool[place * page : place * page + len(part)] = part
+        attention.attend_paged(
+            q, *pools, table, page_tokens=page, length=length, **settings, out=outs[2], stats=stats[2]
+        )
+        for out, stat in zip(outs[1:], stats[1:]):
+            np.testing.assert_array_equal(out, outs[0])
+            np.testing.assert_array_equal(stat, stats[0])
+
+
+def test_bad_tables_are_refused() -> None:
+    q, pool = np.ones((1, 2, 8), np.float32), np.ones((64, 1, 8), np.float32)
+    half = q[..., :4].copy()
+    good = {"table": np.array([1, 0], np.int32), "page_tokens": 32, "length": 40}
+    for change, says in (
+        ({"table": np.array([1], np.int32)}, "too short"),
+        ({"table": np.array([1, 2], np.int32)}, "not there"),
+        ({"table": np.array([-1, 0], np.int32)}, "not there"),
+        ({"page_tokens": 24}, "power of two"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            attention.attend_paged(q, pool, pool, **{**good, **change}, scale=1.0, first_position=39, out=q.copy())
+    with pytest.raises(ValueError, match="beside each other"):
+        attention.attend_float(half, pool[:, :, ::2], pool[:, :, ::2], scale=1.0, first_position=0, out=half.copy())

@@ -24,6 +24,8 @@ SETTINGS = (
     "think(0.6,window=8,recent=5)+bfloat16",
     "think(0.3)+kivi(2bit,group=16,residual=32)",
     "snapkv(0.5)+think(0.4)+kivi(3bit,group=16,residual=16)",
+    "vattention(page_kib=8)",
+    "vattention(page_kib=4,bits=32,ahead=0)",
 )
 SHAPE = kv.CacheShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
 NUM_TOKENS = 230

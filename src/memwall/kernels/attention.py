@@ -19,6 +19,7 @@ import memwall._native as _native
 __all__ = [
     "attend_float",
     "attend_kivi",
+    "attend_paged",
     "kivi_block_bytes",
     "kivi_decode_keys",
     "kivi_decode_values",
@@ -43,8 +44,32 @@ def attend_float(
     out: np.ndarray,
     stats: np.ndarray | None = None,
 ) -> np.ndarray:
-    """q [T, H, Dk] float32 over k [S, Hkv, Dk], v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32."""
+    """q [T, H, Dk] float32 over k [S, Hkv, Dk], v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32.
+
+    Tokens may lie apart (rows of several layers in turn); a token's heads must lie beside each other.
+    """
     _native.attend_float(q, _plain(k), _plain(v), out, scale, first_position, window, key_start, stats)
+    return out
+
+
+def attend_paged(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    table: np.ndarray,
+    *,
+    page_tokens: int,
+    length: int,
+    scale: float,
+    first_position: int,
+    window: int | None = None,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """`attend_float` over pages anywhere in k, v [pages * page_tokens, Hkv, D]: token t is in page `table[t //
+    page_tokens]` (int32); page_tokens a power of two from 16 on. The same code, with a table to walk.
+    """
+    _native.attend_paged(q, _plain(k), _plain(v), table, page_tokens, length, out, scale, first_position, window, stats)
     return out
 
 

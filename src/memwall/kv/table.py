@@ -25,6 +25,7 @@ POLICIES = {
     "kivi": "memwall.kv.kivi:KiviCache",
     "snapkv": "memwall.kv.snapkv:SnapCache",
     "think": "memwall.kv.think:ThinkCache",
+    "vattention": "memwall.kv.virtual_cache:VirtualCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 

@@ -11,10 +11,14 @@ namespace mw {
 
 enum class Real : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
-// Rows of exact numbers [token][kv head][key_dim or head_dim]; row 0 is the first token after the coded part.
+// Rows of exact numbers [token][kv head][key_dim or head_dim]; row 0 is the first token after the coded part. Rows of several layers may
+// lie in turn (`stride`), or pages of 2^page_shift rows anywhere in `data` (`table`: the page that holds tokens p * 2^page_shift on).
 struct Rows {
   const void* data = nullptr;
   Real type = Real::float32;
+  std::int64_t stride = 0;  // numbers from one token to the next; 0: no gap
+  const std::int32_t* table = nullptr;
+  int page_shift = 0;
 };
 
 // How a KIVI cache is cut; see kivi.isa.cpp for the layout of a block.
