@@ -10,9 +10,24 @@ import pytest
 from memwall import kv
 from memwall.errors import BudgetExceeded, InputError
 from memwall.memory import Arena, Ledger
+from tests.kv.latent_models import loaded, project
 
-SETTINGS = ("float32", "float16", "bfloat16", "kivi", "kivi(bits=3,group=16,residual=0)", "kivi(8bit,exact=bfloat16)")
-SHAPE = kv.CacheShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+SETTINGS = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "kivi",
+    "kivi(bits=3,group=16,residual=0)",
+    "kivi(8bit,exact=bfloat16)",
+    "xquant",
+    "xquant(3bit,group=64,keep=inputs)",
+    "xquant(2bit,cl=1,base=1)",
+)
+SUMS_MOVED = {"xquant(2bit,cl=1,base=1)": 6 * 128}
+"""Bytes a token that a step moves besides what is held: the sums of a layer, read twice and written once."""
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 128}
+MODEL = loaded("llama", **SIZES)
+SHAPE = MODEL.shape
 NUM_TOKENS = 230
 
 
@@ -21,9 +36,12 @@ def feed(cache: kv.KVCache, seed: int, first: int, *counts: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     outs = []
     for count in counts:
-        q, k, v = (rng.standard_normal((count, heads, 32)).astype(np.float32) for heads in (4, 2, 2))
+        q, x = (rng.standard_normal((count, *sizes)).astype(np.float32) for sizes in ((4, 32), (128,)))
         positions, out = np.arange(first, first + count), np.empty_like(q)
         for layer in range(2):
+            k, v = project(MODEL, layer, x, first)
+            if cache.takes_inputs:
+                cache.take_inputs(layer, x, positions)
             cache.append(layer, k, v, positions)
             cache.attend(layer, q, positions, out)
             cache.settle(layer)
@@ -34,7 +52,7 @@ def feed(cache: kv.KVCache, seed: int, first: int, *counts: int) -> np.ndarray:
 
 def build(policy: str) -> tuple[kv.KVCache, Ledger]:
     ledger = Ledger()
-    return kv.build(policy, SHAPE, Arena(1 << 24, ledger), NUM_TOKENS), ledger
+    return kv.build(policy, SHAPE, Arena(1 << 24, ledger), NUM_TOKENS, MODEL.model), ledger
 
 
 def test_settings_cover_the_table() -> None:
@@ -54,7 +72,7 @@ def test_bytes_bits_and_policy(policy: str) -> None:
     assert {row.owner: row.nbytes for row in ledger.rows()} == {owner: n for owner, n in predicted.items() if n}
     assert cache.nbytes == ledger.total()
     assert cache.bits_per_value == pytest.approx(8 * cache.nbytes / (2 * 2 * 2 * 32 * 193))
-    assert 0 < kv.read_bytes(policy, SHAPE, 193) <= cache.nbytes
+    assert 0 < kv.read_bytes(policy, SHAPE, 193) <= cache.nbytes + 193 * SUMS_MOVED.get(policy, 0)
     again, _ = build(cache.policy)
     assert again.policy == cache.policy
     np.testing.assert_array_equal(feed(again, 0, 0, 1, 150, 1, 1, 40), first)
