@@ -9,6 +9,7 @@ import pytest
 
 from memwall import kv
 from memwall.errors import BudgetExceeded, InputError
+from memwall.kv import fitted
 from memwall.memory import Arena, Ledger
 from tests.kv.latent_models import loaded, project
 
@@ -22,12 +23,24 @@ SETTINGS = (
     "xquant",
     "xquant(3bit,group=64,keep=inputs)",
     "xquant(2bit,cl=1,base=1)",
+    "cskv(0.5,init=svd,train=0)",
+    "cskv(0.9,4bit,window=16,sliding=1,init=svd,train=0)",
 )
 SUMS_MOVED = {"xquant(2bit,cl=1,base=1)": 6 * 128}
 """Bytes a token that a step moves besides what is held: the sums of a layer, read twice and written once."""
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 128}
 MODEL = loaded("llama", **SIZES)
 SHAPE = MODEL.shape
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fits() -> None:
+    """Policies that learn from a model learn from this one first."""
+    for policy in SETTINGS:
+        if kv.table.technique(kv.parse(policy).name).fits:
+            fitted.fit(policy, MODEL.model.directory, text="Some words about walls and memory. " * 60)
+
+
 NUM_TOKENS = 230
 
 

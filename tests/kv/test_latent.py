@@ -7,7 +7,8 @@ import pytest
 
 from memwall.kernels import attend_float
 from memwall.kernels import latent as kernel
-from memwall.kv.latent import BLOCK_TOKENS, BlockAttention, LatentForm, LatentStack, Rebuild, rebuild_with
+from memwall.kv.latent import BLOCK_TOKENS, BlockAttention, Rebuild, rebuild_with
+from memwall.kv.latent_rows import LatentForm, LatentStack
 from memwall.memory import Arena, Ledger
 from tests.kv.latent_models import loaded, project
 

@@ -22,26 +22,16 @@ Holds when: the decoder hands over its inputs; dropping policies do not, so none
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from memwall import kernels
 from memwall.errors import InputError
-from memwall.kernels import attend_float
 from memwall.kv import latent
-from memwall.kv.base import CacheModel, CacheShape, KVCache
-from memwall.kv.latent import (
-    BLOCK_TOKENS,
-    BlockAttention,
-    Factors,
-    LatentForm,
-    LatentRows,
-    LatentStack,
-    Rebuild,
-    Releasable,
-    Scratch,
-)
+from memwall.kv.base import CacheModel, CacheShape
+from memwall.kv.latent import BLOCK_TOKENS, BlockAttention, Factors, LatentCache, Rebuild, Scratch
+from memwall.kv.latent_rows import CODED_BITS, LatentForm, LatentRows, LatentStack
 from memwall.kv.policy import Policy, parse
 from memwall.kv.xquant_factors import factor_arrays
 from memwall.memory.pages import round_up
@@ -50,9 +40,8 @@ if TYPE_CHECKING:
     from memwall.memory import Arena
 
 SUMS = "kv/sums"
-BITS = (*latent.CODED_BITS, 16)
+BITS = (*CODED_BITS, 16)
 BASE_BITS = 4
-T = TypeVar("T", bound=Releasable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +126,8 @@ class XQuantSettings:
         return (d, 2 * h if self.latents else d) if self.cl else (d,)
 
 
-class XQuantCache(KVCache):
+class XQuantCache(LatentCache):
     """See the module's text."""
-
-    needs_model = True
-    takes_inputs: ClassVar[bool] = True
-    codes_prompt = True
 
     def __init__(
         self,
@@ -154,10 +139,8 @@ class XQuantCache(KVCache):
         factors: Factors | None = None,
     ) -> None:
         assert model is not None
-        super().__init__(shape, arena, capacity_tokens)
-        self.model = model
+        super().__init__(shape, arena, capacity_tokens, model)
         self.settings = settings = XQuantSettings.from_policy(policy, shape)
-        self._parts: list[Releasable] = []
         self.factors = self._keep(factors or Factors(arena, settings.factors(model, shape, arena)))
         try:
             forms = settings.stacks(shape)
@@ -174,12 +157,6 @@ class XQuantCache(KVCache):
             raise
         self._rebuilds = [self._rebuild_of(layer) for layer in range(shape.num_layers)]
         self._summed = -1  # the layer whose X' the sums of settled tokens are
-        self._lengths = [0] * shape.num_layers
-        self._new: tuple[np.ndarray, np.ndarray] | None = None
-
-    def _keep(self, part: T) -> T:
-        self._parts.append(part)
-        return part
 
     @staticmethod
     def predict(
@@ -230,12 +207,8 @@ class XQuantCache(KVCache):
         return f"xquant(bits={s.bits},group={s.group}{deltas},keep={s.keep})"
 
     @property
-    def length(self) -> int:
-        return min(self._lengths)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts)
+    def _stores(self) -> list[LatentStack]:
+        return self._stacks
 
     @property
     def _pairs(self) -> bool:
@@ -243,13 +216,9 @@ class XQuantCache(KVCache):
         return len(self._stacks) == 2
 
     def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
-        if layer == 0:  # the first layer takes room for all: a refusal must come before any layer has changed
-            held = self._stacks[0].layers[0].count
-            self._check_append(held, len(x), positions)
-            for stack in self._stacks:
-                stack.reserve(held + len(x))
-            if self._sums is not None:
-                self._sums.reserve(held + len(x))
+        self._make_room(layer, len(x), positions)
+        if layer == 0 and self._sums is not None:
+            self._sums.reserve(self._stacks[0].layers[0].count + len(x))
         for begin in range(0, len(x), BLOCK_TOKENS):
             rows = x[begin : begin + BLOCK_TOKENS]
             if self._pairs:
@@ -259,28 +228,11 @@ class XQuantCache(KVCache):
             else:
                 self._stacks[0].layers[layer].push(rows)
 
-    def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
-        self._check_append(self._lengths[layer], len(k), positions)
-        if self._stacks[0].layers[layer].count != self._lengths[layer] + len(k):
-            raise ValueError(f"layer {layer}: take_inputs must bring the inputs of the tokens that are appended")
-        self._new = (k, v)
-
     def attend(
         self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
     ) -> np.ndarray:
-        assert self._new is not None
         held, first = self._lengths[layer], int(positions[0])
-        stats = np.empty((*q.shape[:2], 2), np.float32) if stats is None else stats
-        attend_float(
-            q,
-            *self._new,
-            scale=self.shape.logit_scale,
-            first_position=first,
-            window=self.shape.window(layer),
-            key_start=held,
-            out=out,
-            stats=stats,
-        )
+        stats = self._attend_exact(layer, q, first, out, stats)
         if held:
             if self.settings.cl and layer >= self.settings.base:
                 self._sum_up(layer, held)
@@ -289,10 +241,7 @@ class XQuantCache(KVCache):
         return out
 
     def settle(self, layer: int) -> None:
-        for stack in self._stacks:
-            stack.layers[layer].settle()
-        self._lengths[layer] = self._stacks[0].layers[layer].count
-        self._new = None
+        self._settle_rows(layer)
         if layer == self.shape.num_layers - 1:
             self._summed = -1
 
@@ -318,11 +267,6 @@ class XQuantCache(KVCache):
             raise
         other._lengths = list(self._lengths)
         return other
-
-    def release(self) -> None:
-        for part in self._parts:
-            part.release()
-        self._parts = []
 
     def _rebuild_of(self, layer: int) -> Rebuild:
         if self._pairs:
