@@ -110,6 +110,9 @@ KV_POLICIES = (
     "snapkv(0.25)",
     "think(0.4)",
     "vattention",
+    "xquant",
+    "xquant(4bit,cl=1)",
+    "cskv(0.2)",
 )
 
 Model = Annotated[

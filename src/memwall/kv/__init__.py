@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.policy import Policy, parse
-from memwall.kv.table import POLICIES, build, codes_prompt, predict, read_bytes, resolve
+from memwall.kv.table import POLICIES, build, codes_prompt, needs_model, predict, read_bytes, resolve, step_macs
 
 __all__ = [
     "POLICIES",
@@ -20,8 +20,10 @@ __all__ = [
     "Policy",
     "build",
     "codes_prompt",
+    "needs_model",
     "parse",
     "predict",
     "read_bytes",
     "resolve",
+    "step_macs",
 ]

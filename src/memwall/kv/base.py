@@ -137,6 +137,11 @@ class KVCache(ABC):
         """Bytes that one decode step reads with `num_tokens` taken in; as `predict`."""
         raise NotImplementedError
 
+    @staticmethod
+    def step_macs(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
+        """Multiply-adds of one decode step beyond attention itself: where keys are rebuilt, these decide its time."""
+        return 0
+
     @classmethod
     def fit_key(cls, policy: Policy) -> str:
         """Canonical form of the settings that `fit` depends on; where `fits` is set."""

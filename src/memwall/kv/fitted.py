@@ -6,6 +6,7 @@ settings that the fit depends on, so that they are found again for this very mod
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,6 +54,22 @@ def load(model: CacheModel, policy: Policy, key: str) -> dict[str, np.ndarray]:
         if file.metadata.get("model") != model.fingerprint or file.metadata.get("key") != key:
             raise InputError(f"{path}: was fitted to another model or with other settings; remove it and fit again")
         return {name: np.array(file.tensor(name)) for name in file.names()}
+
+
+def remembered(model: CacheModel, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `make` computes from the weights of this model: at the first use of it, then from the file it was kept in.
+
+    For what takes seconds and needs no text, so that nobody has to ask for it.
+    """
+    path = place(model.fingerprint, key)
+    if path.is_file():
+        with SafetensorsFile(path) as file:
+            if file.metadata.get("model") == model.fingerprint and file.metadata.get("key") == key:
+                return {name: np.array(file.tensor(name)) for name in file.names()}
+    arrays = make()
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs the time again, nothing else
+        save(model.fingerprint, key, arrays)
+    return arrays
 
 
 def fit(

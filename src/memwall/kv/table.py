@@ -26,6 +26,8 @@ POLICIES = {
     "snapkv": "memwall.kv.snapkv:SnapCache",
     "think": "memwall.kv.think:ThinkCache",
     "vattention": "memwall.kv.virtual_cache:VirtualCache",
+    "xquant": "memwall.kv.xquant:XQuantCache",
+    "cskv": "memwall.kv.cskv:CskvCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 
@@ -66,6 +68,11 @@ def resolve(policy: str | Policy) -> Policy:
         kinds[DEFAULT_STORE.name] = technique(DEFAULT_STORE.name)
     for place, outer in enumerate(ordered):
         for inner in ordered[place + 1 :]:
+            if kinds[inner.name].takes_inputs:
+                raise InputError(
+                    f"KV policy {policy}: {outer.name} does not work on top of {inner.name}, which keeps what whole "
+                    f"layers read, of all tokens; use {inner.name} alone"
+                )
             reason = kinds[outer.name].refuses.get(inner.name)
             if reason is not None:
                 raise InputError(f"KV policy {policy}: {outer.name} does not work on top of {inner.name}: {reason}")
@@ -112,7 +119,18 @@ def codes_prompt(policy: str) -> bool:
     return any(technique(part.name).codes_prompt for part in resolve(policy).parts)
 
 
+def needs_model(policy: str) -> bool:
+    """Whether a part of the policy looks into the model, so that its cache can't be tried without one."""
+    return any(technique(part.name).needs_model for part in resolve(policy).parts)
+
+
 def read_bytes(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
     """Bytes that one decode step reads from a cache of `num_tokens`, which came as one prompt where that matters."""
     resolved = resolve(policy)
     return technique(resolved.name).read_bytes(resolved, shape, num_tokens)
+
+
+def step_macs(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
+    """Multiply-adds that one decode step spends on a cache of `num_tokens` beyond attention itself."""
+    resolved = resolve(policy)
+    return technique(resolved.name).step_macs(resolved, shape, num_tokens)
