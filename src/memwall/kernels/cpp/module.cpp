@@ -14,6 +14,7 @@ void bind_elementwise(nb::module_& m);  // norms, rotary embedding, activations
 void bind_attention(nb::module_& m);  // attention over full-precision and coded caches
 void bind_probe(nb::module_& m);      // measurements of this machine
 void bind_heap(nb::module_& m);       // the C heap's habits
+void bind_range_coder(nb::module_& m);  // entropy coding of symbol streams
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -31,4 +32,5 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_probe(m);
   bind_heap(m);
+  bind_range_coder(m);
 }
