@@ -23,6 +23,7 @@ from memwall.cli.command import (
     complete_model,
 )
 from memwall.cli.printing import note, print_json, progress_bar
+from memwall.cli.run_report import result_object, summary
 from memwall.cli.saved_cache import (
     EXACT,
     CacheCodec,
@@ -34,7 +35,6 @@ from memwall.cli.saved_cache import (
     open_saved,
     save_after,
 )
-from memwall.cli.run_report import result_object, summary
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 
 if TYPE_CHECKING:

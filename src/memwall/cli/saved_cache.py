@@ -55,7 +55,9 @@ def check_options(request: Request) -> None:
     """What can be said of the options before a model is there."""
     if request.cache_codec != EXACT:
         if request.save_cache is None:
-            raise InputError(f"--cache-codec {request.cache_codec} says how --save-cache FILE writes, which is not given")
+            raise InputError(
+                f"--cache-codec {request.cache_codec} says how --save-cache FILE writes, which is not given"
+            )
         from memwall.kv import table
         from memwall.kv.policy import parse
 
@@ -103,7 +105,10 @@ def fed_tokens(request: Request, saved: SavedCache | None, prompt: list[int]) ->
 
     shared = min(num_shared(saved.tokens(), prompt), len(prompt) - 1)
     if shared < 1:
-        note(f"memwall: the prompt shares no beginning with {saved.path}; it is worked through whole", quiet=request.quiet)
+        note(
+            f"memwall: the prompt shares no beginning with {saved.path}; it is worked through whole",
+            quiet=request.quiet,
+        )
         return len(prompt)
     # coded chunks come in as prompts of their length do
     return min(max(len(prompt) - shared, saved.longest_append), len(prompt))

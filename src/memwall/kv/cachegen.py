@@ -9,9 +9,10 @@ Units and shapes: rows of a plane [T, C] float32, C = Hkv * D; planes are the ke
 bytes: header, scales, stream sizes, far bins, streams, checksum.
 Differs from the paper: keys are coded before rotation and turned anew when decoded, so that a chunk serves at any place
 of a text; without it their means turn with the position. Groups begin anew with each stream of 256 tokens.
-`form=delta` is the paper's (anchors of 8 bits; units are each channel's standard deviation of differences),
+`form=delta` is the paper's (anchors of 8 bits, bin widths in units of the plane's typical deviation of differences),
 `form=direct` the official code's (no differences, bins by level); `form=mean` takes differences to the channel's mean;
-`auto` lets the profile say, plane by plane, whether anchors or means take fewer bits. Bins beyond +-31 are stored apart.
+`auto` lets the profile measure, plane by plane, whether anchors or means take fewer bits, and how wide bins of each
+third of the layers may be. Bins beyond +-31 are stored apart.
 Cost: T * C * 2 * layers numbers at some 2 to 4 bits each, one to two bytes a stream for its size and end, 2 bytes a
 scale; decoding multiplies and adds once a number and holds one plane's floats.
 Holds when: all tokens of a cache are there; the model, and for profiled tables the profile, are those of the encoder.
@@ -25,6 +26,7 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +36,7 @@ from memwall.formats.checked_json import Fields
 from memwall.kernels import range_coder
 from memwall.kv import cachegen_profile as profiles
 from memwall.kv.base import KVCache
-from memwall.kv.cachegen_profile import CUT_TOKENS, FORMS, GROUP_TOKENS, LEVELS, OwnTables, PlaneProfile
+from memwall.kv.cachegen_profile import CUT_TOKENS, FORMS, GROUP_TOKENS, LEVELS, OwnTables, PlaneCoder
 from memwall.kv.policy import Policy
 from memwall.models.config import ModelConfig
 
@@ -69,7 +71,7 @@ class CacheGenSettings:
             raise InputError(f"codec {policy}: level {numbers['level']}; it is 1 (coarse), 2 or 3 (fine)")
         if not GROUP_TOKENS <= numbers["chunk"] <= MAX_CHUNK_TOKENS:
             raise InputError(
-                f"codec {policy}: chunks of {numbers['chunk']} tokens; {GROUP_TOKENS} to {MAX_CHUNK_TOKENS} are possible"
+                f"codec {policy}: chunks of {numbers['chunk']} tokens; {GROUP_TOKENS} to {MAX_CHUNK_TOKENS} can be"
             )
         levels = (numbers["level"],) if numbers["level"] else LEVELS
         return cls(levels=levels, form=form, tables=tables, chunk=numbers["chunk"])
@@ -135,23 +137,17 @@ def encode_chunk(
     profile: what was fitted to the model; None makes tables of the chunk itself and sends them along.
     """
     scales, far, sizes, streams, own, num_tokens = [], [], [], [], [], 0
-    form = "delta" if profile is None and form == "auto" else form
+    form = "mean" if profile is None and form == "auto" else form
     for plane in range(shape.planes):
         x = planes(plane)
         num_tokens = len(x)
-        layer = plane // 2
-        width = profiles.layer_width(layer, shape.num_layers, level)
-        direct = profiles.direct_bins(layer, shape.num_layers, level)[plane % 2]
         if profile is None:
-            known, packed = _own_profile(x, form, width, direct)
-            own.append(packed)
+            own.append(OwnTables.make(x, form, level, plane, shape.num_layers))
+            coder = OwnTables.unpack(own[-1], shape.channels, form, level, plane, shape.num_layers)
         else:
-            known = profiles.fitted_plane(profile, plane, form, level)
-        symbols, plane_scales, plane_far = profiles.plane_symbols(x, form, known, width, direct)
-        anchors = None if known.anchors is None else known.anchors[None]
-        coded, lengths = range_coder.encode(
-            symbols[None], known.starts[None], cut=CUT_TOKENS, anchors=anchors, group=GROUP_TOKENS if known.anchored else 0
-        )
+            coder = profiles.plane_coder(profile, plane, form, level, shape.num_layers)
+        symbols, plane_scales, plane_far = coder.symbols(x)
+        coded, lengths = range_coder.encode(symbols[None], **_streams(coder))
         scales.append(plane_scales)
         far.append(plane_far)
         sizes.append(lengths)
@@ -171,23 +167,10 @@ def encode_chunk(
     return _seal(header, sections)
 
 
-def _own_profile(x: np.ndarray, form: str, width: float, direct: int) -> tuple[PlaneProfile, bytes]:
-    """Tables of one plane's own symbols, and their bytes; the profile is that which the bytes give."""
-    channels = x.shape[1]
-    arrays = profiles.plane_moments(x)
-    means, units = arrays["means"], arrays["mean.units" if form == "mean" else "delta.units"]
-    none = np.empty(0, np.uint16)
-    blank = PlaneProfile(form == "delta", means, units, none, none)
-    symbols, _, _ = profiles.plane_symbols(x, form, blank, width, direct)
-    if form == "direct":
-        packed = profiles.counts(symbols, profiles.DIRECT_SYMBOLS).astype(np.uint16).tobytes()
-        return OwnTables.unpack(packed, channels, form), packed
-    anchors = None
-    if form == "delta":
-        is_anchor = profiles.is_anchor(len(x))
-        anchors, symbols = profiles.counts(symbols[is_anchor], profiles.ANCHOR_SYMBOLS), symbols[~is_anchor]
-    packed = OwnTables.pack(means, units, profiles.counts(symbols, profiles.BIN_SYMBOLS), anchors)
-    return OwnTables.unpack(packed, channels, form), packed
+def _streams(coder: PlaneCoder) -> dict[str, Any]:
+    """How the streams of a plane are coded."""
+    anchors = coder.anchors[None] if coder.anchors is not None else None
+    return {"starts": coder.starts[None], "cut": CUT_TOKENS, "anchors": anchors, "group": GROUP_TOKENS * coder.anchored}
 
 
 class Chunk:
@@ -229,8 +212,8 @@ class Chunk:
         wanted = fields.text("profile", "")
         if wanted and (profile is None or bytes(profile["id"]).hex() != wanted):
             raise InputError(
-                f"this chunk was coded with the profile {wanted[:12]}, which is not the one fitted here; fit on the same "
-                "text (`memwall fit MODEL cachegen`) or save the cache again"
+                f"this chunk was coded with the profile {wanted[:12]}, which is not the one fitted here; fit on the "
+                "same text (`memwall fit MODEL cachegen`) or save the cache again"
             )
         if not wanted and self.form == "auto":
             raise InputError("damaged chunk: tables of its own, but no form")
@@ -247,7 +230,13 @@ class Chunk:
         if sum(lengths) > len(rest):
             raise InputError("damaged chunk: it is shorter than its header says")
         parts = np.split(rest, np.cumsum(lengths))
-        tables, scales, far, sizes, streams = parts[0], parts[1 : 1 + planes], parts[1 + planes : -2], parts[-2], parts[-1]
+        tables, scales, far, sizes, streams = (
+            parts[0],
+            parts[1 : 1 + planes],
+            parts[1 + planes : -2],
+            parts[-2],
+            parts[-1],
+        )
         self._scales = [part.tobytes() for part in scales]
         self._far = [part.tobytes() for part in far]
         per_plane = range_coder.num_streams((1, self.num_tokens, self.shape.channels), CUT_TOKENS)
@@ -256,31 +245,25 @@ class Chunk:
         if self._ends[-1] != len(streams):
             raise InputError(f"damaged chunk: {len(streams)} bytes of streams instead of {self._ends[-1]}")
         self._streams = streams
-        self._own: list[PlaneProfile] = []
-        if self._profile is None:
-            one = OwnTables.length(self.shape.channels, self.form)
-            data = profiles.inflate(tables.tobytes(), planes * one)
-            pieces = (data[place : place + one] for place in range(0, len(data), one))
-            self._own = [OwnTables.unpack(piece, self.shape.channels, self.form) for piece in pieces]
+        own = planes * OwnTables.length(self.shape.channels, self.form)
+        self._own = profiles.inflate(tables.tobytes(), own) if self._profile is None else b""
 
     def plane(self, plane: int) -> np.ndarray:
         """Rows [T, C] float32 of a plane as the quantizer rounded them; keys not rotated."""
-        layer = plane // 2
-        known = self._own[plane] if self._own else profiles.fitted_plane(self._profile or {}, plane, self.form, self.level)
+        coder = self._coder(plane)
         streams = self._streams[self._ends[plane] : self._ends[plane + 1]]
-        symbols = range_coder.decode(
-            streams,
-            self._sizes[plane],
-            known.starts[None],
-            np.empty((1, self.num_tokens, self.shape.channels), np.uint8),
-            cut=CUT_TOKENS,
-            anchors=None if known.anchors is None else known.anchors[None],
-            group=GROUP_TOKENS if known.anchored else 0,
-        )[0]
+        out = np.empty((1, self.num_tokens, self.shape.channels), np.uint8)
+        symbols = range_coder.decode(streams, self._sizes[plane], out=out, **_streams(coder))[0]
         scales, far = np.frombuffer(self._scales[plane], np.float16), np.frombuffer(self._far[plane], np.int16)
-        width = profiles.layer_width(layer, self.shape.num_layers, self.level)
-        direct = profiles.direct_bins(layer, self.shape.num_layers, self.level)[plane % 2]
-        return profiles.plane_rows(symbols, scales, far, self.form, known, width, direct)
+        return coder.rows(symbols, scales, far)
+
+    def _coder(self, plane: int) -> PlaneCoder:
+        layers = self.shape.num_layers
+        if self._profile is not None:
+            return profiles.plane_coder(self._profile, plane, self.form, self.level, layers)
+        one = OwnTables.length(self.shape.channels, self.form)
+        piece = self._own[plane * one : (plane + 1) * one]
+        return OwnTables.unpack(piece, self.shape.channels, self.form, self.level, plane, layers)
 
     def append_to(self, cache: KVCache, config: ModelConfig, most_tokens: int | None = None) -> int:
         """Decodes straight into a cache, behind what it holds, and turns the keys to their places there.

@@ -1,7 +1,7 @@
-"""CacheGen in saved caches: every chunk at every level, found by the model's profile, decoded into any store of rows.
+"""CacheGen in saved caches: chunks at every level, coded by the model's profile, decoded into any store of rows.
 
-In the file (`kv.saved`) the array `chunk.2.level.3` is the third chunk at the finest level, whole with its own checksum:
-the very bytes that a server sends (`kv.streaming`).
+In the file (`kv.saved`) the array `chunk.2.level.3` is the third chunk at the finest level, with its own checksum: the
+very bytes that a server sends (`kv.streaming`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from memwall.kv.cachegen import CacheGenSettings, Chunk, Shape, cache_planes, en
 from memwall.kv.cachegen_profile import LEVELS
 from memwall.kv.policy import Policy, parse
 from memwall.memory.pages import round_up
-from memwall.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from memwall.kv.saved import SavedCache
@@ -50,8 +49,8 @@ class CacheGenFile:
 
     @classmethod
     def fit_key(cls, policy: Policy) -> str:
-        """One profile serves all levels and forms."""
-        return FIT_KEY
+        """One profile serves all levels of a form."""
+        return f"{FIT_KEY}/{CacheGenSettings.from_policy(policy).form}"
 
     @classmethod
     def fit(
@@ -62,15 +61,11 @@ class CacheGenFile:
         threads: int | None,
         progress: Callable[[str, int, int], None] | None,
     ) -> dict[str, np.ndarray]:
-        """The model's profile: means, units and symbol distributions of its keys and values."""
-        CacheGenSettings.from_policy(policy)
+        """The model's profile: means, spreads, bin widths and symbol distributions of its keys and values."""
+        from memwall.kv.cachegen_fit import ModelText, learn
 
-        def tick(done: int, whole: int) -> None:
-            if progress is not None:
-                progress("counting symbols" if 2 * done > whole else "measuring spread", done, whole)
-
-        shape = Shape.of(ModelConfig.from_directory(directory))
-        return profiles.learn(profiles.model_rows(directory, text, threads, tick), shape.planes, shape.channels)
+        form = CacheGenSettings.from_policy(policy).form
+        return learn(ModelText(directory, text, threads, progress), form)
 
     def profile(self, level: int | None = None) -> dict[str, np.ndarray] | None:
         """What was fitted to the model, only the tables of one level where it is given; None where chunks bring theirs.
@@ -79,15 +74,14 @@ class CacheGenFile:
         """
         if self.settings.tables == "chunk":
             return None
-        names = None if level is None else ["id", *profiles.table_names(self.settings.form, level)]
-        return fitted.load(self.model, self.policy, FIT_KEY, names)
+        names = None if level is None else profiles.table_names(self.settings.form, level)
+        return fitted.load(self.model, self.policy, self.fit_key(self.policy), names)
 
     def encode(self, cache: KVCache, charge: Charge) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Arrays for the file, and what tells how to read them. charge: counts the bytes while they are held."""
         if not cache.plain_rows:
             raise InputError(
-                f"codec {self.policy}: a cache of {cache.policy} does not hold the rows of all tokens; save it exactly, "
-                "or run with a float cache or kivi"
+                f"codec {self.policy}: a cache of {cache.policy} does not hold the rows of all tokens; save it exactly"
             )
         arrays: dict[str, np.ndarray] = {}
         sizes: dict[str, list[int]] = {}

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -36,8 +35,6 @@ WIDTHS = (0.5, 1.0, 1.5)
 """Bin widths of the first, middle and last third of the layers (paper)."""
 MULTIPLIERS = {1: 1.5, 2: 1.0, 3: 0.5}
 """What the level makes of them."""
-FIT_TOKENS = 12_288
-WINDOW_TOKENS = 1024
 _SMOOTHING_COUNTS = 8.0
 """Weight of the whole plane's distribution in that of a channel, in symbols seen."""
 
@@ -52,9 +49,20 @@ def is_anchor(num_tokens: int) -> np.ndarray:
     return np.diff(anchor_places(num_tokens), prepend=-1) > 0
 
 
-def layer_width(layer: int, num_layers: int, level: int) -> float:
-    """Bin width of a layer, in units of the channel's spread."""
-    return WIDTHS[min(3 * layer // num_layers, 2)] * MULTIPLIERS[level]
+def third_of(plane: int, num_layers: int) -> int:
+    """0, 1 or 2: the third of the layers that a plane belongs to."""
+    return min(3 * (plane // 2) // num_layers, 2)
+
+
+def typical(spreads: np.ndarray) -> float:
+    """The geometric mean of channels' spreads: a few wide channels do not make it."""
+    return float(np.exp(np.log(spreads, dtype=np.float64).mean()))
+
+
+def plane_width(plane: int, num_layers: int, level: int, widths: np.ndarray | None = None) -> float:
+    """Bin width of a plane, in units of its spread. widths: [keys or values, third], else the paper's."""
+    third = third_of(plane, num_layers)
+    return float(WIDTHS[third] if widths is None else widths[plane % 2, third]) * MULTIPLIERS[level]
 
 
 def direct_bins(layer: int, num_layers: int, level: int) -> tuple[int, int]:
@@ -115,40 +123,87 @@ def bins(symbols: np.ndarray, far: np.ndarray, steps: np.ndarray) -> np.ndarray:
 # ---- the profile ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PlaneProfile:
-    """One plane: how its rows are predicted, and the distribution of each channel's symbols.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PlaneCoder:
+    """How one plane's rows [T, C] become symbols, and how each channel's symbols are distributed.
 
-    anchored: whether rows are predicted from their group's anchor, not from the channel's mean. means, units: [C], the
-    unit being the spread of what is left. starts, anchors: cumulative counts (`kernels.range_coder`).
+    direct: bins of the direct form, 0 for the others. anchored: whether rows are predicted from their group's anchor,
+    not from the channel's mean. steps: bin width of each channel. starts, anchors: cumulative counts.
     """
 
-    anchored: bool
-    means: np.ndarray
-    units: np.ndarray
+    direct: int = 0
+    anchored: bool = False
+    means: np.ndarray | None = None
+    steps: np.ndarray | None = None
     starts: np.ndarray
-    anchors: np.ndarray | None
+    anchors: np.ndarray | None = None
+
+    def symbols(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(symbols [T, C], float16 scales, int16 far bins) of rows x [T, C].
+
+        Differences are to the anchor as it will be decoded, so that its own error does not add to theirs.
+        """
+        if self.direct:
+            return *round_vectors(x, self.direct), np.empty(0, np.int16)
+        if not self.anchored:
+            symbols, far = round_bins(x - self.means, self.steps)
+            return symbols, np.empty(0, np.float16), far
+        first = np.flatnonzero(is_anchor(len(x)))
+        anchors, scales = round_vectors(x[first], ANCHOR_SYMBOLS + 1)
+        delta = x - vectors(anchors, scales, ANCHOR_SYMBOLS + 1)[anchor_places(len(x))]
+        delta[first] = 0
+        symbols, far = round_bins(delta, self.steps)
+        symbols[first] = anchors
+        return symbols, scales, far
+
+    def rows(self, symbols: np.ndarray, scales: np.ndarray, far: np.ndarray) -> np.ndarray:
+        """The rows [T, C] float32 that symbols stand for; InputError where the parts do not fit each other."""
+        if self.direct or self.anchored:
+            wanted = len(symbols) if self.direct else int(is_anchor(len(symbols)).sum())
+            if len(scales) != wanted:
+                raise InputError(f"damaged chunk: {len(scales)} scales instead of {wanted}")
+        if self.direct:
+            return vectors(symbols, scales, self.direct)
+        if not self.anchored:
+            return bins(symbols, far, self.steps) + self.means
+        first = np.flatnonzero(is_anchor(len(symbols)))
+        held = vectors(symbols[first], scales, ANCHOR_SYMBOLS + 1)
+        symbols = symbols.copy()
+        symbols[first] = REACH
+        return bins(symbols, far, self.steps) + held[anchor_places(len(symbols))]
 
 
-def fitted_plane(arrays: Mapping[str, np.ndarray], plane: int, form: str, level: int) -> PlaneProfile:
-    """A plane of the profile that `fit` made."""
-    if form == "auto":
-        form = "delta" if arrays["anchored"][plane] else "mean"
-    empty = np.empty(0, np.float32)
+def bin_steps(spreads: np.ndarray, width: float) -> np.ndarray:
+    """Bin width of each channel [C] float32, where `width` is in units of the plane's typical spread.
+
+    One width for all channels loses least for its bits: widths by each channel's own spread cost 1.5 times the
+    divergence (measured, demo model). Channels so wide that bins would not reach four deviations get more.
+    """
+    return np.maximum(np.float32(typical(spreads) * width), spreads * np.float32(4 / REACH)).astype(np.float32)
+
+
+_NO_COUNTS = np.empty((0, 0), np.uint16)
+
+
+def plane_coder(arrays: Mapping[str, np.ndarray], plane: int, form: str, level: int, num_layers: int) -> PlaneCoder:
+    """A plane's coder from the arrays of a profile; without its distributions where these are still to be counted."""
+    starts = arrays[f"plain.{level}"][plane] if f"plain.{level}" in arrays else _NO_COUNTS
     if form == "direct":
-        return PlaneProfile(False, empty, empty, arrays[f"direct.{level}"][plane], None)
-    anchored = form == "delta"
-    units, anchors = arrays[f"{form}.units"][plane], arrays["anchors"][plane] if anchored else None
-    return PlaneProfile(anchored, arrays["means"][plane], units, arrays[f"{form}.{level}"][plane], anchors)
+        return PlaneCoder(direct=direct_bins(plane // 2, num_layers, level)[plane % 2], starts=starts)
+    anchored = bool(arrays["anchored"][plane])
+    return PlaneCoder(
+        anchored=anchored,
+        means=arrays["means"][plane],
+        steps=bin_steps(arrays["spreads"][plane], plane_width(plane, num_layers, level, arrays["widths"])),
+        starts=starts,
+        anchors=arrays["anchors"][plane] if anchored and "anchors" in arrays else None,
+    )
 
 
 def table_names(form: str, level: int) -> list[str]:
-    """The arrays that `fitted_plane` looks at."""
-    if form == "direct":
-        return [f"direct.{level}"]
-    used = ("delta", "mean") if form == "auto" else (form,)
-    names = ["anchored", "means", *(name for one in used for name in (f"{one}.units", f"{one}.{level}"))]
-    return [*names, "anchors"] if "delta" in used else names
+    """The arrays of a profile that one level needs, where they are there."""
+    shared = [] if form == "direct" else ["anchored", "means", "spreads", "widths", "anchors"]
+    return ["id", f"plain.{level}", *shared]
 
 
 def counts(symbols: np.ndarray, num_symbols: int) -> np.ndarray:
@@ -180,14 +235,26 @@ def entropy_bits(seen: np.ndarray) -> float:
 
 
 class OwnTables:
-    """Means, units and counts of one chunk, as they travel with it: compressed by zlib, counted in its bytes."""
+    """Coders of one chunk's own numbers, as they travel with it: means, spreads and counts, compressed by zlib."""
 
     @staticmethod
-    def pack(means: np.ndarray, units: np.ndarray, seen: np.ndarray, anchors: np.ndarray | None) -> bytes:
-        """Bytes of one plane: float16 means and units [C] (none for the direct form), uint16 counts."""
-        parts = [means.astype(np.float16), units.astype(np.float16), seen.astype(np.uint16)]
-        parts += [] if anchors is None else [anchors.astype(np.uint16)]
-        return b"".join(part.tobytes() for part in parts)
+    def make(x: np.ndarray, form: str, level: int, plane: int, num_layers: int) -> bytes:
+        """Bytes of one plane with rows x [T, C], before compression; `unpack` gives the coder that codes it."""
+        if form == "direct":
+            coder = plane_coder({}, plane, form, level, num_layers)
+            return counts(coder.symbols(x)[0], DIRECT_SYMBOLS).astype(np.uint16).tobytes()
+        moments = Moments(1, x.shape[1])
+        moments.add(0, x)
+        found = moments.finish()
+        own = np.stack([found["means"][0], found[f"{form}.spreads"][0]]).astype(np.float16)
+        coder = OwnTables._coder(own, form, level, plane, num_layers, _NO_COUNTS, None)
+        symbols = coder.symbols(x)[0]
+        parts = [own.tobytes()]
+        if form == "delta":
+            first = is_anchor(len(x))
+            parts.append(counts(symbols[first], ANCHOR_SYMBOLS).astype(np.uint16).tobytes())
+            symbols = symbols[~first]
+        return b"".join([*parts, counts(symbols, BIN_SYMBOLS).astype(np.uint16).tobytes()])
 
     @staticmethod
     def length(channels: int, form: str) -> int:
@@ -197,21 +264,33 @@ class OwnTables:
         return 2 * channels * (2 + BIN_SYMBOLS + (ANCHOR_SYMBOLS if form == "delta" else 0))
 
     @staticmethod
-    def unpack(data: bytes, channels: int, form: str) -> PlaneProfile:
-        """The plane that `pack` was given."""
+    def unpack(data: bytes, channels: int, form: str, level: int, plane: int, num_layers: int) -> PlaneCoder:
+        """The coder of one plane."""
         numbers = np.frombuffer(data, np.uint16)
         if form == "direct":
-            empty = np.empty(0, np.float32)
-            seen = numbers.reshape(channels, DIRECT_SYMBOLS)
-            return PlaneProfile(False, empty, empty, range_coder.cumulative(seen + 1e-9), None)
-        means, units = numbers[: 2 * channels].view(np.float16).reshape(2, channels).astype(np.float32)
-        rest = numbers[2 * channels :]
-        seen, anchors = rest[: channels * BIN_SYMBOLS], rest[channels * BIN_SYMBOLS :]
-        starts = range_coder.cumulative(seen.reshape(channels, BIN_SYMBOLS) + 1e-9)
-        if form != "delta":
-            return PlaneProfile(False, means, units, starts, None)
-        own = range_coder.cumulative(anchors.reshape(channels, ANCHOR_SYMBOLS) + 1e-9)
-        return PlaneProfile(True, means, units, starts, own)
+            starts = range_coder.cumulative(numbers.reshape(channels, DIRECT_SYMBOLS) + 1e-9)
+            return PlaneCoder(direct=direct_bins(plane // 2, num_layers, level)[plane % 2], starts=starts)
+        own, rest = numbers[: 2 * channels].view(np.float16).reshape(2, channels), numbers[2 * channels :]
+        split = channels * (ANCHOR_SYMBOLS if form == "delta" else 0)
+        anchors = range_coder.cumulative(rest[:split].reshape(channels, -1) + 1e-9) if split else None
+        starts = range_coder.cumulative(rest[split:].reshape(channels, BIN_SYMBOLS) + 1e-9)
+        return OwnTables._coder(own, form, level, plane, num_layers, starts, anchors)
+
+    @staticmethod
+    def _coder(
+        own: np.ndarray,
+        form: str,
+        level: int,
+        plane: int,
+        num_layers: int,
+        starts: np.ndarray,
+        anchors: np.ndarray | None,
+    ) -> PlaneCoder:
+        means, spreads = own.astype(np.float32)
+        if not (np.isfinite(means).all() and np.isfinite(spreads).all() and (spreads > 0).all()):
+            raise InputError("damaged chunk: its means and spreads are no numbers")
+        steps = bin_steps(spreads, plane_width(plane, layers, level))
+        return PlaneCoder(anchored=form == "delta", means=means, steps=steps, starts=starts, anchors=anchors)
 
 
 def inflate(data: bytes, expected: int) -> bytes:
@@ -226,20 +305,19 @@ def inflate(data: bytes, expected: int) -> bytes:
     return found
 
 
-# ---- fitting -------------------------------------------------------------------------------------------------------
-
-
-class _Moments:
+class Moments:
     """Sums over tokens of each plane and channel: values, squares, squared differences to the group's anchor."""
 
     def __init__(self, planes: int, channels: int) -> None:
         self.sums, self.squares, self.deltas = (np.zeros((planes, channels)) for _ in range(3))
+        self.peaks = np.zeros(planes)
         self.num_values = self.num_deltas = 0
 
     def add(self, plane: int, x: np.ndarray) -> None:
         places = anchor_places(len(x))
         anchors = x[is_anchor(len(x))]
         delta = x - anchors[places]
+        self.peaks[plane] += np.abs(x).max(axis=1).sum(dtype=np.float64)
         self.sums[plane] += x.sum(axis=0, dtype=np.float64)
         self.squares[plane] += np.square(x, dtype=np.float64).sum(axis=0)
         self.deltas[plane] += np.square(delta, dtype=np.float64).sum(axis=0)
@@ -248,117 +326,24 @@ class _Moments:
             self.num_deltas += len(x) - len(anchors)
 
     def finish(self) -> dict[str, np.ndarray]:
-        """Means, and spreads of values about them and of deltas."""
+        """Means, spreads of values about them and of differences to anchors, and the mean step of an anchor."""
         means = self.sums / self.num_values
         spread = np.sqrt(np.maximum(self.squares / self.num_values - means**2, 0))
         delta = np.sqrt(self.deltas / max(self.num_deltas, 1))
-        arrays = {"means": means, "mean.units": _positive(spread), "delta.units": _positive(delta)}
+        steps = self.peaks / self.num_values / (ANCHOR_SYMBOLS // 2)
+        arrays = {
+            "means": means,
+            "mean.spreads": _positive(spread),
+            "delta.spreads": _positive(delta),
+            "anchor.steps": steps,
+        }
         return {name: array.astype(np.float16).astype(np.float32) for name, array in arrays.items()}
 
 
-def _positive(units: np.ndarray) -> np.ndarray:
+def _positive(spreads: np.ndarray) -> np.ndarray:
     """A channel that never changes still needs a bin width: a little of its plane's spread."""
-    floor = 1e-3 * units.mean(axis=-1, keepdims=True) + 2.0**-14
-    return np.maximum(units, floor)
-
-
-def plane_symbols(
-    x: np.ndarray, form: str, profile: PlaneProfile, width: float, direct: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(symbols [T, C], float16 scales, int16 far bins) of one plane's rows x [T, C].
-
-    width: the layer's bin width in units; direct: bins of the direct form. Differences are to the anchor as it will be
-    decoded, so that its own error does not add to theirs.
-    """
-    none = np.empty(0, np.int16)
-    if form == "direct":
-        symbols, scales = round_vectors(x, direct)
-        return symbols, scales, none
-    steps = profile.units * np.float32(width)
-    if not profile.anchored:
-        symbols, far = round_bins(x - profile.means, steps)
-        return symbols, np.empty(0, np.float16), far
-    places = anchor_places(len(x))
-    first = np.flatnonzero(is_anchor(len(x)))
-    anchors, scales = round_vectors(x[first], ANCHOR_SYMBOLS + 1)
-    held = vectors(anchors, scales, ANCHOR_SYMBOLS + 1)
-    delta = x - held[places]
-    delta[first] = 0
-    symbols, far = round_bins(delta, steps)
-    symbols[first] = anchors
-    return symbols, scales, far
-
-
-def plane_rows(
-    symbols: np.ndarray, scales: np.ndarray, far: np.ndarray, form: str, profile: PlaneProfile, width: float, direct: int
-) -> np.ndarray:
-    """The rows [T, C] float32 that those symbols stand for."""
-    if form == "direct":
-        return vectors(symbols, scales, direct)
-    steps = profile.units * np.float32(width)
-    if not profile.anchored:
-        return bins(symbols, far, steps) + profile.means
-    places = anchor_places(len(symbols))
-    first = np.flatnonzero(is_anchor(len(symbols)))
-    held = vectors(symbols[first], scales, ANCHOR_SYMBOLS + 1)
-    symbols = symbols.copy()
-    symbols[first] = REACH
-    return bins(symbols, far, steps) + held[places]
-
-
-def plane_moments(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean and units of each channel of rows x [T, C]."""
-    moments = _Moments(1, x.shape[1])
-    moments.add(0, x)
-    return {name: array[0] for name, array in moments.finish().items()}
-
-
-Rows = Callable[[], Iterator[tuple[int, np.ndarray]]]
-"""Every call goes over the same text: (plane, its rows [T, C]) window by window, planes in order."""
-
-
-def learn(rows: Rows, planes: int, channels: int) -> dict[str, np.ndarray]:
-    """The profile of a model from two passes over its keys and values."""
-    moments = _Moments(planes, channels)
-    for plane, x in rows():
-        moments.add(plane, x)
-    arrays = moments.finish()
-    num_layers = planes // 2
-    sizes = {"anchors": ANCHOR_SYMBOLS}
-    sizes |= {f"{form}.{level}": BIN_SYMBOLS for form in ("delta", "mean") for level in LEVELS}
-    sizes |= {f"direct.{level}": DIRECT_SYMBOLS for level in LEVELS}
-    seen = {name: np.zeros((planes, channels, size), np.int64) for name, size in sizes.items()}
-    for plane, x in rows():
-        for form in ("delta", "mean", "direct"):
-            for level in LEVELS:
-                own = None if form == "direct" else arrays[f"{form}.units"][plane]
-                profile = PlaneProfile(form == "delta", arrays["means"][plane], own, seen["anchors"], None)  # type: ignore[arg-type]
-                bins_of = direct_bins(plane // 2, num_layers, level)[plane % 2]
-                width = layer_width(plane // 2, num_layers, level)
-                symbols, _, _ = plane_symbols(x, form, profile, width, bins_of)
-                if form == "delta":
-                    anchors = is_anchor(len(x))
-                    if level == LEVELS[0]:
-                        seen["anchors"][plane] += counts(symbols[anchors], ANCHOR_SYMBOLS)
-                    symbols = symbols[~anchors]
-                seen[f"{form}.{level}"][plane] += counts(symbols, sizes[f"{form}.{level}"])
-    arrays["anchored"] = np.array([_anchors_pay(arrays, seen, plane) for plane in range(planes)], np.uint8)
-    for name, all_counts in seen.items():
-        blur = 1.5 if name == "anchors" else 0.0
-        arrays[name] = np.stack([smoothed(one, blur) for one in all_counts])
-    arrays["id"] = np.frombuffer(bytes.fromhex(identity(arrays)), np.uint8)
-    return arrays
-
-
-def _anchors_pay(arrays: Mapping[str, np.ndarray], seen: Mapping[str, np.ndarray], plane: int) -> bool:
-    """Whether predicting a plane's rows from anchors takes fewer bits than from means, at the same bin width.
-
-    Narrower differences save half a bit for each halving of their variance; the anchors' own 8 bits cost.
-    """
-    spread, delta = arrays["mean.units"][plane], arrays["delta.units"][plane]
-    saved = float(np.log2(spread / delta).mean())
-    extra = entropy_bits(seen["anchors"][plane]) - entropy_bits(seen["mean.2"][plane])
-    return (1 - 1 / GROUP_TOKENS) * saved > extra / GROUP_TOKENS
+    floor = 1e-3 * spreads.mean(axis=-1, keepdims=True) + 2.0**-14
+    return np.maximum(spreads, floor)
 
 
 def identity(arrays: Mapping[str, np.ndarray]) -> str:
@@ -367,55 +352,3 @@ def identity(arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
     return digest.hexdigest()[:32]
-
-
-def model_rows(directory: Path, text: str | None, threads: int | None, tick: Callable[[int, int], None]) -> Rows:
-    """Keys (not rotated) and values that a model makes of a text, window by window."""
-    from memwall.compress.calibration import BUNDLED_TEXT, CalibrationSettings, read_text, token_sequences
-    from memwall.kv.base import CacheShape
-    from memwall.kv.float_store import FloatCache
-    from memwall.kv.policy import Policy
-    from memwall.memory import Arena, Ledger
-    from memwall.models.checkpoint import Checkpoint
-    from memwall.models.decoder import Decoder
-    from memwall.models.precision import resolve
-    from memwall.models.tokenizer import Tokenizer
-    from memwall.models.weights import load_weights
-
-    if threads is not None:
-        kernels.set_num_threads(threads)
-    config = ModelConfig.from_directory(directory)
-    shape = CacheShape(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        windows=config.sliding_windows,
-    )
-    arena = Arena(1 << 62, Ledger())
-    with Checkpoint(directory, config) as checkpoint:
-        choice = "saved" if checkpoint.manifest is not None else "bfloat16" if config.dtype == "bfloat16" else "float16"
-        weights = load_weights(config, checkpoint, resolve(config, choice, checkpoint), arena)
-    window = min(WINDOW_TOKENS, config.max_position)
-    decoder = Decoder(config, weights, arena, segment_tokens=window)
-    source = text if text is not None else read_text(BUNDLED_TEXT)
-    settings = CalibrationSettings(max_tokens=FIT_TOKENS, sequence_tokens=window)
-    sequences = token_sequences(source, Tokenizer.from_directory(directory), config, settings, "for cachegen")
-    cache = FloatCache(Policy("float32"), shape, arena, window)
-    done = 0
-
-    def rows() -> Iterator[tuple[int, np.ndarray]]:
-        nonlocal done
-        for tokens in sequences:
-            cache.truncate(0)
-            decoder.hidden(tokens, cache)
-            positions = np.arange(len(tokens))
-            for layer in range(config.num_layers):
-                k, v = (x.reshape(len(tokens), -1) for x in cache.rows(layer, 0, len(tokens)))
-                turn(config, k, positions, back=True)
-                yield 2 * layer, k
-                yield 2 * layer + 1, v
-            done += 1
-            tick(done, 2 * len(sequences))
-
-    return rows

@@ -43,10 +43,8 @@ def save(fingerprint: str, key: str, arrays: Mapping[str, np.ndarray]) -> Path:
     return path
 
 
-def load(
-    model: CacheModel, policy: Policy, key: str, names: Sequence[str] | None = None
-) -> dict[str, np.ndarray]:
-    """The arrays fitted under `key` to this model (those named, or all), read into memory.
+def load(model: CacheModel, policy: Policy, key: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays fitted under `key` to this model (those named that are there, or all), read into memory.
 
     InputError that says how to make them.
     """
@@ -57,7 +55,7 @@ def load(
     with SafetensorsFile(path) as file:
         if file.metadata.get("model") != model.fingerprint or file.metadata.get("key") != key:
             raise InputError(f"{path}: was fitted to another model or with other settings; remove it and fit again")
-        return {name: np.array(file.tensor(name)) for name in names or file.names()}
+        return {name: np.array(file.tensor(name)) for name in file.names() if names is None or name in names}
 
 
 def fit(

@@ -273,7 +273,9 @@ class KiviCache(KVCache):
     def dump(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         arrays = {}
         for index, state in enumerate(self._layers):
-            arrays[f"key_blocks.{index}"] = state.key_blocks.bytes[: self.settings.key_bytes(self.shape, state.coded_keys)]
+            arrays[f"key_blocks.{index}"] = state.key_blocks.bytes[
+                : self.settings.key_bytes(self.shape, state.coded_keys)
+            ]
             arrays[f"value_blocks.{index}"] = state.value_blocks.bytes[
                 : self.settings.value_bytes(self.shape, state.coded_values)
             ]

@@ -208,10 +208,14 @@ class SavedCache:
         mine = self.policy
         if mine is None:
             if not technique(resolve(policy).name).plain_rows:
-                raise InputError(f"{self.path}: holds coded rows, which a cache of {policy} cannot take; try --kv float16")
+                raise InputError(
+                    f"{self.path}: holds coded rows, which a cache of {policy} cannot take; try --kv float16"
+                )
             return
         if str(resolve(policy)) != str(resolve(mine)):
-            raise InputError(f"{self.path}: holds a cache of {mine}, not of {policy}; pass --kv '{mine}' or leave it out")
+            raise InputError(
+                f"{self.path}: holds a cache of {mine}, not of {policy}; pass --kv '{mine}' or leave it out"
+            )
 
     def verify(self) -> None:
         """Hashes the contents, once; InputError when they are not those that were written."""

@@ -29,15 +29,7 @@ struct RangeTask {
   std::size_t most_bytes() const { return 2 * static_cast<std::size_t>(cut) + 8; }
 };
 
-constexpr int kRangeLanes = 16;  // streams that are decoded in step
 constexpr int kMaxCut = 4096;
-
-struct RangeKernels {
-  // Decodes up to kRangeLanes neighbouring channels of one cut. bytes[lane] and sizes[lane] are the streams; out is the first
-  // symbol of the first channel, rows `channels` apart.
-  void (*decode)(const RangeTask& task, std::int64_t plane, std::int64_t channel, int lanes, int tokens, const std::uint8_t* const* bytes,
-                 const std::uint32_t* sizes, std::uint8_t* out);
-};
 
 // Whether every distribution is one: counts that grow from 0, so that no symbol has none.
 bool distributions_hold(const Distributions& tables, std::int64_t count);
