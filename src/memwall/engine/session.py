@@ -16,7 +16,7 @@ import numpy as np
 from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
-from memwall.kv.saved import EXACT, Origin, SavedCache, num_shared, restore, save
+from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, num_shared, restore, save
 from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
@@ -131,6 +131,10 @@ class Session:
         codec: `exact` keeps the cache's own stored form to the bit; else a codec of `kv.saved`.
         """
         return save(path, self.cache, self.held, self._origin(), codec, self.model)
+
+    def check_saving(self, codec: str = EXACT) -> None:
+        """InputError when `save_cache` with this codec would refuse, so that a run need not come to its end for it."""
+        check_saving(self.cache, codec, self.model)
 
     def load_cache(self, saved: SavedCache, prompt: list[int]) -> int:
         """Go on from a saved cache: takes the longest beginning that it shares with the prompt; gives its tokens.

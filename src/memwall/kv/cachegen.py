@@ -147,13 +147,13 @@ def encode_chunk(
         else:
             coder = profiles.plane_coder(profile, plane, form, level, shape.num_layers)
         symbols, plane_scales, plane_far = coder.symbols(x)
+        if not (np.isfinite(x).all() and np.isfinite(plane_scales.astype(np.float32)).all()):
+            raise InputError("keys or values are not finite, or too large for a float16 scale; they cannot be coded")
         coded, lengths = range_coder.encode(symbols[None], **_streams(coder))
         scales.append(plane_scales)
         far.append(plane_far)
         sizes.append(lengths)
         streams.append(coded)
-    if not all(np.isfinite(each.astype(np.float32)).all() for each in scales):
-        raise InputError("keys or values are not finite, or too large for a float16 scale; they cannot be coded")
     packed_sizes = pack_sizes(np.concatenate(sizes))
     tables = zlib.compress(b"".join(own), 6)
     header = {

@@ -67,6 +67,11 @@ class CacheGenFile:
         form = CacheGenSettings.from_policy(policy).form
         return learn(ModelText(directory, text, threads, progress), form)
 
+    def check_ready(self) -> None:
+        """InputError that says how to fit where a profile is needed and not there."""
+        if self.settings.tables == "profile":
+            fitted.load(self.model, self.policy, self.fit_key(self.policy), ["id"])
+
     def profile(self, level: int | None = None) -> dict[str, np.ndarray] | None:
         """What was fitted to the model, only the tables of one level where it is given; None where chunks bring theirs.
 

@@ -289,7 +289,7 @@ class OwnTables:
         means, spreads = own.astype(np.float32)
         if not (np.isfinite(means).all() and np.isfinite(spreads).all() and (spreads > 0).all()):
             raise InputError("damaged chunk: its means and spreads are no numbers")
-        steps = bin_steps(spreads, plane_width(plane, layers, level))
+        steps = bin_steps(spreads, plane_width(plane, num_layers, level))
         return PlaneCoder(anchored=form == "delta", means=means, steps=steps, starts=starts, anchors=anchors)
 
 

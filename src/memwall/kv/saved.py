@@ -120,6 +120,13 @@ def save(
         charge.release()
 
 
+def check_saving(cache: KVCache, codec: str, model: CacheModel | None) -> None:
+    """InputError when `save` with this codec would refuse the cache: before a run, not after it."""
+    require_saving(cache.policy, codec)
+    if codec != EXACT:
+        _codec(codec, model).check_ready()
+
+
 def restore(saved: SavedCache, cache: KVCache, keep: int, model: CacheModel | None = None) -> int:
     """Fills an empty cache with the first `keep` tokens of a file of either kind; gives how many it took."""
     if saved.policy is not None:
