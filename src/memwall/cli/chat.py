@@ -11,7 +11,8 @@ import typer
 from memwall.cli.printing import note
 from memwall.cli.run import start, stream
 from memwall.cli.run_report import summary
-from memwall.cli.saved_cache import adopted, open_saved, save_after
+from memwall.cli.saved_cache import adopted, check_saving, open_saved, save_after
+from memwall.errors import InputError
 
 if TYPE_CHECKING:
     from memwall.cli.run import Request
@@ -60,17 +61,21 @@ class Conversation:
 
 def talk(request: Request) -> None:
     """Turns from standard input until it ends or `/bye`; `/reset` forgets the conversation."""
+    from memwall.kv.saved import SavedCache
     from memwall.models import model_directory
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
     path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
+    if request.load_cache is not None and request.load_cache.startswith("tcp://"):
+        raise InputError("--chat goes on from a file; --load-cache tcp://... is for single prompts")
     with open_saved(request, path) as saved:
         request = adopted(request, saved)
         session, plan = start(request, needed_tokens=None, path=path, tokenizer=tokenizer)
         conversation = Conversation(session, tokenizer, ChatTemplate.from_directory(path), request.sampling)
-        if saved is not None:
+        check_saving(request, session)
+        if isinstance(saved, SavedCache):
             conversation.go_on_from(saved)
     interactive = sys.stdin.isatty() and not request.quiet
     note("Write a message and press Enter; /reset forgets, /bye or Ctrl-D ends.", quiet=not interactive)

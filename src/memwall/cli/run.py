@@ -25,13 +25,17 @@ from memwall.cli.command import (
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run_report import result_object, summary
 from memwall.cli.saved_cache import (
+    DEADLINE_SECONDS,
     EXACT,
     CacheCodec,
+    Deadline,
     LoadCache,
     SaveCache,
     adopted,
     check_options,
+    check_saving,
     fed_tokens,
+    load_into,
     open_saved,
     save_after,
 )
@@ -67,7 +71,8 @@ class Request:
     json: bool
     quiet: bool
     save_cache: Path | None = None
-    load_cache: Path | None = None
+    load_cache: str | None = None
+    deadline: float = DEADLINE_SECONDS
     cache_codec: str = EXACT
 
 
@@ -104,6 +109,7 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Talk turn by turn; the cache is kept between turns.")] = False,
     save_cache: SaveCache = None,
     load_cache: LoadCache = None,
+    deadline: Deadline = DEADLINE_SECONDS,
     cache_codec: CacheCodec = EXACT,
     threads: Threads = None,
     verbose: Annotated[
@@ -144,6 +150,7 @@ def run(
         quiet=quiet,
         save_cache=save_cache,
         load_cache=load_cache,
+        deadline=deadline,
         cache_codec=cache_codec,
     )
     check_options(request)
@@ -289,7 +296,8 @@ def _complete(request: Request) -> None:
     with open_saved(request, path) as saved:
         request, fed = adopted(request, saved), fed_tokens(request, saved, prompt)
         session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer, prompt_tokens=fed)
-        loaded = session.load_cache(saved, prompt) if saved is not None else 0
+        check_saving(request, session)
+        loaded = load_into(request, session, saved, prompt)
     stream(session, prompt[loaded:], request.sampling, show=not request.json)
     session.last.loaded_tokens = loaded
     save_after(request, session)

@@ -16,9 +16,11 @@ from memwall.errors import InputError
 if TYPE_CHECKING:
     from memwall.cli.run import Request
     from memwall.engine import Session
+    from memwall.kv.remote import RemoteCache
     from memwall.kv.saved import SavedCache
 
 EXACT = "exact"
+DEADLINE_SECONDS = 2.0
 CODECS = (EXACT, "cachegen", "cachegen(level=1)", "cachegen(level=2)", "cachegen(level=3)")
 
 
@@ -32,11 +34,21 @@ SaveCache = Annotated[
     typer.Option("--save-cache", help="Write the cache of prompt and answer to this file at the end.", metavar="FILE"),
 ]
 LoadCache = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--load-cache",
-        help="Go on from a saved cache: what the prompt shares with it from the beginning needs no prefill.",
+        help="Go on from a saved cache, a file or tcp://HOST:PORT of `memwall stream`: what the prompt begins with and "
+        "that holds needs no prefill.",
         metavar="FILE",
+    ),
+]
+Deadline = Annotated[
+    float,
+    typer.Option(
+        "--deadline",
+        help="With --load-cache tcp://...: seconds in which the context should be there; chunks come as text or at the "
+        "level that keeps it.",
+        metavar="SECONDS",
     ),
 ]
 CacheCodec = Annotated[
@@ -73,22 +85,31 @@ def check_options(request: Request) -> None:
 
 
 @contextmanager
-def open_saved(request: Request, model: Path) -> Iterator[SavedCache | None]:
-    """The file of --load-cache, checked against the model and against its own digest; None without the option."""
+def open_saved(request: Request, model: Path) -> Iterator[SavedCache | RemoteCache | None]:
+    """What --load-cache names, checked against the model and against its own digest; None without the option."""
     if request.load_cache is None:
         yield None
         return
-    from memwall.kv.saved import SavedCache
     from memwall.models import Checkpoint
 
-    with SavedCache(request.load_cache) as saved:
+    with _source(request.load_cache, request.deadline) as saved:
         with Checkpoint(model) as checkpoint:
             saved.check_model(checkpoint.fingerprint())
         saved.verify()
         yield saved
 
 
-def adopted(request: Request, saved: SavedCache | None) -> Request:
+def _source(name: str, deadline_seconds: float) -> SavedCache | RemoteCache:
+    if name.startswith("tcp://"):
+        from memwall.kv.remote import RemoteCache
+
+        return RemoteCache(name, deadline_seconds)
+    from memwall.kv.saved import SavedCache
+
+    return SavedCache(Path(name))
+
+
+def adopted(request: Request, saved: SavedCache | RemoteCache | None) -> Request:
     """The request with weights and cache as the file was made with, where they are left to memwall."""
     if saved is None:
         return request
@@ -97,13 +118,11 @@ def adopted(request: Request, saved: SavedCache | None) -> Request:
     return replace(request, weights=weights, kv=policy)
 
 
-def fed_tokens(request: Request, saved: SavedCache | None, prompt: list[int]) -> int:
+def fed_tokens(request: Request, saved: SavedCache | RemoteCache | None, prompt: list[int]) -> int:
     """Tokens of the prompt that the cache will be handed at once."""
     if saved is None:
         return len(prompt)
-    from memwall.kv.saved import num_shared
-
-    shared = min(num_shared(saved.tokens(), prompt), len(prompt) - 1)
+    shared = saved.shared_tokens(prompt)
     if shared < 1:
         note(
             f"memwall: the prompt shares no beginning with {saved.path}; it is worked through whole",
@@ -112,6 +131,25 @@ def fed_tokens(request: Request, saved: SavedCache | None, prompt: list[int]) ->
         return len(prompt)
     # coded chunks come in as prompts of their length do
     return min(max(len(prompt) - shared, saved.longest_append), len(prompt))
+
+
+def load_into(request: Request, session: Session, saved: SavedCache | RemoteCache | None, prompt: list[int]) -> int:
+    """Brings in what the prompt begins with; gives its tokens, and says how it came if it came over a link."""
+    if saved is None:
+        return 0
+    loaded = session.load_cache(saved, prompt)
+    came = getattr(saved, "request", None)
+    if came is not None:
+        forms = ", ".join("text" if sent.form == 0 else f"level {sent.form}" for sent in came.sent)
+        late = "" if came.in_time else ", late"
+        note(f"context in {came.seconds:.2f} s of {came.slo_seconds:g} s{late}: {forms}", quiet=request.quiet)
+    return loaded
+
+
+def check_saving(request: Request, session: Session) -> None:
+    """Refuses before the run what --save-cache would refuse after it."""
+    if request.save_cache is not None:
+        session.check_saving(request.cache_codec)
 
 
 def save_after(request: Request, session: Session) -> None:

@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
-from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, num_shared, restore, save
+from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
 from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
@@ -24,6 +25,9 @@ from memwall.models.decoder import Decoder
 from memwall.models.precision import resolve
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress, load_weights
+
+if TYPE_CHECKING:
+    from memwall.kv.remote import RemoteCache
 
 # The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
 # it this much below the budget, so that the process as a whole stays under.
@@ -136,7 +140,7 @@ class Session:
         """InputError when `save_cache` with this codec would refuse, so that a run need not come to its end for it."""
         check_saving(self.cache, codec, self.model)
 
-    def load_cache(self, saved: SavedCache, prompt: list[int]) -> int:
+    def load_cache(self, saved: SavedCache | RemoteCache, prompt: list[int]) -> int:
         """Go on from a saved cache: takes the longest beginning that it shares with the prompt; gives its tokens.
 
         The rest of the prompt, one token at least, is for `generate` to prefill. The cache must be empty. InputError
@@ -147,10 +151,10 @@ class Session:
         saved.check_weights(origin)
         saved.check_policy(self.cache.policy)
         saved.verify()
-        shared = min(num_shared(saved.tokens(), prompt), len(prompt) - 1, self.cache.capacity_tokens)
+        shared = min(saved.shared_tokens(prompt), self.cache.capacity_tokens)
         if shared > 0:
-            self.cache.truncate(0)
-            restore(saved, self.cache, shared, self.model)
+            assert self.model is not None
+            saved.fill(self.cache, shared, self.model, self.decoder)
         self.held = list(prompt[: self.cache.length])
         return self.cache.length
 

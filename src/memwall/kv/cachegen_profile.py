@@ -123,6 +123,10 @@ def bins(symbols: np.ndarray, far: np.ndarray, steps: np.ndarray) -> np.ndarray:
 # ---- the profile ---------------------------------------------------------------------------------------------------
 
 
+_NO_NUMBERS = np.empty(0, np.float32)
+_NO_COUNTS = np.empty((0, 0), np.uint16)
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PlaneCoder:
     """How one plane's rows [T, C] become symbols, and how each channel's symbols are distributed.
@@ -133,8 +137,8 @@ class PlaneCoder:
 
     direct: int = 0
     anchored: bool = False
-    means: np.ndarray | None = None
-    steps: np.ndarray | None = None
+    means: np.ndarray = _NO_NUMBERS
+    steps: np.ndarray = _NO_NUMBERS
     starts: np.ndarray
     anchors: np.ndarray | None = None
 
@@ -180,9 +184,6 @@ def bin_steps(spreads: np.ndarray, width: float) -> np.ndarray:
     divergence (measured, demo model). Channels so wide that bins would not reach four deviations get more.
     """
     return np.maximum(np.float32(typical(spreads) * width), spreads * np.float32(4 / REACH)).astype(np.float32)
-
-
-_NO_COUNTS = np.empty((0, 0), np.uint16)
 
 
 def plane_coder(arrays: Mapping[str, np.ndarray], plane: int, form: str, level: int, num_layers: int) -> PlaneCoder:

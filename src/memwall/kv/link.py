@@ -8,6 +8,7 @@ an emulated link and must say so.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -98,6 +99,11 @@ class ChunkServer:
     """Serves one saved cache on loopback. It reads the file as chunks are asked for and holds none."""
 
     def __init__(self, saved: SavedCache, *, port: int = 0, trace: Trace | None = None) -> None:
+        if saved.policy is not None:
+            raise InputError(
+                f"{saved.path}: holds a cache of {saved.policy} in its own form; only coded chunks are served: save it "
+                "with --cache-codec cachegen"
+            )
         self.saved = saved
         self.lengths, self.levels = chunk_plan(saved.content, saved)
         self._throttle = Throttle(trace) if trace is not None else None
@@ -105,7 +111,8 @@ class ChunkServer:
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self._socket = socket.create_server(("127.0.0.1", port))
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
-        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
         self._closed = False
 
     def serve_forever(self) -> None:
@@ -115,17 +122,22 @@ class ChunkServer:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
-            thread.start()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def start(self) -> None:
         """Serves in a thread of its own."""
-        self._threads.append(threading.Thread(target=self.serve_forever, daemon=True))
-        self._threads[0].start()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        """Takes no more connections, and ends those that are open."""
         self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> ChunkServer:
         self.start()
@@ -160,6 +172,8 @@ class ChunkServer:
         return data.tobytes()
 
     def _serve(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._open.add(connection)
         with connection, connection.makefile("rb") as lines:
             try:
                 while line := lines.readline(MAX_REQUEST_BYTES):
@@ -167,6 +181,9 @@ class ChunkServer:
                     self.send(connection, request, self.reply(request))
             except (InputError, OSError):
                 return  # the client sees the connection end
+            finally:
+                with self._lock:
+                    self._open.discard(connection)
 
     def send(self, connection: socket.socket, request: Fields, data: bytes) -> None:
         """Sends a reply through the throttle."""
@@ -205,8 +222,8 @@ class Index:
         fields = Fields(checked_json.parse(data, "index", max_depth=4), "index")
         lengths, texts = fields.items("chunk_tokens", 1 << 20), fields.items("texts", 1 << 20)
         sizes = fields.mapping("sizes")
-        good = lengths and len(texts) == len(lengths) and all(isinstance(text, str) for text in texts)
-        good = good and set(sizes) <= {str(level) for level in LEVELS} and sizes
+        good = bool(lengths) and len(texts) == len(lengths) and all(isinstance(text, str) for text in texts)
+        good = good and bool(sizes) and set(sizes) <= {str(level) for level in LEVELS}
         rows = [lengths, *sizes.values()]
         if not good or not all(isinstance(row, list) and len(row) == len(lengths) for row in rows):
             raise InputError("index: chunk_tokens, texts and sizes must be lists, one entry a chunk")

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from memwall.kv.base import CacheModel, KVCache
 from memwall.kv.policy import Policy, parse
 from memwall.kv.table import POLICIES, resolve, technique
 from memwall.models.config import MAX_POSITION
+
+if TYPE_CHECKING:
+    from memwall.models.decoder import Decoder
 
 FORMAT = "memwall-cache"
 VERSION = 1
@@ -147,7 +150,37 @@ def num_shared(seen: Sequence[int], ids: Sequence[int]) -> int:
     return next((place for place, (one, other) in enumerate(zip(seen, ids)) if one != other), min(len(seen), len(ids)))
 
 
-class SavedCache:
+class SourceChecks:
+    """Whether a saved context was made by what runs now."""
+
+    path: Path | str
+    model: str
+    weights: str
+    weights_sha256: str
+
+    def check_model(self, fingerprint: str) -> None:
+        """InputError unless the model is the one that made it."""
+        if fingerprint != self.model:
+            raise InputError(
+                f"{self.path}: was made by another model (fingerprint {shown(self.model[:12])}, not "
+                f"{fingerprint[:12]}); run the model that it was saved from, or save a cache of this one"
+            )
+
+    def check_weights(self, origin: Origin) -> None:
+        """InputError unless the weights are held in the formats that made it."""
+        if origin.weights_sha256 != self.weights_sha256:
+            raise InputError(
+                f"{self.path}: was made with {shown(self.weights)} weights, not {origin.weights}; pass --weights "
+                f"{shown(self.weights)}, or leave it out"
+            )
+
+    def check_rows(self, policy: str) -> None:
+        """InputError unless a cache of this policy can take rows."""
+        if not technique(resolve(policy).name).plain_rows:
+            raise InputError(f"{self.path}: holds rows, which a cache of {policy} cannot take; try --kv float16")
+
+
+class SavedCache(SourceChecks):
     """A saved cache, open and checked as far as it can be without what it will be used with."""
 
     def __init__(self, path: Path) -> None:
@@ -194,35 +227,24 @@ class SavedCache:
         """Ids of the tokens that it holds, in order."""
         return [int(token) for _, rows in self.file.pieces(TOKENS, PIECE_BYTES) for token in rows]
 
-    def check_model(self, fingerprint: str) -> None:
-        """InputError unless the model is the one that made it."""
-        if fingerprint != self.model:
-            raise InputError(
-                f"{self.path}: was made by another model (fingerprint {shown(self.model[:12])}, not "
-                f"{fingerprint[:12]}); run the model that it was saved from, or save a cache of this one"
-            )
-
-    def check_weights(self, origin: Origin) -> None:
-        """InputError unless the weights are held in the formats that made it."""
-        if origin.weights_sha256 != self.weights_sha256:
-            raise InputError(
-                f"{self.path}: was made with {shown(self.weights)} weights, not {origin.weights}; pass --weights "
-                f"{shown(self.weights)}, or leave it out"
-            )
-
     def check_policy(self, policy: str) -> None:
         """InputError unless a cache of this policy can take it."""
         mine = self.policy
         if mine is None:
-            if not technique(resolve(policy).name).plain_rows:
-                raise InputError(
-                    f"{self.path}: holds coded rows, which a cache of {policy} cannot take; try --kv float16"
-                )
+            self.check_rows(policy)
             return
         if str(resolve(policy)) != str(resolve(mine)):
             raise InputError(
                 f"{self.path}: holds a cache of {mine}, not of {policy}; pass --kv '{mine}' or leave it out"
             )
+
+    def shared_tokens(self, prompt: Sequence[int]) -> int:
+        """Tokens of the prompt's beginning that it holds; one token at least is left to prefill."""
+        return min(num_shared(self.tokens(), prompt), len(prompt) - 1)
+
+    def fill(self, cache: KVCache, keep: int, model: CacheModel, decoder: Decoder) -> int:
+        """Fills an empty cache with the first `keep` tokens; gives how many it took."""
+        return restore(self, cache, keep, model)
 
     def verify(self) -> None:
         """Hashes the contents, once; InputError when they are not those that were written."""

@@ -204,7 +204,7 @@ class StreamingController:
         self._started, self._busy = time.perf_counter(), 0.0
         self._stopped.clear()
         arrived: queue.Queue[Item | None] = queue.Queue(QUEUED_CHUNKS)
-        fetcher = threading.Thread(target=self._fetch_all, args=(requests, arrived), daemon=True)
+        fetcher = threading.Thread(target=self._fetch_all, args=(requests, arrived), name="cachegen", daemon=True)
         fetcher.start()
         try:
             while (item := arrived.get()) is not None:
