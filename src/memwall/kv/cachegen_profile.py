@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -137,8 +137,8 @@ class PlaneCoder:
 
     direct: int = 0
     anchored: bool = False
-    means: np.ndarray = _NO_NUMBERS
-    steps: np.ndarray = _NO_NUMBERS
+    means: np.ndarray = field(default_factory=lambda: _NO_NUMBERS)
+    steps: np.ndarray = field(default_factory=lambda: _NO_NUMBERS)
     starts: np.ndarray
     anchors: np.ndarray | None = None
 
