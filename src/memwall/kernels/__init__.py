@@ -6,7 +6,7 @@ faces. `reference` has each operation in plain torch; only tests import it.
 
 from __future__ import annotations
 
-from memwall._native import best_isa, force_isa, isa, num_threads, set_num_threads
+from memwall._native import Program, best_isa, force_isa, isa, num_threads, set_num_threads
 from memwall.kernels.attention import attend_float, attend_kivi, merge_partials
 from memwall.kernels.elementwise import rms_norm, rope, swiglu
 from memwall.kernels.encode import encode
@@ -14,6 +14,7 @@ from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_
 
 __all__ = [
     "Matrix",
+    "Program",
     "attend_float",
     "attend_kivi",
     "best_isa",

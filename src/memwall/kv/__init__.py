@@ -1,7 +1,8 @@
 """KV caches: what a model remembers of a sequence, and in how many bytes.
 
 base: the seam (`KVCache`, `CacheShape`, `CacheModel`); policy: policy strings; table: which policy is which class, and
-how they nest; float_store: full precision; then one file per technique. `build` makes the cache that a policy string
+how they nest; float_store: full precision; then one file per technique (virtual_cache: one sequence in vattention's
+store). `build` makes the cache that a policy string
 names; `predict` and `read_bytes` say beforehand what it will hold and read.
 """
 

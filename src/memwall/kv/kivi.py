@@ -18,8 +18,6 @@ Holds when: G divides D, R is a multiple of G, and numbers stay below 65,504.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,79 +26,16 @@ from memwall.errors import InputError
 from memwall.kernels import attention
 from memwall.kv.base import CacheModel, CacheShape, Facts, KVCache, Reader
 from memwall.kv.float_store import GrowingRows, float_dtype
-from memwall.kv.kivi_state import CODED, LayerState
-from memwall.kv.policy import Policy, parse
+from memwall.kv.kivi_state import RECENT, STAGING, LayerState
+from memwall.kv.kivi_state import KiviSettings as KiviSettings
+from memwall.kv.kivi_state import predict_kivi as predict_kivi
+from memwall.kv.kivi_state import read_bytes_kivi as read_bytes_kivi
+from memwall.kv.policy import Policy
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
 
 if TYPE_CHECKING:
     from memwall.memory import Arena
-
-RECENT, STAGING = "kv/recent", "kv/staging"
-BITS = (2, 3, 4, 8)
-GROUPS = (16, 32, 64, 128)
-SLACK_TOKENS = 16
-"""Rows beyond the window of values: they slide by moving an index, and go back to the front once in so many tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KiviSettings:
-    """bits per code; numbers per group; tokens of the residual R; type of the exact tokens."""
-
-    bits: int = 2
-    group: int = 32
-    residual: int = 128
-    exact: str = "float16"
-
-    @classmethod
-    def from_policy(cls, policy: Policy, head_dim: int) -> KiviSettings:
-        """Settings of a policy string, checked against the model's head dimension."""
-        texts = dict(policy.settings)
-        exact = texts.pop("exact", "float16")
-        fitting = [group for group in GROUPS if head_dim % group == 0]
-        if not fitting:
-            raise InputError(f"kivi needs a head dimension that 16 divides, not {head_dim}; use float16")
-        default = 32 if 32 in fitting else max(fitting)
-        numbers = Policy(policy.name, texts).integers({"bits": 2, "group": default, "residual": 128})
-        settings = cls(**numbers, exact=exact)
-        float_dtype(exact)
-        if settings.bits not in BITS:
-            raise InputError(f"policy {policy}: {settings.bits} bits; must be one of {', '.join(map(str, BITS))}")
-        if settings.group not in fitting:
-            raise InputError(
-                f"policy {policy}: group {settings.group} does not work for a head dimension of {head_dim}; "
-                f"must be one of {', '.join(map(str, fitting))}"
-            )
-        if settings.residual % settings.group:
-            near = round_up(settings.residual, settings.group)
-            raise InputError(
-                f"policy {policy}: residual {settings.residual} is not a multiple of the group {settings.group}; "
-                f"try {near}"
-            )
-        return settings
-
-    @property
-    def cycle(self) -> int:
-        """Keys that are coded together: R, or one group when R is 0."""
-        return max(self.residual, self.group)
-
-    def key_bytes(self, shape: CacheShape, tokens: int) -> int:
-        """Bytes of the coded keys of one layer (`tokens` whole groups)."""
-        block = attention.kivi_block_bytes(self.bits, self.group, shape.head_dim)[0]
-        return tokens // self.group * shape.num_kv_heads * block
-
-    def value_bytes(self, shape: CacheShape, tokens: int) -> int:
-        """Bytes of the coded values of one layer: whole blocks."""
-        block = attention.kivi_block_bytes(self.bits, self.group, shape.head_dim)[1]
-        return -(-tokens // attention.VALUE_BLOCK_TOKENS) * shape.num_kv_heads * block
-
-    def recent_rows(self, capacity_tokens: int) -> tuple[int, int]:
-        """Rows kept for exact keys and for exact values of one layer."""
-        return min(self.cycle, capacity_tokens), min(self.residual + SLACK_TOKENS, capacity_tokens)
-
-    def split(self, length: int) -> tuple[int, int]:
-        """Coded keys and coded values among `length` tokens."""
-        return length - length % self.cycle, max(length - self.residual, 0)
 
 
 class KiviCache(KVCache):
@@ -119,7 +54,9 @@ class KiviCache(KVCache):
         model: CacheModel | None = None,
     ) -> None:
         super().__init__(shape, arena, capacity_tokens)
+        self._policy = policy
         self.settings = settings = KiviSettings.from_policy(policy, shape.head_dim)
+        self.key_dim = shape.head_dim  # channels of coded keys
         dtype = float_dtype(settings.exact)
         key_rows, value_rows = settings.recent_rows(capacity_tokens)
         row_shape = (shape.num_kv_heads, shape.head_dim)
@@ -136,31 +73,12 @@ class KiviCache(KVCache):
         policy: Policy, shape: CacheShape, num_tokens: int, prefill_tokens: int, capacity_tokens: int
     ) -> dict[str, int]:
         """Bytes per ledger owner once `num_tokens` are held, and of the staging of `prefill_tokens` at once."""
-        settings = KiviSettings.from_policy(policy, shape.head_dim)
-        row_bytes = shape.row_values * float_dtype(settings.exact).itemsize
-        coded_keys, coded_values = settings.split(num_tokens)
-        coded = round_up(settings.key_bytes(shape, coded_keys)) + round_up(settings.value_bytes(shape, coded_values))
-        recent = shape.num_layers * sum(settings.recent_rows(capacity_tokens)) * row_bytes
-        staging = 2 * round_up(prefill_tokens * row_bytes) if prefill_tokens > 1 else 0
-        return {
-            CODED: shape.num_layers * coded,
-            RECENT: round_up(recent, ALIGNMENT_BYTES) if recent < SMALL_BYTES else round_up(recent),
-            STAGING: staging,
-        }
+        return predict_kivi(policy, shape, (num_tokens, prefill_tokens, capacity_tokens))
 
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
         """Bytes that one decode step reads with `num_tokens` held."""
-        settings = KiviSettings.from_policy(policy, shape.head_dim)
-        row_bytes = shape.row_values * float_dtype(settings.exact).itemsize
-        coded_row_bytes = shape.row_values * (settings.bits + 32 / settings.group) / 8
-        total = 0.0
-        for layer in range(shape.num_layers):
-            seen = min(num_tokens, shape.window(layer) or num_tokens)
-            for coded in settings.split(num_tokens):
-                exact = min(num_tokens - coded, seen)
-                total += exact * row_bytes + (seen - exact) * coded_row_bytes
-        return math.ceil(total)
+        return read_bytes_kivi(policy, shape, num_tokens)
 
     @property
     def policy(self) -> str:
@@ -224,12 +142,12 @@ class KiviCache(KVCache):
         keys, values = self._exact(layer)
         num_keys = len(keys) - len(keys) % settings.cycle
         num_values = max(len(values) - settings.residual, 0)
-        form = {"bits": settings.bits, "group": settings.group}
         if num_keys:
-            start = settings.key_bytes(self.shape, state.coded_keys)
-            attention.kivi_encode_keys(keys[:num_keys], state.key_blocks.bytes[start:], **form)
+            start = settings.key_bytes(self.shape, state.coded_keys, self.key_dim)
+            self._encode_keys(layer, keys[:num_keys], state.key_blocks.bytes[start:])
             state.coded_keys += num_keys
         if num_values:
+            form = {"bits": settings.bits, "group": settings.group}
             attention.kivi_encode_values(values[:num_values], state.coded_values, state.value_blocks.bytes, **form)
             state.coded_values += num_values
         if self._staged is not None and self._staged[0] == layer:
@@ -244,24 +162,22 @@ class KiviCache(KVCache):
         self._check_truncate(length)
         self._unstage(release=True)
         settings = self.settings
-        for state in self._layers:
+        for layer, state in enumerate(self._layers):
             if length < state.coded_keys:
                 whole = length // settings.group * settings.group
                 rest = np.empty((length - whole, *self._recent.shape[2:]), np.float32)
-                if len(rest):
-                    form = {"bits": settings.bits, "group": settings.group}
-                    attention.kivi_decode_keys(state.key_blocks.bytes, whole, rest, **form)
+                self._decode_keys(layer, whole, rest)
                 state.coded_keys = whole
                 state.keys.set(rest)
             state.keys.count = length - state.coded_keys
             state.coded_values = min(state.coded_values, length)
             state.values.count = length - state.coded_values
             state.length = length
-            state.key_blocks.shrink(settings.key_bytes(self.shape, state.coded_keys))
+            state.key_blocks.shrink(settings.key_bytes(self.shape, state.coded_keys, self.key_dim))
             state.value_blocks.shrink(settings.value_bytes(self.shape, state.coded_values))
 
     def fork(self) -> KiviCache:
-        other = KiviCache(parse(self.policy), self.shape, self.arena, self.capacity_tokens)
+        other = self._empty()
         try:
             for mine, theirs in zip(self._layers, other._layers):
                 theirs.copy_from(mine)
@@ -291,7 +207,7 @@ class KiviCache(KVCache):
             raise InputError(f"{coded_keys} coded keys and {coded_values} coded values of {tokens} tokens cannot be")
         row_shape, exact, coded = self._recent.shape[2:], self._recent.dtype, np.dtype(np.uint8)
         one = {
-            "key_blocks": ((settings.key_bytes(self.shape, coded_keys),), coded),
+            "key_blocks": ((settings.key_bytes(self.shape, coded_keys, self.key_dim),), coded),
             "value_blocks": ((settings.value_bytes(self.shape, coded_values),), coded),
             "keys": ((keys, *row_shape), exact),
             "values": ((values, *row_shape), exact),
@@ -303,7 +219,7 @@ class KiviCache(KVCache):
         self._check_restore(keep, facts["tokens"])
         coded_keys = min(facts["coded_keys"], round_up(keep, self.settings.group))
         coded_values = min(facts["coded_values"], keep)
-        key_bytes = self.settings.key_bytes(self.shape, coded_keys)
+        key_bytes = self.settings.key_bytes(self.shape, coded_keys, self.key_dim)
         value_bytes = self.settings.value_bytes(self.shape, coded_values)
         try:
             for state in self._layers:
@@ -322,16 +238,16 @@ class KiviCache(KVCache):
         self.truncate(keep)
 
     def rows(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        state, form = self._layers[layer], {"bits": self.settings.bits, "group": self.settings.group}
+        state = self._layers[layer]
         keys, values = (np.empty((end - begin, *self._recent.shape[2:]), np.float32) for _ in range(2))
-        for out, coded, blocks, exact, decode in (
-            (keys, state.coded_keys, state.key_blocks, state.keys, attention.kivi_decode_keys),
-            (values, state.coded_values, state.value_blocks, state.values, attention.kivi_decode_values),
-        ):
-            split = min(max(coded, begin), end)
-            if split > begin:
-                decode(blocks.bytes, begin, out[: split - begin], **form)
-            out[split - begin :] = exact.rows[split - coded : end - coded] if end > split else out[:0]
+        split = min(max(state.coded_keys, begin), end)
+        self._decode_keys(layer, begin, keys[: split - begin])
+        keys[split - begin :] = state.keys.rows[split - state.coded_keys : end - state.coded_keys] if end > split else 0
+        split = min(max(state.coded_values, begin), end)
+        form = {"bits": self.settings.bits, "group": self.settings.group}
+        attention.kivi_decode_values(state.value_blocks.bytes, begin, values[: split - begin], **form)
+        first = state.coded_values
+        values[split - begin :] = state.values.rows[split - first : end - first] if end > split else 0
         return keys, values
 
     def release(self) -> None:
@@ -352,8 +268,18 @@ class KiviCache(KVCache):
             self._staged_values.reserve(num_values)
         key_tokens = state.coded_keys + num_keys - num_keys % self.settings.cycle
         value_tokens = state.coded_values + max(num_values - self.settings.residual, 0)
-        state.key_blocks.reserve(self.settings.key_bytes(self.shape, key_tokens))
+        state.key_blocks.reserve(self.settings.key_bytes(self.shape, key_tokens, self.key_dim))
         state.value_blocks.reserve(self.settings.value_bytes(self.shape, value_tokens))
+
+    def _empty(self) -> KiviCache:
+        return KiviCache(self._policy, self.shape, self.arena, self.capacity_tokens)
+
+    def _encode_keys(self, layer: int, keys: np.ndarray, blocks: np.ndarray) -> None:
+        attention.kivi_encode_keys(keys, blocks, bits=self.settings.bits, group=self.settings.group)
+
+    def _decode_keys(self, layer: int, first: int, out: np.ndarray) -> None:
+        blocks = self._layers[layer].key_blocks.bytes
+        attention.kivi_decode_keys(blocks, first, out, bits=self.settings.bits, group=self.settings.group)
 
     def _exact(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact keys and values of the layer: the staged ones of a prompt, else the recent ones."""

@@ -1,18 +1,121 @@
-"""What KIVI holds of one layer: coded blocks in ranges that grow, and the newest rows, exact."""
+"""KIVI's settings, its bytes, and what it holds of one layer: coded blocks that grow, and the newest rows, exact."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from memwall.errors import InputError
+from memwall.kernels import attention
+from memwall.kv.base import CacheShape
+from memwall.kv.float_store import float_dtype
+from memwall.kv.policy import Policy
+from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
 
 if TYPE_CHECKING:
     from memwall.memory import Arena
 
 CODED = "kv/coded"
-"""Ledger owner of the coded blocks."""
+RECENT, STAGING = "kv/recent", "kv/staging"
+BITS = (2, 3, 4, 8)
+GROUPS = (16, 32, 64, 128)
+SLACK_TOKENS = 16
+"""Rows beyond the window of values: they slide by moving an index, and go back to the front once in so many tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KiviSettings:
+    """bits per code; numbers per group; tokens of the residual R; type of the exact tokens."""
+
+    bits: int = 2
+    group: int = 32
+    residual: int = 128
+    exact: str = "float16"
+
+    @classmethod
+    def from_policy(cls, policy: Policy, head_dim: int) -> KiviSettings:
+        """Settings of a policy string, checked against the model's head dimension."""
+        texts = dict(policy.settings)
+        exact = texts.pop("exact", "float16")
+        fitting = [group for group in GROUPS if head_dim % group == 0]
+        if not fitting:
+            raise InputError(f"kivi needs a head dimension that 16 divides, not {head_dim}; use float16")
+        default = 32 if 32 in fitting else max(fitting)
+        numbers = Policy(policy.name, texts).integers({"bits": 2, "group": default, "residual": 128})
+        settings = cls(**numbers, exact=exact)
+        float_dtype(exact)
+        if settings.bits not in BITS:
+            raise InputError(f"policy {policy}: {settings.bits} bits; must be one of {', '.join(map(str, BITS))}")
+        if settings.group not in fitting:
+            raise InputError(
+                f"policy {policy}: group {settings.group} does not work for a head dimension of {head_dim}; "
+                f"must be one of {', '.join(map(str, fitting))}"
+            )
+        if settings.residual % settings.group:
+            near = round_up(settings.residual, settings.group)
+            raise InputError(
+                f"policy {policy}: residual {settings.residual} is not a multiple of the group {settings.group}; "
+                f"try {near}"
+            )
+        return settings
+
+    @property
+    def cycle(self) -> int:
+        """Keys that are coded together: R, or one group when R is 0."""
+        return max(self.residual, self.group)
+
+    def key_bytes(self, shape: CacheShape, tokens: int, key_dim: int | None = None) -> int:
+        """Bytes of the coded keys of one layer (`tokens` whole groups), of fewer channels where `key_dim` says so."""
+        block = attention.kivi_block_bytes(self.bits, self.group, shape.head_dim, key_dim)[0]
+        return tokens // self.group * shape.num_kv_heads * block
+
+    def value_bytes(self, shape: CacheShape, tokens: int) -> int:
+        """Bytes of the coded values of one layer: whole blocks."""
+        block = attention.kivi_block_bytes(self.bits, self.group, shape.head_dim)[1]
+        return -(-tokens // attention.VALUE_BLOCK_TOKENS) * shape.num_kv_heads * block
+
+    def recent_rows(self, capacity_tokens: int) -> tuple[int, int]:
+        """Rows kept for exact keys and for exact values of one layer."""
+        return min(self.cycle, capacity_tokens), min(self.residual + SLACK_TOKENS, capacity_tokens)
+
+    def split(self, length: int) -> tuple[int, int]:
+        """Coded keys and coded values among `length` tokens."""
+        return length - length % self.cycle, max(length - self.residual, 0)
+
+
+def predict_kivi(
+    policy: Policy, shape: CacheShape, sizes: tuple[int, int, int], key_dim: int | None = None
+) -> dict[str, int]:
+    """As `KiviCache.predict`; sizes: tokens held, tokens at once, capacity; key_dim: channels that coded keys have."""
+    num_tokens, prefill_tokens, capacity_tokens = sizes
+    settings = KiviSettings.from_policy(policy, shape.head_dim)
+    row_bytes = shape.row_values * float_dtype(settings.exact).itemsize
+    coded_keys, coded_values = settings.split(num_tokens)
+    keys, values = settings.key_bytes(shape, coded_keys, key_dim), settings.value_bytes(shape, coded_values)
+    recent = shape.num_layers * sum(settings.recent_rows(capacity_tokens)) * row_bytes
+    return {
+        CODED: shape.num_layers * (round_up(keys) + round_up(values)),
+        RECENT: round_up(recent, ALIGNMENT_BYTES) if recent < SMALL_BYTES else round_up(recent),
+        STAGING: 2 * round_up(prefill_tokens * row_bytes) if prefill_tokens > 1 else 0,
+    }
+
+
+def read_bytes_kivi(policy: Policy, shape: CacheShape, num_tokens: int, key_dim: int | None = None) -> int:
+    """As `KiviCache.read_bytes`; key_dim: channels that coded keys have."""
+    settings = KiviSettings.from_policy(policy, shape.head_dim)
+    row_bytes = shape.row_values * float_dtype(settings.exact).itemsize
+    channel_bytes = shape.num_kv_heads * (settings.bits + 32 / settings.group) / 8
+    total = 0.0
+    for layer in range(shape.num_layers):
+        seen = min(num_tokens, shape.window(layer) or num_tokens)
+        for coded, dim in zip(settings.split(num_tokens), (key_dim or shape.head_dim, shape.head_dim)):
+            exact = min(num_tokens - coded, seen)
+            total += exact * row_bytes + (seen - exact) * channel_bytes * dim
+    return math.ceil(total)
 
 
 class Blocks:

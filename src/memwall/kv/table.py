@@ -23,6 +23,9 @@ POLICIES = {
     "float16": "memwall.kv.float_store:FloatCache",
     "bfloat16": "memwall.kv.float_store:FloatCache",
     "kivi": "memwall.kv.kivi:KiviCache",
+    "snapkv": "memwall.kv.snapkv:SnapCache",
+    "think": "memwall.kv.think:ThinkCache",
+    "vattention": "memwall.kv.virtual_cache:VirtualCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 
@@ -106,8 +109,9 @@ def predict(
 ) -> dict[str, int]:
     """Exact bytes per ledger owner of a cache that holds `num_tokens`, and of the prompt's staging beside it.
 
-    num_tokens: the tokens it holds.
-    prefill_tokens: the most tokens appended at once; their staging (`kv/staging`) goes when the last layer settles.
+    num_tokens: the tokens taken in.
+    prefill_tokens: those of the prompt, which come at once; their staging (`kv/staging`) goes when all layers settled.
+    A cache that drops prompt tokens drops none where this is 0.
     capacity_tokens: what the cache is built for, `num_tokens` unless given.
     """
     resolved = resolve(policy)
@@ -122,6 +126,6 @@ def codes_prompt(policy: str) -> bool:
 
 
 def read_bytes(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
-    """Bytes that one decode step reads from a cache of `num_tokens`."""
+    """Bytes that one decode step reads from a cache of `num_tokens`, which came as one prompt where that matters."""
     resolved = resolve(policy)
     return technique(resolved.name).read_bytes(resolved, shape, num_tokens)

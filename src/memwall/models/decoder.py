@@ -19,6 +19,7 @@ from memwall.formats import codec
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
+from memwall.models.decode import DecodeStep
 from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
 
@@ -44,6 +45,8 @@ def activation_shapes(config: ModelConfig, segment_tokens: int, logit_rows: int 
         "gate": (block, config.intermediate_size),
         "up": (block, config.intermediate_size),
         "logits": (logit_rows, config.vocab_size),
+        "cos": (1, config.head_dim // 2),
+        "sin": (1, config.head_dim // 2),
     }
     if config.num_experts:
         shapes["router"] = (block, config.num_experts)
@@ -67,7 +70,7 @@ def scratch_bytes(config: ModelConfig, specs: Mapping[str, str], segment_tokens:
     return once + sum(kernels.predict_scratch_bytes(tokens, widest, group=group) - once for group in groups)
 
 
-class _Layer:
+class Layer:
     """Names and matrices of one layer, looked up once."""
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
@@ -115,7 +118,8 @@ class Decoder:
         self.exact = exact
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
-        self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
+        self._step: DecodeStep | None = None
+        self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
         arena.charge(SCRATCH, scratch_bytes(config, weights.specs, segment_tokens, exact=exact))
         self._buffers = {
@@ -143,7 +147,11 @@ class Decoder:
         cos, sin = self._rotation(cache, positions)
         hidden = self._buffers["hidden"][:num_tokens]
         kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
+        step = self._decode_step() if num_tokens == 1 and not cache.takes_inputs else None
         try:
+            if step is not None:
+                step.run(cache, positions, cos, sin)
+                return hidden
             for index, layer in enumerate(self._layers):
                 self._run_layer(index, layer, hidden, positions, cos, sin, cache)
         except BaseException:
@@ -151,6 +159,17 @@ class Decoder:
             raise
         kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
         return hidden
+
+    def _decode_step(self) -> DecodeStep | None:
+        """The recorded form of one token's layers; None where a layer's calls depend on its numbers (experts) or an
+        observer wants to see them.
+        """
+        if self.config.num_experts or self.observer is not None:
+            return None
+        if self._step is None or self._step.generation != self.weights.generation:
+            rows = {name: buffer[:1] for name, buffer in self._buffers.items()}
+            self._step = DecodeStep(self._layers, self.weights, rows, eps=self.config.rms_norm_eps, exact=self.exact)
+        return self._step
 
     def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
         """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
@@ -186,7 +205,7 @@ class Decoder:
     def _run_layer(
         self,
         index: int,
-        layer: _Layer,
+        layer: Layer,
         hidden: np.ndarray,
         positions: np.ndarray,
         cos: np.ndarray,
@@ -238,13 +257,13 @@ class Decoder:
             kernels.rms_norm(per_head, norm, self.config.rms_norm_eps, per_head)
         kernels.rope(x.reshape(len(x), num_heads, head_dim), cos, sin)
 
-    def _feed_forward(self, layer: _Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+    def _feed_forward(self, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         gate, up = self._buffers["gate"][: len(normed)], self._buffers["up"][: len(normed)]
         self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
         kernels.swiglu(gate, up, gate)
         self._linear(gate, [layer.down], [residual], [layer.down_bias], accumulate=True)
 
-    def _experts(self, layer: _Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+    def _experts(self, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         """Each token goes through its top experts, weighted by the softmax over the router's logits."""
         router = self._buffers["router"][: len(normed)]
         self._linear(normed, [layer.router], [router])

@@ -49,12 +49,12 @@ std::size_t bytes_of(Real type) { return type == Real::float32 ? 4 : 2; }
 
 // bytes that one query reads between two token numbers
 std::int64_t traffic(const Attention& a, std::int64_t begin, std::int64_t end) {
-  const auto part = [&](std::int64_t coded, Real type) {
+  const auto part = [&](std::int64_t coded, Real type, int dim) {
     const std::int64_t exact = std::max<std::int64_t>(end - std::max(begin, coded), 0);
-    const std::int64_t row = static_cast<std::int64_t>(a.num_kv_heads) * a.head_dim;
+    const std::int64_t row = static_cast<std::int64_t>(a.num_kv_heads) * dim;
     return exact * row * static_cast<std::int64_t>(bytes_of(type)) + (end - begin - exact) * row * std::max(a.form.bits + 1, 1) / 8;
   };
-  return part(a.coded_keys, a.keys.type) + part(a.coded_values, a.values.type);
+  return part(a.coded_keys, a.keys.type, a.key_dim) + part(a.coded_values, a.values.type, a.head_dim);
 }
 
 void merge(const Attention& a, const float* partials, std::size_t stride, int chunks) {
@@ -82,7 +82,7 @@ void merge(const Attention& a, const float* partials, std::size_t stride, int ch
 void attend_one(const Attention& a, const AttentionKernels& kernels) {
   const std::int64_t end = std::min(a.query_key + 1, a.length);
   const std::int64_t begin = std::max<std::int64_t>(a.first_key, 0) / kStep * kStep;
-  const int heads = a.num_heads, padded = a.padded_dim();
+  const int heads = a.num_heads, padded = a.padded_dim(), padded_key = a.padded_key();
   const std::int64_t steps = std::max<std::int64_t>((end - begin + kStep - 1) / kStep, 1);
   std::int64_t chunks = 1;
   if (end > begin && traffic(a, begin, end) > kInlineMicroseconds * kBytesPerMicrosecond)
@@ -91,11 +91,12 @@ void attend_one(const Attention& a, const AttentionKernels& kernels) {
   chunks = (steps * kStep + chunk - 1) / chunk;
 
   const std::size_t stride = static_cast<std::size_t>(heads) * (2 + padded);
-  float* shared = t_shared.get(static_cast<std::size_t>(heads) * padded + stride * static_cast<std::size_t>(chunks));
-  float *q = shared, *partials = shared + static_cast<std::size_t>(heads) * padded;
+  const std::size_t q_size = static_cast<std::size_t>(heads) * padded_key;
+  float* shared = t_shared.get(q_size + stride * static_cast<std::size_t>(chunks));
+  float *q = shared, *partials = shared + q_size;
   for (int h = 0; h < heads; ++h)
-    for (int d = 0; d < padded; ++d)
-      q[static_cast<std::size_t>(h) * padded + d] = d < a.head_dim ? a.q[static_cast<std::size_t>(h) * a.head_dim + d] * a.scale : 0.0f;
+    for (int d = 0; d < padded_key; ++d)
+      q[static_cast<std::size_t>(h) * padded_key + d] = d < a.key_dim ? a.q[static_cast<std::size_t>(h) * a.key_dim + d] * a.scale : 0.0f;
 
   const std::size_t scratch = kernels.decode_scratch(a);
   const auto body = [&](std::size_t first, std::size_t last, int) {
@@ -151,15 +152,15 @@ void attend(const Attention& a) {
   else attend_many(a, kernels);
 }
 
-void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, std::int64_t count,
+void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::int64_t count,
                       std::uint8_t* blocks) {
   const AttentionKernels& kernels = attention_kernels();
-  const std::size_t size = form.key_block_bytes(head_dim) * static_cast<std::size_t>(kv_heads);
-  const std::size_t row = static_cast<std::size_t>(kv_heads) * head_dim * bytes_of(rows.type);
+  const std::size_t size = form.key_block_bytes(key_dim) * static_cast<std::size_t>(kv_heads);
+  const std::size_t row = static_cast<std::size_t>(kv_heads) * key_dim * bytes_of(rows.type);
   parallel_for(static_cast<std::size_t>(count / form.group), 2, [&](std::size_t first, std::size_t last, int) {
     for (std::size_t b = first; b < last; ++b) {
       const Rows from{static_cast<const std::uint8_t*>(rows.data) + b * form.group * row, rows.type};
-      kernels.encode_keys(from, form, kv_heads, head_dim, blocks + b * size);
+      kernels.encode_keys(from, form, kv_heads, key_dim, blocks + b * size);
     }
   });
 }

@@ -240,8 +240,8 @@ static inline vi ishift(vi a, int n) { return a >> static_cast<std::uint32_t>(n)
 // First n (< W) numbers of a row, zeros behind.
 template <typename T>
 static inline vf vload_part(const T* p, int n) {
-  alignas(64) float lane[W] = {};
-  for (int i = 0; i < n; ++i) lane[i] = to_float(p[i]);
+  alignas(64) T lane[W] = {};
+  for (int i = 0; i < n; ++i) lane[i] = p[i];
   return vload(lane);
 }
 

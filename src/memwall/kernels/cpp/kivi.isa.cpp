@@ -2,7 +2,7 @@
 //
 // Keys are grouped along tokens, one channel at a time; a block is one group of tokens:
 //   codes: planes of width w (3 bits = a plane of 2 and one of 1), each [ceil(channels * w / 32)][tokens] words of 32 bits; the
-//          word of a token holds 32 / w consecutive channels, the first in the lowest bits
+//          word of a token holds 32 / w consecutive channels, the first in the lowest bits; any number of channels, zeros behind
 //   scales float16 [channels], minima float16 [channels]
 // Values are grouped along channels inside one token; a block is 32 tokens:
 //   codes: planes, each [tokens * w / 32][channels] words; the word of a channel holds 32 / w consecutive tokens
@@ -80,6 +80,11 @@ struct Codes {
 template <int B>
 constexpr int kPerWord = B == 8 ? 4 : B == 4 ? 8 : 16;  // codes in a word of the main plane
 
+template <int B>
+inline int word_rows(int dim) {  // of the main plane
+  return (dim + kPerWord<B> - 1) / kPerWord<B>;
+}
+
 inline const std::uint32_t* words(const std::uint8_t* p) { return reinterpret_cast<const std::uint32_t*>(p); }
 inline const f16* halves(const std::uint8_t* p) { return reinterpret_cast<const f16*>(p); }
 
@@ -101,7 +106,7 @@ inline void with_bits(int bits, Body&& body) {
 // V vectors of tokens of one key block for R query heads; U sums per result break the chain of dependent additions
 template <int B, int R, int V, int U>
 inline void score_tile(const Codes<B>& codes, const std::uint32_t* main, const std::uint32_t* extra, int tokens, int dim,
-                       const float* scaled, const float* offset, float* scores) {
+                       int padded, const float* scaled, const float* offset, float* scores) {
   vf sum[R][V][U];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
@@ -118,7 +123,7 @@ inline void score_tile(const Codes<B>& codes, const std::uint32_t* main, const s
       vf code[V];
       for (int v = 0; v < V; ++v) code[v] = codes(word[v], plane[v], i);
       for (int r = 0; r < R; ++r) {
-        const vf query = vset(scaled[r * dim + d + i]);
+        const vf query = vset(scaled[r * padded + d + i]);
         for (int v = 0; v < V; ++v) sum[r][v][i % U] = vfma(code[v], query, sum[r][v][i % U]);
       }
     }
@@ -132,24 +137,32 @@ inline void score_tile(const Codes<B>& codes, const std::uint32_t* main, const s
 }
 
 template <int B, int R, int U>
-inline void score_block(const Codes<B>& codes, const std::uint8_t* block, int tokens, int dim, const float* scaled,
+inline void score_block(const Codes<B>& codes, const std::uint8_t* block, int tokens, int dim, int padded, const float* scaled,
                         const float* offset, float* scores) {
   const std::uint32_t* main = words(block);
-  const std::uint32_t* extra = main + dim / kPerWord<B> * tokens;
+  const std::uint32_t* extra = main + word_rows<B>(dim) * tokens;
   int t = 0;
   for (; t + 2 * W <= tokens; t += 2 * W)
-    score_tile<B, R, 2, U>(codes, main + t, extra + t, tokens, dim, scaled, offset, scores + t);
-  for (; t < tokens; t += W) score_tile<B, R, 1, U>(codes, main + t, extra + t, tokens, dim, scaled, offset, scores + t);
+    score_tile<B, R, 2, U>(codes, main + t, extra + t, tokens, dim, padded, scaled, offset, scores + t);
+  for (; t < tokens; t += W) score_tile<B, R, 1, U>(codes, main + t, extra + t, tokens, dim, padded, scaled, offset, scores + t);
 }
 
-// q * scale per channel, and the sum of q * minimum: the same for all tokens of the block
+// q * scale per channel, and the sum of q * minimum: the same for all tokens of the block; zeros up to the next multiple of 16
 inline void fold_key_scales(const f16* scales, const f16* minima, const float* q, int dim, float* scaled, float* offset) {
   vf sum = vset(0.0f);
-  for (int d = 0; d < dim; d += W) {
+  int d = 0;
+  for (; d + W <= dim; d += W) {
     const vf query = vload(q + d);
     vstore(scaled + d, vmul(query, vload(scales + d)));
     sum = vfma(query, vload(minima + d), sum);
   }
+  if (d < dim) {
+    const vf query = vload(q + d);
+    vstore(scaled + d, vmul(query, vload_part(scales + d, dim - d)));
+    sum = vfma(query, vload_part(minima + d, dim - d), sum);
+    d += W;
+  }
+  for (; d % 16 != 0; d += W) vstore(scaled + d, vset(0.0f));
   *offset = hsum(sum);
 }
 
@@ -257,13 +270,13 @@ inline float at(const Rows& rows, std::int64_t i) {
 
 std::size_t kivi_scratch(const Attention& a) {
   const std::size_t rep = static_cast<std::size_t>(a.queries_per_kv_head());
-  return rep * (static_cast<std::size_t>(a.head_dim) + 1) + kHeads * kBlock + rep * kBlock;
+  return rep * (static_cast<std::size_t>(a.padded_key()) + 1) + kHeads * kBlock + rep * kBlock;
 }
 
 void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, float* scores, float* scratch) {
-  const int rep = a.queries_per_kv_head(), dim = a.head_dim, tokens = a.form.group;
+  const int rep = a.queries_per_kv_head(), dim = a.key_dim, padded = a.padded_key(), tokens = a.form.group;
   const std::size_t size = a.form.key_block_bytes(dim), code_bytes = a.form.key_code_bytes(dim);
-  float *scaled = scratch, *offset = scratch + rep * dim;
+  float *scaled = scratch, *offset = scratch + rep * padded;
   with_bits(a.form.bits, [&](auto width) {
     constexpr int B = decltype(width)::value;
     const Codes<B> codes;
@@ -273,14 +286,15 @@ void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::in
         for (std::size_t byte = 0; byte < size; byte += 64) __builtin_prefetch(block + 4 * size + byte);
         const f16* scales = halves(block + code_bytes);
         for (int r = 0; r < rep; ++r)
-          fold_key_scales(scales, scales + dim, q + (h * rep + r) * dim, dim, scaled + r * dim, offset + r);
+          fold_key_scales(scales, scales + dim, q + (h * rep + r) * padded, dim, scaled + r * padded, offset + r);
         float* to = scores + (h * rep) * kStep + (token - begin);
         int r = 0;
         for (; r + kHeads <= rep; r += kHeads)
-          score_block<B, kHeads, kSums>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
+          score_block<B, kHeads, kSums>(codes, block, tokens, dim, padded, scaled + r * padded, offset + r, to + r * kStep);
         for (; r + 2 <= rep; r += 2)
-          score_block<B, 2, 2>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
-        for (; r < rep; ++r) score_block<B, 1, 4>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
+          score_block<B, 2, 2>(codes, block, tokens, dim, padded, scaled + r * padded, offset + r, to + r * kStep);
+        for (; r < rep; ++r)
+          score_block<B, 1, 4>(codes, block, tokens, dim, padded, scaled + r * padded, offset + r, to + r * kStep);
       }
     }
   });
@@ -325,7 +339,7 @@ void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::in
 }
 
 void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld) {
-  const int dim = a.head_dim, tokens = a.form.group;
+  const int dim = a.key_dim, tokens = a.form.group;
   const std::size_t size = a.form.key_block_bytes(dim);
   with_bits(a.form.bits, [&](auto width) {
     constexpr int B = decltype(width)::value;
@@ -335,7 +349,7 @@ void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int
       const std::uint8_t* block = a.key_blocks + static_cast<std::size_t>(first / tokens * a.num_kv_heads + kv_head) * size;
       const f16* scales = halves(block + a.form.key_code_bytes(dim));
       const std::uint32_t* main = words(block);
-      const std::uint32_t* extra = main + dim / kPerWord<B> * tokens;
+      const std::uint32_t* extra = main + word_rows<B>(dim) * tokens;
       for (int t = 0; t < tokens; t += W) {
         if (first + t + W <= begin || first + t >= end) continue;
         for (int d = 0; d < dim; ++d) {
@@ -377,21 +391,21 @@ void kivi_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::i
   });
 }
 
-void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, std::uint8_t* block) {
-  const std::int64_t stride = static_cast<std::int64_t>(kv_heads) * head_dim;
+void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::uint8_t* block) {
+  const std::int64_t stride = static_cast<std::int64_t>(kv_heads) * key_dim;
   const float levels = static_cast<float>((1 << form.bits) - 1);
-  const int main_rows = head_dim * (form.bits == 3 ? 2 : form.bits) / 32;
-  for (int h = 0; h < kv_heads; ++h, block += form.key_block_bytes(head_dim)) {
+  const int main_rows = (key_dim * (form.bits == 3 ? 2 : form.bits) + 31) / 32;
+  for (int h = 0; h < kv_heads; ++h, block += form.key_block_bytes(key_dim)) {
     std::uint32_t* plane = reinterpret_cast<std::uint32_t*>(block);
-    f16* scales = reinterpret_cast<f16*>(block + form.key_code_bytes(head_dim));
-    std::memset(block, 0, form.key_code_bytes(head_dim));
-    for (int d = 0; d < head_dim; ++d) {
+    f16* scales = reinterpret_cast<f16*>(block + form.key_code_bytes(key_dim));
+    std::memset(block, 0, form.key_code_bytes(key_dim));
+    for (int d = 0; d < key_dim; ++d) {
       float x[kStep], low = __builtin_inff(), high = -__builtin_inff();
       for (int t = 0; t < form.group; ++t) {
-        x[t] = at(rows, t * stride + h * head_dim + d);
+        x[t] = at(rows, t * stride + h * key_dim + d);
         low = x[t] < low ? x[t] : low, high = x[t] > high ? x[t] : high;
       }
-      const Grid g = grid(low, high, form.bits, scales + d, scales + head_dim + d);
+      const Grid g = grid(low, high, form.bits, scales + d, scales + key_dim + d);
       for (int t = 0; t < form.group; ++t) put(plane, form.bits, main_rows, form.group, t, d, code_of(x[t], g, levels));
     }
   }
