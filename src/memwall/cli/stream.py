@@ -26,8 +26,13 @@ def stream(
     ] = 0,
     rate: Annotated[
         str | None,
-        typer.Option(help="Send no faster, such as 100Mbit/s: an emulated slow link.", metavar="RATE"),
+        typer.Option(
+            help="Send no faster, such as 100Mbit/s: an emulated slow link. Several rates joined by commas follow each "
+            "other, --rate-seconds each, from the first on with every run.",
+            metavar="RATES",
+        ),
     ] = None,
+    rate_seconds: Annotated[float, typer.Option(help="How long each of several rates lasts.", metavar="SECONDS")] = 1.0,
     json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -41,7 +46,8 @@ def stream(
     from memwall.kv.link import ChunkServer, Trace
     from memwall.kv.saved import SavedCache
 
-    trace = Trace((parse_rate(rate),)) if rate is not None else None
+    rates = tuple(float(parse_rate(one)) for one in rate.split(",")) if rate is not None else ()
+    trace = Trace(rates, rate_seconds) if rates else None
     with SavedCache(file) as saved:
         saved.verify()
         server = ChunkServer(saved, port=port, trace=trace)

@@ -61,7 +61,15 @@ Progress = Callable[[str, int, int], None]
 class ModelText:
     """A model and the windows of a text that it reads, as often as asked."""
 
-    def __init__(self, directory: Path, text: str | None, threads: int | None, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        text: str | None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        *,
+        max_tokens: int | None = None,
+    ) -> None:
         if threads is not None:
             kernels.set_num_threads(threads)
         self.config = config = ModelConfig.from_directory(directory)
@@ -80,7 +88,7 @@ class ModelText:
             weights = load_weights(config, checkpoint, precision.resolve(config, choice, checkpoint), arena)
         window = min(WINDOW_TOKENS, config.max_position)
         source = text if text is not None else read_text(BUNDLED_TEXT)
-        settings = CalibrationSettings(max_tokens=FIT_TOKENS, sequence_tokens=window)
+        settings = CalibrationSettings(max_tokens=max_tokens or FIT_TOKENS, sequence_tokens=window)
         self.sequences = token_sequences(source, Tokenizer.from_directory(directory), config, settings, "to fit on")
         self.scored = min(SCORED_TOKENS, len(self.sequences[0]) // 2)
         self._decoder = Decoder(config, weights, arena, segment_tokens=window, logit_rows=self.scored)
@@ -158,12 +166,13 @@ def learn(model: ModelText, form: str) -> dict[str, np.ndarray]:
         spreads = np.where(anchored[:, None], found["delta.spreads"], found["mean.spreads"])
         arrays = {"means": found["means"], "spreads": spreads, "widths": widths.astype(np.float32),
                   "anchored": anchored.astype(np.uint8)}  # fmt: skip
-    arrays |= _distributions(model, form, arrays)
+    arrays |= distributions(model, form, arrays)
     arrays["id"] = np.frombuffer(bytes.fromhex(identity(arrays)), np.uint8)
     return arrays
 
 
-def _distributions(model: ModelText, form: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def distributions(model: ModelText, form: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Cumulative counts of each channel's symbols as the rest of a profile makes them, for every level."""
     layers, channels = model.config.num_layers, model.config.num_kv_heads * model.config.head_dim
     size = DIRECT_SYMBOLS if form == "direct" else BIN_SYMBOLS
     seen = {f"plain.{level}": np.zeros((2 * layers, channels, size), np.int64) for level in LEVELS}

@@ -241,11 +241,13 @@ class KiviCache(KVCache):
         state = self._layers[layer]
         keys, values = (np.empty((end - begin, *self._recent.shape[2:]), np.float32) for _ in range(2))
         split = min(max(state.coded_keys, begin), end)
-        self._decode_keys(layer, begin, keys[: split - begin])
+        if split > begin:
+            self._decode_keys(layer, begin, keys[: split - begin])
         keys[split - begin :] = state.keys.rows[split - state.coded_keys : end - state.coded_keys] if end > split else 0
         split = min(max(state.coded_values, begin), end)
         form = {"bits": self.settings.bits, "group": self.settings.group}
-        attention.kivi_decode_values(state.value_blocks.bytes, begin, values[: split - begin], **form)
+        if split > begin:
+            attention.kivi_decode_values(state.value_blocks.bytes, begin, values[: split - begin], **form)
         first = state.coded_values
         values[split - begin :] = state.values.rows[split - first : end - first] if end > split else 0
         return keys, values

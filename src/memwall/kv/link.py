@@ -70,12 +70,16 @@ _GBIT_BYTES = 125e6
 
 
 class Throttle:
-    """Lets bytes pass no faster than a trace allows; its clock starts with the first of them."""
+    """Lets bytes pass no faster than a trace allows; its clock starts with the first of them, or anew with `restart`."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self._start: float | None = None
         self._free = 0.0
+
+    def restart(self) -> None:
+        """The trace from its beginning, for the next byte on."""
+        self._start, self._free = None, 0.0
 
     def wait(self, nbytes: int) -> None:
         """Sleeps until so many more bytes would have arrived."""
@@ -96,7 +100,10 @@ class Throttle:
 
 
 class ChunkServer:
-    """Serves one saved cache on loopback. It reads the file as chunks are asked for and holds none."""
+    """Serves one saved cache on loopback. It reads the file as chunks are asked for and holds none.
+
+    trace: an emulated link; it begins anew with a connection that comes while there is no other.
+    """
 
     def __init__(self, saved: SavedCache, *, port: int = 0, trace: Trace | None = None) -> None:
         if saved.policy is not None:
@@ -173,6 +180,8 @@ class ChunkServer:
 
     def _serve(self, connection: socket.socket) -> None:
         with self._lock:
+            if self._throttle is not None and not self._open:
+                self._throttle.restart()
             self._open.add(connection)
         with connection, connection.makefile("rb") as lines:
             try:
