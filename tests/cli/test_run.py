@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from memwall.cli.chat import num_shared
 from memwall.cli.run import parse_budget, parse_context, split_positionals
 from memwall.errors import InputError
+from memwall.kv.saved import num_shared
 
 SHORT = ("--weights", "int4", "--kv", "float16", "--max-new-tokens", "6", "--ignore-eos")
 

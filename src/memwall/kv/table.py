@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memwall.errors import InputError
 from memwall.kv.base import ROLES, CacheModel, CacheShape, KVCache
@@ -31,6 +31,11 @@ POLICIES = {
 }
 """Policy name -> "module:Class", loaded on demand."""
 
+CODECS = {
+    "cachegen": "memwall.kv.cachegen_file:CacheGenFile",
+}
+"""Codec of saved caches -> "module:Class", loaded on demand."""
+
 _DOES = {
     "tokens": "choose the tokens that stay",
     "channels": "choose the channels that stay",
@@ -48,6 +53,14 @@ def technique(name: str) -> type[KVCache]:
     module, class_name = POLICIES[name].split(":")
     found: type[KVCache] = getattr(import_module(module), class_name)
     return found
+
+
+def codec(name: str) -> Any:
+    """The class behind the name of a codec of saved caches."""
+    if name not in CODECS:
+        raise InputError(f"unknown codec of saved caches {name!r}; known: exact, {', '.join(CODECS)}")
+    module, class_name = CODECS[name].split(":")
+    return getattr(import_module(module), class_name)
 
 
 def resolve(policy: str | Policy) -> Policy:

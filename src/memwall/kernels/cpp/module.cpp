@@ -16,6 +16,7 @@ void bind_attention(nb::module_& m);  // attention over full-precision and coded
 void bind_latent(nb::module_& m);     // rows in few bits, attention over rebuilt blocks
 void bind_probe(nb::module_& m);      // measurements of this machine
 void bind_heap(nb::module_& m);       // the C heap's habits
+void bind_range_coder(nb::module_& m);  // entropy coding of symbol streams
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -38,4 +39,5 @@ NB_MODULE(_native, m) {
   bind_latent(m);
   bind_probe(m);
   bind_heap(m);
+  bind_range_coder(m);
 }
