@@ -251,15 +251,18 @@ def _what_would_fit(request: Request, plan: Plan, refused: BudgetExceeded) -> st
 
 
 def _complete(request: Request) -> None:
+    from memwall.kv import packs_positions
     from memwall.models import ModelConfig, model_directory
     from memwall.models.config import checked_directory
     from memwall.models.tokenizer import Tokenizer
+    from memwall.plan.search import LONGEST_PACKED_TOKENS
 
     path = checked_directory(model_directory(request.model))
     text = _read_prompt(request)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
-    longest = ModelConfig.from_directory(path).max_position
+    packs = request.kv != "auto" and packs_positions(request.kv)
+    longest = LONGEST_PACKED_TOKENS if packs else ModelConfig.from_directory(path).max_position
     if request.context is None and len(prompt) > longest:
         raise InputError(f"the prompt has {len(prompt):,} tokens, but the context of {path} is {longest:,}; shorten it")
     # a text that reaches the end of the context stops there, with a message, rather than being refused beforehand

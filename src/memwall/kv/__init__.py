@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.policy import Policy, parse
-from memwall.kv.table import POLICIES, build, codes_prompt, predict, read_bytes, resolve
+from memwall.kv.table import POLICIES, build, codes_prompt, packs_positions, predict, read_bytes, resolve
 
 __all__ = [
     "POLICIES",
@@ -19,6 +19,7 @@ __all__ = [
     "Policy",
     "build",
     "codes_prompt",
+    "packs_positions",
     "parse",
     "predict",
     "read_bytes",

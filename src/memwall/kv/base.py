@@ -114,6 +114,10 @@ class KVCache(ABC):
     """Whether settling changes what a prompt's later tokens would see, so that it must come in one segment to attend
     exactly.
     """
+    packs_positions: ClassVar[bool] = False
+    """Whether it numbers the tokens that it keeps anew (`next_position`): a sequence may then outgrow the positions that
+    the model knows.
+    """
 
     def __init__(self, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
         if capacity_tokens < 1:

@@ -23,6 +23,7 @@ POLICIES = {
     "float16": "memwall.kv.float_store:FloatCache",
     "bfloat16": "memwall.kv.float_store:FloatCache",
     "kivi": "memwall.kv.kivi:KiviCache",
+    "locret": "memwall.kv.locret:LocretCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 
@@ -113,6 +114,11 @@ def predict(
 def codes_prompt(policy: str) -> bool:
     """Whether a prompt must be fed in one segment for its tokens to attend to each other exactly."""
     return any(technique(part.name).codes_prompt for part in resolve(policy).parts)
+
+
+def packs_positions(policy: str) -> bool:
+    """Whether the tokens kept are numbered anew, so that a sequence may outgrow the positions that the model knows."""
+    return any(technique(part.name).packs_positions for part in resolve(policy).parts)
 
 
 def read_bytes(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:

@@ -269,6 +269,17 @@ void load_tile(const Attention& a, const Rows& rows, std::int64_t coded, int kv_
     });
 }
 
+// the same of a ragged cache's past, whose rows are one head's alone
+template <typename CodedTile>
+void past_tile(const Attention& a, const Rows& past, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld,
+               CodedTile&& coded_tile) {
+  if (past.data == nullptr) return coded_tile(a, kv_head, begin, end, tile, ld);
+  with_type(past.type, [&](auto t) {
+    using T = decltype(t);
+    exact_tile(a, View<T>{static_cast<const T*>(past.data), a.head_dim, a.head_dim}, 0, begin, static_cast<int>(end - begin), tile);
+  });
+}
+
 struct PromptScratch {  // rows = query tokens x heads of one kv head, padded to 16
   int rows;
   float *q, *keys, *values, *scores, *out, *peak, *sum, *low, *high, *shrink;
@@ -349,11 +360,15 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
   load_queries(a, kv_head, begin, end, origin, s);
   for (std::int64_t tile = origin; tile < high_last; tile += kTile) {
     const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kTile, high_last - tile));
-    load_tile(a, a.keys, a.coded_keys, kv_head, tile, count, s.keys, kivi_key_tile);
+    load_tile(a, a.keys, a.coded_keys, kv_head, tile, count, s.keys, [](auto& at, int h, auto from, auto to, float* out, int ld) {
+      past_tile(at, at.past_keys, h, from, to, out, ld, kivi_key_tile);
+    });
     multiply(s.keys, dim, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, dim, false);
     const bool masked = tile < low_last || tile + count > high_first;
     softmax_tile(s, count, dim, tile - origin, masked);
-    load_tile(a, a.values, a.coded_values, kv_head, tile, count, s.values, kivi_value_tile);
+    load_tile(a, a.values, a.coded_values, kv_head, tile, count, s.values, [](auto& at, int h, auto from, auto to, float* out, int ld) {
+      past_tile(at, at.past_values, h, from, to, out, ld, kivi_value_tile);
+    });
     multiply(s.scores, 1, s.rows, s.values, dim, s.out, dim, s.rows, dim, count, true);
   }
   for (int row = 0; row < (end - begin) * rep; ++row) {
