@@ -184,9 +184,7 @@ def test_heads_of_different_lengths(isa: str, threads: int, types: tuple[str, st
     offsets = np.concatenate([[0], np.cumsum(pasts)]).astype(np.int64)
     out, stats = np.full_like(q, np.nan), np.empty((num_queries, heads * rep, 2), np.float32)
     first = tail - num_queries if tail >= num_queries else 0
-    attention.attend_ragged(
-        q, past_k, past_v, offsets, k, v, scale=dim**-0.5, first_query=first, out=out, stats=stats
-    )
+    attention.attend_ragged(q, past_k, past_v, offsets, k, v, scale=dim**-0.5, first_query=first, out=out, stats=stats)
     for h, length in enumerate(pasts):
         mine = slice(h * rep, (h + 1) * rep)
         both = [

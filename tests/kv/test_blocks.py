@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -17,9 +19,9 @@ from memwall.kv.blocks import (
     Uniform,
     Units,
     best,
-    block_bytes,
     sensitive_budgets,
 )
+from memwall.kv.ragged import block_bytes
 from memwall.memory import Arena, Ledger
 from memwall.models.config import RopeConfig
 from memwall.models.rope import RotaryTable
@@ -108,9 +110,9 @@ class Slow:
             safe = len(units) - (self.stable if stabilize else 0)
             ranked.append([(unit[0] if at < safe else np.inf, head, at) for at, unit in enumerate(units)])
         if self.adaptive:
-            most = sorted(sum(ranked, []), key=lambda each: -each[0])[: self.budget * KV_HEADS]
+            most = sorted(chain(*ranked), key=lambda each: -each[0])[: self.budget * KV_HEADS]
         else:
-            most = sum((sorted(each, key=lambda one: -one[0])[: self.budget] for each in ranked), [])
+            most = list(chain(*(sorted(each, key=lambda one: -one[0])[: self.budget] for each in ranked)))
         for head, units in enumerate(self.heads):
             kept = sorted(at for _, own, at in most if own == head)
             self.heads[head] = [units[at] for at in kept]
@@ -142,7 +144,9 @@ def test_a_prompt_comes_in_chunks_and_keeps_its_end() -> None:
     done = 0
     for size, folds, goes_on in zip(sizes, [0, 1, 0, 1, 0, 1, 1, 0], [1] * 6 + [0, 1]):
         part = slice(done, done + size)
-        np.testing.assert_allclose(step(cache, q[part], k[part], v[part]), slow.step(q[part], k[part], v[part]), atol=2e-3)
+        np.testing.assert_allclose(
+            step(cache, q[part], k[part], v[part]), slow.step(q[part], k[part], v[part]), atol=2e-3
+        )
         if folds:
             slow.evict(bool(goes_on))
         done += size
@@ -185,14 +189,17 @@ def test_scores_made_anew() -> None:
 
 @pytest.mark.parametrize("chunk", [64, 48])
 def test_all_that_fits_is_kept_exactly(chunk: int) -> None:
-    cache, plain = cache_of(Marked(), Uniform([200] * LAYERS), chunk=chunk, stable=10, local=5), kv.build(
-        "float16", SHAPE, Arena(1 << 24, Ledger()), 400
+    cache, plain = (
+        cache_of(Marked(), Uniform([200] * LAYERS), chunk=chunk, stable=10, local=5),
+        kv.build("float16", SHAPE, Arena(1 << 24, Ledger()), 400),
     )
     q, k, v = numbers(3, 150)
     begin = 0
     for size in [*cache.begin_prompt(140, 64), *[1] * 10]:
         part = slice(begin, begin + size)
-        np.testing.assert_allclose(step(cache, q[part], k[part], v[part]), step(plain, q[part], k[part], v[part]), atol=1e-3)
+        np.testing.assert_allclose(
+            step(cache, q[part], k[part], v[part]), step(plain, q[part], k[part], v[part]), atol=1e-3
+        )
         begin += size
     for length in (145, 120, 30, 0):
         assert cache.rewindable(length) == length
@@ -260,9 +267,7 @@ def test_dropped_tokens_cannot_come_back() -> None:
 @pytest.mark.parametrize("taken", [20, 33])
 def test_a_refusal_leaves_the_cache_as_it_was(taken: int) -> None:
     ledger = Ledger()
-    cache, alone = (
-        cache_of(Marked(), Uniform([20] * LAYERS), each, chunk=16, stable=3) for each in (ledger, Ledger())
-    )
+    cache, alone = (cache_of(Marked(), Uniform([20] * LAYERS), each, chunk=16, stable=3) for each in (ledger, Ledger()))
     q, k, v = numbers(0, 400)
     for each in (cache, alone):
         step(each, q[:taken], k[:taken], v[:taken])

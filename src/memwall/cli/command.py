@@ -100,7 +100,7 @@ def complete_kv(incomplete: str) -> list[str]:
 
 # what the planner chooses from; any other spec that formats.codec accepts may be written out
 WEIGHT_FORMATS = ("auto", "float32", "float16", "bfloat16", "int8", "int4", "int3", "int2")
-KV_POLICIES = ("auto", "float32", "float16", "bfloat16", "kivi", "kivi(4bit)", "locret")
+KV_POLICIES = ("auto", "float32", "float16", "bfloat16", "kivi", "kivi(4bit)", "locret", "epicache")
 
 Model = Annotated[
     str,
@@ -133,7 +133,7 @@ KV = Annotated[
     str,
     typer.Option(
         "--kv",
-        help="Store of keys and values: float32, float16, bfloat16, kivi, kivi(4bit), or auto.",
+        help="Store of keys and values: float32, float16, bfloat16, kivi, kivi(4bit), locret, epicache, or auto.",
         metavar="POLICY",
         autocompletion=complete_kv,
     ),

@@ -87,6 +87,13 @@ def run(
         bool, typer.Option("--ignore-eos", help="Go on through the model's end-of-text token.")
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Talk turn by turn; the cache is kept between turns.")] = False,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="Conversation to answer questions about: JSON lines of speaker and text, or plain lines.",
+            metavar="FILE",
+        ),
+    ] = None,
     threads: Threads = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the plan, and predicted beside measured bytes.")
@@ -125,7 +132,13 @@ def run(
         json=json,
         quiet=quiet,
     )
-    if chat:
+    if history is not None:
+        if chat:
+            raise InputError("--history answers questions and --chat talks: give one of them")
+        from memwall.cli.history import ask
+
+        ask(request, history)
+    elif chat:
         if json:
             raise InputError("--chat is a conversation and --json one object: give one of them")
         from memwall.cli.chat import talk

@@ -93,8 +93,8 @@ def attend_ragged(
 ) -> np.ndarray:
     """Attention over heads of different lengths, and a tail k, v [S, Hkv, D] that all of them share.
 
-    past_k, past_v [rows, D]: head h has the rows offsets[h] .. offsets[h + 1] (int64 [Hkv + 1]), which every query sees.
-    Query i sees the tail up to its token `first_query + i`.
+    past_k, past_v [rows, D]: head h has the rows offsets[h] .. offsets[h + 1] (int64 [Hkv + 1]), which every query
+    sees. Query i sees the tail up to its token `first_query + i`.
     """
     _native.attend_ragged(
         q, _plain(past_k), _plain(past_v), offsets, _plain(k), _plain(v), out, scale, first_query, stats

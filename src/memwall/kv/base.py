@@ -115,8 +115,8 @@ class KVCache(ABC):
     exactly.
     """
     packs_positions: ClassVar[bool] = False
-    """Whether it numbers the tokens that it keeps anew (`next_position`): a sequence may then outgrow the positions that
-    the model knows.
+    """Whether it numbers the tokens that it keeps anew (`next_position`): a sequence may then outgrow the positions
+    that the model knows.
     """
 
     def __init__(self, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:

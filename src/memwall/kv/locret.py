@@ -7,11 +7,11 @@ retaining head S = W2 act(W1 [q; k; v]) predicts from a token's own query, key a
 logit that an answer will give it; the score is final, and a prompt can be read chunk by chunk, evicting after each.
 Units and shapes: a unit is one token's key and value in one head; b kept units and chunks of c tokens, per head and
 layer; W1 [width, (H + 2 Hkv) D], W2 [Hkv, width]; scores [T, Hkv].
-Differs from the paper: keys are kept rotated to their packed place, and turned by the difference when that moves, rather
-than rotated anew at every step: a key that moved n times carries n roundings to half precision, n at most T / c, whose
-sum grows with the root of n (at 128 moves the error of one rounding to bfloat16), and decoding turns nothing. The answer,
-and later turns of a conversation, gather like a prompt: when c tokens are there they are folded too, so that the peak
-holds for any stream; an answer shorter than c is kept whole, as in the paper.
+Differs from the paper: keys are kept rotated to their packed place, and turned by the difference when that moves,
+rather than rotated anew at every step: a key that moved n times carries n roundings to half precision, n at most T / c,
+whose sum grows with the root of n (at 128 moves the error of one rounding to bfloat16), and decoding turns nothing. The
+answer, and later turns of a conversation, gather like a prompt: when c tokens are there they are folded too, so that
+the peak holds for any stream; an answer shorter than c is kept whole, as in the paper.
 Cost: resident 2 * layers * Hkv * D * itemsize * (b + c) bytes at most, a score of 4 bytes a unit, the heads; a decode
 step reads all of it once. The heads add (H + 2 Hkv) D width multiplications per token and layer.
 Holds when: layers see everything (no sliding window), and b + c positions are ones the model knows.
@@ -31,9 +31,10 @@ from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.kv import fitted
 from memwall.kv.base import CacheModel, CacheShape
-from memwall.kv.blocks import BlockCache, Scorer, Uniform, block_bytes
+from memwall.kv.blocks import BlockCache, Scorer, Uniform
 from memwall.kv.float_store import float_dtype
 from memwall.kv.policy import AMOUNT, Policy
+from memwall.kv.ragged import block_bytes
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
 from memwall.models.rope import RotaryTable
@@ -69,7 +70,9 @@ class LocretSettings:
         if store not in FLOATS:
             raise InputError(f"policy {policy}: locret turns its keys to new places; {_WHY}")
         if any(shape.windows or ()):
-            raise InputError(f"policy {policy}: locret needs layers that see everything; this model has sliding windows")
+            raise InputError(
+                f"policy {policy}: locret needs layers that see everything; this model has sliding windows"
+            )
         zero = {AMOUNT: 0.0, "tokens": 0, "chunk": 512, "stable": -1, "local": -1, "width": heads_width(shape)}
         given = policy.numbers(zero)
         share = float(given[AMOUNT])
@@ -87,7 +90,9 @@ class LocretSettings:
         if chunk < 1 or given["width"] < 1:
             raise InputError(f"policy {policy}: chunk and width must be at least 1")
         if stable >= tokens:
-            raise InputError(f"policy {policy}: {stable} stable units leave none to choose of {tokens}; try {tokens // 2}")
+            raise InputError(
+                f"policy {policy}: {stable} stable units leave none to choose of {tokens}; try {tokens // 2}"
+            )
         if local >= chunk:
             raise InputError(f"policy {policy}: local must be below the chunk of {chunk} tokens, not {local}")
         return cls(
@@ -120,7 +125,12 @@ class RetainingHeads(Scorer):
     is_final = True
 
     def __init__(
-        self, shape: CacheShape, rotary: RotaryTable, width: int, arena: Arena, read: Callable[[], Mapping[str, np.ndarray]]
+        self,
+        shape: CacheShape,
+        rotary: RotaryTable,
+        width: int,
+        arena: Arena,
+        read: Callable[[], Mapping[str, np.ndarray]],
     ) -> None:
         """read: gives the fitted arrays; called once their bytes are counted."""
         self.shape, self.rotary, self.width = shape, rotary, width
@@ -134,14 +144,16 @@ class RetainingHeads(Scorer):
             for layer in range(shape.num_layers):
                 first, second = arrays[f"{layer}.w1"], arrays[f"{layer}.w2"]
                 if first.shape != (width, head_inputs(shape)) or second.shape != (shape.num_kv_heads, width):
-                    raise InputError(f"retaining heads of shape {list(first.shape)} do not fit this model; fit them anew")
+                    raise InputError(
+                        f"retaining heads of shape {list(first.shape)} do not fit this model; fit them anew"
+                    )
                 parts = (first[:, :turned], first[:, turned:], second)
                 self._layers.append([_matrix(part) for part in parts])
             self._work = arena.allocate(HEADS, self.work_shape(shape, width), np.float32)
         except BaseException:
             self._charge.release()
             raise
-        self._work[:, -width:] = 1
+        self._work.reshape(-1)[-SCORED_ROWS * width :] = 1
 
     @staticmethod
     def weight_bytes(shape: CacheShape, width: int) -> int:
@@ -158,7 +170,9 @@ class RetainingHeads(Scorer):
         """Bytes on the ledger."""
         rows, columns = cls.work_shape(shape, width)
         work = 4 * rows * columns
-        return cls.weight_bytes(shape, width) + (round_up(work, ALIGNMENT_BYTES) if work < SMALL_BYTES else round_up(work))
+        return cls.weight_bytes(shape, width) + (
+            round_up(work, ALIGNMENT_BYTES) if work < SMALL_BYTES else round_up(work)
+        )
 
     def see(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, turns: np.ndarray) -> np.ndarray:
         cos, sin = self.rotary.at(turns)
@@ -202,7 +216,7 @@ class LocretCache(BlockCache):
     needs_model = True
     fits = True
     packs_positions = True
-    refuses: ClassVar[Mapping[str, str]] = {name: _WHY for name in ("kivi", "think", "cskv", "xquant", "cachegen")}
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(("kivi", "think", "cskv", "xquant", "cachegen"), _WHY)
 
     def __init__(
         self,
@@ -251,12 +265,10 @@ class LocretCache(BlockCache):
 
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
-        """Bytes that one decode step reads with `num_tokens` taken in."""
+        """Bytes that one decode step reads with `num_tokens` taken in, just after a fold."""
         s = LocretSettings.from_policy(policy, shape, num_tokens)
-        kept = min(s.tokens, num_tokens - num_tokens % s.chunk)
         row_bytes = 2 * shape.row_values * float_dtype(s.dtype).itemsize
-        cache = shape.num_layers * (kept + num_tokens % s.chunk) * row_bytes
-        return cache + RetainingHeads.weight_bytes(shape, s.width)
+        return shape.num_layers * min(s.tokens, num_tokens) * row_bytes + RetainingHeads.weight_bytes(shape, s.width)
 
     @classmethod
     def fit_key(cls, policy: Policy) -> str:

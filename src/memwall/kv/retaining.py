@@ -1,13 +1,14 @@
 """Trains Locret's retaining heads on a frozen model, layer by layer: only W1 and W2 ever change.
 
 The model's layers run in turn over all training rows, through the file's map, so that memory holds the rows' hidden
-states and one layer's queries, keys and values. A row is a prompt and its answer: facts hidden in real text, all of them
-asked for at the end, or real text that goes on. The label of a prompt token is the largest scaled logit, before the
-softmax, that any query of the answer gives its key; the loss is SmoothL1 and a small penalty on jumps between neighbours.
+states and one layer's queries, keys and values. A row is a prompt and its answer: facts hidden in real text, all of
+them asked for at the end, or real text that goes on. The label of a prompt token is the largest scaled logit, before
+the softmax, that any query of the answer gives its key; the loss is SmoothL1 and a small penalty on jumps between
+neighbours.
 
-Source: Locret, arXiv 2410.01805, section 3.2 and the official code's training script. Scaled down from there: rows of 512
-tokens instead of up to 10,240, a few hundred steps instead of 3,000 and a larger rate, a fifth of them warm-up, so that a
-small model takes a minute or two on a CPU. torch is imported inside; it only ever sees the heads.
+Source: Locret, arXiv 2410.01805, section 3.2 and the official code's training script. Scaled down from there: rows of
+512 tokens instead of up to 10,240, a few hundred steps instead of 3,000 and a larger rate, a fifth of them warm-up, so
+that a small model takes a minute or two on a CPU. torch is imported inside; it only ever sees the heads.
 """
 
 from __future__ import annotations
@@ -27,18 +28,65 @@ from memwall.models.config import ModelConfig
 from memwall.models.rope import rope_tables
 from memwall.models.tokenizer import Tokenizer
 
-NAMES = (
-    "Alice Bruno Clara David Elena Felix Grace Hugo Irene Jonas Karen Louis Maria Nora Oscar Paula Robert Sarah Thomas "
-    "Victor red blue green yellow violet orange silver golden indigo falcon badger otter heron lynx salmon raven tiger "
-    "alpha beta gamma delta epsilon zeta theta kappa lambda sigma omega"
-).split()
+NAMES = [
+    "Alice",
+    "Bruno",
+    "Clara",
+    "David",
+    "Elena",
+    "Felix",
+    "Grace",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karen",
+    "Louis",
+    "Maria",
+    "Nora",
+    "Oscar",
+    "Paula",
+    "Robert",
+    "Sarah",
+    "Thomas",
+    "Victor",
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "violet",
+    "orange",
+    "silver",
+    "golden",
+    "indigo",
+    "falcon",
+    "badger",
+    "otter",
+    "heron",
+    "lynx",
+    "salmon",
+    "raven",
+    "tiger",
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "theta",
+    "kappa",
+    "lambda",
+    "sigma",
+    "omega",
+]
 FACTS = 4
 LEAST_ROW_TOKENS = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """rows of row_tokens each, read `epochs` times, one a step. width: of the heads; None: half their input, to 1024."""
+    """rows of row_tokens each, read `epochs` times, one a step. width: of the heads; None: half their input, to
+    1024.
+    """
 
     width: int | None = None
     rows: int = 96
@@ -148,7 +196,9 @@ class Lessons(PromptCache):
 def largest_logits(asking: np.ndarray, keys: np.ndarray, scale: float) -> np.ndarray:
     """The label: of each key k [P, Hkv, D] the largest scaled logit over queries [A, H, D] and their group's heads."""
     groups = asking.reshape(len(asking), keys.shape[1], -1, keys.shape[2])
-    labels = [scale * (groups[:, j].reshape(-1, keys.shape[2]) @ keys[:, j].T).max(axis=0) for j in range(keys.shape[1])]
+    labels = [
+        scale * (groups[:, j].reshape(-1, keys.shape[2]) @ keys[:, j].T).max(axis=0) for j in range(keys.shape[1])
+    ]
     return np.stack(labels, axis=1)
 
 
@@ -232,4 +282,4 @@ def train_heads(
         torch.nn.utils.clip_grad_value_([first, second], 0.5)
         optimizer.step()
     torch.set_num_threads(before)
-    return tuple(weight.detach().half().numpy() for weight in (first, second))  # type: ignore[return-value]
+    return first.detach().half().numpy(), second.detach().half().numpy()

@@ -24,6 +24,7 @@ POLICIES = {
     "bfloat16": "memwall.kv.float_store:FloatCache",
     "kivi": "memwall.kv.kivi:KiviCache",
     "locret": "memwall.kv.locret:LocretCache",
+    "epicache": "memwall.kv.epicache:EpiCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 

@@ -142,7 +142,9 @@ def check(space: Space, goal: Goal) -> None:
 
 
 def longest_context(space: Space, kv: str) -> int:
-    """Tokens that a sequence may have: as many as the model has positions, unless the cache numbers what it keeps anew."""
+    """Tokens that a sequence may have: as many as the model has positions, unless the cache numbers what it keeps
+    anew.
+    """
     packs = kv != AUTO and caches.packs_positions(kv)
     return max(LONGEST_PACKED_TOKENS, space.max_context) if packs else space.max_context
 
