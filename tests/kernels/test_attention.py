@@ -246,3 +246,51 @@ def test_bad_tables_are_refused() -> None:
             attention.attend_paged(q, pool, pool, **{**good, **change}, scale=1.0, first_position=39, out=q.copy())
     with pytest.raises(ValueError, match="beside each other"):
         attention.attend_float(half, pool[:, :, ::2], pool[:, :, ::2], scale=1.0, first_position=0, out=half.copy())
+
+
+# T, tail tokens, heads' past rows, rep, D
+RAGGED = [
+    (1, 1, (5,), 3, 7),
+    (1, 0, (9, 0), 2, 32),
+    (1, 130, (700, 3, 0, 131), 2, 64),
+    (1, 3, (0, 0), 1, 16),
+    (1, 20, (1500, 2900, 700), 8, 80),
+    (4, 4, (13, 70), 2, 20),
+    (37, 50, (200, 0, 65), 4, 32),
+    (130, 130, (129, 1), 1, 65),
+    (0, 3, (4,), 1, 16),
+]
+
+
+@pytest.mark.parametrize("types", [("float16", "float32"), ("float32", "bfloat16")], ids=str)
+@pytest.mark.parametrize("size", RAGGED, ids=str)
+def test_heads_of_different_lengths(isa: str, threads: int, types: tuple[str, str], size: tuple) -> None:
+    num_queries, tail, pasts, rep, dim = size
+    heads = len(pasts)
+    rng = np.random.default_rng(2)
+    q = 3 * rows(rng, num_queries, heads * rep, dim)
+    past_k, past_v = (rows(rng, sum(pasts), dim).astype(TYPES[types[0]]) for _ in range(2))
+    k, v = (rows(rng, tail, heads, dim).astype(TYPES[types[1]]) for _ in range(2))
+    offsets = np.concatenate([[0], np.cumsum(pasts)]).astype(np.int64)
+    out, stats = np.full_like(q, np.nan), np.empty((num_queries, heads * rep, 2), np.float32)
+    first = tail - num_queries if tail >= num_queries else 0
+    attention.attend_ragged(q, past_k, past_v, offsets, k, v, scale=dim**-0.5, first_query=first, out=out, stats=stats)
+    for h, length in enumerate(pasts):
+        mine = slice(h * rep, (h + 1) * rep)
+        both = [
+            np.concatenate([past[offsets[h] : offsets[h + 1], None].astype(np.float32), new[:, h : h + 1]])
+            for past, new in ((past_k, k), (past_v, v))
+        ]
+        want, want_stats = expected(q[:, mine], *both, scale=dim**-0.5, first_position=length + first)
+        np.testing.assert_allclose(out[:, mine], want, atol=2e-5)
+        np.testing.assert_allclose(stats[:, mine], want_stats, rtol=1e-4, atol=1e-5)
+
+
+def test_ragged_rows_are_checked() -> None:
+    q, out = np.zeros((1, 2, 4), np.float32), np.zeros((1, 2, 4), np.float32)
+    tail, past = np.zeros((0, 2, 4), np.float32), np.zeros((6, 4), np.float16)
+    for offsets in ([0, 3], [0, 4, 3], [0, 3, 7], [1, 3, 6]):
+        with pytest.raises(ValueError, match="offsets"):
+            attention.attend_ragged(
+                q, past, past, np.array(offsets, np.int64), tail, tail, scale=1.0, first_query=0, out=out
+            )

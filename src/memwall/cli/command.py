@@ -113,6 +113,8 @@ KV_POLICIES = (
     "xquant",
     "xquant(4bit,cl=1)",
     "cskv(0.2)",
+    "locret",
+    "epicache",
 )
 
 Model = Annotated[

@@ -111,6 +111,13 @@ def run(
     load_cache: LoadCache = None,
     deadline: Deadline = DEADLINE_SECONDS,
     cache_codec: CacheCodec = EXACT,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="Conversation to answer questions about: JSON lines of speaker and text, or plain lines.",
+            metavar="FILE",
+        ),
+    ] = None,
     threads: Threads = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the plan, and predicted beside measured bytes.")
@@ -154,7 +161,13 @@ def run(
         cache_codec=cache_codec,
     )
     check_options(request)
-    if chat:
+    if history is not None:
+        if chat:
+            raise InputError("--history answers questions and --chat talks: give one of them")
+        from memwall.cli.history import ask
+
+        ask(request, history)
+    elif chat:
         if json:
             raise InputError("--chat is a conversation and --json one object: give one of them")
         from memwall.cli.chat import talk
@@ -280,15 +293,18 @@ def _what_would_fit(request: Request, plan: Plan, refused: BudgetExceeded) -> st
 
 
 def _complete(request: Request) -> None:
+    from memwall.kv import packs_positions
     from memwall.models import ModelConfig, model_directory
     from memwall.models.config import checked_directory
     from memwall.models.tokenizer import Tokenizer
+    from memwall.plan.search import LONGEST_PACKED_TOKENS
 
     path = checked_directory(model_directory(request.model))
     text = _read_prompt(request)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
-    longest = ModelConfig.from_directory(path).max_position
+    packs = request.kv != "auto" and packs_positions(request.kv)
+    longest = LONGEST_PACKED_TOKENS if packs else ModelConfig.from_directory(path).max_position
     if request.context is None and len(prompt) > longest:
         raise InputError(f"the prompt has {len(prompt):,} tokens, but the context of {path} is {longest:,}; shorten it")
     # a text that reaches the end of the context stops there, with a message, rather than being refused beforehand

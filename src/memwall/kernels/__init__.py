@@ -7,7 +7,7 @@ faces. `reference` has each operation in plain torch; only tests import it.
 from __future__ import annotations
 
 from memwall._native import Program, best_isa, force_isa, isa, num_threads, set_num_threads
-from memwall.kernels.attention import attend_float, attend_kivi, merge_partials
+from memwall.kernels.attention import attend_float, attend_kivi, attend_ragged, merge_partials
 from memwall.kernels.elementwise import rms_norm, rope, swiglu
 from memwall.kernels.encode import encode
 from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, scratch_bytes
@@ -17,6 +17,7 @@ __all__ = [
     "Program",
     "attend_float",
     "attend_kivi",
+    "attend_ragged",
     "best_isa",
     "encode",
     "force_isa",

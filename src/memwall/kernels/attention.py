@@ -1,4 +1,4 @@
-"""Attention on the CPU: over full-precision rows and over KIVI-coded ones.
+"""Attention on the CPU: over full-precision rows, over KIVI-coded ones, and over heads that hold different tokens.
 
 Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens. Keys,
 and queries with them, may be narrower than values: Dk numbers a head, any width.
@@ -20,6 +20,7 @@ __all__ = [
     "attend_float",
     "attend_kivi",
     "attend_paged",
+    "attend_ragged",
     "kivi_block_bytes",
     "kivi_decode_keys",
     "kivi_decode_values",
@@ -100,6 +101,30 @@ def attend_kivi(
         q, key_blocks, value_blocks, coded_keys, coded_values, _plain(k), _plain(v), out, bits, group, scale,
         first_position, window, key_start, stats,
     )  # fmt: skip
+    return out
+
+
+def attend_ragged(
+    q: np.ndarray,
+    past_k: np.ndarray,
+    past_v: np.ndarray,
+    offsets: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    scale: float,
+    first_query: int,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """Attention over heads of different lengths, and a tail k, v [S, Hkv, D] that all of them share.
+
+    past_k, past_v [rows, D]: head h has the rows offsets[h] .. offsets[h + 1] (int64 [Hkv + 1]), which every query
+    sees. Query i sees the tail up to its token `first_query + i`.
+    """
+    _native.attend_ragged(
+        q, _plain(past_k), _plain(past_v), offsets, _plain(k), _plain(v), out, scale, first_query, stats
+    )
     return out
 
 

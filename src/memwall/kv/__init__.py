@@ -10,7 +10,17 @@ from __future__ import annotations
 
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.policy import Policy, parse
-from memwall.kv.table import POLICIES, build, codes_prompt, needs_model, predict, read_bytes, resolve, step_macs
+from memwall.kv.table import (
+    POLICIES,
+    build,
+    codes_prompt,
+    needs_model,
+    packs_positions,
+    predict,
+    read_bytes,
+    resolve,
+    step_macs,
+)
 
 __all__ = [
     "POLICIES",
@@ -21,6 +31,7 @@ __all__ = [
     "build",
     "codes_prompt",
     "needs_model",
+    "packs_positions",
     "parse",
     "predict",
     "read_bytes",

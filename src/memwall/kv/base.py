@@ -120,6 +120,10 @@ class KVCache(ABC):
     """Whether settling changes what a prompt's later tokens would see, so that it must come in one segment to attend
     exactly.
     """
+    packs_positions: ClassVar[bool] = False
+    """Whether it numbers the tokens that it keeps anew (`next_position`): a sequence may then outgrow the positions
+    that the model knows.
+    """
 
     saves: ClassVar[bool] = False
     """Whether it can be written down and read back (`dump`, `layout`, `restore`)."""

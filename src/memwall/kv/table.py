@@ -28,6 +28,8 @@ POLICIES = {
     "vattention": "memwall.kv.virtual_cache:VirtualCache",
     "xquant": "memwall.kv.xquant:XQuantCache",
     "cskv": "memwall.kv.cskv:CskvCache",
+    "locret": "memwall.kv.locret:LocretCache",
+    "epicache": "memwall.kv.epicache:EpiCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 
@@ -135,6 +137,11 @@ def codes_prompt(policy: str) -> bool:
 def needs_model(policy: str) -> bool:
     """Whether a part of the policy looks into the model, so that its cache can't be tried without one."""
     return any(technique(part.name).needs_model for part in resolve(policy).parts)
+
+
+def packs_positions(policy: str) -> bool:
+    """Whether the tokens kept are numbered anew, so that a sequence may outgrow the positions that the model knows."""
+    return any(technique(part.name).packs_positions for part in resolve(policy).parts)
 
 
 def read_bytes(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:

@@ -57,10 +57,19 @@ struct Attention {
   const std::uint8_t* key_blocks = nullptr;    // [block][kv head][key_block_bytes]
   const std::uint8_t* value_blocks = nullptr;  // [block][kv head][value_block_bytes]
   std::int64_t coded_keys = 0, coded_values = 0;
+  // prefill of one head of a ragged cache: its past rows [token][head_dim], coded_keys = coded_values of them, before the tail
+  Rows past_keys, past_values;
 
   int queries_per_kv_head() const { return num_heads / num_kv_heads; }
   int padded_dim() const { return (head_dim + 15) / 16 * 16; }
   int padded_key() const { return (key_dim + 15) / 16 * 16; }
+};
+
+// A cache whose kv heads hold different tokens: a past of flat rows, head by head, and a tail that all heads share.
+struct Ragged {
+  Attention tail;  // query_key counts inside the tail: the past lies before every query
+  Rows past_keys, past_values;              // [row][head_dim]
+  const std::int64_t* offsets = nullptr;    // [num_kv_heads + 1]: rows offsets[h] .. offsets[h + 1] are head h's
 };
 
 // What one worker found over one run of tokens: for each query head maximum, sum and the unnormalized output.
@@ -89,6 +98,7 @@ constexpr int kStep = 128;  // tokens scored before their values are summed: sco
 
 const AttentionKernels& attention_kernels();
 void attend(const Attention&);
+void attend_ragged(const Ragged&);
 
 // rows = exact tokens; encodes `count` tokens of keys (whole blocks) from the start of `blocks`, of values from token `first`
 void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::int64_t count, std::uint8_t* blocks);

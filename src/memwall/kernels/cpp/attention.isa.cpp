@@ -316,6 +316,16 @@ void load_tile(const Attention& a, const Rows& rows, int dim, std::int64_t coded
     });
 }
 
+// the same of a ragged cache's past, whose rows are one head's alone
+template <typename CodedTile>
+void past_tile(const Attention& a, const Rows& past, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld,
+               CodedTile&& coded_tile) {
+  if (past.data == nullptr) return coded_tile(a, kv_head, begin, end, tile, ld);
+  Rows own = past;
+  own.stride = a.head_dim;
+  with_rows(own, a, a.head_dim, [&](const auto& rows) { exact_tile(rows, 0, begin, static_cast<int>(end - begin), tile, ld); });
+}
+
 struct PromptScratch {  // rows = query tokens x heads of one kv head, padded to 16
   int rows;
   float *q, *keys, *values, *scores, *out, *peak, *sum, *low, *high, *shrink;
@@ -396,11 +406,13 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
   load_queries(a, kv_head, begin, end, origin, s);
   for (std::int64_t tile = origin; tile < high_last; tile += kTile) {
     const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kTile, high_last - tile));
-    load_tile(a, a.keys, a.key_dim, a.coded_keys, kv_head, tile, count, s.keys, kivi_key_tile);
+    load_tile(a, a.keys, a.key_dim, a.coded_keys, kv_head, tile, count, s.keys,
+              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_keys, h, from, to, out, ld, kivi_key_tile); });
     multiply(s.keys, key_dim, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, a.key_dim, false);
     const bool masked = tile < low_last || tile + count > high_first;
     softmax_tile(s, count, dim, tile - origin, masked);
-    load_tile(a, a.values, a.head_dim, a.coded_values, kv_head, tile, count, s.values, kivi_value_tile);
+    load_tile(a, a.values, a.head_dim, a.coded_values, kv_head, tile, count, s.values,
+              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_values, h, from, to, out, ld, kivi_value_tile); });
     multiply(s.scores, 1, s.rows, s.values, dim, s.out, dim, s.rows, dim, count, true);
   }
   for (int row = 0; row < (end - begin) * rep; ++row) {

@@ -19,6 +19,8 @@ using Out3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Cache = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Spread = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
 using Table = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Flat = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Offsets = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Blocks = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutBlocks = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -30,9 +32,10 @@ template <typename Array>
 mw::Rows rows_of(const Array& array, const char* name) {
   mw::Rows rows;
   rows.data = array.data();
-  rows.stride = array.shape(0) > 1 ? array.stride(0) : 0;
+  const bool heads = array.ndim() == 3;  // rows of one head alone follow each other
+  rows.stride = heads && array.shape(0) > 1 ? array.stride(0) : 0;
   // an array without tokens has whatever strides its maker liked
-  require(array.shape(0) == 0 || (array.stride(2) == 1 && array.stride(1) == static_cast<std::int64_t>(array.shape(2)) && rows.stride >= 0),
+  require(!heads || array.shape(0) == 0 || (array.stride(2) == 1 && array.stride(1) == static_cast<std::int64_t>(array.shape(2)) && rows.stride >= 0),
           std::string(name) + ": the heads of a token must lie beside each other");
   if (array.dtype() == nb::dtype<float>()) rows.type = mw::Real::float32;
   else if (array.dtype().code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16)
@@ -126,6 +129,23 @@ void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_
   mw::attend(a);
 }
 
+void attend_ragged(const Float3& q, const Flat& past_k, const Flat& past_v, const Offsets& offsets, const Cache& k, const Cache& v,
+                   const Out3& out, float scale, std::int64_t first_query, std::optional<Out3> stats) {
+  mw::Ragged r;
+  r.tail = prepare(q, k, v, out, stats, scale, first_query, std::nullopt, 0);
+  require(k.shape(0) == v.shape(0), "k and v must hold the same number of tokens");
+  require(past_k.shape(1) == q.shape(2) && past_v.shape(1) == q.shape(2), "past rows must be [rows, head_dim]");
+  require(offsets.size() == k.shape(1) + 1, "offsets must be [kv_heads + 1]");
+  for (std::size_t h = 0; h < k.shape(1); ++h) require(offsets.data()[h] <= offsets.data()[h + 1], "offsets must not fall");
+  const auto last = static_cast<std::size_t>(offsets.data()[k.shape(1)]);
+  require(offsets.data()[0] == 0 && last <= past_k.shape(0) && last <= past_v.shape(0), "offsets lie outside the past rows");
+  r.tail.length = static_cast<std::int64_t>(k.shape(0));
+  r.past_keys = rows_of(past_k, "past_k"), r.past_values = rows_of(past_v, "past_v");
+  r.offsets = offsets.data();
+  nb::gil_scoped_release release;
+  mw::attend_ragged(r);
+}
+
 void encode_keys(const Cache& k, const OutBlocks& blocks, int bits, int group) {
   const mw::KiviForm form = form_of(bits, group, 0);
   const int kv_heads = static_cast<int>(k.shape(1)), dim = static_cast<int>(k.shape(2));
@@ -171,6 +191,8 @@ void bind_attention(nb::module_& m) {
         "first_position"_a, "window"_a.none(), "stats"_a.none());
   m.def("attend_kivi", &attend_kivi, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a,
         "out"_a, "bits"_a, "group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
+  m.def("attend_ragged", &attend_ragged, "q"_a, "past_k"_a, "past_v"_a, "offsets"_a, "k"_a, "v"_a, "out"_a, "scale"_a,
+        "first_query"_a, "stats"_a.none());
   m.def("kivi_encode_keys", &encode_keys, "k"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_encode_values", &encode_values, "v"_a, "first"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_decode", &decode_blocks, "keys"_a, "blocks"_a, "first"_a, "out"_a, "bits"_a, "group"_a);
