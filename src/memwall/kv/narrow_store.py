@@ -21,11 +21,14 @@ from memwall.kv.base import CacheShape, KVCache
 from memwall.kv.float_store import OWNER, GrowingRows, float_dtype
 from memwall.kv.kivi import KiviCache
 from memwall.kv.policy import Policy
+from memwall.memory.pages import round_up
 
 if TYPE_CHECKING:
     from memwall.memory import Arena
 
 COMPACT = "kv/compact"
+CODED_AT_ONCE = 256
+"""Rows narrowed together before they are coded: a prompt's would be a copy that no ledger knows."""
 
 Part = Callable[[np.ndarray, np.ndarray, np.ndarray], object]
 
@@ -258,7 +261,13 @@ class NarrowKivi(KiviCache):
 
     def _encode_keys(self, layer: int, keys: np.ndarray, blocks: np.ndarray) -> None:
         channels = self._channels[layer]
-        super()._encode_keys(layer, keys if channels is None else narrow_rows(keys, channels), blocks)
+        if channels is None:
+            super()._encode_keys(layer, keys, blocks)
+            return
+        step = round_up(CODED_AT_ONCE, self.settings.group)
+        for begin in range(0, len(keys), step):
+            start = self.settings.key_bytes(self.shape, begin, self.key_dim)
+            super()._encode_keys(layer, narrow_rows(keys[begin : begin + step], channels), blocks[start:])
 
     def _decode_keys(self, layer: int, first: int, out: np.ndarray) -> None:
         channels = self._channels[layer]

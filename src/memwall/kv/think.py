@@ -216,7 +216,7 @@ class ThinkCache(KVCache):
 
     def settle(self, layer: int) -> None:
         if self._pass[1] and layer in self._energy:
-            scores = channel_scores(*self._energy.pop(layer))
+            scores = self.scores(layer, *self._energy.pop(layer))
             best = np.argpartition(scores, -self.settings.width, axis=1)[:, -self.settings.width :]
             self.channels[layer] = np.sort(best, axis=1)
             self.store.narrow(layer, self.channels[layer])
@@ -225,6 +225,10 @@ class ThinkCache(KVCache):
             self._pass = (0, False)
             if self.length >= self._expected:
                 self._expected = 0
+
+    def scores(self, layer: int, query_energy: np.ndarray, key_energy: np.ndarray) -> np.ndarray:
+        """What each channel [Hkv, D] is worth."""
+        return channel_scores(query_energy, key_energy)
 
     def rewindable(self, length: int) -> int:
         return self.store.rewindable(length)

@@ -226,8 +226,11 @@ void decode_ragged(const Ragged& r, const AttentionKernels& kernels) {
 }  // namespace
 
 std::size_t KiviForm::plane_bytes(int channels, int tokens) const {
-  const auto rows = [&](int width) { return static_cast<std::size_t>((channels * width + 31) / 32); };
-  return (bits == 3 ? rows(2) + rows(1) : rows(bits)) * static_cast<std::size_t>(tokens) * 4;
+  const auto row_bytes = [&](int width) {
+    const int per_word = 32 / width, rows = (channels + per_word - 1) / per_word;
+    return static_cast<std::size_t>(4 * rows - (half_row(channels, per_word) ? 2 : 0));
+  };
+  return (bits == 3 ? row_bytes(2) + row_bytes(1) : row_bytes(bits)) * static_cast<std::size_t>(tokens);
 }
 
 const AttentionKernels& attention_kernels() {

@@ -37,6 +37,11 @@ struct KiviForm {
     return value_code_bytes(head_dim) + 4u * static_cast<unsigned>(head_dim / group) * kValueBlock;
   }
   static constexpr int kValueBlock = 32;
+  // Whether the last row of words of a plane, `per_word` channels in each, has words of 16 bits: where channels were dropped,
+  // and half a word does.
+  static bool half_row(int channels, int per_word) {
+    return channels % 16 != 0 && channels % per_word != 0 && channels % per_word <= per_word / 2;
+  }
 
  private:
   std::size_t plane_bytes(int channels, int tokens) const;

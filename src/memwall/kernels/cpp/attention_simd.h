@@ -117,6 +117,9 @@ static inline void store_sums4(float* p, vf a, vf b, vf c, vf d) {
   _mm_storeu_ps(p, _mm_add_ps(_mm_add_ps(w, x), _mm_add_ps(y, z)));
 }
 static inline vi iload(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+static inline vi iload(const std::uint16_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 static inline vi ishift(vi a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 
 #elif defined(__AVX2__)
@@ -164,6 +167,9 @@ static inline void store_sums4(float* p, vf a, vf b, vf c, vf d) {
   _mm_storeu_ps(p, _mm_add_ps(_mm_add_ps(w, x), _mm_add_ps(y, z)));
 }
 static inline vi iload(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+static inline vi iload(const std::uint16_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 static inline vi ishift(vi a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 
 #else
@@ -233,6 +239,7 @@ static inline vi iload(const std::uint32_t* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+static inline vi iload(const std::uint16_t* p) { return load_words(p); }
 static inline vi ishift(vi a, int n) { return a >> static_cast<std::uint32_t>(n); }
 
 #endif

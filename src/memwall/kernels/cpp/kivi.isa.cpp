@@ -2,7 +2,8 @@
 //
 // Keys are grouped along tokens, one channel at a time; a block is one group of tokens:
 //   codes: planes of width w (3 bits = a plane of 2 and one of 1), each [ceil(channels * w / 32)][tokens] words of 32 bits; the
-//          word of a token holds 32 / w consecutive channels, the first in the lowest bits; any number of channels, zeros behind
+//          word of a token holds 32 / w consecutive channels, the first in the lowest bits; any number of channels, zeros
+//          behind; unless 16 divides the channels, a last row that half words would do for has words of 16 bits
 //   scales float16 [channels], minima float16 [channels]
 // Values are grouped along channels inside one token; a block is 32 tokens:
 //   codes: planes, each [tokens * w / 32][channels] words; the word of a channel holds 32 / w consecutive tokens
@@ -11,6 +12,8 @@
 // scale goes with the other factor: q * scale once per channel and block, p * scale once per token and group.
 #include "attention_isa.h"
 #include "attention_simd.h"
+
+#include <vector>
 
 namespace mw::MW_ISA {
 namespace {
@@ -80,12 +83,28 @@ struct Codes {
 template <int B>
 constexpr int kPerWord = B == 8 ? 4 : B == 4 ? 8 : 16;  // codes in a word of the main plane
 
-template <int B>
-inline int word_rows(int dim) {  // of the main plane
-  return (dim + kPerWord<B> - 1) / kPerWord<B>;
-}
-
 inline const std::uint32_t* words(const std::uint8_t* p) { return reinterpret_cast<const std::uint32_t*>(p); }
+
+// Rows of words of a key block's plane.
+struct Plane {
+  const std::uint32_t* data;
+  int tokens, full;  // rows of 32-bit words; what comes after has words of 16
+  Plane(const std::uint32_t* first, int block_tokens, int dim, int per_word)
+      : data(first), tokens(block_tokens), full((dim + per_word - 1) / per_word - KiviForm::half_row(dim, per_word)) {}
+  vi load(int row, int token) const {
+    const std::uint32_t* at = data + row * tokens;
+    return row < full ? iload(at + token) : iload(reinterpret_cast<const std::uint16_t*>(at) + token);
+  }
+};
+
+// the main plane, and the one of third bits behind it
+template <int B>
+struct Planes {
+  Plane main, extra;
+  Planes(const std::uint8_t* block, int tokens, int dim)
+      : main(words(block), tokens, dim, kPerWord<B>),
+        extra(words(block + 2 * (2 * main.full + KiviForm::half_row(dim, kPerWord<B>)) * tokens), tokens, dim, 32) {}
+};
 inline const f16* halves(const std::uint8_t* p) { return reinterpret_cast<const f16*>(p); }
 
 template <int B>
@@ -105,18 +124,18 @@ inline void with_bits(int bits, Body&& body) {
 
 // V vectors of tokens of one key block for R query heads; U sums per result break the chain of dependent additions
 template <int B, int R, int V, int U>
-inline void score_tile(const Codes<B>& codes, const std::uint32_t* main, const std::uint32_t* extra, int tokens, int dim,
-                       int padded, const float* scaled, const float* offset, float* scores) {
+inline void score_tile(const Codes<B>& codes, const Planes<B>& planes, int first, int dim, int padded, const float* scaled,
+                       const float* offset, float* scores) {
   vf sum[R][V][U];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
       for (int u = 0; u < U; ++u) sum[r][v][u] = vset(u == 0 ? offset[r] : 0.0f);
-  for (int d = 0; d < dim; d += kPerWord<B>, main += tokens) {
+  for (int d = 0; d < dim; d += kPerWord<B>) {
     vi word[V], plane[V];
     for (int v = 0; v < V; ++v) {
-      word[v] = iload(main + v * W);
+      word[v] = planes.main.load(d / kPerWord<B>, first + v * W);
       plane[v] = word[v];
-      if constexpr (B == 3) plane[v] = ishift(iload(extra + d / 32 * tokens + v * W), d % 32);
+      if constexpr (B == 3) plane[v] = ishift(planes.extra.load(d / 32, first + v * W), d % 32);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kPerWord<B>; ++i) {
@@ -139,12 +158,11 @@ inline void score_tile(const Codes<B>& codes, const std::uint32_t* main, const s
 template <int B, int R, int U>
 inline void score_block(const Codes<B>& codes, const std::uint8_t* block, int tokens, int dim, int padded, const float* scaled,
                         const float* offset, float* scores) {
-  const std::uint32_t* main = words(block);
-  const std::uint32_t* extra = main + word_rows<B>(dim) * tokens;
+  const Planes<B> planes(block, tokens, dim);
   int t = 0;
   for (; t + 2 * W <= tokens; t += 2 * W)
-    score_tile<B, R, 2, U>(codes, main + t, extra + t, tokens, dim, padded, scaled, offset, scores + t);
-  for (; t < tokens; t += W) score_tile<B, R, 1, U>(codes, main + t, extra + t, tokens, dim, padded, scaled, offset, scores + t);
+    score_tile<B, R, 2, U>(codes, planes, t, dim, padded, scaled, offset, scores + t);
+  for (; t < tokens; t += W) score_tile<B, R, 1, U>(codes, planes, t, dim, padded, scaled, offset, scores + t);
 }
 
 // q * scale per channel, and the sum of q * minimum: the same for all tokens of the block; zeros up to the next multiple of 16
@@ -248,6 +266,20 @@ inline std::uint32_t code_of(float x, Grid g, float levels) {
   return static_cast<std::uint32_t>(round_even(c));
 }
 
+// Copies a plane of `channels` in words of 32 bits to where its last row may have words of 16; returns where the next one starts.
+inline std::uint8_t* pack_plane(const std::uint32_t* plane, int channels, int per_word, int tokens, std::uint8_t* to) {
+  const bool half = KiviForm::half_row(channels, per_word);
+  const int full = (channels + per_word - 1) / per_word - half;
+  const std::size_t size = static_cast<std::size_t>(full) * tokens * sizeof(std::uint32_t);
+  std::memcpy(to, plane, size);
+  to += size;
+  for (int t = 0; half && t < tokens; ++t, to += 2) {
+    const std::uint16_t word = static_cast<std::uint16_t>(plane[full * tokens + t]);
+    std::memcpy(to, &word, 2);
+  }
+  return to;
+}
+
 // Puts a code of `bits` bits at position `index` of line `lane`; `width` lanes make a row of words.
 inline void put(std::uint32_t* plane, int bits, int rows_of_main, int width, int lane, int index, std::uint32_t code) {
   const int w = bits == 3 ? 2 : bits, per_word = 32 / w;
@@ -348,13 +380,12 @@ void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int
     for (std::int64_t first = begin / tokens * tokens; first < end; first += tokens) {
       const std::uint8_t* block = a.key_blocks + static_cast<std::size_t>(first / tokens * a.num_kv_heads + kv_head) * size;
       const f16* scales = halves(block + a.form.key_code_bytes(dim));
-      const std::uint32_t* main = words(block);
-      const std::uint32_t* extra = main + word_rows<B>(dim) * tokens;
+      const Planes<B> planes(block, tokens, dim);
       for (int t = 0; t < tokens; t += W) {
         if (first + t + W <= begin || first + t >= end) continue;
         for (int d = 0; d < dim; ++d) {
-          const vi word = iload(main + d / kPerWord<B> * tokens + t);
-          const vi plane = B == 3 ? ishift(iload(extra + d / 32 * tokens + t), d / 16 * 16 % 32) : word;
+          const vi word = planes.main.load(d / kPerWord<B>, t);
+          const vi plane = B == 3 ? ishift(planes.extra.load(d / 32, t), d / 16 * 16 % 32) : word;
           const vf scale = vset(half_to_float(scales[d])), minimum = vset(half_to_float(scales[dim + d]));
           vstore(lane, vfma(codes(word, plane, d % kPerWord<B>), scale, minimum));
           for (int i = 0; i < W; ++i) {
@@ -394,11 +425,12 @@ void kivi_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::i
 void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::uint8_t* block) {
   const std::int64_t stride = static_cast<std::int64_t>(kv_heads) * key_dim;
   const float levels = static_cast<float>((1 << form.bits) - 1);
-  const int main_rows = (key_dim * (form.bits == 3 ? 2 : form.bits) + 31) / 32;
+  const int main_bits = form.bits == 3 ? 2 : form.bits, main_rows = (key_dim * main_bits + 31) / 32;
+  const int all_rows = main_rows + (form.bits == 3 ? (key_dim + 31) / 32 : 0);
+  static thread_local std::vector<std::uint32_t> whole;  // all rows of words as if none were short
   for (int h = 0; h < kv_heads; ++h, block += form.key_block_bytes(key_dim)) {
-    std::uint32_t* plane = reinterpret_cast<std::uint32_t*>(block);
+    whole.assign(static_cast<std::size_t>(all_rows) * form.group, 0);
     f16* scales = reinterpret_cast<f16*>(block + form.key_code_bytes(key_dim));
-    std::memset(block, 0, form.key_code_bytes(key_dim));
     for (int d = 0; d < key_dim; ++d) {
       float x[kStep], low = __builtin_inff(), high = -__builtin_inff();
       for (int t = 0; t < form.group; ++t) {
@@ -406,8 +438,10 @@ void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads,
         low = x[t] < low ? x[t] : low, high = x[t] > high ? x[t] : high;
       }
       const Grid g = grid(low, high, form.bits, scales + d, scales + key_dim + d);
-      for (int t = 0; t < form.group; ++t) put(plane, form.bits, main_rows, form.group, t, d, code_of(x[t], g, levels));
+      for (int t = 0; t < form.group; ++t) put(whole.data(), form.bits, main_rows, form.group, t, d, code_of(x[t], g, levels));
     }
+    std::uint8_t* behind = pack_plane(whole.data(), key_dim, 32 / main_bits, form.group, block);
+    if (form.bits == 3) pack_plane(whole.data() + main_rows * form.group, key_dim, 32, form.group, behind);
   }
 }
 
