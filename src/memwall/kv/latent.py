@@ -194,14 +194,20 @@ class BlockAttention:
         first_position: int,
         out: np.ndarray,
         stats: np.ndarray,
+        *,
+        absorb: bool | None = None,
     ) -> None:
-        """Merges the attention of q [T, H, D] over the first `num_tokens` tokens into out and stats (both final)."""
+        """Merges the attention of q [T, H, D] over the first `num_tokens` tokens into out and stats (both final).
+
+        absorb: whether weights are summed over latent rows, W_V applied afterwards; None: where it is less work.
+        """
         window = self.shape.window(layer)
         seen_from = 0 if window is None else max(first_position - window + 1, 0)
         num_rows = len(q) * self.shape.num_heads
         first = min(seen_from, num_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
         # summing over latent rows costs a product for each row of out instead of one for each token
-        absorb = num_rows <= min(len(self._values), num_tokens - first)
+        if absorb is None:
+            absorb = num_rows <= min(len(self._values), num_tokens - first)
         if absorb:
             sums = self._sums[:num_rows].reshape(len(q), self.shape.num_heads, self.value_width)
             sums[:] = 0
