@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -294,3 +297,33 @@ def test_ragged_rows_are_checked() -> None:
             attention.attend_ragged(
                 q, past, past, np.array(offsets, np.int64), tail, tail, scale=1.0, first_query=0, out=out
             )
+
+
+@pytest.mark.parametrize("threads", [1, 6])
+def test_scratch_is_predicted(threads: int) -> None:
+    """In a process of its own: what attention keeps is resident memory that nothing else explains."""
+    program = f"""
+import numpy as np
+from memwall import _native, kernels
+from memwall.memory import resident_bytes
+kernels.set_num_threads({threads})
+def attend(keys, queries):
+    kernels.attend_float(
+        queries, keys, keys, scale=0.1, first_position=len(keys) - len(queries), out=np.ones_like(queries)
+    )
+keys = np.ones((6000, 8, 128), np.float16)
+prompt, one = np.ones((128, 32, 128), np.float32), np.ones((1, 32, 128), np.float32)
+attend(np.ones((2, 1, 16), np.float16), np.ones((1, 1, 16), np.float32))
+_native.give_back_freed_memory()
+before = resident_bytes(exact=True)
+for _ in range(5):
+    attend(keys, prompt)
+    attend(keys, one)
+_native.give_back_freed_memory()
+print(resident_bytes(exact=True) - before, kernels.predict_attention_scratch_bytes(32, 8, 128, 128))
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    held, predicted = map(int, done.stdout.split())
+    # threads wake with a stack and a heap of their own; one that gets no task holds nothing
+    assert held <= predicted + 64 * 1024 * threads + 128 * 1024
+    assert threads > 1 or held >= 0.7 * predicted

@@ -62,6 +62,7 @@ class Conversation:
 def talk(request: Request) -> None:
     """Turns from standard input until it ends or `/bye`; `/reset` forgets the conversation."""
     from memwall.kv.saved import SavedCache
+    from memwall.memory import resident_bytes
     from memwall.models import model_directory
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
@@ -70,10 +71,17 @@ def talk(request: Request) -> None:
     tokenizer = Tokenizer.from_directory(path)
     if request.load_cache is not None and request.load_cache.startswith("tcp://"):
         raise InputError("--chat goes on from a file; --load-cache tcp://... is for single prompts")
+    # rendered once ahead: the template library brings some megabytes that the plan must know of
+    before_bytes = resident_bytes(exact=True)
+    template = ChatTemplate.from_directory(path)
+    template.render([{"role": "user", "content": request.prompt or "hello"}])
+    growth_bytes = max(resident_bytes(exact=True) - before_bytes, 0)
     with open_saved(request, path) as saved:
         request = adopted(request, saved)
-        session, plan = start(request, needed_tokens=None, path=path, tokenizer=tokenizer)
-        conversation = Conversation(session, tokenizer, ChatTemplate.from_directory(path), request.sampling)
+        session, plan = start(
+            request, needed_tokens=None, path=path, tokenizer=tokenizer, runtime_growth_bytes=growth_bytes
+        )
+        conversation = Conversation(session, tokenizer, template, request.sampling)
         check_saving(request, session)
         if isinstance(saved, SavedCache):
             conversation.go_on_from(saved)

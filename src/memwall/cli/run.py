@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -237,22 +239,30 @@ def start(
     path: Path,
     tokenizer: Tokenizer,
     prompt_tokens: int | None = None,
+    runtime_growth_bytes: int = 0,
 ) -> tuple[Session, Plan]:
-    """Plan for the tokens that this run needs (None: as many as are sensible), then load as planned."""
-    from memwall.engine import Settings, load
-    from memwall.plan import make_plan
+    """Plan for the tokens that this run needs (None: as many as are sensible), then load as planned.
 
-    plan = make_plan(
+    runtime_growth_bytes: what the caller has brought into the process that other runs have not.
+    """
+    from memwall.engine import Settings, load
+    from memwall.models import ModelConfig
+    from memwall.plan import RUNTIME, make_plan, sampling_bytes
+
+    extra = {RUNTIME: runtime_growth_bytes}
+    if request.sampling.temperature > 0:
+        extra |= sampling_bytes(ModelConfig.from_directory(path))
+    plan_for = partial(
+        make_plan,
         path,
         budget=request.budget,
-        weights=request.weights,
-        kv=request.kv,
-        context=request.context or needed_tokens,
         prompt_tokens=prompt_tokens,
         threads=request.threads,
         measure=False,
         profile=False,
+        extra_bytes=extra,
     )
+    plan = plan_for(weights=request.weights, kv=request.kv, context=request.context or needed_tokens)
     settings = Settings(
         weights=plan.choice.weights,
         kv=plan.choice.kv,
@@ -263,30 +273,27 @@ def start(
     try:
         with progress_bar("loading", quiet=request.quiet) as bar:
             session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
+        session.prepare(request.sampling)
     except BudgetExceeded as refused:
-        raise DoesNotFit(_what_would_fit(request, plan, refused)) from refused
+        raise DoesNotFit(_what_would_fit(request, plan, plan_for, refused)) from refused
     return session, plan
 
 
-def _what_would_fit(request: Request, plan: Plan, refused: BudgetExceeded) -> str:
+def _what_would_fit(request: Request, plan: Plan, plan_for: Callable[..., Plan], refused: BudgetExceeded) -> str:
     """Why settings named by the user did not fit, and the nearest ones that do."""
     from memwall.hardware.units import format_bytes
-    from memwall.plan import make_plan
 
     choice, needed = plan.choice, plan.peak_bytes["ram"]
+    room = request.budget or "the memory that this machine has left"
     text = (
         f"{choice.weights} weights with a {choice.kv} cache for {choice.context} tokens "
-        f"do not fit in {request.budget}: {refused}. They need {format_bytes(needed)}: try --memory {needed}"
+        f"do not fit in {room}: {refused}. They need {format_bytes(needed)}"
     )
+    if request.budget is None:
+        return f"{text}; say with --memory what they may take, and a smaller form is chosen"
+    text = f"{text}: try --memory {needed}"
     try:
-        other = make_plan(
-            plan.model,
-            budget=request.budget,
-            context=choice.context,
-            threads=request.threads,
-            measure=False,
-            profile=False,
-        )
+        other = plan_for(context=choice.context)
     except DoesNotFit as smaller:
         return f"{text}. With weights and cache left to memwall: {smaller}"
     return f"{text}, or --weights {other.choice.weights} --kv '{other.choice.kv}', which fit in {request.budget}"

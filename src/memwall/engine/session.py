@@ -17,6 +17,7 @@ import numpy as np
 from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
+from memwall.hardware import available_memory_bytes
 from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
 from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
 from memwall.models.checkpoint import Checkpoint
@@ -28,6 +29,9 @@ from memwall.models.weights import Progress, load_weights
 
 if TYPE_CHECKING:
     from memwall.kv.remote import RemoteCache
+
+SAMPLING = "sampling"
+"""Ledger owner of what drawing a token works in; greedy runs have none."""
 
 # The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
 # it this much below the budget, so that the process as a whole stays under.
@@ -113,6 +117,7 @@ class Session:
         self.held: list[int] = []
         """Ids of the tokens that the cache has taken in."""
         self._unfed: list[int] = []
+        self._sampling_scratch: np.ndarray | None = None
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -188,6 +193,7 @@ class Session:
         result.timings.load_seconds = self.load_seconds
         began = time.perf_counter()
         try:
+            self.prepare(sampling)
             logits = self.prefill(self._unfed + list(prompt))
         except BudgetExceeded as refused:
             self._stop_at_budget(result, refused)
@@ -196,8 +202,16 @@ class Session:
         result.timings.prefill_tokens_per_s = len(prompt) / result.timings.prefill_seconds
         yield from self._decode(logits, sampling, result)
 
+    def prepare(self, sampling: Sampling) -> None:
+        """Take the memory that drawing tokens needs, once; `generate` does so by itself. BudgetExceeded if there is
+        none left.
+        """
+        if sampling.temperature > 0 and self._sampling_scratch is None:
+            shape = Sampler.scratch_shape(self.config.vocab_size)
+            self._sampling_scratch = self.arena.allocate(SAMPLING, shape, np.float32)
+
     def _decode(self, logits: np.ndarray, sampling: Sampling, result: Generation) -> Iterator[str]:
-        sampler, watcher = Sampler(sampling), StopWatcher(sampling.stop)
+        sampler, watcher = Sampler(sampling, self._sampling_scratch), StopWatcher(sampling.stop)
         stream = self.tokenizer.stream() if self.tokenizer is not None else None
         began = time.perf_counter()
         while not result.stop_reason:
@@ -331,7 +345,8 @@ def cache_shape(config: ModelConfig) -> kv.CacheShape:
 
 def _cap(budget: Budget | None, runtime_bytes: int) -> int:
     if budget is None or budget.ram is None:
-        return 1 << 62
+        # refuse what the machine does not have, rather than be killed for taking it
+        return max(available_memory_bytes() - RUNTIME_HEADROOM_BYTES, 1)
     cap = budget.ram - runtime_bytes - RUNTIME_HEADROOM_BYTES
     if cap <= 0:
         raise BudgetExceeded("runtime", runtime_bytes + RUNTIME_HEADROOM_BYTES, budget.ram, budget.ram)

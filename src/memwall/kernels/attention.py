@@ -27,6 +27,7 @@ __all__ = [
     "kivi_encode_keys",
     "kivi_encode_values",
     "merge_partials",
+    "predict_attention_scratch_bytes",
 ]
 
 VALUE_BLOCK_TOKENS = 32
@@ -126,6 +127,16 @@ def attend_ragged(
         q, _plain(past_k), _plain(past_v), offsets, _plain(k), _plain(v), out, scale, first_query, stats
     )
     return out
+
+
+def predict_attention_scratch_bytes(
+    num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, *, threads: int | None = None
+) -> int:
+    """What attention keeps between calls, over all threads, once it has seen `tokens` queries at once."""
+    held = _native.attention_scratch_bytes_for(
+        num_heads, num_kv_heads, head_dim, tokens, threads or _native.num_threads()
+    )
+    return int(held)
 
 
 def merge_partials(outs: Sequence[np.ndarray], stats: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

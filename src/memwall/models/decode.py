@@ -47,9 +47,11 @@ class DecodeStep:
         last = self._programs[-1]
         last.rms_norm(buffers["hidden"], weights.vectors["model.norm.weight"], eps, buffers["hidden"])
 
-    def run(self, cache: DecoderCache, positions: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
-        """From the embedding in `hidden` to the normed last hidden state there; keys and values go to the cache."""
-        self._buffers["cos"][...], self._buffers["sin"][...] = cos, sin
+    def run(self, cache: DecoderCache, positions: np.ndarray) -> None:
+        """From the embedding in `hidden` to the normed last hidden state there; keys and values go to the cache.
+
+        `cos` and `sin` must hold the token's rotation.
+        """
         for index, program in enumerate(self._programs[:-1]):
             program.run()
             cache.append(index, self._k, self._v, positions)

@@ -39,14 +39,14 @@ def activation_shapes(config: ModelConfig, segment_tokens: int, logit_rows: int 
         "hidden": (segment_tokens, config.hidden_size),
         "keys": (segment_tokens, kv_width),
         "values": (segment_tokens, kv_width),
+        "cos": (segment_tokens, config.head_dim // 2),
+        "sin": (segment_tokens, config.head_dim // 2),
         "normed": (block, config.hidden_size),
         "queries": (block, q_width),
         "attended": (block, q_width),
         "gate": (block, config.intermediate_size),
         "up": (block, config.intermediate_size),
         "logits": (logit_rows, config.vocab_size),
-        "cos": (1, config.head_dim // 2),
-        "sin": (1, config.head_dim // 2),
     }
     if config.num_experts:
         shapes["router"] = (block, config.num_experts)
@@ -61,13 +61,26 @@ def activation_bytes(config: ModelConfig, segment_tokens: int, logit_rows: int =
     return sum(rows * cols for rows, cols in shapes) * np.dtype(np.float32).itemsize
 
 
-def scratch_bytes(config: ModelConfig, specs: Mapping[str, str], segment_tokens: int, *, exact: bool = False) -> int:
-    """Bytes the products keep between calls: activations rounded for the widest matrix, and a panel per thread."""
+def scratch_bytes(
+    config: ModelConfig,
+    specs: Mapping[str, str],
+    segment_tokens: int,
+    *,
+    exact: bool = False,
+    threads: int | None = None,
+) -> int:
+    """Bytes the kernels keep between calls: activations rounded for the widest matrix, a panel per thread, and what
+    each thread attends with. threads: None for those in use.
+    """
     tokens = min(segment_tokens, BLOCK_ROWS)
     widest = max(config.hidden_size, config.intermediate_size, config.query_size)
     groups = {0} if exact else {getattr(codec(spec), "group", 0) for spec in specs.values()}
-    once = kernels.predict_scratch_bytes(tokens, widest, group=0)
-    return once + sum(kernels.predict_scratch_bytes(tokens, widest, group=group) - once for group in groups)
+    panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
+    rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
+    attention = kernels.predict_attention_scratch_bytes(
+        config.num_heads, config.num_kv_heads, config.head_dim, tokens, threads=threads
+    )
+    return panels + rounded + attention
 
 
 class Layer:
@@ -150,7 +163,7 @@ class Decoder:
         step = self._decode_step() if num_tokens == 1 and not cache.takes_inputs else None
         try:
             if step is not None:
-                step.run(cache, positions, cos, sin)
+                step.run(cache, positions)
                 return hidden
             for index, layer in enumerate(self._layers):
                 self._run_layer(index, layer, hidden, positions, cos, sin, cache)
@@ -178,9 +191,13 @@ class Decoder:
         self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
 
     def _rotation(self, cache: DecoderCache, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A cache that packs what it keeps has tokens turn by their place there, not in the sequence."""
+        """cos and sin of new tokens, in the decoder's buffers.
+
+        A cache that packs what it keeps has tokens turn by their place there, not in the sequence.
+        """
         turns = positions + (cache.next_position - cache.length)
-        return rope_tables(self.config.rope, self.config.head_dim, turns)
+        tables = (self._buffers["cos"][: len(positions)], self._buffers["sin"][: len(positions)])
+        return rope_tables(self.config.rope, self.config.head_dim, turns, tables)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Normed hidden states [n, H] -> logits [n, V] (n at most the logit_rows given at construction)."""
@@ -284,4 +301,6 @@ class Decoder:
             self._linear(x, gate_up, [gate, up])
             kernels.swiglu(gate, up, gate)
             self._linear(gate, [down], [out])
-            residual[tokens] += out * shares[tokens, slots, None]
+            out *= shares[tokens, slots, None]
+            out += np.take(residual, tokens, axis=0, out=x)
+            residual[tokens] = out

@@ -23,9 +23,11 @@ constexpr int kPromptRows = 128;
 // Grows, is never given back before its thread ends: a few hundred kilobytes, and no call allocates after the first.
 class Buffer {
  public:
+  static std::size_t rounded(std::size_t floats) { return (floats + 4095) / 4096 * 4096; }
+
   float* get(std::size_t floats) {
     if (floats > size_) {
-      floats = (floats + 4095) / 4096 * 4096;
+      floats = rounded(floats);
       data_.reset(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))));
       if (!data_) {
         size_ = 0;
@@ -80,6 +82,24 @@ void merge(const Attention& a, const float* partials, std::size_t stride, int ch
   }
 }
 
+// runs of tokens that one query's attention is cut into at most
+std::int64_t most_chunks(int threads) { return threads > 1 ? 2 * threads : 1; }
+
+// floats of `chunks` partial results, and of the scaled queries before them
+std::size_t partial_stride(const Attention& a) { return static_cast<std::size_t>(a.num_heads) * (2 + a.padded_dim()); }
+std::size_t shared_scratch(const Attention& a, std::int64_t chunks) {
+  return static_cast<std::size_t>(a.num_heads) * a.padded_key() + partial_stride(a) * static_cast<std::size_t>(chunks);
+}
+
+// queries of a prompt that one task takes: as many as fill the registers, fewer where threads would go without
+int prompt_queries(const Attention& a, int threads) {
+  const int rep = a.queries_per_kv_head();
+  int queries = std::max(1, std::min(kPromptRows / rep, a.num_tokens));
+  const auto tasks = [&] { return a.num_kv_heads * ((a.num_tokens + queries - 1) / queries); };
+  while (tasks() < 2 * threads && queries * rep > 16 && queries > 1) queries = (queries + 1) / 2;
+  return queries;
+}
+
 void attend_one(const Attention& a, const AttentionKernels& kernels) {
   const std::int64_t end = std::min(a.query_key + 1, a.length);
   const std::int64_t begin = std::max<std::int64_t>(a.first_key, 0) / kStep * kStep;
@@ -87,14 +107,13 @@ void attend_one(const Attention& a, const AttentionKernels& kernels) {
   const std::int64_t steps = std::max<std::int64_t>((end - begin + kStep - 1) / kStep, 1);
   std::int64_t chunks = 1;
   if (end > begin && traffic(a, begin, end) > kInlineMicroseconds * kBytesPerMicrosecond)
-    chunks = std::min<std::int64_t>(steps, num_threads() > 1 ? 2 * num_threads() : 1);
+    chunks = std::min<std::int64_t>(steps, most_chunks(num_threads()));
   const std::int64_t chunk = (steps + chunks - 1) / chunks * kStep;
   chunks = (steps * kStep + chunk - 1) / chunk;
 
-  const std::size_t stride = static_cast<std::size_t>(heads) * (2 + padded);
-  const std::size_t q_size = static_cast<std::size_t>(heads) * padded_key;
-  float* shared = t_shared.get(q_size + stride * static_cast<std::size_t>(chunks));
-  float *q = shared, *partials = shared + q_size;
+  const std::size_t stride = partial_stride(a);
+  float* shared = t_shared.get(shared_scratch(a, chunks));
+  float *q = shared, *partials = shared + static_cast<std::size_t>(heads) * padded_key;
   for (int h = 0; h < heads; ++h)
     for (int d = 0; d < padded_key; ++d)
       q[static_cast<std::size_t>(h) * padded_key + d] = d < a.key_dim ? a.q[static_cast<std::size_t>(h) * a.key_dim + d] * a.scale : 0.0f;
@@ -115,10 +134,7 @@ void attend_one(const Attention& a, const AttentionKernels& kernels) {
 
 // heads: what to attend over by kv head, where these hold different tokens
 void attend_many(const Attention& a, const AttentionKernels& kernels, const Attention* heads = nullptr) {
-  const int rep = a.queries_per_kv_head();
-  int queries = std::max(1, std::min(kPromptRows / rep, a.num_tokens));
-  const auto tasks = [&] { return a.num_kv_heads * ((a.num_tokens + queries - 1) / queries); };
-  while (tasks() < 2 * num_threads() && queries * rep > 16 && queries > 1) queries = (queries + 1) / 2;
+  const int queries = prompt_queries(a, num_threads());
   const int blocks = (a.num_tokens + queries - 1) / queries;
   const std::size_t scratch = kernels.prefill_scratch(a, queries);
   const auto body = [&](std::size_t first, std::size_t last, int) {
@@ -129,7 +145,7 @@ void attend_many(const Attention& a, const AttentionKernels& kernels, const Atte
       kernels.prefill(heads != nullptr ? heads[head] : a, head, block * queries, std::min((block + 1) * queries, a.num_tokens), work);
     }
   };
-  parallel_for(static_cast<std::size_t>(tasks()), 1, body);
+  parallel_for(static_cast<std::size_t>(a.num_kv_heads * blocks), 1, body);
 }
 
 // One worker's share of a ragged decode: a run of one head's past, or of the tail, which all heads share (head -1).
@@ -263,6 +279,17 @@ void attend_ragged(const Ragged& r) {
     mine.length += past, mine.query_key += past;
   }
   attend_many(a, kernels, heads.data());
+}
+
+std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads) {
+  Attention a;
+  a.num_heads = num_heads, a.num_kv_heads = num_kv_heads, a.key_dim = a.head_dim = head_dim, a.num_tokens = tokens;
+  a.form.bits = 2;  // coded caches take a little more than others, at any number of bits
+  const AttentionKernels& kernels = attention_kernels();
+  std::size_t work = kernels.decode_scratch(a);
+  if (tokens > 1) work = std::max(work, kernels.prefill_scratch(a, prompt_queries(a, threads)));
+  const std::size_t floats = Buffer::rounded(shared_scratch(a, most_chunks(threads))) + Buffer::rounded(work) * threads;
+  return floats * sizeof(float);
 }
 
 void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::int64_t count,

@@ -105,6 +105,9 @@ const AttentionKernels& attention_kernels();
 void attend(const Attention&);
 void attend_ragged(const Ragged&);
 
+// what `attend` holds between calls, over all threads, once it has seen `tokens` queries at once and a long cache
+std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads);
+
 // rows = exact tokens; encodes `count` tokens of keys (whole blocks) from the start of `blocks`, of values from token `first`
 void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::int64_t count, std::uint8_t* blocks);
 void kivi_encode_values(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::int64_t first, std::int64_t count,

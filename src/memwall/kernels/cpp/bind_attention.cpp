@@ -193,6 +193,8 @@ void bind_attention(nb::module_& m) {
         "out"_a, "bits"_a, "group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
   m.def("attend_ragged", &attend_ragged, "q"_a, "past_k"_a, "past_v"_a, "offsets"_a, "k"_a, "v"_a, "out"_a, "scale"_a,
         "first_query"_a, "stats"_a.none());
+  m.def("attention_scratch_bytes_for", &mw::attention_scratch_bytes_for, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
+        "tokens"_a, "threads"_a);
   m.def("kivi_encode_keys", &encode_keys, "k"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_encode_values", &encode_values, "v"_a, "first"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_decode", &decode_blocks, "keys"_a, "blocks"_a, "first"_a, "out"_a, "bits"_a, "group"_a);

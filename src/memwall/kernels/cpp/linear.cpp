@@ -177,8 +177,8 @@ std::size_t linear_scratch_bytes() {
   return bytes;
 }
 
-std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group) {
-  const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * num_threads());
+std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads) {
+  const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * threads);
   if (group == 0 || tokens == 0) return workers;
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
   return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens)));
