@@ -127,7 +127,7 @@ def order_claims(scores: Any, densities: tuple[float, ...]) -> Iterator[Claim]:
     )
     best = scores.of("cskv(0.2,init=pca,train=0)")
     yield Claim(
-        claim="training comes near the best projection there is: the principal directions of keys and values themselves",
+        claim="training comes near the best projection there is: the principal directions of keys and values",
         measured=f"KL {at['t'].divergence:.4f} after {demo.steps} steps, {best.divergence:.4f} from the principal "
         "directions (rotation keeps lengths, so that without codes these minimize the very loss that is trained)",
         required="at most 1.3 times",
@@ -174,7 +174,7 @@ def code_claim(scores: Any) -> Claim:
         demo._factors[key] = demo._factors.pop(f"kept {bits}")
         wins.append(with_codes.divergence < afterwards.divergence)
         shown.append(
-            f"{bits} bits: KL {with_codes.divergence:.4f} trained with codes, {afterwards.divergence:.4f} coded afterwards"
+            f"{bits} bits: KL {with_codes.divergence:.4f} with codes, {afterwards.divergence:.4f} coded afterwards"
         )
     return Claim(
         claim="features trained with their codes lose less than features coded afterwards",
@@ -236,7 +236,7 @@ def recall_claim(demo: CskvDemo, tick: Callable[[str], None]) -> Claim:
         tick(f"recall, {policy}")
         found[policy] = demo.recall(policy)
     return Claim(
-        claim=f"facts hidden among {demo.sizes.recall_tokens} tokens are still found when half of the channels are kept",
+        claim=f"facts hidden among {demo.sizes.recall_tokens} tokens are still found with half of the channels",
         measured=", ".join(f"{policy}: {share:.0%}" for policy, share in found.items())
         + f" of {demo.sizes.recall_tries}",
         required="trained, at density 0.5: at most one answer in 6 below float16",

@@ -70,7 +70,7 @@ _GBIT_BYTES = 125e6
 
 
 class Throttle:
-    """Lets bytes pass no faster than a trace allows; its clock starts with the first of them, or anew with `restart`."""
+    """Lets bytes pass no faster than a trace allows; its clock starts with the first of them, or with `restart`."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
