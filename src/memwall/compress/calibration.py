@@ -242,11 +242,20 @@ class LayerStream:
         """Move the hidden states through one layer, `packed` forms in place of the checkpoint's weights."""
         self.run_layer(layer, self.hidden, packed)
 
-    def run_layer(self, layer: int, hidden: np.ndarray, packed: Mapping[str, Packed] | None = None) -> None:
-        """Any hidden states [sequences, at most `length` tokens, hidden] through one layer, in place."""
+    def run_layer(
+        self,
+        layer: int,
+        hidden: np.ndarray,
+        packed: Mapping[str, Packed] | None = None,
+        cache: PromptCache | None = None,
+    ) -> None:
+        """Any hidden states [sequences, at most `length` tokens, hidden] through one layer, in place.
+
+        cache: sees the keys, values and queries of each sequence in turn; it settles after each.
+        """
         with self._weights_of(layer, packed or {}):
             for states in hidden:
-                self._decoder.run_layer(layer, states, PromptCache(self.config))
+                self._decoder.run_layer(layer, states, cache or PromptCache(self.config))
 
     def norm(self, hidden: np.ndarray) -> None:
         """The norm after the last layer, in place."""

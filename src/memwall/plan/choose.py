@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -50,6 +50,7 @@ class Planner:
         text: str | None = None,
         profile: bool = True,
         measure_all: bool = False,
+        extra_bytes: Mapping[str, int] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """machine: a preset's name; None is this one. device: cpu or gpu; None is the gpu of a machine that has one,
@@ -57,7 +58,7 @@ class Planner:
 
         text: held-out text instead of the bundled one. measure_all: the runners-up too, where quality is measured.
         profile: measure kernels not yet known. runtime_bytes: the interpreter's own memory, where the caller knows
-        it.
+        it. extra_bytes: see `ModelSpace`.
         """
         self.model = Path(model)
         config = ModelConfig.from_directory(self.model)
@@ -74,6 +75,7 @@ class Planner:
             runtime_bytes=runtime_bytes or measured_runtime_bytes(self.model),
             device_tier=device_tier,
             host_tier=host_tier,
+            extra_bytes=extra_bytes,
         )
         self._text = text
         self._progress = progress
@@ -268,6 +270,7 @@ def make_plan(
     runtime_bytes: int | None = None,
     profile: bool | None = None,
     measure_all: bool = False,
+    extra_bytes: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
@@ -276,7 +279,8 @@ def make_plan(
     prompt_tokens: length of the prompt, where known. budget: caps per tier (None: no cap, or another machine's
     capacities). measure: measure quality on held-out text where it is not known; profile: measure kernels where they
     are not known (None: as `measure`), otherwise speeds may be missing; measure_all: the runners-up's quality too, for
-    a fuller plot. progress(done, total) counts windows of text.
+    a fuller plot; extra_bytes: by owner, what the caller will hold besides. progress(done, total) counts windows of
+    text.
     """
     planner = Planner(
         model,
@@ -286,6 +290,7 @@ def make_plan(
         text=text,
         profile=measure if profile is None else profile,
         measure_all=measure and measure_all,
+        extra_bytes=extra_bytes,
         progress=progress,
     )
     goal = Goal(
