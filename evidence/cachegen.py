@@ -478,11 +478,11 @@ def sensitivity_claims(known: Coded, tick: Tick) -> Iterator[Claim]:
     (mine_low, paper_low), (mine, paper) = measured
     slope = math.log(paper_low.score.divergence / paper.score.divergence) / (paper.bits - paper_low.bits)
     at_same = paper.score.divergence * math.exp(slope * (paper.bits - mine.bits))
+    widths = [[round(float(w), 2) for w in row] for row in known.profiles["auto"]["widths"]]
     yield Claim(
         claim="bin widths from the measured sensitivity lose less than the paper's at equal bytes",
         measured=f"level 2: measured {mine}, paper's {paper}, the paper's at the same bits KL {at_same:.4f}; level 1: "
-        f"{mine_low}, paper's {paper_low}; widths keys {[round(float(w), 2) for w in known.profiles['auto']['widths'][0]]}, "
-        f"values {[round(float(w), 2) for w in known.profiles['auto']['widths'][1]]}",
+        f"{mine_low}, paper's {paper_low}; widths keys {widths[0]}, values {widths[1]}",
         required="less divergence at level 2",
         passed=mine.score.divergence < at_same,
     )
