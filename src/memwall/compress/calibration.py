@@ -23,7 +23,7 @@ from memwall.kernels import attention
 from memwall.memory import Arena
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, ModelConfig
-from memwall.models.decoder import Decoder
+from memwall.models.decoder import Decoder, Observer
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Weights
 
@@ -230,6 +230,13 @@ class LayerStream:
             collector.release()
             raise
         return collector
+
+    def observe(self, layer: int, observer: Observer) -> None:
+        """Move the hidden states through one layer while `observer` sees the inputs of its linears, block by block."""
+        with self._weights_of(layer, {}):
+            self._decoder.observer = observer
+            for states in self.hidden:
+                self._decoder.run_layer(layer, states, PromptCache(self.config))
 
     def advance(self, layer: int, packed: Mapping[str, Packed] | None = None) -> None:
         """Move the hidden states through one layer, `packed` forms in place of the checkpoint's weights."""

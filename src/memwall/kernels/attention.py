@@ -1,6 +1,7 @@
 """Attention on the CPU: over full-precision rows, over KIVI-coded ones, and over heads that hold different tokens.
 
-Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens.
+Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens. Keys,
+and queries with them, may be narrower than values: Dk numbers a head, any width.
 Query i sits at position `first_position + i`, cached token j at `key_start + j`; a query sees the keys at or before its
 own position and, with a window, the last `window` of them. `stats[T, H, 2]` receives the largest logit and the sum of
 exponentials relative to it: what `merge_partials` needs to join attentions over pieces of a cache that are held apart.
@@ -18,6 +19,7 @@ import memwall._native as _native
 __all__ = [
     "attend_float",
     "attend_kivi",
+    "attend_paged",
     "attend_ragged",
     "kivi_block_bytes",
     "kivi_decode_keys",
@@ -25,6 +27,7 @@ __all__ = [
     "kivi_encode_keys",
     "kivi_encode_values",
     "merge_partials",
+    "predict_attention_scratch_bytes",
 ]
 
 VALUE_BLOCK_TOKENS = 32
@@ -43,8 +46,32 @@ def attend_float(
     out: np.ndarray,
     stats: np.ndarray | None = None,
 ) -> np.ndarray:
-    """q [T, H, D] float32 over k, v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32."""
+    """q [T, H, Dk] float32 over k [S, Hkv, Dk], v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32.
+
+    Tokens may lie apart (rows of several layers in turn); a token's heads must lie beside each other.
+    """
     _native.attend_float(q, _plain(k), _plain(v), out, scale, first_position, window, key_start, stats)
+    return out
+
+
+def attend_paged(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    table: np.ndarray,
+    *,
+    page_tokens: int,
+    length: int,
+    scale: float,
+    first_position: int,
+    window: int | None = None,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """`attend_float` over pages anywhere in k, v [pages * page_tokens, Hkv, D]: token t is in page `table[t //
+    page_tokens]` (int32); page_tokens a power of two from 16 on. The same code, with a table to walk.
+    """
+    _native.attend_paged(q, _plain(k), _plain(v), table, page_tokens, length, out, scale, first_position, window, stats)
     return out
 
 
@@ -102,6 +129,16 @@ def attend_ragged(
     return out
 
 
+def predict_attention_scratch_bytes(
+    num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, *, threads: int | None = None
+) -> int:
+    """What attention keeps between calls, over all threads, once it has seen `tokens` queries at once."""
+    held = _native.attention_scratch_bytes_for(
+        num_heads, num_kv_heads, head_dim, tokens, threads or _native.num_threads()
+    )
+    return int(held)
+
+
 def merge_partials(outs: Sequence[np.ndarray], stats: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Joins attentions of the same queries over disjoint keys: (out, stats) of all keys together.
 
@@ -118,14 +155,17 @@ def merge_partials(outs: Sequence[np.ndarray], stats: Sequence[np.ndarray]) -> t
 
 
 @cache
-def kivi_block_bytes(bits: int, group: int, head_dim: int) -> tuple[int, int]:
-    """Bytes of one key-value head's key block (`group` tokens) and value block (`VALUE_BLOCK_TOKENS` tokens)."""
-    key, value = _native.kivi_block_bytes(bits, group, head_dim)
+def kivi_block_bytes(bits: int, group: int, head_dim: int, key_dim: int | None = None) -> tuple[int, int]:
+    """Bytes of one key-value head's key block (`group` tokens) and value block (`VALUE_BLOCK_TOKENS` tokens).
+
+    key_dim: channels of a key where some were dropped.
+    """
+    key, value = _native.kivi_block_bytes(bits, group, head_dim, head_dim if key_dim is None else key_dim)
     return int(key), int(value)
 
 
 def kivi_encode_keys(k: np.ndarray, blocks: np.ndarray, *, bits: int, group: int) -> None:
-    """Codes exact keys [n, Hkv, D], n whole groups, into `blocks` from its start."""
+    """Codes exact keys [n, Hkv, Dk], n whole groups, into `blocks` from its start."""
     _native.kivi_encode_keys(_plain(k), blocks, bits, group)
 
 

@@ -6,8 +6,9 @@ settings that the fit depends on, so that they are found again for this very mod
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ import numpy as np
 from memwall.errors import InputError
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from memwall.hardware.system import cache_directory
-from memwall.kv.policy import Policy
-from memwall.kv.table import resolve, technique
+from memwall.kv.policy import Policy, parse
+from memwall.kv.table import CODECS, codec, resolve, technique
 from memwall.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -43,16 +44,35 @@ def save(fingerprint: str, key: str, arrays: Mapping[str, np.ndarray]) -> Path:
     return path
 
 
-def load(model: CacheModel, policy: Policy, key: str) -> dict[str, np.ndarray]:
-    """The arrays fitted under `key` to this model, read into memory; InputError that says how to make them."""
+def load(model: CacheModel, policy: Policy, key: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays fitted under `key` to this model (those named that are there, or all), read into memory.
+
+    InputError that says how to make them.
+    """
     path = place(model.fingerprint, key)
     if not path.is_file():
         own, where = policy.parts[0], str(model.directory)
-        raise InputError(f"KV policy {own} must be fitted to {where} once: run `memwall fit {where!r} '{own}'`")
+        raise InputError(f"{own} must be fitted to {where} once: run `memwall fit {where!r} '{own}'`")
     with SafetensorsFile(path) as file:
         if file.metadata.get("model") != model.fingerprint or file.metadata.get("key") != key:
             raise InputError(f"{path}: was fitted to another model or with other settings; remove it and fit again")
-        return {name: np.array(file.tensor(name)) for name in file.names()}
+        return {name: np.array(file.tensor(name)) for name in file.names() if names is None or name in names}
+
+
+def remembered(model: CacheModel, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `make` computes from the weights of this model: at the first use of it, then from the file it was kept in.
+
+    For what takes seconds and needs no text, so that nobody has to ask for it.
+    """
+    path = place(model.fingerprint, key)
+    if path.is_file():
+        with SafetensorsFile(path) as file:
+            if file.metadata.get("model") == model.fingerprint and file.metadata.get("key") == key:
+                return {name: np.array(file.tensor(name)) for name in file.names()}
+    arrays = make()
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs the time again, nothing else
+        save(model.fingerprint, key, arrays)
+    return arrays
 
 
 def fit(
@@ -67,15 +87,17 @@ def fit(
 
     text: what to learn on; None takes the bundled calibration text. InputError when no part needs fitting.
     """
-    parts = [part for part in resolve(policy).parts if technique(part.name).fits]
-    if not parts:
+    if parse(policy).name in CODECS:
+        learners = [(parse(policy), codec(parse(policy).name))]
+    else:
+        learners = [(part, technique(part.name)) for part in resolve(policy).parts if technique(part.name).fits]
+    if not learners:
         fitting = "cskv and locret, for example, do"
         raise InputError(f"KV policy {policy}: no part of it learns from the model ({fitting}); it runs as it is")
     with Checkpoint(directory) as checkpoint:
         fingerprint = checkpoint.fingerprint()
     paths = []
-    for part in parts:
-        kind = technique(part.name)
+    for part, kind in learners:
         arrays = kind.fit(part, directory, text, threads, progress)
         paths.append(save(fingerprint, kind.fit_key(part), arrays))
     return paths

@@ -23,9 +23,11 @@ constexpr int kPromptRows = 128;
 // Grows, is never given back before its thread ends: a few hundred kilobytes, and no call allocates after the first.
 class Buffer {
  public:
+  static std::size_t rounded(std::size_t floats) { return (floats + 4095) / 4096 * 4096; }
+
   float* get(std::size_t floats) {
     if (floats > size_) {
-      floats = (floats + 4095) / 4096 * 4096;
+      floats = rounded(floats);
       data_.reset(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))));
       if (!data_) {
         size_ = 0;
@@ -50,12 +52,12 @@ std::size_t bytes_of(Real type) { return type == Real::float32 ? 4 : 2; }
 
 // bytes that one query reads between two token numbers
 std::int64_t traffic(const Attention& a, std::int64_t begin, std::int64_t end) {
-  const auto part = [&](std::int64_t coded, Real type) {
+  const auto part = [&](std::int64_t coded, Real type, int dim) {
     const std::int64_t exact = std::max<std::int64_t>(end - std::max(begin, coded), 0);
-    const std::int64_t row = static_cast<std::int64_t>(a.num_kv_heads) * a.head_dim;
+    const std::int64_t row = static_cast<std::int64_t>(a.num_kv_heads) * dim;
     return exact * row * static_cast<std::int64_t>(bytes_of(type)) + (end - begin - exact) * row * std::max(a.form.bits + 1, 1) / 8;
   };
-  return part(a.coded_keys, a.keys.type) + part(a.coded_values, a.values.type);
+  return part(a.coded_keys, a.keys.type, a.key_dim) + part(a.coded_values, a.values.type, a.head_dim);
 }
 
 void merge(const Attention& a, const float* partials, std::size_t stride, int chunks) {
@@ -80,23 +82,41 @@ void merge(const Attention& a, const float* partials, std::size_t stride, int ch
   }
 }
 
+// runs of tokens that one query's attention is cut into at most
+std::int64_t most_chunks(int threads) { return threads > 1 ? 2 * threads : 1; }
+
+// floats of `chunks` partial results, and of the scaled queries before them
+std::size_t partial_stride(const Attention& a) { return static_cast<std::size_t>(a.num_heads) * (2 + a.padded_dim()); }
+std::size_t shared_scratch(const Attention& a, std::int64_t chunks) {
+  return static_cast<std::size_t>(a.num_heads) * a.padded_key() + partial_stride(a) * static_cast<std::size_t>(chunks);
+}
+
+// queries of a prompt that one task takes: as many as fill the registers, fewer where threads would go without
+int prompt_queries(const Attention& a, int threads) {
+  const int rep = a.queries_per_kv_head();
+  int queries = std::max(1, std::min(kPromptRows / rep, a.num_tokens));
+  const auto tasks = [&] { return a.num_kv_heads * ((a.num_tokens + queries - 1) / queries); };
+  while (tasks() < 2 * threads && queries * rep > 16 && queries > 1) queries = (queries + 1) / 2;
+  return queries;
+}
+
 void attend_one(const Attention& a, const AttentionKernels& kernels) {
   const std::int64_t end = std::min(a.query_key + 1, a.length);
   const std::int64_t begin = std::max<std::int64_t>(a.first_key, 0) / kStep * kStep;
-  const int heads = a.num_heads, padded = a.padded_dim();
+  const int heads = a.num_heads, padded = a.padded_dim(), padded_key = a.padded_key();
   const std::int64_t steps = std::max<std::int64_t>((end - begin + kStep - 1) / kStep, 1);
   std::int64_t chunks = 1;
   if (end > begin && traffic(a, begin, end) > kInlineMicroseconds * kBytesPerMicrosecond)
-    chunks = std::min<std::int64_t>(steps, num_threads() > 1 ? 2 * num_threads() : 1);
+    chunks = std::min<std::int64_t>(steps, most_chunks(num_threads()));
   const std::int64_t chunk = (steps + chunks - 1) / chunks * kStep;
   chunks = (steps * kStep + chunk - 1) / chunk;
 
-  const std::size_t stride = static_cast<std::size_t>(heads) * (2 + padded);
-  float* shared = t_shared.get(static_cast<std::size_t>(heads) * padded + stride * static_cast<std::size_t>(chunks));
-  float *q = shared, *partials = shared + static_cast<std::size_t>(heads) * padded;
+  const std::size_t stride = partial_stride(a);
+  float* shared = t_shared.get(shared_scratch(a, chunks));
+  float *q = shared, *partials = shared + static_cast<std::size_t>(heads) * padded_key;
   for (int h = 0; h < heads; ++h)
-    for (int d = 0; d < padded; ++d)
-      q[static_cast<std::size_t>(h) * padded + d] = d < a.head_dim ? a.q[static_cast<std::size_t>(h) * a.head_dim + d] * a.scale : 0.0f;
+    for (int d = 0; d < padded_key; ++d)
+      q[static_cast<std::size_t>(h) * padded_key + d] = d < a.key_dim ? a.q[static_cast<std::size_t>(h) * a.key_dim + d] * a.scale : 0.0f;
 
   const std::size_t scratch = kernels.decode_scratch(a);
   const auto body = [&](std::size_t first, std::size_t last, int) {
@@ -114,10 +134,7 @@ void attend_one(const Attention& a, const AttentionKernels& kernels) {
 
 // heads: what to attend over by kv head, where these hold different tokens
 void attend_many(const Attention& a, const AttentionKernels& kernels, const Attention* heads = nullptr) {
-  const int rep = a.queries_per_kv_head();
-  int queries = std::max(1, std::min(kPromptRows / rep, a.num_tokens));
-  const auto tasks = [&] { return a.num_kv_heads * ((a.num_tokens + queries - 1) / queries); };
-  while (tasks() < 2 * num_threads() && queries * rep > 16 && queries > 1) queries = (queries + 1) / 2;
+  const int queries = prompt_queries(a, num_threads());
   const int blocks = (a.num_tokens + queries - 1) / queries;
   const std::size_t scratch = kernels.prefill_scratch(a, queries);
   const auto body = [&](std::size_t first, std::size_t last, int) {
@@ -128,7 +145,7 @@ void attend_many(const Attention& a, const AttentionKernels& kernels, const Atte
       kernels.prefill(heads != nullptr ? heads[head] : a, head, block * queries, std::min((block + 1) * queries, a.num_tokens), work);
     }
   };
-  parallel_for(static_cast<std::size_t>(tasks()), 1, body);
+  parallel_for(static_cast<std::size_t>(a.num_kv_heads * blocks), 1, body);
 }
 
 // One worker's share of a ragged decode: a run of one head's past, or of the tail, which all heads share (head -1).
@@ -225,8 +242,11 @@ void decode_ragged(const Ragged& r, const AttentionKernels& kernels) {
 }  // namespace
 
 std::size_t KiviForm::plane_bytes(int channels, int tokens) const {
-  const auto rows = [&](int width) { return static_cast<std::size_t>((channels * width + 31) / 32); };
-  return (bits == 3 ? rows(2) + rows(1) : rows(bits)) * static_cast<std::size_t>(tokens) * 4;
+  const auto row_bytes = [&](int width) {
+    const int per_word = 32 / width, rows = (channels + per_word - 1) / per_word;
+    return static_cast<std::size_t>(4 * rows - (half_row(channels, per_word) ? 2 : 0));
+  };
+  return (bits == 3 ? row_bytes(2) + row_bytes(1) : row_bytes(bits)) * static_cast<std::size_t>(tokens);
 }
 
 const AttentionKernels& attention_kernels() {
@@ -261,15 +281,26 @@ void attend_ragged(const Ragged& r) {
   attend_many(a, kernels, heads.data());
 }
 
-void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, std::int64_t count,
+std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads) {
+  Attention a;
+  a.num_heads = num_heads, a.num_kv_heads = num_kv_heads, a.key_dim = a.head_dim = head_dim, a.num_tokens = tokens;
+  a.form.bits = 2;  // coded caches take a little more than others, at any number of bits
+  const AttentionKernels& kernels = attention_kernels();
+  std::size_t work = kernels.decode_scratch(a);
+  if (tokens > 1) work = std::max(work, kernels.prefill_scratch(a, prompt_queries(a, threads)));
+  const std::size_t floats = Buffer::rounded(shared_scratch(a, most_chunks(threads))) + Buffer::rounded(work) * threads;
+  return floats * sizeof(float);
+}
+
+void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::int64_t count,
                       std::uint8_t* blocks) {
   const AttentionKernels& kernels = attention_kernels();
-  const std::size_t size = form.key_block_bytes(head_dim) * static_cast<std::size_t>(kv_heads);
-  const std::size_t row = static_cast<std::size_t>(kv_heads) * head_dim * bytes_of(rows.type);
+  const std::size_t size = form.key_block_bytes(key_dim) * static_cast<std::size_t>(kv_heads);
+  const std::size_t row = static_cast<std::size_t>(kv_heads) * key_dim * bytes_of(rows.type);
   parallel_for(static_cast<std::size_t>(count / form.group), 2, [&](std::size_t first, std::size_t last, int) {
     for (std::size_t b = first; b < last; ++b) {
       const Rows from{static_cast<const std::uint8_t*>(rows.data) + b * form.group * row, rows.type};
-      kernels.encode_keys(from, form, kv_heads, head_dim, blocks + b * size);
+      kernels.encode_keys(from, form, kv_heads, key_dim, blocks + b * size);
     }
   });
 }
