@@ -35,7 +35,7 @@ def ask(request: Request, history: Path) -> None:
     """Reads the conversation once for each episode, then answers the question, or each line of standard input."""
     from memwall.engine.session import cache_shape
     from memwall.kv.epicache import EpiCache, EpiSettings
-    from memwall.kv.episodes import read_history
+    from memwall.kv.episodes import Turn, read_history
     from memwall.models import ModelConfig, model_directory
     from memwall.models.config import checked_directory
     from memwall.models.tokenizer import Tokenizer
@@ -45,12 +45,16 @@ def ask(request: Request, history: Path) -> None:
     policy, utterances = with_episodes(request.kv), read_history(history)
     questions = _questions(request)
     config, tokenizer = ModelConfig.from_directory(path), Tokenizer.from_directory(path)
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    turn = Turn.of(path)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    # a chat model reads the history and the question as one turn of the user's
+    opening = tokenizer.encode(turn.opening, add_bos=False) if turn is not None else begin
     size = len(opening) + len(tokenizer.encode("".join(each.line for each in utterances), add_bos=False))
     if size >= config.max_position:
         raise InputError(f"{history}: has {size:,} tokens, but the context of {path} is {config.max_position:,}")
     prompt = min(EpiSettings.from_policy(policy, cache_shape(config), size).prompt_tokens, LONGEST_SEGMENT_TOKENS)
-    asked = [tokenizer.encode(f"\n{question}", add_bos=False) for question in questions]
+    ending = turn.ending if turn is not None else ""
+    asked = [tokenizer.encode(f"\n{question}{ending}", add_bos=False) for question in questions]
     most = max(prompt, max(map(len, asked)) + request.sampling.max_new_tokens)
     session, plan = start(
         replace(request, kv=str(policy)),

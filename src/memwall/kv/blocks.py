@@ -24,7 +24,7 @@ import numpy as np
 from memwall.kernels import rope
 from memwall.kernels.attention import attend_ragged
 from memwall.kv.base import CacheShape, KVCache
-from memwall.kv.ragged import STAGING, LayerUnits
+from memwall.kv.ragged import KEY_BYTES, STAGING, LayerUnits
 from memwall.memory import Arena
 from memwall.models.rope import RotaryTable, inverse_frequencies
 
@@ -37,7 +37,7 @@ TURNED_ROWS = 512
 class Units:
     """What one layer may keep: of each head its past units, in order, then the newest `num_new` tokens.
 
-    past_scores: of each head, as kept. keys(head): rotated, float32 [units, D].
+    past_scores: of each head, as kept. keys(head): rotated, float32 [units, D], until they are asked of another head.
     """
 
     past_scores: list[np.ndarray]
@@ -167,7 +167,7 @@ class BlockCache(KVCache):
         self._layers = [
             LayerUnits(arena, shape, capacity, dtype, has_scores=scorer.keeps_scores) for _ in range(shape.num_layers)
         ]
-        most = capacity * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        most = capacity * shape.head_dim * max(shape.num_kv_heads * dtype.itemsize, KEY_BYTES)
         self._staging = arena.reserve(STAGING, most)
         self._plan: deque[Step] = deque()
         self._step = Step(0, folds=False)
@@ -301,8 +301,10 @@ class BlockCache(KVCache):
             if self._step.folds:
                 kept = self.allocator.num_kept(index, [n + tail for n in state.past.lengths])
                 state.past.reserve(max(kept, state.past.num_rows))
-                most = max(most, kept)
-        self._staging.commit(most * self._layers[0].past.row_bytes)
+                most = max(most, kept * state.past.row_bytes)
+                if not self.scorer.is_final:
+                    most = max(most, (max(state.past.lengths) + tail) * self.shape.head_dim * KEY_BYTES)
+        self._staging.commit(most)
 
     def _unplanned(self, num_tokens: int) -> Step:
         """Tokens that no prompt announced: they gather until they are a block."""
@@ -337,7 +339,10 @@ class BlockCache(KVCache):
 
         def keys(head: int) -> np.ndarray:
             old = past.rows(past.num_rows)[0][offsets[head] : offsets[head + 1]]
-            return np.concatenate([old.astype(np.float32), state.tail()[0][:num_new, head].astype(np.float32)])
+            both = self._staging.array((len(old) + num_new, self.shape.head_dim), np.float32)
+            both[: len(old)] = old
+            both[len(old) :] = state.tail()[0][:num_new, head]
+            return both
 
         return self.scorer.score(layer, Units(before, num_new, keys))
 

@@ -10,9 +10,10 @@ that any of the prompt's queries gives it, and the best of the layer stay, whate
 change much when attention is cut into blocks get more units.
 Units and shapes: M units per head on average, blocks of c tokens; episodes [sum of head lengths, D] per layer.
 Differs from the paper: the floor of the layers' budgets (M / 4) is paid for by the other layers, so that M is what is
-held. Embeddings of the model itself are weighted by rarity and centred (`kv.episodes`). A patched prompt is at most as
-long as a block. Where no conversation was given there are no episodes; then the last queries of each block stand in, as
-in the paper's block-wise SnapKV baseline, with the newest units safe.
+held. Windows are embedded by hashed words unless another encoder is given, and the mean of the model's own embeddings
+is weighted by rarity and centred (`kv.episodes`). A patched prompt is at most as long as a block; its instruction is
+left out where a model has no chat template and so follows none. Where no conversation was given there are no episodes;
+then the last queries of each block stand in, as in the paper's block-wise SnapKV baseline, with the newest units safe.
 Cost: resident 2 * layers * M * Hkv * D * itemsize bytes for the active episode and again for each one held, at most
 2 c tokens of a block and a prompt besides; reading the history costs E prefills and as many runs of the prompts.
 Switching moves one episode.
@@ -31,19 +32,18 @@ import numpy as np
 
 from memwall.errors import DoesNotFit, InputError
 from memwall.kv import fitted
+from memwall.kv.attention_scores import LAST_QUERIES, MostAttention
 from memwall.kv.base import CacheModel, CacheShape
 from memwall.kv.blocks import (
     BlockCache,
     BudgetAllocator,
     HeadAdaptive,
-    Scorer,
     Step,
     Uniform,
-    Units,
     pieces,
     sensitive_budgets,
 )
-from memwall.kv.episodes import Encoder, Episodes, MeanEmbedding, Utterance, find_episodes
+from memwall.kv.episodes import Encoder, Episodes, HashedWords, MeanEmbedding, Turn, Utterance, find_episodes
 from memwall.kv.float_store import float_dtype
 from memwall.kv.policy import AMOUNT, Policy
 from memwall.kv.ragged import LayerUnits, block_bytes
@@ -58,9 +58,7 @@ if TYPE_CHECKING:
 
 EPISODES = "kv/episodes"
 FLOATS = ("float32", "float16", "bfloat16")
-LAST_QUERIES = 64  # paper: window of the block-wise SnapKV baseline
-SCORED_QUERIES = 128
-"""Queries whose attention is held at once."""
+ENCODERS = ("words", "model")
 _WHY = "its heads keep different numbers of rows, which only float32, float16 and bfloat16 hold"
 
 
@@ -68,7 +66,7 @@ _WHY = "its heads keep different numbers of rows, which only float32, float16 an
 class EpiSettings:
     """Kept units M per head on average; tokens of a block c; number of episodes, 0 without a conversation; utterances
     of a window; central windows of a patched prompt; uniform: as many units in every head; alpha: exponent of the
-    layers' weights, 0 for equal budgets.
+    layers' weights, 0 for equal budgets. encoder: of windows and questions, `words` or `model`.
     """
 
     tokens: int
@@ -78,6 +76,7 @@ class EpiSettings:
     central: int = 8
     uniform: int = 0
     alpha: float = 0.0
+    encoder: str = "words"
     dtype: str = "float16"
 
     @classmethod
@@ -89,7 +88,11 @@ class EpiSettings:
         if any(shape.windows or ()):
             raise InputError(f"policy {policy}: epicache needs layers that see everything; this model has windows")
         defaults = {AMOUNT: 0.0, "tokens": 0, "chunk": 2048, "episodes": 0, "window": 4, "central": 8, "uniform": 0}
-        given = policy.numbers({**defaults, "alpha": 0.0})
+        texts = dict(policy.settings)
+        encoder = texts.pop("encoder", "words")
+        if encoder not in ENCODERS:
+            raise InputError(f"policy {policy}: encoder {encoder!r} must be one of {', '.join(ENCODERS)}")
+        given = Policy(policy.name, texts).numbers({**defaults, "alpha": 0.0})
         share = float(given.pop(AMOUNT))
         if share and given["tokens"]:
             raise InputError(f"policy {policy}: give a share of the context or tokens=, not both")
@@ -99,7 +102,7 @@ class EpiSettings:
             raise InputError(f"policy {policy}: chunk, window and central must be at least 1")
         tokens = int(given.pop("tokens")) or max(int((share or 0.25) * capacity_tokens), 1)
         whole = {name: int(value) for name, value in given.items() if name != "alpha"}
-        return cls(tokens=tokens, **whole, alpha=float(given["alpha"]), dtype=store)
+        return cls(tokens=tokens, **whole, alpha=float(given["alpha"]), encoder=encoder, dtype=store)
 
     @property
     def prompt_tokens(self) -> int:
@@ -111,60 +114,6 @@ class EpiSettings:
         rows = shape.num_layers * shape.num_kv_heads * min(self.tokens, num_tokens)
         nbytes = 2 * rows * shape.head_dim * float_dtype(self.dtype).itemsize
         return round_up(nbytes, ALIGNMENT_BYTES) if nbytes < SMALL_BYTES else round_up(nbytes)
-
-
-class MostAttention(Scorer):
-    """The most attention that any of the queries kept gives to a unit: of a whole patched prompt, or of a block's
-    end.
-    """
-
-    keeps_scores = False
-
-    def __init__(self, shape: CacheShape) -> None:
-        self.shape = shape
-        self.probing = False
-        self._queries: list[np.ndarray] = []
-
-    def see(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, turns: np.ndarray) -> None:
-        self._queries.append(q.copy())
-        # the oldest go once what follows is enough
-        while not self.probing and sum(map(len, self._queries[1:])) >= LAST_QUERIES:
-            del self._queries[0]
-
-    def drop(self) -> None:
-        """Forgets the queries of a layer."""
-        self._queries = []
-
-    def score(self, layer: int, units: Units) -> list[np.ndarray]:
-        queries = np.concatenate(self._queries)
-        queries = queries if self.probing else queries[-LAST_QUERIES:]
-        # a patched prompt comes behind every unit; a block's end must not look ahead
-        behind = 0 if self.probing else len(queries)
-        rep = self.shape.num_heads // self.shape.num_kv_heads
-        found = []
-        for head in range(self.shape.num_kv_heads):
-            mine = np.ascontiguousarray(queries[:, head * rep : (head + 1) * rep])
-            found.append(most_attention(mine, units.keys(head), self.shape.logit_scale, behind))
-        return found
-
-
-def most_attention(queries: np.ndarray, keys: np.ndarray, scale: float, behind: int) -> np.ndarray:
-    """max over queries [n, rep, D] of their softmax over keys [S, D]: [S]. behind: the last so many keys are the last
-    so many queries' own, which see none after themselves.
-    """
-    scores = np.zeros(len(keys), np.float32)
-    own = np.arange(len(queries)) - len(queries) + len(keys) if behind else np.full(len(queries), len(keys))
-    for begin in range(0, len(queries), SCORED_QUERIES):
-        some = queries[begin : begin + SCORED_QUERIES]
-        logits = scale * (some.reshape(-1, some.shape[-1]) @ keys.T)
-        if behind:
-            ahead = np.arange(len(keys)) > np.repeat(own[begin : begin + len(some)], some.shape[1])[:, None]
-            logits[ahead] = -np.inf
-        logits -= logits.max(axis=1, keepdims=True)
-        np.exp(logits, out=logits)
-        logits /= logits.sum(axis=1, keepdims=True)
-        np.maximum(scores, logits.max(axis=0), out=scores)
-    return scores
 
 
 class EpiCache(BlockCache):
@@ -218,7 +167,10 @@ class EpiCache(BlockCache):
         s = EpiSettings.from_policy(policy, shape, capacity_tokens)
         kept = min(s.tokens, num_tokens) if num_tokens >= s.chunk or s.episodes else 0
         tail = min(s.chunk + (s.prompt_tokens if s.episodes else 0), num_tokens)
-        rows = block_bytes(shape, float_dtype(s.dtype), kept, tail, staged=prefill_tokens > 0, has_scores=False)
+        longest = min(kept if s.uniform else kept * shape.num_kv_heads, num_tokens) + tail
+        rows = block_bytes(
+            shape, float_dtype(s.dtype), kept, tail, staged=prefill_tokens > 0, has_scores=False, scored=longest
+        )
         return {**rows, EPISODES: s.episodes * s.episode_bytes(shape, num_tokens)}
 
     @staticmethod
@@ -273,13 +225,15 @@ class EpiCache(BlockCache):
     ) -> None:
         """Reads a conversation once for each episode, and holds what each keeps of it. opening: tokens before it."""
         s = self.settings
-        if encoder is None:
+        if encoder is None and s.encoder == "model":
             matrix = self._model.weights.matrices[EMBEDDING]
             encoder = MeanEmbedding(matrix, self._model.config.hidden_size, tokenizer)
+        encoder = encoder or HashedWords()
         episodes = find_episodes(utterances, encoder, max(s.episodes, 1), window=s.window, central=s.central)
         text = "".join(utterance.line for utterance in utterances)
         tokens = [*opening, *tokenizer.encode(text, add_bos=False)]
-        prompts = episodes.prompts(tokenizer, min(s.prompt_tokens, decoder.segment_tokens))
+        turn = Turn.of(self._model.directory)
+        prompts = episodes.prompts(tokenizer, min(s.prompt_tokens, decoder.segment_tokens), turn)
         if len(tokens) + max(map(len, prompts)) > self.capacity_tokens:
             raise DoesNotFit(
                 f"the history has {len(tokens):,} tokens, and its patched prompts up to "
@@ -296,20 +250,30 @@ class EpiCache(BlockCache):
         if progress is not None:
             progress(len(prompts), len(prompts))
 
-    def read(self, decoder: Decoder, tokens: Sequence[int], prompt: Sequence[int]) -> None:
-        """Block prefill of a history from the start: after each block the prompt scores what is cached, and goes."""
+    def read(
+        self,
+        decoder: Decoder,
+        tokens: Sequence[int],
+        prompt: Sequence[int] | Callable[[np.ndarray], Sequence[int]],
+    ) -> None:
+        """Block prefill of a history from the start: after each block the prompt scores what is cached, and goes.
+
+        prompt: the same after each block, or made of the block.
+        """
         self.truncate(0)
         for begin in range(0, len(tokens), self.chunk):
             block = np.asarray(tokens[begin : begin + self.chunk], np.int64)
             sizes = pieces(len(block), decoder.segment_tokens)
-            self._plan = deque([*(Step(size, folds=False) for size in sizes), Step(len(prompt), True, False)])
+            asking = np.asarray(prompt(block) if callable(prompt) else prompt, np.int64)
+            last = Step(len(asking), folds=True, stabilizes=False)
+            self._plan = deque([*(Step(size, folds=False) for size in sizes), last])
             done = 0
             for size in sizes:
                 decoder.hidden(block[done : done + size], self)
                 done += size
-            self._probe_tokens, self.attention.probing = len(prompt), True
+            self._probe_tokens, self.attention.probing = len(asking), True
             try:
-                decoder.hidden(np.asarray(prompt, np.int64), self)
+                decoder.hidden(asking, self)
             finally:
                 self._probe_tokens, self.attention.probing = 0, False
 

@@ -12,6 +12,8 @@ Shapes: n windows, d numbers an embedding, E episodes.
 from __future__ import annotations
 
 import json
+import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +24,17 @@ import numpy as np
 from memwall import kernels
 from memwall.compress.calibration import read_text
 from memwall.errors import InputError
+from memwall.models.chat import ChatTemplate
 from memwall.models.tokenizer import Tokenizer
 
 Encoder = Callable[[Sequence[str]], np.ndarray]
 """Texts -> float32 [texts, d], rows of length 1."""
 
 INSTRUCTION = "\nNote what matters in this: names, events and dates, numbers, details, opinions.\n"
+WORD = re.compile(r"[^\W_]+")
+ENDING = re.compile(r"(?<=...)(ing|ed|es|s|ly)$")
+"""Endings that are cut off, so that a question meets what was said in another form (English)."""
+MARK = "<<the words of the user>>"
 RESTARTS = 10
 ROUNDS = 100
 
@@ -74,6 +81,26 @@ def windows_of(utterances: Sequence[Utterance], size: int) -> list[str]:
     """`size` utterances each, one a line; the last window may be shorter."""
     told = [utterance.told for utterance in utterances]
     return ["\n".join(told[begin : begin + size]) for begin in range(0, len(told), size)]
+
+
+class HashedWords:
+    """Words of a text, counted in `width` places by their hash and weighted by rarity. Needs no model at all.
+
+    How rare a word is, is learned from the windows that the encoder is first given, and then holds for questions too.
+    """
+
+    def __init__(self, width: int = 4096) -> None:
+        self.width = width
+        self._rarity: np.ndarray | None = None
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        counts = np.zeros((len(texts), self.width), np.float32)
+        for row, text in zip(counts, texts):
+            for word in WORD.findall(text.lower()):
+                row[zlib.crc32(ENDING.sub("", word).encode()) % self.width] += 1
+        if self._rarity is None:
+            self._rarity = np.log((len(texts) + 1) / ((counts > 0).sum(axis=0) + 0.5))
+        return unit(np.log1p(counts) * self._rarity)
 
 
 class MeanEmbedding:
@@ -164,6 +191,23 @@ def _spread(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.n
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """What a chat model writes before and after the words of a user's turn, the answer's beginning included."""
+
+    opening: str
+    ending: str
+
+    @staticmethod
+    def of(directory: Path) -> Turn | None:
+        """The turn of a model with a chat template, which follows instructions; None without one."""
+        template = ChatTemplate.from_directory(directory)
+        if template.is_plain:
+            return None
+        parts = template.render([{"role": "user", "content": MARK}]).split(MARK)
+        return Turn(parts[0], parts[-1])
+
+
+@dataclass(frozen=True, slots=True)
 class Episodes:
     """centroids [E, d]; owners [n]: the episode of each window; central: of each episode its most central windows, in
     the order of the conversation; windows: their texts.
@@ -179,19 +223,20 @@ class Episodes:
         """The episode whose centroid is nearest to the question."""
         return int((self.centroids @ self.encoder([question])[0]).argmax())
 
-    def prompts(self, tokenizer: Tokenizer, most_tokens: int, ending: str = "\n") -> list[list[int]]:
-        """The patched prompt of each episode: instruction, central windows, ending; windows go until it is short
-        enough.
+    def prompts(self, tokenizer: Tokenizer, most_tokens: int, turn: Turn | None = None) -> list[list[int]]:
+        """The patched prompt of each episode: instruction, central windows, the end of the turn; of at most so many
+        tokens, windows being cut short.
+
+        turn: of a model that follows instructions; another one would only be distracted, and gets the windows alone.
         """
+        opening, closing = (
+            tokenizer.encode(text, add_bos=False) for text in ((INSTRUCTION, turn.ending) if turn else ("\n", ""))
+        )
         found = []
         for central in self.central:
-            body = [tokenizer.encode(self.windows[place] + "\n", add_bos=False) for place in central]
-            opening, closing = (tokenizer.encode(text, add_bos=False) for text in (INSTRUCTION, ending))
+            body = tokenizer.encode("".join(f"{self.windows[place]}\n" for place in central), add_bos=False)
             room = max(most_tokens - len(opening) - len(closing), 1)
-            kept: list[int] = []
-            for tokens in body:
-                kept += tokens[: max(room - len(kept), 0)]
-            found.append([*opening, *kept, *closing][:most_tokens])
+            found.append([*opening, *body[:room], *closing][:most_tokens])
         return found
 
 

@@ -17,6 +17,8 @@ from memwall.memory.pages import round_up
 
 KEPT, TAIL, STAGING, SCORES = "kv/kept", "kv/tail", "kv/staging", "kv/scores"
 SCORE_BYTES = 4
+KEY_BYTES = 4
+"""Of a number of a key that is handed out for scoring."""
 
 
 class RaggedRows:
@@ -28,7 +30,7 @@ class RaggedRows:
         self.dim, self.dtype = shape.head_dim, dtype
         self.offsets = np.zeros(shape.num_kv_heads + 1, np.int64)
         self._rows = [arena.reserve(KEPT, capacity_rows * self.row_bytes) for _ in range(2)]
-        self._scores = arena.reserve(SCORES, capacity_rows * 4) if has_scores else None
+        self._scores = arena.reserve(SCORES, capacity_rows * SCORE_BYTES) if has_scores else None
 
     @property
     def row_bytes(self) -> int:
@@ -61,14 +63,14 @@ class RaggedRows:
         for region in self._rows:
             region.commit(num_rows * self.row_bytes)
         if self._scores is not None:
-            self._scores.commit(num_rows * 4)
+            self._scores.commit(num_rows * SCORE_BYTES)
 
     def shrink(self) -> None:
         """Gives back the pages behind the last row."""
         for region in self._rows:
             region.shrink(self.num_rows * self.row_bytes)
         if self._scores is not None:
-            self._scores.shrink(self.num_rows * 4)
+            self._scores.shrink(self.num_rows * SCORE_BYTES)
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """The rows now belong to heads of these lengths; pages behind them go back."""
@@ -96,7 +98,7 @@ class LayerUnits:
     def __init__(self, arena: Arena, shape: CacheShape, capacity: int, dtype: np.dtype, *, has_scores: bool) -> None:
         self.past = RaggedRows(arena, shape, capacity * shape.num_kv_heads, dtype, has_scores=has_scores)
         self.keys, self.values = (GrowingRows(arena, TAIL, capacity, shape, dtype) for _ in range(2))
-        self._scores = arena.reserve(SCORES, capacity * shape.num_kv_heads * 4) if has_scores else None
+        self._scores = arena.reserve(SCORES, capacity * shape.num_kv_heads * SCORE_BYTES) if has_scores else None
         self.heads = shape.num_kv_heads
         self.folded = self.num_tail = 0
         self.has_dropped = False
@@ -125,7 +127,7 @@ class LayerUnits:
             self.keys.reserve(num_tokens)
             self.values.reserve(num_tokens)
         if self._scores is not None:
-            self._scores.commit(num_tokens * self.heads * 4)
+            self._scores.commit(num_tokens * self.heads * SCORE_BYTES)
 
     def set_tail(self, num_tokens: int) -> None:
         """Keeps the first tokens of the tail; pages behind them go back."""
@@ -133,7 +135,7 @@ class LayerUnits:
         self.keys.shrink(num_tokens)
         self.values.shrink(num_tokens)
         if self._scores is not None:
-            self._scores.shrink(num_tokens * self.heads * 4)
+            self._scores.shrink(num_tokens * self.heads * SCORE_BYTES)
 
     def copy_from(self, other: LayerUnits) -> None:
         self.past.copy_from(other.past)
@@ -153,14 +155,17 @@ class LayerUnits:
 
 
 def block_bytes(
-    shape: CacheShape, dtype: np.dtype, kept: int, tail: int, *, staged: bool, has_scores: bool
+    shape: CacheShape, dtype: np.dtype, kept: int, tail: int, *, staged: bool, has_scores: bool, scored: int = 0
 ) -> dict[str, int]:
-    """Bytes per owner of layers that hold `kept` folded units per head, and `tail` tokens."""
+    """Bytes per owner of layers that hold `kept` folded units per head, and `tail` tokens.
+
+    scored: units of a head whose keys are handed out in float32, where scores are made anew.
+    """
     row_bytes, layers = shape.head_dim * dtype.itemsize, shape.num_layers
     kept_rows, tail_rows = kept * shape.num_kv_heads, tail * shape.num_kv_heads
     return {
         KEPT: 2 * layers * round_up(kept_rows * row_bytes),
         TAIL: 2 * layers * round_up(tail_rows * row_bytes),
-        SCORES: layers * (round_up(kept_rows * 4) + round_up(tail_rows * 4)) if has_scores else 0,
-        STAGING: round_up(kept_rows * row_bytes) if staged else 0,
+        SCORES: layers * (round_up(kept_rows * SCORE_BYTES) + round_up(tail_rows * SCORE_BYTES)) if has_scores else 0,
+        STAGING: round_up(max(kept_rows * row_bytes, scored * shape.head_dim * KEY_BYTES)) if staged else 0,
     }
