@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
+GROWTH_STEP_BYTES = 512 * 1024
+
 
 class Conversation:
     """Messages so far, and the tokens that the session has seen of them."""
@@ -63,6 +65,7 @@ def talk(request: Request) -> None:
     """Turns from standard input until it ends or `/bye`; `/reset` forgets the conversation."""
     from memwall.kv.saved import SavedCache
     from memwall.memory import resident_bytes
+    from memwall.memory.pages import round_up
     from memwall.models import model_directory
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
@@ -75,7 +78,8 @@ def talk(request: Request) -> None:
     before_bytes = resident_bytes(exact=True)
     template = ChatTemplate.from_directory(path)
     template.render([{"role": "user", "content": request.prompt or "hello"}])
-    growth_bytes = max(resident_bytes(exact=True) - before_bytes, 0)
+    # in whole steps, so that the smallest budget named by one run is the smallest of the next
+    growth_bytes = round_up(max(resident_bytes(exact=True) - before_bytes, 0), GROWTH_STEP_BYTES)
     with open_saved(request, path) as saved:
         request = adopted(request, saved)
         session, plan = start(

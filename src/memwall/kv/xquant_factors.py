@@ -31,11 +31,12 @@ def factor_arrays(
     forms = "".join(model.weights.specs[name] for layer in range(shape.num_layers) for name in projection_names(layer))
     digest = hashlib.sha256(forms.encode()).hexdigest()[:16]
     layers = shape.num_layers - first
-    # all matrices in float16 before they are copied, and one layer's in double
-    work = 2 * layers * (4 * d * h if joint else 4 * h * h) + 8 * 2 * h * (2 * d + 4 * h)
-    charge = arena.charge(FITTING, work)
+    # all matrices in float16 before they are copied; while they are made, one layer's in double besides
+    copies, work = 2 * layers * (4 * d * h if joint else 4 * h * h), 8 * 2 * h * (2 * d + 4 * h)
+    charge = arena.charge(FITTING, copies)
 
     def make() -> dict[str, np.ndarray]:
+        charge.resize(copies + work)
         arrays: dict[str, np.ndarray] = {}
         for layer in range(first, shape.num_layers):
             weights = [decoded(model.weights.matrices[name], h, d) for name in projection_names(layer)]
