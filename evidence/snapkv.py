@@ -372,8 +372,8 @@ def recall_claims(recall: Recall) -> Iterator[Claim]:
     yield Claim(
         claim="at a quarter, recall does not hang on the fact's depth; first and last tokens find nothing early on",
         measured="; ".join(f"{n}: {a:.0%} in the first half, {b:.0%} in the second" for n, (a, b) in split.items()),
-        required="of what the full cache finds, SnapKV finds in the first half at least 0.7 of the second"
-        "'s share, first and last tokens at most 0.3 of theirs",
+        required="of what the full cache finds SnapKV finds in the first half at least 0.7 of its share in the second, "
+        "first and last tokens at most 0.3 of theirs",
         passed=evenness["SnapKV"] >= 0.7 and evenness["first and last"] <= 0.3,
     )
     means = {name: float(np.mean(values)) for name, values in recall.hits.items()}

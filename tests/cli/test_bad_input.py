@@ -84,6 +84,8 @@ COMMANDS = {
     "no tokens": (("run", "{model}", "hello", "--max-new-tokens", "0"), 2, "max-new-tokens"),
     "empty stop text": ((*RUN, "--stop", ""), 2, "stop"),
     "no threads": ((*RUN, "--threads", "0"), 2, "threads"),
+    "absurdly many threads": ((*RUN, "--threads", "100000"), 2, "threads"),
+    "negative seed": ((*RUN, "--seed", "-1"), 2, "seed"),
     "conversation as JSON": (("run", "{model}", "--chat", "--json"), 2, "--chat"),
     "plan for an unknown machine": (("plan", "{model}", "--machine", "abacus", "--no-measure"), 2, "abacus"),
     "report into a missing folder": (("plan", "{model}", "--no-measure", "--html", "{folder}/no/report.html"), 2, "no"),

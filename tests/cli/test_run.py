@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memwall.cli.chat import num_shared
 from memwall.cli.run import parse_budget, parse_context, split_positionals
 from memwall.errors import InputError
+from memwall.kv.saved import num_shared
 
 SHORT = ("--weights", "int4", "--kv", "float16", "--max-new-tokens", "6", "--ignore-eos")
 
@@ -103,6 +104,29 @@ def test_budget_is_kept_and_reported(spawn: Any) -> None:
     document = json.loads(result.stdout)
     assert document["peak_resident_bytes"] <= 200_000_000
     assert document["plan"]["budget"]["ram"] == 200_000_000
+
+
+@pytest.mark.parametrize("filters", [(), ("--top-k", "40"), ("--top-p", "0.9")])
+def test_drawing_tokens_keeps_a_tight_budget(filters: tuple[str, ...], spawn: Any) -> None:
+    asked = ("run", "demo", "The city", "--max-new-tokens", "150", "--ignore-eos", "--temperature", "0.8", "--json")
+    refused = spawn(*asked, *filters, "--memory", "5MB")
+    smallest = re.search(r"try --memory (\d+)", refused.stderr)
+    assert smallest, refused.stderr
+    result = spawn(*asked, *filters, "--memory", smallest[1])
+    document = json.loads(result.stdout)
+    assert document["stop_reason"] == "length", result.stderr
+    assert document["peak_resident_bytes"] <= int(smallest[1])
+
+
+def test_a_conversation_keeps_a_tight_budget(spawn: Any) -> None:
+    asked = ("run", "demo", "--chat", "--max-new-tokens", "40", "--ignore-eos", "--context", "400")
+    smallest = re.search(r"try --memory (\d+)", spawn(*asked, "--memory", "5MB", input="Hello\n").stderr)
+    assert smallest
+    result = spawn(*asked, "--memory", smallest[1], input="Hello there.\nAnd then?\nWhat else?\n/reset\nHello.\n")
+    assert result.returncode == 0, result.stderr
+    peak = re.search(r"peak resident .* allowed \((\d+)%\)", result.stderr)
+    assert peak
+    assert int(peak[1]) <= 100
 
 
 def test_a_text_that_outgrows_the_budget_is_kept(spawn: Any) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -52,6 +54,51 @@ def test_filters_keep_the_right_candidates(options: dict[str, float], allowed: s
     assert {sampler.pick(logits) for _ in range(300)} <= allowed
 
 
+def slow_candidates(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> dict[int, float]:
+    """Token -> chance, straight from the definitions."""
+    scores = [float(x) / temperature for x in logits]
+    order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[: top_k or None]
+    masses = [math.exp(scores[token] - scores[order[0]]) for token in order]
+    chances = [mass / sum(masses) for mass in masses]
+    kept, total = 0, 0.0
+    while kept < len(order) and total < top_p:
+        total, kept = total + chances[kept], kept + 1
+    return {token: chance / total for token, chance in zip(order[:kept], chances[:kept])}
+
+
+@pytest.mark.parametrize("options", [(0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.9, 6, 0.7)])
+def test_draws_follow_the_definition(options: tuple[float, int, float]) -> None:
+    temperature, top_k, top_p = options
+    logits = np.random.default_rng(7).normal(size=40).astype(np.float32)
+    wanted = slow_candidates(logits, *options)
+    sampler = Sampler(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=1))
+    counts = np.bincount([sampler.pick(logits) for _ in range(6000)], minlength=len(logits)) / 6000
+    assert set(np.flatnonzero(counts)) <= set(wanted)
+    assert max(abs(counts[token] - wanted.get(token, 0.0)) for token in range(len(logits))) < 0.03
+
+
+def test_of_equal_tokens_the_first_are_kept() -> None:
+    sampler = Sampler(Sampling(temperature=1.0, top_k=2))
+    assert {sampler.pick(np.zeros(9, np.float32)) for _ in range(100)} == {0, 1}
+
+
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    sampler = Sampler(Sampling(temperature=1e-300))
+    assert sampler.pick(np.array([1.0, 1.5, 1.4], np.float32)) == 1
+
+
+def test_a_draw_works_in_its_scratch_alone() -> None:
+    logits = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
+    scratch = np.empty(Sampler.scratch_shape(len(logits)), np.float32)
+    for options in ({}, {"top_k": 40}, {"top_p": 0.9}):
+        sampler = Sampler(Sampling(temperature=1.0, **options), scratch)  # type: ignore[arg-type]
+        tracemalloc.start()
+        sampler.pick(logits)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2 * len(logits)  # masks of a byte a token, no floats
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -61,6 +108,7 @@ def test_filters_keep_the_right_candidates(options: dict[str, float], allowed: s
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"max_new_tokens": 0},
+        {"seed": -1},
         {"stop": ("",)},
     ],
 )

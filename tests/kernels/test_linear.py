@@ -191,3 +191,8 @@ def test_bad_arguments_are_named() -> None:
         kernels.matrix(codec("float32").encode(np.ones(3, np.float32)))
     with pytest.raises(InputError, match="tile"):
         kernels.matrix(codec("int4-g64-rows").encode(np.ones((2, 64), np.float32)))
+
+
+def test_scratch_is_predicted_for_other_threads() -> None:
+    one, two, four = (kernels.predict_scratch_bytes(1, 64, group=0, threads=n) for n in (1, 2, 4))
+    assert four - two == 2 * (two - one) > 0

@@ -9,7 +9,7 @@ import pytest
 
 from memwall.models import ModelConfig
 from memwall.models.config import RopeConfig
-from memwall.models.rope import inverse_frequencies, rope_tables
+from memwall.models.rope import BLOCK_POSITIONS, inverse_frequencies, rope_tables
 
 SCALINGS: list[dict[str, Any]] = [
     {"rope_type": "default", "rope_theta": 10000.0},
@@ -77,3 +77,16 @@ def test_llama3_keeps_short_and_stretches_long_waves() -> None:
     assert scaled[-1] == plain[-1] / 8
     assert np.all(scaled <= plain)
     assert np.all(scaled >= plain / 8)
+
+
+def test_tables_go_where_they_are_wanted_block_by_block() -> None:
+    rope = RopeConfig(type="yarn", theta=1e4, factor=4.0, attention_factor=1.5, original_max_position=64)
+    positions = np.arange(3, 3 + 2 * BLOCK_POSITIONS + 7)
+    out = np.empty((2, len(positions), 8), np.float32)
+    cos, sin = rope_tables(rope, 16, positions, (out[0], out[1]))
+    assert cos.base is out
+    assert sin.base is out
+    for place in (0, BLOCK_POSITIONS, len(positions) - 1):
+        alone = rope_tables(rope, 16, positions[place : place + 1])
+        np.testing.assert_array_equal(cos[place], alone[0][0])
+        np.testing.assert_array_equal(sin[place], alone[1][0])

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from memwall import kernels, kv
-from memwall.engine import Settings, load
+from memwall.engine import Sampling, Settings, load
 from memwall.errors import InputError
 from memwall.memory.pages import HUGE_PAGE_BYTES, PAGE_BYTES, round_up
 from memwall.models import ModelConfig, model_directory
 from memwall.models.decoder import scratch_bytes
 from memwall.plan import predict
 from memwall.plan.base import Choice
-from memwall.plan.predict import ModelSpace, activations, check_policy, check_weights
+from memwall.plan.predict import ModelSpace, activations, check_policy, check_weights, sampling_bytes
 from memwall.plan.search import grid, mixed
 
 DEMO = model_directory("demo")
@@ -56,6 +56,28 @@ def test_rows_add_up_to_the_peak_and_follow_the_device() -> None:
     assert peak["gpu"] == sum(space.weight_rows("int4").values()) + activations(CONFIG, 64) + scratch + sum(
         kv.predict("float16", space.shape, 64, 64).values()
     )
+
+
+def test_what_the_caller_holds_is_counted() -> None:
+    choice = Choice(weights="int4", kv="float16", context=64)
+    plain, more = ModelSpace(CONFIG), ModelSpace(CONFIG, extra_bytes={predict.RUNTIME: 1000, **sampling_bytes(CONFIG)})
+    before, after = ({row.owner: row.nbytes for row in space.rows(choice)} for space in (plain, more))
+    assert after.pop("sampling") == 16 * CONFIG.vocab_size
+    assert after == {**before, predict.RUNTIME: before[predict.RUNTIME] + 1000}
+    session = load(DEMO, Settings(weights="int4", context_tokens=64))
+    session.prepare(Sampling(temperature=0.5))
+    session.prepare(Sampling(temperature=0.5))
+    assert session.ledger.owned("sampling") == 16 * CONFIG.vocab_size
+
+
+def test_scratch_follows_the_threads_planned_for() -> None:
+    space = ModelSpace(CONFIG)
+    kernels.set_num_threads(1)
+    rows = [space.rows(Choice(weights="int4", kv="float16", context=64, threads=n)) for n in (1, 16)]
+    one, many = ({row.owner: row.nbytes for row in each}["kernels/scratch"] for each in rows)
+    kernels.set_num_threads(16)
+    assert many == scratch_bytes(CONFIG, space.specs("int4"), 512) > one
+    kernels.set_num_threads(1)
 
 
 def test_loading_counts_only_above_what_comes_later() -> None:

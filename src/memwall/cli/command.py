@@ -34,6 +34,8 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
             # the reader (`head`, say) went away; keep Python from complaining again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(CLOSED_PIPE) from None
+        except MemoryError as error:
+            fail(f"out of memory: {error or 'the system gave none'}", 1, debug=kwargs.get("debug", False))
         except OSError as error:
             fail(describe_os_error(error), 2, debug=kwargs.get("debug", False))
         except KeyboardInterrupt:
@@ -98,9 +100,25 @@ def complete_kv(incomplete: str) -> list[str]:
     return [name for name in KV_POLICIES if name.startswith(incomplete)]
 
 
+MOST_THREADS = 1024
 # what the planner chooses from; any other spec that formats.codec accepts may be written out
 WEIGHT_FORMATS = ("auto", "float32", "float16", "bfloat16", "int8", "int4", "int3", "int2")
-KV_POLICIES = ("auto", "float32", "float16", "bfloat16", "kivi", "kivi(4bit)", "snapkv(0.25)", "think(0.4)")
+KV_POLICIES = (
+    "auto",
+    "float32",
+    "float16",
+    "bfloat16",
+    "kivi",
+    "kivi(4bit)",
+    "snapkv(0.25)",
+    "think(0.4)",
+    "vattention",
+    "xquant",
+    "xquant(4bit,cl=1)",
+    "cskv(0.2)",
+    "locret",
+    "epicache",
+)
 
 Model = Annotated[
     str,
@@ -139,7 +157,8 @@ KV = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", help="Threads to compute with (default: one per core).", min=1)
+    int | None,
+    typer.Option("--threads", help="Threads to compute with (default: one per core).", min=1, max=MOST_THREADS),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on standard error.")]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
 
 from memwall.errors import InputError
+
+LEAST_TEMPERATURE = 1e-6
+"""Below it float32 would overflow; the likeliest token is certain long before."""
+
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +38,10 @@ class Sampling:
             raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if self.top_k < 0:
             raise InputError(f"top-k is {self.top_k}; it must be 0 (off) or a count of tokens")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}; it must be 0 or a positive whole number")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}; it must be 0 or a positive whole number")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
         if any(not text for text in self.stop):
@@ -39,30 +49,63 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens by one `Sampling`, reproducibly from its seed."""
+    """Draws tokens by one `Sampling`, reproducibly from its seed.
 
-    def __init__(self, sampling: Sampling) -> None:
+    It works in `scratch` alone: what a pick needs is 16 bytes per token of the vocabulary, megabytes for the large
+    ones, and belongs on the ledger.
+    """
+
+    def __init__(self, sampling: Sampling, scratch: np.ndarray | None = None) -> None:
+        """scratch: float32 of `scratch_shape`; made on the heap when it is needed and not given."""
         self._sampling = sampling
-        # numpy.random costs 2 MB of memory: greedy sampling does without it
-        self._random = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
+        # Python's generator: that of numpy.random costs 3 MB of memory
+        self._random = random.Random(sampling.seed)
+        self._scratch = scratch
+
+    @staticmethod
+    def scratch_shape(vocab_size: int) -> tuple[int, int]:
+        """Rows of float32: chances, the same sorted, and two that hold float64 sums."""
+        return 4, vocab_size
 
     def pick(self, logits: np.ndarray) -> int:
         """Next token id from logits [V] float32."""
         settings = self._sampling
-        if self._random is None:
+        if settings.temperature == 0:
             return int(np.argmax(logits))
-        # only the candidates are sorted, not the whole vocabulary
-        count = min(settings.top_k or len(logits), len(logits))
-        candidates = np.argpartition(logits, -count)[-count:] if count < len(logits) else np.arange(len(logits))
-        scores = logits[candidates].astype(np.float64) / settings.temperature
-        chances = np.exp(scores - scores.max())
-        chances /= chances.sum()
-        order = np.argsort(-chances, kind="stable")
+        if self._scratch is None:
+            self._scratch = np.empty(self.scratch_shape(len(logits)), np.float32)
+        chances, ordered, sums = self._scratch[0], self._scratch[1], self._scratch[2:].reshape(-1).view(np.float64)
+        np.subtract(logits, logits.max(), out=chances)
+        np.divide(chances, np.float32(max(settings.temperature, LEAST_TEMPERATURE)), out=chances)
+        np.exp(chances, out=chances)
+        if 0 < settings.top_k < len(chances):
+            np.copyto(ordered, chances)
+            ordered.partition(len(ordered) - settings.top_k)
+            _keep(chances, settings.top_k, ordered[len(ordered) - settings.top_k])
         if settings.top_p < 1:
+            np.copyto(ordered, chances)
+            ordered.sort()
+            _sum_up(ordered[::-1], sums)
             # the smallest set whose mass reaches top_p: the token that crosses it is kept
-            order = order[: int(np.searchsorted(np.cumsum(chances[order]), settings.top_p)) + 1]
-        kept = chances[order] / chances[order].sum()
-        return int(candidates[order[self._random.choice(len(order), p=kept)]])
+            count = min(int(np.searchsorted(sums, settings.top_p * sums[-1])) + 1, len(ordered))
+            _keep(chances, count, ordered[len(ordered) - count])
+        _sum_up(chances, sums)
+        drawn = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
+        return drawn if drawn < len(chances) else int(np.argmax(chances))
+
+
+def _sum_up(values: np.ndarray, sums: np.ndarray) -> None:
+    """Running sums in float64. In place, since a sum over another type makes a copy of its own."""
+    np.copyto(sums, values)
+    np.cumsum(sums, out=sums)
+
+
+def _keep(chances: np.ndarray, count: int, least: np.floating) -> None:
+    """Zeroes all but the `count` largest; `least` is the smallest of these, and of its equals the first are kept."""
+    above = int(np.count_nonzero(chances > least))
+    if least > 0:
+        chances[np.flatnonzero(chances == least)[count - above :]] = 0
+    np.multiply(chances, chances >= least, out=chances)
 
 
 class StopWatcher:

@@ -10,12 +10,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
+from memwall.hardware import available_memory_bytes
+from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
 from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
@@ -23,6 +26,12 @@ from memwall.models.decoder import Decoder
 from memwall.models.precision import resolve
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress, load_weights
+
+if TYPE_CHECKING:
+    from memwall.kv.remote import RemoteCache
+
+SAMPLING = "sampling"
+"""Ledger owner of what drawing a token works in; greedy runs have none."""
 
 # The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
 # it this much below the budget, so that the process as a whole stays under.
@@ -64,6 +73,7 @@ class Timings:
 class Generation:
     """What one call of `generate` made; complete once its iterator has ended.
 
+    prompt_tokens: those fed; loaded_tokens: those before them that came from a saved cache.
     stop_reason: "eos", "stop", "length" (max_new_tokens), "context" (the cache holds all the tokens it was built for)
     or "budget" (the next token's keys and values would have crossed the memory budget; `message` says so).
     """
@@ -71,6 +81,7 @@ class Generation:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
+    loaded_tokens: int = 0
     stop_reason: str = ""
     message: str = ""
     timings: Timings = field(default_factory=Timings)
@@ -90,6 +101,7 @@ class Session:
         arena: Arena,
         ledger: Ledger,
         load_seconds: float,
+        model: kv.CacheModel | None = None,
     ) -> None:
         self.settings = settings
         self.config = config
@@ -99,9 +111,22 @@ class Session:
         self.arena = arena
         self.ledger = ledger
         self.load_seconds = load_seconds
+        self.model = model
         self.budget_bytes: int | None = None
         self.last = Generation()
+        self.held: list[int] = []
+        """Ids of the tokens that the cache has taken in."""
         self._unfed: list[int] = []
+        self._sampling_scratch: np.ndarray | None = None
+
+    def release(self) -> None:
+        """Give all memory back; the session is of no more use."""
+        self.cache.release()
+        self.decoder.release()
+        self.decoder.weights.release()
+        if self._sampling_scratch is not None:
+            self.arena.free(self._sampling_scratch)
+            self._sampling_scratch = None
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -114,8 +139,44 @@ class Session:
         """
         kept = self.cache.rewindable(min(num_tokens, self.cache.length))
         self.cache.truncate(kept)
+        del self.held[kept:]
         self._unfed = []
         return kept
+
+    def save_cache(self, path: Path, codec: str = EXACT) -> int:
+        """Write what the cache holds to a file, which is whole or not there; gives its bytes.
+
+        codec: `exact` keeps the cache's own stored form to the bit; else a codec of `kv.saved`.
+        """
+        return save(path, self.cache, self.held, self._origin(), codec, self.model)
+
+    def check_saving(self, codec: str = EXACT) -> None:
+        """InputError when `save_cache` with this codec would refuse, so that a run need not come to its end for it."""
+        check_saving(self.cache, codec, self.model)
+
+    def load_cache(self, saved: SavedCache | RemoteCache, prompt: list[int]) -> int:
+        """Go on from a saved cache: takes the longest beginning that it shares with the prompt; gives its tokens.
+
+        The rest of the prompt, one token at least, is for `generate` to prefill. The cache must be empty. InputError
+        for a file of another model, other weights or another policy, or one that was altered.
+        """
+        origin = self._origin()
+        saved.check_model(origin.model)
+        saved.check_weights(origin)
+        saved.check_policy(self.cache.policy)
+        saved.verify()
+        shared = min(saved.shared_tokens(prompt), self.cache.capacity_tokens)
+        if shared > 0:
+            assert self.model is not None
+            saved.fill(self.cache, shared, self.model, self.decoder)
+        self.held = list(prompt[: self.cache.length])
+        return self.cache.length
+
+    def _origin(self) -> Origin:
+        if self.model is None:
+            raise ValueError("this session was made without its model's folder; load() gives one that knows it")
+        weights = self.decoder.weights.specs
+        return Origin(model=self.model.fingerprint, weights=self.settings.weights, specs=weights)
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
         """Feed prompt tokens in segments; returns the last token's logits [V] (the decoder's buffer)."""
@@ -131,6 +192,7 @@ class Session:
         begin = 0
         for count in self.cache.begin_prompt(len(tokens), self.settings.segment_tokens):
             logits = self.decoder.forward(np.asarray(tokens[begin : begin + count]), self.cache)
+            self.held += tokens[begin : begin + count]
             begin += count
         return logits
 
@@ -140,6 +202,7 @@ class Session:
         result.timings.load_seconds = self.load_seconds
         began = time.perf_counter()
         try:
+            self.prepare(sampling)
             logits = self.prefill(self._unfed + list(prompt))
         except BudgetExceeded as refused:
             self._stop_at_budget(result, refused)
@@ -148,8 +211,16 @@ class Session:
         result.timings.prefill_tokens_per_s = len(prompt) / result.timings.prefill_seconds
         yield from self._decode(logits, sampling, result)
 
+    def prepare(self, sampling: Sampling) -> None:
+        """Take the memory that drawing tokens needs, once; `generate` does so by itself. BudgetExceeded if there is
+        none left.
+        """
+        if sampling.temperature > 0 and self._sampling_scratch is None:
+            shape = Sampler.scratch_shape(self.config.vocab_size)
+            self._sampling_scratch = self.arena.allocate(SAMPLING, shape, np.float32)
+
     def _decode(self, logits: np.ndarray, sampling: Sampling, result: Generation) -> Iterator[str]:
-        sampler, watcher = Sampler(sampling), StopWatcher(sampling.stop)
+        sampler, watcher = Sampler(sampling, self._sampling_scratch), StopWatcher(sampling.stop)
         stream = self.tokenizer.stream() if self.tokenizer is not None else None
         began = time.perf_counter()
         while not result.stop_reason:
@@ -174,6 +245,7 @@ class Session:
                 try:
                     self._hold_budget()
                     logits = self.decoder.forward(np.asarray([token]), self.cache)
+                    self.held.append(token)
                     self._unfed = []
                 except BudgetExceeded as refused:
                     self._stop_at_budget(result, refused)
@@ -213,11 +285,13 @@ def load(
     budget: Budget | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
+    beside: Session | None = None,
 ) -> Session:
     """Build a session for a model directory.
 
     budget: its `ram` is the resident set of the whole process, this interpreter included; None means no cap but the
-    machine's. Raises InputError for bad input and BudgetExceeded when the settings don't fit.
+    machine's. beside: a session of this process whose arena, and so its budget, is shared. Raises InputError for bad
+    input and BudgetExceeded when the settings don't fit.
     """
     began = time.perf_counter()
     if settings.threads is not None:
@@ -226,10 +300,13 @@ def load(
     with Checkpoint(model, config) as checkpoint:
         checkpoint.verify_once()
         specs = resolve(config, settings.weights, checkpoint)
-        ledger = Ledger()
-        _warm_up()
-        runtime_bytes = measure_runtime(ledger).nbytes
-        arena = Arena(_cap(budget, runtime_bytes), ledger)
+        if beside is None:
+            ledger = Ledger()
+            _warm_up()
+            runtime_bytes = measure_runtime(ledger).nbytes
+            arena = Arena(_cap(budget, runtime_bytes), ledger)
+        else:
+            ledger, arena = beside.ledger, beside.arena
         weights = load_weights(config, checkpoint, specs, arena, progress=progress)
     decoder = Decoder(
         config,
@@ -239,13 +316,8 @@ def load(
         logit_rows=settings.logit_rows,
         exact=settings.exact,
     )
-    cache = kv.build(
-        settings.kv,
-        cache_shape(config),
-        arena,
-        settings.context_tokens,
-        kv.CacheModel(config=config, weights=weights, directory=model),
-    )
+    behind = kv.CacheModel(config=config, weights=weights, directory=model)
+    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens, behind)
     session = Session(
         settings=settings,
         config=config,
@@ -255,6 +327,7 @@ def load(
         arena=arena,
         ledger=ledger,
         load_seconds=time.perf_counter() - began,
+        model=behind,
     )
     session.budget_bytes = budget.ram if budget is not None else None
     return session
@@ -286,7 +359,8 @@ def cache_shape(config: ModelConfig) -> kv.CacheShape:
 
 def _cap(budget: Budget | None, runtime_bytes: int) -> int:
     if budget is None or budget.ram is None:
-        return 1 << 62
+        # refuse what the machine does not have, rather than be killed for taking it
+        return max(available_memory_bytes() - RUNTIME_HEADROOM_BYTES, 1)
     cap = budget.ram - runtime_bytes - RUNTIME_HEADROOM_BYTES
     if cap <= 0:
         raise BudgetExceeded("runtime", runtime_bytes + RUNTIME_HEADROOM_BYTES, budget.ram, budget.ram)

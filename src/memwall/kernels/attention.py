@@ -1,4 +1,4 @@
-"""Attention on the CPU: over full-precision rows and over KIVI-coded ones.
+"""Attention on the CPU: over full-precision rows, over KIVI-coded ones, and over heads that hold different tokens.
 
 Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens. Keys,
 and queries with them, may be narrower than values: Dk numbers a head, any width.
@@ -19,12 +19,15 @@ import memwall._native as _native
 __all__ = [
     "attend_float",
     "attend_kivi",
+    "attend_paged",
+    "attend_ragged",
     "kivi_block_bytes",
     "kivi_decode_keys",
     "kivi_decode_values",
     "kivi_encode_keys",
     "kivi_encode_values",
     "merge_partials",
+    "predict_attention_scratch_bytes",
 ]
 
 VALUE_BLOCK_TOKENS = 32
@@ -43,8 +46,32 @@ def attend_float(
     out: np.ndarray,
     stats: np.ndarray | None = None,
 ) -> np.ndarray:
-    """q [T, H, Dk] float32 over k [S, Hkv, Dk], v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32."""
+    """q [T, H, Dk] float32 over k [S, Hkv, Dk], v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32.
+
+    Tokens may lie apart (rows of several layers in turn); a token's heads must lie beside each other.
+    """
     _native.attend_float(q, _plain(k), _plain(v), out, scale, first_position, window, key_start, stats)
+    return out
+
+
+def attend_paged(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    table: np.ndarray,
+    *,
+    page_tokens: int,
+    length: int,
+    scale: float,
+    first_position: int,
+    window: int | None = None,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """`attend_float` over pages anywhere in k, v [pages * page_tokens, Hkv, D]: token t is in page `table[t //
+    page_tokens]` (int32); page_tokens a power of two from 16 on. The same code, with a table to walk.
+    """
+    _native.attend_paged(q, _plain(k), _plain(v), table, page_tokens, length, out, scale, first_position, window, stats)
     return out
 
 
@@ -76,6 +103,40 @@ def attend_kivi(
         first_position, window, key_start, stats,
     )  # fmt: skip
     return out
+
+
+def attend_ragged(
+    q: np.ndarray,
+    past_k: np.ndarray,
+    past_v: np.ndarray,
+    offsets: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    scale: float,
+    first_query: int,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """Attention over heads of different lengths, and a tail k, v [S, Hkv, D] that all of them share.
+
+    past_k, past_v [rows, D]: head h has the rows offsets[h] .. offsets[h + 1] (int64 [Hkv + 1]), which every query
+    sees. Query i sees the tail up to its token `first_query + i`.
+    """
+    _native.attend_ragged(
+        q, _plain(past_k), _plain(past_v), offsets, _plain(k), _plain(v), out, scale, first_query, stats
+    )
+    return out
+
+
+def predict_attention_scratch_bytes(
+    num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, *, threads: int | None = None
+) -> int:
+    """What attention keeps between calls, over all threads, once it has seen `tokens` queries at once."""
+    held = _native.attention_scratch_bytes_for(
+        num_heads, num_kv_heads, head_dim, tokens, threads or _native.num_threads()
+    )
+    return int(held)
 
 
 def merge_partials(outs: Sequence[np.ndarray], stats: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -66,10 +66,11 @@ def scratch_bytes() -> int:
     return int(_native.linear_scratch_bytes())
 
 
-def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64) -> int:
+def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: int | None = None) -> int:
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
     group: of the weights; 0 for dense weights and for exact products, which round no activations. Weights of several
-    groups keep one piece each; the widest input and the largest number of tokens of a run count.
+    groups keep one piece each; the widest input and the largest number of tokens of a run count. threads: None for
+    those in use.
     """
-    return int(_native.linear_scratch_bytes_for(tokens, cols, group))
+    return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

@@ -1,7 +1,8 @@
 """KV caches: what a model remembers of a sequence, and in how many bytes.
 
 base: the seam (`KVCache`, `CacheShape`, `CacheModel`); policy: policy strings; table: which policy is which class, and
-how they nest; float_store: full precision; then one file per technique. `build` makes the cache that a policy string
+how they nest; float_store: full precision; then one file per technique (virtual_cache: one sequence in vattention's
+store). `build` makes the cache that a policy string
 names; `predict` and `read_bytes` say beforehand what it will hold and read.
 """
 
@@ -9,7 +10,17 @@ from __future__ import annotations
 
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.policy import Policy, parse
-from memwall.kv.table import POLICIES, build, codes_prompt, predict, read_bytes, resolve
+from memwall.kv.table import (
+    POLICIES,
+    build,
+    codes_prompt,
+    needs_model,
+    packs_positions,
+    predict,
+    read_bytes,
+    resolve,
+    step_macs,
+)
 
 __all__ = [
     "POLICIES",
@@ -19,8 +30,11 @@ __all__ = [
     "Policy",
     "build",
     "codes_prompt",
+    "needs_model",
+    "packs_positions",
     "parse",
     "predict",
     "read_bytes",
     "resolve",
+    "step_macs",
 ]

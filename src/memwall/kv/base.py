@@ -14,7 +14,7 @@ model's hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from memwall.models.weights import Weights
 
 Role = Literal["tokens", "channels", "store"]
+
+Facts = Mapping[str, int]
+"""Whole numbers that say how the arrays of `KVCache.dump` are to be read."""
+
+Reader = Callable[[str, np.ndarray], None]
+"""reader(name, out) fills `out` with the first len(out) rows of a dumped array."""
 ROLES: tuple[Role, ...] = ("tokens", "channels", "store")
 """What a policy decides, outermost first: which tokens stay, which channels stay, how rows are stored."""
 
@@ -106,12 +112,23 @@ class KVCache(ABC):
     """Names of policies that this one can't work on top of, with the reason."""
     needs_model: ClassVar[bool] = False
     """Whether it looks into the model (rotation, weights, fitted factors)."""
+    fits: ClassVar[bool] = False
+    """Whether it must be fitted to the model once (`fit`, `kv.fitted`)."""
     takes_inputs: ClassVar[bool] = False
     """Whether the decoder must hand it the layers' inputs (`take_inputs`)."""
     codes_prompt: ClassVar[bool] = False
     """Whether settling changes what a prompt's later tokens would see, so that it must come in one segment to attend
     exactly.
     """
+    packs_positions: ClassVar[bool] = False
+    """Whether it numbers the tokens that it keeps anew (`next_position`): a sequence may then outgrow the positions
+    that the model knows.
+    """
+
+    saves: ClassVar[bool] = False
+    """Whether it can be written down and read back (`dump`, `layout`, `restore`)."""
+    plain_rows: ClassVar[bool] = False
+    """Whether rows alone make it: appending and settling without attention does, and `rows` gives them back."""
 
     def __init__(self, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
         if capacity_tokens < 1:
@@ -133,6 +150,31 @@ class KVCache(ABC):
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
         """Bytes that one decode step reads with `num_tokens` taken in; as `predict`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def step_macs(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
+        """Multiply-adds of one decode step beyond attention itself: where keys are rebuilt, these decide its time."""
+        return 0
+
+    @classmethod
+    def fit_key(cls, policy: Policy) -> str:
+        """Canonical form of the settings that `fit` depends on; where `fits` is set."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit(
+        cls,
+        policy: Policy,
+        directory: Path,
+        text: str | None,
+        threads: int | None,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> dict[str, np.ndarray]:
+        """Learns what the policy needs of the model in `directory` from `text` (None: the bundled one).
+
+        progress(stage, done, in all). Where `fits` is set; may use torch, which running never does.
+        """
         raise NotImplementedError
 
     @property
@@ -204,6 +246,32 @@ class KVCache(ABC):
     def release(self) -> None:
         """Gives all memory back; the cache is of no more use."""
 
+    def dump(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """Arrays and facts from which `restore` makes an equal cache, in the form it holds them.
+
+        Arrays are views: they go stale with the next change. Between forward passes only; where `saves` is set.
+        """
+        raise NotImplementedError
+
+    def layout(self, facts: Facts) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of each array that `dump` gives with such facts; InputError for facts that cannot be.
+
+        Where `saves` is set; changes nothing.
+        """
+        raise NotImplementedError
+
+    def restore(self, facts: Facts, keep: int, reader: Reader) -> None:
+        """Makes this empty cache what was dumped, cut to its first `keep` tokens (at least as far as `rewindable`
+        goes; `length` says how many it became).
+
+        facts: those that `layout` has accepted. BudgetExceeded, with the cache empty, when the arena has no room.
+        """
+        raise NotImplementedError
+
+    def rows(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [n, Hkv, D] float32 of tokens [begin, end) as they are held. Where `plain_rows` is set."""
+        raise NotImplementedError
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -223,6 +291,10 @@ class KVCache(ABC):
                 f"the context holds {self.capacity_tokens:,} tokens, {held:,} are used, {num_new:,} more do not fit; "
                 f"ask for a longer one (--context {held + num_new})"
             )
+
+    def _check_restore(self, keep: int, saved: int) -> None:
+        if self.length or not 0 <= keep <= min(saved, self.capacity_tokens):
+            raise ValueError(f"cannot restore {keep} of {saved} tokens to a cache of {self.capacity_tokens}")
 
     def _check_truncate(self, length: int) -> None:
         if not 0 <= length <= self.length:

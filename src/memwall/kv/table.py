@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memwall.errors import InputError
 from memwall.kv.base import ROLES, CacheModel, CacheShape, KVCache
@@ -25,8 +25,18 @@ POLICIES = {
     "kivi": "memwall.kv.kivi:KiviCache",
     "snapkv": "memwall.kv.snapkv:SnapCache",
     "think": "memwall.kv.think:ThinkCache",
+    "vattention": "memwall.kv.virtual_cache:VirtualCache",
+    "xquant": "memwall.kv.xquant:XQuantCache",
+    "cskv": "memwall.kv.cskv:CskvCache",
+    "locret": "memwall.kv.locret:LocretCache",
+    "epicache": "memwall.kv.epicache:EpiCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
+
+CODECS = {
+    "cachegen": "memwall.kv.cachegen_file:CacheGenFile",
+}
+"""Codec of saved caches -> "module:Class", loaded on demand."""
 
 _DOES = {
     "tokens": "choose the tokens that stay",
@@ -47,6 +57,14 @@ def technique(name: str) -> type[KVCache]:
     return found
 
 
+def codec(name: str) -> Any:
+    """The class behind the name of a codec of saved caches."""
+    if name not in CODECS:
+        raise InputError(f"unknown codec of saved caches {name!r}; known: exact, {', '.join(CODECS)}")
+    module, class_name = CODECS[name].split(":")
+    return getattr(import_module(module), class_name)
+
+
 def resolve(policy: str | Policy) -> Policy:
     """A policy whose parts are known, go together, are nested by role and end in a store.
 
@@ -65,6 +83,11 @@ def resolve(policy: str | Policy) -> Policy:
         kinds[DEFAULT_STORE.name] = technique(DEFAULT_STORE.name)
     for place, outer in enumerate(ordered):
         for inner in ordered[place + 1 :]:
+            if kinds[inner.name].takes_inputs:
+                raise InputError(
+                    f"KV policy {policy}: {outer.name} does not work on top of {inner.name}, which keeps what whole "
+                    f"layers read, of all tokens; use {inner.name} alone"
+                )
             reason = kinds[outer.name].refuses.get(inner.name)
             if reason is not None:
                 raise InputError(f"KV policy {policy}: {outer.name} does not work on top of {inner.name}: {reason}")
@@ -111,7 +134,23 @@ def codes_prompt(policy: str) -> bool:
     return any(technique(part.name).codes_prompt for part in resolve(policy).parts)
 
 
+def needs_model(policy: str) -> bool:
+    """Whether a part of the policy looks into the model, so that its cache can't be tried without one."""
+    return any(technique(part.name).needs_model for part in resolve(policy).parts)
+
+
+def packs_positions(policy: str) -> bool:
+    """Whether the tokens kept are numbered anew, so that a sequence may outgrow the positions that the model knows."""
+    return any(technique(part.name).packs_positions for part in resolve(policy).parts)
+
+
 def read_bytes(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
     """Bytes that one decode step reads from a cache of `num_tokens`, which came as one prompt where that matters."""
     resolved = resolve(policy)
     return technique(resolved.name).read_bytes(resolved, shape, num_tokens)
+
+
+def step_macs(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
+    """Multiply-adds that one decode step spends on a cache of `num_tokens` beyond attention itself."""
+    resolved = resolve(policy)
+    return technique(resolved.name).step_macs(resolved, shape, num_tokens)

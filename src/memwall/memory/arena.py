@@ -28,6 +28,14 @@ HUGE_FROM_BYTES = 4 * HUGE_PAGE_BYTES
 """Ranges from here on use huge pages unless told otherwise."""
 
 
+def allocated_bytes(nbytes: int) -> int:
+    """What `Arena.allocate` counts for an array of `nbytes`: whole pages, or aligned units for small ones."""
+    if nbytes >= SMALL_BYTES:
+        return round_up(nbytes)
+    # at least one unit, so that two empty arrays never share an address
+    return max(round_up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+
+
 class Charge:
     """Bytes that count against the cap although something else allocated them (a mapped file, a library's buffers)."""
 
@@ -50,6 +58,10 @@ class Charge:
     def resize(self, nbytes: int) -> None:
         """Counts `nbytes` from now on; BudgetExceeded when that is over the cap, and then nothing changes."""
         self._arena._resize(self._entry, nbytes)
+
+    def move_to(self, other: Charge, nbytes: int) -> None:
+        """Counts `nbytes` of this charge under the other's owner from now on; what the arena holds stays the same."""
+        self._arena._move(self._entry, other._entry, nbytes)
 
     def release(self) -> None:
         """Counts nothing any more."""
@@ -196,7 +208,7 @@ class Arena:
             raise ValueError(f"{owner}: shape {shape} has a negative size")
         if nbytes < SMALL_BYTES:
             return self._allocate_small(owner, shape, kind, nbytes)
-        charge = self.charge(owner, round_up(nbytes))
+        charge = self.charge(owner, allocated_bytes(nbytes))
         try:
             pages = Pages(nbytes, huge=_wants_huge(nbytes, huge))
             pages.populate(0, pages.capacity_bytes)
@@ -251,8 +263,7 @@ class Arena:
         return Charge(self, entry)
 
     def _allocate_small(self, owner: str, shape: tuple[int, ...], kind: np.dtype[Any], nbytes: int) -> np.ndarray:
-        # At least one aligned unit, so that two empty arrays never share an address.
-        size = max(round_up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+        size = allocated_bytes(nbytes)
         charge = self.charge(owner, size)
         raw = np.zeros(size + ALIGNMENT_BYTES, np.uint8)
         raw.fill(0)  # zeros alone may leave the pages untouched
@@ -275,6 +286,13 @@ class Arena:
                 entry.resize(nbytes)
                 self._used_bytes += delta
                 self._peak_bytes = max(self._peak_bytes, self._used_bytes)
+
+    def _move(self, source: Entry, target: Entry, nbytes: int) -> None:
+        if not 0 <= nbytes <= source.nbytes:
+            raise ValueError(f"{source.owner}: {nbytes:,} of {source.nbytes:,} bytes cannot go to {target.owner}")
+        with self._lock:
+            source.resize(source.nbytes - nbytes)
+            target.resize(target.nbytes + nbytes)
 
 
 def _wants_huge(nbytes: int, huge: bool | None) -> bool:

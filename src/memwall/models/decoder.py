@@ -19,6 +19,7 @@ from memwall.formats import codec
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
+from memwall.models.decode import DecodeStep
 from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
 
@@ -38,6 +39,8 @@ def activation_shapes(config: ModelConfig, segment_tokens: int, logit_rows: int 
         "hidden": (segment_tokens, config.hidden_size),
         "keys": (segment_tokens, kv_width),
         "values": (segment_tokens, kv_width),
+        "cos": (segment_tokens, config.head_dim // 2),
+        "sin": (segment_tokens, config.head_dim // 2),
         "normed": (block, config.hidden_size),
         "queries": (block, q_width),
         "attended": (block, q_width),
@@ -58,16 +61,29 @@ def activation_bytes(config: ModelConfig, segment_tokens: int, logit_rows: int =
     return sum(rows * cols for rows, cols in shapes) * np.dtype(np.float32).itemsize
 
 
-def scratch_bytes(config: ModelConfig, specs: Mapping[str, str], segment_tokens: int, *, exact: bool = False) -> int:
-    """Bytes the products keep between calls: activations rounded for the widest matrix, and a panel per thread."""
+def scratch_bytes(
+    config: ModelConfig,
+    specs: Mapping[str, str],
+    segment_tokens: int,
+    *,
+    exact: bool = False,
+    threads: int | None = None,
+) -> int:
+    """Bytes the kernels keep between calls: activations rounded for the widest matrix, a panel per thread, and what
+    each thread attends with. threads: None for those in use.
+    """
     tokens = min(segment_tokens, BLOCK_ROWS)
     widest = max(config.hidden_size, config.intermediate_size, config.query_size)
     groups = {0} if exact else {getattr(codec(spec), "group", 0) for spec in specs.values()}
-    once = kernels.predict_scratch_bytes(tokens, widest, group=0)
-    return once + sum(kernels.predict_scratch_bytes(tokens, widest, group=group) - once for group in groups)
+    panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
+    rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
+    attention = kernels.predict_attention_scratch_bytes(
+        config.num_heads, config.num_kv_heads, config.head_dim, tokens, threads=threads
+    )
+    return panels + rounded + attention
 
 
-class _Layer:
+class Layer:
     """Names and matrices of one layer, looked up once."""
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
@@ -115,13 +131,22 @@ class Decoder:
         self.exact = exact
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
-        self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
+        self._step: DecodeStep | None = None
+        self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
-        arena.charge(SCRATCH, scratch_bytes(config, weights.specs, segment_tokens, exact=exact))
+        self._arena = arena
+        self._scratch = arena.charge(SCRATCH, scratch_bytes(config, weights.specs, segment_tokens, exact=exact))
         self._buffers = {
             name: arena.allocate(OWNER, shape, np.float32)
             for name, shape in activation_shapes(config, segment_tokens, logit_rows).items()
         }
+
+    def release(self) -> None:
+        """Gives the buffers back; the decoder is of no more use."""
+        for buffer in self._buffers.values():
+            self._arena.free(buffer)
+        self._buffers = {}
+        self._scratch.release()
 
     def forward(self, tokens: np.ndarray, cache: DecoderCache, *, all_logits: bool = False) -> np.ndarray:
         """Run new tokens [T] through the model and keep their keys and values in `cache`.
@@ -143,7 +168,11 @@ class Decoder:
         cos, sin = self._rotation(cache, positions)
         hidden = self._buffers["hidden"][:num_tokens]
         kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
+        step = self._decode_step() if num_tokens == 1 and not cache.takes_inputs else None
         try:
+            if step is not None:
+                step.run(cache, positions)
+                return hidden
             for index, layer in enumerate(self._layers):
                 self._run_layer(index, layer, hidden, positions, cos, sin, cache)
         except BaseException:
@@ -152,6 +181,17 @@ class Decoder:
         kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
         return hidden
 
+    def _decode_step(self) -> DecodeStep | None:
+        """The recorded form of one token's layers; None where a layer's calls depend on its numbers (experts) or an
+        observer wants to see them.
+        """
+        if self.config.num_experts or self.observer is not None:
+            return None
+        if self._step is None or self._step.generation != self.weights.generation:
+            rows = {name: buffer[:1] for name, buffer in self._buffers.items()}
+            self._step = DecodeStep(self._layers, self.weights, rows, eps=self.config.rms_norm_eps, exact=self.exact)
+        return self._step
+
     def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
         """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
         positions = np.arange(cache.length, cache.length + len(hidden), dtype=np.int64)
@@ -159,9 +199,13 @@ class Decoder:
         self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
 
     def _rotation(self, cache: DecoderCache, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A cache that packs what it keeps has tokens turn by their place there, not in the sequence."""
+        """cos and sin of new tokens, in the decoder's buffers.
+
+        A cache that packs what it keeps has tokens turn by their place there, not in the sequence.
+        """
         turns = positions + (cache.next_position - cache.length)
-        return rope_tables(self.config.rope, self.config.head_dim, turns)
+        tables = (self._buffers["cos"][: len(positions)], self._buffers["sin"][: len(positions)])
+        return rope_tables(self.config.rope, self.config.head_dim, turns, tables)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Normed hidden states [n, H] -> logits [n, V] (n at most the logit_rows given at construction)."""
@@ -186,7 +230,7 @@ class Decoder:
     def _run_layer(
         self,
         index: int,
-        layer: _Layer,
+        layer: Layer,
         hidden: np.ndarray,
         positions: np.ndarray,
         cos: np.ndarray,
@@ -238,13 +282,13 @@ class Decoder:
             kernels.rms_norm(per_head, norm, self.config.rms_norm_eps, per_head)
         kernels.rope(x.reshape(len(x), num_heads, head_dim), cos, sin)
 
-    def _feed_forward(self, layer: _Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+    def _feed_forward(self, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         gate, up = self._buffers["gate"][: len(normed)], self._buffers["up"][: len(normed)]
         self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
         kernels.swiglu(gate, up, gate)
         self._linear(gate, [layer.down], [residual], [layer.down_bias], accumulate=True)
 
-    def _experts(self, layer: _Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+    def _experts(self, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         """Each token goes through its top experts, weighted by the softmax over the router's logits."""
         router = self._buffers["router"][: len(normed)]
         self._linear(normed, [layer.router], [router])
@@ -265,4 +309,6 @@ class Decoder:
             self._linear(x, gate_up, [gate, up])
             kernels.swiglu(gate, up, gate)
             self._linear(gate, [down], [out])
-            residual[tokens] += out * shares[tokens, slots, None]
+            out *= shares[tokens, slots, None]
+            out += np.take(residual, tokens, axis=0, out=x)
+            residual[tokens] = out

@@ -14,6 +14,8 @@ import numpy as np
 
 from memwall.models.config import RopeConfig
 
+BLOCK_POSITIONS = 512
+
 
 @lru_cache(maxsize=16)
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -34,11 +36,23 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return result
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin, float32 [len(positions), head_dim / 2], the attention factor included."""
-    angles = np.asarray(positions).astype(np.float32)[:, None] * inverse_frequencies(rope, head_dim)
-    factor = np.float32(rope.attention_factor)
-    return np.cos(angles) * factor, np.sin(angles) * factor
+def rope_tables(
+    rope: RopeConfig, head_dim: int, positions: np.ndarray, out: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin, float32 [len(positions), head_dim / 2], the attention factor included; into `out` where given.
+
+    Some rows at a time: the angles of a long prompt would be megabytes.
+    """
+    frequencies, factor = inverse_frequencies(rope, head_dim), np.float32(rope.attention_factor)
+    shape = (len(positions), head_dim // 2)
+    cos, sin = out if out is not None else (np.empty(shape, np.float32), np.empty(shape, np.float32))
+    for begin in range(0, len(positions), BLOCK_POSITIONS):
+        rows = slice(begin, begin + BLOCK_POSITIONS)
+        angles = np.asarray(positions)[rows].astype(np.float32)[:, None] * frequencies
+        for table, function in ((cos, np.cos), (sin, np.sin)):
+            function(angles, out=table[rows])
+            table[rows] *= factor
+    return cos, sin
 
 
 class RotaryTable:

@@ -13,5 +13,7 @@ from memwall.plan.base import PlanRow as PlanRow
 from memwall.plan.base import Quality as Quality
 from memwall.plan.choose import Planner as Planner
 from memwall.plan.choose import make_plan as make_plan
+from memwall.plan.predict import RUNTIME as RUNTIME
+from memwall.plan.predict import sampling_bytes as sampling_bytes
 from memwall.plan.report import write_html as write_html
 from memwall.plan.search import Goal as Goal

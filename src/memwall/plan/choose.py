@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -26,7 +26,7 @@ from memwall.plan.base import Choice, Option, Plan, Quality
 from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
 from memwall.plan.profile import KernelProfile, load_profile
 from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search, segment_tokens
-from memwall.plan.speed import Speed, predict_elsewhere, predict_here
+from memwall.plan.speed import Speed, arithmetic_elsewhere, arithmetic_here, predict_elsewhere, predict_here
 
 HELD_OUT_NAME = "bundled held-out text"
 #: tokens of held-out text a choice is measured on: enough for the KL of formats a bit apart to differ by several
@@ -50,6 +50,7 @@ class Planner:
         text: str | None = None,
         profile: bool = True,
         measure_all: bool = False,
+        extra_bytes: Mapping[str, int] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """machine: a preset's name; None is this one. device: cpu or gpu; None is the gpu of a machine that has one,
@@ -57,7 +58,7 @@ class Planner:
 
         text: held-out text instead of the bundled one. measure_all: the runners-up too, where quality is measured.
         profile: measure kernels not yet known. runtime_bytes: the interpreter's own memory, where the caller knows
-        it.
+        it. extra_bytes: see `ModelSpace`.
         """
         self.model = Path(model)
         config = ModelConfig.from_directory(self.model)
@@ -74,6 +75,7 @@ class Planner:
             runtime_bytes=runtime_bytes or measured_runtime_bytes(self.model),
             device_tier=device_tier,
             host_tier=host_tier,
+            extra_bytes=extra_bytes,
         )
         self._text = text
         self._progress = progress
@@ -166,6 +168,14 @@ class Planner:
         profile.save()
         return speed
 
+    def _arithmetic(self, choice: Choice) -> str:
+        """What to know of a cache that rebuilds its keys; empty for others. Call it after `speed`."""
+        if self.elsewhere is not None:
+            return arithmetic_elsewhere(self.space.config, choice, self.elsewhere, self.space.device_tier)
+        profile = self._profiles.get(choice.threads)
+        specs = self.space.specs(choice.weights)
+        return arithmetic_here(self.space.config, specs, choice, profile) if profile is not None else ""
+
     def _complete(self, goal: Goal) -> Goal:
         """Fill in what the machine implies: its device, and its capacities where another one is planned for without
         a budget.
@@ -194,7 +204,7 @@ class Planner:
             decode_tokens_per_s_at_start=speed.decode_tokens_per_s_at_start if speed else None,
             prefill_tokens_per_s=speed.prefill_tokens_per_s if speed else None,
             quality=best.quality,
-            explanation=explain(self.space, goal, candidates),
+            explanation=explain(self.space, goal, candidates) + self._arithmetic(best.choice),
             runners_up=tuple(self._runners_up(goal, candidates)),
         )
 
@@ -260,6 +270,7 @@ def make_plan(
     runtime_bytes: int | None = None,
     profile: bool | None = None,
     measure_all: bool = False,
+    extra_bytes: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
@@ -268,7 +279,8 @@ def make_plan(
     prompt_tokens: length of the prompt, where known. budget: caps per tier (None: no cap, or another machine's
     capacities). measure: measure quality on held-out text where it is not known; profile: measure kernels where they
     are not known (None: as `measure`), otherwise speeds may be missing; measure_all: the runners-up's quality too, for
-    a fuller plot. progress(done, total) counts windows of text.
+    a fuller plot; extra_bytes: by owner, what the caller will hold besides. progress(done, total) counts windows of
+    text.
     """
     planner = Planner(
         model,
@@ -278,6 +290,7 @@ def make_plan(
         text=text,
         profile=measure if profile is None else profile,
         measure_all=measure and measure_all,
+        extra_bytes=extra_bytes,
         progress=progress,
     )
     goal = Goal(

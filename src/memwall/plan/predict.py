@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from memwall import __version__, kv
-from memwall.engine.session import RUNTIME_HEADROOM_BYTES, cache_shape
+from memwall.engine.sampling import Sampler
+from memwall.engine.session import RUNTIME_HEADROOM_BYTES, SAMPLING, cache_shape
 from memwall.errors import InputError
-from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
+from memwall.memory.arena import allocated_bytes
 from memwall.memory.pages import round_up
 from memwall.models import model_directory
 from memwall.models.config import ModelConfig
@@ -58,13 +59,18 @@ class ModelSpace(Space):
         headroom_bytes: int = RUNTIME_HEADROOM_BYTES + RUNTIME_SPREAD_BYTES,
         device_tier: str = "ram",
         host_tier: str = "ram",
+        extra_bytes: Mapping[str, int] | None = None,
     ) -> None:
-        """device_tier holds weights, cache and activations; host_tier the interpreter and what loading needs."""
+        """device_tier holds weights, cache and activations; host_tier the interpreter and what loading needs.
+
+        extra_bytes: by owner, what the caller will hold besides.
+        """
         self.config = config
         self.device_tier = device_tier
         self.host_tier = host_tier
         self.saved = saved
-        self.runtime_bytes = runtime_bytes
+        self.extra_bytes = dict(extra_bytes or {})
+        self.runtime_bytes = runtime_bytes + self.extra_bytes.pop(RUNTIME, 0)
         self.headroom_bytes = headroom_bytes
         self.shape = cache_shape(config)
         self.max_context = config.max_position
@@ -122,10 +128,11 @@ class ModelSpace(Space):
         rows = [PlanRow(owner=owner, tier=device, nbytes=size) for owner, size in sorted(weights.items())]
         rows += [PlanRow(owner=owner, tier=device, nbytes=size * choice.batch) for owner, size in sorted(cache.items())]
         rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
-        scratch = scratch_bytes(self.config, self.specs(choice.weights), choice.segment_tokens)
+        scratch = scratch_bytes(self.config, self.specs(choice.weights), choice.segment_tokens, threads=choice.threads)
         rows.append(PlanRow(owner=SCRATCH, tier=device, nbytes=scratch))
         rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=self.runtime_bytes))
         rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
+        rows += [PlanRow(owner=owner, tier=host, nbytes=size) for owner, size in self.extra_bytes.items()]
         # weights come first: while they load, cache and activations do not exist yet and their room is free for it
         room = sum(cache.values()) * choice.batch + work if device == host else 0
         above = max(self.loading_bytes(choice.weights) - room, 0)
@@ -145,9 +152,14 @@ def activations(config: ModelConfig, segment_tokens: int) -> int:
     """Resident bytes of the decoder's buffers, each in whole pages as the arena gives them out."""
     total = 0
     for rows, cols in activation_shapes(config, segment_tokens).values():
-        nbytes = rows * cols * np.dtype(np.float32).itemsize
-        total += round_up(nbytes) if nbytes >= SMALL_BYTES else max(round_up(nbytes, ALIGNMENT_BYTES), ALIGNMENT_BYTES)
+        total += allocated_bytes(rows * cols * np.dtype(np.float32).itemsize)
     return total
+
+
+def sampling_bytes(config: ModelConfig) -> dict[str, int]:
+    """What drawing tokens (not greedily) holds, by owner."""
+    rows, cols = Sampler.scratch_shape(config.vocab_size)
+    return {SAMPLING: allocated_bytes(rows * cols * np.dtype(np.float32).itemsize)}
 
 
 def measured_runtime_bytes(model: Path) -> int:

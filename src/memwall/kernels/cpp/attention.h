@@ -11,10 +11,14 @@ namespace mw {
 
 enum class Real : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
-// Rows of exact numbers [token][kv head][key_dim or head_dim]; row 0 is the first token after the coded part.
+// Rows of exact numbers [token][kv head][key_dim or head_dim]; row 0 is the first token after the coded part. Rows of several layers may
+// lie in turn (`stride`), or pages of 2^page_shift rows anywhere in `data` (`table`: the page that holds tokens p * 2^page_shift on).
 struct Rows {
   const void* data = nullptr;
   Real type = Real::float32;
+  std::int64_t stride = 0;  // numbers from one token to the next; 0: no gap
+  const std::int32_t* table = nullptr;
+  int page_shift = 0;
 };
 
 // How a KIVI cache is cut; see kivi.isa.cpp for the layout of a block.
@@ -58,10 +62,19 @@ struct Attention {
   const std::uint8_t* key_blocks = nullptr;    // [block][kv head][key_block_bytes]
   const std::uint8_t* value_blocks = nullptr;  // [block][kv head][value_block_bytes]
   std::int64_t coded_keys = 0, coded_values = 0;
+  // prefill of one head of a ragged cache: its past rows [token][head_dim], coded_keys = coded_values of them, before the tail
+  Rows past_keys, past_values;
 
   int queries_per_kv_head() const { return num_heads / num_kv_heads; }
   int padded_dim() const { return (head_dim + 15) / 16 * 16; }
   int padded_key() const { return (key_dim + 15) / 16 * 16; }
+};
+
+// A cache whose kv heads hold different tokens: a past of flat rows, head by head, and a tail that all heads share.
+struct Ragged {
+  Attention tail;  // query_key counts inside the tail: the past lies before every query
+  Rows past_keys, past_values;              // [row][head_dim]
+  const std::int64_t* offsets = nullptr;    // [num_kv_heads + 1]: rows offsets[h] .. offsets[h + 1] are head h's
 };
 
 // What one worker found over one run of tokens: for each query head maximum, sum and the unnormalized output.
@@ -90,6 +103,10 @@ constexpr int kStep = 128;  // tokens scored before their values are summed: sco
 
 const AttentionKernels& attention_kernels();
 void attend(const Attention&);
+void attend_ragged(const Ragged&);
+
+// what `attend` holds between calls, over all threads, once it has seen `tokens` queries at once and a long cache
+std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads);
 
 // rows = exact tokens; encodes `count` tokens of keys (whole blocks) from the start of `blocks`, of values from token `first`
 void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::int64_t count, std::uint8_t* blocks);

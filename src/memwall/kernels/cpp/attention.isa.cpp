@@ -37,18 +37,42 @@ struct View {
   std::int64_t stride;  // between tokens
   int dim;
   const T* row(std::int64_t token, int kv_head) const { return data + token * stride + static_cast<std::int64_t>(kv_head) * dim; }
+  const T* ahead(std::int64_t token) const { return row(token, 0); }  // to be fetched only: may lie past the end
+  int run(std::int64_t, int count) const { return count; }            // rows from here on that follow each other in memory
 };
 
+// the same over pages that a table finds
 template <typename T>
-View<T> view(const Rows& rows, const Attention& a, int dim) {
-  return {static_cast<const T*>(rows.data), static_cast<std::int64_t>(a.num_kv_heads) * dim, dim};
+struct PagedView {
+  const T* data;
+  std::int64_t stride;
+  int dim;
+  const std::int32_t* table;
+  int shift;
+  std::int64_t last;
+  std::int64_t place(std::int64_t token) const {
+    return (static_cast<std::int64_t>(table[token >> shift]) << shift) + (token & ((std::int64_t{1} << shift) - 1));
+  }
+  const T* row(std::int64_t token, int kv_head) const { return data + place(token) * stride + static_cast<std::int64_t>(kv_head) * dim; }
+  const T* ahead(std::int64_t token) const { return row(smaller(token, last), 0); }
+  int run(std::int64_t token, int count) const {
+    return static_cast<int>(smaller<std::int64_t, std::int64_t>(count, (std::int64_t{1} << shift) - (token & ((std::int64_t{1} << shift) - 1))));
+  }
+};
+
+template <typename T, typename Body>
+inline void with_view(const Rows& rows, const Attention& a, int dim, Body&& body) {
+  const T* data = static_cast<const T*>(rows.data);
+  const std::int64_t stride = rows.stride ? rows.stride : static_cast<std::int64_t>(a.num_kv_heads) * dim;
+  if (rows.table == nullptr) body(View<T>{data, stride, dim});
+  else body(PagedView<T>{data, stride, dim, rows.table, rows.page_shift, a.length - 1});
 }
 
 template <typename Body>
-inline void with_type(Real type, Body&& body) {
-  if (type == Real::float32) body(float{});
-  else if (type == Real::float16) body(f16{});
-  else body(bf16{});
+inline void with_rows(const Rows& rows, const Attention& a, int dim, Body&& body) {
+  if (rows.type == Real::float32) with_view<float>(rows, a, dim, body);
+  else if (rows.type == Real::float16) with_view<f16>(rows, a, dim, body);
+  else with_view<bf16>(rows, a, dim, body);
 }
 
 // ---- decoding ----------------------------------------------------------------------------------------------------------
@@ -92,18 +116,23 @@ inline void dot_tile(const T* const k[4], const float* q, const float* tails, in
   for (int r = 0; r < R; ++r) store_sums4(scores + r * kStep, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
-template <typename T>
-void exact_scores(const Attention& a, const View<T>& keys, const float* q, const float* tails, std::int64_t first, int count,
+template <template <typename> class V, typename T>
+void exact_scores(const Attention& a, const V<T>& keys, const float* q, const float* tails, std::int64_t first, int count,
                   float* scores) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_key();
   const std::int64_t row_bytes = static_cast<std::int64_t>(a.key_dim) * sizeof(T);
   const auto tails_of = [&](int head) { return tails == nullptr ? tails : tails + head * W; };
   for (int t = 0; t < count; t += 4) {
+    const T *rows[4], *next[4];
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = keys.row(first + smaller(t + i, count - 1), 0);  // the last row again instead of rows that are not there
+      next[i] = keys.ahead(first + t + i + kAhead);
+    }
     for (int h = 0; h < a.num_kv_heads; ++h) {
       const T* k[4];
       for (int i = 0; i < 4; ++i) {
-        k[i] = keys.row(first + smaller(t + i, count - 1), h);  // the last row again instead of rows that are not there
-        const char* ahead = reinterpret_cast<const char*>(k[i] + kAhead * keys.stride);
+        k[i] = rows[i] + static_cast<std::int64_t>(h) * a.key_dim;
+        const char* ahead = reinterpret_cast<const char*>(next[i] + static_cast<std::int64_t>(h) * a.key_dim);
         for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
       int r = 0;
@@ -144,16 +173,17 @@ inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p,
       for (int t = 0; t < count; ++t) out[r * padded + d] += p[r * kStep + t] * to_float(v[t * stride + d]);
 }
 
-template <typename T>
-void exact_values(const Attention& a, const View<T>& values, const float* p, std::int64_t first, int count, float* out) {
+template <template <typename> class V, typename T>
+void exact_values(const Attention& a, const V<T>& values, const float* p, std::int64_t first, int count, float* out) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
   const std::int64_t row_bytes = static_cast<std::int64_t>(a.head_dim) * sizeof(T);
-  for (int t = 0; t < count; t += kWindow) {
-    const int n = smaller(kWindow, count - t);
+  for (int t = 0, n = 0; t < count; t += n) {
+    n = values.run(first + t, smaller(kWindow, count - t));
+    const T *row = values.row(first + t, 0), *next = values.ahead(first + t + kWindow);
     for (int h = 0; h < a.num_kv_heads; ++h) {
-      const T* v = values.row(first + t, h);
+      const T* v = row + static_cast<std::int64_t>(h) * a.head_dim;
       for (int i = 0; i < n; ++i) {
-        const char* ahead = reinterpret_cast<const char*>(v + (kWindow + i) * values.stride);
+        const char* ahead = reinterpret_cast<const char*>(next + i * values.stride + static_cast<std::int64_t>(h) * a.head_dim);
         for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
       int r = 0;
@@ -210,17 +240,15 @@ void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t
     const int coded_keys = coded_part(a.coded_keys), coded_values = coded_part(a.coded_values);
     if (coded_keys > 0) kivi_scores(a, q, step, step + coded_keys, scores, rest);
     if (coded_keys < count)
-      with_type(a.keys.type, [&](auto t) {
-        exact_scores(a, view<decltype(t)>(a.keys, a, a.key_dim), q, tails, step + coded_keys - a.coded_keys, count - coded_keys,
-                     scores + coded_keys);
+      with_rows(a.keys, a, a.key_dim, [&](const auto& keys) {
+        exact_scores(a, keys, q, tails, step + coded_keys - a.coded_keys, count - coded_keys, scores + coded_keys);
       });
     const std::int64_t hidden = larger<std::int64_t, std::int64_t>(a.first_key - step, 0);
     softmax_step(a, scores, count, static_cast<int>(smaller<std::int64_t, std::int64_t>(hidden, count)), part);
     if (coded_values > 0) kivi_values(a, scores, step, step + coded_values, part.out, rest);
     if (coded_values < count)
-      with_type(a.values.type, [&](auto t) {
-        exact_values(a, view<decltype(t)>(a.values, a, a.head_dim), scores + coded_values, step + coded_values - a.coded_values,
-                     count - coded_values, part.out);
+      with_rows(a.values, a, a.head_dim, [&](const auto& values) {
+        exact_values(a, values, scores + coded_values, step + coded_values - a.coded_values, count - coded_values, part.out);
       });
   }
 }
@@ -263,8 +291,8 @@ void multiply(const float* a, std::int64_t a_row, std::int64_t a_col, const floa
       multiply_tile<1>(a + i * a_row, a_row, a_col, b + j, ldb, c + static_cast<std::int64_t>(i) * ldc + j, ldc, depth, add);
 }
 
-template <typename T>
-void exact_tile(const View<T>& rows, int kv_head, std::int64_t first, int count, float* tile, int padded) {
+template <template <typename> class V, typename T>
+void exact_tile(const V<T>& rows, int kv_head, std::int64_t first, int count, float* tile, int padded) {
   for (int t = 0; t < count; ++t) {
     const T* row = rows.row(first + t, kv_head);
     float* to = tile + t * padded;
@@ -283,9 +311,19 @@ void load_tile(const Attention& a, const Rows& rows, int dim, std::int64_t coded
   const int n = static_cast<int>(smaller<std::int64_t, std::int64_t>(left, count));
   if (n > 0) coded_tile(a, kv_head, begin, begin + n, tile, padded);
   if (n < count)
-    with_type(rows.type, [&](auto t) {
-      exact_tile(view<decltype(t)>(rows, a, dim), kv_head, begin + n - coded, count - n, tile + n * padded, padded);
+    with_rows(rows, a, dim, [&](const auto& exact) {
+      exact_tile(exact, kv_head, begin + n - coded, count - n, tile + n * padded, padded);
     });
+}
+
+// the same of a ragged cache's past, whose rows are one head's alone
+template <typename CodedTile>
+void past_tile(const Attention& a, const Rows& past, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld,
+               CodedTile&& coded_tile) {
+  if (past.data == nullptr) return coded_tile(a, kv_head, begin, end, tile, ld);
+  Rows own = past;
+  own.stride = a.head_dim;
+  with_rows(own, a, a.head_dim, [&](const auto& rows) { exact_tile(rows, 0, begin, static_cast<int>(end - begin), tile, ld); });
 }
 
 struct PromptScratch {  // rows = query tokens x heads of one kv head, padded to 16
@@ -368,11 +406,13 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
   load_queries(a, kv_head, begin, end, origin, s);
   for (std::int64_t tile = origin; tile < high_last; tile += kTile) {
     const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kTile, high_last - tile));
-    load_tile(a, a.keys, a.key_dim, a.coded_keys, kv_head, tile, count, s.keys, kivi_key_tile);
+    load_tile(a, a.keys, a.key_dim, a.coded_keys, kv_head, tile, count, s.keys,
+              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_keys, h, from, to, out, ld, kivi_key_tile); });
     multiply(s.keys, key_dim, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, a.key_dim, false);
     const bool masked = tile < low_last || tile + count > high_first;
     softmax_tile(s, count, dim, tile - origin, masked);
-    load_tile(a, a.values, a.head_dim, a.coded_values, kv_head, tile, count, s.values, kivi_value_tile);
+    load_tile(a, a.values, a.head_dim, a.coded_values, kv_head, tile, count, s.values,
+              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_values, h, from, to, out, ld, kivi_value_tile); });
     multiply(s.scores, 1, s.rows, s.values, dim, s.out, dim, s.rows, dim, count, true);
   }
   for (int row = 0; row < (end - begin) * rep; ++row) {

@@ -76,7 +76,7 @@ struct LinearKernels {
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.
 std::size_t linear_scratch_bytes();
 // What it would hold after products of `tokens` tokens of `cols` columns with weights in groups of `group` (0: dense weights).
-std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group);
+std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads);
 
 struct Product {
   const Matrix* matrix;
