@@ -38,8 +38,6 @@ from memwall.systems import find_system
 
 kivi = load_experiment(find_system("kivi"))  # the demo model over held-out windows, and its scores
 
-SHARES = (4, 8, 16, 32)
-"""The prompt's tokens over the rows kept."""
 ANSWER_TOKENS = 8
 RECALL_TOKENS = 900
 """Of 1,024 that the model can take: a sixteenth must still hold a few facts' rows."""
@@ -54,10 +52,11 @@ class Sizes:
     rounds: int
     prefill_tokens: int
     lengths: tuple[int, ...]
+    shares: tuple[int, ...] = (4, 8, 16, 32)
 
 
 FULL = Sizes(tries=48, windows=6, step_tokens=1, rounds=9, prefill_tokens=4096, lengths=(2048, 8192, 16384))
-QUICK = Sizes(tries=8, windows=3, step_tokens=16, rounds=5, prefill_tokens=1024, lengths=(2048, 8192))
+QUICK = Sizes(tries=12, windows=2, step_tokens=16, rounds=9, prefill_tokens=1024, lengths=(2048, 8192), shares=(4, 16))
 
 
 # ---- other ways to choose ------------------------------------------------------------------------------------------
@@ -273,9 +272,12 @@ def fact_prompts(demo: Any, tries: int) -> Iterator[Prompt]:
 
 
 class Recall:
-    """Right answers per way of choosing and rows kept, over the same prompts; and hits of what was kept."""
+    """`shares`: a prompt's tokens over the rows kept.
+
+    Right answers per way of choosing and rows kept, over the same prompts; and hits of what was kept."""
 
     def __init__(self, demo: Any, sizes: Sizes, tick: Callable[[str], None]) -> None:
+        self.shares = sizes.shares
         self.right: dict[tuple[str, int], list[bool]] = {}
         self.full: list[bool] = []
         self.depths: list[float] = []
@@ -295,7 +297,7 @@ class Recall:
             self.num_tokens = prompt.num_tokens
             self.full.append(prompt.right)
             self.depths.append(prompt.depth)
-            for share in SHARES:
+            for share in sizes.shares:
                 count = prompt.num_tokens // share
                 for name, scorer in scorers(count, known).items():
                     found = answers(demo, prompt, cache_of(demo, scorer, count))
@@ -332,29 +334,28 @@ def hits(prompt: Prompt, all_stats: list[np.ndarray], known: dict[int, np.ndarra
 
 def recall_claims(recall: Recall) -> Iterator[Claim]:
     full, tries = float(np.mean(recall.full)), len(recall.full)
-    others = (
-        "H2O",
-        "first and last",
-        "chance",
-    )  # in no fixed order: the last tokens hold the facts at the prompt's end
-    best = {share: max(recall.share(name, share) for name in others) for share in SHARES}
-    snap = {share: recall.share("SnapKV", share) for share in SHARES}
+    shares = recall.shares
+    # in no fixed order: the last tokens hold the facts that stand near the prompt's end
+    others = ("H2O", "first and last", "chance")
+    best = {share: max(recall.share(name, share) for name in others) for share in shares}
+    snap = {share: recall.share("SnapKV", share) for share in shares}
     yield Claim(
         claim="down to a sixteenth of the prompt, SnapKV finds more facts than accumulated attention, first and last "
         "tokens, or chance keep",
         measured=f"full {full:.0%} of {tries} facts among {recall.num_tokens} tokens; "
-        + "; ".join(recall.shown(share) for share in SHARES),
+        + "; ".join(recall.shown(share) for share in shares),
         required="full >= SnapKV > each other at 1/4, 1/8 and 1/16; none above it at 1/32, where hardly any is found",
-        passed=all(full >= snap[share] > best[share] for share in SHARES[:3]) and snap[32] >= best[32],
+        passed=all(full >= snap[share] > best[share] for share in shares if share <= 16)
+        and all(snap[share] >= best[share] for share in shares if share > 16),
     )
-    pooled, single = ([recall.share(name, share) for share in (16, 32)] for name in ("SnapKV", "no pooling"))
+    low = [share for share in shares if share >= 16]
+    pooled, single = ([recall.share(name, share) for share in low] for name in ("SnapKV", "no pooling"))
     yield Claim(
         claim="pooling keeps facts of several tokens whole: recall is higher with it than without",
         measured=", ".join(
-            f"1/{share}: {with_it:.0%} against {without:.0%}"
-            for share, with_it, without in zip((16, 32), pooled, single)
+            f"1/{share}: {with_it:.0%} against {without:.0%}" for share, with_it, without in zip(low, pooled, single)
         ),
-        required="higher over both together",
+        required="higher over all together",
         passed=sum(pooled) > sum(single),
     )
     near = np.array(recall.depths) > 0.5
@@ -364,13 +365,16 @@ def recall_claims(recall: Recall) -> Iterator[Claim]:
         name: (float(x[~near].mean()), float(x[near].mean()))
         for name, x in (("full", whole), ("SnapKV", snap), ("first and last", ends))
     }
+    evenness = {
+        name: (split[name][0] / max(split["full"][0], 1e-9)) / max(split[name][1] / max(split["full"][1], 1e-9), 1e-9)
+        for name in ("SnapKV", "first and last")
+    }
     yield Claim(
         claim="at a quarter, recall does not hang on the fact's depth; first and last tokens find nothing early on",
         measured="; ".join(f"{n}: {a:.0%} in the first half, {b:.0%} in the second" for n, (a, b) in split.items()),
-        required="SnapKV loses no more than 0.2 against the full cache in either half, first and last more than half "
-        "in the first",
-        passed=all(split["SnapKV"][i] >= split["full"][i] - 0.2 for i in (0, 1))
-        and split["first and last"][0] < 0.5 * split["full"][0],
+        required="of what the full cache finds SnapKV finds in the first half at least 0.7 of its share in the second, "
+        "first and last tokens at most 0.3 of theirs",
+        passed=evenness["SnapKV"] >= 0.7 and evenness["first and last"] <= 0.3,
     )
     means = {name: float(np.mean(values)) for name, values in recall.hits.items()}
     yield Claim(
@@ -528,7 +532,8 @@ def speed_claim(sizes: Sizes, tick: Callable[[str], None]) -> Claim:
             for layer in range(shape.num_layers):
                 cache.attend(layer, q, np.array([length - 1]), out)
             turns[policy, length].append(time.perf_counter() - began)
-    times = {key: 1e3 * float(np.median(values[3:])) for key, values in turns.items()}
+    # other programs only ever add time
+    times = {key: 1e3 * float(np.quantile(values[3:], 0.2)) for key, values in turns.items()}
     for cache in caches.values():
         cache.release()
     first, last = sizes.lengths[0], sizes.lengths[-1]

@@ -35,8 +35,8 @@ from memwall.models.weights import Weights
 from memwall.systems import find_system
 
 kivi: Any = load_experiment(find_system("kivi"))
-FULL = kivi.Sizes(windows=4, step_tokens=4, recall_tries=1, rounds=7)
-QUICK = kivi.Sizes(windows=2, step_tokens=16, recall_tries=1, rounds=3, decoded_tokens=320)
+FULL = kivi.Sizes(windows=4, step_tokens=8, recall_tries=1, rounds=7)
+QUICK = kivi.Sizes(windows=2, step_tokens=16, recall_tries=1, rounds=3, decoded_tokens=256)
 ONE_B = kv.CacheShape(num_layers=16, num_heads=32, num_kv_heads=32, head_dim=64, hidden_size=2048)
 ONE_B_TOKENS = 8192
 GROWING = ("kv/full", "kv/coded", "kv/recent", "kv/latents", "kv/sums")

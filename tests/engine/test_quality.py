@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +108,38 @@ def test_text_files_are_checked(tmp_path: Path) -> None:
         evaluate(DEMO, good, weights="int8", limit_tokens=1, threads=1)
     with pytest.raises(InputError, match="int9"):
         evaluate(DEMO, good, weights="int9", limit_tokens=8, threads=1)
+
+
+BUDGET_SCRIPT = """
+import sys
+from memwall.engine import evaluate
+from memwall.memory import Budget, peak_resident_bytes
+from memwall.models import DEMO_DIRECTORY
+text, kv, limit, ram = sys.argv[1:]
+budget = Budget(tiers={"ram": int(ram)})
+evaluate(DEMO_DIRECTORY, text, weights="int4", kv=kv or None, limit_tokens=int(limit), budget=budget, threads=1)
+print(peak_resident_bytes())
+"""
+
+
+@pytest.mark.parametrize(("kv", "limit"), [("", 700), ("kivi", 120)])
+def test_both_models_share_one_budget(kv: str, limit: int) -> None:
+    def run(ram: int) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-c", BUDGET_SCRIPT, TEXT * 12, kv, str(limit), str(ram)]
+        return subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+    smallest = re.search(r"try --memory (\d+)", run(60_000_000).stderr)
+    assert smallest
+    done = run(int(smallest[1]))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= int(smallest[1])
+
+
+def test_nothing_stays_behind_an_evaluation() -> None:
+    evaluator = Evaluator(DEMO, TEXT, limit_tokens=60, threads=1)
+    evaluator.score("int4")
+    reference = evaluator._reference
+    assert reference is not None
+    before = reference.ledger.total("ram")
+    evaluator.score("int8", "kivi")
+    assert reference.ledger.total("ram") == before

@@ -45,7 +45,7 @@ def slow_round(x: np.ndarray, form: str, plane: int, level: int) -> np.ndarray:
     spreads = profile["spreads"][plane]
     unit = float(np.exp(np.log(spreads.astype(np.float64)).mean()))
     step = np.maximum(
-        np.float32(unit * float(widths[third]) * {1: 1.5, 2: 1.0, 3: 0.5}[level]), spreads * np.float32(4 / 31)
+        np.float32(unit * float(widths[third]) * {1: 2.0, 2: 1.0, 3: 0.5}[level]), spreads * np.float32(4 / 31)
     )
     for t, row in enumerate(x):
         if not profile["anchored"][plane]:

@@ -15,14 +15,19 @@ def register(app: typer.Typer) -> None:
     add_command(app, "fit", fit)
 
 
+def complete_learner(incomplete: str) -> list[str]:
+    """Shell completion of POLICY: cache policies, and the codec of saved caches that is fitted."""
+    return [*complete_kv(incomplete), *(name for name in ("cachegen",) if name.startswith(incomplete))]
+
+
 def fit(
     model: Model,
     policy: Annotated[
         str,
         typer.Argument(
-            help="Cache policy that learns from the model, as --kv takes it.",
+            help="What learns from the model: a cache policy as --kv takes it, or cachegen.",
             metavar="POLICY",
-            autocompletion=complete_kv,
+            autocompletion=complete_learner,
         ),
     ],
     *,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from memwall.cli.printing import note, print_json, progress_bar
-from memwall.cli.run import result_object, start, stream, summary
+from memwall.cli.run import start, stream
+from memwall.cli.run_report import result_object, summary
 from memwall.errors import InputError
 
 if TYPE_CHECKING:

@@ -12,18 +12,22 @@ the mean per position.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from memwall.engine.session import Session, Settings, load
-from memwall.errors import InputError
-from memwall.memory import Budget
+from memwall.engine.session import RUNTIME_HEADROOM_BYTES, Session, Settings, cache_shape, load
+from memwall.errors import BudgetExceeded, DoesNotFit, InputError
+from memwall.hardware.units import format_bytes
+from memwall.kv import predict
+from memwall.memory import Budget, resident_bytes
+from memwall.memory.pages import round_up
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
-from memwall.models.precision import bits_of, resolve, source_spec
+from memwall.models.decoder import activation_bytes, scratch_bytes
+from memwall.models.precision import bits_of, resolve, source_spec, weight_bytes
 from memwall.models.tokenizer import Tokenizer
 
 LARGEST_TEXT_BYTES = 256 * 1024 * 1024
@@ -32,6 +36,8 @@ WINDOW_TOKENS = 1024
 PROMPT_TOKENS = 64
 #: logits compared at once: this many numbers, so that a large vocabulary costs no more than a small one
 COMPARED_VALUES = 1 << 20
+COMPARING = "comparing"
+"""Ledger owner of the rows that are compared."""
 
 Progress = Callable[[int, int], None]
 
@@ -56,26 +62,32 @@ class Figures:
 class Divergence:
     """Running sums over scored positions."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: np.ndarray | None = None) -> None:
+        """work: float32 [3, V] to compare in; made on the heap when it is needed and not given."""
         self.tokens = 0
+        self._work = work
         self._loss = self._reference_loss = self._kl = 0.0
         self._agreed = self._compared = 0
 
     def add(self, logits: np.ndarray, targets: np.ndarray, reference: np.ndarray | None) -> None:
         """logits and reference [n, V] float32, targets [n]: the tokens that really came next."""
-        rows = np.arange(len(targets))
-        tested = log_softmax(logits)
+        if self._work is None:
+            self._work = np.empty((3, logits.shape[1]), np.float32)
+        tested, truth, spare = self._work
         self.tokens += len(targets)
-        self._loss -= float(tested[rows, targets].sum(dtype=np.float64))
-        if reference is None:
-            return
-        truth = log_softmax(reference)
-        self._reference_loss -= float(truth[rows, targets].sum(dtype=np.float64))
-        self._agreed += int((logits.argmax(axis=1) == reference.argmax(axis=1)).sum())
-        self._compared += len(targets)
-        np.subtract(truth, tested, out=tested)
-        np.exp(truth, out=truth)
-        self._kl += float(np.einsum("nv,nv->", truth, tested, dtype=np.float64))
+        for row, target in enumerate(targets):
+            _log_softmax_of_row(logits[row], tested, spare)
+            self._loss -= float(tested[target])
+            if reference is None:
+                continue
+            _log_softmax_of_row(reference[row], truth, spare)
+            self._reference_loss -= float(truth[target])
+            self._agreed += int(logits[row].argmax() == reference[row].argmax())
+            self._compared += 1
+            np.subtract(truth, tested, out=tested)
+            np.exp(truth, out=truth)
+            np.multiply(truth, tested, out=spare)
+            self._kl += float(spare.sum(dtype=np.float64))
 
     def figures(self, *, bits_per_weight: float, kv_bits_per_value: float | None) -> Figures:
         """The means so far."""
@@ -122,24 +134,43 @@ class Evaluator:
         self.window_tokens = max(min(window_tokens or WINDOW_TOKENS, self.config.max_position, len(tokens) + 1), 2)
         self.windows = _windows(self.config, tokens, self.window_tokens)
         self._threads, self._budget = threads, budget
-        source = reference or (model if self._saved is None else None)
-        self._reference = self._load(source, source_spec(self.config), "float32", exact=True) if source else None
+        self._source = reference or (model if self._saved is None else None)
+        self._reference: Session | None = None
+        self._runtime_bytes = resident_bytes(exact=True)
 
     def score(self, weights: str, kv: str | None = None, *, progress: Progress | None = None) -> Figures:
-        """Evaluate one choice of weights, decoded through a cache of policy `kv` when one is given."""
-        saved = self._saved if weights == "saved" else None
-        specs = saved or resolve(self.config, weights)
+        """Evaluate one choice of weights, decoded through a cache of policy `kv` when one is given.
+
+        DoesNotFit, with the budget that would do, when the float model and this one do not fit together.
+        """
+        specs = self._specs(weights)
+        try:
+            return self._score(weights, kv, specs, progress)
+        except BudgetExceeded as refused:
+            needed_bytes = self._needed_bytes(specs, kv or "float32")
+            raise DoesNotFit(
+                f"{refused}. The float model and {weights} beside it need some {format_bytes(needed_bytes)} in windows "
+                f"of {self.window_tokens} tokens: try --memory {needed_bytes}"
+            ) from refused
+
+    def _score(self, weights: str, kv: str | None, specs: Mapping[str, str], progress: Progress | None) -> Figures:
+        if self._reference is None and self._source is not None:
+            self._reference = self._load(self._source, source_spec(self.config), "float32", exact=True)
         tested = self._load(self.model, weights, kv or "float32", exact=False)
-        sums = Divergence()
         cache_bits: float | None = None
-        for index, window in enumerate(self.windows):
-            first = 0 if kv is None else min(PROMPT_TOKENS, len(window) // 2)
-            self._score_window(tested, np.asarray(window), first, sums, decoded=kv is not None)
-            if kv is not None:
-                cache_bits = max(cache_bits or 0.0, tested.cache.bits_per_value)
-            tested.reset()
-            if progress is not None:
-                progress(index + 1, len(self.windows))
+        try:
+            with tested.arena.scratch(COMPARING, (3, self.config.vocab_size), np.float32) as work:
+                sums = Divergence(work)
+                for index, window in enumerate(self.windows):
+                    first = 0 if kv is None else min(PROMPT_TOKENS, len(window) // 2)
+                    self._score_window(tested, np.asarray(window), first, sums, decoded=kv is not None)
+                    if kv is not None:
+                        cache_bits = max(cache_bits or 0.0, tested.cache.bits_per_value)
+                    tested.reset()
+                    if progress is not None:
+                        progress(index + 1, len(self.windows))
+        finally:
+            tested.release()
         return sums.figures(bits_per_weight=bits_of(self.config, specs), kv_bits_per_value=cache_bits)
 
     def _score_window(
@@ -147,6 +178,8 @@ class Evaluator:
     ) -> None:
         truth = self._reference
         truth_hidden = truth.decoder.hidden(window[:-1], truth.cache) if truth is not None else None
+        if truth is not None:
+            truth.reset()  # the hidden states are all that is needed of it
         if decoded:
             hidden = tested.decoder.hidden(window[: first + 1], tested.cache)[-1:]
         else:
@@ -172,8 +205,25 @@ class Evaluator:
                     targets[row : row + 1],
                     None if reference is None else reference[row : row + 1],
                 )
-        if truth is not None:
-            truth.reset()
+
+    def _specs(self, weights: str) -> Mapping[str, str]:
+        saved = self._saved if weights == "saved" else None
+        return saved or resolve(self.config, weights)
+
+    def _needed_bytes(self, specs: Mapping[str, str], kv: str) -> int:
+        """The peak of the process: both models, one of the caches (they take turns) and what is compared."""
+        window, shape = self.window_tokens, cache_shape(self.config)
+        forms = [(specs, kv, False)]
+        if self._source is not None:
+            forms.append((resolve(self.config, source_spec(self.config)), "float32", True))
+        held = sum(
+            sum(round_up(size) for size in weight_bytes(self.config, form).values())
+            + activation_bytes(self.config, window, self._compared_rows)
+            + scratch_bytes(self.config, form, window, exact=exact)
+            for form, _, exact in forms
+        )
+        cache = max(sum(predict(policy, shape, window, window).values()) for _, policy, _ in forms)
+        return self._runtime_bytes + held + cache + 12 * self.config.vocab_size + 2 * RUNTIME_HEADROOM_BYTES
 
     @property
     def _compared_rows(self) -> int:
@@ -189,7 +239,7 @@ class Evaluator:
             threads=self._threads,
             exact=exact,
         )
-        return load(model, settings, budget=self._budget)
+        return load(model, settings, budget=self._budget, beside=self._reference)
 
 
 def evaluate(
@@ -209,6 +259,12 @@ def evaluate(
     """
     evaluator = Evaluator(model, text, reference=reference, limit_tokens=limit_tokens, threads=threads, budget=budget)
     return evaluator.score(weights, kv, progress=progress)
+
+
+def _log_softmax_of_row(logits: np.ndarray, out: np.ndarray, spare: np.ndarray) -> None:
+    np.subtract(logits, logits.max(), out=out)
+    np.exp(out, out=spare)
+    out -= np.log(spare.sum())
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

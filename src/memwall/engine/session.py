@@ -119,6 +119,15 @@ class Session:
         self._unfed: list[int] = []
         self._sampling_scratch: np.ndarray | None = None
 
+    def release(self) -> None:
+        """Give all memory back; the session is of no more use."""
+        self.cache.release()
+        self.decoder.release()
+        self.decoder.weights.release()
+        if self._sampling_scratch is not None:
+            self.arena.free(self._sampling_scratch)
+            self._sampling_scratch = None
+
     def reset(self) -> None:
         """Forget the conversation."""
         self.rewind(0)
@@ -276,11 +285,13 @@ def load(
     budget: Budget | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
+    beside: Session | None = None,
 ) -> Session:
     """Build a session for a model directory.
 
     budget: its `ram` is the resident set of the whole process, this interpreter included; None means no cap but the
-    machine's. Raises InputError for bad input and BudgetExceeded when the settings don't fit.
+    machine's. beside: a session of this process whose arena, and so its budget, is shared. Raises InputError for bad
+    input and BudgetExceeded when the settings don't fit.
     """
     began = time.perf_counter()
     if settings.threads is not None:
@@ -289,10 +300,13 @@ def load(
     with Checkpoint(model, config) as checkpoint:
         checkpoint.verify_once()
         specs = resolve(config, settings.weights, checkpoint)
-        ledger = Ledger()
-        _warm_up()
-        runtime_bytes = measure_runtime(ledger).nbytes
-        arena = Arena(_cap(budget, runtime_bytes), ledger)
+        if beside is None:
+            ledger = Ledger()
+            _warm_up()
+            runtime_bytes = measure_runtime(ledger).nbytes
+            arena = Arena(_cap(budget, runtime_bytes), ledger)
+        else:
+            ledger, arena = beside.ledger, beside.arena
         weights = load_weights(config, checkpoint, specs, arena, progress=progress)
     decoder = Decoder(
         config,

@@ -33,7 +33,7 @@ BIN_SYMBOLS = 2 * REACH + 2
 DIRECT_SYMBOLS = 31
 WIDTHS = (0.5, 1.0, 1.5)
 """Bin widths of the first, middle and last third of the layers (paper)."""
-MULTIPLIERS = {1: 1.5, 2: 1.0, 3: 0.5}
+MULTIPLIERS = {1: 2.0, 2: 1.0, 3: 0.5}
 """What the level makes of them."""
 _SMOOTHING_COUNTS = 8.0
 """Weight of the whole plane's distribution in that of a channel, in symbols seen."""

@@ -38,8 +38,8 @@ Progress = Callable[[str, int, int], None]
 Pair = tuple[np.ndarray, np.ndarray]
 
 CALIBRATION = CalibrationSettings(max_tokens=24_576, sequence_tokens=512)
-STEPS, BATCH_SEQUENCES = 240, 4
-LEARNING_SHARE = 1e-2
+STEPS, BATCH_SEQUENCES = 300, 1
+LEARNING_SHARE = 0.05
 """First learning rate, as a share of a factor's root mean square (the paper's 5e-5 is absolute, for one size)."""
 
 

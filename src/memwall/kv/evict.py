@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from memwall.memory import Arena
 
 STAGING = "kv/staging"
-BLOCK_KEYS = 256
-"""Keys scored at once: logits of so many against a window stay in a processor's own cache."""
+BLOCK_PRODUCTS = 1 << 18
+"""Multiply-adds of keys scored at once: few enough that NumPy's linear algebra wakes no threads of its own, which would
+fight with the kernels' for the processor, and that logits stay in its first caches.
+"""
 
 BudgetAllocator = Callable[[int], int]
 """Rows that every head of every layer keeps of a prompt of so many tokens."""
@@ -69,6 +71,7 @@ def attention_votes(
     num_queries, heads = queries.shape[:2]
     rep, columns = heads // kv_heads, num_tokens if num_columns is None else num_columns
     votes = np.empty((kv_heads, columns), np.float32)
+    block = max(BLOCK_PRODUCTS // (dim * num_queries * rep), 16)
     own = np.repeat(np.arange(num_tokens - num_queries, num_tokens), rep)
     for head in range(kv_heads):
         group = slice(head * rep, (head + 1) * rep)
@@ -76,8 +79,8 @@ def attention_votes(
         peaks, sums = stats[:, group, 0].reshape(-1), stats[:, group, 1].reshape(-1)
         # a query that was never attended with has no vote
         shift = np.where(sums > 0, peaks + np.log(np.where(sums > 0, sums, 1)), np.inf).astype(np.float32)
-        for begin in range(0, columns, BLOCK_KEYS):
-            end = min(begin + BLOCK_KEYS, columns)
+        for begin in range(0, columns, block):
+            end = min(begin + block, columns)
             logits = np.matmul(np.asarray(keys[begin:end, head], np.float32), rows)
             logits -= shift
             if end > own[0] + 1:

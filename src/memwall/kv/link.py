@@ -60,6 +60,16 @@ class Trace:
             traces.append(Trace(tuple(scale * rate * _GBIT_BYTES for rate in rates), step_seconds))
         return traces
 
+    def arrival(self, seconds: float, nbytes: float) -> float:
+        """When so many bytes have passed that are sent from that time on."""
+        left = float(nbytes)
+        while left > 0:
+            rate, lasts = self.rate(seconds)
+            passed = min(left, rate * lasts)
+            seconds += max(passed / rate, 1e-9)
+            left -= passed
+        return seconds
+
     def rate(self, seconds: float) -> tuple[float, float]:
         """(rate at that time, seconds that it still lasts)."""
         step = int(seconds / self.step_seconds)
@@ -70,7 +80,7 @@ _GBIT_BYTES = 125e6
 
 
 class Throttle:
-    """Lets bytes pass no faster than a trace allows; its clock starts with the first of them, or anew with `restart`."""
+    """Lets bytes pass no faster than a trace allows; its clock starts with the first, or with `restart`."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -86,15 +96,8 @@ class Throttle:
         now = time.perf_counter()
         if self._start is None:
             self._start = now
-        at = max(now - self._start, self._free)
-        left = float(nbytes)
-        while left > 0:
-            rate, lasts = self.trace.rate(at)
-            passed = min(left, rate * lasts)
-            at += max(passed / rate, 1e-9)
-            left -= passed
-        self._free = at
-        delay = self._start + at - time.perf_counter()
+        self._free = self.trace.arrival(max(now - self._start, self._free), nbytes)
+        delay = self._start + self._free - time.perf_counter()
         if delay > 0:
             time.sleep(delay)
 

@@ -134,11 +134,19 @@ class Decoder:
         self._step: DecodeStep | None = None
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
-        arena.charge(SCRATCH, scratch_bytes(config, weights.specs, segment_tokens, exact=exact))
+        self._arena = arena
+        self._scratch = arena.charge(SCRATCH, scratch_bytes(config, weights.specs, segment_tokens, exact=exact))
         self._buffers = {
             name: arena.allocate(OWNER, shape, np.float32)
             for name, shape in activation_shapes(config, segment_tokens, logit_rows).items()
         }
+
+    def release(self) -> None:
+        """Gives the buffers back; the decoder is of no more use."""
+        for buffer in self._buffers.values():
+            self._arena.free(buffer)
+        self._buffers = {}
+        self._scratch.release()
 
     def forward(self, tokens: np.ndarray, cache: DecoderCache, *, all_logits: bool = False) -> np.ndarray:
         """Run new tokens [T] through the model and keep their keys and values in `cache`.

@@ -41,6 +41,15 @@ class Weights:
     specs: Mapping[str, str]
     generation: int = 0
     """Counts replacements: what was recorded of older matrices (`models.decode`) no longer holds."""
+    regions: tuple[Region, ...] = ()
+    """Where they lie, if the loader put them there."""
+
+    def release(self) -> None:
+        """Gives the memory back; the tensors are of no more use."""
+        self.matrices.clear()
+        self.vectors.clear()
+        for region in self.regions:
+            region.release()
 
     def replace(self, name: str, packed: Packed) -> None:
         """Put another form of one matrix in place (calibration swaps compressed layers in; not in the arena)."""
@@ -63,9 +72,9 @@ class _Pool:
         region.commit(min(_committed(self._used[owner], region.capacity_bytes), region.capacity_bytes))
         return region.array(shape, dtype, offset)
 
-    def release(self) -> None:
-        for region in self._regions.values():
-            region.release()
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        return tuple(self._regions.values())
 
 
 def load_weights(
@@ -82,7 +91,7 @@ def load_weights(
     (nothing stays allocated then) and InputError for a damaged checkpoint.
     """
     pool = _Pool(arena, weight_bytes(config, specs))
-    weights = Weights(matrices={}, vectors={}, specs=specs)
+    weights = Weights(matrices={}, vectors={}, specs=specs, regions=pool.regions)
     tensors = config.tensors()
     total = sum(checkpoint.stored_bytes(tensor.name) for tensor in tensors)
     done = 0
@@ -104,9 +113,7 @@ def load_weights(
             if progress is not None:
                 progress(done, total)
     except BaseException:
-        weights.matrices.clear()
-        weights.vectors.clear()
-        pool.release()
+        weights.release()
         raise
     finally:
         source.release()

@@ -161,7 +161,7 @@ def _rebuilding(config: ModelConfig, policy: str, context: float) -> Rebuilding 
     macs = kv.step_macs(policy, shape, max(tokens, 1))
     if not macs:
         return None
-    return Rebuilding(kv.read_bytes(policy, shape, tokens), macs if tokens else 0)
+    return Rebuilding(kv.read_bytes(policy, shape, tokens), macs) if tokens else Rebuilding(0, 0)
 
 
 def arithmetic_here(config: ModelConfig, specs: Mapping[str, str], choice: Choice, profile: KernelProfile) -> str:
