@@ -141,3 +141,12 @@ def test_shapes_are_checked() -> None:
             kv.CacheShape(**{**sizes, **change})
     with pytest.raises(InputError, match="at least 1"):
         kv.build("float16", SHAPE, Arena(1 << 20, Ledger()), 0)
+
+
+@pytest.mark.parametrize("policy", SETTINGS)
+def test_the_highest_bytes_are_predicted(policy: str) -> None:
+    """While a prompt is read and answered nothing is held that prediction does not name."""
+    cache, _ = build(policy)
+    feed(cache, 0, 0, *cache.begin_prompt(190, 64))
+    feed(cache, 1, 190, *[1] * 40)
+    assert cache.arena.peak_bytes <= sum(kv.predict(policy, SHAPE, NUM_TOKENS, 64, NUM_TOKENS).values())
