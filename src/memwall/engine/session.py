@@ -37,7 +37,7 @@ SAMPLING = "sampling"
 # it this much below the budget, so that the process as a whole stays under.
 RUNTIME_HEADROOM_BYTES = 2 << 20
 # What must stay free of that at any moment; when the heap has grown into it, the cache gets less.
-LEAST_HEADROOM_BYTES = 3 << 19
+LEAST_HEADROOM_BYTES = 3 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
