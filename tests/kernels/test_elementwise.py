@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from memwall import kernels
+from memwall.formats import codec
 from memwall.kernels import reference
 
 
@@ -56,3 +57,21 @@ def test_bad_shapes_are_named() -> None:
         kernels.rope(normal(2, 1, 4), normal(3, 2), normal(3, 2))
     with pytest.raises(ValueError, match="shape"):
         kernels.swiglu(normal(2, 3), normal(2, 4), normal(2, 3))
+
+
+def test_a_program_runs_its_calls_in_a_row() -> None:
+    rng = np.random.default_rng(0)
+    x, up, normed, out = (rng.standard_normal((1, 48)).astype(np.float32) for _ in range(4))
+    weight, eye = rng.standard_normal(48).astype(np.float32), np.eye(48, dtype=np.float32)
+    program = kernels.Program()
+    program.rms_norm(x, weight, 1e-5, normed)
+    program.linear(normed, [kernels.matrix(codec("float32").encode(2 * eye))], [out])
+    program.swiglu(out, up, out)
+    assert len(program) == 3
+    for _ in range(2):
+        program.run()
+        expected = 2 * kernels.rms_norm(x, weight, 1e-5, np.empty_like(x))
+        np.testing.assert_array_equal(out, kernels.swiglu(expected, up, expected))
+    with pytest.raises(ValueError, match="weight must have"):
+        program.rms_norm(x, weight[:3], 1e-5, out)
+    assert len(program) == 3

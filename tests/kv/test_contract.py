@@ -9,11 +9,51 @@ import pytest
 
 from memwall import kv
 from memwall.errors import BudgetExceeded, InputError
+from memwall.kv import fitted
 from memwall.memory import Arena, Ledger
+from tests.kv.latent_models import loaded, project
 
-SETTINGS = ("float32", "float16", "bfloat16", "kivi", "kivi(bits=3,group=16,residual=0)", "kivi(8bit,exact=bfloat16)")
-SHAPE = kv.CacheShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+SETTINGS = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "kivi",
+    "kivi(bits=3,group=16,residual=0)",
+    "kivi(8bit,exact=bfloat16)",
+    "snapkv(0.25)",
+    "snapkv(tokens=70,window=16,kernel=7,pool=max)+kivi(4bit,group=16,residual=16)",
+    "think",
+    "think(0.6,window=8,recent=5)+bfloat16",
+    "think(0.3)+kivi(2bit,group=16,residual=32)",
+    "snapkv(0.5)+think(0.4)+kivi(3bit,group=16,residual=16)",
+    "vattention(page_kib=8)",
+    "vattention(page_kib=4,bits=32,ahead=0)",
+    "xquant",
+    "xquant(3bit,group=64,keep=inputs)",
+    "xquant(2bit,cl=1,base=1)",
+    "cskv(0.5,init=svd,train=0)",
+    "cskv(0.9,4bit,window=16,sliding=1,init=svd,train=0)",
+)
+SUMS_MOVED = {"xquant(2bit,cl=1,base=1)": 6 * 128}
+"""Bytes a token that a step moves besides what is held: the sums of a layer, read twice and written once."""
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 128}
+MODEL = loaded("llama", **SIZES)
+SHAPE = MODEL.shape
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fits() -> None:
+    """Policies that learn from a model learn from this one first."""
+    for policy in SETTINGS:
+        if kv.table.technique(kv.parse(policy).name).fits:
+            fitted.fit(policy, MODEL.model.directory, text="Some words about walls and memory. " * 60)
+
+
 NUM_TOKENS = 230
+BLOCKWISE = {"locret", "epicache"}
+"""Policies that evict while a prompt is read: tests/kv/test_blocks_contract.py asks the same of them."""
+DROPPING = {"snapkv"}
+"""Policies that let go of prompt tokens."""
 
 
 def feed(cache: kv.KVCache, seed: int, first: int, *counts: int) -> np.ndarray:
@@ -21,9 +61,12 @@ def feed(cache: kv.KVCache, seed: int, first: int, *counts: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     outs = []
     for count in counts:
-        q, k, v = (rng.standard_normal((count, heads, 32)).astype(np.float32) for heads in (4, 2, 2))
+        q, x = (rng.standard_normal((count, *sizes)).astype(np.float32) for sizes in ((4, 32), (128,)))
         positions, out = np.arange(first, first + count), np.empty_like(q)
         for layer in range(2):
+            k, v = project(MODEL, layer, x, first)
+            if cache.takes_inputs:
+                cache.take_inputs(layer, x, positions)
             cache.append(layer, k, v, positions)
             cache.attend(layer, q, positions, out)
             cache.settle(layer)
@@ -34,30 +77,32 @@ def feed(cache: kv.KVCache, seed: int, first: int, *counts: int) -> np.ndarray:
 
 def build(policy: str) -> tuple[kv.KVCache, Ledger]:
     ledger = Ledger()
-    return kv.build(policy, SHAPE, Arena(1 << 24, ledger), NUM_TOKENS), ledger
+    return kv.build(policy, SHAPE, Arena(1 << 24, ledger), NUM_TOKENS, MODEL.model), ledger
 
 
 def test_settings_cover_the_table() -> None:
-    assert {kv.parse(policy).name for policy in SETTINGS} == set(kv.POLICIES)
+    assert {part.name for policy in SETTINGS for part in kv.parse(policy).parts} | BLOCKWISE == set(kv.POLICIES)
     for place in kv.POLICIES.values():
         module, name = place.split(":")
         assert issubclass(getattr(import_module(module), name), kv.KVCache)
 
 
 @pytest.mark.parametrize("policy", SETTINGS)
-def test_bytes_bits_and_policy(policy: str) -> None:
+@pytest.mark.parametrize("counts", [(1, 150, 1, 1, 40), (152, 1, 40), (20, 173)])
+def test_bytes_bits_and_policy(policy: str, counts: tuple[int, ...]) -> None:
     cache, ledger = build(policy)
     assert (cache.length, cache.bits_per_value) == (0, 0)
-    first = feed(cache, 0, 0, 1, 150, 1, 1, 40)
+    first = feed(cache, 0, 0, *counts)
     assert cache.length == 193
-    predicted = kv.predict(policy, SHAPE, 193, 0, NUM_TOKENS)
+    predicted = kv.predict(policy, SHAPE, 193, counts[0], NUM_TOKENS)
+    predicted.pop("kv/staging", None)  # of the prompt, long gone
     assert {row.owner: row.nbytes for row in ledger.rows()} == {owner: n for owner, n in predicted.items() if n}
     assert cache.nbytes == ledger.total()
     assert cache.bits_per_value == pytest.approx(8 * cache.nbytes / (2 * 2 * 2 * 32 * 193))
-    assert 0 < kv.read_bytes(policy, SHAPE, 193) <= cache.nbytes
+    assert 0 < kv.read_bytes(policy, SHAPE, 193) <= cache.nbytes + 193 * SUMS_MOVED.get(policy, 0)
     again, _ = build(cache.policy)
     assert again.policy == cache.policy
-    np.testing.assert_array_equal(feed(again, 0, 0, 1, 150, 1, 1, 40), first)
+    np.testing.assert_array_equal(feed(again, 0, 0, *counts), first)
     cache.release()
     assert ledger.total() == 0
 
@@ -95,6 +140,38 @@ def test_a_refusal_changes_nothing(policy: str) -> None:
     alone, _ = build(policy)
     feed(alone, 0, 0, 100)
     np.testing.assert_array_equal(feed(cache, 1, 100, 100, 1), feed(alone, 1, 100, 100, 1))
+
+
+@pytest.mark.parametrize("policy", SETTINGS)
+def test_the_highest_bytes_are_predicted(policy: str) -> None:
+    """While a prompt is read nothing is held that prediction does not name."""
+    build(policy)[0].release()  # what is computed once per model, at first use, is kept for later runs
+    cache, _ = build(policy)
+    feed(cache, 0, 0, 190)
+    predicted = kv.predict(policy, SHAPE, 190, 190, NUM_TOKENS)
+    assert cache.arena.peak_bytes <= sum(predicted.values())
+    assert cache.arena.peak_bytes >= sum(predicted.values()) - predicted.get("kv/staging", 0)
+
+
+@pytest.mark.parametrize("policy", SETTINGS)
+def test_going_back(policy: str) -> None:
+    """To where it can, and from there on as if the rest had never been."""
+    cache, ledger = build(policy)
+    feed(cache, 0, 0, 150)
+    feed(cache, 1, 150, 1, 9)
+    assert cache.rewindable(160) == 160
+    assert cache.rewindable(0) == 0
+    assert cache.rewindable(152) == 152
+    kept = cache.rewindable(100)
+    # a cache that chose tokens by the prompt's end can't undo that end
+    assert kept == (0 if kv.resolve(policy).name in DROPPING else 100)
+    cache.truncate(kept)
+    assert cache.length == kept
+    if kept == 0:
+        alone, _ = build(policy)
+        np.testing.assert_array_equal(feed(cache, 2, 0, 130, 1), feed(alone, 2, 0, 130, 1))
+    cache.release()
+    assert ledger.total() == 0
 
 
 def test_shapes_are_checked() -> None:

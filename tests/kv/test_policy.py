@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memwall.errors import InputError
-from memwall.kv.policy import Policy, parse
+from memwall.kv.policy import Policy, parse, stacked
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,8 @@ from memwall.kv.policy import Policy, parse
         ("kivi(2bit)", "kivi(bits=2)"),
         ("kivi( 4 bits , residual = 64 )", "kivi(bits=4,residual=64)"),
         ("kivi(4-bit,exact=bfloat16)", "kivi(bits=4,exact=bfloat16)"),
+        ("snapkv(0.25, window=16)", "snapkv(0.25,window=16)"),
+        (" snapkv(.25) + think(0.4)+KIVI(2bit)", "snapkv(.25)+think(0.4)+kivi(bits=2)"),
     ],
 )
 def test_canonical_form(text: str, canonical: str) -> None:
@@ -27,7 +29,7 @@ def test_canonical_form(text: str, canonical: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "(", "kivi(", "kivi)", "kivi(2bit", "kivi(=)", "kivi(a=b=c)", "kivi(2)", "2bit", "a b"]
+    "text", ["", "(", "kivi(", "kivi)", "kivi(2bit", "kivi(=)", "kivi(a=b=c)", "+", "kivi+", "kivi(1,2)", "2bit", "a b"]
 )
 def test_what_does_not_parse(text: str) -> None:
     with pytest.raises(InputError, match="KV policy"):
@@ -48,3 +50,20 @@ def test_integers() -> None:
     assert Policy("kivi", {"bits": "4"}).integers({"bits": 2, "group": 32}) == {"bits": 4, "group": 32}
     with pytest.raises(InputError, match="it takes bits"):
         Policy("kivi", {"bit": "4"}).integers({"bits": 2})
+
+
+def test_numbers() -> None:
+    defaults = {"amount": 0.5, "window": 32}
+    assert parse("snapkv(.25,window=16)").numbers(defaults) == {"amount": 0.25, "window": 16}
+    assert parse("snapkv").numbers(defaults) == defaults
+    with pytest.raises(InputError, match=r"window='0\.5' is not a whole number"):
+        parse("snapkv(window=0.5)").numbers(defaults)
+    with pytest.raises(InputError, match="a bare number; it takes bits"):
+        parse("kivi(2)").integers({"bits": 2})
+
+
+def test_parts() -> None:
+    whole = parse("snapkv(0.25)+think(0.4)+kivi(2bit)")
+    assert [str(part) for part in whole.parts] == ["snapkv(0.25)", "think(0.4)", "kivi(bits=2)"]
+    assert str(whole.inner) == "think(0.4)+kivi(bits=2)"
+    assert stacked(whole.parts) == whole

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from memwall import kv
+from memwall.engine.session import cache_shape
 from memwall.hardware.machine import load_machine
 from memwall.models import ModelConfig, model_directory
 from memwall.models.precision import resolve
 from memwall.plan.base import Choice
 from memwall.plan.profile import WORKING_SETS_BYTES, KernelProfile
-from memwall.plan.speed import EFFICIENCY, predict_elsewhere, predict_here, step_bytes, step_macs
+from memwall.plan.speed import (
+    EFFICIENCY,
+    arithmetic_elsewhere,
+    arithmetic_here,
+    predict_elsewhere,
+    predict_here,
+    step_bytes,
+    step_macs,
+)
 
 DEMO = ModelConfig.from_directory(model_directory("demo"))
 INT4 = resolve(DEMO, "int4")
@@ -83,3 +93,34 @@ def test_elsewhere_is_a_roofline() -> None:
     assert speed.decode_tokens_per_s_at_start == pytest.approx(bandwidth / weights)
     assert speed.decode_tokens_per_s == pytest.approx(bandwidth / (weights + (1 << 20)))
     assert speed.prefill_tokens_per_s > speed.decode_tokens_per_s
+
+
+XQUANT = Choice(weights="int4", kv="xquant(4bit)", context=1024)
+
+
+def test_a_cache_that_rebuilds_its_keys_pays_for_the_arithmetic() -> None:
+    one = profile([1e10] * len(WORKING_SETS_BYTES))
+    plain, rebuilt = (predict_here(DEMO, INT4, choice, 1 << 20, one) for choice in (CHOICE, XQUANT))
+    assert plain is not None
+    assert rebuilt is not None
+    macs = kv.step_macs("xquant(4bit)", cache_shape(DEMO), 1024)
+    more = 1 / rebuilt.decode_tokens_per_s - 1 / plain.decode_tokens_per_s
+    assert more == pytest.approx(macs / 1e11)  # longer than reading: 1e10 bytes a second
+    assert rebuilt.decode_tokens_per_s_at_start == pytest.approx(plain.decode_tokens_per_s_at_start)
+    slow = profile([1e6] * len(WORKING_SETS_BYTES))
+    plain, rebuilt = (predict_here(DEMO, INT4, choice, 1 << 20, slow) for choice in (CHOICE, XQUANT))
+    assert plain is not None
+    assert rebuilt is not None
+    more = 1 / rebuilt.decode_tokens_per_s - 1 / plain.decode_tokens_per_s
+    assert more == pytest.approx(kv.read_bytes("xquant(4bit)", cache_shape(DEMO), 1024) / 1e6)
+
+
+def test_the_plan_says_when_arithmetic_bounds_a_step() -> None:
+    fast, slow = (profile([rate] * len(WORKING_SETS_BYTES)) for rate in (1e10, 1e6))
+    assert "bound by arithmetic" in arithmetic_here(DEMO, INT4, XQUANT, fast)
+    assert arithmetic_here(DEMO, INT4, XQUANT, slow) == ""  # reading is slower still
+    assert arithmetic_here(DEMO, INT4, CHOICE, fast) == ""
+    assert "FLOP for each byte" in arithmetic_elsewhere(DEMO, XQUANT, load_machine("raspberry-pi-5"), "ram")
+    machine = load_machine("desktop-rtx-4090")
+    plain, rebuilt = (predict_elsewhere(DEMO, INT4, choice, 1 << 20, machine, "gpu") for choice in (CHOICE, XQUANT))
+    assert rebuilt.decode_tokens_per_s < plain.decode_tokens_per_s

@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING
 import typer
 
 from memwall.cli.printing import note
-from memwall.cli.run import start, stream, summary
+from memwall.cli.run import start, stream
+from memwall.cli.run_report import summary
+from memwall.cli.saved_cache import adopted, check_saving, open_saved, save_after
+from memwall.errors import InputError
 
 if TYPE_CHECKING:
     from memwall.cli.run import Request
     from memwall.engine import Sampling, Session
+    from memwall.kv.saved import SavedCache
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
+
+GROWTH_STEP_BYTES = 512 * 1024
 
 
 class Conversation:
@@ -34,11 +40,19 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         self._seen: list[int] = []
 
+    def go_on_from(self, saved: SavedCache) -> None:
+        """Take a saved cache as what was seen: as much of it stays as the conversation begins with."""
+        seen = saved.tokens()
+        self._seen = seen[: self.session.load_cache(saved, [*seen, -1])]
+
     def say(self, text: str) -> None:
         """One turn: the answer goes to standard output as it is made."""
+        from memwall.kv.saved import num_shared
+
         self._messages.append({"role": "user", "content": text})
         ids = self.tokenizer.encode(self.template.render(self._messages), add_bos=False)
         # one token at least must be fed, to have logits to go on from
+        # what was made and what the template writes of it may part: stop texts, blanks
         kept = self.session.rewind(min(num_shared(self._seen, ids), len(ids) - 1))
         stream(self.session, ids[kept:], self.sampling)
         typer.echo()
@@ -47,29 +61,34 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": result.text.strip()})
 
 
-def num_shared(seen: list[int], ids: list[int]) -> int:
-    """Length of the common beginning. What was made and what the template writes of it may part: stop texts, blanks."""
-    return next((place for place, (one, other) in enumerate(zip(seen, ids)) if one != other), min(len(seen), len(ids)))
-
-
 def talk(request: Request) -> None:
     """Turns from standard input until it ends or `/bye`; `/reset` forgets the conversation."""
+    from memwall.kv.saved import SavedCache
     from memwall.memory import resident_bytes
+    from memwall.memory.pages import round_up
     from memwall.models import model_directory
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
     path = model_directory(request.model)
     tokenizer = Tokenizer.from_directory(path)
+    if request.load_cache is not None and request.load_cache.startswith("tcp://"):
+        raise InputError("--chat goes on from a file; --load-cache tcp://... is for single prompts")
     # rendered once ahead: the template library brings some megabytes that the plan must know of
     before_bytes = resident_bytes(exact=True)
     template = ChatTemplate.from_directory(path)
     template.render([{"role": "user", "content": request.prompt or "hello"}])
-    growth_bytes = max(resident_bytes(exact=True) - before_bytes, 0)
-    session, plan = start(
-        request, needed_tokens=None, path=path, tokenizer=tokenizer, runtime_growth_bytes=growth_bytes
-    )
-    conversation = Conversation(session, tokenizer, template, request.sampling)
+    # in whole steps, so that the smallest budget named by one run is the smallest of the next
+    growth_bytes = round_up(max(resident_bytes(exact=True) - before_bytes, 0), GROWTH_STEP_BYTES)
+    with open_saved(request, path) as saved:
+        request = adopted(request, saved)
+        session, plan = start(
+            request, needed_tokens=None, path=path, tokenizer=tokenizer, runtime_growth_bytes=growth_bytes
+        )
+        conversation = Conversation(session, tokenizer, template, request.sampling)
+        check_saving(request, session)
+        if isinstance(saved, SavedCache):
+            conversation.go_on_from(saved)
     interactive = sys.stdin.isatty() and not request.quiet
     note("Write a message and press Enter; /reset forgets, /bye or Ctrl-D ends.", quiet=not interactive)
     line = request.prompt if request.prompt is not None else _next_line(interactive)
@@ -83,6 +102,7 @@ def talk(request: Request) -> None:
             if session.last.stop_reason == "budget":
                 raise typer.Exit(1)
         line = _next_line(interactive)
+    save_after(request, session)
     if not request.quiet:
         note("\n" + summary(session, plan, request, verbose=request.verbose))
 

@@ -103,7 +103,22 @@ def complete_kv(incomplete: str) -> list[str]:
 MOST_THREADS = 1024
 # what the planner chooses from; any other spec that formats.codec accepts may be written out
 WEIGHT_FORMATS = ("auto", "float32", "float16", "bfloat16", "int8", "int4", "int3", "int2")
-KV_POLICIES = ("auto", "float32", "float16", "bfloat16", "kivi", "kivi(4bit)")
+KV_POLICIES = (
+    "auto",
+    "float32",
+    "float16",
+    "bfloat16",
+    "kivi",
+    "kivi(4bit)",
+    "snapkv(0.25)",
+    "think(0.4)",
+    "vattention",
+    "xquant",
+    "xquant(4bit,cl=1)",
+    "cskv(0.2)",
+    "locret",
+    "epicache",
+)
 
 Model = Annotated[
     str,
@@ -136,7 +151,7 @@ KV = Annotated[
     str,
     typer.Option(
         "--kv",
-        help="Store of keys and values: float32, float16, bfloat16, kivi, kivi(4bit), or auto.",
+        help="Keys and values: float32, float16, kivi(4bit), snapkv(0.25), think(0.4), joined by +; or auto.",
         metavar="POLICY",
         autocompletion=complete_kv,
     ),

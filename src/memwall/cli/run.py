@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,11 +24,27 @@ from memwall.cli.command import (
     add_command,
     complete_model,
 )
-from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.cli.printing import note, print_json, progress_bar
+from memwall.cli.run_report import result_object, summary
+from memwall.cli.saved_cache import (
+    DEADLINE_SECONDS,
+    EXACT,
+    CacheCodec,
+    Deadline,
+    LoadCache,
+    SaveCache,
+    adopted,
+    check_options,
+    check_saving,
+    fed_tokens,
+    load_into,
+    open_saved,
+    save_after,
+)
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 
 if TYPE_CHECKING:
-    from memwall.engine import Generation, Sampling, Session
+    from memwall.engine import Sampling, Session
     from memwall.memory import Budget
     from memwall.models.tokenizer import Tokenizer
     from memwall.plan import Plan
@@ -56,6 +72,10 @@ class Request:
     verbose: bool
     json: bool
     quiet: bool
+    save_cache: Path | None = None
+    load_cache: str | None = None
+    deadline: float = DEADLINE_SECONDS
+    cache_codec: str = EXACT
 
 
 def run(
@@ -89,6 +109,17 @@ def run(
         bool, typer.Option("--ignore-eos", help="Go on through the model's end-of-text token.")
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Talk turn by turn; the cache is kept between turns.")] = False,
+    save_cache: SaveCache = None,
+    load_cache: LoadCache = None,
+    deadline: Deadline = DEADLINE_SECONDS,
+    cache_codec: CacheCodec = EXACT,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="Conversation to answer questions about: JSON lines of speaker and text, or plain lines.",
+            metavar="FILE",
+        ),
+    ] = None,
     threads: Threads = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the plan, and predicted beside measured bytes.")
@@ -126,8 +157,19 @@ def run(
         verbose=verbose,
         json=json,
         quiet=quiet,
+        save_cache=save_cache,
+        load_cache=load_cache,
+        deadline=deadline,
+        cache_codec=cache_codec,
     )
-    if chat:
+    check_options(request)
+    if history is not None:
+        if chat:
+            raise InputError("--history answers questions and --chat talks: give one of them")
+        from memwall.cli.history import ask
+
+        ask(request, history)
+    elif chat:
         if json:
             raise InputError("--chat is a conversation and --json one object: give one of them")
         from memwall.cli.chat import talk
@@ -258,21 +300,30 @@ def _what_would_fit(request: Request, plan: Plan, plan_for: Callable[..., Plan],
 
 
 def _complete(request: Request) -> None:
+    from memwall.kv import packs_positions
     from memwall.models import ModelConfig, model_directory
     from memwall.models.config import checked_directory
     from memwall.models.tokenizer import Tokenizer
+    from memwall.plan.search import LONGEST_PACKED_TOKENS
 
     path = checked_directory(model_directory(request.model))
     text = _read_prompt(request)
     tokenizer = Tokenizer.from_directory(path)
     prompt = tokenizer.encode(text)
-    longest = ModelConfig.from_directory(path).max_position
+    packs = request.kv != "auto" and packs_positions(request.kv)
+    longest = LONGEST_PACKED_TOKENS if packs else ModelConfig.from_directory(path).max_position
     if request.context is None and len(prompt) > longest:
         raise InputError(f"the prompt has {len(prompt):,} tokens, but the context of {path} is {longest:,}; shorten it")
     # a text that reaches the end of the context stops there, with a message, rather than being refused beforehand
     needed = min(len(prompt) + request.sampling.max_new_tokens, longest)
-    session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer, prompt_tokens=len(prompt))
-    stream(session, prompt, request.sampling, show=not request.json)
+    with open_saved(request, path) as saved:
+        request, fed = adopted(request, saved), fed_tokens(request, saved, prompt)
+        session, plan = start(request, needed_tokens=needed, path=path, tokenizer=tokenizer, prompt_tokens=fed)
+        check_saving(request, session)
+        loaded = load_into(request, session, saved, prompt)
+    stream(session, prompt[loaded:], request.sampling, show=not request.json)
+    session.last.loaded_tokens = loaded
+    save_after(request, session)
     _report(request, session, plan)
 
 
@@ -296,74 +347,3 @@ def _report(request: Request, session: Session, plan: Plan) -> None:
         note(f"memwall: {result.message}", quiet=request.json and request.quiet)
     if result.stop_reason == "budget":
         raise typer.Exit(1)
-
-
-def ledger_rows(session: Session, plan: Plan) -> list[dict[str, Any]]:
-    """Measured bytes by owner and tier, the predicted ones beside them."""
-    predicted = {(row.owner, row.tier): row.nbytes for row in plan.rows}
-    return [
-        {
-            "owner": row.owner,
-            "tier": row.tier,
-            "bytes": row.nbytes,
-            "predicted_bytes": predicted.get((row.owner, row.tier)),
-        }
-        for row in session.ledger.rows()
-    ]
-
-
-def result_object(session: Session, plan: Plan) -> dict[str, Any]:
-    """The JSON form of a run."""
-    from memwall.memory import peak_resident_bytes
-
-    result = session.last
-    timings = result.timings
-    return {
-        "text": result.text,
-        "tokens": len(result.tokens),
-        "prompt_tokens": result.prompt_tokens,
-        "stop_reason": result.stop_reason,
-        "timings": {
-            "load_seconds": timings.load_seconds,
-            "prefill_seconds": timings.prefill_seconds,
-            "decode_seconds": timings.decode_seconds,
-            "prefill_tokens_per_s": timings.prefill_tokens_per_s,
-            "tokens_per_s": timings.decode_tokens_per_s,
-        },
-        "ledger": ledger_rows(session, plan),
-        "peak_resident_bytes": peak_resident_bytes(),
-        "plan": plan.to_dict(),
-    }
-
-
-def summary(session: Session, plan: Plan, request: Request, *, verbose: bool) -> str:
-    """Speed, ledger and peak for a person."""
-    from memwall.hardware.units import format_bytes
-    from memwall.memory import peak_resident_bytes
-
-    headers = ("owner", "tier", "bytes", *(("predicted",) if verbose else ()))
-    rows = []
-    for row in ledger_rows(session, plan):
-        cells = (row["owner"], row["tier"], format_bytes(row["bytes"]))
-        guess = row["predicted_bytes"]
-        rows.append((*cells, "-" if guess is None else format_bytes(guess)) if verbose else cells)
-    peak = peak_resident_bytes()
-    limit = request.budget.ram if request.budget is not None else None
-    share = f" of {format_bytes(limit)} allowed ({peak / limit:.0%})" if limit else ""
-    lines = [
-        speed_line(session.last),
-        *([f"plan: {plan.choice.weights} weights, {plan.choice.kv} cache. {plan.explanation}"] if verbose else []),
-        format_table(headers, rows, right=frozenset({2, 3})),
-        f"peak resident {format_bytes(peak)}{share}",
-    ]
-    return "\n".join(lines)
-
-
-def speed_line(result: Generation) -> str:
-    """How fast it went."""
-    timings = result.timings
-    return (
-        f"{result.prompt_tokens} prompt tokens in {timings.prefill_seconds:.2f} s, {len(result.tokens)} new at "
-        f"{timings.decode_tokens_per_s:.1f} tokens/s; loaded in {timings.load_seconds:.2f} s; "
-        f"ended by {result.stop_reason}"
-    )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from memwall.kernels import attention
 from memwall.memory import Arena
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, ModelConfig
-from memwall.models.decoder import Decoder
+from memwall.models.decoder import Decoder, Observer
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Weights
 
@@ -94,9 +95,18 @@ class PromptCache:
 
     length = 0
 
+    takes_inputs: ClassVar[bool] = False
+
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
         self._k = self._v = np.empty(0, np.float32)
+
+    @property
+    def next_position(self) -> int:
+        return self.length
+
+    def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
+        """Not asked for."""
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         self._k, self._v = k, v
@@ -220,15 +230,31 @@ class LayerStream:
             raise
         return collector
 
+    def observe(self, layer: int, observer: Observer) -> None:
+        """Move the hidden states through one layer while `observer` sees the inputs of its linears, block by block."""
+        with self._weights_of(layer, {}):
+            self._decoder.observer = observer
+            for states in self.hidden:
+                self._decoder.run_layer(layer, states, PromptCache(self.config))
+
     def advance(self, layer: int, packed: Mapping[str, Packed] | None = None) -> None:
         """Move the hidden states through one layer, `packed` forms in place of the checkpoint's weights."""
         self.run_layer(layer, self.hidden, packed)
 
-    def run_layer(self, layer: int, hidden: np.ndarray, packed: Mapping[str, Packed] | None = None) -> None:
-        """Any hidden states [sequences, at most `length` tokens, hidden] through one layer, in place."""
+    def run_layer(
+        self,
+        layer: int,
+        hidden: np.ndarray,
+        packed: Mapping[str, Packed] | None = None,
+        cache: PromptCache | None = None,
+    ) -> None:
+        """Any hidden states [sequences, at most `length` tokens, hidden] through one layer, in place.
+
+        cache: sees the keys, values and queries of each sequence in turn; it settles after each.
+        """
         with self._weights_of(layer, packed or {}):
             for states in hidden:
-                self._decoder.run_layer(layer, states, PromptCache(self.config))
+                self._decoder.run_layer(layer, states, cache or PromptCache(self.config))
 
     def norm(self, hidden: np.ndarray) -> None:
         """The norm after the last layer, in place."""

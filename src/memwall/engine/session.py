@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
 from memwall.hardware import available_memory_bytes
+from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
 from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
@@ -25,6 +27,9 @@ from memwall.models.precision import resolve
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress, load_weights
 
+if TYPE_CHECKING:
+    from memwall.kv.remote import RemoteCache
+
 SAMPLING = "sampling"
 """Ledger owner of what drawing a token works in; greedy runs have none."""
 
@@ -32,7 +37,7 @@ SAMPLING = "sampling"
 # it this much below the budget, so that the process as a whole stays under.
 RUNTIME_HEADROOM_BYTES = 2 << 20
 # What must stay free of that at any moment; when the heap has grown into it, the cache gets less.
-LEAST_HEADROOM_BYTES = 3 << 19
+LEAST_HEADROOM_BYTES = 3 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,7 @@ class Timings:
 class Generation:
     """What one call of `generate` made; complete once its iterator has ended.
 
+    prompt_tokens: those fed; loaded_tokens: those before them that came from a saved cache.
     stop_reason: "eos", "stop", "length" (max_new_tokens), "context" (the cache holds all the tokens it was built for)
     or "budget" (the next token's keys and values would have crossed the memory budget; `message` says so).
     """
@@ -75,6 +81,7 @@ class Generation:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
+    loaded_tokens: int = 0
     stop_reason: str = ""
     message: str = ""
     timings: Timings = field(default_factory=Timings)
@@ -94,6 +101,7 @@ class Session:
         arena: Arena,
         ledger: Ledger,
         load_seconds: float,
+        model: kv.CacheModel | None = None,
     ) -> None:
         self.settings = settings
         self.config = config
@@ -103,8 +111,11 @@ class Session:
         self.arena = arena
         self.ledger = ledger
         self.load_seconds = load_seconds
+        self.model = model
         self.budget_bytes: int | None = None
         self.last = Generation()
+        self.held: list[int] = []
+        """Ids of the tokens that the cache has taken in."""
         self._unfed: list[int] = []
         self._sampling_scratch: np.ndarray | None = None
 
@@ -126,10 +137,46 @@ class Session:
 
         The last token made is not in the cache until the next one is asked for, so one less than asked may be kept.
         """
-        kept = min(num_tokens, self.cache.length)
+        kept = self.cache.rewindable(min(num_tokens, self.cache.length))
         self.cache.truncate(kept)
+        del self.held[kept:]
         self._unfed = []
         return kept
+
+    def save_cache(self, path: Path, codec: str = EXACT) -> int:
+        """Write what the cache holds to a file, which is whole or not there; gives its bytes.
+
+        codec: `exact` keeps the cache's own stored form to the bit; else a codec of `kv.saved`.
+        """
+        return save(path, self.cache, self.held, self._origin(), codec, self.model)
+
+    def check_saving(self, codec: str = EXACT) -> None:
+        """InputError when `save_cache` with this codec would refuse, so that a run need not come to its end for it."""
+        check_saving(self.cache, codec, self.model)
+
+    def load_cache(self, saved: SavedCache | RemoteCache, prompt: list[int]) -> int:
+        """Go on from a saved cache: takes the longest beginning that it shares with the prompt; gives its tokens.
+
+        The rest of the prompt, one token at least, is for `generate` to prefill. The cache must be empty. InputError
+        for a file of another model, other weights or another policy, or one that was altered.
+        """
+        origin = self._origin()
+        saved.check_model(origin.model)
+        saved.check_weights(origin)
+        saved.check_policy(self.cache.policy)
+        saved.verify()
+        shared = min(saved.shared_tokens(prompt), self.cache.capacity_tokens)
+        if shared > 0:
+            assert self.model is not None
+            saved.fill(self.cache, shared, self.model, self.decoder)
+        self.held = list(prompt[: self.cache.length])
+        return self.cache.length
+
+    def _origin(self) -> Origin:
+        if self.model is None:
+            raise ValueError("this session was made without its model's folder; load() gives one that knows it")
+        weights = self.decoder.weights.specs
+        return Origin(model=self.model.fingerprint, weights=self.settings.weights, specs=weights)
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
         """Feed prompt tokens in segments; returns the last token's logits [V] (the decoder's buffer)."""
@@ -141,10 +188,12 @@ class Session:
                 f"the prompt has {len(tokens)} tokens and {self.cache.length} are held already, but the context is "
                 f"{self.settings.context_tokens}; shorten it or pass --context {needed}"
             )
-        step = self.settings.segment_tokens
         logits = np.empty(0, np.float32)
-        for begin in range(0, len(tokens), step):
-            logits = self.decoder.forward(np.asarray(tokens[begin : begin + step]), self.cache)
+        begin = 0
+        for count in self.cache.begin_prompt(len(tokens), self.settings.segment_tokens):
+            logits = self.decoder.forward(np.asarray(tokens[begin : begin + count]), self.cache)
+            self.held += tokens[begin : begin + count]
+            begin += count
         return logits
 
     def generate(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
@@ -196,6 +245,7 @@ class Session:
                 try:
                     self._hold_budget()
                     logits = self.decoder.forward(np.asarray([token]), self.cache)
+                    self.held.append(token)
                     self._unfed = []
                 except BudgetExceeded as refused:
                     self._stop_at_budget(result, refused)
@@ -266,7 +316,8 @@ def load(
         logit_rows=settings.logit_rows,
         exact=settings.exact,
     )
-    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens)
+    behind = kv.CacheModel(config=config, weights=weights, directory=model)
+    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens, behind)
     session = Session(
         settings=settings,
         config=config,
@@ -276,6 +327,7 @@ def load(
         arena=arena,
         ledger=ledger,
         load_seconds=time.perf_counter() - began,
+        model=behind,
     )
     session.budget_bytes = budget.ram if budget is not None else None
     return session
@@ -301,6 +353,7 @@ def cache_shape(config: ModelConfig) -> kv.CacheShape:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         windows=config.sliding_windows,
+        hidden_size=config.hidden_size,
     )
 
 

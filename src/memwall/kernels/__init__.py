@@ -6,16 +6,24 @@ faces. `reference` has each operation in plain torch; only tests import it.
 
 from __future__ import annotations
 
-from memwall._native import best_isa, force_isa, isa, num_threads, set_num_threads
-from memwall.kernels.attention import attend_float, attend_kivi, merge_partials, predict_attention_scratch_bytes
+from memwall._native import Program, best_isa, force_isa, isa, num_threads, set_num_threads
+from memwall.kernels.attention import (
+    attend_float,
+    attend_kivi,
+    attend_ragged,
+    merge_partials,
+    predict_attention_scratch_bytes,
+)
 from memwall.kernels.elementwise import rms_norm, rope, swiglu
 from memwall.kernels.encode import encode
 from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, scratch_bytes
 
 __all__ = [
     "Matrix",
+    "Program",
     "attend_float",
     "attend_kivi",
+    "attend_ragged",
     "best_isa",
     "encode",
     "force_isa",

@@ -1,6 +1,7 @@
-"""Attention on the CPU: over full-precision rows and over KIVI-coded ones.
+"""Attention on the CPU: over full-precision rows, over KIVI-coded ones, and over heads that hold different tokens.
 
-Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens.
+Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens. Keys,
+and queries with them, may be narrower than values: Dk numbers a head, any width.
 Query i sits at position `first_position + i`, cached token j at `key_start + j`; a query sees the keys at or before its
 own position and, with a window, the last `window` of them. `stats[T, H, 2]` receives the largest logit and the sum of
 exponentials relative to it: what `merge_partials` needs to join attentions over pieces of a cache that are held apart.
@@ -18,6 +19,8 @@ import memwall._native as _native
 __all__ = [
     "attend_float",
     "attend_kivi",
+    "attend_paged",
+    "attend_ragged",
     "kivi_block_bytes",
     "kivi_decode_keys",
     "kivi_decode_values",
@@ -43,8 +46,32 @@ def attend_float(
     out: np.ndarray,
     stats: np.ndarray | None = None,
 ) -> np.ndarray:
-    """q [T, H, D] float32 over k, v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32."""
+    """q [T, H, Dk] float32 over k [S, Hkv, Dk], v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32.
+
+    Tokens may lie apart (rows of several layers in turn); a token's heads must lie beside each other.
+    """
     _native.attend_float(q, _plain(k), _plain(v), out, scale, first_position, window, key_start, stats)
+    return out
+
+
+def attend_paged(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    table: np.ndarray,
+    *,
+    page_tokens: int,
+    length: int,
+    scale: float,
+    first_position: int,
+    window: int | None = None,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """`attend_float` over pages anywhere in k, v [pages * page_tokens, Hkv, D]: token t is in page `table[t //
+    page_tokens]` (int32); page_tokens a power of two from 16 on. The same code, with a table to walk.
+    """
+    _native.attend_paged(q, _plain(k), _plain(v), table, page_tokens, length, out, scale, first_position, window, stats)
     return out
 
 
@@ -78,6 +105,30 @@ def attend_kivi(
     return out
 
 
+def attend_ragged(
+    q: np.ndarray,
+    past_k: np.ndarray,
+    past_v: np.ndarray,
+    offsets: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    scale: float,
+    first_query: int,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """Attention over heads of different lengths, and a tail k, v [S, Hkv, D] that all of them share.
+
+    past_k, past_v [rows, D]: head h has the rows offsets[h] .. offsets[h + 1] (int64 [Hkv + 1]), which every query
+    sees. Query i sees the tail up to its token `first_query + i`.
+    """
+    _native.attend_ragged(
+        q, _plain(past_k), _plain(past_v), offsets, _plain(k), _plain(v), out, scale, first_query, stats
+    )
+    return out
+
+
 def predict_attention_scratch_bytes(
     num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, *, threads: int | None = None
 ) -> int:
@@ -104,14 +155,17 @@ def merge_partials(outs: Sequence[np.ndarray], stats: Sequence[np.ndarray]) -> t
 
 
 @cache
-def kivi_block_bytes(bits: int, group: int, head_dim: int) -> tuple[int, int]:
-    """Bytes of one key-value head's key block (`group` tokens) and value block (`VALUE_BLOCK_TOKENS` tokens)."""
-    key, value = _native.kivi_block_bytes(bits, group, head_dim)
+def kivi_block_bytes(bits: int, group: int, head_dim: int, key_dim: int | None = None) -> tuple[int, int]:
+    """Bytes of one key-value head's key block (`group` tokens) and value block (`VALUE_BLOCK_TOKENS` tokens).
+
+    key_dim: channels of a key where some were dropped.
+    """
+    key, value = _native.kivi_block_bytes(bits, group, head_dim, head_dim if key_dim is None else key_dim)
     return int(key), int(value)
 
 
 def kivi_encode_keys(k: np.ndarray, blocks: np.ndarray, *, bits: int, group: int) -> None:
-    """Codes exact keys [n, Hkv, D], n whole groups, into `blocks` from its start."""
+    """Codes exact keys [n, Hkv, Dk], n whole groups, into `blocks` from its start."""
     _native.kivi_encode_keys(_plain(k), blocks, bits, group)
 
 

@@ -2,23 +2,45 @@
 
 The decoder goes layer by layer. In each layer it appends the keys (after rotation) and values of all new tokens once,
 attends in one or more blocks of query rows, and settles: only then may the cache compress, so that new tokens always
-attend exactly.
+attend exactly. A cache that drops tokens goes on counting them: `length` is what it was given, not what it kept.
 
-Units: `length` and capacities in tokens; T new tokens, H query heads, Hkv key-value heads, D numbers a head.
+Caches nest: one that chooses tokens or channels (`role`) holds an inner one, which it hands what it keeps as if these
+were all the tokens there are, so that inner positions are places in the inner cache.
+
+Units: `length` and capacities in tokens; T new tokens, H query heads, Hkv key-value heads, D numbers a head, d the
+model's hidden size.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from memwall.errors import DoesNotFit, InputError
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.rope import RotaryTable
 
 if TYPE_CHECKING:
+    from memwall.kv.policy import Policy
     from memwall.memory import Arena
+    from memwall.models.weights import Weights
+
+Role = Literal["tokens", "channels", "store"]
+
+Facts = Mapping[str, int]
+"""Whole numbers that say how the arrays of `KVCache.dump` are to be read."""
+
+Reader = Callable[[str, np.ndarray], None]
+"""reader(name, out) fills `out` with the first len(out) rows of a dumped array."""
+ROLES: tuple[Role, ...] = ("tokens", "channels", "store")
+"""What a policy decides, outermost first: which tokens stay, which channels stay, how rows are stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +49,7 @@ class CacheShape:
 
     windows: each layer's sliding window in tokens, None where it sees everything.
     scale: what q . k is multiplied with, one over the root of `head_dim` unless given.
+    hidden_size: width d of the layers' inputs, for caches that keep these; None where it is not known.
     """
 
     num_layers: int
@@ -35,6 +58,7 @@ class CacheShape:
     head_dim: int
     windows: tuple[int | None, ...] | None = None
     scale: float | None = None
+    hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
@@ -60,11 +84,51 @@ class CacheShape:
         return self.windows[layer] if self.windows is not None else None
 
 
+@dataclass(frozen=True, eq=False)
+class CacheModel:
+    """The loaded model behind a cache: its configuration, the weights as they are held, the folder they came from."""
+
+    config: ModelConfig
+    weights: Weights
+    directory: Path
+
+    @cached_property
+    def rotary(self) -> RotaryTable:
+        """Rotation tables of the model's keys and queries."""
+        return RotaryTable(self.config.rope, self.config.head_dim)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the model: what was fitted to it, or cached from it, is of no use to another."""
+        with Checkpoint(self.directory, self.config) as checkpoint:
+            return checkpoint.fingerprint()
+
+
 class KVCache(ABC):
     """The keys and values of one sequence, in the form that the policy gives them."""
 
+    role: ClassVar[Role] = "store"
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Names of policies that this one can't work on top of, with the reason."""
+    needs_model: ClassVar[bool] = False
+    """Whether it looks into the model (rotation, weights, fitted factors)."""
+    fits: ClassVar[bool] = False
+    """Whether it must be fitted to the model once (`fit`, `kv.fitted`)."""
+    takes_inputs: ClassVar[bool] = False
+    """Whether the decoder must hand it the layers' inputs (`take_inputs`)."""
     codes_prompt: ClassVar[bool] = False
-    """Whether settling codes a prompt's tokens, so that a prompt must come in one segment to attend exactly."""
+    """Whether settling changes what a prompt's later tokens would see, so that it must come in one segment to attend
+    exactly.
+    """
+    packs_positions: ClassVar[bool] = False
+    """Whether it numbers the tokens that it keeps anew (`next_position`): a sequence may then outgrow the positions
+    that the model knows.
+    """
+
+    saves: ClassVar[bool] = False
+    """Whether it can be written down and read back (`dump`, `layout`, `restore`)."""
+    plain_rows: ClassVar[bool] = False
+    """Whether rows alone make it: appending and settling without attention does, and `rows` gives them back."""
 
     def __init__(self, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
         if capacity_tokens < 1:
@@ -72,6 +136,46 @@ class KVCache(ABC):
         self.shape = shape
         self.arena = arena
         self.capacity_tokens = capacity_tokens
+
+    @staticmethod
+    def predict(
+        policy: Policy, shape: CacheShape, num_tokens: int, prefill_tokens: int, capacity_tokens: int
+    ) -> dict[str, int]:
+        """Exact bytes per ledger owner with `num_tokens` taken in, `prefill_tokens` of them at once.
+
+        Every policy of the table has it; a cache made for one experiment needs none.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
+        """Bytes that one decode step reads with `num_tokens` taken in; as `predict`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def step_macs(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
+        """Multiply-adds of one decode step beyond attention itself: where keys are rebuilt, these decide its time."""
+        return 0
+
+    @classmethod
+    def fit_key(cls, policy: Policy) -> str:
+        """Canonical form of the settings that `fit` depends on; where `fits` is set."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit(
+        cls,
+        policy: Policy,
+        directory: Path,
+        text: str | None,
+        threads: int | None,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> dict[str, np.ndarray]:
+        """Learns what the policy needs of the model in `directory` from `text` (None: the bundled one).
+
+        progress(stage, done, in all). Where `fits` is set; may use torch, which running never does.
+        """
+        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -81,7 +185,29 @@ class KVCache(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """Tokens that every layer holds."""
+        """Tokens that every layer has taken in; the next one's place in the sequence."""
+
+    @property
+    def next_position(self) -> int:
+        """The rotary position of the next token: its place in the sequence, unless the cache packs what it keeps."""
+        return self.length
+
+    def begin_prompt(self, num_tokens: int, longest: int) -> list[int]:
+        """A prompt of so many tokens comes: the sizes of the segments to feed it in, each at most `longest`."""
+        return [min(longest, num_tokens - begin) for begin in range(0, num_tokens, longest)]
+
+    def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
+        """The layer's normed inputs x [n, d] of the new tokens at `positions` [n], before `append`, block by block.
+
+        Only called where `takes_inputs` is set.
+        """
+        raise NotImplementedError
+
+    def observe(self, layer: int, q: np.ndarray) -> None:  # noqa: B027 - most caches do not look
+        """The prompt's last queries [w, H, D] (rotated), from an outer cache that attended to the prompt itself.
+
+        Called before `settle`; a cache that does not look at queries ignores them.
+        """
 
     @abstractmethod
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
@@ -91,12 +217,22 @@ class KVCache(ABC):
         """
 
     @abstractmethod
-    def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Attention of q [T, H, D] float32 at consecutive `positions` over the layer's tokens, into out [T, H, D]."""
+    def attend(
+        self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Attention of q [T, H, D] float32 at consecutive `positions` over the layer's tokens, into out [T, H, D].
+
+        stats [T, H, 2] receives the largest logit and the sum of exponentials, for merging with other parts
+        (`kernels.attention.merge_partials`).
+        """
 
     @abstractmethod
     def settle(self, layer: int) -> None:
         """Called once after a layer's attention: compresses what may be compressed now."""
+
+    def rewindable(self, length: int) -> int:
+        """The longest `truncate` that is possible and forgets all from `length` on; less where tokens were dropped."""
+        return length
 
     @abstractmethod
     def truncate(self, length: int) -> None:
@@ -109,6 +245,32 @@ class KVCache(ABC):
     @abstractmethod
     def release(self) -> None:
         """Gives all memory back; the cache is of no more use."""
+
+    def dump(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """Arrays and facts from which `restore` makes an equal cache, in the form it holds them.
+
+        Arrays are views: they go stale with the next change. Between forward passes only; where `saves` is set.
+        """
+        raise NotImplementedError
+
+    def layout(self, facts: Facts) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of each array that `dump` gives with such facts; InputError for facts that cannot be.
+
+        Where `saves` is set; changes nothing.
+        """
+        raise NotImplementedError
+
+    def restore(self, facts: Facts, keep: int, reader: Reader) -> None:
+        """Makes this empty cache what was dumped, cut to its first `keep` tokens (at least as far as `rewindable`
+        goes; `length` says how many it became).
+
+        facts: those that `layout` has accepted. BudgetExceeded, with the cache empty, when the arena has no room.
+        """
+        raise NotImplementedError
+
+    def rows(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [n, Hkv, D] float32 of tokens [begin, end) as they are held. Where `plain_rows` is set."""
+        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -129,6 +291,10 @@ class KVCache(ABC):
                 f"the context holds {self.capacity_tokens:,} tokens, {held:,} are used, {num_new:,} more do not fit; "
                 f"ask for a longer one (--context {held + num_new})"
             )
+
+    def _check_restore(self, keep: int, saved: int) -> None:
+        if self.length or not 0 <= keep <= min(saved, self.capacity_tokens):
+            raise ValueError(f"cannot restore {keep} of {saved} tokens to a cache of {self.capacity_tokens}")
 
     def _check_truncate(self, length: int) -> None:
         if not 0 <= length <= self.length:

@@ -16,7 +16,7 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.kernels.attention import attend_float
-from memwall.kv.base import CacheShape, KVCache
+from memwall.kv.base import CacheModel, CacheShape, Facts, KVCache, Reader
 from memwall.kv.policy import Policy
 from memwall.memory.pages import round_up
 
@@ -81,10 +81,20 @@ class GrowingRows:
 class FloatCache(KVCache):
     """See the module's text."""
 
-    def __init__(self, policy: Policy, shape: CacheShape, arena: Arena, capacity_tokens: int) -> None:
+    saves = True
+    plain_rows = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        shape: CacheShape,
+        arena: Arena,
+        capacity_tokens: int,
+        model: CacheModel | None = None,
+    ) -> None:
         super().__init__(shape, arena, capacity_tokens)
         self._policy = policy
-        dtype = float_dtype(policy.name)
+        self._dtype = dtype = float_dtype(policy.name)
         self._keys: list[GrowingRows] = []
         self._values: list[GrowingRows] = []
         self._lengths = [0] * shape.num_layers
@@ -131,7 +141,9 @@ class FloatCache(KVCache):
         self._values[layer].rows(held, end)[:] = v
         self._lengths[layer] = end
 
-    def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def attend(
+        self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
+    ) -> np.ndarray:
         end = self._lengths[layer]
         return attend_float(
             q,
@@ -141,6 +153,7 @@ class FloatCache(KVCache):
             first_position=int(positions[0]),
             window=self.shape.window(layer),
             out=out,
+            stats=stats,
         )
 
     def settle(self, layer: int) -> None:
@@ -164,6 +177,35 @@ class FloatCache(KVCache):
             raise
         other._lengths = [self.length] * self.shape.num_layers
         return other
+
+    def dump(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        arrays = {}
+        for layer, (keys, values) in enumerate(zip(self._keys, self._values)):
+            arrays[f"keys.{layer}"] = keys.rows(0, self.length)
+            arrays[f"values.{layer}"] = values.rows(0, self.length)
+        return arrays, {"tokens": self.length}
+
+    def layout(self, facts: Facts) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        shape = (facts["tokens"], self.shape.num_kv_heads, self.shape.head_dim)
+        names = (f"{which}.{layer}" for layer in range(self.shape.num_layers) for which in ("keys", "values"))
+        return dict.fromkeys(names, (shape, self._dtype))
+
+    def restore(self, facts: Facts, keep: int, reader: Reader) -> None:
+        self._check_restore(keep, facts["tokens"])
+        try:
+            for rows in (*self._keys, *self._values):
+                rows.reserve(keep)
+            for layer, (keys, values) in enumerate(zip(self._keys, self._values)):
+                reader(f"keys.{layer}", keys.rows(0, keep))
+                reader(f"values.{layer}", values.rows(0, keep))
+        except BaseException:
+            self.truncate(0)
+            raise
+        self._lengths = [keep] * self.shape.num_layers
+
+    def rows(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = self._keys[layer].rows(begin, end), self._values[layer].rows(begin, end)
+        return keys.astype(np.float32), values.astype(np.float32)
 
     def release(self) -> None:
         for rows in (*self._keys, *self._values):

@@ -1,58 +1,106 @@
-"""Policy strings: `float16`, `kivi`, `kivi(2bit)`, `kivi(bits=2,group=32,residual=128)`.
+"""Policy strings: `float16`, `kivi(2bit)`, `kivi(bits=2,group=32,residual=128)`, `snapkv(0.25)+think(0.4)+kivi(2bit)`.
 
-A policy is a name and settings in brackets. A setting is `key=value`; `2bit` is short for `bits=2`.
+A policy is a name and settings in brackets. A setting is `key=value`; `2bit` is short for `bits=2`, and a bare number
+is the technique's `amount`, whatever it counts. Policies joined by `+` work on top of each other: which tokens stay,
+which channels stay, how the rest is stored.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from memwall.errors import InputError
 
+AMOUNT = "amount"
+"""Key of the one setting that may be written without its key, such as the share of tokens kept."""
+
 _POLICY = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
 _BITS = re.compile(r"([0-9]+)\s*-?\s*bits?")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
 _SETTING = re.compile(r"([a-z_]+)\s*=\s*([a-z0-9_.]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A parsed policy string: `str(policy)` is its canonical form."""
+    """A parsed policy string: `str(policy)` is its canonical form. inner: the policy that this one works on top of."""
 
     name: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    inner: Policy | None = None
 
     def __str__(self) -> str:
-        inside = ",".join(f"{key}={value}" for key, value in self.settings.items())
-        return f"{self.name}({inside})" if inside else self.name
+        inside = ",".join(value if key == AMOUNT else f"{key}={value}" for key, value in self.settings.items())
+        own = f"{self.name}({inside})" if inside else self.name
+        return own if self.inner is None else f"{own}+{self.inner}"
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        """The policies of the string one by one, outermost first, each without its inner one."""
+        rest = () if self.inner is None else self.inner.parts
+        return (replace(self, inner=None), *rest)
 
     def integers(self, defaults: Mapping[str, int]) -> dict[str, int]:
         """The settings as integers over `defaults`; an unknown one or one that is no number is an error."""
         values = dict(defaults)
         for key, text in self.settings.items():
-            if key not in defaults:
-                raise InputError(f"policy {self}: unknown setting {key!r}; it takes {', '.join(defaults)}")
+            self._check_known(key, defaults)
             if not text.isdecimal():
                 raise InputError(f"policy {self}: {key}={text!r} is not a whole number")
             values[key] = int(text)
         return values
 
+    def numbers(self, defaults: Mapping[str, float]) -> dict[str, float]:
+        """The settings as numbers over `defaults`; one whose default is an integer must be a whole number."""
+        values = dict(defaults)
+        for key, text in self.settings.items():
+            self._check_known(key, defaults)
+            whole = isinstance(defaults[key], int)
+            if not (text.isdecimal() if whole else _NUMBER.fullmatch(text)):
+                raise InputError(f"policy {self}: {key}={text!r} is not a {'whole ' if whole else ''}number")
+            values[key] = int(text) if whole else float(text)
+        return values
+
+    def _check_known(self, key: str, defaults: Mapping[str, float]) -> None:
+        if key not in defaults:
+            bare = key == AMOUNT
+            raise InputError(
+                f"policy {self}: {'a bare number' if bare else f'unknown setting {key!r}'}; it takes "
+                f"{', '.join(defaults)}"
+            )
+
+
+def stacked(parts: tuple[Policy, ...]) -> Policy:
+    """One policy of several, outermost first."""
+    whole: Policy | None = None
+    for part in reversed(parts):
+        whole = replace(part, inner=whole)
+    assert whole is not None
+    return whole
+
 
 def parse(text: str) -> Policy:
-    """Reads a policy string. Whether the name is known and the settings make sense is for its technique to say."""
-    match = _POLICY.fullmatch(text.lower())
+    """Reads a policy string. Whether names are known, go together and settings make sense is for the table to say."""
+    return stacked(tuple(_parse_one(part, text) for part in text.lower().split("+")))
+
+
+def _parse_one(part: str, text: str) -> Policy:
+    match = _POLICY.fullmatch(part)
     if match is None:
         raise InputError(
-            f"KV policy {text!r}: must look like float16, kivi(2bit) or kivi(bits=2,group=32,residual=128)"
+            f"KV policy {text!r}: must look like float16, kivi(2bit), kivi(bits=2,group=32,residual=128) or "
+            "snapkv(0.25)+kivi(2bit)"
         )
     name, inside = match.groups()
     settings: dict[str, str] = {}
-    for item in filter(None, (part.strip() for part in (inside or "").split(","))):
+    for item in filter(None, (piece.strip() for piece in (inside or "").split(","))):
         if bits := _BITS.fullmatch(item):
             key, value = "bits", bits.group(1)
         elif setting := _SETTING.fullmatch(item):
             key, value = setting.groups()
+        elif _NUMBER.fullmatch(item):
+            key, value = AMOUNT, item
         else:
             raise InputError(f"KV policy {text!r}: setting {item!r} must look like bits=2")
         if key in settings:

@@ -59,6 +59,10 @@ class Charge:
         """Counts `nbytes` from now on; BudgetExceeded when that is over the cap, and then nothing changes."""
         self._arena._resize(self._entry, nbytes)
 
+    def move_to(self, other: Charge, nbytes: int) -> None:
+        """Counts `nbytes` of this charge under the other's owner from now on; what the arena holds stays the same."""
+        self._arena._move(self._entry, other._entry, nbytes)
+
     def release(self) -> None:
         """Counts nothing any more."""
         self._arena._resize(self._entry, 0)
@@ -282,6 +286,13 @@ class Arena:
                 entry.resize(nbytes)
                 self._used_bytes += delta
                 self._peak_bytes = max(self._peak_bytes, self._used_bytes)
+
+    def _move(self, source: Entry, target: Entry, nbytes: int) -> None:
+        if not 0 <= nbytes <= source.nbytes:
+            raise ValueError(f"{source.owner}: {nbytes:,} of {source.nbytes:,} bytes cannot go to {target.owner}")
+        with self._lock:
+            source.resize(source.nbytes - nbytes)
+            target.resize(target.nbytes + nbytes)
 
 
 def _wants_huge(nbytes: int, huge: bool | None) -> bool:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from memwall.hardware.units import KIB
 from memwall.memory.arena import Charge
@@ -40,17 +42,34 @@ class Resident:
         return self.anonymous_bytes + self.file_bytes + self.shared_bytes
 
 
+class Unseen(Protocol):
+    """Memory whose true size the resident set does not show."""
+
+    @property
+    def unseen_bytes(self) -> int:
+        """Bytes held less bytes shown: positive for pages that no address maps, negative for pages mapped twice."""
+
+
+_unseen: weakref.WeakSet[Unseen] = weakref.WeakSet()
+
+
+def count_unseen(memory: Unseen) -> None:
+    """From now on, as long as it lives, this memory's `unseen_bytes` are part of what the process holds."""
+    _unseen.add(memory)
+
+
 def resident_bytes(*, exact: bool = False) -> int:
-    """Resident bytes of this process.
+    """Resident bytes of this process, memory that it holds without mapping it included (`count_unseen`).
 
     The quick figure may lag by some pages per core; `exact` walks the page tables (milliseconds).
     """
+    unseen = sum(memory.unseen_bytes for memory in list(_unseen))
     if exact:
         rollup = _fields("/proc/self/smaps_rollup")
         if "Rss" in rollup:
-            return rollup["Rss"]
+            return rollup["Rss"] + unseen
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
+        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES + unseen
     except (OSError, IndexError, ValueError):
         return _resident_elsewhere()
 

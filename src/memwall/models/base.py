@@ -1,11 +1,11 @@
 """What a decoder asks of a KV cache.
 
-The caches themselves live in `memwall.kv`, which builds on this room; the decoder only needs these five members.
+The caches themselves live in `memwall.kv`, which builds on this room; the decoder only needs these members.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -13,9 +13,18 @@ import numpy as np
 class DecoderCache(Protocol):
     """Keys and values of the tokens seen so far, in a form of the cache's own choosing."""
 
+    takes_inputs: ClassVar[bool]
+
     @property
     def length(self) -> int:
-        """Tokens held (the position of the next one)."""
+        """Tokens taken in (the place of the next one in the sequence)."""
+
+    @property
+    def next_position(self) -> int:
+        """The rotary position of the next token."""
+
+    def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
+        """The layer's normed inputs x [n, d] of new tokens; called before `append` where `takes_inputs` is set."""
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         """Add new tokens: k (rotated) and v [T, kv_heads, head_dim] float32, positions [T] int64."""

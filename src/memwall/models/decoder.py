@@ -19,6 +19,7 @@ from memwall.formats import codec
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
+from memwall.models.decode import DecodeStep
 from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
 
@@ -82,7 +83,7 @@ def scratch_bytes(
     return panels + rounded + attention
 
 
-class _Layer:
+class Layer:
     """Names and matrices of one layer, looked up once."""
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
@@ -130,7 +131,8 @@ class Decoder:
         self.exact = exact
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
-        self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
+        self._step: DecodeStep | None = None
+        self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
         self._arena = arena
         self._scratch = arena.charge(SCRATCH, scratch_bytes(config, weights.specs, segment_tokens, exact=exact))
@@ -163,10 +165,14 @@ class Decoder:
             raise ValueError(f"forward takes 1 to {self.segment_tokens} tokens at a time, got {num_tokens}")
         start = cache.length
         positions = np.arange(start, start + num_tokens, dtype=np.int64)
-        cos, sin = self._tables(positions)
+        cos, sin = self._rotation(cache, positions)
         hidden = self._buffers["hidden"][:num_tokens]
         kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
+        step = self._decode_step() if num_tokens == 1 and not cache.takes_inputs else None
         try:
+            if step is not None:
+                step.run(cache, positions)
+                return hidden
             for index, layer in enumerate(self._layers):
                 self._run_layer(index, layer, hidden, positions, cos, sin, cache)
         except BaseException:
@@ -175,22 +181,37 @@ class Decoder:
         kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
         return hidden
 
+    def _decode_step(self) -> DecodeStep | None:
+        """The recorded form of one token's layers; None where a layer's calls depend on its numbers (experts) or an
+        observer wants to see them.
+        """
+        if self.config.num_experts or self.observer is not None:
+            return None
+        if self._step is None or self._step.generation != self.weights.generation:
+            rows = {name: buffer[:1] for name, buffer in self._buffers.items()}
+            self._step = DecodeStep(self._layers, self.weights, rows, eps=self.config.rms_norm_eps, exact=self.exact)
+        return self._step
+
     def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
         """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""
         positions = np.arange(cache.length, cache.length + len(hidden), dtype=np.int64)
-        cos, sin = self._tables(positions)
+        cos, sin = self._rotation(cache, positions)
         self._run_layer(index, self._layers[index], hidden, positions, cos, sin, cache)
+
+    def _rotation(self, cache: DecoderCache, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin of new tokens, in the decoder's buffers.
+
+        A cache that packs what it keeps has tokens turn by their place there, not in the sequence.
+        """
+        turns = positions + (cache.next_position - cache.length)
+        tables = (self._buffers["cos"][: len(positions)], self._buffers["sin"][: len(positions)])
+        return rope_tables(self.config.rope, self.config.head_dim, turns, tables)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Normed hidden states [n, H] -> logits [n, V] (n at most the logit_rows given at construction)."""
         out = self._buffers["logits"][: len(hidden)]
         self._linear(hidden, [HEAD], [out])
         return out
-
-    def _tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin of the positions, in the decoder's buffers."""
-        tables = (self._buffers["cos"][: len(positions)], self._buffers["sin"][: len(positions)])
-        return rope_tables(self.config.rope, self.config.head_dim, positions, tables)
 
     def _linear(
         self,
@@ -209,7 +230,7 @@ class Decoder:
     def _run_layer(
         self,
         index: int,
-        layer: _Layer,
+        layer: Layer,
         hidden: np.ndarray,
         positions: np.ndarray,
         cos: np.ndarray,
@@ -223,6 +244,8 @@ class Decoder:
         for rows in blocks:
             normed, queries = self._block("normed", rows), self._block("queries", rows)
             kernels.rms_norm(hidden[rows], layer.input_norm, eps, normed)
+            if cache.takes_inputs:
+                cache.take_inputs(index, normed, positions[rows])
             first = 0 if one_block else 1  # queries of a single block ride along; else each block makes its own below
             outs = [queries, keys[rows], values[rows]][first:]
             self._linear(normed, layer.qkv[first:], outs, layer.qkv_bias[first:])
@@ -259,13 +282,13 @@ class Decoder:
             kernels.rms_norm(per_head, norm, self.config.rms_norm_eps, per_head)
         kernels.rope(x.reshape(len(x), num_heads, head_dim), cos, sin)
 
-    def _feed_forward(self, layer: _Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+    def _feed_forward(self, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         gate, up = self._buffers["gate"][: len(normed)], self._buffers["up"][: len(normed)]
         self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
         kernels.swiglu(gate, up, gate)
         self._linear(gate, [layer.down], [residual], [layer.down_bias], accumulate=True)
 
-    def _experts(self, layer: _Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+    def _experts(self, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         """Each token goes through its top experts, weighted by the softmax over the router's logits."""
         router = self._buffers["router"][: len(normed)]
         self._linear(normed, [layer.router], [router])

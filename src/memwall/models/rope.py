@@ -55,6 +55,18 @@ def rope_tables(
     return cos, sin
 
 
+class RotaryTable:
+    """The tables of one model, computed for the positions asked for: nothing is kept that grows with the context."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+        self.rope = rope
+        self.head_dim = head_dim
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin, float32 [len(positions), head_dim / 2]."""
+        return rope_tables(self.rope, self.head_dim, positions)
+
+
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     original = rope.original_max_position

@@ -39,6 +39,8 @@ class Weights:
     matrices: dict[str, Matrix]
     vectors: dict[str, np.ndarray]
     specs: Mapping[str, str]
+    generation: int = 0
+    """Counts replacements: what was recorded of older matrices (`models.decode`) no longer holds."""
     regions: tuple[Region, ...] = ()
     """Where they lie, if the loader put them there."""
 
@@ -52,6 +54,7 @@ class Weights:
     def replace(self, name: str, packed: Packed) -> None:
         """Put another form of one matrix in place (calibration swaps compressed layers in; not in the arena)."""
         self.matrices[name] = kernels.matrix(packed)
+        self.generation += 1
 
 
 class _Pool:

@@ -26,7 +26,7 @@ from memwall.plan.base import Choice, Option, Plan, Quality
 from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
 from memwall.plan.profile import KernelProfile, load_profile
 from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search, segment_tokens
-from memwall.plan.speed import Speed, predict_elsewhere, predict_here
+from memwall.plan.speed import Speed, arithmetic_elsewhere, arithmetic_here, predict_elsewhere, predict_here
 
 HELD_OUT_NAME = "bundled held-out text"
 #: tokens of held-out text a choice is measured on: enough for the KL of formats a bit apart to differ by several
@@ -168,6 +168,14 @@ class Planner:
         profile.save()
         return speed
 
+    def _arithmetic(self, choice: Choice) -> str:
+        """What to know of a cache that rebuilds its keys; empty for others. Call it after `speed`."""
+        if self.elsewhere is not None:
+            return arithmetic_elsewhere(self.space.config, choice, self.elsewhere, self.space.device_tier)
+        profile = self._profiles.get(choice.threads)
+        specs = self.space.specs(choice.weights)
+        return arithmetic_here(self.space.config, specs, choice, profile) if profile is not None else ""
+
     def _complete(self, goal: Goal) -> Goal:
         """Fill in what the machine implies: its device, and its capacities where another one is planned for without
         a budget.
@@ -196,7 +204,7 @@ class Planner:
             decode_tokens_per_s_at_start=speed.decode_tokens_per_s_at_start if speed else None,
             prefill_tokens_per_s=speed.prefill_tokens_per_s if speed else None,
             quality=best.quality,
-            explanation=explain(self.space, goal, candidates),
+            explanation=explain(self.space, goal, candidates) + self._arithmetic(best.choice),
             runners_up=tuple(self._runners_up(goal, candidates)),
         )
 

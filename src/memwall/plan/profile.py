@@ -43,6 +43,8 @@ ATTEND_TOKENS = (64, 1024)
 ATTEND_LAYERS = (2, 16)
 _BETWEEN_BYTES = 4_000_000
 _ATTEND_SAMPLES = 64
+#: a prompt's last queries, by which some caches choose what they keep of it
+_PROMPT_QUERIES = 64
 #: layers that overheads are measured on: one too small to have any work, one whose products are cut over the threads
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
 WIDE = {
@@ -250,7 +252,9 @@ def _cache_step(policy: str, heads: int, kv_heads: int, head_dim: int, length: i
     shape = kv.CacheShape(num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     cache = kv.build(policy, shape, Arena(1 << 62, Ledger()), 4 * length + 4096)
     keys = random.standard_normal((length, kv_heads, head_dim), np.float32)
+    last = random.standard_normal((min(_PROMPT_QUERIES, length), heads, head_dim), np.float32)
     cache.append(0, keys, keys.copy(), np.arange(length))
+    cache.attend(0, last, np.arange(length - len(last), length), np.empty_like(last))
     cache.settle(0)
     query = random.standard_normal((1, heads, head_dim), np.float32)
     out = np.empty_like(query)

@@ -27,6 +27,8 @@ KEEPS_QUALITY_BITS = 4.0
 DEFAULT_CONTEXT_TOKENS = 4096
 SHORTEST_CONTEXT_TOKENS = 256
 LARGEST_BATCH = 256
+#: tokens of a sequence where the cache numbers what it keeps anew: whatever the model's positions
+LONGEST_PACKED_TOKENS = 1 << 24
 #: loss of cached numbers in a number of bits against that of weights in as many, in `proxy_loss` (measured on the demo
 #: model, 2026-11-23: KL of 27-43 nats x 4^-bits for weights at 2.8 to 4.3 bits, 6.6 for KIVI at 3 and 5 bits)
 _CACHE_LOSS_SHARE = 0.2
@@ -130,12 +132,21 @@ def search(space: Space, goal: Goal, *, measure: Measure | None = None) -> list[
 
 def check(space: Space, goal: Goal) -> None:
     """Refuse settings that no budget could make work."""
-    if goal.context is not None and not 1 <= goal.context <= space.max_context:
-        raise InputError(f"context {goal.context} is out of range: this model takes 1 to {space.max_context} tokens")
+    longest = longest_context(space, goal.kv)
+    if goal.context is not None and not 1 <= goal.context <= longest:
+        raise InputError(f"context {goal.context} is out of range: this model takes 1 to {longest} tokens")
     if goal.batch is not None and goal.batch < 1:
         raise InputError(f"batch {goal.batch} is out of range: it must be at least 1")
     if goal.max_kl is not None and goal.max_kl <= 0:
         raise InputError(f"max-kl {goal.max_kl} is out of range: it must be above 0 nats")
+
+
+def longest_context(space: Space, kv: str) -> int:
+    """Tokens that a sequence may have: as many as the model has positions, unless the cache numbers what it keeps
+    anew.
+    """
+    packs = kv != AUTO and caches.packs_positions(kv)
+    return max(LONGEST_PACKED_TOKENS, space.max_context) if packs else space.max_context
 
 
 def contexts(space: Space, goal: Goal) -> list[int]:
@@ -229,7 +240,8 @@ def largest_context(space: Space, goal: Goal) -> int | None:
         _, peak = smallest(space, replace(goal, context=context))
         return all(peak.get(tier, 0) <= cap for tier, cap in goal.budget.items())
 
-    return _largest(possible, 1, space.max_context, space.max_context) if possible(1) else None
+    longest = longest_context(space, goal.kv)
+    return _largest(possible, 1, longest, longest) if possible(1) else None
 
 
 def explain_misfit(space: Space, goal: Goal) -> str:

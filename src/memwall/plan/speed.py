@@ -7,6 +7,8 @@ A decode step reads every weight it uses once and the whole cache once, so
             + layers x layer overhead + token overhead
 
 where the working set is all that one step reads: below the size of the last-level cache rates are those of the cache.
+A cache that rebuilds its keys multiplies for them besides; that part of a step takes the longer of reading and
+arithmetic, max(bytes / rate, multiply-adds / rate), and attention then finds its rows near.
 A prompt costs multiply-adds over the prefill rate of each format, and attention for half the prompt on average.
 Another machine than this one has no measured kernels: there the rate is the bandwidth of its preset times the share
 of it that kernels reach (EFFICIENCY, a model figure).
@@ -19,6 +21,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from memwall import kv
+from memwall.engine.session import cache_shape
 from memwall.hardware.machine import Machine
 from memwall.models.config import ModelConfig, TensorSpec
 from memwall.models.precision import is_matrix, tensor_bytes
@@ -87,17 +91,25 @@ def predict_here(
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     rates = {spec: profile.matvec_bytes_per_s(spec) for spec in weights}
     blocks = {spec: profile.prefill_macs_per_s(spec) for spec in macs}
-    attend, overhead = profile.attend_seconds(choice.kv, heads), profile.overhead_seconds()
+    # rebuilt rows are attended to as plain ones; the profile has no model to rebuild them with
+    attended = "float16" if kv.needs_model(choice.kv) else choice.kv
+    attend, overhead = profile.attend_seconds(attended, heads), profile.overhead_seconds()
     if attend is None or overhead is None or None in rates.values() or None in blocks.values():
         return None
+    rebuild_rate = min((rate for rate in blocks.values() if rate), default=math.inf)
     tiny, wide, per_token, cache_step = overhead
     per_layer = _between(step_macs(config, specs), config.num_layers, tiny, wide)
 
     def step_seconds(context: float, held_bytes: float) -> float:
         working_set = sum(weights.values()) + held_bytes * choice.batch
         matrices = sum(size / _at(working_set, rates[spec] or []) for spec, size in weights.items())
-        steps = (_attention(seen, working_set, attend) for seen in _seen(config, context))
+        rebuilt = _rebuilding(config, choice.kv, context)
+        near = 0 if rebuilt is not None else working_set
+        steps = (_attention(seen, near, attend) for seen in _seen(config, context))
         attention = sum(max(step - cache_step, 0.0) for step in steps) * choice.batch
+        if rebuilt is not None:
+            reading = rebuilt.read_bytes / max(_at(working_set, rate or [math.inf]) for rate in rates.values())
+            attention += max(reading, rebuilt.macs / rebuild_rate) * choice.batch
         return matrices + attention + config.num_layers * per_layer + per_token
 
     prompt = min(choice.segment_tokens, choice.context)
@@ -122,7 +134,9 @@ def predict_elsewhere(
     weights = sum(step_bytes(config, specs).values())
     macs = sum(step_macs(config, specs).values())
     peak = _peak_flop_per_s(machine, tier) * EFFICIENCY
-    at_end = max((weights + cache_bytes * choice.batch) / bandwidth, 2 * macs * choice.batch / peak)
+    rebuilt = _rebuilding(config, choice.kv, choice.context)
+    moved, more_macs = (cache_bytes, 0) if rebuilt is None else (rebuilt.read_bytes, rebuilt.macs)
+    at_end = max((weights + moved * choice.batch) / bandwidth, 2 * (macs + more_macs) * choice.batch / peak)
     at_start = max(weights / bandwidth, 2 * macs * choice.batch / peak)
     prompt = min(choice.segment_tokens, choice.context)
     prefill = max(2 * macs / peak, weights / bandwidth / prompt)
@@ -130,6 +144,49 @@ def predict_elsewhere(
         decode_tokens_per_s=choice.batch / at_end,
         decode_tokens_per_s_at_start=choice.batch / at_start,
         prefill_tokens_per_s=1 / prefill,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilding:
+    """What one decode step spends on rebuilding keys from the cache."""
+
+    read_bytes: int
+    macs: int
+
+
+def _rebuilding(config: ModelConfig, policy: str, context: float) -> Rebuilding | None:
+    """None for a cache that rebuilds nothing."""
+    shape, tokens = cache_shape(config), int(context)
+    macs = kv.step_macs(policy, shape, max(tokens, 1))
+    if not macs:
+        return None
+    return Rebuilding(kv.read_bytes(policy, shape, tokens), macs) if tokens else Rebuilding(0, 0)
+
+
+def arithmetic_here(config: ModelConfig, specs: Mapping[str, str], choice: Choice, profile: KernelProfile) -> str:
+    """A sentence when arithmetic bounds the cache's part of a step on this machine; empty when not, or not known."""
+    rates = [rate for spec in step_bytes(config, specs) if (rate := profile.matvec_bytes_per_s(spec))]
+    blocks = [macs for spec in step_macs(config, specs) if (macs := profile.prefill_macs_per_s(spec))]
+    if not rates or not blocks:
+        return ""
+    return _arithmetic(config, choice, max(rate[-1] for rate in rates), 2 * min(blocks))
+
+
+def arithmetic_elsewhere(config: ModelConfig, choice: Choice, machine: Machine, tier: str) -> str:
+    """The same for another machine."""
+    return _arithmetic(config, choice, machine.tier(tier).read_bytes_per_s, _peak_flop_per_s(machine, tier))
+
+
+def _arithmetic(config: ModelConfig, choice: Choice, bytes_per_s: float, flop_per_s: float) -> str:
+    rebuilt = _rebuilding(config, choice.kv, choice.context)
+    if rebuilt is None or 2 * rebuilt.macs / flop_per_s <= rebuilt.read_bytes / bytes_per_s:
+        return ""
+    per_byte, balance = 2 * rebuilt.macs / rebuilt.read_bytes, flop_per_s / bytes_per_s
+    return (
+        f" With the {choice.kv} cache a step at {choice.context} tokens is bound by arithmetic: rebuilding keys takes "
+        f"{per_byte:.0f} FLOP for each byte read, where the machine does {balance:.0f} in that time; it saves memory, "
+        "not time."
     )
 
 

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "attention_table.h"
 #include "dispatch.h"
@@ -51,12 +52,12 @@ std::size_t bytes_of(Real type) { return type == Real::float32 ? 4 : 2; }
 
 // bytes that one query reads between two token numbers
 std::int64_t traffic(const Attention& a, std::int64_t begin, std::int64_t end) {
-  const auto part = [&](std::int64_t coded, Real type) {
+  const auto part = [&](std::int64_t coded, Real type, int dim) {
     const std::int64_t exact = std::max<std::int64_t>(end - std::max(begin, coded), 0);
-    const std::int64_t row = static_cast<std::int64_t>(a.num_kv_heads) * a.head_dim;
+    const std::int64_t row = static_cast<std::int64_t>(a.num_kv_heads) * dim;
     return exact * row * static_cast<std::int64_t>(bytes_of(type)) + (end - begin - exact) * row * std::max(a.form.bits + 1, 1) / 8;
   };
-  return part(a.coded_keys, a.keys.type) + part(a.coded_values, a.values.type);
+  return part(a.coded_keys, a.keys.type, a.key_dim) + part(a.coded_values, a.values.type, a.head_dim);
 }
 
 void merge(const Attention& a, const float* partials, std::size_t stride, int chunks) {
@@ -87,7 +88,7 @@ std::int64_t most_chunks(int threads) { return threads > 1 ? 2 * threads : 1; }
 // floats of `chunks` partial results, and of the scaled queries before them
 std::size_t partial_stride(const Attention& a) { return static_cast<std::size_t>(a.num_heads) * (2 + a.padded_dim()); }
 std::size_t shared_scratch(const Attention& a, std::int64_t chunks) {
-  return static_cast<std::size_t>(a.num_heads) * a.padded_dim() + partial_stride(a) * static_cast<std::size_t>(chunks);
+  return static_cast<std::size_t>(a.num_heads) * a.padded_key() + partial_stride(a) * static_cast<std::size_t>(chunks);
 }
 
 // queries of a prompt that one task takes: as many as fill the registers, fewer where threads would go without
@@ -102,7 +103,7 @@ int prompt_queries(const Attention& a, int threads) {
 void attend_one(const Attention& a, const AttentionKernels& kernels) {
   const std::int64_t end = std::min(a.query_key + 1, a.length);
   const std::int64_t begin = std::max<std::int64_t>(a.first_key, 0) / kStep * kStep;
-  const int heads = a.num_heads, padded = a.padded_dim();
+  const int heads = a.num_heads, padded = a.padded_dim(), padded_key = a.padded_key();
   const std::int64_t steps = std::max<std::int64_t>((end - begin + kStep - 1) / kStep, 1);
   std::int64_t chunks = 1;
   if (end > begin && traffic(a, begin, end) > kInlineMicroseconds * kBytesPerMicrosecond)
@@ -112,10 +113,10 @@ void attend_one(const Attention& a, const AttentionKernels& kernels) {
 
   const std::size_t stride = partial_stride(a);
   float* shared = t_shared.get(shared_scratch(a, chunks));
-  float *q = shared, *partials = shared + static_cast<std::size_t>(heads) * padded;
+  float *q = shared, *partials = shared + static_cast<std::size_t>(heads) * padded_key;
   for (int h = 0; h < heads; ++h)
-    for (int d = 0; d < padded; ++d)
-      q[static_cast<std::size_t>(h) * padded + d] = d < a.head_dim ? a.q[static_cast<std::size_t>(h) * a.head_dim + d] * a.scale : 0.0f;
+    for (int d = 0; d < padded_key; ++d)
+      q[static_cast<std::size_t>(h) * padded_key + d] = d < a.key_dim ? a.q[static_cast<std::size_t>(h) * a.key_dim + d] * a.scale : 0.0f;
 
   const std::size_t scratch = kernels.decode_scratch(a);
   const auto body = [&](std::size_t first, std::size_t last, int) {
@@ -131,7 +132,8 @@ void attend_one(const Attention& a, const AttentionKernels& kernels) {
   merge(a, partials, stride, static_cast<int>(chunks));
 }
 
-void attend_many(const Attention& a, const AttentionKernels& kernels) {
+// heads: what to attend over by kv head, where these hold different tokens
+void attend_many(const Attention& a, const AttentionKernels& kernels, const Attention* heads = nullptr) {
   const int queries = prompt_queries(a, num_threads());
   const int blocks = (a.num_tokens + queries - 1) / queries;
   const std::size_t scratch = kernels.prefill_scratch(a, queries);
@@ -140,17 +142,111 @@ void attend_many(const Attention& a, const AttentionKernels& kernels) {
     for (std::size_t i = first; i < last; ++i) {
       const int block = blocks - 1 - static_cast<int>(i) / a.num_kv_heads;  // the last queries see most keys: long tasks first
       const int head = static_cast<int>(i) % a.num_kv_heads;
-      kernels.prefill(a, head, block * queries, std::min((block + 1) * queries, a.num_tokens), work);
+      kernels.prefill(heads != nullptr ? heads[head] : a, head, block * queries, std::min((block + 1) * queries, a.num_tokens), work);
     }
   };
   parallel_for(static_cast<std::size_t>(a.num_kv_heads * blocks), 1, body);
 }
 
+// One worker's share of a ragged decode: a run of one head's past, or of the tail, which all heads share (head -1).
+struct Run {
+  int head;
+  std::int64_t begin, end;
+  std::size_t at;  // of its partial, in floats
+};
+
+Rows rows_from(const Rows& rows, std::int64_t values) {
+  return {static_cast<const std::uint8_t*>(rows.data) + values * static_cast<std::int64_t>(bytes_of(rows.type)), rows.type};
+}
+
+// Runs of about the same number of rows, so that heads of different lengths keep all threads busy.
+std::vector<Run> cut_runs(const Ragged& r, std::size_t begin) {
+  const Attention& a = r.tail;
+  const std::int64_t tail = std::min(a.query_key + 1, a.length), rows = r.offsets[a.num_kv_heads] + tail * a.num_kv_heads;
+  const std::int64_t row_bytes = 2 * a.head_dim * static_cast<std::int64_t>(bytes_of(r.past_keys.type));
+  const bool inline_all = rows * row_bytes <= kInlineMicroseconds * kBytesPerMicrosecond || num_threads() == 1;
+  const std::int64_t share = inline_all ? rows : rows / (4 * num_threads()) + 1;
+  std::vector<Run> runs;
+  const auto cut = [&](int head, std::int64_t length, std::int64_t most, int heads) {
+    const std::int64_t step = std::max<std::int64_t>((most + kStep - 1) / kStep * kStep, kStep);
+    for (std::int64_t from = 0; from < length; from += step) {
+      runs.push_back({head, from, std::min(from + step, length), begin});
+      begin += static_cast<std::size_t>(heads) * (2 + static_cast<std::size_t>(a.padded_dim()));
+    }
+  };
+  for (int h = 0; h < a.num_kv_heads; ++h) cut(h, r.offsets[h + 1] - r.offsets[h], share, a.queries_per_kv_head());
+  cut(-1, tail, share / a.num_kv_heads + 1, a.num_heads);
+  return runs;
+}
+
+void merge_runs(const Attention& a, const std::vector<Run>& runs, const float* shared) {
+  const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
+  for (int h = 0; h < a.num_heads; ++h) {
+    float peak = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+    float* out = a.out + static_cast<std::size_t>(h) * a.head_dim;
+    std::fill(out, out + a.head_dim, 0.0f);
+    const auto each = [&](auto&& body) {
+      for (const Run& run : runs) {
+        if (run.head >= 0 && run.head != h / rep) continue;
+        const int heads = run.head < 0 ? a.num_heads : rep, i = run.head < 0 ? h : h % rep;
+        const float* part = shared + run.at;
+        if (part[heads + i] > 0.0f) body(part[i], part[heads + i], part + 2 * heads + static_cast<std::size_t>(i) * padded);
+      }
+    };
+    each([&](float top, float, const float*) { peak = std::max(peak, top); });
+    each([&](float top, float part_sum, const float* from) {
+      const float weight = std::exp(top - peak);
+      sum += weight * part_sum;
+      for (int d = 0; d < a.head_dim; ++d) out[d] += weight * from[d];
+    });
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    for (int d = 0; d < a.head_dim; ++d) out[d] *= inverse;
+    if (a.stats != nullptr) a.stats[2 * h] = peak, a.stats[2 * h + 1] = sum;
+  }
+}
+
+void decode_ragged(const Ragged& r, const AttentionKernels& kernels) {
+  const Attention& a = r.tail;
+  const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
+  const std::size_t q_floats = static_cast<std::size_t>(a.num_heads) * padded;
+  const std::vector<Run> runs = cut_runs(r, q_floats);
+  const std::size_t most = static_cast<std::size_t>(a.num_heads) * (2 + static_cast<std::size_t>(padded));
+  float* shared = t_shared.get(runs.empty() ? q_floats : runs.back().at + most);
+  for (int h = 0; h < a.num_heads; ++h)
+    for (int d = 0; d < padded; ++d)
+      shared[static_cast<std::size_t>(h) * padded + d] = d < a.head_dim ? a.q[static_cast<std::size_t>(h) * a.head_dim + d] * a.scale : 0.0f;
+  const std::size_t scratch = kernels.decode_scratch(a);
+  const auto body = [&](std::size_t first, std::size_t last, int) {
+    float* work = t_work.get(scratch);
+    for (std::size_t i = first; i < last; ++i) {
+      const Run& run = runs[i];
+      const int heads = run.head < 0 ? a.num_heads : rep;
+      float* at = shared + run.at;
+      const Partial partial{at, at + heads, at + 2 * heads};
+      if (run.head < 0) {
+        kernels.decode(a, shared, run.begin, run.end, partial, work);
+        continue;
+      }
+      Attention mine = a;
+      mine.num_heads = rep, mine.num_kv_heads = 1;
+      mine.keys = rows_from(r.past_keys, r.offsets[run.head] * a.head_dim);
+      mine.values = rows_from(r.past_values, r.offsets[run.head] * a.head_dim);
+      kernels.decode(mine, shared + static_cast<std::size_t>(run.head * rep) * padded, run.begin, run.end, partial, work);
+    }
+  };
+  if (runs.size() <= 1) body(0, runs.size(), 0);
+  else parallel_for(runs.size(), 1, body);
+  merge_runs(a, runs, shared);
+}
+
 }  // namespace
 
 std::size_t KiviForm::plane_bytes(int channels, int tokens) const {
-  const auto rows = [&](int width) { return static_cast<std::size_t>((channels * width + 31) / 32); };
-  return (bits == 3 ? rows(2) + rows(1) : rows(bits)) * static_cast<std::size_t>(tokens) * 4;
+  const auto row_bytes = [&](int width) {
+    const int per_word = 32 / width, rows = (channels + per_word - 1) / per_word;
+    return static_cast<std::size_t>(4 * rows - (half_row(channels, per_word) ? 2 : 0));
+  };
+  return (bits == 3 ? row_bytes(2) + row_bytes(1) : row_bytes(bits)) * static_cast<std::size_t>(tokens);
 }
 
 const AttentionKernels& attention_kernels() {
@@ -168,9 +264,26 @@ void attend(const Attention& a) {
   else attend_many(a, kernels);
 }
 
+void attend_ragged(const Ragged& r) {
+  const Attention& a = r.tail;
+  if (a.num_tokens == 0) return;
+  const AttentionKernels& kernels = attention_kernels();
+  if (a.num_tokens == 1) return decode_ragged(r, kernels);
+  std::vector<Attention> heads(static_cast<std::size_t>(a.num_kv_heads), a);
+  for (int h = 0; h < a.num_kv_heads; ++h) {
+    Attention& mine = heads[static_cast<std::size_t>(h)];
+    const std::int64_t past = r.offsets[h + 1] - r.offsets[h];
+    mine.past_keys = rows_from(r.past_keys, r.offsets[h] * a.head_dim);
+    mine.past_values = rows_from(r.past_values, r.offsets[h] * a.head_dim);
+    mine.coded_keys = mine.coded_values = past;
+    mine.length += past, mine.query_key += past;
+  }
+  attend_many(a, kernels, heads.data());
+}
+
 std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads) {
   Attention a;
-  a.num_heads = num_heads, a.num_kv_heads = num_kv_heads, a.head_dim = head_dim, a.num_tokens = tokens;
+  a.num_heads = num_heads, a.num_kv_heads = num_kv_heads, a.key_dim = a.head_dim = head_dim, a.num_tokens = tokens;
   a.form.bits = 2;  // coded caches take a little more than others, at any number of bits
   const AttentionKernels& kernels = attention_kernels();
   std::size_t work = kernels.decode_scratch(a);
@@ -179,15 +292,15 @@ std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int hea
   return floats * sizeof(float);
 }
 
-void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, std::int64_t count,
+void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::int64_t count,
                       std::uint8_t* blocks) {
   const AttentionKernels& kernels = attention_kernels();
-  const std::size_t size = form.key_block_bytes(head_dim) * static_cast<std::size_t>(kv_heads);
-  const std::size_t row = static_cast<std::size_t>(kv_heads) * head_dim * bytes_of(rows.type);
+  const std::size_t size = form.key_block_bytes(key_dim) * static_cast<std::size_t>(kv_heads);
+  const std::size_t row = static_cast<std::size_t>(kv_heads) * key_dim * bytes_of(rows.type);
   parallel_for(static_cast<std::size_t>(count / form.group), 2, [&](std::size_t first, std::size_t last, int) {
     for (std::size_t b = first; b < last; ++b) {
       const Rows from{static_cast<const std::uint8_t*>(rows.data) + b * form.group * row, rows.type};
-      kernels.encode_keys(from, form, kv_heads, head_dim, blocks + b * size);
+      kernels.encode_keys(from, form, kv_heads, key_dim, blocks + b * size);
     }
   });
 }

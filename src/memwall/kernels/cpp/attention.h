@@ -11,10 +11,14 @@ namespace mw {
 
 enum class Real : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
-// Rows of exact numbers [token][kv head][head_dim]; row 0 is the first token after the coded part.
+// Rows of exact numbers [token][kv head][key_dim or head_dim]; row 0 is the first token after the coded part. Rows of several layers may
+// lie in turn (`stride`), or pages of 2^page_shift rows anywhere in `data` (`table`: the page that holds tokens p * 2^page_shift on).
 struct Rows {
   const void* data = nullptr;
   Real type = Real::float32;
+  std::int64_t stride = 0;  // numbers from one token to the next; 0: no gap
+  const std::int32_t* table = nullptr;
+  int page_shift = 0;
 };
 
 // How a KIVI cache is cut; see kivi.isa.cpp for the layout of a block.
@@ -23,8 +27,8 @@ struct KiviForm {
   int group = 0;
 
   // bytes of the codes, then of scales and minima, of one key block (`group` tokens) of one kv head
-  std::size_t key_code_bytes(int head_dim) const { return plane_bytes(head_dim, group); }
-  std::size_t key_block_bytes(int head_dim) const { return key_code_bytes(head_dim) + 4u * static_cast<unsigned>(head_dim); }
+  std::size_t key_code_bytes(int key_dim) const { return plane_bytes(key_dim, group); }
+  std::size_t key_block_bytes(int key_dim) const { return key_code_bytes(key_dim) + 4u * static_cast<unsigned>(key_dim); }
   // the same of one value block (kValueBlock tokens)
   std::size_t value_code_bytes(int head_dim) const {
     return static_cast<std::size_t>(bits) * static_cast<unsigned>(head_dim) * kValueBlock / 8;
@@ -33,16 +37,22 @@ struct KiviForm {
     return value_code_bytes(head_dim) + 4u * static_cast<unsigned>(head_dim / group) * kValueBlock;
   }
   static constexpr int kValueBlock = 32;
+  // Whether the last row of words of a plane, `per_word` channels in each, has words of 16 bits: where channels were dropped,
+  // and half a word does.
+  static bool half_row(int channels, int per_word) {
+    return channels % 16 != 0 && channels % per_word != 0 && channels % per_word <= per_word / 2;
+  }
 
  private:
   std::size_t plane_bytes(int channels, int tokens) const;
 };
 
 struct Attention {
-  const float* q = nullptr;  // [num_tokens][num_heads][head_dim]
-  float* out = nullptr;      // the same
+  const float* q = nullptr;  // [num_tokens][num_heads][key_dim]
+  float* out = nullptr;      // [num_tokens][num_heads][head_dim]
   float* stats = nullptr;    // [num_tokens][num_heads][2]: maximum logit, sum of exponentials; may be null
-  int num_tokens = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  int num_tokens = 0, num_heads = 0, num_kv_heads = 0;
+  int key_dim = 0, head_dim = 0;  // numbers in a head's key (any width: channels may have been dropped) and in its value
   float scale = 1.0f;
   std::int64_t length = 0;      // tokens in the cache
   std::int64_t first_key = 0;   // index of the first key that query 0 may see ...
@@ -52,9 +62,19 @@ struct Attention {
   const std::uint8_t* key_blocks = nullptr;    // [block][kv head][key_block_bytes]
   const std::uint8_t* value_blocks = nullptr;  // [block][kv head][value_block_bytes]
   std::int64_t coded_keys = 0, coded_values = 0;
+  // prefill of one head of a ragged cache: its past rows [token][head_dim], coded_keys = coded_values of them, before the tail
+  Rows past_keys, past_values;
 
   int queries_per_kv_head() const { return num_heads / num_kv_heads; }
   int padded_dim() const { return (head_dim + 15) / 16 * 16; }
+  int padded_key() const { return (key_dim + 15) / 16 * 16; }
+};
+
+// A cache whose kv heads hold different tokens: a past of flat rows, head by head, and a tail that all heads share.
+struct Ragged {
+  Attention tail;  // query_key counts inside the tail: the past lies before every query
+  Rows past_keys, past_values;              // [row][head_dim]
+  const std::int64_t* offsets = nullptr;    // [num_kv_heads + 1]: rows offsets[h] .. offsets[h + 1] are head h's
 };
 
 // What one worker found over one run of tokens: for each query head maximum, sum and the unnormalized output.
@@ -72,7 +92,7 @@ struct AttentionKernels {
   void (*prefill)(const Attention&, int kv_head, int begin, int end, float* scratch);
   std::size_t (*prefill_scratch)(const Attention&, int queries);
   // exact rows [tokens][kv head][head_dim] -> blocks; key rows: one whole block; value rows: tokens [slot, slot + count) of a block
-  void (*encode_keys)(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::uint8_t* block);
+  void (*encode_keys)(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::uint8_t* block);
   void (*encode_values)(const Rows&, const KiviForm&, int kv_heads, int head_dim, int slot, int count, std::uint8_t* block);
   // float form of coded tokens [begin, end) of one kv head
   void (*key_tile)(const Attention&, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
@@ -83,12 +103,13 @@ constexpr int kStep = 128;  // tokens scored before their values are summed: sco
 
 const AttentionKernels& attention_kernels();
 void attend(const Attention&);
+void attend_ragged(const Ragged&);
 
 // what `attend` holds between calls, over all threads, once it has seen `tokens` queries at once and a long cache
 std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads);
 
 // rows = exact tokens; encodes `count` tokens of keys (whole blocks) from the start of `blocks`, of values from token `first`
-void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::int64_t count, std::uint8_t* blocks);
+void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::int64_t count, std::uint8_t* blocks);
 void kivi_encode_values(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::int64_t first, std::int64_t count,
                         std::uint8_t* blocks);
 

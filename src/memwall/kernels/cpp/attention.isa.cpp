@@ -37,64 +37,110 @@ struct View {
   std::int64_t stride;  // between tokens
   int dim;
   const T* row(std::int64_t token, int kv_head) const { return data + token * stride + static_cast<std::int64_t>(kv_head) * dim; }
+  const T* ahead(std::int64_t token) const { return row(token, 0); }  // to be fetched only: may lie past the end
+  int run(std::int64_t, int count) const { return count; }            // rows from here on that follow each other in memory
 };
 
+// the same over pages that a table finds
 template <typename T>
-View<T> view(const Rows& rows, const Attention& a) {
-  return {static_cast<const T*>(rows.data), static_cast<std::int64_t>(a.num_kv_heads) * a.head_dim, a.head_dim};
+struct PagedView {
+  const T* data;
+  std::int64_t stride;
+  int dim;
+  const std::int32_t* table;
+  int shift;
+  std::int64_t last;
+  std::int64_t place(std::int64_t token) const {
+    return (static_cast<std::int64_t>(table[token >> shift]) << shift) + (token & ((std::int64_t{1} << shift) - 1));
+  }
+  const T* row(std::int64_t token, int kv_head) const { return data + place(token) * stride + static_cast<std::int64_t>(kv_head) * dim; }
+  const T* ahead(std::int64_t token) const { return row(smaller(token, last), 0); }
+  int run(std::int64_t token, int count) const {
+    return static_cast<int>(smaller<std::int64_t, std::int64_t>(count, (std::int64_t{1} << shift) - (token & ((std::int64_t{1} << shift) - 1))));
+  }
+};
+
+template <typename T, typename Body>
+inline void with_view(const Rows& rows, const Attention& a, int dim, Body&& body) {
+  const T* data = static_cast<const T*>(rows.data);
+  const std::int64_t stride = rows.stride ? rows.stride : static_cast<std::int64_t>(a.num_kv_heads) * dim;
+  if (rows.table == nullptr) body(View<T>{data, stride, dim});
+  else body(PagedView<T>{data, stride, dim, rows.table, rows.page_shift, a.length - 1});
 }
 
 template <typename Body>
-inline void with_type(Real type, Body&& body) {
-  if (type == Real::float32) body(float{});
-  else if (type == Real::float16) body(f16{});
-  else body(bf16{});
+inline void with_rows(const Rows& rows, const Attention& a, int dim, Body&& body) {
+  if (rows.type == Real::float32) with_view<float>(rows, a, dim, body);
+  else if (rows.type == Real::float16) with_view<f16>(rows, a, dim, body);
+  else with_view<bf16>(rows, a, dim, body);
 }
 
 // ---- decoding ----------------------------------------------------------------------------------------------------------
 
+// Keys of a width that no vector divides: the last vector starts earlier, so that it ends with the row, and meets zeros where it
+// overlaps the one before. [num_heads][W]; none where keys are too short for it.
+const float* query_tails(const Attention& a, const float* q, float* tails) {
+  const int rest = a.key_dim % W, padded = a.padded_key();
+  if (rest == 0 || a.key_dim < W) return nullptr;
+  for (int h = 0; h < a.num_heads; ++h)
+    for (int i = 0; i < W; ++i) tails[h * W + i] = i < W - rest ? 0.0f : q[h * padded + a.key_dim - W + i];
+  return tails;
+}
+
 // logits of four tokens for R query heads of one kv head
 template <int R, typename T>
-inline void dot_tile(const T* const k[4], const float* q, int dim, int padded, float* scores) {
+inline void dot_tile(const T* const k[4], const float* q, const float* tails, int dim, int padded, float* scores) {
   vf sum[R][4];
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < 4; ++t) sum[r][t] = vset(0.0f);
-  const auto step = [&](const vf (&key)[4], int d) {
+  const auto step = [&](const vf (&key)[4], const float* from, int stride) {
     for (int r = 0; r < R; ++r) {
-      const vf query = vload(q + r * padded + d);
+      const vf query = vload(from + r * stride);
       for (int t = 0; t < 4; ++t) sum[r][t] = vfma(query, key[t], sum[r][t]);
     }
   };
   int d = 0;
   for (; d + W <= dim; d += W) {
     const vf key[4] = {vload(k[0] + d), vload(k[1] + d), vload(k[2] + d), vload(k[3] + d)};
-    step(key, d);
+    step(key, q + d, padded);
   }
-  if (d < dim) {
+  if (tails != nullptr) {
+    d = dim - W;
+    const vf key[4] = {vload(k[0] + d), vload(k[1] + d), vload(k[2] + d), vload(k[3] + d)};
+    step(key, tails, W);
+  } else if (d < dim) {
     const int n = dim - d;
     const vf key[4] = {vload_part(k[0] + d, n), vload_part(k[1] + d, n), vload_part(k[2] + d, n), vload_part(k[3] + d, n)};
-    step(key, d);
+    step(key, q + d, padded);
   }
   for (int r = 0; r < R; ++r) store_sums4(scores + r * kStep, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
-template <typename T>
-void exact_scores(const Attention& a, const View<T>& keys, const float* q, std::int64_t first, int count, float* scores) {
-  const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
-  const std::int64_t row_bytes = static_cast<std::int64_t>(a.head_dim) * sizeof(T);
+template <template <typename> class V, typename T>
+void exact_scores(const Attention& a, const V<T>& keys, const float* q, const float* tails, std::int64_t first, int count,
+                  float* scores) {
+  const int rep = a.queries_per_kv_head(), padded = a.padded_key();
+  const std::int64_t row_bytes = static_cast<std::int64_t>(a.key_dim) * sizeof(T);
+  const auto tails_of = [&](int head) { return tails == nullptr ? tails : tails + head * W; };
   for (int t = 0; t < count; t += 4) {
+    const T *rows[4], *next[4];
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = keys.row(first + smaller(t + i, count - 1), 0);  // the last row again instead of rows that are not there
+      next[i] = keys.ahead(first + t + i + kAhead);
+    }
     for (int h = 0; h < a.num_kv_heads; ++h) {
       const T* k[4];
       for (int i = 0; i < 4; ++i) {
-        k[i] = keys.row(first + smaller(t + i, count - 1), h);  // the last row again instead of rows that are not there
-        const char* ahead = reinterpret_cast<const char*>(k[i] + kAhead * keys.stride);
+        k[i] = rows[i] + static_cast<std::int64_t>(h) * a.key_dim;
+        const char* ahead = reinterpret_cast<const char*>(next[i] + static_cast<std::int64_t>(h) * a.key_dim);
         for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
       int r = 0;
       const auto at = [&](int n) { return h * rep + n; };
       for (; r + kHeads <= rep; r += kHeads)
-        dot_tile<kHeads>(k, q + at(r) * padded, a.head_dim, padded, scores + at(r) * kStep + t);
-      for (; r < rep; ++r) dot_tile<1>(k, q + at(r) * padded, a.head_dim, padded, scores + at(r) * kStep + t);
+        dot_tile<kHeads>(k, q + at(r) * padded, tails_of(at(r)), a.key_dim, padded, scores + at(r) * kStep + t);
+      for (; r < rep; ++r)
+        dot_tile<1>(k, q + at(r) * padded, tails_of(at(r)), a.key_dim, padded, scores + at(r) * kStep + t);
     }
   }
 }
@@ -127,16 +173,17 @@ inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p,
       for (int t = 0; t < count; ++t) out[r * padded + d] += p[r * kStep + t] * to_float(v[t * stride + d]);
 }
 
-template <typename T>
-void exact_values(const Attention& a, const View<T>& values, const float* p, std::int64_t first, int count, float* out) {
+template <template <typename> class V, typename T>
+void exact_values(const Attention& a, const V<T>& values, const float* p, std::int64_t first, int count, float* out) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
   const std::int64_t row_bytes = static_cast<std::int64_t>(a.head_dim) * sizeof(T);
-  for (int t = 0; t < count; t += kWindow) {
-    const int n = smaller(kWindow, count - t);
+  for (int t = 0, n = 0; t < count; t += n) {
+    n = values.run(first + t, smaller(kWindow, count - t));
+    const T *row = values.row(first + t, 0), *next = values.ahead(first + t + kWindow);
     for (int h = 0; h < a.num_kv_heads; ++h) {
-      const T* v = values.row(first + t, h);
+      const T* v = row + static_cast<std::int64_t>(h) * a.head_dim;
       for (int i = 0; i < n; ++i) {
-        const char* ahead = reinterpret_cast<const char*>(v + (kWindow + i) * values.stride);
+        const char* ahead = reinterpret_cast<const char*>(next + i * values.stride + static_cast<std::int64_t>(h) * a.head_dim);
         for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
       int r = 0;
@@ -176,12 +223,13 @@ void softmax_step(const Attention& a, float* scores, int count, int hidden, cons
 }
 
 std::size_t decode_scratch(const Attention& a) {
-  return static_cast<std::size_t>(a.num_heads) * kStep + (a.form.bits ? kivi_scratch(a) : 0);
+  return static_cast<std::size_t>(a.num_heads) * (kStep + W) + (a.form.bits ? kivi_scratch(a) : 0);
 }
 
 void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, const Partial& part, float* scratch) {
   float* scores = scratch;
-  float* rest = scratch + static_cast<std::size_t>(a.num_heads) * kStep;
+  const float* tails = query_tails(a, q, scratch + static_cast<std::size_t>(a.num_heads) * kStep);
+  float* rest = scratch + static_cast<std::size_t>(a.num_heads) * (kStep + W);
   for (int h = 0; h < a.num_heads; ++h) part.peak[h] = kNever, part.sum[h] = 0.0f;
   for (int i = 0; i < a.num_heads * a.padded_dim(); ++i) part.out[i] = 0.0f;
   for (std::int64_t step = begin; step < end; step += kStep) {
@@ -192,16 +240,15 @@ void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t
     const int coded_keys = coded_part(a.coded_keys), coded_values = coded_part(a.coded_values);
     if (coded_keys > 0) kivi_scores(a, q, step, step + coded_keys, scores, rest);
     if (coded_keys < count)
-      with_type(a.keys.type, [&](auto t) {
-        exact_scores(a, view<decltype(t)>(a.keys, a), q, step + coded_keys - a.coded_keys, count - coded_keys, scores + coded_keys);
+      with_rows(a.keys, a, a.key_dim, [&](const auto& keys) {
+        exact_scores(a, keys, q, tails, step + coded_keys - a.coded_keys, count - coded_keys, scores + coded_keys);
       });
     const std::int64_t hidden = larger<std::int64_t, std::int64_t>(a.first_key - step, 0);
     softmax_step(a, scores, count, static_cast<int>(smaller<std::int64_t, std::int64_t>(hidden, count)), part);
     if (coded_values > 0) kivi_values(a, scores, step, step + coded_values, part.out, rest);
     if (coded_values < count)
-      with_type(a.values.type, [&](auto t) {
-        exact_values(a, view<decltype(t)>(a.values, a), scores + coded_values, step + coded_values - a.coded_values,
-                     count - coded_values, part.out);
+      with_rows(a.values, a, a.head_dim, [&](const auto& values) {
+        exact_values(a, values, scores + coded_values, step + coded_values - a.coded_values, count - coded_values, part.out);
       });
   }
 }
@@ -244,64 +291,74 @@ void multiply(const float* a, std::int64_t a_row, std::int64_t a_col, const floa
       multiply_tile<1>(a + i * a_row, a_row, a_col, b + j, ldb, c + static_cast<std::int64_t>(i) * ldc + j, ldc, depth, add);
 }
 
-template <typename T>
-void exact_tile(const Attention& a, const View<T>& rows, int kv_head, std::int64_t first, int count, float* tile) {
-  const int padded = a.padded_dim();
+template <template <typename> class V, typename T>
+void exact_tile(const V<T>& rows, int kv_head, std::int64_t first, int count, float* tile, int padded) {
   for (int t = 0; t < count; ++t) {
     const T* row = rows.row(first + t, kv_head);
     float* to = tile + t * padded;
     int d = 0;
-    for (; d + W <= a.head_dim; d += W) vstore(to + d, vload(row + d));
-    for (; d < padded; ++d) to[d] = d < a.head_dim ? to_float(row[d]) : 0.0f;
+    for (; d + W <= rows.dim; d += W) vstore(to + d, vload(row + d));
+    for (; d < padded; ++d) to[d] = d < rows.dim ? to_float(row[d]) : 0.0f;
   }
 }
 
 // float rows of tokens [begin, begin + count), from the coded part, the exact one, or both
 template <typename CodedTile>
-void load_tile(const Attention& a, const Rows& rows, std::int64_t coded, int kv_head, std::int64_t begin, int count, float* tile,
-               CodedTile&& coded_tile) {
+void load_tile(const Attention& a, const Rows& rows, int dim, std::int64_t coded, int kv_head, std::int64_t begin, int count,
+               float* tile, CodedTile&& coded_tile) {
+  const int padded = round_up(dim, 16);
   const std::int64_t left = larger<std::int64_t, std::int64_t>(coded - begin, 0);
   const int n = static_cast<int>(smaller<std::int64_t, std::int64_t>(left, count));
-  if (n > 0) coded_tile(a, kv_head, begin, begin + n, tile, a.padded_dim());
+  if (n > 0) coded_tile(a, kv_head, begin, begin + n, tile, padded);
   if (n < count)
-    with_type(rows.type, [&](auto t) {
-      exact_tile(a, view<decltype(t)>(rows, a), kv_head, begin + n - coded, count - n, tile + n * a.padded_dim());
+    with_rows(rows, a, dim, [&](const auto& exact) {
+      exact_tile(exact, kv_head, begin + n - coded, count - n, tile + n * padded, padded);
     });
+}
+
+// the same of a ragged cache's past, whose rows are one head's alone
+template <typename CodedTile>
+void past_tile(const Attention& a, const Rows& past, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld,
+               CodedTile&& coded_tile) {
+  if (past.data == nullptr) return coded_tile(a, kv_head, begin, end, tile, ld);
+  Rows own = past;
+  own.stride = a.head_dim;
+  with_rows(own, a, a.head_dim, [&](const auto& rows) { exact_tile(rows, 0, begin, static_cast<int>(end - begin), tile, ld); });
 }
 
 struct PromptScratch {  // rows = query tokens x heads of one kv head, padded to 16
   int rows;
   float *q, *keys, *values, *scores, *out, *peak, *sum, *low, *high, *shrink;
-  PromptScratch(float* at, int padded_rows, int dim) : rows(padded_rows) {
+  PromptScratch(float* at, int padded_rows, int key_dim, int dim) : rows(padded_rows) {
     const auto take = [&](std::size_t n) {
       float* p = at;
       at += n;
       return p;
     };
-    const std::size_t r = static_cast<std::size_t>(rows), d = static_cast<std::size_t>(dim);
-    q = take(d * r), keys = take(kTile * d), values = take(kTile * d), scores = take(kTile * r), out = take(r * d);
+    const std::size_t r = static_cast<std::size_t>(rows), n = static_cast<std::size_t>(key_dim), d = static_cast<std::size_t>(dim);
+    q = take(n * r), keys = take(kTile * n), values = take(kTile * d), scores = take(kTile * r), out = take(r * d);
     peak = take(r), sum = take(r), low = take(r), high = take(r), shrink = take(r);
   }
-  static std::size_t size(int rows, int dim) {
-    return static_cast<std::size_t>(rows) * dim * 2 + static_cast<std::size_t>(kTile) * (2 * dim + rows) + 5u * rows;
+  static std::size_t size(int rows, int key_dim, int dim) {
+    return static_cast<std::size_t>(rows + kTile) * (key_dim + dim) + static_cast<std::size_t>(kTile) * rows + 5u * rows;
   }
 };
 
 std::size_t prefill_scratch(const Attention& a, int queries) {
-  return PromptScratch::size(round_up(queries * a.queries_per_kv_head(), 16), a.padded_dim());
+  return PromptScratch::size(round_up(queries * a.queries_per_kv_head(), 16), a.padded_key(), a.padded_dim());
 }
 
 // queries transposed and scaled, limits of each row; positions inside the tile walk are kept as floats (exact below 2^24)
 void load_queries(const Attention& a, int kv_head, int begin, int end, std::int64_t origin, const PromptScratch& s) {
   const int rep = a.queries_per_kv_head(), dim = a.padded_dim();
-  for (std::size_t i = 0; i < static_cast<std::size_t>(dim) * s.rows; ++i) s.q[i] = 0.0f;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(a.padded_key()) * s.rows; ++i) s.q[i] = 0.0f;
   for (int i = 0; i < s.rows * dim; ++i) s.out[i] = 0.0f;
   for (int row = 0; row < s.rows; ++row) {
     s.peak[row] = kNever, s.sum[row] = 0.0f, s.low[row] = 0.0f, s.high[row] = 0.0f;
     const int token = begin + row / rep;
     if (token >= end) continue;
-    const float* q = a.q + (static_cast<std::int64_t>(token) * a.num_heads + kv_head * rep + row % rep) * a.head_dim;
-    for (int d = 0; d < a.head_dim; ++d) s.q[static_cast<std::int64_t>(d) * s.rows + row] = q[d] * a.scale;
+    const float* q = a.q + (static_cast<std::int64_t>(token) * a.num_heads + kv_head * rep + row % rep) * a.key_dim;
+    for (int d = 0; d < a.key_dim; ++d) s.q[static_cast<std::int64_t>(d) * s.rows + row] = q[d] * a.scale;
     s.low[row] = static_cast<float>(larger<std::int64_t, std::int64_t>(a.first_key + token, 0) - origin);
     s.high[row] = static_cast<float>(smaller<std::int64_t, std::int64_t>(a.query_key + token + 1, a.length) - origin);
   }
@@ -338,8 +395,8 @@ void softmax_tile(const PromptScratch& s, int count, int dim, std::int64_t at, b
 }
 
 void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch) {
-  const int rep = a.queries_per_kv_head(), dim = a.padded_dim();
-  const PromptScratch s(scratch, round_up((end - begin) * rep, 16), dim);
+  const int rep = a.queries_per_kv_head(), dim = a.padded_dim(), key_dim = a.padded_key();
+  const PromptScratch s(scratch, round_up((end - begin) * rep, 16), key_dim, dim);
   // what the first and the last query of this block may see
   const std::int64_t low_first = larger<std::int64_t, std::int64_t>(a.first_key + begin, 0);
   const std::int64_t low_last = larger<std::int64_t, std::int64_t>(a.first_key + end - 1, 0);
@@ -349,11 +406,13 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
   load_queries(a, kv_head, begin, end, origin, s);
   for (std::int64_t tile = origin; tile < high_last; tile += kTile) {
     const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kTile, high_last - tile));
-    load_tile(a, a.keys, a.coded_keys, kv_head, tile, count, s.keys, kivi_key_tile);
-    multiply(s.keys, dim, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, dim, false);
+    load_tile(a, a.keys, a.key_dim, a.coded_keys, kv_head, tile, count, s.keys,
+              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_keys, h, from, to, out, ld, kivi_key_tile); });
+    multiply(s.keys, key_dim, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, a.key_dim, false);
     const bool masked = tile < low_last || tile + count > high_first;
     softmax_tile(s, count, dim, tile - origin, masked);
-    load_tile(a, a.values, a.coded_values, kv_head, tile, count, s.values, kivi_value_tile);
+    load_tile(a, a.values, a.head_dim, a.coded_values, kv_head, tile, count, s.values,
+              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_values, h, from, to, out, ld, kivi_value_tile); });
     multiply(s.scores, 1, s.rows, s.values, dim, s.out, dim, s.rows, dim, count, true);
   }
   for (int row = 0; row < (end - begin) * rep; ++row) {

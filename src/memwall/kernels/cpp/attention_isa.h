@@ -13,7 +13,7 @@ std::size_t kivi_scratch(const Attention& a);  // floats
 // float form of a few coded tokens of one kv head: tile[(token - begin) * ld + channel]
 void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
 void kivi_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
-void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, std::uint8_t* block);
+void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::uint8_t* block);
 void kivi_encode_value_rows(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, int slot, int count,
                             std::uint8_t* block);
 

@@ -117,6 +117,9 @@ static inline void store_sums4(float* p, vf a, vf b, vf c, vf d) {
   _mm_storeu_ps(p, _mm_add_ps(_mm_add_ps(w, x), _mm_add_ps(y, z)));
 }
 static inline vi iload(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+static inline vi iload(const std::uint16_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 static inline vi ishift(vi a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 
 #elif defined(__AVX2__)
@@ -164,6 +167,9 @@ static inline void store_sums4(float* p, vf a, vf b, vf c, vf d) {
   _mm_storeu_ps(p, _mm_add_ps(_mm_add_ps(w, x), _mm_add_ps(y, z)));
 }
 static inline vi iload(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+static inline vi iload(const std::uint16_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 static inline vi ishift(vi a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 
 #else
@@ -233,6 +239,7 @@ static inline vi iload(const std::uint32_t* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+static inline vi iload(const std::uint16_t* p) { return load_words(p); }
 static inline vi ishift(vi a, int n) { return a >> static_cast<std::uint32_t>(n); }
 
 #endif
@@ -240,8 +247,8 @@ static inline vi ishift(vi a, int n) { return a >> static_cast<std::uint32_t>(n)
 // First n (< W) numbers of a row, zeros behind.
 template <typename T>
 static inline vf vload_part(const T* p, int n) {
-  alignas(64) float lane[W] = {};
-  for (int i = 0; i < n; ++i) lane[i] = to_float(p[i]);
+  alignas(64) T lane[W] = {};
+  for (int i = 0; i < n; ++i) lane[i] = p[i];
   return vload(lane);
 }
 

@@ -17,6 +17,10 @@ namespace {
 using Float3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Out3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Cache = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Spread = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
+using Table = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Flat = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Offsets = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Blocks = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutBlocks = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -24,9 +28,15 @@ void require(bool holds, const std::string& message) {
   if (!holds) throw nb::value_error(message.c_str());
 }
 
-mw::Rows rows_of(const Cache& array, const char* name) {
+template <typename Array>
+mw::Rows rows_of(const Array& array, const char* name) {
   mw::Rows rows;
   rows.data = array.data();
+  const bool heads = array.ndim() == 3;  // rows of one head alone follow each other
+  rows.stride = heads && array.shape(0) > 1 ? array.stride(0) : 0;
+  // an array without tokens has whatever strides its maker liked
+  require(!heads || array.shape(0) == 0 || (array.stride(2) == 1 && array.stride(1) == static_cast<std::int64_t>(array.shape(2)) && rows.stride >= 0),
+          std::string(name) + ": the heads of a token must lie beside each other");
   if (array.dtype() == nb::dtype<float>()) rows.type = mw::Real::float32;
   else if (array.dtype().code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16)
     rows.type = mw::Real::float16;
@@ -38,21 +48,22 @@ mw::Rows rows_of(const Cache& array, const char* name) {
 mw::KiviForm form_of(int bits, int group, std::size_t head_dim) {
   require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, not " + std::to_string(bits));
   require(group == 16 || group == 32 || group == 64 || group == 128, "group must be 16, 32, 64 or 128, not " + std::to_string(group));
-  require(head_dim % static_cast<std::size_t>(group) == 0,
+  require(head_dim % static_cast<std::size_t>(group) == 0,  // of values; keys may have any width
           "group " + std::to_string(group) + " does not divide the head dimension " + std::to_string(head_dim));
   return {bits, group};
 }
 
 // what attend_float and attend_kivi share
-mw::Attention prepare(const Float3& q, const Cache& k, const Cache& v, const Out3& out, const std::optional<Out3>& stats,
+template <typename Array>
+mw::Attention prepare(const Float3& q, const Array& k, const Array& v, const Out3& out, const std::optional<Out3>& stats,
                       float scale, std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start) {
   mw::Attention a;
-  const std::size_t tokens = q.shape(0), heads = q.shape(1), dim = q.shape(2), kv_heads = k.shape(1);
+  const std::size_t tokens = q.shape(0), heads = q.shape(1), key_dim = q.shape(2), dim = v.shape(2), kv_heads = k.shape(1);
   require(kv_heads > 0 && heads % kv_heads == 0,
           std::to_string(heads) + " query heads cannot share " + std::to_string(kv_heads) + " key-value heads");
-  require(k.shape(2) == dim && v.shape(2) == dim && v.shape(1) == kv_heads, "k and v must be [tokens, kv_heads, head_dim] of the same head_dim as q");
-  require(dim > 0 && dim <= 1024, "head_dim must be 1 to 1024");
-  require(out.shape(0) == tokens && out.shape(1) == heads && out.shape(2) == dim, "out must have the shape of q");
+  require(k.shape(2) == key_dim && v.shape(1) == kv_heads, "k must be [tokens, kv_heads, key_dim] of the same key_dim as q, v [tokens, kv_heads, head_dim]");
+  require(dim > 0 && dim <= 1024 && key_dim > 0 && key_dim <= 1024, "head_dim and key_dim must be 1 to 1024");
+  require(out.shape(0) == tokens && out.shape(1) == heads && out.shape(2) == dim, "out must be [tokens, heads, head_dim] of the head_dim of v");
   if (stats) {
     require(stats->shape(0) == tokens && stats->shape(1) == heads && stats->shape(2) == 2, "stats must be [tokens, heads, 2]");
     a.stats = stats->data();
@@ -60,7 +71,7 @@ mw::Attention prepare(const Float3& q, const Cache& k, const Cache& v, const Out
   require(!window || *window > 0, "window must be positive");
   a.q = q.data(), a.out = out.data();
   a.num_tokens = static_cast<int>(tokens), a.num_heads = static_cast<int>(heads);
-  a.num_kv_heads = static_cast<int>(kv_heads), a.head_dim = static_cast<int>(dim);
+  a.num_kv_heads = static_cast<int>(kv_heads), a.key_dim = static_cast<int>(key_dim), a.head_dim = static_cast<int>(dim);
   a.scale = scale;
   a.query_key = first_position - key_start;
   a.first_key = window ? a.query_key - *window + 1 : -(std::int64_t{1} << 40);
@@ -68,11 +79,31 @@ mw::Attention prepare(const Float3& q, const Cache& k, const Cache& v, const Out
   return a;
 }
 
-void attend_float(const Float3& q, const Cache& k, const Cache& v, const Out3& out, float scale, std::int64_t first_position,
+void attend_float(const Float3& q, const Spread& k, const Spread& v, const Out3& out, float scale, std::int64_t first_position,
                   std::optional<std::int64_t> window, std::int64_t key_start, std::optional<Out3> stats) {
   mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of tokens");
   a.length = static_cast<std::int64_t>(k.shape(0));
+  nb::gil_scoped_release release;
+  mw::attend(a);
+}
+
+// k, v: pools of pages of `page_tokens` rows; token t lies in page table[t / page_tokens]
+void attend_paged(const Float3& q, const Cache& k, const Cache& v, const Table& table, int page_tokens, std::int64_t length,
+                  const Out3& out, float scale, std::int64_t first_position, std::optional<std::int64_t> window,
+                  std::optional<Out3> stats) {
+  mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, 0);
+  require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
+  require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
+  const std::int64_t pages = (length + page_tokens - 1) / page_tokens, held = static_cast<std::int64_t>(k.shape(0)) / page_tokens;
+  require(length >= 0 && static_cast<std::int64_t>(table.shape(0)) >= pages, "the table is too short for the length");
+  for (std::int64_t i = 0; i < pages; ++i)
+    require(table.data()[i] >= 0 && table.data()[i] < held, "the table names a page that is not there");
+  a.length = length;
+  for (mw::Rows* rows : {&a.keys, &a.values}) {
+    rows->table = table.data();
+    while ((1 << rows->page_shift) < page_tokens) ++rows->page_shift;
+  }
   nb::gil_scoped_release release;
   mw::attend(a);
 }
@@ -82,12 +113,12 @@ void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_
                  std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
                  std::optional<Out3> stats) {
   mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start);
-  a.form = form_of(bits, group, q.shape(2));
+  a.form = form_of(bits, group, v.shape(2));
   const std::size_t kv_heads = k.shape(1);
   require(coded_keys >= 0 && coded_keys % group == 0, "coded keys must be whole groups of tokens");
   require(coded_values >= 0, "coded_values must not be negative");
   const auto blocks = [&](std::int64_t tokens, int per) { return static_cast<std::size_t>((tokens + per - 1) / per) * kv_heads; };
-  require(key_blocks.size() >= blocks(coded_keys, group) * a.form.key_block_bytes(a.head_dim), "key_blocks is too short for coded_keys");
+  require(key_blocks.size() >= blocks(coded_keys, group) * a.form.key_block_bytes(a.key_dim), "key_blocks is too short for coded_keys");
   require(value_blocks.size() >= blocks(coded_values, mw::KiviForm::kValueBlock) * a.form.value_block_bytes(a.head_dim),
           "value_blocks is too short for coded_values");
   a.length = coded_keys + static_cast<std::int64_t>(k.shape(0));
@@ -98,8 +129,25 @@ void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_
   mw::attend(a);
 }
 
+void attend_ragged(const Float3& q, const Flat& past_k, const Flat& past_v, const Offsets& offsets, const Cache& k, const Cache& v,
+                   const Out3& out, float scale, std::int64_t first_query, std::optional<Out3> stats) {
+  mw::Ragged r;
+  r.tail = prepare(q, k, v, out, stats, scale, first_query, std::nullopt, 0);
+  require(k.shape(0) == v.shape(0), "k and v must hold the same number of tokens");
+  require(past_k.shape(1) == q.shape(2) && past_v.shape(1) == q.shape(2), "past rows must be [rows, head_dim]");
+  require(offsets.size() == k.shape(1) + 1, "offsets must be [kv_heads + 1]");
+  for (std::size_t h = 0; h < k.shape(1); ++h) require(offsets.data()[h] <= offsets.data()[h + 1], "offsets must not fall");
+  const auto last = static_cast<std::size_t>(offsets.data()[k.shape(1)]);
+  require(offsets.data()[0] == 0 && last <= past_k.shape(0) && last <= past_v.shape(0), "offsets lie outside the past rows");
+  r.tail.length = static_cast<std::int64_t>(k.shape(0));
+  r.past_keys = rows_of(past_k, "past_k"), r.past_values = rows_of(past_v, "past_v");
+  r.offsets = offsets.data();
+  nb::gil_scoped_release release;
+  mw::attend_ragged(r);
+}
+
 void encode_keys(const Cache& k, const OutBlocks& blocks, int bits, int group) {
-  const mw::KiviForm form = form_of(bits, group, k.shape(2));
+  const mw::KiviForm form = form_of(bits, group, 0);
   const int kv_heads = static_cast<int>(k.shape(1)), dim = static_cast<int>(k.shape(2));
   require(k.shape(0) % static_cast<std::size_t>(group) == 0, "keys are coded in whole groups of tokens");
   require(blocks.size() >= k.shape(0) / group * k.shape(1) * form.key_block_bytes(dim), "blocks is too short");
@@ -122,8 +170,8 @@ void encode_values(const Cache& v, std::int64_t first, const OutBlocks& blocks, 
 // floats of coded tokens [first, first + out.shape(0))
 void decode_blocks(bool keys, const Blocks& blocks, std::int64_t first, const Out3& out, int bits, int group) {
   mw::Attention a;
-  a.form = form_of(bits, group, out.shape(2));
-  a.num_kv_heads = static_cast<int>(out.shape(1)), a.head_dim = static_cast<int>(out.shape(2));
+  a.form = form_of(bits, group, keys ? 0 : out.shape(2));
+  a.num_kv_heads = static_cast<int>(out.shape(1)), a.key_dim = a.head_dim = static_cast<int>(out.shape(2));
   const std::int64_t end = first + static_cast<std::int64_t>(out.shape(0)), per = keys ? group : mw::KiviForm::kValueBlock;
   const std::size_t size = keys ? a.form.key_block_bytes(a.head_dim) : a.form.value_block_bytes(a.head_dim);
   require(first >= 0, "first must not be negative");
@@ -139,15 +187,19 @@ void decode_blocks(bool keys, const Blocks& blocks, std::int64_t first, const Ou
 void bind_attention(nb::module_& m) {
   m.def("attend_float", &attend_float, "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "first_position"_a, "window"_a.none(),
         "key_start"_a, "stats"_a.none());
+  m.def("attend_paged", &attend_paged, "q"_a, "k"_a, "v"_a, "table"_a, "page_tokens"_a, "length"_a, "out"_a, "scale"_a,
+        "first_position"_a, "window"_a.none(), "stats"_a.none());
   m.def("attend_kivi", &attend_kivi, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a,
         "out"_a, "bits"_a, "group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
+  m.def("attend_ragged", &attend_ragged, "q"_a, "past_k"_a, "past_v"_a, "offsets"_a, "k"_a, "v"_a, "out"_a, "scale"_a,
+        "first_query"_a, "stats"_a.none());
   m.def("attention_scratch_bytes_for", &mw::attention_scratch_bytes_for, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
         "tokens"_a, "threads"_a);
   m.def("kivi_encode_keys", &encode_keys, "k"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_encode_values", &encode_values, "v"_a, "first"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_decode", &decode_blocks, "keys"_a, "blocks"_a, "first"_a, "out"_a, "bits"_a, "group"_a);
-  m.def("kivi_block_bytes", [](int bits, int group, int head_dim) {
+  m.def("kivi_block_bytes", [](int bits, int group, int head_dim, int key_dim) {
     const mw::KiviForm form = form_of(bits, group, static_cast<std::size_t>(head_dim));
-    return nb::make_tuple(form.key_block_bytes(head_dim), form.value_block_bytes(head_dim));
-  }, "bits"_a, "group"_a, "head_dim"_a);
+    return nb::make_tuple(form.key_block_bytes(key_dim), form.value_block_bytes(head_dim));
+  }, "bits"_a, "group"_a, "head_dim"_a, "key_dim"_a);
 }

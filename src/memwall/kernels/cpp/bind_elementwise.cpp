@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 
 #include "elementwise.h"
+#include "program.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -18,31 +19,28 @@ void require(bool condition, const char* message) {
   if (!condition) throw nb::value_error(message);
 }
 
-void rms_norm(In<2> x, In<1> weight, float eps, Out<2> out) {
+mw::Step rms_norm(In<2> x, In<1> weight, float eps, Out<2> out) {
   require(weight.shape(0) == x.shape(1), "rms_norm: weight must have as many numbers as a row of x");
   require(out.shape(0) == x.shape(0) && out.shape(1) == x.shape(1), "rms_norm: out must have the shape of x");
-  nb::gil_scoped_release release;
-  mw::rms_norm(x.data(), weight.data(), eps, x.shape(0), x.shape(1), out.data());
+  return [=] { mw::rms_norm(x.data(), weight.data(), eps, x.shape(0), x.shape(1), out.data()); };
 }
 
-void rope(Out<3> x, In<2> cos, In<2> sin) {
+mw::Step rope(Out<3> x, In<2> cos, In<2> sin) {
   require(cos.shape(0) == x.shape(0) && sin.shape(0) == x.shape(0), "rope: cos and sin need one row per token of x");
   require(cos.shape(1) == sin.shape(1) && 2 * cos.shape(1) <= x.shape(2), "rope: cos and sin hold at most half a head's numbers");
-  nb::gil_scoped_release release;
-  mw::rope(x.data(), cos.data(), sin.data(), x.shape(0), x.shape(1), x.shape(2), cos.shape(1));
+  return [=] { mw::rope(x.data(), cos.data(), sin.data(), x.shape(0), x.shape(1), x.shape(2), cos.shape(1)); };
 }
 
-void swiglu(In<2> gate, In<2> up, Out<2> out) {
+mw::Step swiglu(In<2> gate, In<2> up, Out<2> out) {
   require(gate.shape(0) == up.shape(0) && gate.shape(1) == up.shape(1), "swiglu: gate and up must have one shape");
   require(gate.shape(0) == out.shape(0) && gate.shape(1) == out.shape(1), "swiglu: out must have the shape of gate");
-  nb::gil_scoped_release release;
-  mw::swiglu(gate.data(), up.data(), static_cast<std::int64_t>(gate.shape(0) * gate.shape(1)), out.data());
+  return [=] { mw::swiglu(gate.data(), up.data(), static_cast<std::int64_t>(gate.shape(0) * gate.shape(1)), out.data()); };
 }
 
 }  // namespace
 
-void bind_elementwise(nb::module_& m) {
-  m.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert());
-  m.def("rope", &rope, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert());
-  m.def("swiglu", &swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert());
+void bind_elementwise(nb::module_& m, nb::class_<Program>& program) {
+  bind_step(m, program, "rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert());
+  bind_step(m, program, "rope", &rope, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert());
+  bind_step(m, program, "swiglu", &swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert());
 }

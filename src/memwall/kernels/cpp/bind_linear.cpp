@@ -4,12 +4,14 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "encode.h"
 #include "linear.h"
+#include "program.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -101,18 +103,34 @@ mw::Product product_of(const PyMatrix& m, nb::handle out, nb::handle bias, std::
   return product;
 }
 
-// The argument lists hold every array until the call returns, so plain pointers to their data are safe without the GIL.
-void linear(Rows<const float> x, nb::sequence matrices, nb::sequence outs, bool exact, bool accumulate, nb::object biases) {
+// One call's products, and the Python objects whose buffers they point into.
+struct Products {
+  std::vector<mw::Product> products;
+  std::vector<nb::object> owners;
+
+  Products() = default;
+  Products(const Products&) = delete;
+  Products& operator=(const Products&) = delete;
+  ~Products() {
+    nb::gil_scoped_acquire held;  // a step may end where the GIL is not held
+    owners.clear();
+  }
+};
+
+mw::Step linear(Rows<const float> x, nb::sequence matrices, nb::sequence outs, bool exact, bool accumulate, nb::object biases) {
   const std::size_t count = nb::len(matrices);
   require(nb::len(outs) == count && (biases.is_none() || nb::len(biases) == count), "linear: matrices, outs and biases differ in number");
-  std::vector<mw::Product> products;
-  products.reserve(count);
+  const auto held = std::make_shared<Products>();
+  held->products.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
-    const nb::object bias = biases.is_none() ? nb::none() : nb::object(biases[i]);
-    products.push_back(product_of(nb::cast<const PyMatrix&>(matrices[i]), nb::object(outs[i]), bias, x.shape(0), x.shape(1), accumulate));
+    const nb::object matrix(matrices[i]), out(outs[i]), bias = biases.is_none() ? nb::none() : nb::object(biases[i]);
+    held->products.push_back(product_of(nb::cast<const PyMatrix&>(matrix), out, bias, x.shape(0), x.shape(1), accumulate));
+    held->owners.insert(held->owners.end(), {matrix, out, bias});
   }
-  nb::gil_scoped_release release;
-  mw::linear(x.data(), static_cast<std::int64_t>(x.shape(0)), static_cast<std::int64_t>(x.shape(1)), products.data(), count, exact);
+  return [held, x, exact] {
+    mw::linear(x.data(), static_cast<std::int64_t>(x.shape(0)), static_cast<std::int64_t>(x.shape(1)), held->products.data(),
+               held->products.size(), exact);
+  };
 }
 
 void gather_rows(const PyMatrix& m, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> ids, Rows<float> out) {
@@ -143,7 +161,7 @@ bool encode_tiles(const PyMatrix& from, int bits, int group, Writable<std::uint8
 
 }  // namespace
 
-void bind_linear(nb::module_& m) {
+void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   nb::class_<PyMatrix>(m, "Matrix", "A weight matrix in the form kernels read; keeps its buffers alive")
       .def_prop_ro("rows", [](const PyMatrix& self) { return self.view.rows; })
       .def_prop_ro("cols", [](const PyMatrix& self) { return self.view.cols; })
@@ -155,8 +173,8 @@ void bind_linear(nb::module_& m) {
   m.def("dense_matrix", &dense_matrix, "spec"_a, "array"_a);
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
-  m.def("linear", &linear, "x"_a.noconvert(), "matrices"_a, "outs"_a, nb::kw_only(), "exact"_a = false, "accumulate"_a = false,
-        "biases"_a = nb::none());
+  bind_step(m, program, "linear", &linear, "x"_a.noconvert(), "matrices"_a, "outs"_a, nb::kw_only(), "exact"_a = false,
+            "accumulate"_a = false, "biases"_a = nb::none());
   m.def("encode_tiles", &encode_tiles, "values"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
   m.def("gather_rows", &gather_rows, "matrix"_a, "ids"_a.noconvert(), "out"_a.noconvert());

@@ -2,7 +2,8 @@
 //
 // Keys are grouped along tokens, one channel at a time; a block is one group of tokens:
 //   codes: planes of width w (3 bits = a plane of 2 and one of 1), each [ceil(channels * w / 32)][tokens] words of 32 bits; the
-//          word of a token holds 32 / w consecutive channels, the first in the lowest bits
+//          word of a token holds 32 / w consecutive channels, the first in the lowest bits; any number of channels, zeros
+//          behind; unless 16 divides the channels, a last row that half words would do for has words of 16 bits
 //   scales float16 [channels], minima float16 [channels]
 // Values are grouped along channels inside one token; a block is 32 tokens:
 //   codes: planes, each [tokens * w / 32][channels] words; the word of a channel holds 32 / w consecutive tokens
@@ -11,6 +12,8 @@
 // scale goes with the other factor: q * scale once per channel and block, p * scale once per token and group.
 #include "attention_isa.h"
 #include "attention_simd.h"
+
+#include <vector>
 
 namespace mw::MW_ISA {
 namespace {
@@ -81,6 +84,27 @@ template <int B>
 constexpr int kPerWord = B == 8 ? 4 : B == 4 ? 8 : 16;  // codes in a word of the main plane
 
 inline const std::uint32_t* words(const std::uint8_t* p) { return reinterpret_cast<const std::uint32_t*>(p); }
+
+// Rows of words of a key block's plane.
+struct Plane {
+  const std::uint32_t* data;
+  int tokens, full;  // rows of 32-bit words; what comes after has words of 16
+  Plane(const std::uint32_t* first, int block_tokens, int dim, int per_word)
+      : data(first), tokens(block_tokens), full((dim + per_word - 1) / per_word - KiviForm::half_row(dim, per_word)) {}
+  vi load(int row, int token) const {
+    const std::uint32_t* at = data + row * tokens;
+    return row < full ? iload(at + token) : iload(reinterpret_cast<const std::uint16_t*>(at) + token);
+  }
+};
+
+// the main plane, and the one of third bits behind it
+template <int B>
+struct Planes {
+  Plane main, extra;
+  Planes(const std::uint8_t* block, int tokens, int dim)
+      : main(words(block), tokens, dim, kPerWord<B>),
+        extra(words(block + 2 * (2 * main.full + KiviForm::half_row(dim, kPerWord<B>)) * tokens), tokens, dim, 32) {}
+};
 inline const f16* halves(const std::uint8_t* p) { return reinterpret_cast<const f16*>(p); }
 
 template <int B>
@@ -100,25 +124,25 @@ inline void with_bits(int bits, Body&& body) {
 
 // V vectors of tokens of one key block for R query heads; U sums per result break the chain of dependent additions
 template <int B, int R, int V, int U>
-inline void score_tile(const Codes<B>& codes, const std::uint32_t* main, const std::uint32_t* extra, int tokens, int dim,
-                       const float* scaled, const float* offset, float* scores) {
+inline void score_tile(const Codes<B>& codes, const Planes<B>& planes, int first, int dim, int padded, const float* scaled,
+                       const float* offset, float* scores) {
   vf sum[R][V][U];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
       for (int u = 0; u < U; ++u) sum[r][v][u] = vset(u == 0 ? offset[r] : 0.0f);
-  for (int d = 0; d < dim; d += kPerWord<B>, main += tokens) {
+  for (int d = 0; d < dim; d += kPerWord<B>) {
     vi word[V], plane[V];
     for (int v = 0; v < V; ++v) {
-      word[v] = iload(main + v * W);
+      word[v] = planes.main.load(d / kPerWord<B>, first + v * W);
       plane[v] = word[v];
-      if constexpr (B == 3) plane[v] = ishift(iload(extra + d / 32 * tokens + v * W), d % 32);
+      if constexpr (B == 3) plane[v] = ishift(planes.extra.load(d / 32, first + v * W), d % 32);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kPerWord<B>; ++i) {
       vf code[V];
       for (int v = 0; v < V; ++v) code[v] = codes(word[v], plane[v], i);
       for (int r = 0; r < R; ++r) {
-        const vf query = vset(scaled[r * dim + d + i]);
+        const vf query = vset(scaled[r * padded + d + i]);
         for (int v = 0; v < V; ++v) sum[r][v][i % U] = vfma(code[v], query, sum[r][v][i % U]);
       }
     }
@@ -132,24 +156,31 @@ inline void score_tile(const Codes<B>& codes, const std::uint32_t* main, const s
 }
 
 template <int B, int R, int U>
-inline void score_block(const Codes<B>& codes, const std::uint8_t* block, int tokens, int dim, const float* scaled,
+inline void score_block(const Codes<B>& codes, const std::uint8_t* block, int tokens, int dim, int padded, const float* scaled,
                         const float* offset, float* scores) {
-  const std::uint32_t* main = words(block);
-  const std::uint32_t* extra = main + dim / kPerWord<B> * tokens;
+  const Planes<B> planes(block, tokens, dim);
   int t = 0;
   for (; t + 2 * W <= tokens; t += 2 * W)
-    score_tile<B, R, 2, U>(codes, main + t, extra + t, tokens, dim, scaled, offset, scores + t);
-  for (; t < tokens; t += W) score_tile<B, R, 1, U>(codes, main + t, extra + t, tokens, dim, scaled, offset, scores + t);
+    score_tile<B, R, 2, U>(codes, planes, t, dim, padded, scaled, offset, scores + t);
+  for (; t < tokens; t += W) score_tile<B, R, 1, U>(codes, planes, t, dim, padded, scaled, offset, scores + t);
 }
 
-// q * scale per channel, and the sum of q * minimum: the same for all tokens of the block
+// q * scale per channel, and the sum of q * minimum: the same for all tokens of the block; zeros up to the next multiple of 16
 inline void fold_key_scales(const f16* scales, const f16* minima, const float* q, int dim, float* scaled, float* offset) {
   vf sum = vset(0.0f);
-  for (int d = 0; d < dim; d += W) {
+  int d = 0;
+  for (; d + W <= dim; d += W) {
     const vf query = vload(q + d);
     vstore(scaled + d, vmul(query, vload(scales + d)));
     sum = vfma(query, vload(minima + d), sum);
   }
+  if (d < dim) {
+    const vf query = vload(q + d);
+    vstore(scaled + d, vmul(query, vload_part(scales + d, dim - d)));
+    sum = vfma(query, vload_part(minima + d, dim - d), sum);
+    d += W;
+  }
+  for (; d % 16 != 0; d += W) vstore(scaled + d, vset(0.0f));
   *offset = hsum(sum);
 }
 
@@ -235,6 +266,20 @@ inline std::uint32_t code_of(float x, Grid g, float levels) {
   return static_cast<std::uint32_t>(round_even(c));
 }
 
+// Copies a plane of `channels` in words of 32 bits to where its last row may have words of 16; returns where the next one starts.
+inline std::uint8_t* pack_plane(const std::uint32_t* plane, int channels, int per_word, int tokens, std::uint8_t* to) {
+  const bool half = KiviForm::half_row(channels, per_word);
+  const int full = (channels + per_word - 1) / per_word - half;
+  const std::size_t size = static_cast<std::size_t>(full) * tokens * sizeof(std::uint32_t);
+  std::memcpy(to, plane, size);
+  to += size;
+  for (int t = 0; half && t < tokens; ++t, to += 2) {
+    const std::uint16_t word = static_cast<std::uint16_t>(plane[full * tokens + t]);
+    std::memcpy(to, &word, 2);
+  }
+  return to;
+}
+
 // Puts a code of `bits` bits at position `index` of line `lane`; `width` lanes make a row of words.
 inline void put(std::uint32_t* plane, int bits, int rows_of_main, int width, int lane, int index, std::uint32_t code) {
   const int w = bits == 3 ? 2 : bits, per_word = 32 / w;
@@ -257,13 +302,13 @@ inline float at(const Rows& rows, std::int64_t i) {
 
 std::size_t kivi_scratch(const Attention& a) {
   const std::size_t rep = static_cast<std::size_t>(a.queries_per_kv_head());
-  return rep * (static_cast<std::size_t>(a.head_dim) + 1) + kHeads * kBlock + rep * kBlock;
+  return rep * (static_cast<std::size_t>(a.padded_key()) + 1) + kHeads * kBlock + rep * kBlock;
 }
 
 void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, float* scores, float* scratch) {
-  const int rep = a.queries_per_kv_head(), dim = a.head_dim, tokens = a.form.group;
+  const int rep = a.queries_per_kv_head(), dim = a.key_dim, padded = a.padded_key(), tokens = a.form.group;
   const std::size_t size = a.form.key_block_bytes(dim), code_bytes = a.form.key_code_bytes(dim);
-  float *scaled = scratch, *offset = scratch + rep * dim;
+  float *scaled = scratch, *offset = scratch + rep * padded;
   with_bits(a.form.bits, [&](auto width) {
     constexpr int B = decltype(width)::value;
     const Codes<B> codes;
@@ -273,14 +318,15 @@ void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::in
         for (std::size_t byte = 0; byte < size; byte += 64) __builtin_prefetch(block + 4 * size + byte);
         const f16* scales = halves(block + code_bytes);
         for (int r = 0; r < rep; ++r)
-          fold_key_scales(scales, scales + dim, q + (h * rep + r) * dim, dim, scaled + r * dim, offset + r);
+          fold_key_scales(scales, scales + dim, q + (h * rep + r) * padded, dim, scaled + r * padded, offset + r);
         float* to = scores + (h * rep) * kStep + (token - begin);
         int r = 0;
         for (; r + kHeads <= rep; r += kHeads)
-          score_block<B, kHeads, kSums>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
+          score_block<B, kHeads, kSums>(codes, block, tokens, dim, padded, scaled + r * padded, offset + r, to + r * kStep);
         for (; r + 2 <= rep; r += 2)
-          score_block<B, 2, 2>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
-        for (; r < rep; ++r) score_block<B, 1, 4>(codes, block, tokens, dim, scaled + r * dim, offset + r, to + r * kStep);
+          score_block<B, 2, 2>(codes, block, tokens, dim, padded, scaled + r * padded, offset + r, to + r * kStep);
+        for (; r < rep; ++r)
+          score_block<B, 1, 4>(codes, block, tokens, dim, padded, scaled + r * padded, offset + r, to + r * kStep);
       }
     }
   });
@@ -325,7 +371,7 @@ void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::in
 }
 
 void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld) {
-  const int dim = a.head_dim, tokens = a.form.group;
+  const int dim = a.key_dim, tokens = a.form.group;
   const std::size_t size = a.form.key_block_bytes(dim);
   with_bits(a.form.bits, [&](auto width) {
     constexpr int B = decltype(width)::value;
@@ -334,13 +380,12 @@ void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int
     for (std::int64_t first = begin / tokens * tokens; first < end; first += tokens) {
       const std::uint8_t* block = a.key_blocks + static_cast<std::size_t>(first / tokens * a.num_kv_heads + kv_head) * size;
       const f16* scales = halves(block + a.form.key_code_bytes(dim));
-      const std::uint32_t* main = words(block);
-      const std::uint32_t* extra = main + dim / kPerWord<B> * tokens;
+      const Planes<B> planes(block, tokens, dim);
       for (int t = 0; t < tokens; t += W) {
         if (first + t + W <= begin || first + t >= end) continue;
         for (int d = 0; d < dim; ++d) {
-          const vi word = iload(main + d / kPerWord<B> * tokens + t);
-          const vi plane = B == 3 ? ishift(iload(extra + d / 32 * tokens + t), d / 16 * 16 % 32) : word;
+          const vi word = planes.main.load(d / kPerWord<B>, t);
+          const vi plane = B == 3 ? ishift(planes.extra.load(d / 32, t), d / 16 * 16 % 32) : word;
           const vf scale = vset(half_to_float(scales[d])), minimum = vset(half_to_float(scales[dim + d]));
           vstore(lane, vfma(codes(word, plane, d % kPerWord<B>), scale, minimum));
           for (int i = 0; i < W; ++i) {
@@ -377,23 +422,26 @@ void kivi_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::i
   });
 }
 
-void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, std::uint8_t* block) {
-  const std::int64_t stride = static_cast<std::int64_t>(kv_heads) * head_dim;
+void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::uint8_t* block) {
+  const std::int64_t stride = static_cast<std::int64_t>(kv_heads) * key_dim;
   const float levels = static_cast<float>((1 << form.bits) - 1);
-  const int main_rows = head_dim * (form.bits == 3 ? 2 : form.bits) / 32;
-  for (int h = 0; h < kv_heads; ++h, block += form.key_block_bytes(head_dim)) {
-    std::uint32_t* plane = reinterpret_cast<std::uint32_t*>(block);
-    f16* scales = reinterpret_cast<f16*>(block + form.key_code_bytes(head_dim));
-    std::memset(block, 0, form.key_code_bytes(head_dim));
-    for (int d = 0; d < head_dim; ++d) {
+  const int main_bits = form.bits == 3 ? 2 : form.bits, main_rows = (key_dim * main_bits + 31) / 32;
+  const int all_rows = main_rows + (form.bits == 3 ? (key_dim + 31) / 32 : 0);
+  static thread_local std::vector<std::uint32_t> whole;  // all rows of words as if none were short
+  for (int h = 0; h < kv_heads; ++h, block += form.key_block_bytes(key_dim)) {
+    whole.assign(static_cast<std::size_t>(all_rows) * form.group, 0);
+    f16* scales = reinterpret_cast<f16*>(block + form.key_code_bytes(key_dim));
+    for (int d = 0; d < key_dim; ++d) {
       float x[kStep], low = __builtin_inff(), high = -__builtin_inff();
       for (int t = 0; t < form.group; ++t) {
-        x[t] = at(rows, t * stride + h * head_dim + d);
+        x[t] = at(rows, t * stride + h * key_dim + d);
         low = x[t] < low ? x[t] : low, high = x[t] > high ? x[t] : high;
       }
-      const Grid g = grid(low, high, form.bits, scales + d, scales + head_dim + d);
-      for (int t = 0; t < form.group; ++t) put(plane, form.bits, main_rows, form.group, t, d, code_of(x[t], g, levels));
+      const Grid g = grid(low, high, form.bits, scales + d, scales + key_dim + d);
+      for (int t = 0; t < form.group; ++t) put(whole.data(), form.bits, main_rows, form.group, t, d, code_of(x[t], g, levels));
     }
+    std::uint8_t* behind = pack_plane(whole.data(), key_dim, 32 / main_bits, form.group, block);
+    if (form.bits == 3) pack_plane(whole.data() + main_rows * form.group, key_dim, 32, form.group, behind);
   }
 }
 

@@ -4,16 +4,19 @@
 #include <nanobind/stl/string.h>
 
 #include "dispatch.h"
+#include "program.h"
 #include "threads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
-void bind_linear(nb::module_& m);     // linear.h: matrices and products
-void bind_elementwise(nb::module_& m);  // norms, rotary embedding, activations
+void bind_linear(nb::module_& m, nb::class_<Program>&);       // linear.h: matrices and products
+void bind_elementwise(nb::module_& m, nb::class_<Program>&);  // norms, rotary embedding, activations
 void bind_attention(nb::module_& m);  // attention over full-precision and coded caches
+void bind_latent(nb::module_& m);     // rows in few bits, attention over rebuilt blocks
 void bind_probe(nb::module_& m);      // measurements of this machine
 void bind_heap(nb::module_& m);       // the C heap's habits
+void bind_range_coder(nb::module_& m);  // entropy coding of symbol streams
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -26,9 +29,15 @@ NB_MODULE(_native, m) {
       if (name == mw::isa_name(static_cast<mw::Isa>(i))) return mw::force_isa(static_cast<mw::Isa>(i));
     throw nb::value_error(("unknown instruction set: " + name).c_str());
   }, "name"_a);
-  bind_linear(m);
-  bind_elementwise(m);
+  nb::class_<Program> program(m, "Program", "Kernel calls recorded once and run in a row, many times; holds their arrays");
+  program.def(nb::init<>())
+      .def("run", &Program::run)
+      .def("__len__", [](const Program& self) { return self.steps.size(); });
+  bind_linear(m, program);
+  bind_elementwise(m, program);
   bind_attention(m);
+  bind_latent(m);
   bind_probe(m);
   bind_heap(m);
+  bind_range_coder(m);
 }

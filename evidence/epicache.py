@@ -1,0 +1,468 @@
+"""EpiCache's claims, on the bundled demo model: what episodes are for, against other ways of evicting block by block.
+
+Dialogues are made up: sessions of four lines about one of four topics, in random order; some lines state a fact about
+one of the topic's names. Every method reads the same history in the same blocks and keeps as many units on average;
+questions about all facts come in random order. With `--data` a file of conversations in LoCoMo's form (JSON: `qa` with
+`question` and `evidence`, `conversation` with `session_N`), matching is judged on these too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memwall import kv
+from memwall.claims import Claim, Progress, main, not_run
+from memwall.engine.session import cache_shape
+from memwall.errors import InputError
+from memwall.kv.blocks import HeadAdaptive, Scorer, Units, sensitive_budgets
+from memwall.kv.epicache import EpiCache
+from memwall.kv.episodes import ENDING, WORD, HashedWords, MeanEmbedding, Utterance, find_episodes
+from memwall.kv.sensitivity import layer_similarity
+from memwall.memory import Arena, Ledger, resident_bytes
+from memwall.models import Checkpoint, ModelConfig, model_directory
+from memwall.models.config import EMBEDDING
+from memwall.models.decoder import Decoder
+from memwall.models.precision import resolve
+from memwall.models.tokenizer import Tokenizer
+from memwall.models.weights import load_weights
+
+TOPICS = {
+    "falcon badger otter heron salmon raven": (
+        "The {0} was seen near the river with its young.",
+        "We watched a {0} hunt in the forest at night.",
+        "The old {0} sleeps in its nest in winter.",
+        "A wild {0} eats fish and small birds.",
+    ),
+    "red blue green yellow orange silver": (
+        "She painted the kitchen wall in {0}.",
+        "That {0} dress would suit the picture.",
+        "The artist mixed {0} paint with white.",
+        "Her new shirt is {0} with black stripes.",
+    ),
+    "alpha beta gamma delta theta omega": (
+        "In the equation {0} is the angle of the function.",
+        "The proof sets {0} equal to zero.",
+        "We compute the value of {0} from the matrix.",
+        "The parameter {0} must be a positive integer.",
+    ),
+    "Alice David Clara Hugo Maria Oscar": (
+        "{0} came home from school with a friend.",
+        "We had dinner with {0} and her mother.",
+        "{0} wrote a letter to his brother last week.",
+        "My uncle met {0} at the church on Sunday.",
+    ),
+}
+SESSIONS, LINES = 3, 4
+CHUNK = 192
+FIRST_SEED = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """dialogues of about 600 tokens and 8 questions each; tokens of the histories whose memory is measured."""
+
+    dialogues: int
+    memory_tokens: tuple[int, ...]
+    ablations: bool
+
+
+FULL = Sizes(dialogues=10, memory_tokens=(2048, 4096, 8192), ablations=True)
+QUICK = Sizes(dialogues=3, memory_tokens=(1024, 2048), ablations=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Lines, and of each fact its question, its answer and the line that states it."""
+
+    lines: list[Utterance]
+    facts: list[tuple[str, str, int]]
+
+
+def dialogue(seed: int) -> Dialogue:
+    """Three sessions a topic in random order; two of them state a fact each, about names of their own."""
+    rng = np.random.default_rng(seed)
+    names = {topic: list(rng.permutation(topic.split())) for topic in TOPICS}
+    sessions = [(topic, number) for topic in TOPICS for number in range(SESSIONS)]
+    lines: list[Utterance] = []
+    facts = []
+    for which in rng.permutation(len(sessions)):
+        topic, number = sessions[which]
+        told = [TOPICS[topic][i].format(rng.choice(names[topic])) for i in rng.permutation(4)][: LINES - (number < 2)]
+        if number < 2:
+            name, value = names[topic][number], int(rng.integers(1000, 100_000))
+            place = int(rng.integers(LINES))
+            told.insert(place, f"The secret number of {name} is {value}.")
+            asked = f"What is the secret number of {name}? The secret number of {name} is"
+            facts.append((asked, str(value), len(lines) + place))
+        lines += [Utterance(line) for line in told]
+    return Dialogue(lines, [facts[i] for i in rng.permutation(len(facts))])
+
+
+# ---- other scores in the same loop ---------------------------------------------------------------------------------
+
+
+class UnlikeTheMean(Scorer):
+    """KeyDiff: keys that are least like the head's mean key stay."""
+
+    keeps_scores = False
+
+    def score(self, layer: int, units: Units) -> list[np.ndarray]:
+        found = []
+        for head in range(len(units.past_scores)):
+            keys = units.keys(head)
+            directions = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+            mean = directions.mean(axis=0)
+            found.append(-(directions @ mean) / np.linalg.norm(mean))
+        return found
+
+
+class Newest(Scorer):
+    """Recency: the newest stay."""
+
+    keeps_scores = False
+
+    def score(self, layer: int, units: Units) -> list[np.ndarray]:
+        return [np.arange(len(units.keys(head)), dtype=np.float32) for head in range(len(units.past_scores))]
+
+
+class Study:
+    """The demo model, reading dialogues through caches of every kind."""
+
+    def __init__(self) -> None:
+        self.directory = model_directory("demo")
+        self.config = ModelConfig.from_directory(self.directory)
+        self.shape = cache_shape(self.config)
+        self.arena = Arena(1 << 40, Ledger())
+        with Checkpoint(self.directory, self.config) as checkpoint:
+            self.weights = load_weights(self.config, checkpoint, resolve(self.config, "float16"), self.arena)
+        self.decoder = Decoder(self.config, self.weights, self.arena, segment_tokens=256, exact=True)
+        self.tokenizer = Tokenizer.from_directory(self.directory)
+        self.model = kv.CacheModel(config=self.config, weights=self.weights, directory=self.directory)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_bos=False)
+
+    def tokens(self, told: Dialogue) -> list[int]:
+        return [self.config.bos_token_id or 0, *self.encode("".join(line.line for line in told.lines))]
+
+    def cache(self, policy: str, capacity: int = 1024, arena: Arena | None = None) -> EpiCache:
+        made = kv.build(policy, self.shape, arena or Arena(1 << 40, Ledger()), capacity, self.model)
+        assert isinstance(made, EpiCache)
+        return made
+
+    def says(self, cache: kv.KVCache, question: str, answer: str) -> bool:
+        """Whether the greedy answer is right; the cache is as it was afterwards."""
+        length, said = cache.length, []
+        tokens = self.encode(f"\n{question}")
+        sizes = cache.begin_prompt(len(tokens), 256)
+        assert sizes == [len(tokens)]
+        logits = self.decoder.forward(np.array(tokens), cache)
+        for _ in range(6):
+            said.append(int(logits.argmax()))
+            logits = self.decoder.forward(np.array(said[-1:]), cache)
+        cache.truncate(length)
+        return self.tokenizer.decode(said).strip().startswith(answer)
+
+    def episodic(self, told: Dialogue, policy: str, budgets: np.ndarray | None = None) -> dict[str, list[bool]]:
+        """Right answers of the matched, the best and a random episode; and whether the matched one has the fact."""
+        cache = self.cache(policy)
+        if budgets is not None:
+            cache.allocator = HeadAdaptive(budgets)
+        cache.remember(self.decoder, self.tokenizer, told.lines, opening=[self.config.bos_token_id or 0])
+        assert cache.episodes is not None
+        rng = np.random.default_rng(0)
+        found: dict[str, list[bool]] = {"matched": [], "oracle": [], "random": [], "has the fact": []}
+        for question, answer, line in told.facts:
+            right = []
+            for episode in range(len(cache.kept_episodes)):
+                cache.recall(episode)
+                right.append(self.says(cache, question, answer))
+            gold = int(cache.episodes.owners[line // cache.settings.window])
+            chosen = cache.match(question)
+            found["matched"].append(right[chosen])
+            found["oracle"].append(right[gold])
+            found["random"].append(right[int(rng.integers(len(right)))])
+            found["has the fact"].append(chosen == gold)
+        cache.release()
+        return found
+
+    def blockwise(self, told: Dialogue, method: str, budget: int) -> list[bool]:
+        """Right answers of one cache for all questions, by another score."""
+        cache = self.cache(f"epicache(tokens={budget},chunk={CHUNK})")
+        tokens, opening = self.tokens(told), self.encode("\nOnce more, the same again:\n")
+        if method == "KVzip":  # the block repeated asks for everything in it
+            cache.read(self.decoder, tokens, lambda block: [*opening, *block[: 256 - len(opening)].tolist()])
+        else:
+            if method != "SnapKV":
+                cache.scorer = {"KeyDiff": UnlikeTheMean, "recency": Newest}[method]()
+            cache.local = 0
+            begin = 0
+            for size in cache.begin_prompt(len(tokens), 256):
+                self.decoder.hidden(np.array(tokens[begin : begin + size]), cache)
+                begin += size
+        cache.active = 0  # from here on nothing more is evicted
+        right = [self.says(cache, question, answer) for question, answer, _ in told.facts]
+        cache.release()
+        return right
+
+    def whole(self, told: Dialogue) -> list[bool]:
+        """Right answers of the full cache."""
+        cache = kv.build("float16", self.shape, Arena(1 << 40, Ledger()), 1024)
+        for part in np.split(np.array(self.tokens(told)), range(256, len(self.tokens(told)), 256)):
+            self.decoder.hidden(part, cache)
+        right = [self.says(cache, question, answer) for question, answer, _ in told.facts]
+        cache.release()
+        return right
+
+
+def share(right: Sequence[bool]) -> float:
+    """Of right answers."""
+    return float(np.mean(right))
+
+
+# ---- claims --------------------------------------------------------------------------------------------------------
+
+
+def accuracy_claims(study: Study, sizes: Sizes, tick: Callable[[str], None]) -> list[Claim]:
+    """At a fifth of the history: episodes, one cache for all, and other scores."""
+    found: dict[str, list[bool]] = {}
+    for seed in range(sizes.dialogues):
+        told = dialogue(FIRST_SEED + seed)
+        budget = len(study.tokens(told)) // 5
+        tick(f"dialogue {seed + 1}")
+        found.setdefault("full", []).extend(study.whole(told))
+        for method in ("SnapKV", "KVzip", "KeyDiff", "recency"):
+            found.setdefault(method, []).extend(study.blockwise(told, method, budget))
+        for episodes in (4, 1):
+            policy = f"epicache(tokens={budget},episodes={episodes},chunk={CHUNK})"
+            for kind, right in study.episodic(told, policy).items():
+                found.setdefault(f"E = {episodes}, {kind}", []).extend(right)
+    shares = {name: share(right) for name, right in found.items()}
+    own, one = shares["E = 4, matched"], shares["E = 1, matched"]
+    others = {name: shares[name] for name in ("SnapKV", "KVzip", "KeyDiff", "recency")}
+    count = len(found["full"])
+    oracle, random = shares["E = 4, oracle"], shares["E = 4, random"]
+    return [
+        Claim(
+            claim="at 5 times compression episode caches answer nearly as the full cache, above block-wise baselines",
+            measured=f"right of {count}: full {shares['full']:.0%}; EpiCache {own:.0%}; "
+            + "; ".join(f"{name} {value:.0%}" for name, value in others.items()),
+            required="within 10 points of full, and above every other",
+            passed=own >= shares["full"] - 0.1 and own > max(others.values()),
+        ),
+        Claim(
+            claim="four episodes answer more than one",
+            measured=f"E = 4: {own:.0%}, E = 1: {one:.0%}",
+            required="at least 5 points more",
+            passed=own >= one + 0.05,
+        ),
+        Claim(
+            claim="the episode of the fact answers at least what the matched one does, and that more than a random one",
+            measured=f"oracle {oracle:.0%}, matched {own:.0%}, random {random:.0%}; the matched episode has the fact "
+            f"for {shares['E = 4, has the fact']:.0%} of questions (a random one 25%)",
+            required="oracle at least matched (one question apart), matched above random",
+            passed=oracle >= own - 1.5 / count and own > random,
+        ),
+    ]
+
+
+def budget_claims(study: Study, sizes: Sizes, tick: Callable[[str], None]) -> list[Claim]:
+    """Who gets the units, at a tenth of the history."""
+    tick("layer similarity")
+    similarity = layer_similarity(study.directory, None, None)
+    found: dict[str, list[bool]] = {"by layer head": [], "by head": [], "by layer": []}
+    for seed in range(sizes.dialogues):
+        told = dialogue(FIRST_SEED + seed)
+        budget = len(study.tokens(told)) // 10
+        tick(f"budgets, dialogue {seed + 1}")
+        policy = f"epicache(tokens={budget},episodes=4,chunk={CHUNK}"
+        found["by layer head"] += study.episodic(told, policy + ")")["oracle"]
+        found["by head"] += study.episodic(told, policy + ",uniform=1)")["oracle"]
+        budgets = sensitive_budgets(similarity, budget, 1.1)  # paper: alpha for Llama models
+        found["by layer"] += study.episodic(told, policy + ")", budgets)["oracle"]
+    adaptive, uniform, sensitive = (share(right) for right in found.values())
+    count = len(found["by head"])
+    return [
+        Claim(
+            claim="units shared among the heads of a layer answer at least as much as the same number for each head",
+            measured=f"{adaptive:.0%} against {uniform:.0%} of {count}, at T / 10, episode of the fact",
+            required="at least as much (two questions apart)",
+            passed=adaptive >= uniform - 2.5 / count,
+        ),
+        Claim(
+            claim="budgets by the sensitivity of layers answer at least as much as equal ones",
+            measured=f"{sensitive:.0%} against {adaptive:.0%} of {count}, at T / 10, alpha 1.1; similarities "
+            + ", ".join(f"{value:.3f}" for value in similarity),
+            required="at least as much (two questions apart)",
+            passed=sensitive >= adaptive - 2.5 / count,
+        ),
+    ]
+
+
+def memory_claim(study: Study, sizes: Sizes, tick: Callable[[str], None]) -> Claim:
+    """Resident bytes while a history is read, above those before; the words do not matter, and neither do positions."""
+    rng = np.random.default_rng(0)
+    peaks: dict[str, list[int]] = {"EpiCache": [], "full cache": []}
+    # the shortest once more, first: what the heap and the kernels keep of it is there from then on
+    for round_, num_tokens in enumerate((sizes.memory_tokens[0], *sizes.memory_tokens)):
+        tick(f"memory, {num_tokens} tokens")
+        tokens = rng.integers(3, study.config.vocab_size, num_tokens)
+        prompt = rng.integers(3, study.config.vocab_size, 128).tolist()
+        for method, found in peaks.items():
+            arena = Arena(1 << 40, Ledger())
+            if method == "EpiCache":
+                cache: kv.KVCache = study.cache(f"epicache(tokens=256,chunk={CHUNK})", num_tokens + 256, arena)
+            else:
+                cache = kv.build("float16", study.shape, arena, num_tokens + 256)
+            before, most = resident_bytes(), [0]
+            watch = cache.settle
+
+            def settle(layer: int, watch: Any = watch, most: list[int] = most, before: int = before) -> None:
+                most[0] = max(most[0], resident_bytes() - before)
+                watch(layer)
+
+            cache.settle = settle  # type: ignore[method-assign]
+            if isinstance(cache, EpiCache):
+                cache.read(study.decoder, tokens.tolist(), prompt)
+            else:
+                for part in np.split(tokens, range(CHUNK, num_tokens, CHUNK)):
+                    study.decoder.hidden(part, cache)
+            found += [most[0]] if round_ else []
+            cache.release()
+    own, full = peaks["EpiCache"], peaks["full cache"]
+    shown = "; ".join(f"{name} " + ", ".join(f"{n / 1e6:.1f} MB" for n in found) for name, found in peaks.items())
+    return Claim(
+        claim="the peak does not grow with the history",
+        measured=f"resident set above that before, at {', '.join(f'{n:,}' for n in sizes.memory_tokens)} tokens, "
+        f"M = 256, c = {CHUNK}, patched prompt of 128: {shown}",
+        required="EpiCache at most 1 MB apart; the full cache at least 1.7 times more at twice the length",
+        passed=max(own) - min(own) <= 1_000_000 and full[-1] >= 1.7 * full[-2],
+    )
+
+
+def switching_claim(study: Study) -> Claim:
+    """Questions in turn about two episodes, and again about the last."""
+    cache = study.cache(f"epicache(tokens=100,episodes=4,chunk={CHUNK})")
+    told = dialogue(0)
+    cache.remember(study.decoder, study.tokenizer, told.lines, opening=[0])
+    size = cache.kept_episodes[0]
+    moved = [cache.recall(episode) for episode in (0, 1, 1, 0)]
+    held = sum(row.nbytes for row in cache.arena.ledger.rows() if row.owner == "kv/episodes")
+    cache.release()
+    return Claim(
+        claim="a switch moves one episode's bytes, and a question about the same episode none",
+        measured=f"episodes of {size:,} bytes; switches to 0, 1, 1, 0 moved {', '.join(f'{n:,}' for n in moved)}; "
+        f"{held:,} bytes held on the ledger for 4",
+        required="one episode each, none for the third; 4 episodes held",
+        passed=moved == [size, size, 0, size] and held == 4 * math.ceil(size / 4096) * 4096,
+    )
+
+
+def matching_claim(study: Study, data: Path | None) -> Claim:
+    """Whether the matched episode holds the evidence of a question, on real conversations."""
+    claim = "questions about real conversations find the episode of their evidence far more often than by chance"
+    required = "hashed words at least 1.5 times a random episode, E = 4"
+    if data is None:
+        return not_run(claim, required, "--data with conversations in LoCoMo's form")
+    hits: dict[str, list[float]] = {"hashed words": [], "model embeddings": [], "BM25 by cluster": [], "random": []}
+    for lines, questions in read_locomo(data):
+        for name in ("model embeddings", "hashed words"):
+            matrix = study.weights.matrices[EMBEDDING]
+            encoder = HashedWords() if name == "hashed words" else MeanEmbedding(matrix, 256, study.tokenizer)
+            episodes = find_episodes(lines, encoder, 4, window=4, central=8)
+            for question, evidence in questions:
+                gold = episodes.owners[[line // 4 for line in evidence]]
+                hits[name].append(float(np.mean(gold == episodes.match(question))))
+        texts = [
+            "\n".join(text for text, owner in zip(episodes.windows, episodes.owners) if owner == each)
+            for each in range(4)
+        ]
+        ranking = Bm25(texts)
+        for question, evidence in questions:
+            gold = episodes.owners[[line // 4 for line in evidence]]
+            hits["BM25 by cluster"].append(float(np.mean(gold == ranking.best(question))))
+            hits["random"].append(
+                float(np.mean(np.bincount(episodes.owners, minlength=4)[gold]) / len(episodes.owners))
+            )
+    shares = {name: float(np.mean(found)) for name, found in hits.items()}
+    return Claim(
+        claim=claim,
+        measured=f"{len(hits['random'])} questions: "
+        + "; ".join(f"{name} {value:.0%}" for name, value in shares.items())
+        + " (random weighs episodes by their size)",
+        required=required,
+        passed=shares["hashed words"] >= 1.5 * shares["random"],
+    )
+
+
+class Bm25:
+    """The usual ranking of texts by the words of a question."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = [self.words(text) for text in texts]
+        self.mean = float(np.mean([len(words) for words in self.texts]))
+        self.counts = [{word: words.count(word) for word in set(words)} for words in self.texts]
+
+    @staticmethod
+    def words(text: str) -> list[str]:
+        return [ENDING.sub("", word) for word in WORD.findall(text.lower())]
+
+    def best(self, question: str) -> int:
+        scores = np.zeros(len(self.texts))
+        for word in self.words(question):
+            holding = sum(word in counts for counts in self.counts)
+            rarity = math.log(1 + (len(self.texts) - holding + 0.5) / (holding + 0.5))
+            for place, counts in enumerate(self.counts):
+                count = counts.get(word, 0)
+                scores[place] += rarity * count * 2.2 / (count + 0.3 + 0.9 * len(self.texts[place]) / self.mean)
+        return int(scores.argmax())
+
+
+def read_locomo(path: Path) -> list[tuple[list[Utterance], list[tuple[str, list[int]]]]]:
+    """Of each conversation its lines, and its questions with the lines of their evidence."""
+    found = []
+    try:
+        for each in json.loads(path.read_text(encoding="utf-8")):
+            told, number = each["conversation"], 1
+            lines: list[Utterance] = []
+            places: dict[str, int] = {}
+            while f"session_{number}" in told:
+                for line in told[f"session_{number}"]:
+                    places[line["dia_id"]] = len(lines)
+                    lines.append(Utterance(line["text"], line["speaker"]))
+                number += 1
+            asked = [(qa["question"], [places[name] for name in qa["evidence"] if name in places]) for qa in each["qa"]]
+            found.append((lines, [(question, evidence) for question, evidence in asked if evidence]))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--data {path}: not conversations in LoCoMo's form ({error!r})") from error
+    return found
+
+
+def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
+    """Claims of EpiCache."""
+    sizes = QUICK if quick else FULL
+    whole = sizes.dialogues * (2 if sizes.ablations else 1) + len(sizes.memory_tokens) + 1
+    done = 0
+
+    def tick(what: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(min(done, whole), whole, what)
+
+    study = Study()
+    claims = [memory_claim(study, sizes, tick), switching_claim(study), matching_claim(study, data)]
+    claims += accuracy_claims(study, sizes, tick)
+    return claims + (budget_claims(study, sizes, tick) if sizes.ablations else [])
+
+
+if __name__ == "__main__":
+    sys.exit(main("epicache", sys.modules[__name__]))

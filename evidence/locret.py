@@ -1,0 +1,532 @@
+"""Locret's claims, on the bundled demo model: what its trained heads keep, against other ways of choosing in the same
+loop.
+
+The heads are trained here, on the bundled calibration text; prompts are other text, with other facts. Every method
+reads the prompt in the same chunks, keeps the same number of units with the same ones safe, and numbers them anew; only
+the scores differ. Facts are hidden in real text and one is asked for at the end, when all but the question has been
+read.
+
+Text: `--data` a UTF-8 file; the held-out text that ships with the planner (documentation of Python's standard library)
+otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memwall import kv
+from memwall.claims import Claim, Progress, main
+from memwall.compress.calibration import BUNDLED_TEXT, LayerStream
+from memwall.engine.session import cache_shape
+from memwall.errors import InputError
+from memwall.kv.blocks import BlockCache, Scorer, Uniform, Units
+from memwall.kv.locret import RetainingHeads, heads_width
+from memwall.kv.retaining import Lessons, TrainSettings, make_rows, train_heads
+from memwall.memory import Arena, Ledger, resident_bytes
+from memwall.models import Checkpoint, ModelConfig, model_directory
+from memwall.models.config import RopeConfig
+from memwall.models.decoder import Decoder
+from memwall.models.precision import resolve
+from memwall.models.rope import RotaryTable
+from memwall.models.tokenizer import Tokenizer
+from memwall.models.weights import Weights, load_weights
+from memwall.plan.choose import held_out_text
+
+MOST_TOKENS = 4096
+STABLE_SHARE = 2500 / 16384  # paper: table 1
+ASKED_NAMES = (
+    "Alice Tom Maria Oscar Nina Peter Laura Victor Emma David red blue green silver tiger falcon otter alpha beta"
+)
+WINDOW, POOL = 32, 5  # SnapKV's defaults
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """shares: T over the units kept; long_tokens: a prompt beyond the positions the model was trained on."""
+
+    tries: int
+    training: TrainSettings
+    ablations: bool
+    shares: tuple[int, ...]
+    prompt_tokens: int = 896
+    chunk: int = 128
+    long_tokens: int = 2048
+    long_tries: int = 12
+    memory_tokens: tuple[int, ...] = (4096, 8192, 16384, 32768)
+
+
+FULL = Sizes(tries=24, training=TrainSettings(), ablations=True, shares=(8, 16, 32))
+QUICK = Sizes(
+    tries=8,
+    training=TrainSettings(rows=24, row_tokens=320, epochs=4),
+    ablations=False,
+    shares=(8, 16),
+    prompt_tokens=512,
+    long_tries=3,
+    memory_tokens=(4096, 8192),
+)
+
+
+# ---- other scores in the same loop ---------------------------------------------------------------------------------
+
+
+class Queries(Scorer):
+    """Base of scores that look at attention: holds the queries of the block at hand."""
+
+    keeps_scores = False
+    most: int | None = None
+
+    def __init__(self, shape: kv.CacheShape) -> None:
+        self.shape = shape
+        self.held: dict[int, list[np.ndarray]] = {}
+
+    def see(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, turns: np.ndarray) -> None:
+        self.held.setdefault(layer, []).append(q.copy())
+
+    def attention(self, layer: int, units: Units) -> list[np.ndarray]:
+        """Of each head the attention [queries, rep, units] of the block's last `most` queries; they see no later
+        key.
+        """
+        q = np.concatenate(self.held.pop(layer))[-units.num_new :]
+        q = q[-self.most :] if self.most else q
+        rep, found = self.shape.num_heads // self.shape.num_kv_heads, []
+        for head in range(self.shape.num_kv_heads):
+            keys = units.keys(head)
+            logits = self.shape.logit_scale * np.einsum("qrd,sd->qrs", q[:, head * rep : (head + 1) * rep], keys)
+            own = np.arange(len(q)) + len(keys) - len(q)
+            logits[np.broadcast_to((np.arange(len(keys)) > own[:, None])[:, None], logits.shape)] = -np.inf
+            weights = np.exp(logits - logits.max(axis=2, keepdims=True))
+            found.append(weights / weights.sum(axis=2, keepdims=True))
+        return found
+
+
+class WindowAttention(Queries):
+    """SnapKV after each chunk: votes of the last queries, averaged over neighbours."""
+
+    most = WINDOW
+
+    def score(self, layer: int, units: Units) -> list[np.ndarray]:
+        votes = [weights.sum(axis=(0, 1)) for weights in self.attention(layer, units)]
+        return [np.convolve(vote, np.full(POOL, 1 / POOL), mode="same") for vote in votes]
+
+
+class AccumulatedAttention(Queries):
+    """H2O: all attention that a unit has received so far."""
+
+    keeps_scores = True
+
+    def score(self, layer: int, units: Units) -> list[np.ndarray]:
+        found = [weights.sum(axis=(0, 1)) for weights in self.attention(layer, units)]
+        for total, before in zip(found, units.past_scores):
+            total[: len(before)] += before
+        return found
+
+
+class Newest(Scorer):
+    """Recency, with the first tokens kept as sinks (StreamingLLM)."""
+
+    is_final = True
+    sinks = 4
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+
+    def see(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        first = self.seen.get(layer, 0)
+        self.seen[layer] = first + len(q)
+        places = np.arange(first, first + len(q), dtype=np.float32)
+        places[places < self.sinks] = np.float32(1e9)
+        return np.repeat(places[:, None], k.shape[1], axis=1)
+
+
+class Chance(Scorer):
+    """Random scores, final."""
+
+    is_final = True
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def see(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        return self.rng.random((len(q), k.shape[1])).astype(np.float32)
+
+
+class Study(BlockCache):
+    """A block cache of the study, for any scorer."""
+
+    policy = "study"
+
+    def fork(self) -> kv.KVCache:
+        raise NotImplementedError("the study decodes one sequence")
+
+
+# ---- the demo model and its heads ----------------------------------------------------------------------------------
+
+
+class Demo:
+    """The bundled model, trained heads for it, and the recall task."""
+
+    def __init__(self, data: Path | None, sizes: Sizes, tick: Callable[[str], None]) -> None:
+        self.directory, self.sizes, self.tick = model_directory("demo"), sizes, tick
+        self.config = ModelConfig.from_directory(self.directory)
+        self.shape = cache_shape(self.config)
+        self.arena = Arena(1 << 40, Ledger())
+        with Checkpoint(self.directory, self.config) as checkpoint:
+            weights = load_weights(self.config, checkpoint, resolve(self.config, "float16"), self.arena)
+        self.decoder = Decoder(self.config, weights, self.arena, segment_tokens=1024, exact=True)
+        self.tokenizer = Tokenizer.from_directory(self.directory)
+        self.rotary = RotaryTable(self.config.rope, self.config.head_dim)
+        self.text = held_out_text() if data is None else data.read_text(encoding="utf-8")
+        self.tokens = np.array(self.tokenizer.encode(self.text, add_bos=False), np.int64)
+        if len(self.tokens) < sizes.long_tokens:
+            raise InputError(f"{data or 'the bundled text'}: {len(self.tokens):,} tokens; needs {sizes.long_tokens:,}")
+        self.heads: dict[str, dict[str, np.ndarray]] = {}
+        self.quality: dict[str, list[tuple[float, float]]] = {}
+
+    def train(self) -> None:
+        """Heads of every kind the study needs, and how well each ranks the tokens of held-out rows."""
+        training = self.sizes.training
+        kinds = {"trained": training, "untrained": replace(training, epochs=0)}
+        if self.sizes.ablations:
+            kinds |= {"not smoothed": replace(training, smoothness=0.0), "shuffled heads": training}
+        rows = make_rows(self.tokenizer, BUNDLED_TEXT.read_text("utf-8"), training, training.row_tokens)
+        held_out = make_rows(self.tokenizer, self.text, replace(training, rows=8, seed=99), training.row_tokens)
+        tokens = np.concatenate([rows.tokens, held_out.tokens])
+        self.heads = {kind: {} for kind in kinds}
+        self.quality = {kind: [] for kind in kinds}
+        self.smoothness: dict[str, list[float]] = {kind: [] for kind in kinds}
+        with Checkpoint(self.directory, self.config) as checkpoint:
+            stream = LayerStream(self.config, checkpoint, tokens, Arena(1 << 40, Ledger()))
+            stream.embed()
+            lessons, tests = Lessons(self.config, rows), Lessons(self.config, held_out)
+            for layer in range(self.config.num_layers):
+                self.tick(f"training heads, layer {layer + 1}")
+                for part, each in ((stream.hidden[: training.rows], lessons), (stream.hidden[training.rows :], tests)):
+                    each.restart()
+                    stream.run_layer(layer, part, cache=each)
+                for kind, settings in kinds.items():
+                    labels = lessons.labels
+                    if kind == "shuffled heads":  # each head learns what another one needs
+                        labels = np.roll(labels, 1, axis=2)
+                    weights = train_heads(lessons.inputs, labels, rows.prompts, heads_width(self.shape), settings)
+                    self.heads[kind] |= {f"{layer}.w1": weights[0], f"{layer}.w2": weights[1]}
+                    self._judge(kind, weights, tests)
+
+    def _judge(self, kind: str, weights: tuple[np.ndarray, np.ndarray], tests: Lessons) -> None:
+        first, second = (weight.astype(np.float32) for weight in weights)
+        for row, count in enumerate(tests.rows.prompts):
+            x = tests.inputs[row, :count].astype(np.float32) @ first.T
+            scores = (x / (1 + np.exp(-x))) @ second.T
+            for head in range(scores.shape[1]):
+                pair = scores[:, head], tests.labels[row, :count, head]
+                self.quality[kind].append((spearman(*pair), overlap(*pair)))
+            self.smoothness[kind].append(float(np.mean(np.diff(scores, axis=0) ** 2) / scores.var(axis=0).mean()))
+
+    def cache(self, method: str, budget: int, **changes: Any) -> kv.KVCache:
+        """A cache for one prompt. changes: of stable, turns."""
+        arena = Arena(1 << 40, Ledger())
+        if method == "full":
+            return kv.build("float16", self.shape, arena, MOST_TOKENS)
+        scorer: Scorer
+        if method in self.heads:
+            heads = self.heads[method]
+            scorer = RetainingHeads(self.shape, self.rotary, heads_width(self.shape), arena, lambda: heads)
+        else:
+            scorer = {
+                "SnapKV a chunk": lambda: WindowAttention(self.shape),
+                "H2O": lambda: AccumulatedAttention(self.shape),
+                "recency": Newest,
+                "random": lambda: Chance(0),
+            }[method]()
+        settings = {"stable": int(budget * STABLE_SHARE), "turns": self.rotary, **changes}
+        allocator = Uniform([budget] * self.shape.num_layers)
+        return Study(
+            self.shape,
+            arena,
+            MOST_TOKENS,
+            scorer=scorer,
+            allocator=allocator,
+            chunk=self.sizes.chunk,
+            local=48,
+            **settings,
+        )
+
+    def recall(self, method: str, num_tokens: int, budget: int, tries: int, **changes: Any) -> float:
+        """Share of right answers: four facts in real text, the question at the end, greedy."""
+        self.tick(f"{method}, {budget} of {num_tokens}")
+        right = 0
+        for attempt in range(tries):
+            prompt, answer = self.facts(np.random.default_rng(1000 + attempt), num_tokens)
+            cache = self.cache(method, budget, **changes)
+            begin = 0
+            for size in cache.begin_prompt(len(prompt), 1024):
+                logits = self.decoder.forward(np.array(prompt[begin : begin + size]), cache)
+                begin += size
+            said: list[int] = []
+            for _ in range(6):
+                said.append(int(logits.argmax()))
+                logits = self.decoder.forward(np.array(said[-1:]), cache)
+            right += self.tokenizer.decode(said).strip().startswith(answer)
+            cache.release()
+        return right / tries
+
+    def facts(self, rng: np.random.Generator, num_tokens: int) -> tuple[list[int], str]:
+        """A prompt of so many tokens, and the answer. The question has less than 48 tokens."""
+
+        def encode(text: str) -> list[int]:
+            return self.tokenizer.encode(text, add_bos=False)
+
+        names = rng.choice(ASKED_NAMES.split(), 4, replace=False)
+        numbers = rng.integers(1000, 100_000, 4)
+        facts = [encode(f"\nThe secret number of {name} is {n}.\n") for name, n in zip(names, numbers)]
+        asked = int(rng.integers(4))
+        question = encode(f"\nWhat is the secret number of {names[asked]}? The secret number of {names[asked]} is")
+        free = num_tokens - 1 - len(question) - sum(map(len, facts))
+        start = int(rng.integers(len(self.tokens) - free))
+        parts = np.split(self.tokens[start : start + free], np.sort(rng.integers(0, free, 4)))
+        prompt = [self.config.bos_token_id or 0, *parts[0].tolist()]
+        for fact, part in zip(facts, parts[1:]):
+            prompt += [*fact, *part.tolist()]
+        return prompt + question, str(numbers[asked])
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Correlation of ranks."""
+    return float(np.corrcoef(*(np.argsort(np.argsort(x)) for x in (one, other)))[0, 1])
+
+
+def overlap(one: np.ndarray, other: np.ndarray, share: float = 0.1) -> float:
+    """How much of the best tenth is in both."""
+    count = max(int(share * len(one)), 1)
+    top = [set(np.argsort(-x)[:count].tolist()) for x in (one, other)]
+    return len(top[0] & top[1]) / count
+
+
+# ---- claims --------------------------------------------------------------------------------------------------------
+
+
+def quality_claim(demo: Demo) -> Claim:
+    """Scores against the labels of prompts that the heads never saw."""
+    means = {kind: np.mean(figures, axis=0) for kind, figures in demo.quality.items()}
+    rank, top = means["trained"]
+    return Claim(
+        claim="scores rank the tokens of unseen prompts as the answers' queries do",
+        measured="Spearman and top-10 % overlap: "
+        + "; ".join(f"{kind} {one:.2f}, {other:.0%}" for kind, (one, other) in means.items())
+        + "; chance 0.00, 10%",
+        required="Spearman at least 0.5, overlap at least 3 times chance and above untrained heads",
+        passed=bool(rank >= 0.5 and top >= 0.3 and top > means["untrained"][1]),
+    )
+
+
+def recall_claims(demo: Demo) -> list[Claim]:
+    """All methods at one peak, for each share."""
+    sizes, claims = demo.sizes, []
+    methods = ("trained", "SnapKV a chunk", "H2O", "recency", "random")
+    full = demo.recall("full", sizes.prompt_tokens, 0, sizes.tries)
+    for share in sizes.shares:
+        budget = sizes.prompt_tokens // share
+        found = {name: demo.recall(name, sizes.prompt_tokens, budget, sizes.tries) for name in methods}
+        own, rest = found.pop("trained"), max(v for k, v in found.items() if k != "trained")
+        claims.append(
+            Claim(
+                claim=f"with the question last, trained scores answer more at T / {share} than the other scores",
+                measured=f"right of {sizes.tries} at {sizes.prompt_tokens} tokens, b = {budget}, c = {sizes.chunk}: "
+                f"full {full:.0%}; Locret {own:.0%}; "
+                + "; ".join(f"{name} {value:.0%}" for name, value in found.items()),
+                required="at most the full cache's (one try apart), and more than each other",
+                passed=own <= full + 1.5 / sizes.tries and own > rest,
+            )
+        )
+    return claims
+
+
+def ablation_claims(demo: Demo) -> list[Claim]:
+    """What each part is for."""
+    sizes = demo.sizes
+    budget = sizes.prompt_tokens // 16
+    own = demo.recall("trained", sizes.prompt_tokens, budget, sizes.tries)
+    shuffled = demo.recall("shuffled heads", sizes.prompt_tokens, budget, sizes.tries)
+    unsafe = demo.recall("trained", sizes.prompt_tokens, budget, sizes.tries, stable=0)
+    rough, smooth = (float(np.mean(demo.smoothness[kind])) for kind in ("not smoothed", "trained"))
+    return [
+        Claim(
+            claim="heads trained on the labels of other heads answer less",
+            measured=f"{shuffled:.0%} against {own:.0%} at T / 16",
+            required="less",
+            passed=shuffled < own,
+        ),
+        Claim(
+            claim="without stabilizers no more questions are answered",
+            measured=f"{unsafe:.0%} with n_s = 0, {own:.0%} with n_s = {int(budget * STABLE_SHARE)}, at T / 16",
+            required="at most as many (one try apart)",
+            passed=unsafe <= own + 1.5 / sizes.tries,
+        ),
+        Claim(
+            claim="the smoothness term keeps the scores of neighbours closer",
+            measured=f"mean squared step over the variance of scores: {smooth:.3f} with it, {rough:.3f} without",
+            required="less with it",
+            passed=smooth < rough,
+        ),
+    ]
+
+
+def causality_claim(demo: Demo) -> Claim:
+    """Scores stored of the same tokens, with and without what follows them."""
+    prompt, _ = demo.facts(np.random.default_rng(5), 512)
+    found = []
+    for count in (512, 300):
+        cache = demo.cache("trained", 1024, stable=0)
+        begin = 0
+        for size in cache.begin_prompt(count, 1024):
+            demo.decoder.hidden(np.array(prompt[begin : begin + size]), cache)
+            begin += size
+        past = cache._layers[-1].past  # type: ignore[attr-defined]
+        found.append(np.stack([each[:128] for each in np.split(past.scores(past.num_rows), past.offsets[1:-1])]))
+        cache.release()
+    same = np.array_equal(*found)
+    return Claim(
+        claim="a token's score does not depend on what comes after it",
+        measured=f"largest difference over 128 tokens of the last layer: {np.abs(found[0] - found[1]).max():g}",
+        required="0",
+        passed=same,
+    )
+
+
+def longer_claim(demo: Demo) -> Claim:
+    """A prompt twice as long as anything that the model was trained on."""
+    sizes = demo.sizes
+    budget, known = 192, demo.config.max_position
+    packed = demo.recall("trained", sizes.long_tokens, budget, sizes.long_tries)
+    spread = demo.recall("trained", sizes.long_tokens, budget, sizes.long_tries, turns=None)
+    full = demo.recall("full", sizes.long_tokens, 0, sizes.long_tries)
+    return Claim(
+        claim=f"prompts beyond the {known} positions that the model knows work, because units are numbered anew",
+        measured=f"right of {sizes.long_tries} at {sizes.long_tokens} tokens, b = {budget}: {packed:.0%} numbered "
+        f"anew, {spread:.0%} with the positions of the prompt; full cache {full:.0%}",
+        required="at least a third right, and more than both others",
+        passed=packed >= 1 / 3 and packed > max(spread, full),
+    )
+
+
+def memory_claim(sizes: Sizes, tick: Callable[[str], None]) -> Claim:
+    """Resident bytes over the prefill, above those before it, on a model with random weights and a wide cache."""
+    config = random_model()
+    shape = cache_shape(config)
+    policy = f"b = {512}, c = {256}"
+    peaks: dict[str, list[int]] = {"Locret": [], "full cache": []}
+    for num_tokens in sizes.memory_tokens:
+        for method, found in peaks.items():
+            if method == "full cache" and num_tokens > 8192:
+                continue
+            tick(f"memory, {method}, {num_tokens} tokens")
+            found.append(prefill_growth(config, shape, method == "Locret", num_tokens))
+    own, full = peaks["Locret"], peaks["full cache"]
+    shown = "; ".join(f"{name} " + ", ".join(f"{n / 1e6:.1f} MB" for n in found) for name, found in peaks.items())
+    return Claim(
+        claim="the peak of a prefill does not grow with the prompt",
+        measured=f"resident set above that before, at {', '.join(f'{n:,}' for n in sizes.memory_tokens)} tokens, "
+        f"random weights, {policy}: {shown} (full cache up to 8,192 tokens)",
+        required="Locret at most 10 % apart over all lengths; the full cache at least 1.8 times from 4,096 to 8,192",
+        passed=max(own) <= 1.1 * min(own) and full[1] >= 1.8 * full[0],
+    )
+
+
+def random_model() -> ModelConfig:
+    """Two layers that are quick to run and have much to cache: 8 KiB a token."""
+    demo = ModelConfig.from_directory(model_directory("demo"))
+    return replace(
+        demo,
+        num_layers=2,
+        hidden_size=128,
+        intermediate_size=128,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=64,
+        max_position=1 << 16,
+        sliding_windows=(None, None),
+        rope=RopeConfig(type="default", theta=10_000.0),
+    )
+
+
+def prefill_growth(config: ModelConfig, shape: kv.CacheShape, evicts: bool, num_tokens: int) -> int:
+    """Most resident bytes during a prefill, less those before it."""
+    from memwall import kernels
+    from memwall.formats import codec
+
+    rng = np.random.default_rng(0)
+    matrices, vectors = {}, {}
+    for tensor in config.tensors():
+        values = (rng.standard_normal(tensor.shape) * 0.05).astype(np.float32)
+        if len(tensor.shape) == 1:
+            vectors[tensor.name] = np.ones(tensor.shape, np.float32)
+        else:
+            matrices[tensor.name] = kernels.matrix(codec("float32").encode(values))
+    if config.tie_word_embeddings:
+        from memwall.models.config import EMBEDDING, HEAD
+
+        matrices.setdefault(HEAD, matrices[EMBEDDING])
+    arena = Arena(1 << 40, Ledger())
+    decoder = Decoder(
+        config, Weights(matrices=matrices, vectors=vectors, specs={}), arena, segment_tokens=256, exact=True
+    )
+    cache: kv.KVCache
+    if evicts:
+        heads = {
+            f"{layer}.{name}": (rng.standard_normal(size) * 0.05).astype(np.float16)
+            for layer in range(config.num_layers)
+            for name, size in (("w1", (64, 48 * 64)), ("w2", (16, 64)))
+        }
+        rotary = RotaryTable(config.rope, config.head_dim)
+        scorer = RetainingHeads(shape, rotary, 64, arena, lambda: heads)
+        cache = Study(
+            shape,
+            arena,
+            num_tokens + 8,
+            scorer=scorer,
+            allocator=Uniform([512] * 2),
+            chunk=256,
+            stable=78,
+            turns=rotary,
+        )
+    else:
+        cache = kv.build("float16", shape, arena, num_tokens + 8)
+    tokens = rng.integers(0, config.vocab_size, num_tokens)
+    decoder.hidden(tokens[:256], cache)  # buffers of the kernels are there from now on
+    cache.truncate(0)
+    before, most, begin = resident_bytes(), 0, 0
+    for size in cache.begin_prompt(num_tokens, 256):
+        decoder.hidden(tokens[begin : begin + size], cache)
+        begin += size
+        most = max(most, resident_bytes() - before)
+    cache.release()
+    return most
+
+
+def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
+    """Claims of Locret."""
+    sizes = QUICK if quick else FULL
+    whole = 8 + 1 + 5 * len(sizes.shares) + 3 + (3 if sizes.ablations else 0) + 2 * len(sizes.memory_tokens)
+    done = 0
+
+    def tick(what: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(min(done, whole), whole, what)
+
+    memory = memory_claim(sizes, tick)  # first, while the heap is tidy
+    demo = Demo(data, sizes, tick)
+    demo.train()
+    claims = [*recall_claims(demo), quality_claim(demo), causality_claim(demo), longer_claim(demo), memory]
+    return claims + (ablation_claims(demo) if sizes.ablations else [])
+
+
+if __name__ == "__main__":
+    sys.exit(main("locret", sys.modules[__name__]))

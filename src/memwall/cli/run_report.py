@@ -1,0 +1,85 @@
+"""What `memwall run` says at its end: speed, ledger and peak, for a person or as JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memwall.cli.printing import format_table
+
+if TYPE_CHECKING:
+    from memwall.cli.run import Request
+    from memwall.engine import Generation, Session
+    from memwall.plan import Plan
+
+
+def ledger_rows(session: Session, plan: Plan) -> list[dict[str, Any]]:
+    """Measured bytes by owner and tier, the predicted ones beside them."""
+    predicted = {(row.owner, row.tier): row.nbytes for row in plan.rows}
+    return [
+        {
+            "owner": row.owner,
+            "tier": row.tier,
+            "bytes": row.nbytes,
+            "predicted_bytes": predicted.get((row.owner, row.tier)),
+        }
+        for row in session.ledger.rows()
+    ]
+
+
+def result_object(session: Session, plan: Plan) -> dict[str, Any]:
+    """The JSON form of a run."""
+    from memwall.memory import peak_resident_bytes
+
+    result = session.last
+    timings = result.timings
+    return {
+        "text": result.text,
+        "tokens": len(result.tokens),
+        "prompt_tokens": result.prompt_tokens,
+        "loaded_tokens": result.loaded_tokens,
+        "stop_reason": result.stop_reason,
+        "timings": {
+            "load_seconds": timings.load_seconds,
+            "prefill_seconds": timings.prefill_seconds,
+            "decode_seconds": timings.decode_seconds,
+            "prefill_tokens_per_s": timings.prefill_tokens_per_s,
+            "tokens_per_s": timings.decode_tokens_per_s,
+        },
+        "ledger": ledger_rows(session, plan),
+        "peak_resident_bytes": peak_resident_bytes(),
+        "plan": plan.to_dict(),
+    }
+
+
+def summary(session: Session, plan: Plan, request: Request, *, verbose: bool) -> str:
+    """Speed, ledger and peak for a person."""
+    from memwall.hardware.units import format_bytes
+    from memwall.memory import peak_resident_bytes
+
+    headers = ("owner", "tier", "bytes", *(("predicted",) if verbose else ()))
+    rows = []
+    for row in ledger_rows(session, plan):
+        cells = (row["owner"], row["tier"], format_bytes(row["bytes"]))
+        guess = row["predicted_bytes"]
+        rows.append((*cells, "-" if guess is None else format_bytes(guess)) if verbose else cells)
+    peak = peak_resident_bytes()
+    limit = request.budget.ram if request.budget is not None else None
+    share = f" of {format_bytes(limit)} allowed ({peak / limit:.0%})" if limit else ""
+    lines = [
+        speed_line(session.last),
+        *([f"plan: {plan.choice.weights} weights, {plan.choice.kv} cache. {plan.explanation}"] if verbose else []),
+        format_table(headers, rows, right=frozenset({2, 3})),
+        f"peak resident {format_bytes(peak)}{share}",
+    ]
+    return "\n".join(lines)
+
+
+def speed_line(result: Generation) -> str:
+    """How fast it went."""
+    timings = result.timings
+    loaded = f"{result.loaded_tokens} tokens from the saved cache, " if result.loaded_tokens else ""
+    return (
+        f"{loaded}{result.prompt_tokens} prompt tokens in {timings.prefill_seconds:.2f} s, {len(result.tokens)} new at "
+        f"{timings.decode_tokens_per_s:.1f} tokens/s; loaded in {timings.load_seconds:.2f} s; "
+        f"ended by {result.stop_reason}"
+    )

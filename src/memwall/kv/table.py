@@ -1,0 +1,156 @@
+"""The table of cache policies, and how a policy string becomes a cache.
+
+A string may join policies of different roles: one that chooses tokens, one that chooses channels, one that stores. They
+are nested in that order whatever order they are written in; the outer one holds the inner and hands it what it keeps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from memwall.errors import InputError
+from memwall.kv.base import ROLES, CacheModel, CacheShape, KVCache
+from memwall.kv.policy import Policy, parse, stacked
+
+if TYPE_CHECKING:
+    from memwall.memory import Arena
+
+POLICIES = {
+    "float32": "memwall.kv.float_store:FloatCache",
+    "float16": "memwall.kv.float_store:FloatCache",
+    "bfloat16": "memwall.kv.float_store:FloatCache",
+    "kivi": "memwall.kv.kivi:KiviCache",
+    "snapkv": "memwall.kv.snapkv:SnapCache",
+    "think": "memwall.kv.think:ThinkCache",
+    "vattention": "memwall.kv.virtual_cache:VirtualCache",
+    "xquant": "memwall.kv.xquant:XQuantCache",
+    "cskv": "memwall.kv.cskv:CskvCache",
+    "locret": "memwall.kv.locret:LocretCache",
+    "epicache": "memwall.kv.epicache:EpiCache",
+}
+"""Policy name -> "module:Class", loaded on demand."""
+
+CODECS = {
+    "cachegen": "memwall.kv.cachegen_file:CacheGenFile",
+}
+"""Codec of saved caches -> "module:Class", loaded on demand."""
+
+_DOES = {
+    "tokens": "choose the tokens that stay",
+    "channels": "choose the channels that stay",
+    "store": "store the rows",
+}
+
+DEFAULT_STORE = Policy("float16")
+"""What keeps the rows where a policy string names no store."""
+
+
+def technique(name: str) -> type[KVCache]:
+    """The class behind a policy's name."""
+    if name not in POLICIES:
+        raise InputError(f"unknown KV policy {name!r}; known: {', '.join(POLICIES)}")
+    module, class_name = POLICIES[name].split(":")
+    found: type[KVCache] = getattr(import_module(module), class_name)
+    return found
+
+
+def codec(name: str) -> Any:
+    """The class behind the name of a codec of saved caches."""
+    if name not in CODECS:
+        raise InputError(f"unknown codec of saved caches {name!r}; known: exact, {', '.join(CODECS)}")
+    module, class_name = CODECS[name].split(":")
+    return getattr(import_module(module), class_name)
+
+
+def resolve(policy: str | Policy) -> Policy:
+    """A policy whose parts are known, go together, are nested by role and end in a store.
+
+    InputError for unknown names and for parts that cannot work on top of each other, saying why.
+    """
+    parts = (parse(policy) if isinstance(policy, str) else policy).parts
+    kinds = {part.name: technique(part.name) for part in parts}
+    ordered = sorted(parts, key=lambda part: ROLES.index(kinds[part.name].role))
+    for outer, inner in itertools.pairwise(ordered):
+        if kinds[outer.name].role == kinds[inner.name].role:
+            raise InputError(
+                f"KV policy {policy}: {outer.name} and {inner.name} both {_DOES[kinds[outer.name].role]}; name one"
+            )
+    if kinds[ordered[-1].name].role != "store":
+        ordered.append(DEFAULT_STORE)
+        kinds[DEFAULT_STORE.name] = technique(DEFAULT_STORE.name)
+    for place, outer in enumerate(ordered):
+        for inner in ordered[place + 1 :]:
+            if kinds[inner.name].takes_inputs:
+                raise InputError(
+                    f"KV policy {policy}: {outer.name} does not work on top of {inner.name}, which keeps what whole "
+                    f"layers read, of all tokens; use {inner.name} alone"
+                )
+            reason = kinds[outer.name].refuses.get(inner.name)
+            if reason is not None:
+                raise InputError(f"KV policy {policy}: {outer.name} does not work on top of {inner.name}: {reason}")
+    return stacked(tuple(ordered))
+
+
+def build(
+    policy: str | Policy, shape: CacheShape, arena: Arena, capacity_tokens: int, model: CacheModel | None = None
+) -> KVCache:
+    """An empty cache for one sequence of up to `capacity_tokens`. It takes memory from the arena as tokens come.
+
+    model: the model whose keys and values it will hold, for policies that look into it (`KVCache.needs_model`).
+    """
+    resolved = resolve(policy)
+    for part in resolved.parts:
+        if technique(part.name).needs_model and model is None:
+            raise InputError(f"KV policy {part.name} works with a loaded model's own weights; none is given here")
+    make: Callable[..., KVCache] = technique(resolved.name)
+    return make(resolved, shape, arena, capacity_tokens, model)
+
+
+def predict(
+    policy: str | Policy,
+    shape: CacheShape,
+    num_tokens: int,
+    prefill_tokens: int = 0,
+    capacity_tokens: int | None = None,
+) -> dict[str, int]:
+    """Exact bytes per ledger owner of a cache that holds `num_tokens`, and of the prompt's staging beside it.
+
+    num_tokens: the tokens taken in.
+    prefill_tokens: those of the prompt, which come at once; their staging (`kv/staging`) goes when all layers settled.
+    A cache that drops prompt tokens drops none where this is 0.
+    capacity_tokens: what the cache is built for, `num_tokens` unless given.
+    """
+    resolved = resolve(policy)
+    return technique(resolved.name).predict(
+        resolved, shape, num_tokens, prefill_tokens, capacity_tokens or max(num_tokens, 1)
+    )
+
+
+def codes_prompt(policy: str) -> bool:
+    """Whether a prompt must be fed in one segment for its tokens to attend to each other exactly."""
+    return any(technique(part.name).codes_prompt for part in resolve(policy).parts)
+
+
+def needs_model(policy: str) -> bool:
+    """Whether a part of the policy looks into the model, so that its cache can't be tried without one."""
+    return any(technique(part.name).needs_model for part in resolve(policy).parts)
+
+
+def packs_positions(policy: str) -> bool:
+    """Whether the tokens kept are numbered anew, so that a sequence may outgrow the positions that the model knows."""
+    return any(technique(part.name).packs_positions for part in resolve(policy).parts)
+
+
+def read_bytes(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
+    """Bytes that one decode step reads from a cache of `num_tokens`, which came as one prompt where that matters."""
+    resolved = resolve(policy)
+    return technique(resolved.name).read_bytes(resolved, shape, num_tokens)
+
+
+def step_macs(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
+    """Multiply-adds that one decode step spends on a cache of `num_tokens` beyond attention itself."""
+    resolved = resolve(policy)
+    return technique(resolved.name).step_macs(resolved, shape, num_tokens)

@@ -1,0 +1,90 @@
+"""One token through the decoder's layers with as little Python as possible.
+
+Decoding makes the same kernel calls for every token. Through Python each costs microseconds of checks and look-ups, the
+more so as the weights sweep the interpreter out of the processor's caches at every token: a twentieth of a step of a
+1B model, most of one of a small model. So the calls between two uses of the cache are recorded once, over fixed
+buffers, and run as one (`kernels.Program`).
+
+Shapes: one token; H hidden size, D numbers a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memwall import kernels
+
+if TYPE_CHECKING:
+    from memwall.models.base import DecoderCache
+    from memwall.models.decoder import Layer
+    from memwall.models.weights import Weights
+
+
+class DecodeStep:
+    """All layers for one token, over the decoder's own buffers (its first rows)."""
+
+    def __init__(
+        self, layers: Sequence[Layer], weights: Weights, buffers: dict[str, np.ndarray], *, eps: float, exact: bool
+    ) -> None:
+        """buffers: float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of one row
+        each, `cos` and `sin` [1, D / 2].
+        """
+        self.generation = weights.generation
+        self._buffers = buffers
+        self._weights = weights
+        self._eps, self._exact = eps, exact
+        head_dim = 2 * buffers["cos"].shape[1]
+        self._k, self._v, self._q, self._out = (
+            buffers[name].reshape(1, -1, head_dim) for name in ("keys", "values", "queries", "attended")
+        )
+        self._programs = [kernels.Program() for _ in range(len(layers) + 1)]
+        for index, layer in enumerate(layers):
+            self._record_before(self._programs[index], layer)
+            self._record_after(self._programs[index + 1], layer)
+        last = self._programs[-1]
+        last.rms_norm(buffers["hidden"], weights.vectors["model.norm.weight"], eps, buffers["hidden"])
+
+    def run(self, cache: DecoderCache, positions: np.ndarray) -> None:
+        """From the embedding in `hidden` to the normed last hidden state there; keys and values go to the cache.
+
+        `cos` and `sin` must hold the token's rotation.
+        """
+        for index, program in enumerate(self._programs[:-1]):
+            program.run()
+            cache.append(index, self._k, self._v, positions)
+            cache.attend(index, self._q, positions, self._out)
+            cache.settle(index)
+        self._programs[-1].run()
+
+    def _record_before(self, program: kernels.Program, layer: Layer) -> None:
+        b = self._buffers
+        program.rms_norm(b["hidden"], layer.input_norm, self._eps, b["normed"])
+        outs = [b["queries"], b["keys"], b["values"]]
+        self._linear(program, b["normed"], layer.qkv, outs, layer.qkv_bias)
+        for x, norm in ((self._k, layer.k_norm), (self._q, layer.q_norm)):
+            if norm is not None:
+                program.rms_norm(x[0], norm, self._eps, x[0])
+            program.rope(x, b["cos"], b["sin"])
+
+    def _record_after(self, program: kernels.Program, layer: Layer) -> None:
+        b = self._buffers
+        self._linear(program, b["attended"], [layer.output], [b["hidden"]], [layer.output_bias], accumulate=True)
+        program.rms_norm(b["hidden"], layer.post_norm, self._eps, b["normed"])
+        self._linear(program, b["normed"], layer.gate_up, [b["gate"], b["up"]], layer.gate_up_bias)
+        program.swiglu(b["gate"], b["up"], b["gate"])
+        self._linear(program, b["gate"], [layer.down], [b["hidden"]], [layer.down_bias], accumulate=True)
+
+    def _linear(
+        self,
+        program: kernels.Program,
+        x: np.ndarray,
+        names: list[str],
+        outs: list[np.ndarray],
+        biases: list[np.ndarray | None],
+        accumulate: bool = False,
+    ) -> None:
+        held = [self._weights.matrices[name] for name in names]
+        program.linear(x, held, outs, exact=self._exact, accumulate=accumulate, biases=biases)
