@@ -81,7 +81,8 @@ def compress(
 
     note(
         f"{out}: {report.bits_per_weight:.2f} bits per weight, {format_bytes(report.file_bytes)} "
-        f"(was {format_bytes(report.source_bytes)}), {report.seconds:.0f} s",
+        f"(was {format_bytes(report.source_bytes)}), {report.seconds:.0f} s, "
+        f"peak resident {format_bytes(report.peak_resident_bytes)}",
         quiet=quiet,
     )
 

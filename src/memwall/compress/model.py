@@ -16,7 +16,7 @@ from memwall.compress.job import Job, Progress, Tuning
 from memwall.compress.saved import WorkDirectory, check_output
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
-from memwall.memory import Arena, Ledger, measure_runtime
+from memwall.memory import Arena, Ledger, measure_runtime, peak_resident_bytes
 from memwall.memory.resident import RUNTIME_OWNER
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
@@ -46,6 +46,7 @@ class CompressReport:
     errors: Mapping[str, float]
     num_calibration_tokens: int
     num_resumed_parts: int
+    peak_resident_bytes: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def compress_model(
             errors=job.errors,
             num_calibration_tokens=0 if job.tokens is None else job.tokens.size,
             num_resumed_parts=work.num_resumed,
+            peak_resident_bytes=peak_resident_bytes(),
             seconds=time.perf_counter() - began,
         )
 
