@@ -369,7 +369,13 @@ class Job:
         return 4 * length * self.config.hidden_size
 
     def _form_bytes(self, tensor: TensorSpec, method: WeightMethod) -> int:
-        return _compress_bytes(self.checkpoint.stored_bytes(tensor.name), tensor.size, method.work_bytes(*tensor.shape))
+        """Resident while one matrix is compressed: its pages, the result (a byte a weight, and scales), what a method that
+        corrects errors holds beside them (the weights in float32 too), and the rows that the loss is taken from."""
+        result_bytes = tensor.size + tensor.size // 16
+        sample_bytes = 3 * 4 * min(tensor.shape[0], sensitivity.SAMPLE_ROWS) * tensor.shape[1]
+        floats_bytes = 4 * tensor.size if method.needs_statistics else 0
+        work_bytes = max(method.work_bytes(*tensor.shape) + floats_bytes, sample_bytes)
+        return self.checkpoint.stored_bytes(tensor.name) + result_bytes + work_bytes
 
     def _probe_bytes(self) -> int:
         """What measuring holds: embedding and head, probed states, probed forms of a layer (a byte a weight)."""
@@ -405,11 +411,6 @@ def _parsed_bits(bits: float | str) -> float | str:
     if not MIN_BITS <= mean <= MAX_BITS:
         raise InputError(f"bits {mean:g}: give a mean between {MIN_BITS:g} and {MAX_BITS:g}, or a format such as int4")
     return mean
-
-
-def _compress_bytes(stored_bytes: int, size: int, work_bytes: int) -> int:
-    """Resident while one matrix is compressed: its pages, its float32 form, what the method holds, the result."""
-    return stored_bytes + 5 * size + work_bytes
 
 
 def _tensor_work_bytes(tensor: TensorSpec, work_bytes: int) -> int:
