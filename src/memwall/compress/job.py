@@ -369,8 +369,9 @@ class Job:
         return 4 * length * self.config.hidden_size
 
     def _form_bytes(self, tensor: TensorSpec, method: WeightMethod) -> int:
-        """Resident while one matrix is compressed: its pages, the result (a byte a weight, and scales), what a method that
-        corrects errors holds beside them (the weights in float32 too), and the rows that the loss is taken from."""
+        """Resident while one matrix is compressed: its pages, the result (a byte a weight, and scales), what a method
+        that corrects errors holds beside them (the weights in float32 too), and the rows that the loss is taken from.
+        """
         result_bytes = tensor.size + tensor.size // 16
         sample_bytes = 3 * 4 * min(tensor.shape[0], sensitivity.SAMPLE_ROWS) * tensor.shape[1]
         floats_bytes = 4 * tensor.size if method.needs_statistics else 0
