@@ -6,10 +6,10 @@ longest length reserved (known only afterwards), paged blocks of 16 and of 256 t
 vAttention's store with its pages really mapped. One layer of an 8B model's shape stands for all, as all layers do the
 same.
 
-Chosen after earlier runs were seen, and to be read so: with only the trace's longest length reserved, the first baseline
-here, twice the sequences cannot be had (paging itself reaches 1.53 times on the long trace), so that what a server must
-reserve is the bound now and the other is shown beside it; spikes are judged where pages are entered, with the spread of
-two rounds.
+Chosen after earlier runs were seen, and to be read so: with only the trace's longest length reserved, the first
+baseline here, twice the sequences cannot be had (paging itself reaches 1.53 times on the long trace), so that what a
+server must reserve is the bound now and the other is shown beside it; spikes are judged where pages are entered, with
+the spread of two rounds.
 
 Trace: `--data` a CSV file with the columns num_prefill_tokens and num_decode_tokens, or a directory of such; a
 synthetic one of similar lengths otherwise.
