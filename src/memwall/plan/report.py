@@ -7,6 +7,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import io
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -44,7 +45,8 @@ def table(plan: Plan) -> Group:
         options.add_column(name, justify="left" if name in ("", "weights", "cache", "note") else "right")
     for mark, option in [("*", chosen_option(plan)), *(("", one) for one in plan.runners_up)]:
         options.add_row(mark, *option_cells(option))
-    return Group(rows, Text(speed_line(plan)), options, Text(plan.explanation))
+    lines = [Text(line) for line in (speed_line(plan), savings_line(plan)) if line]
+    return Group(rows, *lines, options, Text(plan.explanation))
 
 
 OPTION_COLUMNS = (
@@ -103,6 +105,15 @@ def speed_line(plan: Plan) -> str:
         f"{plan.decode_tokens_per_s_at_start:.1f} at the start"
     )
     return text if plan.prefill_tokens_per_s is None else f"{text}; prefill {plan.prefill_tokens_per_s:.0f} tokens/s"
+
+
+def savings_line(plan: Plan) -> str:
+    """What each part of the cache policy saves, and all together; empty for a float16 cache."""
+    if all(factor == 1 for factor in plan.kv_savings.values()):
+        return ""
+    parts = " x ".join(f"{part} {factor:.3f}" for part, factor in plan.kv_savings.items())
+    whole = f" = {math.prod(plan.kv_savings.values()):.3f}" if len(plan.kv_savings) > 1 else ""
+    return f"predicted cache, in float16's bytes: {parts}{whole}"
 
 
 def check_html(path: str | os.PathLike[str]) -> None:
@@ -223,6 +234,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "weights": f"{choice.weights} ({plan.bits_per_weight:.2f} bits per weight)",
         "cache": f"{choice.kv} ({plan.kv_bits_per_value:.2f} bits per value)",
         "context": f"{choice.context} tokens, batch {choice.batch}, {choice.threads} threads, {choice.device}",
+        "cache savings": savings_line(plan) or "none: float16",
         "speed": speed_line(plan),
         "quality": "not measured",
         "fingerprint": plan.fingerprint,
