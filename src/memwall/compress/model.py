@@ -16,7 +16,7 @@ from memwall.compress.job import Job, Progress, Tuning
 from memwall.compress.saved import WorkDirectory, check_output
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
-from memwall.memory import Arena, Ledger, measure_runtime, peak_resident_bytes
+from memwall.memory import Arena, Charge, Ledger, measure_runtime, peak_resident_bytes
 from memwall.memory.resident import RUNTIME_OWNER
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
@@ -25,6 +25,8 @@ from memwall.models.precision import bits_of
 UNCAPPED_BYTES = 1 << 62
 HEADROOM_BYTES = 3 << 20
 """Kept free of a budget for what the process may grow by between two measurements."""
+GROWTH_BYTES = 2 << 20
+"""What the program itself grows by with the first layer that is calibrated: threads' heaps, pages of library code."""
 SPREAD_BYTES = 1 << 20
 """Runs of the same command differ by this much in what the program itself holds."""
 
@@ -124,13 +126,15 @@ def _cap_process(budget_bytes: int, arena: Arena, job: Job) -> None:
     """From here on the arena's cap holds for the whole process: what no array explains is a row of it."""
     kernels.num_threads()
     if job.needs_calibration:
-        staged = np.ones((512, 512), np.float32)  # the matrix library keeps what it packs operands in
-        np.linalg.cholesky(staged.T @ staged + np.eye(512, dtype=np.float32))
-        del staged
-    _native.give_back_freed_memory()
-    job.settle = partial(measure_runtime, arena.ledger, arena.charge(RUNTIME_OWNER, 0))
+        for kind in (np.float32, np.float64):  # the matrix library keeps what it packs operands in
+            staged = np.ones((512, 512), kind)
+            np.linalg.inv(np.linalg.cholesky(staged.T @ staged + np.eye(512, dtype=kind)))
+            del staged
+    job.settle = partial(_settle, arena, arena.charge(RUNTIME_OWNER, 0))
     job.settle()
     needed_bytes = arena.used_bytes + job.least_bytes() + HEADROOM_BYTES
+    if job.needs_calibration:
+        needed_bytes += GROWTH_BYTES
     if needed_bytes > budget_bytes:
         runtime = format_bytes(arena.used_bytes)
         raise DoesNotFit(
@@ -139,6 +143,11 @@ def _cap_process(budget_bytes: int, arena: Arena, job: Job) -> None:
             + ("" if job.tokens is None else ", or --method rtn and one format (--bits int4), which read no text")
         )
     arena.set_cap(budget_bytes - HEADROOM_BYTES)
+
+
+def _settle(arena: Arena, runtime: Charge) -> None:
+    _native.give_back_freed_memory()
+    measure_runtime(arena.ledger, runtime)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
