@@ -1,4 +1,4 @@
-"""The parts of SnapKV's and ThinK's evidence that their verdicts hang on: other ways to choose, errors, turns, bytes."""
+"""What the verdicts of SnapKV's and ThinK's evidence hang on: other ways to choose, errors, turns, bytes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def test_a_prompt_replayed_leaves_what_the_model_would(snapkv: ModuleType) -> No
         mine, theirs = (each.inner._keys[layer].rows(0, 40) for each in (cache, alone))
         np.testing.assert_array_equal(mine, theirs)
     np.testing.assert_allclose(prompt.stats(0), rows(90)[3], rtol=1e-6)
-    shares = snapkv.hits(prompt, [prompt.stats(layer) for layer in range(2)], {0: np.zeros((2, 90)), 1: np.zeros((2, 90))}, 30)
+    shares = snapkv.hits(
+        prompt, [prompt.stats(layer) for layer in range(2)], {0: np.zeros((2, 90)), 1: np.zeros((2, 90))}, 30
+    )
     assert all(0 <= share <= 1 for share in shares.values())
 
 

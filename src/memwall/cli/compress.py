@@ -79,12 +79,9 @@ def compress(
         return
     from memwall.hardware.units import format_bytes
 
-    note(
-        f"{out}: {report.bits_per_weight:.2f} bits per weight, {format_bytes(report.file_bytes)} "
-        f"(was {format_bytes(report.source_bytes)}), {report.seconds:.0f} s, "
-        f"peak resident {format_bytes(report.peak_resident_bytes)}",
-        quiet=quiet,
-    )
+    file, was, peak = map(format_bytes, (report.file_bytes, report.source_bytes, report.peak_resident_bytes))
+    sizes = f"{report.bits_per_weight:.2f} bits per weight, {file} (was {was})"
+    note(f"{out}: {sizes}, {report.seconds:.0f} s, peak resident {peak}", quiet=quiet)
 
 
 def parse_bits(text: str) -> float | str:
