@@ -87,8 +87,10 @@ def plan(
     With --weights and --kv given it answers for exactly these settings. Exit status 1 when nothing fits.
     """
     from memwall.models import model_directory
-    from memwall.plan import make_plan, write_html
+    from memwall.plan import check_html, make_plan, write_html
 
+    if html is not None:
+        check_html(html)
     with progress_bar("measuring caches" if search_kv else "measuring quality", quiet=quiet) as bar:
         made = make_plan(
             model_directory(model),

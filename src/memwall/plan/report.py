@@ -5,6 +5,7 @@ versus bytes (matplotlib).
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 import math
 import os
@@ -115,12 +116,20 @@ def savings_line(plan: Plan) -> str:
     return f"predicted cache, in float16's bytes: {parts}{whole}"
 
 
-def write_html(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Write the page; the file appears whole or not at all. Raises MissingDependency before anything is written."""
+def check_html(path: str | os.PathLike[str]) -> None:
+    """Refuses a report that could not be written, before the minutes that measuring takes."""
     target = Path(path)
-    page = render_html(plan)
     if not target.parent.is_dir():
         raise InputError(f"cannot write {target}: {target.parent} is not a directory")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependency("matplotlib", "plot")
+
+
+def write_html(plan: Plan, path: str | os.PathLike[str]) -> Path:
+    """Write the page; the file appears whole or not at all. Raises MissingDependency before anything is written."""
+    check_html(path)
+    target = Path(path)
+    page = render_html(plan)
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -160,11 +169,9 @@ def render_html(plan: Plan) -> str:
 
 def quality_plot(plan: Plan) -> str:
     """Inline SVG: each option at its predicted peak; measured loss where there is one, otherwise bits per weight."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependency("matplotlib", "plot") from error
+    import matplotlib
+    from matplotlib.figure import Figure
+
     options = [chosen_option(plan), *plan.runners_up]
     tier = next(iter(plan.peak_bytes), "ram")
     measured: list[tuple[Option, Quality]] = [(one, one.quality) for one in options if one.quality is not None]
