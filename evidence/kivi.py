@@ -34,15 +34,12 @@ from memwall.models.precision import resolve
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 from memwall.plan.choose import held_out_text
+from memwall.studies.recall_task import hide_facts
 
 CONTEXT_TOKENS = 1024
 GROUP = 32
 AXES = {"K channel, V token": (True, False), "K channel, V channel": (True, True),
         "K token, V token": (False, False), "K token, V channel": (False, True)}  # fmt: skip
-NAMES = (
-    "Alice Tom Maria Oscar Nina Peter Laura Victor Emma David Sarah Henry Ruth Simon Clara Martin red blue green "
-    "silver tiger falcon otter badger alpha beta gamma delta sigma omega"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,20 +256,14 @@ class Demo:
         return right / self.sizes.recall_tries
 
     def _facts(self, rng: np.random.Generator) -> tuple[list[int], list[int], str]:
-        names = rng.choice(NAMES.split(), 4, replace=False)
-        numbers = [str(n) for n in rng.integers(1000, 100_000, 4)]
-        encode = lambda text: self.tokenizer.encode(text, add_bos=False)  # noqa: E731
-        facts = [encode(f"\nThe secret number of {name} is {n}.\n") for name, n in zip(names, numbers)]
-        asked = int(rng.integers(4))
-        question = encode(f"\nWhat is the secret number of {names[asked]}? The secret number of {names[asked]} is")
-        filler = self.sizes.recall_tokens - 1 - len(question) - sum(map(len, facts))
-        start = int(rng.integers(len(self.tokens) - filler))
-        cuts = np.sort(rng.integers(0, filler, 4))
-        pieces = np.split(self.tokens[start : start + filler], cuts)
-        prompt = [self.config.bos_token_id or 0, *pieces[0].tolist()]
-        for fact, piece in zip(facts, pieces[1:]):
-            prompt += [*fact, *piece.tolist()]
-        return prompt, question, numbers[asked]
+        hidden = hide_facts(
+            self.tokenizer,
+            self.tokens,
+            rng,
+            num_tokens=self.sizes.recall_tokens,
+            opening=self.config.bos_token_id or 0,
+        )
+        return hidden.prompt, *hidden.questions[0]
 
 
 @dataclass(frozen=True, slots=True)

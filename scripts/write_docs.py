@@ -25,7 +25,7 @@ END = "<!-- systems:end -->"
 
 def command_line() -> str:
     """docs/cli.md, from the same objects that print `--help`."""
-    group: Any = typer.main.get_command(app)
+    verbs = all_verbs(typer.main.get_command(app))
     lines = [
         "# Command line",
         "",
@@ -37,12 +37,24 @@ def command_line() -> str:
         "",
         "| verb | what it does |",
         "|---|---|",
-        *(f"| [`{name}`](#memwall-{name}) | {first_sentence(verb)} |" for name, verb in group.commands.items()),
+        *(
+            f"| [`{name}`](#memwall-{name.replace(' ', '-')}) | {first_sentence(verb)} |"
+            for name, verb in verbs.items()
+        ),
         "",
     ]
-    for name, verb in group.commands.items():
+    for name, verb in verbs.items():
         lines += describe_verb(name, verb)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def all_verbs(group: Any) -> dict[str, Any]:
+    """Verbs by name; those of a group, such as `study kv`, under both names."""
+    found = {}
+    for name, verb in group.commands.items():
+        inner = all_verbs(verb) if hasattr(verb, "commands") else {"": verb}
+        found |= {f"{name} {own}".rstrip(): each for own, each in inner.items()}
+    return found
 
 
 def first_sentence(verb: Any) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from memwall.cli.evidence import load_experiment
 from memwall.errors import InputError
+from memwall.studies import dialogues
 from memwall.systems import find_system
 
 
@@ -20,7 +21,7 @@ def epicache() -> ModuleType:
 
 def test_dialogues_state_what_is_asked(epicache: ModuleType) -> None:
     told = epicache.dialogue(3)
-    assert len(told.lines) == 4 * epicache.SESSIONS * epicache.LINES
+    assert len(told.lines) == 4 * dialogues.SESSIONS * dialogues.LINES
     assert len(told.facts) == 8
     for question, answer, line in told.facts:
         name = question.split("number of ")[1].split("?")[0]
