@@ -185,6 +185,10 @@ def test_episodes_differ_and_come_back_as_they_were() -> None:
     np.testing.assert_array_equal(values[0], values[2])
     np.testing.assert_array_equal(answers[1], answers[3])
     assert not np.array_equal(values[0], values[1])
+    other = cache.fork()  # another branch of this episode: nothing more is evicted there either
+    assert other.begin_prompt(200, 128) == [128, 72]
+    assert (other.active, other.length) == (1, cache.length)
+    other.release()
     before = cache.moved_bytes
     assert cache.recall(1) == 0  # already there: only the question goes
     assert cache.moved_bytes == before
