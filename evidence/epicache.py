@@ -4,6 +4,10 @@ Dialogues are made up: sessions of four lines about one of four topics, in rando
 one of the topic's names. Every method reads the same history in the same blocks and keeps as many units on average;
 questions about all facts come in random order. With `--data` a file of conversations in LoCoMo's form (JSON: `qa` with
 `question` and `evidence`, `conversation` with `session_N`), matching is judged on these too.
+
+What this does not show: episodes have three windows, so that all of them stand in the patched prompt (n = 8), and every
+fact with them. With one or two of the three in it, 11 % and 42 % were right on ten other dialogues instead of 80 %:
+this small model keeps what the prompt repeats, and little that is only about the same.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine.session import cache_shape
 from memwall.errors import InputError
 from memwall.kv.blocks import HeadAdaptive, Scorer, Units, sensitive_budgets
-from memwall.kv.epicache import EpiCache
+from memwall.kv.epicache import EPISODES, EpiCache
 from memwall.kv.episodes import ENDING, WORD, HashedWords, MeanEmbedding, Utterance, find_episodes
 from memwall.kv.sensitivity import layer_similarity
 from memwall.memory import Arena, Ledger, resident_bytes
@@ -63,6 +67,8 @@ TOPICS = {
 SESSIONS, LINES = 3, 4
 CHUNK = 192
 FIRST_SEED = 100
+MEASURED = f"epicache(tokens=256,chunk={CHUNK},episodes=1)"
+"""The policy whose bytes and steps are measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +80,7 @@ class Sizes:
     ablations: bool
 
 
-FULL = Sizes(dialogues=15, memory_tokens=(4096, 8192, 16384, 32768), ablations=True)
+FULL = Sizes(dialogues=15, memory_tokens=(2048, 4096, 8192, 16384), ablations=True)
 QUICK = Sizes(dialogues=3, memory_tokens=(1024, 2048), ablations=False)
 
 
@@ -161,7 +167,7 @@ class Study:
     def random_cache(self, method: str, num_tokens: int, arena: Arena) -> kv.KVCache:
         """A cache for a history of so many random tokens."""
         if method == "EpiCache":
-            return self.cache(f"epicache(tokens=256,chunk={CHUNK})", num_tokens + 256, arena)
+            return self.cache(MEASURED, num_tokens + 256, arena)
         return kv.build("float16", self.shape, arena, num_tokens + 256)
 
     def read_random(self, cache: kv.KVCache, tokens: np.ndarray, prompt: list[int]) -> None:
@@ -337,6 +343,10 @@ def memory_claim(study: Study, sizes: Sizes, tick: Callable[[str], None]) -> Cla
                 held[method].append(on_ledger)
                 resident[method].append(in_process)
     own, full = resident["EpiCache"], resident["full cache"]
+    # how much is staged depends on the longest head, and that on the words: the bound is what must not grow
+    shortest = sizes.memory_tokens[0]
+    predicted = kv.predict(MEASURED, study.shape, shortest, CHUNK, shortest + 256)
+    bound = sum(nbytes for owner, nbytes in predicted.items() if owner != EPISODES)  # none is put aside here
 
     def shown(peaks: dict[str, list[int]]) -> str:
         return "; ".join(f"{name} " + ", ".join(f"{n / 1e6:.1f}" for n in found) for name, found in peaks.items())
@@ -344,10 +354,11 @@ def memory_claim(study: Study, sizes: Sizes, tick: Callable[[str], None]) -> Cla
     return Claim(
         claim="the peak does not grow with the history",
         measured=f"at {', '.join(f'{n:,}' for n in sizes.memory_tokens)} tokens (full cache: the first two), M = 256, "
-        f"c = {CHUNK}, patched prompt of 128, MB on the ledger: {shown(held)}; MB of the resident set above that "
-        f"before: {shown(resident)}",
-        required="EpiCache the same on the ledger, at most 1 MB apart in the process; full cache 1.7 times at twice",
-        passed=len(set(held["EpiCache"])) == 1 and max(own) - min(own) <= 1_000_000 and full[1] >= 1.7 * full[0],
+        f"c = {CHUNK}, patched prompt of 128, MB on the ledger: {shown(held)} (predicted for the shortest: EpiCache "
+        f"{bound / 1e6:.1f}); MB of the resident set above that before: {shown(resident)}",
+        required="EpiCache at most what is predicted on the ledger, and at most 1 MB apart in the process; full cache "
+        "at least 1.7 times at twice the length",
+        passed=max(held["EpiCache"]) <= bound and max(own) - min(own) <= 1_000_000 and full[1] >= 1.7 * full[0],
     )
 
 

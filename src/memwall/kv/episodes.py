@@ -2,8 +2,7 @@
 
 Windows of a few utterances are embedded and grouped by k-means; each group is an episode, with a centroid that
 questions are compared with, and a text made of its most central windows, which stands in for the questions that may
-come. The encoder is any function from texts to vectors; without one, the mean of the model's own input embeddings is
-taken.
+come. The encoder is any function from texts to vectors; two that need no further model are here.
 
 Source: EpiCache, arXiv 2509.17396, section 3.1; windows of 4 and 8 central windows as in the official scripts.
 Shapes: n windows, d numbers an embedding, E episodes.
