@@ -81,7 +81,8 @@ NAMES = [
     "omega",
 ]
 FACTS = 4
-LEAST_ROW_TOKENS = 160
+MANY_WEIGHTS = 1 << 20
+"""Of W1, from which on training takes all threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +268,8 @@ def train_heads(
     from torch.nn.functional import silu, smooth_l1_loss
 
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or kernels.num_threads())
+    # small steps gain nothing from more threads, and on a busy machine lose most of their time waiting for each other
+    torch.set_num_threads(threads or (kernels.num_threads() if width * inputs.shape[2] >= MANY_WEIGHTS else 1))
     chance = torch.Generator().manual_seed(settings.seed)
     first, second = (
         (torch.randn(shape, generator=chance) * shape[1] ** -0.5).requires_grad_()
