@@ -330,8 +330,10 @@ class EpiCache(BlockCache):
             self.active = None
 
     def fork(self) -> EpiCache:
+        """Another branch of what is active; the episodes held stay with this one."""
         other = EpiCache(self._policy, self.shape, self.arena, self.capacity_tokens, self._model)
         self.copy_to(other)
+        other.active = self.active
         return other
 
     def release(self) -> None:

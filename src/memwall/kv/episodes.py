@@ -2,8 +2,7 @@
 
 Windows of a few utterances are embedded and grouped by k-means; each group is an episode, with a centroid that
 questions are compared with, and a text made of its most central windows, which stands in for the questions that may
-come. The encoder is any function from texts to vectors; without one, the mean of the model's own input embeddings is
-taken.
+come. The encoder is any function from texts to vectors; two that need no further model are here.
 
 Source: EpiCache, arXiv 2509.17396, section 3.1; windows of 4 and 8 central windows as in the official scripts.
 Shapes: n windows, d numbers an embedding, E episodes.
@@ -35,6 +34,10 @@ WORD = re.compile(r"[^\W_]+")
 ENDING = re.compile(r"(?<=...)(ing|ed|es|s|ly)$")
 """Endings that are cut off, so that a question meets what was said in another form (English)."""
 MARK = "<<the words of the user>>"
+ASSISTANT, LONG_REPLY = "assistant", 500
+"""Whose replies are cut into sentences when they have more characters than that, as the official code does."""
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+SHORT_SENTENCE = 10
 RESTARTS = 10
 ROUNDS = 100
 
@@ -78,9 +81,21 @@ def read_history(path: Path) -> list[Utterance]:
 
 
 def windows_of(utterances: Sequence[Utterance], size: int) -> list[str]:
-    """`size` utterances each, one a line; the last window may be shorter."""
-    told = [utterance.told for utterance in utterances]
+    """`size` utterances each, one a line; the last window may be shorter.
+
+    A long reply of an assistant counts as several, a sentence each: it would drown what is around it.
+    """
+    told = [part.told for utterance in utterances for part in _parts(utterance)]
     return ["\n".join(told[begin : begin + size]) for begin in range(0, len(told), size)]
+
+
+def _parts(utterance: Utterance) -> list[Utterance]:
+    if utterance.speaker.lower() != ASSISTANT or len(utterance.text) <= LONG_REPLY:
+        return [utterance]
+    sentences = (part.strip() for part in SENTENCE_END.split(utterance.text))
+    return [Utterance(sentence, utterance.speaker) for sentence in sentences if len(sentence) > SHORT_SENTENCE] or [
+        utterance
+    ]
 
 
 class HashedWords:
@@ -224,19 +239,16 @@ class Episodes:
         return int((self.centroids @ self.encoder([question])[0]).argmax())
 
     def prompts(self, tokenizer: Tokenizer, most_tokens: int, turn: Turn | None = None) -> list[list[int]]:
-        """The patched prompt of each episode: instruction, central windows, the end of the turn; of at most so many
-        tokens, windows being cut short.
+        """The patched prompt of each episode: an instruction and the end of the user's turn, then the central windows,
+        as if the model answered with them; of at most so many tokens, windows being cut short.
 
         turn: of a model that follows instructions; another one would only be distracted, and gets the windows alone.
         """
-        opening, closing = (
-            tokenizer.encode(text, add_bos=False) for text in ((INSTRUCTION, turn.ending) if turn else ("\n", ""))
-        )
+        opening = tokenizer.encode(INSTRUCTION + turn.ending if turn else "\n", add_bos=False)
         found = []
         for central in self.central:
             body = tokenizer.encode("".join(f"{self.windows[place]}\n" for place in central), add_bos=False)
-            room = max(most_tokens - len(opening) - len(closing), 1)
-            found.append([*opening, *body[:room], *closing][:most_tokens])
+            found.append([*opening, *body][:most_tokens])
         return found
 
 

@@ -267,7 +267,7 @@ class LocretCache(BlockCache):
     @classmethod
     def fit_key(cls, policy: Policy) -> str:
         """Only the width of the heads changes what is learned."""
-        return f"locret heads 1, width {policy.settings.get('width', 'auto')}"
+        return f"locret heads 2, width {policy.settings.get('width', 'auto')}"
 
     @classmethod
     def fit(

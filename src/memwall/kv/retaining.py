@@ -4,7 +4,9 @@ The model's layers run in turn over all training rows, through the file's map, s
 states and one layer's queries, keys and values. A row is a prompt and its answer: facts hidden in real text, all of
 them asked for at the end, or real text that goes on. The label of a prompt token is the largest scaled logit, before
 the softmax, that any query of the answer gives its key; the loss is SmoothL1 and a small penalty on jumps between
-neighbours.
+neighbours. Since nothing but the heads learns, those of one layer never see those of another, and each layer is trained
+by itself: the published loss is a mean over layers, its penalty a sum, so that one layer's penalty weighs as often more
+as there are layers.
 
 Source: Locret, arXiv 2410.01805, section 3.2 and the official code's training script. Scaled down from there: rows of
 512 tokens instead of up to 10,240, a few hundred steps instead of 3,000 and a larger rate, a fifth of them warm-up, so
@@ -79,13 +81,14 @@ NAMES = [
     "omega",
 ]
 FACTS = 4
-LEAST_ROW_TOKENS = 160
+MANY_WEIGHTS = 1 << 20
+"""Of W1, from which on training takes all threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
     """rows of row_tokens each, read `epochs` times, one a step. width: of the heads; None: half their input, to
-    1024.
+    1024. smoothness: weight of the penalty, summed over layers.
     """
 
     width: int | None = None
@@ -238,8 +241,10 @@ def train(
                 progress("retaining heads, layer", layer, config.num_layers)
             lessons.restart()
             stream.run_layer(layer, stream.hidden, cache=lessons)
-            first, second = train_heads(lessons.inputs, lessons.labels, rows.prompts, width, settings, threads)
-            arrays[f"{layer}.w1"], arrays[f"{layer}.w2"] = first, second
+            heads = train_heads(
+                lessons.inputs, lessons.labels, rows.prompts, width, settings, threads, num_layers=config.num_layers
+            )
+            arrays[f"{layer}.w1"], arrays[f"{layer}.w2"] = heads
     if progress is not None:
         progress("retaining heads, layer", config.num_layers, config.num_layers)
     return arrays
@@ -252,13 +257,19 @@ def train_heads(
     width: int,
     settings: TrainSettings,
     threads: int | None = None,
+    *,
+    num_layers: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """W1 [width, in] and W2 [Hkv, width] of one layer, float16, from inputs [rows, T, in] and labels [rows, T, Hkv]."""
+    """W1 [width, in] and W2 [Hkv, width] of one layer, float16, from inputs [rows, T, in] and labels [rows, T, Hkv].
+
+    num_layers: of the whole model.
+    """
     import torch
     from torch.nn.functional import silu, smooth_l1_loss
 
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or kernels.num_threads())
+    # small steps gain nothing from more threads, and on a busy machine lose most of their time waiting for each other
+    torch.set_num_threads(threads or (kernels.num_threads() if width * inputs.shape[2] >= MANY_WEIGHTS else 1))
     chance = torch.Generator().manual_seed(settings.seed)
     first, second = (
         (torch.randn(shape, generator=chance) * shape[1] ** -0.5).requires_grad_()
@@ -269,6 +280,7 @@ def train_heads(
     warm = max(int(settings.warmup_share * steps), 1)
     order = np.random.default_rng(settings.seed)
     rows = [int(row) for _ in range(settings.epochs) for row in order.permutation(len(inputs))]
+    penalty = settings.smoothness * num_layers
     for step, row in enumerate(rows):
         share = (step + 1) / warm if step < warm else (steps - step) / max(steps - warm, 1)
         optimizer.param_groups[0]["lr"] = settings.learning_rate * share
@@ -276,7 +288,7 @@ def train_heads(
         x = torch.from_numpy(inputs[row, :count]).float()
         scores = silu(x @ first.T) @ second.T
         loss = smooth_l1_loss(scores, torch.from_numpy(labels[row, :count]))
-        loss = loss + settings.smoothness * (scores[1:] - scores[:-1]).pow(2).mean()
+        loss = loss + penalty * (scores[1:] - scores[:-1]).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_value_([first, second], 0.5)
