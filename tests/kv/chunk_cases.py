@@ -53,9 +53,8 @@ def write_chunk(folder: Path, first: int, predecessors: Sequence[str] = (), toke
 
 
 @cache
-def demo() -> tuple[ModelConfig, Weights, Origin]:
-    """The bundled model in float32, loaded once."""
-    directory = model_directory("demo")
+def loaded(directory: Path) -> tuple[ModelConfig, Weights, Origin]:
+    """A model in float32, loaded once."""
     config = ModelConfig.from_directory(directory)
     with Checkpoint(directory, config) as checkpoint:
         specs = resolve(config, "float32", checkpoint)
@@ -74,14 +73,16 @@ class Reader:
         segment_tokens: int = 512,
         settings: CraftSettings = SETTINGS,
         most_bytes: int = 1 << 40,
+        model: Path | None = None,
         **options: object,
     ) -> None:
-        config, weights, origin = demo()
+        """model: its folder; the bundled one unless given."""
+        config, weights, origin = loaded(model_directory("demo") if model is None else model)
         self.arena = Arena(most_bytes, Ledger())
         shape = cache_shape(config)
         self.config = config
         self.decoder = Decoder(config, weights, self.arena, segment_tokens=segment_tokens, exact=True)
-        self.cache = kv.build(policy, shape, self.arena, 1024)
+        self.cache = kv.build(policy, shape, self.arena, config.max_position)
         self.store = ChunkStore(folder, origin, shape, self.arena, settings, **options)  # type: ignore[arg-type]
 
     def read(self, prompt: ChunkPrompt, alpha: float = 0.0, **options: object) -> Outcome:

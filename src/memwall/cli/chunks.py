@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class _Asked:
 def ask_chunks(request: Request, options: ChunkOptions) -> None:
     """Answers the question, or each line of standard input, over the chunks."""
     from memwall.kv.cache_craft import CraftSettings
+    from memwall.kv.chunk_file import weights_of
     from memwall.kv.chunk_prompt import predict_stage_bytes
     from memwall.kv.table import resolve, technique
     from memwall.models import ModelConfig, model_directory
@@ -46,6 +47,10 @@ def ask_chunks(request: Request, options: ChunkOptions) -> None:
     from memwall.models.tokenizer import Tokenizer
 
     settings = CraftSettings.from_policy(options.policy)
+    assert options.store is not None
+    if request.weights == "auto":
+        # another choice would make all that is kept useless
+        request = replace(request, weights=weights_of(options.store) or "auto")
     if request.kv != "auto" and not technique(resolve(request.kv).name).plain_rows:
         raise InputError(f"--kv {request.kv}: cannot take rows of kept chunks; try --kv float16 or kivi(4bit)")
     path = checked_directory(model_directory(request.model))

@@ -64,6 +64,15 @@ def _check(metadata: Mapping[str, str], small: Mapping[str, np.ndarray]) -> np.n
     return np.frombuffer(digest.digest(), np.uint8)
 
 
+def weights_of(folder: Path) -> str | None:
+    """The choice of weights that made the chunks of a folder, as far as its first one tells; None without any."""
+    for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []:
+        if path.is_file():
+            with SafetensorsFile(path) as file:
+                return file.metadata.get("weights")
+    return None
+
+
 class ChunkWriter:
     """Takes a chunk's rows layer by layer, in pieces, and its statistics at the end."""
 

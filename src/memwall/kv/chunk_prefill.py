@@ -44,8 +44,9 @@ STAGE = "kv/chunks"
 class Outcome:
     """What a prefill did. Rows are tokens times layers that ran; preload: layers that were there before the first ran.
 
-    wait_seconds: time in which computing stood still because rows had not arrived. hidden: final states of the last
-    span's chosen tokens, the question's among them; like logits it is the decoder's own, until the next call.
+    wait_seconds: time spent waiting for rows to arrive; stall_seconds: that of it after computing had begun. hidden:
+    final states of the last span's chosen tokens, the question's among them; like logits it is the decoder's own, until
+    the next call.
     """
 
     logits: np.ndarray
@@ -56,6 +57,7 @@ class Outcome:
     rows_in_all: int
     preload: int
     wait_seconds: float
+    stall_seconds: float
     seconds: float
     loaded_bytes: int
     focused: tuple[int, ...] | None
@@ -387,8 +389,8 @@ class _Run:
         finally:
             arrivals.close()
         ended = time.perf_counter()
-        busy = ended - computing - (arrivals.wait_seconds - waited)
-        self.store.measured(busy / stage.rows_run)
+        stalled = arrivals.wait_seconds - waited
+        self.store.measured((ended - computing - stalled) / stage.rows_run)
         self._keep()
         return Outcome(
             logits=logits,
@@ -399,6 +401,7 @@ class _Run:
             rows_in_all=count * shape.num_layers,
             preload=depth,
             wait_seconds=arrivals.wait_seconds,
+            stall_seconds=stalled,
             seconds=ended - began,
             loaded_bytes=sum(p.variant.file.layer_bytes * shape.num_layers for p in self.parts if p.variant),
             focused=stage.focused,

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 OWNER = "chunks"
 STATE = "scores.json"
 STATE_FORMAT = "memwall-chunks"
+STATE_BYTES, STATE_SPARE = 256, 4096
+"""What an entry of the scores takes at most; those that may be there of files that are gone."""
 LOCK = ".lock"
 FIRST_WORTH = 1.0
 """Score of a new variant: computing it was one use."""
@@ -312,7 +314,8 @@ class ChunkStore:
         path = self.folder / STATE
         if not path.exists():
             return
-        fields = Fields(checked_json.read(path), str(path))
+        most_bytes = STATE_BYTES * (len(self) + STATE_SPARE)
+        fields = Fields(checked_json.read(path, max_bytes=most_bytes), str(path))
         try:
             fields.text("format", choices=(STATE_FORMAT,))
             self.clock = fields.integer("clock", 0, MOST_CLOCK)
