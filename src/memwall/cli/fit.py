@@ -16,8 +16,8 @@ def register(app: typer.Typer) -> None:
 
 
 def complete_learner(incomplete: str) -> list[str]:
-    """Shell completion of POLICY: cache policies, and the codec of saved caches that is fitted."""
-    return [*complete_kv(incomplete), *(name for name in ("cachegen",) if name.startswith(incomplete))]
+    """Shell completion of POLICY: cache policies, the codec of saved caches that is fitted, reuse of chunks."""
+    return [*complete_kv(incomplete), *(name for name in ("cachegen", "cache-craft") if name.startswith(incomplete))]
 
 
 def fit(
@@ -25,7 +25,7 @@ def fit(
     policy: Annotated[
         str,
         typer.Argument(
-            help="What learns from the model: a cache policy as --kv takes it, or cachegen.",
+            help="What learns from the model: a cache policy as --kv takes it, cachegen or cache-craft.",
             metavar="POLICY",
             autocompletion=complete_learner,
         ),

@@ -43,7 +43,7 @@ def ask(request: Request, history: Path) -> None:
 
     path = checked_directory(model_directory(request.model))
     policy, utterances = with_episodes(request.kv), read_history(history)
-    questions = _questions(request)
+    questions = questions_of(request)
     config, tokenizer = ModelConfig.from_directory(path), Tokenizer.from_directory(path)
     turn = Turn.of(path)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -86,7 +86,8 @@ def ask(request: Request, history: Path) -> None:
         raise typer.Exit(1)
 
 
-def _questions(request: Request) -> list[str]:
+def questions_of(request: Request) -> list[str]:
+    """PROMPT, or each line of standard input."""
     if request.prompt is not None:
         found = [request.prompt]
     elif sys.stdin is None or sys.stdin.isatty():

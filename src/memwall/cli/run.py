@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memwall.cli.chunk_options import DEFAULT_POLICY, ChunkOptions, ChunkPolicy, Chunks, ChunkStoreFolder, ChunkTop
 from memwall.cli.command import (
     KV,
     AsJson,
@@ -44,6 +45,8 @@ from memwall.cli.saved_cache import (
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from memwall.engine import Sampling, Session
     from memwall.memory import Budget
     from memwall.models.tokenizer import Tokenizer
@@ -120,6 +123,10 @@ def run(
             metavar="FILE",
         ),
     ] = None,
+    chunks: Chunks = None,
+    chunk_store: ChunkStoreFolder = None,
+    chunk_top: ChunkTop = None,
+    chunk_policy: ChunkPolicy = DEFAULT_POLICY,
     threads: Threads = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the plan, and predicted beside measured bytes.")
@@ -163,7 +170,18 @@ def run(
         cache_codec=cache_codec,
     )
     check_options(request)
-    if history is not None:
+    options = ChunkOptions(paths=chunks or [], store=chunk_store, top=chunk_top, policy=chunk_policy)
+    if options.given:
+        others = {"--history": history, "--chat": chat, "--save-cache": save_cache, "--load-cache": load_cache}
+        for name, value in others.items():
+            if value:
+                raise InputError(
+                    f"--chunks makes the whole prompt of its chunks, and {name} does something else with it"
+                )
+        from memwall.cli.chunks import ask_chunks
+
+        ask_chunks(request, options)
+    elif history is not None:
         if chat:
             raise InputError("--history answers questions and --chat talks: give one of them")
         from memwall.cli.history import ask
@@ -240,16 +258,18 @@ def start(
     tokenizer: Tokenizer,
     prompt_tokens: int | None = None,
     runtime_growth_bytes: int = 0,
+    extra_bytes: Mapping[str, int] | None = None,
 ) -> tuple[Session, Plan]:
     """Plan for the tokens that this run needs (None: as many as are sensible), then load as planned.
 
-    runtime_growth_bytes: what the caller has brought into the process that other runs have not.
+    runtime_growth_bytes: what the caller has brought into the process that other runs have not. extra_bytes: by owner,
+    what it will hold besides.
     """
     from memwall.engine import Settings, load
     from memwall.models import ModelConfig
     from memwall.plan import RUNTIME, make_plan, sampling_bytes
 
-    extra = {RUNTIME: runtime_growth_bytes}
+    extra = {RUNTIME: runtime_growth_bytes, **(extra_bytes or {})}
     if request.sampling.temperature > 0:
         extra |= sampling_bytes(ModelConfig.from_directory(path))
     plan_for = partial(
@@ -327,9 +347,16 @@ def _complete(request: Request) -> None:
     _report(request, session, plan)
 
 
-def stream(session: Session, prompt: list[int], sampling: Sampling, *, show: bool = True) -> None:
+def stream(
+    session: Session,
+    prompt: list[int],
+    sampling: Sampling,
+    *,
+    show: bool = True,
+    feed: Callable[[list[int]], np.ndarray] | None = None,
+) -> None:
     """Generate to the end, writing each piece of text as soon as it is there; the result is `session.last`."""
-    for piece in session.generate(prompt, sampling):
+    for piece in session.generate(prompt, sampling, feed):
         if show:
             sys.stdout.write(piece)
             sys.stdout.flush()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
 from memwall.hardware import available_memory_bytes
+from memwall.kv import chunk_prefill
 from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
 from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
 from memwall.models.checkpoint import Checkpoint
@@ -28,6 +29,9 @@ from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress, load_weights
 
 if TYPE_CHECKING:
+    from memwall.kv.chunk_prefill import Outcome
+    from memwall.kv.chunk_prompt import ChunkPrompt
+    from memwall.kv.chunk_store import ChunkStore
     from memwall.kv.remote import RemoteCache
 
 SAMPLING = "sampling"
@@ -148,7 +152,7 @@ class Session:
 
         codec: `exact` keeps the cache's own stored form to the bit; else a codec of `kv.saved`.
         """
-        return save(path, self.cache, self.held, self._origin(), codec, self.model)
+        return save(path, self.cache, self.held, self.origin(), codec, self.model)
 
     def check_saving(self, codec: str = EXACT) -> None:
         """InputError when `save_cache` with this codec would refuse, so that a run need not come to its end for it."""
@@ -160,7 +164,7 @@ class Session:
         The rest of the prompt, one token at least, is for `generate` to prefill. The cache must be empty. InputError
         for a file of another model, other weights or another policy, or one that was altered.
         """
-        origin = self._origin()
+        origin = self.origin()
         saved.check_model(origin.model)
         saved.check_weights(origin)
         saved.check_policy(self.cache.policy)
@@ -172,7 +176,8 @@ class Session:
         self.held = list(prompt[: self.cache.length])
         return self.cache.length
 
-    def _origin(self) -> Origin:
+    def origin(self) -> Origin:
+        """Whose keys and values these are: model and weights."""
         if self.model is None:
             raise ValueError("this session was made without its model's folder; load() gives one that knows it")
         weights = self.decoder.weights.specs
@@ -196,14 +201,31 @@ class Session:
             begin += count
         return logits
 
-    def generate(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
-        """Yield text as it is made; `last` holds the whole result, also while running and when it stops early."""
+    def prefill_chunks(self, store: ChunkStore, prompt: ChunkPrompt, *, alpha: float) -> Outcome:
+        """Feed a prompt made of chunks (`kv.chunk_prefill`) to the empty cache, in place of `prefill`."""
+        needed = len(prompt.tokens)
+        if needed > self.settings.context_tokens:
+            raise InputError(
+                f"opening, chunks and question have {needed} tokens, but the context is "
+                f"{self.settings.context_tokens}; take fewer chunks or pass --context {needed}"
+            )
+        outcome = chunk_prefill.prefill(self.decoder, self.cache, store, prompt, alpha=alpha)
+        self.held = prompt.tokens
+        return outcome
+
+    def generate(
+        self, prompt: list[int], sampling: Sampling, feed: Callable[[list[int]], np.ndarray] | None = None
+    ) -> Iterator[str]:
+        """Yield text as it is made; `last` holds the whole result, also while running and when it stops early.
+
+        feed: what takes the prompt in and gives the last token's logits (`prefill` unless given).
+        """
         result = self.last = Generation(prompt_tokens=len(prompt))
         result.timings.load_seconds = self.load_seconds
         began = time.perf_counter()
         try:
             self.prepare(sampling)
-            logits = self.prefill(self._unfed + list(prompt))
+            logits = (feed or self.prefill)(self._unfed + list(prompt))
         except BudgetExceeded as refused:
             self._stop_at_budget(result, refused)
             return

@@ -11,6 +11,7 @@ from memwall.kernels.attention import (
     attend_float,
     attend_kivi,
     attend_ragged,
+    attend_scattered,
     merge_partials,
     predict_attention_scratch_bytes,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "attend_float",
     "attend_kivi",
     "attend_ragged",
+    "attend_scattered",
     "best_isa",
     "encode",
     "force_isa",

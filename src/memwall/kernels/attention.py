@@ -21,6 +21,7 @@ __all__ = [
     "attend_kivi",
     "attend_paged",
     "attend_ragged",
+    "attend_scattered",
     "kivi_block_bytes",
     "kivi_decode_keys",
     "kivi_decode_values",
@@ -51,6 +52,22 @@ def attend_float(
     Tokens may lie apart (rows of several layers in turn); a token's heads must lie beside each other.
     """
     _native.attend_float(q, _plain(k), _plain(v), out, scale, first_position, window, key_start, stats)
+    return out
+
+
+def attend_scattered(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    *,
+    scale: float,
+    window: int | None = None,
+    out: np.ndarray,
+    stats: np.ndarray | None = None,
+) -> np.ndarray:
+    """`attend_float` of queries at any ascending `positions` [T] (int64) over keys whose first one is at position 0."""
+    _native.attend_scattered(q, _plain(k), _plain(v), positions, out, scale, window, stats)
     return out
 
 

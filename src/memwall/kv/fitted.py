@@ -18,7 +18,7 @@ from memwall.errors import InputError
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from memwall.hardware.system import cache_directory
 from memwall.kv.policy import Policy, parse
-from memwall.kv.table import CODECS, POLICIES, codec, resolve, technique
+from memwall.kv.table import LEARNERS, POLICIES, learner, resolve, technique
 from memwall.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def fit(
 
     text: what to learn on; None takes the bundled calibration text. InputError when no part needs fitting.
     """
-    if parse(policy).name in CODECS:
-        learners = [(parse(policy), codec(parse(policy).name))]
+    if parse(policy).name in LEARNERS:
+        learners = [(parse(policy), learner(parse(policy).name))]
     else:
         learners = [(part, technique(part.name)) for part in resolve(policy).parts if technique(part.name).fits]
     if not learners:

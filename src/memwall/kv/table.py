@@ -39,6 +39,9 @@ CODECS = {
 }
 """Codec of saved caches -> "module:Class", loaded on demand."""
 
+LEARNERS = {**CODECS, "cache-craft": "memwall.kv.cache_craft_fit:CacheCraftFit"}
+"""What is no cache policy but learns from a model -> "module:Class"."""
+
 _DOES = {
     "tokens": "choose the tokens that stay",
     "channels": "choose the channels that stay",
@@ -64,7 +67,12 @@ def codec(name: str) -> Any:
     """The class behind the name of a codec of saved caches."""
     if name not in CODECS:
         raise InputError(f"unknown codec of saved caches {name!r}; known: exact, {', '.join(CODECS)}")
-    module, class_name = CODECS[name].split(":")
+    return learner(name)
+
+
+def learner(name: str) -> Any:
+    """The class behind a name of LEARNERS."""
+    module, class_name = LEARNERS[name].split(":")
     return getattr(import_module(module), class_name)
 
 

@@ -37,3 +37,10 @@ class DecoderCache(Protocol):
 
     def truncate(self, length: int) -> None:
         """Forget tokens from `length` on."""
+
+
+class SelectedCache(DecoderCache, Protocol):
+    """One that has rows of all tokens already, of which chosen ones are computed again."""
+
+    def staying(self, layer: int) -> np.ndarray | None:
+        """Indices of the tokens, of those that ran through the layer, that run through the next; None for all."""

@@ -17,7 +17,7 @@ import numpy as np
 from memwall import kernels
 from memwall.formats import codec
 from memwall.memory import Arena
-from memwall.models.base import DecoderCache
+from memwall.models.base import DecoderCache, SelectedCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
 from memwall.models.decode import DecodeStep
 from memwall.models.rope import rope_tables
@@ -178,6 +178,28 @@ class Decoder:
         except BaseException:
             cache.truncate(start)
             raise
+        kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
+        return hidden
+
+    def selected(self, tokens: np.ndarray, positions: np.ndarray, cache: SelectedCache) -> np.ndarray:
+        """Final normed hidden states of chosen tokens [T] at any ascending positions; the cache has the others' rows.
+
+        After each layer the cache may say which of them go on; the rest need no later layer. Gives those that reached
+        the end.
+        """
+        if not 0 < len(tokens) <= self.segment_tokens:
+            raise ValueError(f"selected takes 1 to {self.segment_tokens} tokens at a time, got {len(tokens)}")
+        hidden = self._buffers["hidden"][: len(tokens)]
+        kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
+        cos, sin = self._rotation(cache, positions)
+        for index, layer in enumerate(self._layers):
+            self._run_layer(index, layer, hidden, positions, cos, sin, cache)
+            staying = cache.staying(index)
+            if staying is not None:
+                positions = np.ascontiguousarray(positions[staying])
+                hidden[: len(positions)] = hidden[staying]
+                hidden = hidden[: len(positions)]
+                cos, sin = self._rotation(cache, positions)
         kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
         return hidden
 

@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -101,6 +102,7 @@ int prompt_queries(const Attention& a, int threads) {
 }
 
 void attend_one(const Attention& a, const AttentionKernels& kernels) {
+  assert(a.places == nullptr);  // `attend` has moved the one query to its place
   const std::int64_t end = std::min(a.query_key + 1, a.length);
   const std::int64_t begin = std::max<std::int64_t>(a.first_key, 0) / kStep * kStep;
   const int heads = a.num_heads, padded = a.padded_dim(), padded_key = a.padded_key();
@@ -260,8 +262,10 @@ const AttentionKernels& attention_kernels() {
 void attend(const Attention& a) {
   if (a.num_tokens == 0) return;
   const AttentionKernels& kernels = attention_kernels();
-  if (a.num_tokens == 1) attend_one(a, kernels);
-  else attend_many(a, kernels);
+  if (a.num_tokens > 1) return attend_many(a, kernels);
+  Attention one = a;
+  one.first_key += a.place(0), one.query_key += a.place(0), one.places = nullptr;
+  attend_one(one, kernels);
 }
 
 void attend_ragged(const Ragged& r) {

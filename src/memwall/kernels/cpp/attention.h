@@ -56,7 +56,8 @@ struct Attention {
   float scale = 1.0f;
   std::int64_t length = 0;      // tokens in the cache
   std::int64_t first_key = 0;   // index of the first key that query 0 may see ...
-  std::int64_t query_key = 0;   // ... and of the last one: query i sees [first_key + i, query_key + i], cut to [0, length)
+  std::int64_t query_key = 0;   // ... and of the last one: query i sees [first_key + p, query_key + p], cut to [0, length), p its place
+  const std::int64_t* places = nullptr;  // ascending, of each query; null where query i has place i
   Rows keys, values;
   KiviForm form;
   const std::uint8_t* key_blocks = nullptr;    // [block][kv head][key_block_bytes]
@@ -65,6 +66,7 @@ struct Attention {
   // prefill of one head of a ragged cache: its past rows [token][head_dim], coded_keys = coded_values of them, before the tail
   Rows past_keys, past_values;
 
+  std::int64_t place(int query) const { return places != nullptr ? places[query] : query; }
   int queries_per_kv_head() const { return num_heads / num_kv_heads; }
   int padded_dim() const { return (head_dim + 15) / 16 * 16; }
   int padded_key() const { return (key_dim + 15) / 16 * 16; }

@@ -359,8 +359,8 @@ void load_queries(const Attention& a, int kv_head, int begin, int end, std::int6
     if (token >= end) continue;
     const float* q = a.q + (static_cast<std::int64_t>(token) * a.num_heads + kv_head * rep + row % rep) * a.key_dim;
     for (int d = 0; d < a.key_dim; ++d) s.q[static_cast<std::int64_t>(d) * s.rows + row] = q[d] * a.scale;
-    s.low[row] = static_cast<float>(larger<std::int64_t, std::int64_t>(a.first_key + token, 0) - origin);
-    s.high[row] = static_cast<float>(smaller<std::int64_t, std::int64_t>(a.query_key + token + 1, a.length) - origin);
+    s.low[row] = static_cast<float>(larger<std::int64_t, std::int64_t>(a.first_key + a.place(token), 0) - origin);
+    s.high[row] = static_cast<float>(smaller<std::int64_t, std::int64_t>(a.query_key + a.place(token) + 1, a.length) - origin);
   }
 }
 
@@ -398,10 +398,10 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
   const int rep = a.queries_per_kv_head(), dim = a.padded_dim(), key_dim = a.padded_key();
   const PromptScratch s(scratch, round_up((end - begin) * rep, 16), key_dim, dim);
   // what the first and the last query of this block may see
-  const std::int64_t low_first = larger<std::int64_t, std::int64_t>(a.first_key + begin, 0);
-  const std::int64_t low_last = larger<std::int64_t, std::int64_t>(a.first_key + end - 1, 0);
-  const std::int64_t high_first = smaller<std::int64_t, std::int64_t>(a.query_key + begin + 1, a.length);
-  const std::int64_t high_last = smaller<std::int64_t, std::int64_t>(a.query_key + end, a.length);
+  const std::int64_t low_first = larger<std::int64_t, std::int64_t>(a.first_key + a.place(begin), 0);
+  const std::int64_t low_last = larger<std::int64_t, std::int64_t>(a.first_key + a.place(end - 1), 0);
+  const std::int64_t high_first = smaller<std::int64_t, std::int64_t>(a.query_key + a.place(begin) + 1, a.length);
+  const std::int64_t high_last = smaller<std::int64_t, std::int64_t>(a.query_key + a.place(end - 1) + 1, a.length);
   const std::int64_t origin = low_first / kTile * kTile;
   load_queries(a, kv_head, begin, end, origin, s);
   for (std::int64_t tile = origin; tile < high_last; tile += kTile) {

@@ -88,6 +88,19 @@ void attend_float(const Float3& q, const Spread& k, const Spread& v, const Out3&
   mw::attend(a);
 }
 
+// queries at any ascending positions, over keys that start at position 0
+void attend_scattered(const Float3& q, const Spread& k, const Spread& v, const Offsets& positions, const Out3& out, float scale,
+                      std::optional<std::int64_t> window, std::optional<Out3> stats) {
+  mw::Attention a = prepare(q, k, v, out, stats, scale, 0, window, 0);
+  require(k.shape(0) == v.shape(0), "k and v must hold the same number of tokens");
+  require(positions.size() == q.shape(0), "one position for each query");
+  for (std::size_t i = 0; i < positions.size(); ++i)
+    require(positions.data()[i] >= (i > 0 ? positions.data()[i - 1] : 0), "positions must not fall");
+  a.length = static_cast<std::int64_t>(k.shape(0)), a.places = positions.data();
+  nb::gil_scoped_release release;
+  mw::attend(a);
+}
+
 // k, v: pools of pages of `page_tokens` rows; token t lies in page table[t / page_tokens]
 void attend_paged(const Float3& q, const Cache& k, const Cache& v, const Table& table, int page_tokens, std::int64_t length,
                   const Out3& out, float scale, std::int64_t first_position, std::optional<std::int64_t> window,
@@ -187,6 +200,8 @@ void decode_blocks(bool keys, const Blocks& blocks, std::int64_t first, const Ou
 void bind_attention(nb::module_& m) {
   m.def("attend_float", &attend_float, "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "first_position"_a, "window"_a.none(),
         "key_start"_a, "stats"_a.none());
+  m.def("attend_scattered", &attend_scattered, "q"_a, "k"_a, "v"_a, "positions"_a, "out"_a, "scale"_a, "window"_a.none(),
+        "stats"_a.none());
   m.def("attend_paged", &attend_paged, "q"_a, "k"_a, "v"_a, "table"_a, "page_tokens"_a, "length"_a, "out"_a, "scale"_a,
         "first_position"_a, "window"_a.none(), "stats"_a.none());
   m.def("attend_kivi", &attend_kivi, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a,
