@@ -17,9 +17,11 @@ from memwall.kv.table import (
     needs_model,
     packs_positions,
     predict,
+    processes,
     read_bytes,
     resolve,
     step_macs,
+    tiers,
 )
 
 __all__ = [
@@ -34,7 +36,9 @@ __all__ = [
     "packs_positions",
     "parse",
     "predict",
+    "processes",
     "read_bytes",
     "resolve",
     "step_macs",
+    "tiers",
 ]
