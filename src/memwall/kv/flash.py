@@ -17,6 +17,7 @@ import contextlib
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -167,7 +168,7 @@ class FlashFile:
     """
 
     def __init__(
-        self, layout: FlashLayout, *, direct: bool = True, throttle: Callable[[int], None] | None = None
+        self, layout: FlashLayout, *, direct: bool = True, throttle: Callable[[int, float], None] | None = None
     ) -> None:
         self.layout = layout
         self.counters = Counters()
@@ -260,6 +261,7 @@ class FlashFile:
 
     def read(self, pages: np.ndarray, out: np.ndarray, *, by_channel: bool = False) -> None:
         """Reads the pages in their order into out [n, page bytes], runs of neighbours at once, by several threads."""
+        began = time.perf_counter()
         found = runs(pages)
         parts = min(READERS, -(-len(pages) // LEAST_RUN_PAGES))
         if parts > 1:
@@ -274,7 +276,7 @@ class FlashFile:
         self.counters.channel_reads = [a + int(b) for a, b in zip(self.counters.channel_reads, counts)]
         self.counters.read_calls += len(found)
         if self.throttle is not None:
-            self.throttle(len(pages) * self.layout.page_bytes)
+            self.throttle(len(pages) * self.layout.page_bytes, began)
 
     def chunks(
         self, parts: Sequence[np.ndarray], halves: np.ndarray, *, by_channel: bool = False

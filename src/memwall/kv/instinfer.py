@@ -46,8 +46,8 @@ LINK, STAGING, PROCESS, FLASH = "kv/link", "kv/staging", "kv/storage process", "
 MERGED_ROWS = 16
 """Queries whose parts are joined at once: merging makes copies."""
 DEFAULTS: Mapping[str, float] = {
-    AMOUNT: 0.125, "r": 0, "k": 0, "mean": 1, "group": 16, "channels": 4, "drives": 1, "direct": 1, "chunk_kib": 512,
-    "block_kib": 1024, "link_mb": 0.0, "flash_mb": 0.0, "threads": 0,
+    AMOUNT: 0.125, "r": 0, "k": 0, "least": 64, "mean": 1, "group": 16, "channels": 4, "drives": 1, "direct": 1,
+    "chunk_kib": 512, "block_kib": 1024, "link_mb": 0.0, "flash_mb": 0.0, "threads": 0,
 }  # fmt: skip
 
 
@@ -74,11 +74,15 @@ def settings_of(policy: Policy, shape: CacheShape, capacity_tokens: int) -> Stor
         chunk_bytes=whole["chunk_kib"] * KIB, sparse=not dense,
     )  # fmt: skip
     # half of what is read goes to channels of all keys, half to the chosen tokens' keys and values
-    sparse = {"channels": whole["r"] or max(round(share * dim), 1), "tokens": whole["k"] or share / 2}
+    sparse = {
+        "channels": whole["r"] or max(round(share * dim), 1),
+        "tokens": whole["k"] or share / 2,
+        "least": whole["least"],
+        "mean": bool(whole["mean"]),
+    }
     return StorageSettings(
-        layout=layout, drives=drives, sparse=None if dense else sparse | {"mean": bool(whole["mean"])},
-        direct=bool(whole["direct"]), link_bytes_per_s=found["link_mb"] * MB,
-        flash_bytes_per_s=found["flash_mb"] * MB / drives, threads=whole["threads"],
+        layout=layout, drives=drives, sparse=None if dense else sparse, direct=bool(whole["direct"]),
+        link_bytes_per_s=found["link_mb"] * MB, flash_bytes_per_s=found["flash_mb"] * MB, threads=whole["threads"],
         windows=shape.windows or (None,) * shape.num_layers, scale=shape.logit_scale,
     )  # fmt: skip
 

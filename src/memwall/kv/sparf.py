@@ -28,16 +28,18 @@ Partial = tuple[np.ndarray, np.ndarray]
 class SparseSettings:
     """channels: r of D that are looked at first. tokens: k of S that are attended to, or a share of S (below 1).
 
+    least: tokens attended to in any case, where `tokens` is a share: a sixteenth of a short context is next to nothing.
     mean: whether the mean of the values stands in for the rest.
     """
 
     channels: int
     tokens: float
+    least: int = 1
     mean: bool = True
 
     def count(self, num_tokens: int) -> int:
         """k for so many tokens."""
-        wanted = round(self.tokens * num_tokens) if self.tokens < 1 else int(self.tokens)
+        wanted = max(round(self.tokens * num_tokens), self.least) if self.tokens < 1 else int(self.tokens)
         return min(max(wanted, 1), num_tokens)
 
 

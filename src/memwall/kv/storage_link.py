@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from memwall.kv.storage_wire import REPLY_BYTES, REQUEST_BYTES, Op, Reply, Reque
 TIMEOUT_SECONDS = 60.0
 """Beyond what an emulated drive needs to read all that it holds."""
 GOODBYE_SECONDS = 5.0
+LAY_THERE_SECONDS = 200e-6
+"""A piece that is received in less was there before it was asked for."""
 MAX_TEXT_BYTES = 1 << 16
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
@@ -100,6 +103,7 @@ class StorageLink:
         self._down, self._up = (
             Throttle(Trace((config.link_bytes_per_s,))) if config.link_bytes_per_s else None for _ in range(2)
         )
+        self._last = 0.0
         self._socket, theirs = socket.socketpair()
         try:
             self.process = _start(theirs, config.to_json(limit_bytes))
@@ -184,9 +188,10 @@ class StorageLink:
         if self._down is None:
             self._socket.sendall(view)
             return
+        ready = time.perf_counter()
         for begin in range(0, len(view), PIECE_BYTES):
             piece = view[begin : begin + PIECE_BYTES]
-            self._down.wait(len(piece))
+            self._down.wait(len(piece), ready)  # all of it could go from the beginning: sleeping long is made up for
             self._socket.sendall(piece)
 
     def _receive(self, view: memoryview) -> None:
@@ -195,8 +200,12 @@ class StorageLink:
             return
         for begin in range(0, len(view), PIECE_BYTES):
             piece = view[begin : begin + PIECE_BYTES]
+            began = time.perf_counter()
             receive_into(self._socket, piece)
-            self._up.wait(len(piece))
+            came = time.perf_counter()
+            # what lay there already could have been on its way while the piece before it was
+            self._up.wait(len(piece), came if came - began > LAY_THERE_SECONDS else self._last)
+            self._last = came
 
     def _done(self) -> None:
         self._awaited.pop(0)

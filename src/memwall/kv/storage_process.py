@@ -183,6 +183,8 @@ class Storage:
         return 0, []
 
     def _report(self, request: Request, payload: memoryview) -> Answer:
+        for sequence in self.sequences.values():
+            sequence.wait()
         resident = resident_bytes(exact=True)
         report = {
             **self.file.counters.to_dict(),
@@ -197,7 +199,7 @@ class Storage:
         return 0, [np.frombuffer(json.dumps(report).encode(), np.uint8)]
 
 
-def _throttle(bytes_per_s: float) -> Callable[[int], None] | None:
+def _throttle(bytes_per_s: float) -> Callable[[int, float], None] | None:
     if not bytes_per_s:
         return None
     from memwall.kv.link import Throttle, Trace
