@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,14 +22,12 @@ import numpy as np
 
 from memwall.errors import DoesNotFit, MemwallError
 from memwall.kv.flash import FlashLayout
-from memwall.kv.link import PIECE_BYTES, Throttle, Trace
+from memwall.kv.link import Throttle, Trace
 from memwall.kv.storage_wire import REPLY_BYTES, REQUEST_BYTES, Op, Reply, Request, Status, receive_into
 
 TIMEOUT_SECONDS = 60.0
 """Beyond what an emulated drive needs to read all that it holds."""
 GOODBYE_SECONDS = 5.0
-LAY_THERE_SECONDS = 200e-6
-"""A piece that is received in less was there before it was asked for."""
 MAX_TEXT_BYTES = 1 << 16
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +100,6 @@ class StorageLink:
         self._down, self._up = (
             Throttle(Trace((config.link_bytes_per_s,))) if config.link_bytes_per_s else None for _ in range(2)
         )
-        self._last = 0.0
         self._socket, theirs = socket.socketpair()
         try:
             self.process = _start(theirs, config.to_json(limit_bytes))
@@ -139,9 +135,11 @@ class StorageLink:
         self._awaited.append(_Awaited(op, list(into)))
         try:
             self._socket.settimeout(self.timeout_seconds)
-            self._send(memoryview(head))
+            if self._down is not None and op != Op.REPORT:
+                self._down.wait(len(head) + nbytes)  # it is there when its last byte would be
+            self._socket.sendall(head)
             for part in parts:
-                self._send(part.reshape(-1).view(np.uint8).data)
+                self._socket.sendall(part.reshape(-1).view(np.uint8).data)
             if op != Op.REPORT:  # asking does not change the figures
                 self.traffic.down_bytes += nbytes
                 self.traffic.framing_bytes += REQUEST_BYTES
@@ -154,18 +152,21 @@ class StorageLink:
         awaited = self._awaited[0]
         try:
             head = bytearray(REPLY_BYTES)
-            self._receive(memoryview(head))
+            receive_into(self._socket, memoryview(head))
             reply = Reply.unpack(head)
             if reply.status != Status.OK:
                 text = bytearray(min(reply.payload_bytes, MAX_TEXT_BYTES))
-                self._receive(memoryview(text))
+                receive_into(self._socket, memoryview(text))
                 self._refused(reply.status, text.decode(errors="replace"))
             if reply.payload_bytes != sum(each.nbytes for each in awaited.into) and awaited.op != Op.REPORT:
                 raise OSError(f"{reply.payload_bytes:,} bytes came for {awaited.op.name}")
             if awaited.op == Op.REPORT:
                 awaited.into[0].resize(reply.payload_bytes, refcheck=False)
             for each in awaited.into:
-                self._receive(each.reshape(-1).view(np.uint8).data)
+                receive_into(self._socket, each.reshape(-1).view(np.uint8).data)
+            if self._up is not None and awaited.op != Op.REPORT:
+                # it could be on its way from the moment that the other end had it
+                self._up.wait(REPLY_BYTES + reply.payload_bytes, reply.ready)
             if awaited.op != Op.REPORT:
                 self.traffic.up_bytes += reply.payload_bytes
                 self.traffic.framing_bytes += REPLY_BYTES
@@ -183,29 +184,6 @@ class StorageLink:
     def close(self) -> None:
         """Ends the process; it has nothing left to do."""
         self._end()
-
-    def _send(self, view: memoryview) -> None:
-        if self._down is None:
-            self._socket.sendall(view)
-            return
-        ready = time.perf_counter()
-        for begin in range(0, len(view), PIECE_BYTES):
-            piece = view[begin : begin + PIECE_BYTES]
-            self._down.wait(len(piece), ready)  # all of it could go from the beginning: sleeping long is made up for
-            self._socket.sendall(piece)
-
-    def _receive(self, view: memoryview) -> None:
-        if self._up is None:
-            receive_into(self._socket, view)
-            return
-        for begin in range(0, len(view), PIECE_BYTES):
-            piece = view[begin : begin + PIECE_BYTES]
-            began = time.perf_counter()
-            receive_into(self._socket, piece)
-            came = time.perf_counter()
-            # what lay there already could have been on its way while the piece before it was
-            self._up.wait(len(piece), came if came - began > LAY_THERE_SECONDS else self._last)
-            self._last = came
 
     def _done(self) -> None:
         self._awaited.pop(0)

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -101,9 +102,9 @@ class Storage:
         self, connection: socket.socket, status: Status, value: int, parts: list[np.ndarray], *, later: bool = False
     ) -> None:
         """later: by a thread, so that the next rows are read while these are on their way."""
+        head = Reply(status, value, sum(part.nbytes for part in parts), time.perf_counter()).pack()
         if self._sending is not None:
             self._sending.result()
-        head = Reply(status, value, sum(part.nbytes for part in parts)).pack()
         buffers = [np.ascontiguousarray(part).reshape(-1).view(np.uint8).data for part in parts]
 
         def send() -> None:
@@ -223,7 +224,7 @@ def main(descriptor: int, config: str) -> None:
 def _refuse(connection: socket.socket, text: str) -> None:
     """Tells whoever asks first."""
     receive_into(connection, memoryview(bytearray(REQUEST_BYTES)))
-    connection.sendall(Reply(Status.FAILED, 0, len(text.encode())).pack() + text.encode())
+    connection.sendall(Reply(Status.FAILED, 0, len(text.encode()), 0.0).pack() + text.encode())
 
 
 if __name__ == "__main__":

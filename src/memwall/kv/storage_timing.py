@@ -183,8 +183,8 @@ def task_seconds(drive: DriveModel, job: Job, reading: Reading, num_tokens: int)
             if owed >= 1:
                 flash.write(int(owed), 0.0)
                 owed -= int(owed)
-    half = len(ends) // 2
-    return (ends[-1] - ends[half - 1]) / (len(ends) - half)
+    first, last = len(ends) // 3, len(ends) - 1 - drive.in_flight  # neither the start nor the end, which has less to do
+    return (ends[last] - ends[first]) / (last - first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,7 @@ class Status(IntEnum):
 
 
 _REQUEST = struct.Struct("<BBHIIqQQ")
-_REPLY = struct.Struct("<BxxxIQ")
+_REPLY = struct.Struct("<BxxxIQd")
 REQUEST_BYTES, REPLY_BYTES = _REQUEST.size, _REPLY.size
 
 
@@ -75,9 +75,12 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
+    """ready: when the answer was there, on the clock that both processes see (`perf_counter`)."""
+
     status: int
     value: int
     payload_bytes: int
+    ready: float
 
     def pack(self) -> bytes:
         return _REPLY.pack(*self)
