@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 from memwall import kv
+from memwall.engine import Sampling, Settings, load
 from memwall.errors import BudgetExceeded, InputError
 from memwall.kernels.attention import attend_float
 from memwall.kv import storage_link
-from memwall.kv.instinfer import FLASH, LINK, PROCESS, InstInferCache, settings_of
+from memwall.kv.instinfer import InstInferCache
 from memwall.kv.storage_link import StorageLost
+from memwall.kv.storage_settings import FLASH, LINK, PROCESS, settings_of
 from memwall.memory import Arena, Ledger
+from memwall.models import model_directory
 
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 32, 2
 SHAPE = kv.CacheShape(num_layers=LAYERS, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM)
@@ -347,6 +350,26 @@ def test_pages_that_direct_io_cannot_take_are_said_to_go_through_the_cache() -> 
     assert Feeder(cache).error(50) < 2e-3
     assert cache.report()["drives"][0]["direct"] is False
     cache.release()
+
+
+def test_a_session_goes_on_after_its_storage_was_killed() -> None:
+    settings = Settings(weights="float16", kv="instinfer(1)", context_tokens=256, segment_tokens=64)
+    session = load(model_directory("demo"), settings)
+    assert isinstance(session.cache, InstInferCache)
+    sampling = Sampling(max_new_tokens=12, ignore_eos=True)
+    prompt = list(range(5, 105))
+    list(session.generate(prompt, sampling))
+    said = session.last.tokens
+    session.reset()
+    steps = session.generate(prompt, sampling)
+    os.kill(pids(session.cache)[0], signal.SIGKILL)
+    with pytest.raises(StorageLost):
+        list(steps)
+    session.reset()
+    list(session.generate(prompt, sampling))
+    assert session.last.tokens == said
+    session.release()
+    assert session.ledger.owned("kv") == 0
 
 
 CHILD = """

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,63 +27,32 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from memwall.errors import InputError, MemwallError
-from memwall.hardware.units import KIB, MB
+from memwall.errors import MemwallError
 from memwall.kernels.attention import attend_float, merge_partials
 from memwall.kv.base import CacheModel, CacheShape, KVCache
-from memwall.kv.flash import HALF_BYTES, QUERY_ROWS, FlashLayout
-from memwall.kv.policy import AMOUNT, Policy
+from memwall.kv.flash import QUERY_ROWS
+from memwall.kv.policy import Policy
 from memwall.kv.storage_link import StorageLost
-from memwall.kv.storage_pool import Drives, StorageSettings
+from memwall.kv.storage_pool import Drives
+from memwall.kv.storage_settings import (
+    FLASH,
+    LINK,
+    PROCESS,
+    STAGING,
+    buffer_shapes,
+    held_bytes,
+    settings_of,
+    staging_shape,
+    step_bytes,
+)
 from memwall.kv.storage_wire import Flag, Op
 from memwall.memory.arena import allocated_bytes
 
 if TYPE_CHECKING:
     from memwall.memory import Arena
 
-LINK, STAGING, PROCESS, FLASH = "kv/link", "kv/staging", "kv/storage process", "kv/flash"
 MERGED_ROWS = 16
 """Queries whose parts are joined at once: merging makes copies."""
-DEFAULTS: Mapping[str, float] = {
-    AMOUNT: 0.125, "r": 0, "k": 0, "least": 64, "mean": 1, "group": 16, "channels": 4, "drives": 1, "direct": 1,
-    "chunk_kib": 512, "block_kib": 1024, "link_mb": 0.0, "flash_mb": 0.0, "threads": 0,
-}  # fmt: skip
-
-
-def settings_of(policy: Policy, shape: CacheShape, capacity_tokens: int) -> StorageSettings:
-    """What a policy string asks for, checked against the model's shape."""
-    found = policy.numbers(DEFAULTS)
-    whole = {name: int(value) for name, value in found.items() if name not in (AMOUNT, "link_mb", "flash_mb")}
-    share, dim, drives = found[AMOUNT], shape.head_dim, whole["drives"]
-    group, channels = whole["group"], whole["channels"]
-    if not 0 < share <= 1:
-        raise InputError(f"policy {policy}: reads {share:g} of the cache; must be above 0 and at most 1 (all of it)")
-    if group < 16 or group & (group - 1):
-        raise InputError(f"policy {policy}: group={group} tokens a page; must be a power of two from 16 on")
-    if not 1 <= channels <= dim or dim % channels:
-        raise InputError(f"policy {policy}: channels={channels} a page do not divide the {dim} of a head; try 4")
-    if drives < 1 or shape.num_kv_heads % drives:
-        raise InputError(f"policy {policy}: {shape.num_kv_heads} heads cannot be split over {drives} drives evenly")
-    if min(whole["chunk_kib"], whole["block_kib"]) < 1 or whole["r"] > dim:
-        raise InputError(f"policy {policy}: chunk_kib and block_kib must be at least 1, r at most {dim}")
-    dense = share == 1 and not whole["r"] and not whole["k"]
-    layout = FlashLayout(
-        layers=shape.num_layers, heads=shape.num_heads // drives, kv_heads=shape.num_kv_heads // drives, head_dim=dim,
-        group=group, channels=channels, capacity=capacity_tokens, block_bytes=whole["block_kib"] * KIB,
-        chunk_bytes=whole["chunk_kib"] * KIB, sparse=not dense,
-    )  # fmt: skip
-    # half of what is read goes to channels of all keys, half to the chosen tokens' keys and values
-    sparse = {
-        "channels": whole["r"] or max(round(share * dim), 1),
-        "tokens": whole["k"] or share / 2,
-        "least": whole["least"],
-        "mean": bool(whole["mean"]),
-    }
-    return StorageSettings(
-        layout=layout, drives=drives, sparse=None if dense else sparse, direct=bool(whole["direct"]),
-        link_bytes_per_s=found["link_mb"] * MB, flash_bytes_per_s=found["flash_mb"] * MB, threads=whole["threads"],
-        windows=shape.windows or (None,) * shape.num_layers, scale=shape.logit_scale,
-    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -138,7 +106,7 @@ class InstInferCache(KVCache):
         try:
             self._memory.resize(self._drives.count * layout.sequence_bytes(0))
             self._drives.allow(self._memory.nbytes)
-            for sizes, dtype in _buffer_shapes(self.shape):
+            for sizes, dtype in buffer_shapes(self.shape):
                 self._buffers.append(self.arena.allocate(LINK, sizes, dtype))
         except BaseException:
             self._close()
@@ -158,17 +126,7 @@ class InstInferCache(KVCache):
         policy: Policy, shape: CacheShape, num_tokens: int, prefill_tokens: int, capacity_tokens: int
     ) -> dict[str, int]:
         """Bytes per ledger owner; `tiers` says which of them are not the host's."""
-        settings = settings_of(policy, shape, capacity_tokens)
-        layout = settings.layout
-        memory = layout.fixed_bytes() + layout.sequence_bytes(num_tokens)
-        found = {
-            LINK: sum(allocated_bytes(int(np.prod(s)) * np.dtype(d).itemsize) for s, d in _buffer_shapes(shape)),
-            PROCESS: settings.drives * memory,
-            FLASH: settings.drives * layout.flash_bytes(num_tokens),
-        }
-        if prefill_tokens > 1:
-            found[STAGING] = allocated_bytes(int(np.prod(_staging_shape(shape, prefill_tokens))) * HALF_BYTES)
-        return found
+        return held_bytes(settings_of(policy, shape, capacity_tokens), shape, num_tokens, prefill_tokens)
 
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
@@ -176,19 +134,7 @@ class InstInferCache(KVCache):
 
         Where tokens are chosen: with every chosen one in a page of its own, so that it is at most this.
         """
-        settings = settings_of(policy, shape, max(num_tokens, 1))
-        layout, total = settings.layout, 0
-        groups, spans = num_tokens // layout.group, num_tokens // layout.span
-        for window in settings.windows:
-            row = layout.kv_heads * layout.head_dim * HALF_BYTES
-            if settings.sparse is None or window is not None:
-                total += 2 * row * min(num_tokens, window or num_tokens)
-                continue
-            chosen = settings.chosen(num_tokens)
-            pages = 2 * min(groups, chosen) + spans * min(layout.channel_pages, int(settings.sparse["channels"]))
-            waiting = num_tokens - spans * layout.span + num_tokens - groups * layout.group
-            total += pages * layout.kv_heads * layout.page_bytes + waiting * row
-        return settings.drives * total
+        return step_bytes(settings_of(policy, shape, max(num_tokens, 1)), num_tokens)
 
     @staticmethod
     def processes(policy: Policy, shape: CacheShape) -> int:
@@ -270,7 +216,7 @@ class InstInferCache(KVCache):
         numbers = int(np.prod(shape))
         replies = []
         for drive, link in enumerate(self._drives):
-            heads, kv_heads = self._heads(drive)
+            heads, kv_heads = self.settings.heads(drive)
             parts = [np.ascontiguousarray(row[:, kv_heads], np.float16) for row in new or ()]
             sent = asked[drive * numbers : (drive + 1) * numbers].reshape(shape)
             sent[:] = q[:, heads]
@@ -308,7 +254,7 @@ class InstInferCache(KVCache):
         for begin in range(0, rows.shape[1], QUERY_ROWS):
             piece = rows[:, begin : begin + QUERY_ROWS]
             for drive, link in enumerate(self._drives):
-                own = np.ascontiguousarray(piece[:, :, self._heads(drive)[1]])
+                own = np.ascontiguousarray(piece[:, :, self.settings.heads(drive)[1]])
                 self._drives.ask(
                     link, Op.APPEND, parts=[own], layer=layer, sequence=self._number, number=piece.shape[1]
                 )
@@ -318,13 +264,6 @@ class InstInferCache(KVCache):
         while len(self._shipping) > leaving:
             self._shipping.pop(0).result()
 
-    def _heads(self, drive: int) -> tuple[slice, slice]:
-        layout = self.settings.layout
-        return (
-            slice(drive * layout.heads, (drive + 1) * layout.heads),
-            slice(drive * layout.kv_heads, (drive + 1) * layout.kv_heads),
-        )
-
     def _make_room(self, count: int, end: int) -> None:
         """All that a pass takes, before a layer has changed: staging, memory and blocks of the drives."""
         if not self._alive:
@@ -332,7 +271,7 @@ class InstInferCache(KVCache):
         before = self._memory.nbytes, self._flash.nbytes
         try:
             if count > 1 and self._staging is None:
-                self._staging = self.arena.allocate(STAGING, _staging_shape(self.shape, count), np.float16)
+                self._staging = self.arena.allocate(STAGING, staging_shape(self.shape, count), np.float16)
             wanted = [self.settings.layout.blocks(end)] * self._drives.count
             if self._cut and end // self.settings.layout.group > (end - count) // self.settings.layout.group:
                 wanted = self._drives.all(Op.PLAN, sequence=self._number, number=end)
@@ -372,23 +311,7 @@ class InstInferCache(KVCache):
 
     def fetch(self, layer: int, begin: int, end: int) -> Iterator[np.ndarray]:
         """Keys and values [2, n, Hkv, D] float16 over the link, piece by piece; the next is read meanwhile."""
-        layout = self.settings.layout
-        step = layout.slots // (2 * layout.kv_heads) * layout.group
-        ends = [begin, *range(begin // step * step + step, end, step), end]
-        waiting: list[np.ndarray] = []
-        for first, last in itertools.pairwise(ends):
-            waiting.append(
-                np.empty((self._drives.count, 2, last - first, layout.kv_heads, layout.head_dim), np.float16)
-            )
-            header = {"layer": layer, "sequence": self._number, "number": last - first, "first": first}
-            for drive, link in enumerate(self._drives):
-                self._drives.ask(link, Op.ROWS, into=[waiting[-1][drive]], **header)
-            if len(waiting) > 1:
-                self._drives.answers(one=True)
-                yield np.concatenate(list(waiting.pop(0)), axis=2)
-        self._drives.answers()
-        for piece in waiting:
-            yield np.concatenate(list(piece), axis=2)
+        return self._drives.fetch(self._number, layer, begin, end)
 
     def rewindable(self, length: int) -> int:
         return length if self._alive else 0
@@ -449,19 +372,3 @@ class InstInferCache(KVCache):
 
     def report(self) -> dict[str, object]:
         return self._drives.report()
-
-
-def _buffer_shapes(shape: CacheShape) -> list[tuple[tuple[int, ...], type]]:
-    """Queries that go, outputs that come; for prompts that follow others also stats of both parts, and one part."""
-    numbers = QUERY_ROWS * shape.num_heads * shape.head_dim
-    return [
-        ((numbers,), np.float16),
-        ((numbers,), np.float16),
-        ((2, QUERY_ROWS, shape.num_heads, 2), np.float32),
-        ((QUERY_ROWS, shape.num_heads, shape.head_dim), np.float32),
-    ]
-
-
-def _staging_shape(shape: CacheShape, num_tokens: int) -> tuple[int, ...]:
-    """A prompt's keys and values of the layer on its way, and of the next."""
-    return min(shape.num_layers, 2), 2, num_tokens, shape.num_kv_heads, shape.head_dim

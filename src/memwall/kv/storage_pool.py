@@ -6,16 +6,17 @@ what its interpreter takes; on the tier `disk` the blocks of its file. None of i
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from memwall.errors import DoesNotFit
-from memwall.kv.flash import FlashLayout
-from memwall.kv.sparf import SparseSettings
-from memwall.kv.storage_link import TIMEOUT_SECONDS, StorageConfig, StorageLink, StorageLost
+from memwall.kv.storage_link import TIMEOUT_SECONDS, StorageLink, StorageLost
+from memwall.kv.storage_settings import StorageSettings
 from memwall.kv.storage_wire import Op
 from memwall.memory import Arena
 
@@ -23,32 +24,6 @@ RUNTIME = "runtime/storage process"
 """Ledger owner of interpreters and libraries of the storage processes."""
 SWEEPS = 4
 """So many times a drive may read all that it holds before a request is late."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageSettings:
-    """layout: of one process. sparse: settings of `SparseSettings`, None to read everything. Rates: 0 for as fast as it
-    goes; with one the link, or the flash behind it, is an emulated one.
-    """
-
-    layout: FlashLayout
-    drives: int
-    sparse: dict[str, Any] | None
-    direct: bool
-    link_bytes_per_s: float
-    flash_bytes_per_s: float
-    threads: int
-    windows: Sequence[int | None]
-    scale: float
-
-    def chosen(self, num_tokens: int) -> int:
-        """Tokens that a step attends to."""
-        return SparseSettings(**self.sparse).count(num_tokens) if self.sparse is not None else num_tokens
-
-    def config(self) -> StorageConfig:
-        """What one process is started with."""
-        names = ("layout", "windows", "scale", "sparse", "direct", "link_bytes_per_s", "flash_bytes_per_s", "threads")
-        return StorageConfig(**{name: getattr(self, name) for name in names})
 
 
 class Drives:
@@ -147,6 +122,25 @@ class Drives:
         for link in self._links:
             self.ask(link, op, **header)
         return self.answers()
+
+    def fetch(self, sequence: int, layer: int, begin: int, end: int) -> Iterator[np.ndarray]:
+        """Keys and values [2, n, Hkv, D] float16 of all heads, piece by piece; the next is read meanwhile."""
+        layout = self.settings.layout
+        step = layout.slots // (2 * layout.kv_heads) * layout.group
+        ends = [begin, *range(begin // step * step + step, end, step), end]
+        waiting: list[np.ndarray] = []
+        for first, last in itertools.pairwise(ends):
+            rows = (2, last - first, layout.kv_heads, layout.head_dim)
+            waiting.append(np.empty((self.count, *rows), np.float16))
+            header = {"layer": layer, "sequence": sequence, "number": last - first, "first": first}
+            for drive, link in enumerate(self._links):
+                self.ask(link, Op.ROWS, into=[waiting[-1][drive]], **header)
+            if len(waiting) > 1:
+                self.answers(one=True)
+                yield np.concatenate(list(waiting.pop(0)), axis=2)
+        self.answers()
+        for piece in waiting:
+            yield np.concatenate(list(piece), axis=2)
 
     def report(self) -> dict[str, object]:
         """Counters of each process and its link, and whether an emulated one."""
