@@ -7,7 +7,7 @@ the demo model over real text, and on random ones. Quality: plain arrays that ch
 others do, with the same bytes read; one claim ties them to the drive. The simulator has the paper's constants.
 
 After an earlier run was seen, one claim on the order SparF, H2O, last tokens became two, so that what fails is plain;
-the emulated rates were halved and the fastest rounds taken, as a busy machine delayed processes more than links did.
+the emulated rates were lowered, and the fastest rounds taken, as a busy machine delayed processes more than links did.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """
@@ -44,8 +44,10 @@ from memwall.systems import find_system
 snapkv = load_experiment(find_system("snapkv"))  # prompts with facts, and what eviction keeps of them
 kivi = snapkv.kivi  # the demo model over held-out windows
 
-LINK_MB, FLASH_MB = 8.75, 14.0
-"""Of the paper's 7 and 11.2 GB/s, an eight-hundredth."""
+LINK_MB, FLASH_MB = 2.1875, 3.5
+"""Of the paper's 7 and 11.2 GB/s, a 3200th: far slower than processes are woken up."""
+MATRICES_SECONDS = 0.15
+"""What stands for a step's products, which do not depend on the context."""
 RATIO = FLASH_MB / LINK_MB
 NO_LIMIT = 1 << 40
 
@@ -62,9 +64,9 @@ class Sizes:
     held_tokens: int
 
 
-FULL = Sizes(lengths=(256, 512, 1024, 2048), links=(3.5, 7.0, 14.0, 28.0), rounds=5, windows=4, decoded_tokens=96,
+FULL = Sizes(lengths=(256, 512, 1024, 2048), links=(0.875, 1.75, 3.5, 7.0), rounds=3, windows=4, decoded_tokens=96,
              tries=12, paged_tokens=8, held_tokens=8192)  # fmt: skip
-QUICK = Sizes(lengths=(256, 1024), links=(7.0, 28.0), rounds=3, windows=2, decoded_tokens=16, tries=2,
+QUICK = Sizes(lengths=(128, 512), links=(1.75, 7.0), rounds=2, windows=2, decoded_tokens=16, tries=2,
               paged_tokens=2, held_tokens=2048)  # fmt: skip
 
 MHA = kv.CacheShape(num_layers=1, num_heads=4, num_kv_heads=4, head_dim=128)
@@ -378,8 +380,11 @@ def timed_pairs(
 
 
 def pair(length: int, link_mb: float) -> dict[str, kv.KVCache]:
-    """The same rows in two storage processes, attended to there and here, in small chunks so that work overlaps."""
-    policy = f"instinfer(1,link_mb={link_mb},flash_mb={FLASH_MB},chunk_kib=64)"
+    """The same rows in two storage processes, attended to there and here, in small chunks so that work overlaps.
+
+    Channel pages must fit in a chunk too, so they hold many channels; nothing reads them here.
+    """
+    policy = f"instinfer(1,link_mb={link_mb},flash_mb={FLASH_MB},chunk_kib=64,channels=64)"
     return {"in storage": filled(policy, MHA, length), "fetched": filled(policy, MHA, length, FetchCache)}
 
 
@@ -394,16 +399,15 @@ def gain(length: int, link_mb: float, rounds: int, between: Callable[[], object]
 
 
 def speed_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
-    weights, x = np.ones((8192, 4096), np.float32), np.ones(4096, np.float32)
     ratios = {}
     for length in sizes.lengths:
         tick(f"speed at {length} tokens")
-        ratios[length] = gain(length, LINK_MB, sizes.rounds, lambda: (weights @ x, weights @ x))
+        ratios[length] = gain(length, LINK_MB, sizes.rounds, lambda: time.sleep(MATRICES_SECONDS))
     yield Claim(
         claim="over a slow link, decoding with dense attention in storage is faster than fetching, the more so the "
         "longer the context, and nears flash over link bandwidth",
-        measured=f"emulated, link {LINK_MB} and flash {FLASH_MB} MB/s, {2 * weights.nbytes / MIB:.0f} MiB of matrices "
-        "a step: " + ", ".join(f"s={length}: {ratio:.2f} times" for length, ratio in ratios.items())
+        measured=f"emulated, link {LINK_MB} and flash {FLASH_MB} MB/s, {MATRICES_SECONDS} s of other work a step: "
+        + ", ".join(f"s={length}: {ratio:.2f} times" for length, ratio in ratios.items())
         + f"; bandwidths {RATIO:.2f} times; fastest of {sizes.rounds} rounds, here and below",
         required="longest above shortest; longest within 0.85 to 1.15 of the bandwidths' ratio",
         passed=ratios[sizes.lengths[-1]] > ratios[sizes.lengths[0]]
@@ -429,7 +433,7 @@ def drives_claim(sizes: Sizes, tick: Callable[[str], None]) -> Claim:
     tick("several drives")
     counts = (1, 2, 4)
     caches: dict[str, kv.KVCache] = {
-        str(n): filled(f"instinfer(1,drives={n},flash_mb=7,link_mb={LINK_MB})", MHA, 512) for n in counts
+        str(n): filled(f"instinfer(1,drives={n},flash_mb={FLASH_MB / 2})", MHA, 512) for n in counts
     }
     found = timed_pairs(caches, sizes.rounds)
     for cache in caches.values():
@@ -437,7 +441,8 @@ def drives_claim(sizes: Sizes, tick: Callable[[str], None]) -> Claim:
     gains = {n: found["1"] / found[str(n)] for n in counts}
     return Claim(
         claim="heads split over drives are attended to at once",
-        measured="emulated flash of 7 MB/s each: " + ", ".join(f"{n}: {gain:.2f} times" for n, gain in gains.items()),
+        measured=f"emulated flash of {FLASH_MB / 2} MB/s each: "
+        + ", ".join(f"{n}: {gain:.2f} times" for n, gain in gains.items()),
         required="2 drives at least 1.6 times, 4 at least 2.5 times; not above their number by more than 10 %",
         passed=gains[2] >= 1.6 and gains[4] >= 2.5 and all(gain <= 1.1 * n for n, gain in gains.items()),
     )
