@@ -64,7 +64,8 @@ def cache_line(session: Session) -> list[str]:
     held, plain = (format_bytes(told[name]) for name in ("bytes", "float16_bytes"))
     factors = told["factors"] or {}
     parts = " x ".join(f"{part} {factor:.3f}" for part, factor in factors.items()) if len(factors) > 1 else ""
-    return [f"cache: {held} where float16 takes {plain}: {f'{parts} = ' if parts else ''}{told['share']:.3f}"]
+    where = " on all tiers" if session.cache.tiers else ""
+    return [f"cache: {held}{where} where float16 takes {plain}: {f'{parts} = ' if parts else ''}{told['share']:.3f}"]
 
 
 def result_object(session: Session, plan: Plan) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def result_object(session: Session, plan: Plan) -> dict[str, Any]:
             "prefill_tokens_per_s": timings.prefill_tokens_per_s,
             "tokens_per_s": timings.decode_tokens_per_s,
         },
-        "cache": session.cache.report(),
+        "storage": session.cache.report() or None,
         "ledger": ledger_rows(session, plan),
         "cache": cache_object(session),
         "peak_resident_bytes": peak_resident_bytes(),
