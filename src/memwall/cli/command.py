@@ -118,6 +118,8 @@ KV_POLICIES = (
     "cskv(0.2)",
     "locret",
     "epicache",
+    "instinfer",
+    "instinfer(1)",
 )
 
 Model = Annotated[

@@ -64,7 +64,8 @@ def cache_line(session: Session) -> list[str]:
     held, plain = (format_bytes(told[name]) for name in ("bytes", "float16_bytes"))
     factors = told["factors"] or {}
     parts = " x ".join(f"{part} {factor:.3f}" for part, factor in factors.items()) if len(factors) > 1 else ""
-    return [f"cache: {held} where float16 takes {plain}: {f'{parts} = ' if parts else ''}{told['share']:.3f}"]
+    where = " on all tiers" if session.cache.tiers else ""
+    return [f"cache: {held}{where} where float16 takes {plain}: {f'{parts} = ' if parts else ''}{told['share']:.3f}"]
 
 
 def result_object(session: Session, plan: Plan) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def result_object(session: Session, plan: Plan) -> dict[str, Any]:
             "prefill_tokens_per_s": timings.prefill_tokens_per_s,
             "tokens_per_s": timings.decode_tokens_per_s,
         },
+        "storage": session.cache.report() or None,
         "ledger": ledger_rows(session, plan),
         "cache": cache_object(session),
         "peak_resident_bytes": peak_resident_bytes(),
@@ -109,12 +111,30 @@ def summary(session: Session, plan: Plan, request: Request, *, verbose: bool) ->
     share = f" of {format_bytes(limit)} allowed ({peak / limit:.0%})" if limit else ""
     lines = [
         speed_line(session.last),
+        *drive_lines(session.cache.report()),
         *([f"plan: {plan.choice.weights} weights, {plan.choice.kv} cache. {plan.explanation}"] if verbose else []),
         format_table(headers, rows, right=frozenset({2, 3})),
         *cache_line(session),
         f"peak resident {format_bytes(peak)}{share}",
     ]
     return "\n".join(lines)
+
+
+def drive_lines(report: dict[str, Any]) -> list[str]:
+    """What storage processes did for the cache, one line each."""
+    from memwall.hardware.units import format_bytes
+
+    lines = []
+    emulated = " (emulated)" if report.get("emulated") else ""
+    for drive in report.get("drives", ()):
+        link, pages = drive["link"], drive["token_pages_read"] + drive["channel_pages_read"]
+        how = "direct I/O" if drive["direct"] else f"through the page cache: {drive['note'] or 'direct=0'}"
+        lines.append(
+            f"storage process {drive['pid']}: {format_bytes(link['down_bytes'])} down and "
+            f"{format_bytes(link['up_bytes'])} up the link{emulated}; read {pages:,} pages of {drive['page_bytes']} B, "
+            f"wrote {drive['pages_written']:,} ({how}, {drive['directory']})"
+        )
+    return lines
 
 
 def speed_line(result: Generation) -> str:

@@ -326,7 +326,8 @@ def load(
             ledger = Ledger()
             _warm_up()
             runtime_bytes = measure_runtime(ledger).nbytes
-            arena = Arena(_cap(budget, runtime_bytes), ledger)
+            elsewhere = budget.tiers if budget is not None else None
+            arena = Arena(_cap(budget, runtime_bytes), ledger, other_caps=elsewhere)
         else:
             ledger, arena = beside.ledger, beside.arena
         weights = load_weights(config, checkpoint, specs, arena, progress=progress)

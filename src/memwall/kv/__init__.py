@@ -18,9 +18,11 @@ from memwall.kv.table import (
     needs_model,
     packs_positions,
     predict,
+    processes,
     read_bytes,
     resolve,
     step_macs,
+    tiers,
 )
 
 __all__ = [
@@ -37,8 +39,10 @@ __all__ = [
     "packs_positions",
     "parse",
     "predict",
+    "processes",
     "read_bytes",
     "resolve",
     "savings",
     "step_macs",
+    "tiers",
 ]

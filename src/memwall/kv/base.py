@@ -127,6 +127,8 @@ class KVCache(ABC):
 
     saves: ClassVar[bool] = False
     """Whether it can be written down and read back (`dump`, `layout`, `restore`)."""
+    tiers: ClassVar[Mapping[str, str]] = {}
+    """Ledger owners, of those that `predict` names, whose bytes are on another tier than the cache's, and which."""
     plain_rows: ClassVar[bool] = False
     """Whether rows alone make it: appending and settling without attention does, and `rows` gives them back."""
 
@@ -155,6 +157,11 @@ class KVCache(ABC):
     @staticmethod
     def step_macs(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
         """Multiply-adds of one decode step beyond attention itself: where keys are rebuilt, these decide its time."""
+        return 0
+
+    @staticmethod
+    def processes(policy: Policy, shape: CacheShape) -> int:
+        """Processes that it starts beside this one, each with an interpreter of its own."""
         return 0
 
     @classmethod
@@ -276,6 +283,10 @@ class KVCache(ABC):
     def rows(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values [n, Hkv, D] float32 of tokens [begin, end) as they are held. Where `plain_rows` is set."""
         raise NotImplementedError
+
+    def report(self) -> dict[str, object]:
+        """What happened outside this process, as plain data: bytes over links, pages read. Empty where nothing did."""
+        return {}
 
     @property
     @abstractmethod

@@ -314,6 +314,9 @@ class EvictingCache(KVCache):
             raise
         return other
 
+    def report(self) -> dict[str, object]:
+        return self.inner.report()
+
     def release(self) -> None:
         self._rows = None
         self._unstage()

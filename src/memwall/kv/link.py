@@ -91,12 +91,15 @@ class Throttle:
         """The trace from its beginning, for the next byte on."""
         self._start, self._free = None, 0.0
 
-    def wait(self, nbytes: int) -> None:
-        """Sleeps until so many more bytes would have arrived."""
-        now = time.perf_counter()
+    def wait(self, nbytes: int, ready: float | None = None) -> None:
+        """Sleeps until so many more bytes would have arrived.
+
+        ready: the time (`perf_counter`) from which they could be on their way; now unless given.
+        """
+        began = time.perf_counter() if ready is None else ready
         if self._start is None:
-            self._start = now
-        self._free = self.trace.arrival(max(now - self._start, self._free), nbytes)
+            self._start = began
+        self._free = self.trace.arrival(max(began - self._start, self._free), nbytes)
         delay = self._start + self._free - time.perf_counter()
         if delay > 0:
             time.sleep(delay)

@@ -31,6 +31,7 @@ POLICIES = {
     "cskv": "memwall.kv.cskv:CskvCache",
     "locret": "memwall.kv.locret:LocretCache",
     "epicache": "memwall.kv.epicache:EpiCache",
+    "instinfer": "memwall.kv.instinfer:InstInferCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 
@@ -170,6 +171,16 @@ def read_bytes(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
     """Bytes that one decode step reads from a cache of `num_tokens`, which came as one prompt where that matters."""
     resolved = resolve(policy)
     return technique(resolved.name).read_bytes(resolved, shape, num_tokens)
+
+
+def tiers(policy: str | Policy) -> dict[str, str]:
+    """Ledger owners of a policy's cache that are not on the tier of the cache itself, and where they are."""
+    return {owner: tier for part in resolve(policy).parts for owner, tier in technique(part.name).tiers.items()}
+
+
+def processes(policy: str | Policy, shape: CacheShape) -> int:
+    """Processes that a policy's cache starts beside this one."""
+    return sum(technique(part.name).processes(part, shape) for part in resolve(policy).parts)
 
 
 def step_macs(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:

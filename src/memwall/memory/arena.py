@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from memwall.memory.pages import HUGE_PAGE_BYTES, Pages, round_up
 ALIGNMENT_BYTES = 64
 SMALL_BYTES = 32 * KIB
 """Arrays below this come from the heap: a mapping each would waste most of its last page."""
+UNLIMITED_BYTES = 1 << 62
 HUGE_FROM_BYTES = 4 * HUGE_PAGE_BYTES
 """Ranges from here on use huge pages unless told otherwise."""
 
@@ -154,8 +155,13 @@ class _Held:
 class Arena:
     """Memory on one tier with a hard cap. `used_bytes <= cap_bytes` holds at every moment, in every thread."""
 
-    def __init__(self, cap_bytes: int, ledger: Ledger, tier: str = "ram") -> None:
+    def __init__(
+        self, cap_bytes: int, ledger: Ledger, tier: str = "ram", *, other_caps: Mapping[str, int] | None = None
+    ) -> None:
+        """other_caps: bytes allowed on other tiers, for the arenas that `beside` gives."""
         self.ledger = ledger
+        self._other_caps = dict(other_caps or {})
+        self._others: dict[str, Arena] = {}
         self.tier = tier
         self._cap_bytes = _checked_cap(cap_bytes)
         self._used_bytes = 0
@@ -182,6 +188,15 @@ class Arena:
     def peak_bytes(self) -> int:
         """The most that was held at once."""
         return self._peak_bytes
+
+    def beside(self, tier: str) -> Arena:
+        """The arena of another tier, on the same ledger; without a cap where none was given."""
+        if tier == self.tier:
+            return self
+        with self._lock:
+            if tier not in self._others:
+                self._others[tier] = Arena(self._other_caps.get(tier, UNLIMITED_BYTES), self.ledger, tier)
+            return self._others[tier]
 
     def set_cap(self, cap_bytes: int) -> None:
         """Moves the cap. It cannot go below what is held: give something back first."""

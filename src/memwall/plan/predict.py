@@ -41,6 +41,9 @@ RUNTIME_SPREAD_BYTES = 768 * 1024
 #: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux
 #: x86-64, Python 3.11)
 DEFAULT_RUNTIME_BYTES = 64_000_000
+PROCESSES, PROCESS_TIER = "runtime/storage process", "storage"
+#: what the interpreter and libraries of a storage process take (measured on Linux x86-64, Python 3.11)
+PROCESS_RUNTIME_BYTES = 43_000_000
 #: cache policies tried when none is asked, the least lossy first
 POLICIES = ("float16", "kivi(4bit)", "kivi(2bit)")
 
@@ -131,7 +134,13 @@ class ModelSpace(Space):
         cache = self.cache_rows(choice.kv, choice.context, choice.segment_tokens)
         work = activations(self.config, choice.segment_tokens) * choice.batch
         rows = [PlanRow(owner=owner, tier=device, nbytes=size) for owner, size in sorted(weights.items())]
-        rows += [PlanRow(owner=owner, tier=device, nbytes=size * choice.batch) for owner, size in sorted(cache.items())]
+        elsewhere = kv.tiers(choice.kv)
+        rows += [
+            PlanRow(owner=owner, tier=elsewhere.get(owner, device), nbytes=size * choice.batch)
+            for owner, size in sorted(cache.items())
+        ]
+        if processes := kv.processes(choice.kv, self.shape):
+            rows.append(PlanRow(owner=PROCESSES, tier=PROCESS_TIER, nbytes=processes * PROCESS_RUNTIME_BYTES))
         rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
         scratch = scratch_bytes(self.config, self.specs(choice.weights), choice.segment_tokens, threads=choice.threads)
         rows.append(PlanRow(owner=SCRATCH, tier=device, nbytes=scratch))
@@ -139,7 +148,8 @@ class ModelSpace(Space):
         rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
         rows += [PlanRow(owner=owner, tier=host, nbytes=size) for owner, size in self.extra_bytes.items()]
         # weights come first: while they load, cache and activations do not exist yet and their room is free for it
-        room = sum(cache.values()) * choice.batch + work if device == host else 0
+        own = sum(size for owner, size in cache.items() if owner not in elsewhere)
+        room = own * choice.batch + work if device == host else 0
         above = max(self.loading_bytes(choice.weights) - room, 0)
         if above:
             rows.append(PlanRow(owner=LOADING, tier=host, nbytes=above))
