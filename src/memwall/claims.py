@@ -31,6 +31,10 @@ class Claim:
     required: str
     passed: bool | None
 
+    def __post_init__(self) -> None:
+        if self.passed is not None:  # NumPy's booleans are neither True nor False to `is`
+            object.__setattr__(self, "passed", bool(self.passed))
+
     @property
     def verdict(self) -> str:
         """`pass`, `fail` or `not run`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,16 @@ def test_a_plan_says_what_must_be_fitted_first(memwall: Any) -> None:
     shown = memwall("plan", "demo", "--weights", "int4", "--kv", "locret", "--no-measure", "--context", "512")
     assert shown.exit_code == 0
     assert "memwall fit" in " ".join(shown.stdout.split())
+
+
+def test_a_first_use_that_computes_matrices_keeps_its_budget(
+    spawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing was kept from earlier runs
+    asked = ("run", "demo", "The city", "--kv", "xquant(4bit)", "--max-new-tokens", "8", "--ignore-eos", "--json")
+    smallest = re.search(r"ram=(\d+) bytes", spawn(*asked, "--memory", "5MB").stderr)
+    assert smallest
+    enough = int(smallest[1]) + (1 << 20)  # the program itself may take a little more than the last time
+    result = spawn(*asked, "--memory", str(enough))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["peak_resident_bytes"] <= enough

@@ -14,6 +14,7 @@ from memwall.kv.savings import Savings, held_bytes, savings
 from memwall.kv.table import (
     POLICIES,
     build,
+    building_bytes,
     codes_prompt,
     needs_model,
     packs_positions,
@@ -33,6 +34,7 @@ __all__ = [
     "Policy",
     "Savings",
     "build",
+    "building_bytes",
     "codes_prompt",
     "held_bytes",
     "needs_model",

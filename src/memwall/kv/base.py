@@ -160,6 +160,11 @@ class KVCache(ABC):
         return 0
 
     @staticmethod
+    def building_bytes(policy: Policy, shape: CacheShape) -> int:
+        """The most that making an empty cache holds for a moment beyond it, as where matrices come from weights."""
+        return 0
+
+    @staticmethod
     def processes(policy: Policy, shape: CacheShape) -> int:
         """Processes that it starts beside this one, each with an interpreter of its own."""
         return 0

@@ -183,6 +183,11 @@ def processes(policy: str | Policy, shape: CacheShape) -> int:
     return sum(technique(part.name).processes(part, shape) for part in resolve(policy).parts)
 
 
+def building_bytes(policy: str | Policy, shape: CacheShape) -> int:
+    """The most that making an empty cache holds for a moment beyond it."""
+    return max(technique(part.name).building_bytes(part, shape) for part in resolve(policy).parts)
+
+
 def step_macs(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
     """Multiply-adds that one decode step spends on a cache of `num_tokens` beyond attention itself."""
     resolved = resolve(policy)

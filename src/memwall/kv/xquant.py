@@ -33,7 +33,7 @@ from memwall.kv.base import CacheModel, CacheShape
 from memwall.kv.latent import BLOCK_TOKENS, BlockAttention, Factors, LatentCache, Rebuild, Scratch
 from memwall.kv.latent_rows import CODED_BITS, LatentForm, LatentRows, LatentStack
 from memwall.kv.policy import Policy, parse
-from memwall.kv.xquant_factors import factor_arrays
+from memwall.kv.xquant_factors import copies_bytes, factor_arrays, work_bytes
 from memwall.memory.pages import round_up
 
 if TYPE_CHECKING:
@@ -174,6 +174,15 @@ class XQuantCache(LatentCache):
             for owner, size in LatentStack.predict(forms, num_tokens).items():
                 owners[owner] = owners.get(owner, 0) + size
         return owners
+
+    @staticmethod
+    def building_bytes(policy: Policy, shape: CacheShape) -> int:
+        """The matrices before they are copied, and at the first use one layer's in double."""
+        settings = XQuantSettings.from_policy(policy, shape)
+        if not settings.latents:
+            return 0
+        joint = bool(settings.cl)
+        return copies_bytes(shape, first=settings.base if joint else 0, joint=joint) + work_bytes(shape, joint=joint)
 
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:

@@ -14,7 +14,7 @@ from memwall.kv.latent import decoded, hidden_size, projection_names
 if TYPE_CHECKING:
     from memwall.memory import Arena
 
-FITTING = "kv/fitting"
+FITTING = "kv/building"
 LEAST_SINGULAR_SHARE = 1e-3
 """Singular values below this share of the largest count as this much: float16 holds neither them nor their inverse."""
 
@@ -30,13 +30,11 @@ def factor_arrays(
     d, h = hidden_size(shape, "xquant"), shape.row_values
     forms = "".join(model.weights.specs[name] for layer in range(shape.num_layers) for name in projection_names(layer))
     digest = hashlib.sha256(forms.encode()).hexdigest()[:16]
-    layers = shape.num_layers - first
-    # all matrices in float16 before they are copied; while they are made, one layer's in double besides
-    copies, work = 2 * layers * (4 * d * h if joint else 4 * h * h), 8 * 2 * h * (2 * d + 4 * h)
+    copies = copies_bytes(shape, first=first, joint=joint)
     charge = arena.charge(FITTING, copies)
 
     def make() -> dict[str, np.ndarray]:
-        charge.resize(copies + work)
+        charge.resize(copies + work_bytes(shape, joint=joint))
         arrays: dict[str, np.ndarray] = {}
         for layer in range(first, shape.num_layers):
             weights = [decoded(model.weights.matrices[name], h, d) for name in projection_names(layer)]
@@ -48,6 +46,20 @@ def factor_arrays(
         return fitted.remembered(model, f"xquant joint={int(joint)} first={first} {digest}", make)
     finally:
         charge.release()
+
+
+def copies_bytes(shape: CacheShape, *, first: int, joint: bool) -> int:
+    """All matrices in float16, before they are copied to where they stay."""
+    d, h = hidden_size(shape, "xquant"), shape.row_values
+    return 2 * (shape.num_layers - first) * (4 * d * h if joint else 4 * h * h)
+
+
+def work_bytes(shape: CacheShape, *, joint: bool) -> int:
+    """One layer's matrices while they are made: its weights, and what the decomposition holds in double."""
+    d, h = hidden_size(shape, "xquant"), shape.row_values
+    if joint:  # weights twice; the matrix twice, its factors, and the work space of the divide-and-conquer SVD
+        return 2 * 8 * d * h + 8 * 3 * 2 * d * h + 8 * 8 * (2 * h) ** 2
+    return 8 * 2 * h * (2 * d + 4 * h)
 
 
 def _own_factors(weights: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,7 +4,8 @@ ledger.
 Reads the configuration and the headers only. Each row is computed by the room that will allocate it (weights by
 `models.precision`, cache by `kv`, activations by `models.decoder`), so plan and ledger differ only where memory is
 not an arena's: the interpreter and its libraries (`runtime`, measured) and what loading needs for a moment
-(`loading`, counted only as far as it rises above the resident state).
+(`loading`, counted only as far as it rises above the resident state); likewise what making an empty cache needs
+(`kv/building`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from memwall.plan.search import Space
 
 RUNTIME = "runtime"
 HEADROOM = "headroom"
+BUILDING = "kv/building"
 #: runs of the same command differ by this much in what the interpreter holds; on top of what the session keeps free
 RUNTIME_SPREAD_BYTES = 768 * 1024
 #: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux
@@ -153,6 +155,11 @@ class ModelSpace(Space):
         above = max(self.loading_bytes(choice.weights) - room, 0)
         if above:
             rows.append(PlanRow(owner=LOADING, tier=host, nbytes=above))
+        # an empty cache is made before tokens take their room
+        grown = own - sum(self.cache_rows(choice.kv, 1, 1).values()) if own else 0
+        building = max(kv.building_bytes(choice.kv, self.shape) - max(grown, 0) * choice.batch, 0)
+        if building:
+            rows.append(PlanRow(owner=BUILDING, tier=device, nbytes=building))
         return tuple(row for row in rows if row.nbytes)
 
     def peak_bytes(self, choice: Choice) -> dict[str, int]:
