@@ -154,8 +154,10 @@ def plot(study: Study, name: str) -> Figure:
     axes.set_xlabel("bytes of the cache over those of float16")
     axes.set_ylabel(PLOTS[name][1])
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda share, place: f"{share:g}")
     if name == "text":
-        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_yscale("symlog", linthresh=1e-3)  # exact caches lose nothing, which a logarithm does not show
+        axes.set_ylim(bottom=0)
     else:
         axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)
