@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def test_methods_without_a_fit_say_what_to_run(memwall: Any) -> None:
     result = memwall(*FAST, "--methods", "float16,locret")
     assert result.exit_code == 0
     assert "memwall fit demo 'locret'" in result.stderr
+
+
+def test_plots_that_cannot_be_drawn_are_refused_first(
+    memwall: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else real(name, *a))
+    result = memwall(*FAST, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "matplotlib" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

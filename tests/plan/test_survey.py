@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memwall.engine.session import cache_shape
 from memwall.errors import DoesNotFit, InputError
-from memwall.kv import CacheShape
+from memwall.kv import CacheShape, fitted
 from memwall.models import ModelConfig, model_directory
 from memwall.plan import Choice, Goal, Planner, Quality
 from memwall.plan.search import Candidate
@@ -96,6 +97,9 @@ def test_those_whose_weights_alone_lose_more_wait_in_vain() -> None:
 def test_caches_that_a_model_cannot_have_are_left_out() -> None:
     shape = cache_shape(ModelConfig.from_directory(DEMO))
     assert caches_for(shape, "nobody's", 512) == CACHES
+    fitted.save("somebody's", "cskv k=0.5", {"k": np.zeros(1, np.float32)}, "cskv(0.5,init=svd,train=0)")
+    fitted.save("somebody's", "cachegen", {"k": np.zeros(1, np.float32)}, "cachegen")
+    assert caches_for(shape, "somebody's", 512) == (*CACHES, "cskv(0.5,init=svd,train=0)")
     windows = CacheShape(num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, windows=(64,) * 4, hidden_size=128)
     left = caches_for(windows, "nobody's", 512)
     assert "float16" in left

@@ -9,7 +9,18 @@ from memwall import kv
 from memwall.errors import InputError
 from memwall.kv import fitted
 from memwall.kv.base import CacheShape
-from memwall.studies.kv_methods import BUDGETS, METHODS, QUICK, Ground, cells, parse_budgets, parse_methods
+from memwall.studies.kv_methods import (
+    AS_THEY_ARE,
+    BUDGETED,
+    BUDGETS,
+    FLOATS,
+    METHODS,
+    QUICK,
+    Ground,
+    cells,
+    parse_budgets,
+    parse_methods,
+)
 
 SHAPE = CacheShape(num_layers=8, num_heads=8, num_kv_heads=4, head_dim=32, hidden_size=256)
 GROUND = Ground(shape=SHAPE, fingerprint="nobody's", model="demo", prompt_tokens=900, context_tokens=1024)
@@ -78,5 +89,8 @@ def test_budgets_are_shares() -> None:
 def test_every_policy_of_the_table_is_in_the_study() -> None:
     settings = [policy for method in METHODS.values() for policy in method(["cskv", "locret"])]
     named = {part.name for policy in settings for part in kv.parse(policy).parts}
-    assert named | {"float32", "bfloat16"} == set(kv.POLICIES)
+    assert named | set(FLOATS) == set(kv.POLICIES)
     assert set(QUICK) <= set(METHODS)
+    assert set(BUDGETED) <= set(METHODS)
+    assert {"float16", "vattention"} <= set(AS_THEY_ARE)
+    assert not set(AS_THEY_ARE) & set(BUDGETED)

@@ -111,6 +111,8 @@ KV_POLICIES = (
     "kivi",
     "kivi(4bit)",
     "snapkv(0.25)",
+    "snapkv(0.25)+kivi(4bit)",
+    "snapkv(0.25)+think(0.4)+kivi(2bit)",
     "think(0.4)",
     "vattention",
     "xquant",

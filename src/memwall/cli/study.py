@@ -100,13 +100,15 @@ def kv(
     from memwall.models import model_directory
     from memwall.plan.choose import held_out_text
     from memwall.studies import kv_methods, kv_tasks
-    from memwall.studies.kv_report import write
+    from memwall.studies.kv_report import check, write
     from memwall.studies.kv_study import study_kv
 
     names = list(kv_methods.QUICK if quick else kv_methods.METHODS)
     shares = list(kv_methods.QUICK_BUDGETS if quick else kv_methods.BUDGETS)
     names = names if methods is None else kv_methods.parse_methods(methods)
     shares = shares if budgets is None else kv_methods.parse_budgets(budgets)
+    if out is not None:
+        check()
     if threads is not None:
         kernels.set_num_threads(threads)
     with progress_bar("study", quiet=quiet) as bar:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memwall import kv
 from memwall.errors import InputError
@@ -58,6 +58,8 @@ def _locret(fitted_: list[str]) -> Sequence[str]:
     return [f"locret({share},chunk={CHUNK})" for share in SHARES]
 
 
+FLOATS = ("float32", "bfloat16")
+BUDGETED = ("kivi", "xquant", "cskv", "snapkv", "think", "locret", "epicache")
 METHODS: dict[str, Settings] = {
     "float16": lambda fitted_: ["float16"],
     "vattention": lambda fitted_: ["vattention(page_kib=16)"],
@@ -74,8 +76,11 @@ METHODS: dict[str, Settings] = {
     "snapkv+think": _shares("snapkv({})+think(0.4)"),
     "snapkv+think+kivi": _shares("snapkv({})+think(0.4)+kivi(4bit,residual=32)"),
 }
-EXACT = ("float16", "vattention")
-"""Methods that lose nothing and meet no budget: measured once, for the others to be compared with."""
+METHODS |= {name: (lambda fitted_, name=name: [name]) for name in kv.POLICIES if name not in {*METHODS, *FLOATS}}  # type: ignore[misc]
+AS_THEY_ARE = tuple(name for name in METHODS if name in kv.POLICIES and name not in BUDGETED)
+"""Methods that no budget is asked of, measured once: exact ones, and policies of the table that nobody has yet said how
+to set to a budget.
+"""
 QUICK = ("float16", "kivi", "snapkv", "think", "epicache", "snapkv+kivi", "snapkv+think+kivi")
 FITS = {"cskv": "cskv(0.5,init=pca,train=0)", "locret": "locret"}
 """What to fit for a method that has found nothing fitted."""
@@ -109,8 +114,8 @@ def cells(methods: Sequence[str], budgets: Sequence[float], ground: Ground) -> l
         if not settings:
             todo = f"not fitted to this model: run `memwall fit {ground.model} '{FITS[method]}'` first"
             found.append(Cell(method=method, budget=None, skipped=todo))
-        elif method in EXACT:
-            found.append(Cell(method=method, budget=None, policy=settings[0]))
+        elif method in AS_THEY_ARE:
+            found.append(replace(_of_policy(settings[0], ground), method=method))
         else:
             found += _at_budgets(method, settings, budgets, ground)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 import json
 import os
@@ -93,6 +94,12 @@ def remarks(study: Study) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def check() -> None:
+    """Refuses plots that could not be drawn, before the minutes that measuring takes."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependency("matplotlib", "plot")
+
+
 def write(study: Study, folder: Path) -> list[Path]:
     """study.json, study.html and one PNG a plot; each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,10 +140,8 @@ def _points(study: Study, name: str) -> Iterator[tuple[Row, float, float]]:
 
 def plot(study: Study, name: str) -> Figure:
     """One figure of quality against real bytes: a line a method, peers dashed."""
-    try:
-        from matplotlib.figure import Figure as Drawing
-    except ImportError as error:
-        raise MissingDependency("matplotlib", "plot") from error
+    from matplotlib.figure import Figure as Drawing
+
     figure = Drawing(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
     methods: dict[str, list[tuple[float, float]]] = {}
@@ -154,8 +159,10 @@ def plot(study: Study, name: str) -> Figure:
     axes.set_xlabel("bytes of the cache over those of float16")
     axes.set_ylabel(PLOTS[name][1])
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda share, place: f"{share:g}")
     if name == "text":
-        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_yscale("symlog", linthresh=1e-3)  # exact caches lose nothing, which a logarithm does not show
+        axes.set_ylim(bottom=0)
     else:
         axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)

@@ -15,6 +15,7 @@ import numpy as np
 
 from memwall import kv
 from memwall.engine.session import cache_shape
+from memwall.hardware import available_memory_bytes
 from memwall.kv.epicache import EpiCache
 from memwall.kv.episodes import Utterance
 from memwall.memory import Arena, Ledger
@@ -37,7 +38,8 @@ class StudyModel:
         self.config = ModelConfig.from_directory(directory)
         self.context_tokens = min(context_tokens, self.config.max_position)
         self.shape = cache_shape(self.config)
-        self.arena = Arena(1 << 62, Ledger())
+        # refuse what the machine does not have, rather than be killed for taking it
+        self.arena = Arena(available_memory_bytes(), Ledger())
         with Checkpoint(directory, self.config) as checkpoint:
             self.fingerprint = checkpoint.fingerprint()
             held = load_weights(self.config, checkpoint, resolve(self.config, weights, checkpoint), self.arena)
@@ -56,7 +58,7 @@ class StudyModel:
 
     def cache(self, policy: str, arena: Arena | None = None) -> kv.KVCache:
         """An empty cache for the whole context, on a ledger of its own."""
-        own = arena or Arena(1 << 62, Ledger())
+        own = arena or Arena(available_memory_bytes(), Ledger())
         return kv.build(policy, self.shape, own, self.context_tokens, self.behind)
 
 
