@@ -12,6 +12,7 @@ otherwise.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -470,25 +471,36 @@ def longer_claim(demo: Demo) -> Claim:
 
 
 def memory_claim(sizes: Sizes, tick: Callable[[str], None]) -> Claim:
-    """Resident bytes over the prefill, above those before it, on a model with random weights and a wide cache."""
+    """Bytes over the prefill, on a model with random weights and a wide cache: on the ledger, and resident above those
+    before it.
+    """
     config = random_model()
     shape = cache_shape(config)
-    policy = f"b = {512}, c = {256}"
-    peaks: dict[str, list[int]] = {"Locret": [], "full cache": []}
-    for num_tokens in sizes.memory_tokens:
-        for method, found in peaks.items():
-            if method == "full cache" and num_tokens > 8192:
+    held: dict[str, list[int]] = {"Locret": [], "full cache": []}
+    resident: dict[str, list[int]] = {"Locret": [], "full cache": []}
+    # the shortest once more, first: what the heap and the kernels keep of it is there from then on
+    for round_, num_tokens in enumerate((sizes.memory_tokens[0], *sizes.memory_tokens)):
+        for method in held:
+            if method == "full cache" and (num_tokens > 8192 or not round_):
                 continue
             tick(f"memory, {method}, {num_tokens} tokens")
-            found.append(prefill_growth(config, shape, method == "Locret", num_tokens))
-    own, full = peaks["Locret"], peaks["full cache"]
-    shown = "; ".join(f"{name} " + ", ".join(f"{n / 1e6:.1f} MB" for n in found) for name, found in peaks.items())
+            on_ledger, in_process = prefill_growth(config, shape, method == "Locret", num_tokens)
+            if round_:
+                held[method].append(on_ledger)
+                resident[method].append(in_process)
+    own, full = resident["Locret"], resident["full cache"]
+
+    def shown(peaks: dict[str, list[int]]) -> str:
+        return "; ".join(f"{name} " + ", ".join(f"{n / 1e6:.1f}" for n in found) for name, found in peaks.items())
+
     return Claim(
         claim="the peak of a prefill does not grow with the prompt",
-        measured=f"resident set above that before, at {', '.join(f'{n:,}' for n in sizes.memory_tokens)} tokens, "
-        f"random weights, {policy}: {shown} (full cache up to 8,192 tokens)",
-        required="Locret at most 10 % apart over all lengths; the full cache at least 1.8 times from 4,096 to 8,192",
-        passed=max(own) <= 1.1 * min(own) and full[1] >= 1.8 * full[0],
+        measured=f"at {', '.join(f'{n:,}' for n in sizes.memory_tokens)} tokens (full cache up to 8,192), random "
+        f"weights, b = 512, c = 256, MB on the ledger: {shown(held)}; MB of the resident set above that before: "
+        f"{shown(resident)}",
+        required="Locret the same on the ledger, and at most 10 % apart in the process; the full cache at least 1.8 "
+        "times from 4,096 to 8,192",
+        passed=len(set(held["Locret"])) == 1 and max(own) <= 1.1 * min(own) and full[1] >= 1.8 * full[0],
     )
 
 
@@ -509,8 +521,8 @@ def random_model() -> ModelConfig:
     )
 
 
-def prefill_growth(config: ModelConfig, shape: kv.CacheShape, evicts: bool, num_tokens: int) -> int:
-    """Most resident bytes during a prefill, less those before it."""
+def prefill_growth(config: ModelConfig, shape: kv.CacheShape, evicts: bool, num_tokens: int) -> tuple[int, int]:
+    """Most bytes of a cache on the ledger during a prefill; and most resident ones, less those before it."""
     from memwall import kernels
     from memwall.formats import codec
 
@@ -530,6 +542,7 @@ def prefill_growth(config: ModelConfig, shape: kv.CacheShape, evicts: bool, num_
     decoder = Decoder(
         config, Weights(matrices=matrices, vectors=vectors, specs={}), arena, segment_tokens=256, exact=True
     )
+    own = Arena(1 << 40, Ledger())
     cache: kv.KVCache
     if evicts:
         heads = {
@@ -538,10 +551,10 @@ def prefill_growth(config: ModelConfig, shape: kv.CacheShape, evicts: bool, num_
             for name, size in (("w1", (64, 48 * 64)), ("w2", (16, 64)))
         }
         rotary = RotaryTable(config.rope, config.head_dim)
-        scorer = RetainingHeads(shape, rotary, 64, arena, lambda: heads)
+        scorer = RetainingHeads(shape, rotary, 64, own, lambda: heads)
         cache = Study(
             shape,
-            arena,
+            own,
             num_tokens + 8,
             scorer=scorer,
             allocator=Uniform([512] * 2),
@@ -550,17 +563,19 @@ def prefill_growth(config: ModelConfig, shape: kv.CacheShape, evicts: bool, num_
             turns=rotary,
         )
     else:
-        cache = kv.build("float16", shape, arena, num_tokens + 8)
+        cache = kv.build("float16", shape, own, num_tokens + 8)
     tokens = rng.integers(0, config.vocab_size, num_tokens)
     decoder.hidden(tokens[:256], cache)  # buffers of the kernels are there from now on
     cache.truncate(0)
-    before, most, begin = resident_bytes(), 0, 0
+    gc.collect()  # an earlier model must not leave the process while this one is measured
+    before, most, begin = resident_bytes(exact=True), 0, 0
     for size in cache.begin_prompt(num_tokens, 256):
         decoder.hidden(tokens[begin : begin + size], cache)
         begin += size
-        most = max(most, resident_bytes() - before)
+        most = max(most, resident_bytes(exact=True) - before)
     cache.release()
-    return most
+    decoder.release()
+    return own.peak_bytes, most
 
 
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
