@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def test_compress_and_run(memwall: Any, small: Path, text: Path, tmp_path: Path,
     again = memwall(*arguments)
     assert again.exit_code == 2
     assert "--force" in again.stderr
+
+
+@pytest.mark.parametrize(("bits", "method"), [("int4", "rtn"), ("4.25", "gptq")])
+def test_the_smallest_budget_that_is_named_is_kept(spawn: Any, tmp_path: Path, bits: str, method: str) -> None:
+    asked = ("compress", "demo", tmp_path / "out", "--bits", bits, "--method", method, "--json")
+    refused = spawn(*asked, "--memory", "5MB")
+    assert refused.returncode == 1
+    smallest = re.search(r"try --memory (\d+)", refused.stderr)
+    assert smallest, refused.stderr
+    assert not (tmp_path / "out").exists()
+    result = spawn(*asked, "--memory", smallest[1])
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["peak_resident_bytes"] <= int(smallest[1])
 
 
 def test_a_damaged_file_is_refused_by_name(memwall: Any, small: Path, text: Path, tmp_path: Path) -> None:

@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-KEYS = {"perplexity", "kl_nats", "top1_agreement", "tokens", "bits_per_weight", "kv_bits_per_value"}
+KEYS = {
+    "perplexity",
+    "kl_nats",
+    "top1_agreement",
+    "tokens",
+    "bits_per_weight",
+    "kv_bits_per_value",
+    "kv_bytes",
+}
 
 
 def test_figures(memwall: Any, tmp_path: Path) -> None:

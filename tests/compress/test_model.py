@@ -210,7 +210,7 @@ def test_bad_places_and_models(source: Path, tmp_path: Path) -> None:
 
 
 def test_budget_is_kept(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(DoesNotFit, match="calibration needs"):
+    with pytest.raises(DoesNotFit, match="calibration on one sequence"):
         compress(source, tmp_path / "out", arena=Arena(1 << 20, Ledger()))
     needed = 12 << 20
     arena = Arena(needed, Ledger())

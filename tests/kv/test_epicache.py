@@ -234,7 +234,7 @@ def test_settings() -> None:
     assert EpiSettings.from_policy(parse("epicache(tokens=7,episodes=4)"), shape, 5000).episodes == 4
     for policy, says in (
         ("epicache(0.5,tokens=9)", "not both"),
-        ("epicache(2)", "share"),
+        ("epicache(2)", "at most 1"),
         ("epicache(chunk=0)", "at least 1"),
         ("epicache(page=3)", "unknown setting"),
         ("epicache(encoder=bert)", "must be one of words, model"),

@@ -152,7 +152,7 @@ def test_settings() -> None:
     assert LocretSettings.from_policy(parse("locret(0.1,stable=7)+bfloat16"), SHAPE, 4000).stable == 7
     for policy, says in (
         ("locret(0.5,tokens=9)", "not both"),
-        ("locret(1.5)", "share"),
+        ("locret(1.5)", "at most 1"),
         ("locret(tokens=8,stable=8)", "leave none"),
         ("locret(tokens=8,chunk=16,local=16)", "below the chunk"),
         ("locret(page=3)", "unknown setting"),

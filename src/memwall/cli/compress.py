@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from memwall.cli.command import AsJson, Debug, Memory, Model, Quiet, Threads, add_command
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run import parse_budget
-from memwall.errors import DoesNotFit
-
-if TYPE_CHECKING:
-    from memwall.memory import Arena
 
 
 def register(app: typer.Typer) -> None:
@@ -65,6 +61,7 @@ def compress(
         from memwall import kernels
 
         kernels.set_num_threads(threads)
+    budget = parse_budget(memory, None)
     with progress_bar("compressing", quiet=quiet) as bar:
         report = compress_model(
             model_directory(model),
@@ -73,7 +70,7 @@ def compress(
             method=method,
             calibration_text=calibration,
             group=group,
-            arena=_arena(memory),
+            budget_bytes=budget.ram if budget is not None else None,
             progress=bar.staged,
             force=force,
         )
@@ -82,11 +79,9 @@ def compress(
         return
     from memwall.hardware.units import format_bytes
 
-    note(
-        f"{out}: {report.bits_per_weight:.2f} bits per weight, {format_bytes(report.file_bytes)} "
-        f"(was {format_bytes(report.source_bytes)}), {report.seconds:.0f} s",
-        quiet=quiet,
-    )
+    file, was, peak = map(format_bytes, (report.file_bytes, report.source_bytes, report.peak_resident_bytes))
+    sizes = f"{report.bits_per_weight:.2f} bits per weight, {file} (was {was})"
+    note(f"{out}: {sizes}, {report.seconds:.0f} s, peak resident {peak}", quiet=quiet)
 
 
 def parse_bits(text: str) -> float | str:
@@ -95,16 +90,3 @@ def parse_bits(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _arena(memory: str | None) -> Arena | None:
-    """An arena that keeps the whole process, as it is now, within the budget."""
-    budget = parse_budget(memory, None)
-    if budget is None or budget.ram is None:
-        return None
-    from memwall.memory import Arena, Ledger, resident_bytes
-
-    free_bytes = budget.ram - resident_bytes()
-    if free_bytes <= 0:
-        raise DoesNotFit(f"--memory {memory}: this program alone holds {resident_bytes():,} bytes; give it more")
-    return Arena(free_bytes, Ledger())

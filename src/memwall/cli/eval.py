@@ -27,28 +27,40 @@ def register(app: typer.Typer) -> None:
     add_command(app, "eval", evaluate)
 
 
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Format of the weights; float32 is the model itself.", metavar="FORMAT", autocompletion=complete_weights
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help="Decode through this cache, such as kivi(2bit) or snapkv(0.25)+think(0.4)+kivi(2bit) "
+        "(default: one pass without a cache).",
+        metavar="POLICY",
+        autocompletion=complete_kv,
+    ),
+]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="With --kv: tokens of each window of text that come as its prompt, the others one by one "
+        "(default: half of the window).",
+        min=1,
+    ),
+]
+
+
 def evaluate(
     model: Model,
     text: Annotated[Path, typer.Argument(help="Text file (UTF-8) to measure on.", metavar="TEXT")],
     *,
     memory: Memory = None,
     budget: BudgetOption = None,
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="Format of the weights; float32 is the model itself.",
-            metavar="FORMAT",
-            autocompletion=complete_weights,
-        ),
-    ] = "float32",
-    kv: Annotated[
-        str | None,
-        typer.Option(
-            help="Decode token by token through this cache (default: one pass without a cache).",
-            metavar="POLICY",
-            autocompletion=complete_kv,
-        ),
-    ] = None,
+    weights: Weights = "float32",
+    kv: Cache = None,
+    prompt_tokens: PromptTokens = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many tokens of the text.", min=2)] = None,
     threads: Threads = None,
     json: AsJson = False,
@@ -58,11 +70,16 @@ def evaluate(
     """Measure perplexity over a text file, and the divergence from the float model.
 
     Divergence (kl_nats) is the mean per token of KL(float model || this one); top1_agreement is how often both like the
-    same token best.
+    same token best. With --kv the first half of each window of text is the prompt, which policies may prune; only the
+    other half, decoded through the cache token by token, is scored. kv_bits_per_value counts all bytes of the cache at
+    its fullest over the keys and values of all tokens it took in.
     """
     from memwall.engine.quality import evaluate as measure
+    from memwall.errors import InputError
     from memwall.models import model_directory
 
+    if prompt_tokens is not None and kv is None:
+        raise InputError("--prompt-tokens says where decoding begins; give --kv POLICY, the cache to decode through")
     with progress_bar("evaluating", quiet=quiet) as bar:
         result = measure(
             model_directory(model),
@@ -70,11 +87,14 @@ def evaluate(
             weights=weights,
             kv=kv,
             limit_tokens=limit,
+            prompt_tokens=prompt_tokens,
             threads=threads,
             budget=parse_budget(memory, budget),
             progress=bar.counted,
         )
-    keys = ("perplexity", "kl_nats", "top1_agreement", "tokens", "bits_per_weight", "kv_bits_per_value")
+    keys = (
+        "perplexity", "kl_nats", "top1_agreement", "tokens", "bits_per_weight", "kv_bits_per_value", "kv_bytes",
+    )  # fmt: skip
     figures = {key: getattr(result, key) for key in keys}
     if json:
         print_json(figures)

@@ -28,6 +28,36 @@ def _complete_machine(incomplete: str) -> list[str]:
     return [name for name in preset_names() if name.startswith(incomplete)]
 
 
+Context = Annotated[
+    str | None, typer.Option(help="Tokens the cache must hold, such as 32k (default: the most that is sensible).")
+]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the context that come as the prompt, which some caches prune (default: up to 512).", min=1
+    ),
+]
+NoMeasure = Annotated[
+    bool, typer.Option("--no-measure", help="Read headers only; do not measure quality on held-out text.")
+]
+SearchKv = Annotated[
+    bool,
+    typer.Option(
+        "--search-kv",
+        help="Consider caches that prune, thin and rebuild too, alone and joined, and those fitted to the model; "
+        "measures what may win, which takes minutes the first time.",
+    ),
+]
+MachineName = Annotated[
+    str | None,
+    typer.Option(
+        help="Plan for another machine: a preset's name or a TOML file (default: this one).",
+        metavar="MACHINE",
+        autocompletion=_complete_machine,
+    ),
+]
+
+
 def plan(
     model: Model,
     *,
@@ -35,27 +65,18 @@ def plan(
     budget: BudgetOption = None,
     weights: Weights = "auto",
     kv: KV = "auto",
-    context: Annotated[
-        str | None, typer.Option(help="Tokens the cache must hold, such as 32k (default: the most that is sensible).")
-    ] = None,
+    context: Context = None,
+    prompt_tokens: PromptTokens = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
     max_kl: Annotated[
         float | None, typer.Option(help="Most divergence from the float model accepted, in nats per token.")
     ] = None,
-    no_measure: Annotated[
-        bool, typer.Option("--no-measure", help="Read headers only; do not measure quality on held-out text.")
-    ] = False,
+    no_measure: NoMeasure = False,
+    search_kv: SearchKv = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a report with a plot of quality against bytes.", dir_okay=False)
     ] = None,
-    machine: Annotated[
-        str | None,
-        typer.Option(
-            help="Plan for another machine: a preset's name or a TOML file (default: this one).",
-            metavar="MACHINE",
-            autocompletion=_complete_machine,
-        ),
-    ] = None,
+    machine: MachineName = None,
     threads: Threads = None,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -66,21 +87,25 @@ def plan(
     With --weights and --kv given it answers for exactly these settings. Exit status 1 when nothing fits.
     """
     from memwall.models import model_directory
-    from memwall.plan import make_plan, write_html
+    from memwall.plan import check_html, make_plan, write_html
 
-    with progress_bar("measuring quality", quiet=quiet) as bar:
+    if html is not None:
+        check_html(html)
+    with progress_bar("measuring caches" if search_kv else "measuring quality", quiet=quiet) as bar:
         made = make_plan(
             model_directory(model),
             budget=parse_budget(memory, budget),
             weights=weights,
             kv=kv,
             context=parse_context(context),
+            prompt_tokens=prompt_tokens,
             batch=batch,
             threads=threads,
             machine=machine,
             max_kl=max_kl,
             measure=not no_measure,
             measure_all=html is not None and not no_measure,
+            search_kv=search_kv,
             profile=True,
             progress=bar.counted,
         )

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from memwall.plan import Plan
 
 
+LARGEST_DIFFERENCE = 0.02
+"""Of measured bytes from predicted ones, for the parts' savings to be told as those of this run."""
+
+
 def ledger_rows(session: Session, plan: Plan) -> list[dict[str, Any]]:
     """Measured bytes by owner and tier, the predicted ones beside them."""
     predicted = {(row.owner, row.tier): row.nbytes for row in plan.rows}
@@ -24,6 +28,43 @@ def ledger_rows(session: Session, plan: Plan) -> list[dict[str, Any]]:
         }
         for row in session.ledger.rows()
     ]
+
+
+def cache_object(session: Session) -> dict[str, Any] | None:
+    """The cache's bytes beside those of float16 with the same tokens, and what each part of the policy saves of them.
+
+    factors: None where turns came so that prediction does not say it. None for an empty cache.
+    """
+    from memwall.engine.session import cache_shape
+    from memwall.kv import savings
+
+    cache, result = session.cache, session.last
+    if not cache.length:
+        return None
+    prompt = min(result.prompt_tokens + result.loaded_tokens, cache.length)
+    saved = savings(session.settings.kv, cache_shape(session.config), cache.length, prompt, cache.capacity_tokens)
+    share = cache.nbytes / saved.plain_bytes
+    return {
+        "policy": cache.policy,
+        "tokens": cache.length,
+        "bytes": cache.nbytes,
+        "float16_bytes": saved.plain_bytes,
+        "share": share,
+        "factors": dict(saved.factors) if abs(share / saved.product - 1) < LARGEST_DIFFERENCE else None,
+    }
+
+
+def cache_line(session: Session) -> list[str]:
+    """The same for a person; nothing for a float16 cache."""
+    from memwall.hardware.units import format_bytes
+
+    told = cache_object(session)
+    if told is None or told["share"] == 1:
+        return []
+    held, plain = (format_bytes(told[name]) for name in ("bytes", "float16_bytes"))
+    factors = told["factors"] or {}
+    parts = " x ".join(f"{part} {factor:.3f}" for part, factor in factors.items()) if len(factors) > 1 else ""
+    return [f"cache: {held} where float16 takes {plain}: {f'{parts} = ' if parts else ''}{told['share']:.3f}"]
 
 
 def result_object(session: Session, plan: Plan) -> dict[str, Any]:
@@ -46,6 +87,7 @@ def result_object(session: Session, plan: Plan) -> dict[str, Any]:
             "tokens_per_s": timings.decode_tokens_per_s,
         },
         "ledger": ledger_rows(session, plan),
+        "cache": cache_object(session),
         "peak_resident_bytes": peak_resident_bytes(),
         "plan": plan.to_dict(),
     }
@@ -69,6 +111,7 @@ def summary(session: Session, plan: Plan, request: Request, *, verbose: bool) ->
         speed_line(session.last),
         *([f"plan: {plan.choice.weights} weights, {plan.choice.kv} cache. {plan.explanation}"] if verbose else []),
         format_table(headers, rows, right=frozenset({2, 3})),
+        *cache_line(session),
         f"peak resident {format_bytes(peak)}{share}",
     ]
     return "\n".join(lines)

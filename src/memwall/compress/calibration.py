@@ -7,7 +7,7 @@ the H of its inputs. Layers that read the same input (q, k and v; gate and up) s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +197,7 @@ class LayerStream:
         self.tokens = tokens
         self._arena = arena
         specs = config.tensors()
-        vectors = {t.name: checkpoint.tensor(t.name).astype(np.float32) for t in specs if len(t.shape) == 1}
+        vectors = {t.name: checkpoint.alone(t.name).astype(np.float32) for t in specs if len(t.shape) == 1}
         self._weights = Weights(matrices={}, vectors=vectors, specs={})
         self._layer_names = [
             [t.name for t in specs if t.layer == layer and len(t.shape) == 2] for layer in range(config.num_layers)
@@ -212,7 +212,6 @@ class LayerStream:
         matrix = kernels.matrix(packed if packed is not None else float_packed(self._checkpoint, EMBEDDING))
         for ids, hidden in zip(self.tokens, self.hidden, strict=True):
             kernels.gather_rows(matrix, ids, hidden)
-        self._checkpoint.drop(EMBEDDING)
 
     def collect(self, layer: int, names: Sequence[str], *, advance: bool = False) -> Collector:
         """Statistics of the inputs of `names` in one layer; the hidden states stay where they are, or `advance`."""
@@ -273,9 +272,9 @@ class LayerStream:
 
     @contextmanager
     def _weights_of(self, layer: int, packed: Mapping[str, Packed]) -> Iterator[None]:
-        """One layer's matrices in place; afterwards their pages leave the resident set."""
+        """One layer's matrices in place; afterwards their pages leave the resident set, with the maps."""
         names = self._layer_names[layer]
-        mapped = sum(self._checkpoint.stored_bytes(name) for name in names if name not in packed)
+        mapped = sum(packed[name].nbytes if name in packed else self._checkpoint.stored_bytes(name) for name in names)
         charge = self._arena.charge("weights/source", mapped)
         for name in names:
             form = packed[name] if name in packed else float_packed(self._checkpoint, name)
@@ -286,20 +285,13 @@ class LayerStream:
             self._decoder.observer = None
             for name in names:
                 del self._weights.matrices[name]
-            drop_pages(self._checkpoint, names)
             charge.release()
 
 
 def float_packed(checkpoint: Checkpoint, name: str) -> Packed:
-    """A float tensor of the checkpoint as the map holds it (float64, which no kernel reads, as float32)."""
-    tensor = checkpoint.tensor(name)
+    """A float tensor of the checkpoint as a map holds it (float64, which no kernel reads, as float32)."""
+    tensor = checkpoint.alone(name)
     spec = tensor.dtype.name
     if spec == "float64":
         return codec("float32").encode(tensor)
     return Packed(spec=spec, shape=tensor.shape, buffers={"values": tensor})
-
-
-def drop_pages(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Take the pages of tensors out of resident memory."""
-    for name in names:
-        checkpoint.drop(name)

@@ -26,19 +26,18 @@ from memwall.compress.calibration import (
     CalibrationSettings,
     Collector,
     LayerStream,
-    drop_pages,
     float_packed,
     read_text,
     shared_input,
     token_sequences,
 )
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
-from memwall.errors import DoesNotFit, InputError
+from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.formats import Packed, codec
 from memwall.memory import Arena
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
-from memwall.models.decoder import activation_bytes
+from memwall.models.decoder import activation_bytes, scratch_bytes
 from memwall.models.precision import LADDER, MIN_EMBEDDING_BITS, is_matrix, resolve
 from memwall.models.tokenizer import Tokenizer
 
@@ -93,6 +92,8 @@ class Job:
         self.errors: dict[str, float] = {}
         self.tokens: np.ndarray | None = None
         self._progress = progress
+        self.settle: Callable[[], object] = _nothing
+        """Called where the process may have grown beside the arena, to count that against its cap."""
         self._parts = _parts(config)
         self._matrices = [tensor for part in self._parts for tensor in part.matrices]
         self._ladder = tuple(codec(spec.replace("-g64", f"-g{group}")).spec for spec in LADDER)
@@ -113,8 +114,8 @@ class Job:
         """Whether any text has to be read."""
         return self.method.needs_statistics or not isinstance(self._bits, str)
 
-    def calibrate_on(self, source: Path, calibration_text: Path | None) -> None:
-        """Read the calibration text, as much of it as the budget has room for."""
+    def read_text(self, source: Path, calibration_text: Path | None) -> None:
+        """Read the calibration text, all of it that is wanted; `limit_text` comes next."""
         if not self.needs_calibration:
             return
         path = calibration_text or BUNDLED_TEXT
@@ -122,7 +123,21 @@ class Job:
         tokenizer = Tokenizer.from_directory(source, self.config.vocab_size)
         tokens = token_sequences(text, tokenizer, self.config, self.tuning.calibration, str(path))
         self._text_sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self.tokens = tokens[: self._affordable_sequences(*tokens.shape)]
+        self.tokens = tokens
+
+    def limit_text(self) -> None:
+        """Keep as much of the text as the arena has room for; BudgetExceeded where that is none."""
+        if self.tokens is None:
+            return
+        num_sequences, length = self.tokens.shape
+        sequence_bytes = self._sequence_bytes(length)
+        affordable = (self.arena.free_bytes - self.least_bytes()) // sequence_bytes + 1
+        if affordable < 1:
+            what = f"calibration on one sequence of {length} tokens"
+            raise BudgetExceeded(what, self.least_bytes(), self.arena.free_bytes, self.arena.cap_bytes)
+        # powers of two: a run taken up with a little more or less memory free then reads the same text
+        kept = num_sequences if affordable >= num_sequences else 1 << (affordable.bit_length() - 1)
+        self.tokens = self.tokens[:kept]
 
     def settings(self) -> dict[str, Any]:
         """All that the result depends on."""
@@ -150,6 +165,7 @@ class Job:
             stream = None
         done = 0
         for index, part in enumerate(self._parts):
+            self.settle()
             name = f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"
             if index >= len(work.parts):
                 self._make_part(part, work, name, stream, done)
@@ -189,6 +205,7 @@ class Job:
         done = 0
         stream.embed()
         for part in self._parts:
+            self.settle()
             before = stream.hidden[0].copy()
             for tensors, statistics in self._statistics(part, stream, advance=True):
                 forms = {tensor.name: self._probe_form(tensor) for tensor in tensors}
@@ -203,7 +220,6 @@ class Job:
                     losses[tensor.name] = self._candidates(tensor, known, forms[tensor.name], nats[tensor.name])
                     done += tensor.size
                     self._progress("measure", done, self._num_weights)
-        drop_pages(self.checkpoint, {EMBEDDING, EMBEDDING if tied else HEAD})
         charge.release()
         chosen = self._choose([losses[tensor.name] for tensor in self._matrices])
         specs = {tensor.name: "float32" for part in self._parts for tensor in part.tensors}
@@ -217,12 +233,12 @@ class Job:
         """The form whose effect is measured: few bits, so that it stands out, but not the crudest."""
         spec = self._rungs(tensor)[0 if tensor.role in ("embedding", "head") else 1]
         with _named(tensor.name):
-            return kernels.encode(spec, self.checkpoint.tensor(tensor.name))
+            return kernels.encode(spec, self.checkpoint.alone(tensor.name))
 
     def _candidates(
         self, tensor: TensorSpec, statistics: Statistics | None, probed: Packed, nats: float
     ) -> list[Candidate]:
-        weight = self.checkpoint.tensor(tensor.name)
+        weight = self.checkpoint.alone(tensor.name)
         method, config = self._method_for(statistics), self._config(probed.spec)
         sampled = (min(len(weight), sensitivity.SAMPLE_ROWS), weight.shape[1])
         charge = self.arena.charge("compress", weight.nbytes + method.work_bytes(*sampled))
@@ -231,7 +247,6 @@ class Job:
             return sensitivity.candidates(weight, statistics, self._rungs(tensor), probed.spec, nats)
         finally:
             charge.release()
-            self.checkpoint.drop(tensor.name)
 
     def _method_for(self, statistics: Statistics | None) -> WeightMethod:
         return weight_method("rtn") if statistics is None else self.method
@@ -254,16 +269,15 @@ class Job:
                     self._progress("compress", done, self._num_weights)
 
     def _compress(self, tensor: TensorSpec, statistics: Statistics | None) -> Packed:
-        weight = self.checkpoint.tensor(tensor.name)
+        weight = self.checkpoint.alone(tensor.name)
         method, config = self._method_for(statistics), self._config(self.specs[tensor.name])
-        charge = self.arena.charge("compress", _compress_bytes(weight, method.work_bytes(*weight.shape)))
+        charge = self.arena.charge("compress", self._form_bytes(tensor, method))
         try:
             with _named(tensor.name):
                 packed = method.compress(weight, statistics, config)
             self.errors[tensor.name] = sensitivity.relative_error(weight, packed, statistics)
         finally:
             charge.release()
-            self.checkpoint.drop(tensor.name)
         return packed
 
     def _hand_on(self, part: _Part, packed: dict[str, Packed], stream: LayerStream) -> None:
@@ -330,8 +344,12 @@ class Job:
         finally:
             collector.release()
 
-    def _affordable_sequences(self, num_sequences: int, length: int) -> int:
-        config = self.config
+    def least_bytes(self) -> int:
+        """What a run holds at its fullest with one sequence of calibration text, or none where none is read."""
+        plain = weight_method("rtn")
+        if self.tokens is None:
+            return max(self._form_bytes(tensor, plain) for tensor in self._matrices)
+        length = self.tokens.shape[1]
         layers = [part for part in self._parts if part.layer is not None]
         source_bytes = max(self._source_bytes(part.tensors) for part in layers)
         tensor_bytes = max(
@@ -340,18 +358,25 @@ class Job:
             for t in self._matrices
             if t.name != EMBEDDING
         )
-        hidden_bytes = 4 * length * config.hidden_size
-        fixed_bytes = activation_bytes(config, length) + hidden_bytes + source_bytes + tensor_bytes + (2 << 20)
+        ends_bytes = max(self._form_bytes(t, plain) for t in self._matrices if t.name == EMBEDDING)
+        fixed_bytes = activation_bytes(self.config, length) + scratch_bytes(self.config, {}, length, exact=True)
         if not isinstance(self._bits, str):
             fixed_bytes += self._probe_bytes()
-        affordable = (self.arena.free_bytes - fixed_bytes) // hidden_bytes
-        if affordable < 1:
-            raise DoesNotFit(
-                f"calibration needs {fixed_bytes + hidden_bytes:,} bytes for one sequence of {length} tokens, "
-                f"{self.arena.free_bytes:,} are free; raise the memory, or use method rtn and one format, such as int4"
-            )
-        # powers of two: a run taken up with a little more or less memory free then reads the same text
-        return num_sequences if affordable >= num_sequences else 1 << (affordable.bit_length() - 1)
+        # the stream keeps one sequence more, to work on
+        return fixed_bytes + 2 * self._sequence_bytes(length) + max(source_bytes + tensor_bytes, ends_bytes)
+
+    def _sequence_bytes(self, length: int) -> int:
+        return 4 * length * self.config.hidden_size
+
+    def _form_bytes(self, tensor: TensorSpec, method: WeightMethod) -> int:
+        """Resident while one matrix is compressed: its pages, the result (a byte a weight, and scales), what a method
+        that corrects errors holds beside them (the weights in float32 too), and the rows that the loss is taken from.
+        """
+        result_bytes = tensor.size + tensor.size // 16
+        sample_bytes = 3 * 4 * min(tensor.shape[0], sensitivity.SAMPLE_ROWS) * tensor.shape[1]
+        floats_bytes = 4 * tensor.size if method.needs_statistics else 0
+        work_bytes = max(method.work_bytes(*tensor.shape) + floats_bytes, sample_bytes)
+        return self.checkpoint.stored_bytes(tensor.name) + result_bytes + work_bytes
 
     def _probe_bytes(self) -> int:
         """What measuring holds: embedding and head, probed states, probed forms of a layer (a byte a weight)."""
@@ -362,6 +387,10 @@ class Job:
 
     def _source_bytes(self, tensors: Iterable[TensorSpec]) -> int:
         return sum(self.checkpoint.stored_bytes(tensor.name) for tensor in tensors)
+
+
+def _nothing() -> None:
+    """Memory that nobody watches settles by itself."""
 
 
 def _parts(config: ModelConfig) -> list[_Part]:
@@ -383,11 +412,6 @@ def _parsed_bits(bits: float | str) -> float | str:
     if not MIN_BITS <= mean <= MAX_BITS:
         raise InputError(f"bits {mean:g}: give a mean between {MIN_BITS:g} and {MAX_BITS:g}, or a format such as int4")
     return mean
-
-
-def _compress_bytes(weight: np.ndarray, work_bytes: int) -> int:
-    """Resident while one matrix is compressed: its pages, its float32 form, what the method holds, the result."""
-    return weight.nbytes + 4 * weight.size + work_bytes + weight.size
 
 
 def _tensor_work_bytes(tensor: TensorSpec, work_bytes: int) -> int:

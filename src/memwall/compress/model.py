@@ -5,18 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from memwall import _native, kernels
 from memwall.compress.job import Job, Progress, Tuning
 from memwall.compress.saved import WorkDirectory, check_output
-from memwall.errors import InputError
-from memwall.memory import Arena, Ledger
+from memwall.errors import DoesNotFit, InputError
+from memwall.hardware.units import format_bytes
+from memwall.memory import Arena, Charge, Ledger, measure_runtime, peak_resident_bytes
+from memwall.memory.resident import RUNTIME_OWNER
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.precision import bits_of
 
 UNCAPPED_BYTES = 1 << 62
+HEADROOM_BYTES = 3 << 20
+"""Kept free of a budget for what the process may grow by between two measurements."""
+GROWTH_BYTES = 2 << 20
+"""What the program itself grows by with the first layer that is calibrated: threads' heaps, pages of library code."""
+SPREAD_BYTES = 1 << 20
+"""Runs of the same command differ by this much in what the program itself holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +48,7 @@ class CompressReport:
     errors: Mapping[str, float]
     num_calibration_tokens: int
     num_resumed_parts: int
+    peak_resident_bytes: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +65,7 @@ def compress_model(
     calibration_text: Path | None = None,
     group: int = 64,
     arena: Arena | None = None,
+    budget_bytes: int | None = None,
     progress: Progress | None = None,
     force: bool = False,
     tuning: Tuning | None = None,
@@ -60,8 +74,9 @@ def compress_model(
 
     bits: mean true bits per weight over all compressed matrices, scales included, such as 3.5; or one format for all,
     such as "int4" or "int3-g32-asym". method: a name of `METHODS`. calibration_text: a UTF-8 file, None for the bundled
-    one. group: weights per scale of mixed formats. arena: caps the memory held. force: replace an existing compressed
-    model and forget an unfinished run. progress: see `Progress`.
+    one. group: weights per scale of mixed formats. arena: caps the memory held. budget_bytes: caps the resident
+    memory of the whole process. force: replace an existing compressed model and forget an unfinished run. progress: see
+    `Progress`.
 
     Raises InputError, DoesNotFit (budget or disk too small). The same call takes an unfinished run up again.
     """
@@ -72,17 +87,21 @@ def compress_model(
     with Checkpoint(source, config) as checkpoint:
         if checkpoint.manifest is not None:
             raise InputError(f"{source}: is already compressed; give the float model it was made from")
+        arena = arena or Arena(UNCAPPED_BYTES, Ledger())
         job = Job(
             config,
             checkpoint,
-            arena or Arena(UNCAPPED_BYTES, Ledger()),
+            arena,
             bits=bits,
             method=method,
             group=group,
             tuning=tuning or Tuning(),
             progress=progress or _silent,
         )
-        job.calibrate_on(source, calibration_text)
+        job.read_text(source, calibration_text)
+        if budget_bytes is not None:
+            _cap_process(budget_bytes, arena, job)
+        job.limit_text()
         settings = job.settings()
         with WorkDirectory(out, settings, force=force) as work:
             job.run(work)
@@ -98,8 +117,37 @@ def compress_model(
             errors=job.errors,
             num_calibration_tokens=0 if job.tokens is None else job.tokens.size,
             num_resumed_parts=work.num_resumed,
+            peak_resident_bytes=peak_resident_bytes(),
             seconds=time.perf_counter() - began,
         )
+
+
+def _cap_process(budget_bytes: int, arena: Arena, job: Job) -> None:
+    """From here on the arena's cap holds for the whole process: what no array explains is a row of it."""
+    kernels.num_threads()
+    if job.needs_calibration:
+        for kind in (np.float32, np.float64):  # the matrix library keeps what it packs operands in
+            staged = np.ones((512, 512), kind)
+            np.linalg.inv(np.linalg.cholesky(staged.T @ staged + np.eye(512, dtype=kind)))
+            del staged
+    job.settle = partial(_settle, arena, arena.charge(RUNTIME_OWNER, 0))
+    job.settle()
+    needed_bytes = arena.used_bytes + job.least_bytes() + HEADROOM_BYTES
+    if job.needs_calibration:
+        needed_bytes += GROWTH_BYTES
+    if needed_bytes > budget_bytes:
+        runtime = format_bytes(arena.used_bytes)
+        raise DoesNotFit(
+            f"compressing needs {format_bytes(needed_bytes)} of memory, {runtime} for this program itself, and the "
+            f"budget is {format_bytes(budget_bytes)}: try --memory {needed_bytes + SPREAD_BYTES}"
+            + ("" if job.tokens is None else ", or --method rtn and one format (--bits int4), which read no text")
+        )
+    arena.set_cap(budget_bytes - HEADROOM_BYTES)
+
+
+def _settle(arena: Arena, runtime: Charge) -> None:
+    _native.give_back_freed_memory()
+    measure_runtime(arena.ledger, runtime)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -2,8 +2,9 @@
 
 The float model (weights in the dtype of the source, float arithmetic, float32 cache) and the form under test see the
 same tokens. Without a cache policy both take whole windows as prompts, so that only the weights differ; with one, the
-form under test takes a short prompt and then one token at a time through its cache, as in generation. Logits are
-compared a few rows at a time and never kept.
+form under test takes the first half of a window as its prompt and the rest one token at a time through its cache, as in
+generation: so a cache that drops or codes prompt tokens has a prompt to do it to, and every cache is scored on the same
+tokens. Logits are compared a few rows at a time and never kept.
 
 Sums are over scored positions: position i is scored by what it says of token i + 1. KL(float || tested) is in nats,
 the mean per position.
@@ -32,8 +33,8 @@ from memwall.models.tokenizer import Tokenizer
 
 LARGEST_TEXT_BYTES = 256 * 1024 * 1024
 WINDOW_TOKENS = 1024
-#: tokens fed as a prompt before decoding through the cache; not scored
-PROMPT_TOKENS = 64
+#: share of a window that is fed as a prompt before decoding through a cache; its own tokens are not scored
+PROMPT_SHARE = 0.5
 #: logits compared at once: this many numbers, so that a large vocabulary costs no more than a small one
 COMPARED_VALUES = 1 << 20
 COMPARING = "comparing"
@@ -46,7 +47,8 @@ Progress = Callable[[int, int], None]
 class Figures:
     """The result of one evaluation. kl_nats and top1_agreement are None when the float model is not at hand.
 
-    bits_per_weight is over the matrices; kv_bits_per_value over the cache at its fullest, None when no policy was
+    bits_per_weight is over the matrices; kv_bits_per_value over the cache at its fullest: all bytes it then holds over
+    the keys and values of all tokens it has taken in, dropped ones too; kv_bytes: these bytes. None when no policy was
     asked.
     """
 
@@ -57,6 +59,7 @@ class Figures:
     bits_per_weight: float
     kv_bits_per_value: float | None
     reference_perplexity: float | None = None
+    kv_bytes: int | None = None
 
 
 class Divergence:
@@ -89,7 +92,9 @@ class Divergence:
             np.multiply(truth, tested, out=spare)
             self._kl += float(spare.sum(dtype=np.float64))
 
-    def figures(self, *, bits_per_weight: float, kv_bits_per_value: float | None) -> Figures:
+    def figures(
+        self, *, bits_per_weight: float, kv_bits_per_value: float | None, kv_bytes: int | None = None
+    ) -> Figures:
         """The means so far."""
         compared = self._compared > 0
         return Figures(
@@ -100,6 +105,7 @@ class Divergence:
             tokens=self.tokens,
             bits_per_weight=bits_per_weight,
             kv_bits_per_value=kv_bits_per_value,
+            kv_bytes=kv_bytes,
             reference_perplexity=_perplexity(self._reference_loss / self._compared) if compared else None,
         )
 
@@ -115,10 +121,12 @@ class Evaluator:
         reference: Path | None = None,
         limit_tokens: int | None = None,
         window_tokens: int | None = None,
+        prompt_tokens: int | None = None,
         threads: int | None = None,
         budget: Budget | None = None,
     ) -> None:
-        """text: itself, or the file that holds it; limit_tokens: how much of it is used, None for all.
+        """text: itself, or the file that holds it; limit_tokens: how much of it is used, None for all. prompt_tokens:
+        of each window, where a cache is decoded through; None is PROMPT_SHARE.
 
         reference: folder of the float model, needed only where `model` holds compressed weights. budget: cap for this
         process.
@@ -133,6 +141,12 @@ class Evaluator:
         tokens = _encode(model, self.config, text)[:limit_tokens]
         self.window_tokens = max(min(window_tokens or WINDOW_TOKENS, self.config.max_position, len(tokens) + 1), 2)
         self.windows = _windows(self.config, tokens, self.window_tokens)
+        if prompt_tokens is not None and not 1 <= prompt_tokens < self.window_tokens:
+            raise InputError(
+                f"a prompt of {prompt_tokens} tokens: windows have {self.window_tokens}, so it must be 1 to "
+                f"{self.window_tokens - 1}"
+            )
+        self._prompt_tokens = prompt_tokens
         self._threads, self._budget = threads, budget
         self._source = reference or (model if self._saved is None else None)
         self._reference: Session | None = None
@@ -158,20 +172,28 @@ class Evaluator:
             self._reference = self._load(self._source, source_spec(self.config), "float32", exact=True)
         tested = self._load(self.model, weights, kv or "float32", exact=False)
         cache_bits: float | None = None
+        cache_bytes: int | None = None
         try:
             with tested.arena.scratch(COMPARING, (3, self.config.vocab_size), np.float32) as work:
                 sums = Divergence(work)
                 for index, window in enumerate(self.windows):
-                    first = 0 if kv is None else min(PROMPT_TOKENS, len(window) // 2)
+                    first = 0 if kv is None else self.prompt_of(len(window)) - 1
                     self._score_window(tested, np.asarray(window), first, sums, decoded=kv is not None)
-                    if kv is not None:
-                        cache_bits = max(cache_bits or 0.0, tested.cache.bits_per_value)
+                    if kv is not None and (cache_bytes is None or tested.cache.nbytes > cache_bytes):
+                        cache_bytes, cache_bits = tested.cache.nbytes, tested.cache.bits_per_value
                     tested.reset()
                     if progress is not None:
                         progress(index + 1, len(self.windows))
         finally:
             tested.release()
-        return sums.figures(bits_per_weight=bits_of(self.config, specs), kv_bits_per_value=cache_bits)
+        return sums.figures(
+            bits_per_weight=bits_of(self.config, specs), kv_bits_per_value=cache_bits, kv_bytes=cache_bytes
+        )
+
+    def prompt_of(self, window_tokens: int) -> int:
+        """Tokens of a window that come as its prompt, so that at least one is left to decode."""
+        wanted = self._prompt_tokens or int(PROMPT_SHARE * window_tokens)
+        return max(min(wanted, window_tokens - 1), 1)
 
     def _score_window(
         self, tested: Session, window: np.ndarray, first: int, sums: Divergence, *, decoded: bool
@@ -180,8 +202,11 @@ class Evaluator:
         truth_hidden = truth.decoder.hidden(window[:-1], truth.cache) if truth is not None else None
         if truth is not None:
             truth.reset()  # the hidden states are all that is needed of it
+        hidden, begin = np.empty((0, 0), np.float32), 0
         if decoded:
-            hidden = tested.decoder.hidden(window[: first + 1], tested.cache)[-1:]
+            for size in tested.cache.begin_prompt(first + 1, tested.settings.segment_tokens):
+                hidden = tested.decoder.hidden(window[begin : begin + size], tested.cache)[-1:]
+                begin += size
         else:
             hidden = tested.decoder.hidden(window[:-1], tested.cache)
         step = self._compared_rows
@@ -222,7 +247,12 @@ class Evaluator:
             + scratch_bytes(self.config, form, window, exact=exact)
             for form, _, exact in forms
         )
-        cache = max(sum(predict(policy, shape, window, window).values()) for _, policy, _ in forms)
+        prompts = (window, self.prompt_of(window))
+        cache = max(
+            sum(predict(policy, shape, held, prompt, window).values())
+            for _, policy, _ in forms
+            for held, prompt in ((window, prompts[1]), (prompts[0], prompts[0]))
+        )
         return self._runtime_bytes + held + cache + 12 * self.config.vocab_size + 2 * RUNTIME_HEADROOM_BYTES
 
     @property
@@ -250,6 +280,7 @@ def evaluate(
     kv: str | None = None,
     limit_tokens: int | None = None,
     reference: Path | None = None,
+    prompt_tokens: int | None = None,
     threads: int | None = None,
     budget: Budget | None = None,
     progress: Progress | None = None,
@@ -257,7 +288,15 @@ def evaluate(
     """Quality of one stored form over a text (or text file); see the module's words. InputError for a text that
     cannot be used.
     """
-    evaluator = Evaluator(model, text, reference=reference, limit_tokens=limit_tokens, threads=threads, budget=budget)
+    evaluator = Evaluator(
+        model,
+        text,
+        reference=reference,
+        limit_tokens=limit_tokens,
+        prompt_tokens=prompt_tokens,
+        threads=threads,
+        budget=budget,
+    )
     return evaluator.score(weights, kv, progress=progress)
 
 

@@ -202,12 +202,20 @@ class SafetensorsFile:
         flat = np.frombuffer(self._mapped(), info.numpy_dtype, math.prod(info.shape), info.start)
         return flat.reshape(info.shape)
 
+    def alone(self, name: str) -> np.ndarray:
+        """The tensor on a map of its own, which goes with the array: no page beside the tensor becomes resident.
+
+        On the map of the whole file a touched page may bring in all that the system keeps beside it (2 MiB with large
+        folios).
+        """
+        info = self.info(name)
+        return self._window(info, info.start, info.shape) if info.nbytes else self.tensor(name)
+
     def pieces(self, name: str, most_bytes: int, multiple: int = 1) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of a tensor in order, read-only, in pieces of a multiple of `multiple` rows that take
         at most `most_bytes` where so few rows do.
 
-        Each piece has a map of its own that goes with the array. On the map of the whole file a touched page may bring
-        in all that the system keeps beside it (2 MiB with large folios); here no more than the piece becomes resident.
+        Each piece has a map of its own, as in `alone`: no more than the piece becomes resident.
         """
         info = self.info(name)
         if not info.shape or not info.nbytes:

@@ -3,13 +3,14 @@
 base: the seam (`KVCache`, `CacheShape`, `CacheModel`); policy: policy strings; table: which policy is which class, and
 how they nest; float_store: full precision; then one file per technique (virtual_cache: one sequence in vattention's
 store). `build` makes the cache that a policy string
-names; `predict` and `read_bytes` say beforehand what it will hold and read.
+names; `predict` and `read_bytes` say beforehand what it will hold and read, `savings` what each part of it is good for.
 """
 
 from __future__ import annotations
 
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.policy import Policy, parse
+from memwall.kv.savings import Savings, held_bytes, savings
 from memwall.kv.table import (
     POLICIES,
     build,
@@ -28,13 +29,16 @@ __all__ = [
     "CacheShape",
     "KVCache",
     "Policy",
+    "Savings",
     "build",
     "codes_prompt",
+    "held_bytes",
     "needs_model",
     "packs_positions",
     "parse",
     "predict",
     "read_bytes",
     "resolve",
+    "savings",
     "step_macs",
 ]

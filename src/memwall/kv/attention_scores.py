@@ -10,6 +10,7 @@ import numpy as np
 
 from memwall.kv.base import CacheShape
 from memwall.kv.blocks import Scorer, Units
+from memwall.kv.evict import BLOCK_PRODUCTS
 
 LAST_QUERIES = 64  # paper: window of the block-wise SnapKV baseline
 SCORED_LOGITS = 1 << 17
@@ -55,12 +56,16 @@ def most_attention(queries: np.ndarray, keys: np.ndarray, scale: float, behind: 
     """max over queries [n, rep, D] of their softmax over keys [S, D]: [S]. behind: the last so many keys are the last
     so many queries' own, which see none after themselves.
     """
-    scores = np.zeros(len(keys), np.float32)
+    scores, dim = np.zeros(len(keys), np.float32), queries.shape[-1]
     own = np.arange(len(queries)) - len(queries) + len(keys) if behind else np.full(len(queries), len(keys))
     step = max(SCORED_LOGITS // max(queries.shape[1] * len(keys), 1), 1)
     for begin in range(0, len(queries), step):
         some = queries[begin : begin + step]
-        logits = scale * (some.reshape(-1, some.shape[-1]) @ keys.T)
+        rows = some.reshape(-1, dim) * np.float32(scale)
+        logits = np.empty((len(rows), len(keys)), np.float32)
+        columns = max(BLOCK_PRODUCTS // (dim * len(rows)), 16)  # small products, see BLOCK_PRODUCTS
+        for first in range(0, len(keys), columns):
+            logits[:, first : first + columns] = rows @ keys[first : first + columns].T
         if behind:
             ahead = np.arange(len(keys)) > np.repeat(own[begin : begin + len(some)], some.shape[1])[:, None]
             logits[ahead] = -np.inf

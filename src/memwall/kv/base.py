@@ -163,6 +163,11 @@ class KVCache(ABC):
         raise NotImplementedError
 
     @classmethod
+    def must_fit(cls, policy: Policy) -> bool:
+        """Whether these settings need what `fit` learns; some policies need it for a few of their settings only."""
+        return cls.fits
+
+    @classmethod
     def fit(
         cls,
         policy: Policy,

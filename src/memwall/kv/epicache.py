@@ -45,7 +45,7 @@ from memwall.kv.blocks import (
 )
 from memwall.kv.episodes import Encoder, Episodes, HashedWords, MeanEmbedding, Turn, Utterance, find_episodes
 from memwall.kv.float_store import float_dtype
-from memwall.kv.policy import AMOUNT, Policy
+from memwall.kv.policy import AMOUNT, Policy, kept_share
 from memwall.kv.ragged import LayerUnits, block_bytes
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
@@ -93,15 +93,11 @@ class EpiSettings:
         if encoder not in ENCODERS:
             raise InputError(f"policy {policy}: encoder {encoder!r} must be one of {', '.join(ENCODERS)}")
         given = Policy(policy.name, texts).numbers({**defaults, "alpha": 0.0})
-        share = float(given.pop(AMOUNT))
-        if share and given["tokens"]:
-            raise InputError(f"policy {policy}: give a share of the context or tokens=, not both")
-        if not 0 <= share <= 1:
-            raise InputError(f"policy {policy}: keeps a share above 0 and up to 1 of the context, such as 0.25")
+        share = kept_share(policy)
         if min(given["chunk"], given["window"], given["central"]) < 1:
             raise InputError(f"policy {policy}: chunk, window and central must be at least 1")
-        tokens = int(given.pop("tokens")) or max(int((share or 0.25) * capacity_tokens), 1)
-        whole = {name: int(value) for name, value in given.items() if name != "alpha"}
+        tokens = int(given["tokens"]) if share is None else max(int(share * capacity_tokens), 1)
+        whole = {name: int(value) for name, value in given.items() if name not in (AMOUNT, "tokens", "alpha")}
         return cls(tokens=tokens, **whole, alpha=float(given["alpha"]), encoder=encoder, dtype=store)
 
     @property
@@ -184,6 +180,11 @@ class EpiCache(BlockCache):
     def fit_key(cls, policy: Policy) -> str:
         """The layers' similarities depend on nothing that is set."""
         return "epicache layer similarity 1"
+
+    @classmethod
+    def must_fit(cls, policy: Policy) -> bool:
+        """Only for budgets by layer."""
+        return float(policy.settings.get("alpha", 0)) > 0
 
     @classmethod
     def fit(

@@ -18,7 +18,7 @@ from memwall.errors import InputError
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from memwall.hardware.system import cache_directory
 from memwall.kv.policy import Policy, parse
-from memwall.kv.table import LEARNERS, learner, resolve, technique
+from memwall.kv.table import LEARNERS, POLICIES, learner, resolve, technique
 from memwall.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def place(fingerprint: str, key: str) -> Path:
     return cache_directory() / "fitted" / f"{digest[:40]}.safetensors"
 
 
-def save(fingerprint: str, key: str, arrays: Mapping[str, np.ndarray]) -> Path:
-    """Writes the arrays; the file is whole or not there."""
+def save(fingerprint: str, key: str, arrays: Mapping[str, np.ndarray], policy: str = "") -> Path:
+    """Writes the arrays; the file is whole or not there. policy: what the user fitted, for `stored` to tell."""
     path = place(fingerprint, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     specs = [(name, array.dtype, array.shape) for name, array in arrays.items()]
-    with SafetensorsWriter(path, specs, {"model": fingerprint, "key": key}) as writer:
+    with SafetensorsWriter(path, specs, {"model": fingerprint, "key": key, "policy": policy}) as writer:
         for name, array in arrays.items():
             writer.write(name, array)
     return path
@@ -99,5 +99,26 @@ def fit(
     paths = []
     for part, kind in learners:
         arrays = kind.fit(part, directory, text, threads, progress)
-        paths.append(save(fingerprint, kind.fit_key(part), arrays))
+        paths.append(save(fingerprint, kind.fit_key(part), arrays, str(part)))
     return paths
+
+
+def stored(fingerprint: str) -> list[str]:
+    """Policies (never codecs of saved caches) that were fitted to the model of that fingerprint, as `fit` was asked."""
+    found = set()
+    for path in sorted((cache_directory() / "fitted").glob("*.safetensors")):
+        with contextlib.suppress(OSError, InputError), SafetensorsFile(path) as file:
+            policy = file.metadata.get("policy", "")
+            if file.metadata.get("model") == fingerprint and policy and parse(policy).name in POLICIES:
+                found.add(policy)
+    return sorted(found)
+
+
+def missing(fingerprint: str, policy: str) -> list[str]:
+    """Parts of a policy that must be fitted to the model before it can run, and have not been."""
+    parts = ((part, technique(part.name)) for part in resolve(policy).parts)
+    return [
+        str(part)
+        for part, kind in parts
+        if kind.must_fit(part) and not place(fingerprint, kind.fit_key(part)).is_file()
+    ]

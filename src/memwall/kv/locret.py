@@ -33,7 +33,7 @@ from memwall.kv import fitted
 from memwall.kv.base import CacheModel, CacheShape
 from memwall.kv.blocks import BlockCache, Scorer, Uniform
 from memwall.kv.float_store import float_dtype
-from memwall.kv.policy import AMOUNT, Policy
+from memwall.kv.policy import AMOUNT, Policy, kept_share
 from memwall.kv.ragged import block_bytes
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
 from memwall.memory.pages import round_up
@@ -75,14 +75,8 @@ class LocretSettings:
             )
         zero = {AMOUNT: 0.0, "tokens": 0, "chunk": 512, "stable": -1, "local": -1, "width": heads_width(shape)}
         given = policy.numbers(zero)
-        share = float(given[AMOUNT])
-        if share and given["tokens"]:
-            raise InputError(f"policy {policy}: give a share of the context or tokens=, not both")
-        if not given["tokens"]:
-            share = share or 0.25
-            if not 0 < share <= 1:
-                raise InputError(f"policy {policy}: keeps a share above 0 and up to 1 of the context, such as 0.25")
-        tokens = int(given["tokens"]) or max(int(share * capacity_tokens), 1)
+        share = kept_share(policy)
+        tokens = int(given["tokens"]) if share is None else max(int(share * capacity_tokens), 1)
         chunk = int(given["chunk"])
         # paper: 2500 of 16384 units stable, the last 100 tokens local
         stable = int(given["stable"]) if given["stable"] >= 0 else min(tokens * 2500 // 16384, 2500)
@@ -101,7 +95,7 @@ class LocretSettings:
             stable=stable,
             local=local,
             width=int(given["width"]),
-            share=share or None,
+            share=share,
             dtype=store,
         )
 

@@ -71,6 +71,21 @@ class Policy:
             )
 
 
+def kept_share(policy: Policy, default: float = 0.25) -> float | None:
+    """The share of the context that a policy keeps, from its bare number or `default`; None where `tokens=` says it."""
+    own, settings = replace(policy, inner=None), policy.settings
+    if "tokens" in settings:
+        if AMOUNT in settings:
+            raise InputError(f"policy {own}: give a share of the context or tokens=, not both")
+        if not settings["tokens"].isdecimal() or int(settings["tokens"]) < 1:
+            raise InputError(f"policy {own}: tokens={settings['tokens']} must be a whole number, 1 at least")
+        return None
+    text = settings.get(AMOUNT, str(default))
+    if not 0 < float(text) <= 1:
+        raise InputError(f"policy {own}: keeps {text} of the context; must be above 0 and at most 1, such as 0.25")
+    return float(text)
+
+
 def stacked(parts: tuple[Policy, ...]) -> Policy:
     """One policy of several, outermost first."""
     whole: Policy | None = None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from memwall.errors import InputError
 from memwall.kv.base import ROLES, CacheModel, CacheShape, KVCache
-from memwall.kv.policy import Policy, parse, stacked
+from memwall.kv.policy import AMOUNT, Policy, parse, stacked
 
 if TYPE_CHECKING:
     from memwall.memory import Arena
@@ -46,6 +47,8 @@ _DOES = {
     "channels": "choose the channels that stay",
     "store": "store the rows",
 }
+
+BUDGET = "budget"
 
 DEFAULT_STORE = Policy("float16")
 """What keeps the rows where a policy string names no store."""
@@ -80,6 +83,7 @@ def resolve(policy: str | Policy) -> Policy:
     """
     parts = (parse(policy) if isinstance(policy, str) else policy).parts
     kinds = {part.name: technique(part.name) for part in parts}
+    parts = tuple(_with_budget(part) if kinds[part.name].role == "tokens" else part for part in parts)
     ordered = sorted(parts, key=lambda part: ROLES.index(kinds[part.name].role))
     for outer, inner in itertools.pairwise(ordered):
         if kinds[outer.name].role == kinds[inner.name].role:
@@ -100,6 +104,16 @@ def resolve(policy: str | Policy) -> Policy:
             if reason is not None:
                 raise InputError(f"KV policy {policy}: {outer.name} does not work on top of {inner.name}: {reason}")
     return stacked(tuple(ordered))
+
+
+def _with_budget(part: Policy) -> Policy:
+    """`budget=0.25` is the long form of the bare number of a policy that chooses tokens: the share that stays."""
+    if BUDGET not in part.settings:
+        return part
+    if AMOUNT in part.settings:
+        raise InputError(f"policy {part}: a bare number and {BUDGET}= say the same thing; give one")
+    settings = {AMOUNT if key == BUDGET else key: value for key, value in part.settings.items()}
+    return replace(part, settings=settings)
 
 
 def build(

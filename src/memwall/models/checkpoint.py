@@ -60,6 +60,11 @@ class Checkpoint:
         name = self._float_name(name)
         return self._file_of(name).tensor(name)
 
+    def alone(self, name: str) -> np.ndarray:
+        """The same on a map of its own, whose pages leave with the array: see `SafetensorsFile.alone`."""
+        name = self._float_name(name)
+        return self._file_of(name).alone(name)
+
     def packed(self, name: str) -> Packed | None:
         """The packed form of a tensor of a compressed folder (views on the map); None where it is stored as floats."""
         name = self._resolve(name)

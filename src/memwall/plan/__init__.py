@@ -15,5 +15,6 @@ from memwall.plan.choose import Planner as Planner
 from memwall.plan.choose import make_plan as make_plan
 from memwall.plan.predict import RUNTIME as RUNTIME
 from memwall.plan.predict import sampling_bytes as sampling_bytes
+from memwall.plan.report import check_html as check_html
 from memwall.plan.report import write_html as write_html
 from memwall.plan.search import Goal as Goal

@@ -17,6 +17,7 @@ from memwall import __version__
 from memwall.errors import InputError
 from memwall.hardware.machine import Machine, load_machine
 from memwall.hardware.units import format_bytes
+from memwall.kv import fitted
 from memwall.memory import Budget
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
@@ -27,12 +28,16 @@ from memwall.plan.predict import ModelSpace, check_policy, check_weights, measur
 from memwall.plan.profile import KernelProfile, load_profile
 from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search, segment_tokens
 from memwall.plan.speed import Speed, arithmetic_elsewhere, arithmetic_here, predict_elsewhere, predict_here
+from memwall.plan.survey import caches_for, survey
 
 HELD_OUT_NAME = "bundled held-out text"
-#: tokens of held-out text a choice is measured on: enough for the KL of formats a bit apart to differ by several
-#: standard errors
-MEASURED_TOKENS = 1536
+#: tokens of held-out text a choice is measured on, half of them as prompts: enough for the KL of formats a bit apart to
+#: differ by several standard errors
+MEASURED_TOKENS = 2048
 MAX_RUNNERS_UP = 10
+MAX_RUNNERS_UP_SEARCHED = 24
+NO_CACHE = "none"
+"""In place of a cache policy: whole windows at once, so that only the weights are measured."""
 
 Progress = Callable[[int, int], None]
 
@@ -50,6 +55,7 @@ class Planner:
         text: str | None = None,
         profile: bool = True,
         measure_all: bool = False,
+        search_kv: bool = False,
         extra_bytes: Mapping[str, int] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -57,6 +63,7 @@ class Planner:
         else the cpu.
 
         text: held-out text instead of the bundled one. measure_all: the runners-up too, where quality is measured.
+        search_kv: where the cache is left open, combinations of policies too (`plan.survey`), which takes a while.
         profile: measure kernels not yet known. runtime_bytes: the interpreter's own memory, where the caller knows
         it. extra_bytes: see `ModelSpace`.
         """
@@ -81,6 +88,7 @@ class Planner:
         self._progress = progress
         self._profile = profile
         self._measure_all = measure_all
+        self._search_kv = search_kv
         self._profiles: dict[int, KernelProfile] = {}
         self._evaluator: object | None = None
 
@@ -89,6 +97,8 @@ class Planner:
         goal = self._complete(goal)
         check_weights(self.space, goal.weights)
         check_policy(self.space, goal.kv)
+        if self._search_kv:
+            return self._surveyed(goal, measure)
         if measure:
             return self._build(goal, search(self.space, goal, measure=self.quality))
         candidates = search(self.space, replace(goal, max_kl=None))
@@ -96,6 +106,23 @@ class Planner:
         kept = all(self._read_quality(one.choice) is not None for one in candidates)
         if kept or goal.max_kl is not None:
             candidates = search(self.space, goal, measure=self._read_quality if kept else None)
+        return self._build(goal, candidates)
+
+    def _surveyed(self, goal: Goal, measure: bool) -> Plan:
+        """The best of many caches and their combinations."""
+        if goal.kv != AUTO or not measure:
+            raise InputError("searching for a cache compares measured losses: leave --kv to auto and measuring on")
+        self.space.policies = caches_for(self.space.shape, self.fingerprint, contexts(self.space, goal)[-1])
+        progress, self._progress = self._progress, None  # counted in caches here, not in windows of text
+        try:
+            candidates = search(
+                self.space,
+                goal,
+                measure=self.quality,
+                survey=lambda found: survey(found, self.quality, self.weights_quality, tick=progress),
+            )
+        finally:
+            self._progress = progress
         return self._build(goal, candidates)
 
     def exact(self, goal: Goal, *, measure: bool = False) -> Plan:
@@ -119,6 +146,10 @@ class Planner:
         quality = self.quality(choice) if measure else self._read_quality(choice)
         return self._build(goal, [replace(candidate_of(self.space, choice), quality=quality)])
 
+    def weights_quality(self, choice: Choice) -> Quality | None:
+        """Measured loss of a choice's weights alone, with an exact cache."""
+        return self.quality(replace(choice, kv=NO_CACHE))
+
     def quality(self, choice: Choice) -> Quality | None:
         """Measured loss of a choice, from the cache file where it was measured before."""
         known = self._read_quality(choice)
@@ -129,7 +160,8 @@ class Planner:
         if self._evaluator is None:
             self._evaluator = Evaluator(self.model, self.text, limit_tokens=MEASURED_TOKENS, threads=choice.threads)
         assert isinstance(self._evaluator, Evaluator)
-        figures = self._evaluator.score(choice.weights, choice.kv, progress=self._progress)
+        through = None if choice.kv == NO_CACHE else choice.kv
+        figures = self._evaluator.score(choice.weights, through, progress=self._progress)
         if figures.kl_nats is None or figures.top1_agreement is None:
             return None
         name = HELD_OUT_NAME if self._text is None else "the text given"
@@ -176,6 +208,11 @@ class Planner:
         specs = self.space.specs(choice.weights)
         return arithmetic_here(self.space.config, specs, choice, profile) if profile is not None else ""
 
+    def _fit_first(self, choice: Choice) -> str:
+        """What must be run before this choice can."""
+        parts = fitted.missing(self.fingerprint, choice.kv)
+        return "".join(f" Before it can run, fit it once: `memwall fit {self.model} '{part}'`." for part in parts)
+
     def _complete(self, goal: Goal) -> Goal:
         """Fill in what the machine implies: its device, and its capacities where another one is planned for without
         a budget.
@@ -200,11 +237,15 @@ class Planner:
             peak_bytes=dict(best.peak_bytes),
             bits_per_weight=best.bits_per_weight,
             kv_bits_per_value=best.cache_bits,
+            kv_savings=self.space.cache_savings(best.choice).factors,
             decode_tokens_per_s=speed.decode_tokens_per_s if speed else None,
             decode_tokens_per_s_at_start=speed.decode_tokens_per_s_at_start if speed else None,
             prefill_tokens_per_s=speed.prefill_tokens_per_s if speed else None,
             quality=best.quality,
-            explanation=explain(self.space, goal, candidates) + self._arithmetic(best.choice),
+            explanation=explain(self.space, goal, candidates)
+            + _considered(candidates)
+            + self._arithmetic(best.choice)
+            + self._fit_first(best.choice),
             runners_up=tuple(self._runners_up(goal, candidates)),
         )
 
@@ -213,7 +254,7 @@ class Planner:
         need.
         """
         best = candidates[0]
-        options = [self._option(one, _compared(one, best)) for one in candidates[1:]]
+        options = [self._option(one, self._beside(one, best)) for one in candidates[1:]]
         for weights in sorted({*self.space.uniform, self.space.ceiling}, key=self.space.weight_bits, reverse=True):
             choice = replace(best.choice, weights=weights)
             if self.space.specs(weights) == self.space.specs(best.choice.weights):
@@ -225,13 +266,19 @@ class Planner:
                 over = max(candidate.peak_bytes.get(tier, 0) - cap for tier, cap in goal.budget.items())
                 note = f"needs {format_bytes(over)} more"
             options.append(self._option(candidate, note))
-        return options[:MAX_RUNNERS_UP]
+        return options[: MAX_RUNNERS_UP_SEARCHED if self._search_kv else MAX_RUNNERS_UP]
+
+    def _beside(self, one: Candidate, best: Candidate) -> str:
+        """The note of a runner-up with another cache."""
+        note = one.note or _compared(one, best)
+        return f"{note}; bound by arithmetic" if self._arithmetic(one.choice) else note
 
     def _quality_beside(self, choice: Choice) -> Quality | None:
         return self.quality(choice) if self._measure_all else self._read_quality(choice)
 
     def _option(self, candidate: Candidate, note: str) -> Option:
-        speed = self.speed(candidate.choice)
+        # a cache that was not worth measuring is not worth timing either
+        speed = None if candidate.note else self.speed(candidate.choice)
         return Option(
             choice=candidate.choice, peak_bytes=dict(candidate.peak_bytes), bits_per_weight=candidate.bits_per_weight,
             kv_bits_per_value=candidate.cache_bits, decode_tokens_per_s=speed.decode_tokens_per_s if speed else None,
@@ -270,6 +317,7 @@ def make_plan(
     runtime_bytes: int | None = None,
     profile: bool | None = None,
     measure_all: bool = False,
+    search_kv: bool = False,
     extra_bytes: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -279,8 +327,8 @@ def make_plan(
     prompt_tokens: length of the prompt, where known. budget: caps per tier (None: no cap, or another machine's
     capacities). measure: measure quality on held-out text where it is not known; profile: measure kernels where they
     are not known (None: as `measure`), otherwise speeds may be missing; measure_all: the runners-up's quality too, for
-    a fuller plot; extra_bytes: by owner, what the caller will hold besides. progress(done, total) counts windows of
-    text.
+    a fuller plot; search_kv: many caches and their combinations, measured as far as that is worth it; extra_bytes: by
+    owner, what the caller will hold besides. progress(done, total) counts windows of text, or caches with `search_kv`.
     """
     planner = Planner(
         model,
@@ -290,6 +338,7 @@ def make_plan(
         text=text,
         profile=measure if profile is None else profile,
         measure_all=measure and measure_all,
+        search_kv=search_kv,
         extra_bytes=extra_bytes,
         progress=progress,
     )
@@ -298,7 +347,7 @@ def make_plan(
         prompt_tokens=prompt_tokens, batch=batch,
         threads=threads or default_threads(), max_kl=max_kl,
     )  # fmt: skip
-    if AUTO not in (weights, kv) and max_kl is None:
+    if AUTO not in (weights, kv) and max_kl is None and not search_kv:
         return planner.exact(goal, measure=measure)
     return planner.plan(goal, measure=measure)
 
@@ -365,6 +414,14 @@ def _why(candidates: list[Candidate]) -> str:
         other = others[0].choice
         return f"{text}, against {others[0].quality.kl_nats:.3g} for {other.weights} with {other.kv}."
     return f"{text}."
+
+
+def _considered(candidates: list[Candidate]) -> str:
+    """How far a search among many caches went."""
+    left = sum(bool(one.note) for one in candidates)
+    if not left:
+        return ""
+    return f" Of {len(candidates)} caches that fit, {len(candidates) - left} were measured; the others could not win."
 
 
 def _compared(one: Candidate, best: Candidate) -> str:

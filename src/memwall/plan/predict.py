@@ -112,6 +112,11 @@ class ModelSpace(Space):
         numbers = 2 * self.shape.num_layers * self.shape.num_kv_heads * self.shape.head_dim * choice.context
         return 8 * sum(self.cache_rows(choice.kv, choice.context, choice.segment_tokens).values()) / numbers
 
+    def cache_savings(self, choice: Choice) -> kv.Savings:
+        """What each part of the cache policy saves at the end of the context."""
+        prompt = min(choice.segment_tokens, choice.context)
+        return kv.savings(choice.kv, self.shape, choice.context, prompt, choice.context)
+
     def stored_bits(self, policy: str) -> float:
         """From the growth of the cache between two long contexts, where the exact tail no longer changes."""
         shape, short, long = self.shape, 1 << 14, 1 << 15
@@ -240,5 +245,7 @@ def check_policy(space: ModelSpace, policy: str) -> None:
         return
     try:
         space.cache_rows(policy, 1, 1)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"cache policy {policy!r}: {error}") from error

@@ -5,7 +5,9 @@ versus bytes (matplotlib).
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -43,7 +45,8 @@ def table(plan: Plan) -> Group:
         options.add_column(name, justify="left" if name in ("", "weights", "cache", "note") else "right")
     for mark, option in [("*", chosen_option(plan)), *(("", one) for one in plan.runners_up)]:
         options.add_row(mark, *option_cells(option))
-    return Group(rows, Text(speed_line(plan)), options, Text(plan.explanation))
+    lines = [Text(line) for line in (speed_line(plan), savings_line(plan)) if line]
+    return Group(rows, *lines, options, Text(plan.explanation))
 
 
 OPTION_COLUMNS = (
@@ -104,12 +107,29 @@ def speed_line(plan: Plan) -> str:
     return text if plan.prefill_tokens_per_s is None else f"{text}; prefill {plan.prefill_tokens_per_s:.0f} tokens/s"
 
 
-def write_html(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Write the page; the file appears whole or not at all. Raises MissingDependency before anything is written."""
+def savings_line(plan: Plan) -> str:
+    """What each part of the cache policy saves, and all together; empty for a float16 cache."""
+    if all(factor == 1 for factor in plan.kv_savings.values()):
+        return ""
+    parts = " x ".join(f"{part} {factor:.3f}" for part, factor in plan.kv_savings.items())
+    whole = f" = {math.prod(plan.kv_savings.values()):.3f}" if len(plan.kv_savings) > 1 else ""
+    return f"predicted cache, in float16's bytes: {parts}{whole}"
+
+
+def check_html(path: str | os.PathLike[str]) -> None:
+    """Refuses a report that could not be written, before the minutes that measuring takes."""
     target = Path(path)
-    page = render_html(plan)
     if not target.parent.is_dir():
         raise InputError(f"cannot write {target}: {target.parent} is not a directory")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependency("matplotlib", "plot")
+
+
+def write_html(plan: Plan, path: str | os.PathLike[str]) -> Path:
+    """Write the page; the file appears whole or not at all. Raises MissingDependency before anything is written."""
+    check_html(path)
+    target = Path(path)
+    page = render_html(plan)
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -149,11 +169,9 @@ def render_html(plan: Plan) -> str:
 
 def quality_plot(plan: Plan) -> str:
     """Inline SVG: each option at its predicted peak; measured loss where there is one, otherwise bits per weight."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependency("matplotlib", "plot") from error
+    import matplotlib
+    from matplotlib.figure import Figure
+
     options = [chosen_option(plan), *plan.runners_up]
     tier = next(iter(plan.peak_bytes), "ram")
     measured: list[tuple[Option, Quality]] = [(one, one.quality) for one in options if one.quality is not None]
@@ -216,6 +234,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "weights": f"{choice.weights} ({plan.bits_per_weight:.2f} bits per weight)",
         "cache": f"{choice.kv} ({plan.kv_bits_per_value:.2f} bits per value)",
         "context": f"{choice.context} tokens, batch {choice.batch}, {choice.threads} threads, {choice.device}",
+        "cache savings": savings_line(plan) or "none: float16",
         "speed": speed_line(plan),
         "quality": "not measured",
         "fingerprint": plan.fingerprint,

@@ -86,7 +86,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A choice that fits, with what the comparison needs."""
+    """A choice that fits, with what the comparison needs. note: why it has no measured quality, where others have."""
 
     choice: Choice
     peak_bytes: Mapping[str, int]
@@ -94,9 +94,11 @@ class Candidate:
     cache_bits: float
     stored_bits: float
     quality: Quality | None = None
+    note: str = ""
 
 
 Measure = Callable[[Choice], Quality | None]
+Survey = Callable[[list["Candidate"]], list["Candidate"]]
 
 
 def fits(space: Space, choice: Choice, budget: Mapping[str, int]) -> bool:
@@ -110,8 +112,11 @@ def proxy_loss(candidate: Candidate) -> float:
     return float(4.0**-candidate.bits_per_weight + _CACHE_LOSS_SHARE * 4.0**-candidate.stored_bits)
 
 
-def search(space: Space, goal: Goal, *, measure: Measure | None = None) -> list[Candidate]:
-    """Candidates that fit the goal, best first; measured when `measure` is given.
+def search(
+    space: Space, goal: Goal, *, measure: Measure | None = None, survey: Survey | None = None
+) -> list[Candidate]:
+    """Candidates that fit the goal, best first; measured when `measure` is given, all of them unless `survey` measures
+    those that are worth it.
 
     Raises DoesNotFit naming the smallest budget that works, or the largest context that fits; InputError for settings
     that cannot be.
@@ -120,7 +125,9 @@ def search(space: Space, goal: Goal, *, measure: Measure | None = None) -> list[
     candidates = _within_budget(space, goal)
     if not candidates:
         raise DoesNotFit(explain_misfit(space, goal))
-    if measure is not None:
+    if survey is not None:
+        candidates = survey(candidates)
+    elif measure is not None:
         candidates = [replace(one, quality=measure(one.choice)) for one in candidates]
     candidates.sort(key=_order)
     if goal.max_kl is not None:
