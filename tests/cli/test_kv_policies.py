@@ -101,3 +101,25 @@ def test_a_plan_says_what_must_be_fitted_first(memwall: Any) -> None:
     shown = memwall("plan", "demo", "--weights", "int4", "--kv", "locret", "--no-measure", "--context", "512")
     assert shown.exit_code == 0
     assert "memwall fit" in " ".join(shown.stdout.split())
+
+
+def test_a_run_on_storage_says_what_crossed_the_link(memwall: Any) -> None:
+    arguments = ("run", "demo", TEXT, "--max-new-tokens", "4", "--ignore-eos", "--kv", "instinfer(1,link_mb=500)")
+    found = json.loads(memwall(*arguments, "--json").stdout)
+    (drive,) = found["storage"]["drives"]
+    assert found["storage"]["emulated"]
+    assert drive["link"]["down_bytes"] > 0 < drive["pages_written"]
+    tiers = {row["owner"]: row["tier"] for row in found["ledger"]}
+    assert (tiers["kv/flash"], tiers["kv/storage process"]) == ("disk", "storage")
+    plain = memwall(*arguments[:-1], "float16", "--json")
+    assert json.loads(plain.stdout)["storage"] is None
+    assert json.loads(plain.stdout)["text"] == found["text"]
+    shown = memwall(*arguments).stderr
+    assert "up the link (emulated)" in shown
+    assert "on all tiers" in shown
+
+
+def test_a_file_over_the_disk_budget_is_refused(memwall: Any) -> None:
+    refused = memwall("run", "demo", TEXT, "--kv", "instinfer(1)", "--budget", "ram=500MB,disk=100kB")
+    assert refused.exit_code == 1
+    assert "disk" in refused.stderr
