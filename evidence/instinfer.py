@@ -231,7 +231,8 @@ class ChoosingCache(kv.KVCache):
 
 
 def by_channels(share: float) -> Choose:
-    """SparF's choice: r = share of the channels, k = half the share of the tokens."""
+    """SparF's choice: r = share of the channels, k = half the share of the tokens; all of them where all is read."""
+    part_of_tokens = share / 2 if share < 1 else 1.0
 
     def choose(layer: int, q: np.ndarray, keys: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         channels, part = pick_channels(q, max(round(share * q.shape[2]), 1))
@@ -240,7 +241,7 @@ def by_channels(share: float) -> Choose:
             some = keys[:, head][:, own].T.astype(np.float32)
             guess = q[head][:, own] @ some / np.sqrt(q.shape[2] * part[head])[:, None]
             softmax(guess)
-            chosen.append(top_tokens(guess.sum(axis=0), max(round(share / 2 * len(keys)), 1)))
+            chosen.append(top_tokens(guess.sum(axis=0), max(round(part_of_tokens * len(keys)), 1)))
             alphas.append(guess[:, chosen[-1]].sum(axis=1))
         return chosen, np.stack(alphas)
 

@@ -115,3 +115,25 @@ def test_a_first_use_that_computes_matrices_keeps_its_budget(
     result = spawn(*asked, "--memory", str(enough))
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["peak_resident_bytes"] <= enough
+
+
+def test_a_run_on_storage_says_what_crossed_the_link(memwall: Any) -> None:
+    arguments = ("run", "demo", TEXT, "--max-new-tokens", "4", "--ignore-eos", "--kv", "instinfer(1,link_mb=500)")
+    found = json.loads(memwall(*arguments, "--json").stdout)
+    (drive,) = found["storage"]["drives"]
+    assert found["storage"]["emulated"]
+    assert drive["link"]["down_bytes"] > 0 < drive["pages_written"]
+    tiers = {row["owner"]: row["tier"] for row in found["ledger"]}
+    assert (tiers["kv/flash"], tiers["kv/storage process"]) == ("disk", "storage")
+    plain = memwall(*arguments[:-1], "float16", "--json")
+    assert json.loads(plain.stdout)["storage"] is None
+    assert json.loads(plain.stdout)["text"] == found["text"]
+    shown = memwall(*arguments).stderr
+    assert "up the link (emulated)" in shown
+    assert "on all tiers" in shown
+
+
+def test_a_file_over_the_disk_budget_is_refused(memwall: Any) -> None:
+    refused = memwall("run", "demo", TEXT, "--kv", "instinfer(1)", "--budget", "ram=500MB,disk=100kB")
+    assert refused.exit_code == 1
+    assert "disk" in refused.stderr

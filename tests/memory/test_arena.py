@@ -228,3 +228,16 @@ def test_threads_share_a_cap() -> None:
         thread.join()
     assert arena.used_bytes == ledger.total() == 0
     assert arena.peak_bytes <= 2_000_000
+
+
+def test_arenas_of_other_tiers_share_the_ledger_and_have_caps_of_their_own() -> None:
+    ledger = Ledger()
+    arena = Arena(1000, ledger, other_caps={"disk": 4096})
+    assert arena.beside("ram") is arena
+    disk = arena.beside("disk")
+    assert arena.beside("disk") is disk
+    charge = disk.charge("file", 4096)
+    with pytest.raises(BudgetExceeded, match="on disk"):
+        charge.resize(4097)
+    arena.beside("net").charge("copy", 1 << 50)  # no cap was given
+    assert (ledger.total("disk"), ledger.total("ram"), arena.used_bytes) == (4096, 0, 0)

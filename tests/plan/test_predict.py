@@ -152,3 +152,20 @@ def test_runtime_is_kept_and_has_a_default(monkeypatch: pytest.MonkeyPatch) -> N
 def test_runtime_default_when_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "_measured", lambda script, *arguments: None)
     assert predict.measured_runtime_bytes(DEMO) == predict.DEFAULT_RUNTIME_BYTES
+
+
+def test_what_lies_elsewhere_is_on_its_own_tier() -> None:
+    """A cache on storage: its file and its process take nothing of the host's memory."""
+    choice = Choice(weights="int4", kv="instinfer(1)", context=512, segment_tokens=128)
+    space = ModelSpace(CONFIG)
+    tiers = {row.owner: row.tier for row in space.rows(choice)}
+    assert tiers["kv/flash"] == "disk"
+    assert tiers["kv/storage process"] == tiers["runtime/storage process"] == "storage"
+    assert tiers["kv/link"] == "ram"
+    peaks = space.peak_bytes(choice)
+    plain = space.peak_bytes(Choice(weights="int4", kv="float16", context=512, segment_tokens=128))
+    held = kv.predict("instinfer(1)", space.shape, 512, 128)
+    assert peaks["disk"] == held["kv/flash"]
+    assert plain["ram"] - peaks["ram"] == kv.predict("float16", space.shape, 512)["kv/full"] - sum(
+        held[owner] for owner in ("kv/link", "kv/staging")
+    )

@@ -389,7 +389,8 @@ def explain(space: ModelSpace, goal: Goal, candidates: list[Candidate]) -> str:
     if not goal.budget:
         first = f"No budget was set, so {what} is taken as it is."
     else:
-        tier = next(iter(goal.budget))
+        # the tier that is fullest for its cap: what does not fit is what must be said
+        tier = max(goal.budget, key=lambda tier: best.peak_bytes.get(tier, 0) / goal.budget[tier])
         used = f"{format_bytes(best.peak_bytes.get(tier, 0))} of {format_bytes(goal.budget[tier])} on {tier}"
         if AUTO not in (goal.weights, goal.kv):
             verdict = "fits" if fits(space, choice, goal.budget) else "does not fit"
