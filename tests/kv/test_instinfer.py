@@ -408,6 +408,28 @@ def test_nothing_is_left_however_the_host_ends(how: str | signal.Signals, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_ends_a_run_and_its_storage(tmp_path: Path) -> None:
+    """In the middle of a transfer: status 130, as for any other run, and nothing left."""
+    command = ["run", "demo", "A city on a river. " * 40, "--kv", "instinfer(1,link_mb=0.05,drives=2)"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "memwall", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    found: list[str] = []
+    deadline = time.monotonic() + 60
+    while len(found) < 2 and time.monotonic() < deadline:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        found = [pid for pid in children if b"storage_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    time.sleep(1)  # well into the prompt, which takes many seconds over this link
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert len(found) == 2
+    assert run.returncode == 130, error
+    assert "interrupted" in error
+    assert all(gone(int(pid)) for pid in found)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("policy", "says"),
     [

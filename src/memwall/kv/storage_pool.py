@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from memwall.errors import DoesNotFit
-from memwall.kv.storage_link import TIMEOUT_SECONDS, StorageLink, StorageLost
+from memwall.kv.storage_link import TIMEOUT_SECONDS, StorageLink
 from memwall.kv.storage_settings import StorageSettings
 from memwall.kv.storage_wire import Op
 from memwall.memory import Arena
@@ -96,7 +96,7 @@ class Drives:
         asked = self._waiting()
         try:
             link.ask(op, **request)
-        except StorageLost:
+        except BaseException:
             self._give_up()
             raise
         asked.append(link)
@@ -108,11 +108,11 @@ class Drives:
         for _ in range(min(len(asked), self.count) if one else len(asked)):
             try:
                 values.append(asked.pop(0).answer())
-            except StorageLost:
-                self._give_up()
-                raise
             except DoesNotFit as full:
                 refused = full
+            except BaseException:
+                self._give_up()
+                raise
         if refused is not None:
             raise refused
         return values
@@ -160,7 +160,9 @@ class Drives:
         return waiting
 
     def _give_up(self) -> None:
-        """Heads are split: with one process lost the rest is of no use."""
+        """Heads are split: with one process lost, or out of step (Ctrl-C), the rest is of no use."""
+        for link in self._links:
+            link.drop()
         self._waiting().clear()
         self._stop()
 
