@@ -328,6 +328,23 @@ def test_forks_outlive_each_other() -> None:
     assert fork.arena.ledger.total() == 0
 
 
+def test_a_fork_of_what_was_lost_does_not_take_from_what_was_started_anew() -> None:
+    cache = cache_of("instinfer(1)")
+    Feeder(cache).step(300)
+    fork = cache.fork()
+    os.kill(pids(cache)[0], signal.SIGKILL)
+    with pytest.raises(StorageLost):
+        Feeder(cache).step(1)
+    cache.truncate(0)
+    again = Feeder(cache)
+    assert again.error(200) < 2e-3
+    assert fork.rewindable(300) == 0
+    fork.release()
+    assert max(again.error(count) for count in (500, 1)) < 2e-3
+    cache.release()
+    assert cache.arena.ledger.total() == 0
+
+
 def test_a_full_disk_refuses_before_anything_changes() -> None:
     arena = Arena(1 << 28, Ledger(), other_caps={"disk": 1 << 20})
     cache = kv.build("instinfer(1,block_kib=256)", SHAPE, arena, 4096)
@@ -408,6 +425,13 @@ def test_nothing_is_left_however_the_host_ends(how: str | signal.Signals, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def command_line(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # another child, which has ended
+        return b""
+
+
 def test_ctrl_c_ends_a_run_and_its_storage(tmp_path: Path) -> None:
     """In the middle of a transfer: status 130, as for any other run, and nothing left."""
     command = ["run", "demo", "A city on a river. " * 40, "--kv", "instinfer(1,link_mb=0.05,drives=2)"]
@@ -419,7 +443,7 @@ def test_ctrl_c_ends_a_run_and_its_storage(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while len(found) < 2 and time.monotonic() < deadline:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        found = [pid for pid in children if b"storage_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found = [pid for pid in children if b"storage_process" in command_line(pid)]
     time.sleep(1)  # well into the prompt, which takes many seconds over this link
     run.send_signal(signal.SIGINT)
     _, error = run.communicate(timeout=60)

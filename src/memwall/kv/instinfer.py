@@ -8,8 +8,8 @@ drive, whose flash is faster than its link. A process of its own plays the drive
 attended on the host, layer by layer, while the layer before is shipped; where both hold a part, partial results merge.
 Units and shapes: rows [n, Hkv, D]; on the link and on flash float16. Default: share 1/8, r = D / 8 and k = S / 16.
 Differs from the paper: a process and a file stand for drive and flash; heads that share keys choose channels and tokens
-together (sum of |q|, sum of shares), which the paper, on models without sharing, leaves open; layers with a sliding
-window, and prompts that come in several segments, are attended to densely.
+together (sum of |q|, sum of shares), which the paper, on models without sharing, leaves open; 64 tokens are attended to
+at least; layers with a sliding window, and a later prompt's queries over earlier tokens, are attended to densely.
 Cost: per token and layer (2 H + 2 Hkv) D 16-bit numbers over the link, against 2 S Hkv D where keys and values are
 fetched. Flash: 3/2 of keys and values (keys twice). Host memory: a request's buffers. The process: rows that wait to
 fill pages, tables, chunks of pages.
@@ -264,6 +264,12 @@ class InstInferCache(KVCache):
         while len(self._shipping) > leaving:
             self._shipping.pop(0).result()
 
+    def _stop_shipping(self) -> None:
+        """Waits for what is on its way; what goes wrong with it was for tokens that go now."""
+        while self._shipping:
+            with contextlib.suppress(MemwallError):
+                self._shipping.pop(0).result()
+
     def _make_room(self, count: int, end: int) -> None:
         """All that a pass takes, before a layer has changed: staging, memory and blocks of the drives."""
         if not self._alive:
@@ -319,16 +325,15 @@ class InstInferCache(KVCache):
     def truncate(self, length: int) -> None:
         self._check_truncate(length)
         self._fresh = None
-        with contextlib.suppress(MemwallError):  # what went wrong on the way was for tokens that go now
-            self._wait_for_shipping()
-        self._shipping.clear()
+        self._stop_shipping()
         self._unstage()
         self._lengths = [length] * self.shape.num_layers
         if self._alive:
-            self._cut = length > 0
-            self._room = self._drives.all(Op.TRUNCATE, sequence=self._number, number=length)
-            self._charge(length, sum(self._room))
-        elif length == 0:
+            with contextlib.suppress(StorageLost):
+                self._cut = length > 0
+                self._room = self._drives.all(Op.TRUNCATE, sequence=self._number, number=length)
+                self._charge(length, sum(self._room))
+        if length == 0 and not self._alive:
             self._close()
             if not self._drives.alive:
                 self._drives.restart()
@@ -359,14 +364,16 @@ class InstInferCache(KVCache):
             self._drives.drop()
 
     def _close(self) -> None:
-        self._shipping.clear()
+        self._stop_shipping()
         self._unstage()
         if self._number and self._alive:
-            self._drives.all(Op.RECLAIM, sequence=self._number)
+            with contextlib.suppress(StorageLost):
+                self._drives.all(Op.RECLAIM, sequence=self._number)
         for buffer in self._buffers:
             self.arena.free(buffer)
         self._buffers = []
-        self._drives.allow(-self._memory.nbytes)
+        if self._generation == self._drives.generation:
+            self._drives.allow(-self._memory.nbytes)
         self._memory.release()
         self._flash.release()
 

@@ -26,6 +26,13 @@ SWEEPS = 4
 """So many times a drive may read all that it holds before a request is late."""
 
 
+class _Asked(threading.local):
+    """Links whose reply is due to this thread, in the order of the requests."""
+
+    def __init__(self) -> None:
+        self.links: list[StorageLink] = []
+
+
 class Drives:
     """See the module's text. Counts its users: the processes end with the last one."""
 
@@ -35,7 +42,7 @@ class Drives:
         self._charge = arena.charge(owner, self.count * settings.layout.fixed_bytes())
         self._runtime = arena.ledger.add(RUNTIME, arena.tier, 0)
         self._uses, self._allowed, self._numbers = 1, 0, 0
-        self._asked = threading.local()
+        self._asked = _Asked()
         self._links: list[StorageLink] = []
         try:
             self._start()
@@ -93,17 +100,16 @@ class Drives:
 
     def ask(self, link: StorageLink, op: Op, **request: Any) -> None:
         """Sends a request to one process; `answers` takes the replies."""
-        asked = self._waiting()
         try:
             link.ask(op, **request)
         except BaseException:
             self._give_up()
             raise
-        asked.append(link)
+        self._asked.links.append(link)
 
     def answers(self, *, one: bool = False) -> list[int]:
         """Values of the replies that are due to this thread, or of one for each process."""
-        asked, values = self._waiting(), []
+        asked, values = self._asked.links, []
         refused: DoesNotFit | None = None
         for _ in range(min(len(asked), self.count) if one else len(asked)):
             try:
@@ -153,17 +159,11 @@ class Drives:
             "drives": reports,
         }
 
-    def _waiting(self) -> list[StorageLink]:
-        if not hasattr(self._asked, "links"):
-            self._asked.links = []
-        waiting: list[StorageLink] = self._asked.links
-        return waiting
-
     def _give_up(self) -> None:
         """Heads are split: with one process lost, or out of step (Ctrl-C), the rest is of no use."""
         for link in self._links:
             link.drop()
-        self._waiting().clear()
+        self._asked.links.clear()
         self._stop()
 
     def _limit(self) -> int:
