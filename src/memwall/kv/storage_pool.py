@@ -6,15 +6,17 @@ what its interpreter takes; on the tier `disk` the blocks of its file. None of i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from memwall.errors import DoesNotFit
+from memwall.errors import DoesNotFit, MemwallError
 from memwall.kv.storage_link import TIMEOUT_SECONDS, StorageLink
 from memwall.kv.storage_settings import StorageSettings
 from memwall.kv.storage_wire import Op
@@ -184,3 +186,26 @@ class Drives:
         for link in self._links:
             link.close()
         self._links = []
+
+
+class Shipper:
+    """Sends in the background, in order."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._jobs: list[Future[None]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self._thread = self._thread or ThreadPoolExecutor(1, "ship")
+        self._jobs.append(self._thread.submit(job))
+
+    def wait(self, leaving: int = 0) -> None:
+        """Until no more than so many jobs are left; raises what one ended with."""
+        while len(self._jobs) > leaving:
+            self._jobs.pop(0).result()
+
+    def stop(self) -> None:
+        """Until none is left, however each ends."""
+        while self._jobs:
+            with contextlib.suppress(MemwallError):
+                self._jobs.pop(0).result()
