@@ -36,8 +36,8 @@ FLASH_CHANNELS = 8
 QUERY_ROWS = 128
 """Most queries of one request: as many as the decoder hands over at once."""
 READERS = 4
-LEAST_RUN_PAGES = 16
-"""A reader that gets fewer pages costs more than it brings."""
+READER_RUNS, READER_BYTES = 4, 1 << 20
+"""One reader is enough for so many runs, or for so many bytes in a long one: a second costs more than it brings."""
 
 
 def direct_bytes(nbytes: int) -> int:
@@ -263,7 +263,8 @@ class FlashFile:
         """Reads the pages in their order into out [n, page bytes], runs of neighbours at once, by several threads."""
         began = time.perf_counter()
         found = runs(pages)
-        parts = min(READERS, -(-len(pages) // LEAST_RUN_PAGES))
+        most = max(len(found) // READER_RUNS, len(pages) * self.layout.page_bytes // READER_BYTES)
+        parts = min(READERS, most)
         if parts > 1:
             jobs = [self._pool.submit(self._read_runs, pages, out, part) for part in _cut(found, len(pages), parts)]
             for job in jobs:

@@ -8,8 +8,8 @@ drive, whose flash is faster than its link. A process of its own plays the drive
 attended on the host, layer by layer, while the layer before is shipped; where both hold a part, partial results merge.
 Units and shapes: rows [n, Hkv, D]; on the link and on flash float16. Default: share 1/8, r = D / 8 and k = S / 16.
 Differs from the paper: a process and a file stand for drive and flash; heads that share keys choose channels and tokens
-together (sum of |q|, sum of shares), which the paper, on models without sharing, leaves open; layers with a sliding
-window, and prompts that come in several segments, are attended to densely.
+together (sum of |q|, sum of shares), which the paper, on models without sharing, leaves open; 64 tokens are attended to
+at least; layers with a sliding window, and a later prompt's queries over earlier tokens, are attended to densely.
 Cost: per token and layer (2 H + 2 Hkv) D 16-bit numbers over the link, against 2 S Hkv D where keys and values are
 fetched. Flash: 3/2 of keys and values (keys twice). Host memory: a request's buffers. The process: rows that wait to
 fill pages, tables, chunks of pages.
@@ -21,19 +21,18 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from memwall.errors import MemwallError
 from memwall.kernels.attention import attend_float, merge_partials
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.flash import QUERY_ROWS
 from memwall.kv.policy import Policy
 from memwall.kv.storage_link import StorageLost
-from memwall.kv.storage_pool import Drives
+from memwall.kv.storage_pool import Drives, Shipper
 from memwall.kv.storage_settings import (
     FLASH,
     LINK,
@@ -98,8 +97,7 @@ class InstInferCache(KVCache):
         self._cut = False  # whether tokens were ever forgotten: blocks then hold less than they could
         self._fresh: Fresh | None = None
         self._staging: np.ndarray | None = None
-        self._shipping: list[Future[None]] = []
-        self._shipper: ThreadPoolExecutor | None = None
+        self._shipper = Shipper()
         self._buffers: list[np.ndarray] = []
         self._number, self._generation = 0, self._drives.generation
         self._memory, self._flash = process.charge(PROCESS, 0), disk.charge(FLASH, 0)
@@ -197,7 +195,7 @@ class InstInferCache(KVCache):
         )  # fmt: skip
         if not held:
             return
-        self._wait_for_shipping()
+        self._shipper.wait()
         part, there = self._buffers[3][: len(q)], self._buffers[2][1, : len(q)]
         self._attend_there(layer, q, first, None, Flag(0), part, there)
         for begin in range(0, len(q), MERGED_ROWS):
@@ -241,12 +239,11 @@ class InstInferCache(KVCache):
                 self._ship(layer, np.stack([k, v]).astype(np.float16))
             else:
                 staged = self._staging[layer % len(self._staging), :, : len(k)]
-                self._wait_for_shipping(leaving=len(self._staging) - 1)
+                self._shipper.wait(leaving=len(self._staging) - 1)
                 staged[0], staged[1] = k, v
-                self._shipper = self._shipper or ThreadPoolExecutor(1, "ship")
-                self._shipping.append(self._shipper.submit(self._ship, layer, staged))
+                self._shipper.submit(partial(self._ship, layer, staged))
         if last:
-            self._wait_for_shipping()
+            self._shipper.wait()
             self._unstage()
 
     def _ship(self, layer: int, rows: np.ndarray) -> None:
@@ -259,10 +256,6 @@ class InstInferCache(KVCache):
                     link, Op.APPEND, parts=[own], layer=layer, sequence=self._number, number=piece.shape[1]
                 )
             self._drives.answers()
-
-    def _wait_for_shipping(self, leaving: int = 0) -> None:
-        while len(self._shipping) > leaving:
-            self._shipping.pop(0).result()
 
     def _make_room(self, count: int, end: int) -> None:
         """All that a pass takes, before a layer has changed: staging, memory and blocks of the drives."""
@@ -319,16 +312,15 @@ class InstInferCache(KVCache):
     def truncate(self, length: int) -> None:
         self._check_truncate(length)
         self._fresh = None
-        with contextlib.suppress(MemwallError):  # what went wrong on the way was for tokens that go now
-            self._wait_for_shipping()
-        self._shipping.clear()
+        self._shipper.stop()
         self._unstage()
         self._lengths = [length] * self.shape.num_layers
         if self._alive:
-            self._cut = length > 0
-            self._room = self._drives.all(Op.TRUNCATE, sequence=self._number, number=length)
-            self._charge(length, sum(self._room))
-        elif length == 0:
+            with contextlib.suppress(StorageLost):
+                self._cut = length > 0
+                self._room = self._drives.all(Op.TRUNCATE, sequence=self._number, number=length)
+                self._charge(length, sum(self._room))
+        if length == 0 and not self._alive:
             self._close()
             if not self._drives.alive:
                 self._drives.restart()
@@ -359,14 +351,16 @@ class InstInferCache(KVCache):
             self._drives.drop()
 
     def _close(self) -> None:
-        self._shipping.clear()
+        self._shipper.stop()
         self._unstage()
         if self._number and self._alive:
-            self._drives.all(Op.RECLAIM, sequence=self._number)
+            with contextlib.suppress(StorageLost):
+                self._drives.all(Op.RECLAIM, sequence=self._number)
         for buffer in self._buffers:
             self.arena.free(buffer)
         self._buffers = []
-        self._drives.allow(-self._memory.nbytes)
+        if self._generation == self._drives.generation:
+            self._drives.allow(-self._memory.nbytes)
         self._memory.release()
         self._flash.release()
 

@@ -20,6 +20,8 @@ from memwall.kv.flash_sequence import OWNER, FlashSequence
 from memwall.memory import Arena
 from memwall.memory.arena import SMALL_BYTES
 
+MERGED_PARTS = 16
+"""Chunks' parts of one query that are joined at once."""
 Partial = tuple[np.ndarray, np.ndarray]
 """Outputs and stats."""
 
@@ -122,16 +124,13 @@ class StorageAttention:
         shape = (layout.kv_heads, num_queries, layout.heads // layout.kv_heads, 2)
         return self._stats[which, : int(np.prod(shape))].reshape(shape)
 
-    def _merge(self, parts: list[Partial]) -> Partial:
-        """Joins the last part to what was found before it, in the room for results."""
-        (first, first_stats), (second, second_stats) = parts
-        flat = (-1, *first.shape[2:])
-        out, stats = merge_partials(
-            [first.reshape(flat), second.reshape(flat)],
-            [first_stats.reshape(-1, *first_stats.shape[2:]), second_stats.reshape(-1, *second_stats.shape[2:])],
-        )
-        first[:], first_stats[:] = out.reshape(first.shape), stats.reshape(first_stats.shape)
-        return first, first_stats
+    def _merge(self, result: Partial, parts: list[Partial]) -> Partial:
+        """Joins parts to what was found before them, in the room for results."""
+        every = [result, *parts]
+        outs = [out.reshape(-1, *out.shape[2:]) for out, _ in every]
+        out, stats = merge_partials(outs, [found.reshape(-1, *found.shape[2:]) for _, found in every])
+        result[0][:], result[1][:] = out.reshape(result[0].shape), stats.reshape(result[1].shape)
+        return result
 
     # ---- all tokens --------------------------------------------------------------------------------------------------
 
@@ -148,12 +147,19 @@ class StorageAttention:
         bounds = [(a, min(a + step, end)) for a in range(begin, end, step)]
         result = self._nothing(num_queries)
         chunks = self.file.chunks([sequence.group_pages(layer, a, b) for a, b in bounds], self.halves)
+        parts: list[Partial] = []
         for (a, b), pages in zip(bounds, chunks):
-            part = self._attend_groups(q, pages, a, b, first_position, window)
-            result = self._merge([result, part])
+            out, stats = self._attend_groups(q, pages, a, b, first_position, window)
+            if num_queries > 1:
+                self._merge(result, [(out, stats)])
+                continue
+            parts.append((out.copy(), stats.copy()))
+            if len(parts) == MERGED_PARTS:
+                self._merge(result, parts)
+                parts.clear()
         if sequence.lengths[layer] > sequence.written[layer]:
-            result = self._merge([result, self._attend_waiting(sequence, layer, q, first_position, window)])
-        return result
+            parts.append(self._attend_waiting(sequence, layer, q, first_position, window))
+        return self._merge(result, parts) if parts else result
 
     def _nothing(self, num_queries: int) -> Partial:
         out, stats = self._room(1, num_queries), self._stats_room(0, num_queries)
@@ -258,7 +264,7 @@ class StorageAttention:
             own, late = head[~paged], tokens[~paged]
             keys = sequence.keys[layer, late - sequence.spanned[layer], own]
             values = sequence.values[layer, late - sequence.written[layer], own]
-            result = self._merge([result, self._attend_rows(q, keys, values, own)])
+            self._merge(result, [self._attend_rows(q, keys, values, own)])
             tokens, head = tokens[paged], head[paged]
         if not len(tokens):
             return result
@@ -275,7 +281,7 @@ class StorageAttention:
             for which in range(2):
                 places = slots[which, place[mine] - a] * group + tokens[mine] % group
                 found.append(np.take(rows, places, axis=0, out=self._gathered[which, : len(mine)], mode="clip"))
-            result = self._merge([result, self._attend_rows(q, found[0], found[1], head[mine])])
+            self._merge(result, [self._attend_rows(q, found[0], found[1], head[mine])])
         return result
 
     def _pair_pages(self, sequence: FlashSequence, layer: int, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

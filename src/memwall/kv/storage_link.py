@@ -6,6 +6,7 @@ rate, the link is an emulated one: bytes pass no faster in either direction, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -146,9 +147,14 @@ class StorageLink:
                 self.traffic.requests += 1
         except OSError as error:
             raise self._lost(error) from error
+        except BaseException:  # such as Ctrl-C: what was sent, and what comes, is not known any more
+            self.drop()
+            raise
 
     def answer(self) -> int:
         """The value of the oldest reply that is due; its payload is where the request wanted it."""
+        if not self._awaited:
+            raise StorageLost(f"the storage process (pid {self.process.pid}) was ended meanwhile")
         awaited = self._awaited[0]
         try:
             head = bytearray(REPLY_BYTES)
@@ -172,6 +178,11 @@ class StorageLink:
                 self.traffic.framing_bytes += REPLY_BYTES
         except (OSError, EOFError) as error:
             raise self._lost(error) from error
+        except MemwallError:  # a refusal, read to its end
+            raise
+        except BaseException:
+            self.drop()
+            raise
         self._done()
         return reply.value
 
@@ -185,9 +196,17 @@ class StorageLink:
         """Ends the process; it has nothing left to do."""
         self._end()
 
+    def drop(self) -> None:
+        """Ends the process at once, with all that it was asked for."""
+        self.process.kill()
+        while self._awaited:
+            self._done()
+        self._end()
+
     def _done(self) -> None:
         self._awaited.pop(0)
-        self._turn.release()
+        with contextlib.suppress(RuntimeError):  # another thread's turn, which ends with the process
+            self._turn.release()
 
     def _refused(self, status: int, text: str) -> None:
         self._done()
@@ -209,10 +228,7 @@ class StorageLink:
             how = f"was ended by signal {-was}" if was < 0 else f"ended with status {was}"
         else:
             how = f"cannot be reached ({error or type(error).__name__})"
-        while self._awaited:
-            self._done()
-        self.process.kill()
-        self._end()
+        self.drop()
         return StorageLost(
             f"the storage process (pid {self.process.pid}) {how}; the keys and values that it held are lost: read the "
             "prompt again"

@@ -6,16 +6,18 @@ what its interpreter takes; on the tier `disk` the blocks of its file. None of i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from memwall.errors import DoesNotFit
-from memwall.kv.storage_link import TIMEOUT_SECONDS, StorageLink, StorageLost
+from memwall.errors import DoesNotFit, MemwallError
+from memwall.kv.storage_link import TIMEOUT_SECONDS, StorageLink
 from memwall.kv.storage_settings import StorageSettings
 from memwall.kv.storage_wire import Op
 from memwall.memory import Arena
@@ -24,6 +26,13 @@ RUNTIME = "runtime/storage process"
 """Ledger owner of interpreters and libraries of the storage processes."""
 SWEEPS = 4
 """So many times a drive may read all that it holds before a request is late."""
+
+
+class _Asked(threading.local):
+    """Links whose reply is due to this thread, in the order of the requests."""
+
+    def __init__(self) -> None:
+        self.links: list[StorageLink] = []
 
 
 class Drives:
@@ -35,7 +44,7 @@ class Drives:
         self._charge = arena.charge(owner, self.count * settings.layout.fixed_bytes())
         self._runtime = arena.ledger.add(RUNTIME, arena.tier, 0)
         self._uses, self._allowed, self._numbers = 1, 0, 0
-        self._asked = threading.local()
+        self._asked = _Asked()
         self._links: list[StorageLink] = []
         try:
             self._start()
@@ -93,26 +102,25 @@ class Drives:
 
     def ask(self, link: StorageLink, op: Op, **request: Any) -> None:
         """Sends a request to one process; `answers` takes the replies."""
-        asked = self._waiting()
         try:
             link.ask(op, **request)
-        except StorageLost:
+        except BaseException:
             self._give_up()
             raise
-        asked.append(link)
+        self._asked.links.append(link)
 
     def answers(self, *, one: bool = False) -> list[int]:
         """Values of the replies that are due to this thread, or of one for each process."""
-        asked, values = self._waiting(), []
+        asked, values = self._asked.links, []
         refused: DoesNotFit | None = None
         for _ in range(min(len(asked), self.count) if one else len(asked)):
             try:
                 values.append(asked.pop(0).answer())
-            except StorageLost:
-                self._give_up()
-                raise
             except DoesNotFit as full:
                 refused = full
+            except BaseException:
+                self._give_up()
+                raise
         if refused is not None:
             raise refused
         return values
@@ -153,15 +161,11 @@ class Drives:
             "drives": reports,
         }
 
-    def _waiting(self) -> list[StorageLink]:
-        if not hasattr(self._asked, "links"):
-            self._asked.links = []
-        waiting: list[StorageLink] = self._asked.links
-        return waiting
-
     def _give_up(self) -> None:
-        """Heads are split: with one process lost the rest is of no use."""
-        self._waiting().clear()
+        """Heads are split: with one process lost, or out of step (Ctrl-C), the rest is of no use."""
+        for link in self._links:
+            link.drop()
+        self._asked.links.clear()
         self._stop()
 
     def _limit(self) -> int:
@@ -182,3 +186,26 @@ class Drives:
         for link in self._links:
             link.close()
         self._links = []
+
+
+class Shipper:
+    """Sends in the background, in order."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._jobs: list[Future[None]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self._thread = self._thread or ThreadPoolExecutor(1, "ship")
+        self._jobs.append(self._thread.submit(job))
+
+    def wait(self, leaving: int = 0) -> None:
+        """Until no more than so many jobs are left; raises what one ended with."""
+        while len(self._jobs) > leaving:
+            self._jobs.pop(0).result()
+
+    def stop(self) -> None:
+        """Until none is left, however each ends."""
+        while self._jobs:
+            with contextlib.suppress(MemwallError):
+                self._jobs.pop(0).result()
