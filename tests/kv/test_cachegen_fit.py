@@ -95,4 +95,4 @@ def test_the_demo_model_is_fitted_and_found_again(
     assert lost[0] < 1e-6 < lost[1]  # turning keys back and forth changes nothing, rounding them does
     with pytest.raises(ValueError, match="form"):
         fitted.fit("cachegen(form=none)", directory)
-    assert parse("cachegen").name in fitted.CODECS
+    assert parse("cachegen").name in table.CODECS
