@@ -66,7 +66,7 @@ class Sizes:
 
 FULL = Sizes(lengths=(256, 512, 1024, 2048), links=(0.875, 1.75, 3.5, 7.0), rounds=3, windows=4, decoded_tokens=96,
              tries=12, paged_tokens=8, held_tokens=8192)  # fmt: skip
-QUICK = Sizes(lengths=(128, 512), links=(1.75, 7.0), rounds=2, windows=2, decoded_tokens=16, tries=2,
+QUICK = Sizes(lengths=(128, 512), links=(1.75, 7.0), rounds=2, windows=1, decoded_tokens=24, tries=2,
               paged_tokens=2, held_tokens=2048)  # fmt: skip
 
 MHA = kv.CacheShape(num_layers=1, num_heads=4, num_kv_heads=4, head_dim=128)
