@@ -7,7 +7,7 @@ the demo model over real text, and on random ones. Quality: plain arrays that ch
 others do, with the same bytes read; one claim ties them to the drive. The simulator has the paper's constants.
 
 After an earlier run was seen, one claim on the order SparF, H2O, last tokens became two, so that what fails is plain,
-and SnapKV, which for a while was part of it, is shown but not judged, since it reads more (at 1/8 it lost a little less);
+and SnapKV, part of it for a while, is shown but not judged, since it reads more (at 1/8 it lost a little less);
 the emulated rates were lowered, and the fastest rounds taken, as a busy machine delayed processes more than links did.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
