@@ -15,8 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from memwall.errors import DoesNotFit
-from memwall.kv.flash import ENTRY_BYTES, FLOAT_BYTES, HALF_BYTES, FlashFile, FlashLayout
-from memwall.memory import Arena
+from memwall.kv.flash import ENTRY_BYTES, FLOAT_BYTES, FlashFile, FlashLayout
+from memwall.memory import Arena, Region
 
 OWNER = "storage"
 Fill = Callable[[np.ndarray], None]
@@ -136,10 +136,9 @@ class FlashSequence:
         scores = self._logits.array((kv_heads, heads // kv_heads, num_tokens), np.float32)
         return scores, self._logits.array((kv_heads, num_tokens), np.float32, scores.nbytes)
 
-    def _table(self, region, count: int, shape: tuple[int, ...]) -> np.ndarray:  # type: ignore[no-untyped-def]
+    def _table(self, region: Region, count: int, shape: tuple[int, ...]) -> np.ndarray:
         region.commit(count * int(np.prod(shape)) * ENTRY_BYTES)
-        table: np.ndarray = region.array((count, *shape), np.int32)
-        return table
+        return region.array((count, *shape), np.int32)
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -326,8 +325,3 @@ class FlashSequence:
             region.release()
         for array in (self.keys, self.values, self.sums):
             self.arena.free(array)
-
-
-def waiting_bytes(layout: FlashLayout) -> int:
-    """Bytes of rows that wait in memory, of one sequence: what the paper's group buffer holds."""
-    return layout.layers * (layout.key_rows + layout.group) * layout.kv_heads * layout.head_dim * HALF_BYTES
