@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memwall.kv import cachegen_profile, fitted
+from memwall.kv import cachegen_profile, fitted, table
 from memwall.kv.cachegen import encode_chunk
 from memwall.kv.cachegen_fit import ModelText, anchors_pay, learn, measured_widths
 from memwall.kv.policy import parse
