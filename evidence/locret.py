@@ -6,6 +6,10 @@ reads the prompt in the same chunks, keeps the same number of units with the sam
 the scores differ. Facts are hidden in real text and one is asked for at the end, when all but the question has been
 read.
 
+Findings: the paper's gain from stabilizers does not show on this model (75 against 71 % of 24 questions without them),
+accumulated and windowed attention are above the last tokens at an eighth only, and the smoothness term steadies scores
+without ordering them better. These are judged one try apart, or not at all.
+
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner (documentation of Python's standard library)
 otherwise.
 """
@@ -418,7 +422,7 @@ def ablation_claims(demo: Demo) -> list[Claim]:
             passed=shuffled < own,
         ),
         Claim(
-            claim="without stabilizers no more questions are answered",
+            claim="without stabilizers no more questions are answered (that fewer are, as in the paper, does not show here)",
             measured=f"{unsafe:.0%} with n_s = 0, {own:.0%} with n_s = {int(budget * STABLE_SHARE)}, at T / 16",
             required="at most as many (one try apart)",
             passed=unsafe <= own + 1.5 / sizes.tries,
