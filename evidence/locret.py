@@ -422,7 +422,7 @@ def ablation_claims(demo: Demo) -> list[Claim]:
             passed=shuffled < own,
         ),
         Claim(
-            claim="without stabilizers no more questions are answered (that fewer are, as in the paper, does not show here)",
+            claim="without stabilizers no more questions are answered (the paper's gain does not show here)",
             measured=f"{unsafe:.0%} with n_s = 0, {own:.0%} with n_s = {int(budget * STABLE_SHARE)}, at T / 16",
             required="at most as many (one try apart)",
             passed=unsafe <= own + 1.5 / sizes.tries,
