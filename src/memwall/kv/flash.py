@@ -16,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -282,22 +284,36 @@ class FlashFile:
     def chunks(
         self, parts: Sequence[np.ndarray], halves: np.ndarray, *, by_channel: bool = False
     ) -> Iterator[np.ndarray]:
-        """Each part's pages, read while the one before is worked on: views of the two halves in turn."""
-        coming: Future[None] | None = None
+        """Each part's pages, read while the one before is worked on: views of the two halves in turn.
+
+        The reading thread goes from one to the next by itself, so that the drive does not wait for the attention.
+        """
+        free, ready, ended = threading.Semaphore(2), queue.SimpleQueue[BaseException | None](), threading.Event()
+
+        def read() -> None:
+            try:
+                for number, pages in enumerate(parts):
+                    free.acquire()
+                    if ended.is_set():
+                        return
+                    self.read(pages, halves[number % 2], by_channel=by_channel)
+                    ready.put(None)
+            except BaseException as error:
+                ready.put(error)
+
+        job = self._ahead.submit(read) if parts else None
         try:
             for number, pages in enumerate(parts):
-                if coming is None:
-                    self.read(pages, halves[0], by_channel=by_channel)
-                else:
-                    coming.result()
-                coming = None
-                if number + 1 < len(parts):
-                    after = halves[(number + 1) % 2]
-                    coming = self._ahead.submit(self.read, parts[number + 1], after, by_channel=by_channel)
+                error = ready.get()
+                if error is not None:
+                    raise error
                 yield halves[number % 2][: len(pages)]
+                free.release()
         finally:
-            if coming is not None:
-                coming.exception()
+            ended.set()
+            free.release()
+            if job is not None:
+                job.result()
 
     def close(self) -> None:
         self._ahead.shutdown()
