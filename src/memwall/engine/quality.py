@@ -22,7 +22,7 @@ import numpy as np
 from memwall.engine.session import RUNTIME_HEADROOM_BYTES, Session, Settings, cache_shape, load
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
-from memwall.kv import predict
+from memwall.kv import predict, tiers
 from memwall.memory import Budget, resident_bytes
 from memwall.memory.pages import round_up
 from memwall.models.checkpoint import Checkpoint
@@ -249,7 +249,7 @@ class Evaluator:
         )
         prompts = (window, self.prompt_of(window))
         cache = max(
-            sum(predict(policy, shape, held, prompt, window).values())
+            sum(n for owner, n in predict(policy, shape, held, prompt, window).items() if owner not in tiers(policy))
             for _, policy, _ in forms
             for held, prompt in ((window, prompts[1]), (prompts[0], prompts[0]))
         )
