@@ -1,6 +1,6 @@
 """Speed of the weight kernels: what share of the memory's read rate one token reaches, and what rate many tokens reach.
 
-    python benchmarks/kernels.py [--json] [--formats int4,int8,float32] [--paths avx512,avx2] [--threads 2]
+    python benchmarks/products.py [--json] [--formats int4,int8,float32] [--paths avx512,avx2] [--threads 2]
 
 Decode: one token times a matrix that no cache holds (`--megabytes`); before each product the plain read rate of the
 same number of threads is measured, and the share is the median over such pairs; where other programs disturb the
