@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +41,6 @@ CALIBRATION = CalibrationSettings(max_tokens=24_576, sequence_tokens=512)
 STEPS, BATCH_SEQUENCES = 300, 1
 LEARNING_SHARE = 0.05
 """First learning rate, as a share of a factor's root mean square (the paper's 5e-5 is absolute, for one size)."""
-
-
-WARM_SHARE = 0.5
-"""Share of the steps before features are rounded in training."""
 
 
 def fit_factors(
@@ -146,10 +141,7 @@ def fit_layer(data: LayerData, settings: CskvSettings, shape: CacheShape, thread
 def train(
     data: LayerData, pairs: list[Pair], forms: tuple[LatentForm, LatentForm], threads: int | None, steps: int = STEPS
 ) -> list[Pair]:
-    """AdamW over random sequences, its rate falling to zero along a cosine.
-
-    With codes the first half of the steps goes without rounding, to where that has something worth to keep.
-    """
+    """AdamW over random sequences, its rate falling to zero along a cosine."""
     torch = _torch()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -159,11 +151,10 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     target = Target(data)
     rng = np.random.default_rng(0)
-    plain = (replace(forms[0], bits=32), replace(forms[1], bits=32))
-    for step in range(steps):
+    for _ in range(steps):
         picked = rng.choice(len(data.inputs), min(BATCH_SEQUENCES, len(data.inputs)), replace=False)
         optimizer.zero_grad()
-        loss = target.loss(data.inputs[np.sort(picked)], factors, plain if step < WARM_SHARE * steps else forms)
+        loss = target.loss(data.inputs[np.sort(picked)], factors, forms)
         loss.backward()
         optimizer.step()
         schedule.step()
