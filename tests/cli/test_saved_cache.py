@@ -140,6 +140,11 @@ def served(memwall: Any, tmp_path: Path) -> Iterator[str]:
         assert server.stdout is not None
         yield server.stdout.readline().strip()
         server.send_signal(signal.SIGINT)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:  # a shell's background jobs ignore the signal, and so do their children
+            server.kill()
+            raise
         assert server.wait(20) == 130
 
 
