@@ -6,9 +6,9 @@ reads the prompt in the same chunks, keeps the same number of units with the sam
 the scores differ. Facts are hidden in real text and one is asked for at the end, when all but the question has been
 read.
 
-Findings: the paper's gain from stabilizers does not show on this model (75 against 71 % of 24 questions without them),
-accumulated and windowed attention are above the last tokens at an eighth only, and the smoothness term steadies scores
-without ordering them better. These are judged one try apart, or not at all.
+Findings, which are claims that fail: the paper's gain from stabilizers does not show on this model (75 against 71 % of
+24 questions without them), and accumulated and windowed attention are above the last tokens at an eighth only. Without
+the smoothness term scores are less steady, but in no worse order.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner (documentation of Python's standard library)
 otherwise.
@@ -394,6 +394,15 @@ def recall_claims(demo: Demo) -> list[Claim]:
                 passed=own <= full + 1.5 / sizes.tries and own > rest,
             )
         )
+        claims.append(
+            Claim(
+                claim=f"at T / {share} accumulated and windowed attention answer more than the last tokens do",
+                measured=f"H2O {found['H2O']:.0%}, SnapKV a chunk {found['SnapKV a chunk']:.0%}; "
+                f"recency {found['recency']:.0%}",
+                required="both above",
+                passed=min(found["H2O"], found["SnapKV a chunk"]) > found["recency"],
+            )
+        )
         if share == 16:
             claims.append(
                 Claim(
@@ -422,10 +431,10 @@ def ablation_claims(demo: Demo) -> list[Claim]:
             passed=shuffled < own,
         ),
         Claim(
-            claim="without stabilizers no more questions are answered (the paper's gain does not show here)",
+            claim="without stabilizers fewer questions are answered",
             measured=f"{unsafe:.0%} with n_s = 0, {own:.0%} with n_s = {int(budget * STABLE_SHARE)}, at T / 16",
-            required="at most as many (one try apart)",
-            passed=unsafe <= own + 1.5 / sizes.tries,
+            required="fewer",
+            passed=unsafe < own,
         ),
         Claim(
             claim="the smoothness term keeps the scores of neighbours closer",

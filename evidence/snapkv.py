@@ -6,9 +6,12 @@ through the model once; its queries, keys and values then go through every cache
 answer really attended to, held-out text decoded through the cache, a second question, bytes, and time.
 
 Chosen after earlier runs were seen, and to be read so: prompts of 900 tokens (at 512 no method found anything at 1/32),
-the budget and the ratio by which recall over depth is judged (at 1/8, on 16 prompts, it failed), the faster rounds as
-times, and standard errors where H2O is set beside first and last tokens: the paper's order does not show on this model
-(0 of 96 facts against 1), whose accumulated attention is on the prompt's beginning.
+the budget and the ratio by which recall over depth is judged (at 1/8, on 16 prompts, it failed), and the faster rounds
+as times.
+
+A finding: the paper's order of baselines, H2O no worse than first and last tokens, does not show on this model (0 of 96
+facts against 1 at a sixteenth and below, one standard error: both find next to nothing). That claim fails and stands as
+the paper has it.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """
@@ -375,10 +378,10 @@ def recall_claims(recall: Recall) -> Iterator[Claim]:
     yield Claim(
         claim="accumulated attention (H2O) finds no fewer facts than first and last tokens, at a sixteenth and below",
         measured=f"{heavy.mean():.1%} against {ends_only.mean():.1%} (standard error of the difference {error:.1%}); "
-        f"half of what it picks lies in the first {float(np.median(recall.heavy_places)):.0%} of a prompt, which all "
-        "later queries add to",
-        required="not fewer by more than 2 standard errors",
-        passed=fewer <= 2 * error,
+        f"half of what it picks before its last tokens lies in the first {float(np.median(recall.heavy_places)):.0%} "
+        "of a prompt",
+        required="no fewer",
+        passed=fewer <= 0,
     )
     pooled, single = ([recall.share(name, share) for share in low] for name in ("SnapKV", "no pooling"))
     yield Claim(

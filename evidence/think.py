@@ -4,10 +4,9 @@ Held-out text decoded through the cache after a prompt, for several shares of dr
 choose them; recall of facts; errors of logits against the best subset, and against the best of any matrices of the same
 rank; ThinK on top of SnapKV against SnapKV alone in the same bytes; bytes held by a process; time of decode attention.
 
-A finding, and how it is judged: the paper's order on text, ThinK before the keys' norm, does not show on the demo model
-(KL 0.0220 against 0.0218 over 2,688 tokens, a fifth of a standard error), although ThinK's logits are nearer to the
-exact ones; both keep nearly the same channels. After that run the claim on text asks that no other choice be better by
-two standard errors; before it, that ThinK be strictly best.
+A finding: the paper's order on text, ThinK before the keys' norm, does not show on the demo model (KL 0.0220 against
+0.0218 over 2,688 tokens, a fifth of a standard error: a tie), although ThinK's logits are nearer to the exact ones.
+That claim fails and stands as the paper has it.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """
@@ -103,13 +102,12 @@ def text_claims(quality: Any, sizes: Sizes, tick: Callable[[str], None]) -> Iter
     think = ways["ThinK"]
     above = {way: score.errors_above(think) for way, score in ways.items() if way != "ThinK"}
     yield Claim(
-        claim="with 40 % of the key channels dropped, no other choice loses less on held-out text than the queries'; "
-        "chance loses most",
+        claim="with 40 % of the key channels dropped, the queries' choice loses least on held-out text, then the keys' "
+        "norm; chance loses most",
         measured=f"{len(think.losses):,} tokens, {demo.sizes.step_tokens} a step: {quality.shown(ways)}; "
         "KL above ThinK's in standard errors: " + ", ".join(f"{way} {error:+.1f}" for way, error in above.items()),
-        required="none below ThinK's by 2 standard errors, chance above all by 2",
-        passed=min(above.values()) > -2
-        and all(ways["chance"].errors_above(score) > 2 for way, score in ways.items() if way != "chance"),
+        required="KL of ThinK < key norm < chance",
+        passed=think.divergence < ways["key norm"].divergence < ways["chance"].divergence,
     )
     low, middle, high = (at[share].divergence for share in (0.2, 0.4, 0.7))
     yield Claim(
