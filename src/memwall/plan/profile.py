@@ -7,7 +7,8 @@ level cache, since
 - attend: seconds of one decode step's attention over a cache, per policy and head shape, at several lengths;
 - overheads: seconds per layer and per token that do not depend on sizes, from a decoder too small to have any work.
 
-Every figure is from the faster third of several rounds: other programs only ever add time.
+Every figure is a median of rounds, and of two passes the better: what a run will meet is the machine as it usually is,
+its neighbours on a shared host included, while a pass in which something else held a processor says nothing.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def _seconds(work: Callable[[], None], *, at_least: float = _SECONDS_PER_FIGURE) -> float:
-    """Seconds of one call: enough calls per round to be timed, the last of the fastest third of the rounds."""
+    """Seconds of one call: enough calls per round to be timed, the median of the rounds."""
     work()
     began = time.perf_counter()
     work()
@@ -156,7 +157,7 @@ def _seconds(work: Callable[[], None], *, at_least: float = _SECONDS_PER_FIGURE)
         for _ in range(calls):
             work()
         rounds.append((time.perf_counter() - began) / calls)
-    return float(sorted(rounds)[_ROUNDS // 3])
+    return float(np.median(rounds))
 
 
 def _twice(better: Callable[[float, float], float], measured: Callable[[], list[float]]) -> list[float]:
@@ -259,9 +260,8 @@ def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float
                 began = time.perf_counter()
                 steps[layer]()
                 samples.append(time.perf_counter() - began)
-            # the mean of the better half of those after the first round, which finds nothing where it belongs
-            kept = sorted(samples[num_layers:])
-            seconds.append(float(np.mean(kept[: len(kept) // 2])))
+            # but for the first round, which finds nothing where it belongs
+            seconds.append(float(np.median(samples[num_layers:])))
         arena.free(pool)
     return seconds
 
