@@ -17,6 +17,7 @@ CODECS: dict[str, str] = {
     "float": "memwall.formats.floats:FloatCodec",
     "bfloat": "memwall.formats.floats:FloatCodec",
     "int": "memwall.formats.integer:IntegerCodec",
+    "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }
 
 __all__ = ["CODECS", "Codec", "Packed", "codec", "codec_class"]

@@ -17,6 +17,7 @@ void bind_latent(nb::module_& m);     // rows in few bits, attention over rebuil
 void bind_probe(nb::module_& m);      // measurements of this machine
 void bind_heap(nb::module_& m);       // the C heap's habits
 void bind_range_coder(nb::module_& m);  // entropy coding of symbol streams
+void bind_planes(nb::module_& m);       // products of bit planes
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -40,4 +41,5 @@ NB_MODULE(_native, m) {
   bind_probe(m);
   bind_heap(m);
   bind_range_coder(m);
+  bind_planes(m);
 }
