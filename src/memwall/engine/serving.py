@@ -33,6 +33,8 @@ from memwall.models.weights import Progress
 
 POOL_OWNER = "kv/pages"
 MOST_LOGIT_ROWS = 16
+LEAST_CONTEXT_TOKENS = 256
+"""Where the context is left open and less than this fits, loading is refused."""
 MOST_PLACES = 1 << 31
 """Page tables are of 32-bit numbers."""
 
@@ -204,6 +206,9 @@ def load_engine(
     room = max(available_memory_bytes(), arena.cap_bytes if budget is not None else 0)
     most = min(max(room // size, 1), MOST_PLACES // (2 * config.num_layers) - 1)
     least = limits.pages(context)
+    if settings.context_tokens is None:
+        least = min(least, max(arena.free_bytes // size, limits.pages(min(context, LEAST_CONTEXT_TOKENS))))
+        context = min(context, least * settings.page_tokens)
     if arena.free_bytes < least * size:
         raise BudgetExceeded(POOL_OWNER, least * size, arena.free_bytes, arena.cap_bytes)
     pool = PagePool(POOL_OWNER, page_bytes=size, most_pages=max(most, least), limit_pages=least, arena=arena)
