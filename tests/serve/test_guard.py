@@ -152,6 +152,7 @@ def test_the_budget_is_never_crossed_under_a_burst(tight: Running) -> None:
     found = tight.memory()
     assert found["totals"]["preempted"] or found["pool"]["peak_pages"] > 60
     assert peak_bytes(tight.process.pid) <= BUDGET
+    assert "torch" not in Path(f"/proc/{tight.process.pid}/maps").read_text()
     assert found["resident_peak_bytes"] <= BUDGET
 
 

@@ -168,7 +168,6 @@ def test_the_page_needs_nothing_from_elsewhere_and_its_data_adds_up(server: Runn
         ({"logprobs": 1000}, 400, "logprobs"),
         ({"stop": ["a"] * 40}, 400, "stop"),
         ({"stop": ""}, 400, "stop"),
-        ({"prompt": ""}, 400, "prompt"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": None}, 400, "prompt"),
         ({"prompt": [1, -5]}, 400, "token ids"),

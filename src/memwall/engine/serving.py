@@ -60,6 +60,11 @@ class ServingSettings:
     exact: bool = False
     keep_prefixes: bool = True
 
+    @property
+    def limits(self) -> Limits:
+        """What one step may do."""
+        return Limits(token_budget=self.token_budget, max_sequences=self.max_sequences, page_tokens=self.page_tokens)
+
     def __post_init__(self) -> None:
         for name in ("max_sequences", "token_budget", "headroom_bytes"):
             if getattr(self, name) < 1:
@@ -192,39 +197,37 @@ def load_engine(
         headroom_bytes=settings.headroom_bytes,
     )
     config, arena = loaded.config, loaded.arena
-    context = min(settings.context_tokens or config.max_position, config.max_position)
-    if settings.context_tokens is not None and settings.context_tokens > config.max_position:
-        raise InputError(
-            f"a context of {settings.context_tokens:,} tokens: {model} knows {config.max_position:,} positions"
-        )
-    shape = cache_shape(config)
     scratch = arena.allocate(SAMPLING, Sampler.scratch_shape(config.vocab_size), np.float32)
-    size = page_bytes(shape, settings.page_tokens)
-    limits = Limits(
-        token_budget=settings.token_budget, max_sequences=settings.max_sequences, page_tokens=settings.page_tokens
-    )
-    room = max(available_memory_bytes(), arena.cap_bytes if budget is not None else 0)
-    most = min(max(room // size, 1), MOST_PLACES // (2 * config.num_layers) - 1)
-    least = limits.pages(context)
-    if settings.context_tokens is None:
-        least = min(least, max(arena.free_bytes // size, limits.pages(min(context, LEAST_CONTEXT_TOKENS))))
-        context = min(context, least * settings.page_tokens)
-    if arena.free_bytes < least * size:
-        raise BudgetExceeded(POOL_OWNER, least * size, arena.free_bytes, arena.cap_bytes)
-    pool = PagePool(POOL_OWNER, page_bytes=size, most_pages=max(most, least), limit_pages=least, arena=arena)
+    pool, context = _make_pool(settings, config, arena, limited=budget is not None)
     pages = KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
-    swap = SwapArea(pool, settings.swap_bytes // size, arena=arena, folder=settings.swap_folder)
-    executor = ModelExecutor(loaded.decoder, shape, pages, logit_rows=rows, scratch=scratch)
     engine = Engine(
         scheduler or FirstComeFirstServed(),
-        executor,
+        ModelExecutor(loaded.decoder, cache_shape(config), pages, logit_rows=rows, scratch=scratch),
         pages,
-        limits=limits,
+        limits=settings.limits,
         context_tokens=context,
         eos=tuple(config.eos_token_ids),
-        swap=swap,
+        swap=SwapArea(pool, settings.swap_bytes // pool.page_bytes, arena=arena, folder=settings.swap_folder),
         clock=clock or time.perf_counter,
     )
     serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
     serving.govern()
     return serving
+
+
+def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
+    """The pool, with a limit of one request of the whole context, and that context."""
+    size, pages = page_bytes(cache_shape(config), settings.page_tokens), settings.limits.pages
+    context = settings.context_tokens or config.max_position
+    if context > config.max_position:
+        raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
+    least = pages(context)
+    if settings.context_tokens is None:
+        least = min(least, max(arena.free_bytes // size, pages(min(context, LEAST_CONTEXT_TOKENS))))
+        context = min(context, least * settings.page_tokens)
+    if arena.free_bytes < least * size:
+        raise BudgetExceeded(POOL_OWNER, least * size, arena.free_bytes, arena.cap_bytes)
+    # address space for what the budget may become, not memory
+    room = max(available_memory_bytes(), arena.cap_bytes if limited else 0)
+    most = min(max(room // size, 1), MOST_PLACES // (2 * config.num_layers) - 1)
+    return PagePool(POOL_OWNER, page_bytes=size, most_pages=max(most, least), limit_pages=least, arena=arena), context

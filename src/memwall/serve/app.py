@@ -92,8 +92,7 @@ class Server:
         get what there is.
         """
         if self._uvicorn is not None and not self.service.ending:
-            self.service.ending = True
-            self._uvicorn.should_exit = True
+            self.service.ending = self._uvicorn.should_exit = True
             self.service.hand_back(self.settings.drain_seconds)
 
     async def _serve(self, announce: Callable[[str, int], None] | None) -> None:
@@ -153,15 +152,19 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Running requests may end; new ones are refused from the signal on."""
+    """Running requests may end; new ones are refused from the signal on, and the signal ends nothing else."""
+
+    should_exit: bool
 
     def __init__(self, config: uvicorn.Config, server: Server) -> None:
         super().__init__(config)
         self._ours = server
 
     def handle_exit(self, sig: int, frame: object) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True  # asked twice
+        self.should_exit = True
         self._ours.end()
-        super().handle_exit(sig, frame)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
