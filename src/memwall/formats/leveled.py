@@ -44,7 +44,7 @@ from memwall.formats.scales import STORES, ScaleStore, inverse_scale, statistic_
 
 TILE_GROUPS = (32, 64, 128)
 # tiles are coded a slab of rows at a time, so that the float32 working copy stays in the cache and off the budget
-_SLAB_VALUES = 1 << 18
+_SLAB_VALUES = 1 << 16
 _SPEC = re.compile(
     r"(?P<name>[a-z0-9]+?)(?:-g(?P<group>[0-9]{1,6}))?(?:-(?P<scale>f16|f32|e8m0|dq|raw))?(?:-(?P<layout>rows|flat))?"
 )
@@ -285,14 +285,15 @@ class LevelCodec(Codec):
 
     # -- tiles ------------------------------------------------------------------------------------------------------
 
-    def _slabs(self, rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    def slabs(self, rows: int, columns: int) -> Iterator[tuple[int, int]]:
+        """Row ranges of whole tiles, to be worked one after another."""
         step = max(_SLAB_VALUES // max(columns, 1) // TILE_ROWS, 1) * TILE_ROWS
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
     def _encode_tiles(self, x: Any, shape: tuple[int, ...]) -> Packed:
         rows, columns = self._matrix_shape(shape)
         buffers = {name: np.zeros(s, d) for name, (s, d) in self.buffers(shape).items()}
-        for start, stop in self._slabs(rows, columns) if columns else ():
+        for start, stop in self.slabs(rows, columns) if columns else ():
             values = _float32(x[start:stop])
             groups, scales = self._grouped(values), self.statistics(values)
             codes = self._ungrouped(self.quantize(groups, scales), columns)
@@ -310,7 +311,7 @@ class LevelCodec(Codec):
     def _decode_tiles(self, packed: Packed) -> np.ndarray:
         rows, columns = self._matrix_shape(packed.shape)
         values = np.zeros((rows, columns), np.float32)
-        for start, stop in self._slabs(rows, columns) if columns else ():
+        for start, stop in self.slabs(rows, columns) if columns else ():
             tiles = slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
             slab = {name: buffer[tiles] for name, buffer in packed.buffers.items()}
             codes = self._codes_of_tiles(slab, (stop - start, columns))

@@ -33,7 +33,7 @@ SMALLEST_DIVISOR = np.ldexp(np.float32(1), -EXPONENT_BIAS)
 
 def peak_scale(groups: np.ndarray, levels: LevelSet) -> np.ndarray:
     """The largest magnitude [..., group] takes the largest level."""
-    return np.abs(groups).max(axis=-1) / np.float32(levels.largest)
+    return _largest(groups) / np.float32(levels.largest)
 
 
 def mean_scale(groups: np.ndarray, levels: LevelSet) -> np.ndarray:
@@ -46,10 +46,16 @@ def power_scale(groups: np.ndarray, levels: LevelSet) -> np.ndarray:
 
     (OCP Microscaling Formats 1.0, section 6.3.) Numbers above the largest level saturate.
     """
-    largest = np.abs(groups).max(axis=-1)
+    largest = _largest(groups)
     exponents = np.frexp(largest)[1] - np.frexp(levels.levels[-1])[1]
     exponents = np.where(largest > 0, np.clip(exponents, -EXPONENT_BIAS, EXPONENT_BIAS), -EXPONENT_BIAS)
     return np.ldexp(np.float32(1), exponents)
+
+
+def _largest(groups: np.ndarray) -> np.ndarray:
+    """Largest magnitude, without a copy of magnitudes; zero is +0."""
+    largest: np.ndarray = np.maximum(groups.max(axis=-1), -groups.min(axis=-1)) + np.float32(0)
+    return largest
 
 
 def inverse_scale(scales: np.ndarray) -> np.ndarray:

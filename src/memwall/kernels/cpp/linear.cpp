@@ -2,7 +2,9 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <new>
 
@@ -145,6 +147,23 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   run_jobs(jobs, count, seconds);
 }
 
+// A scale or minimum of a row and group; group_scale() in tiles.h is the same for vectors.
+float scale_at(const Matrix& m, std::int64_t tile, std::int64_t g, std::int64_t row) {
+  const std::int64_t at = (tile * m.groups + g) * kTileRows + row;
+  switch (m.scale_form) {
+    case ScaleForm::half: return half_to_float(static_cast<const std::uint16_t*>(m.scales)[at]);
+    case ScaleForm::single: return static_cast<const float*>(m.scales)[at];
+    case ScaleForm::exponent: {
+      const int byte = static_cast<const std::uint8_t*>(m.scales)[at];
+      return byte == 255 ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, byte - 127);
+    }
+    default: {
+      const float level = dynamic_levels[static_cast<const std::uint8_t*>(m.scales)[at]];
+      return level * m.nested[tile * ((m.groups + kNestedGroups - 1) / kNestedGroups) + g / kNestedGroups] + m.offsets[tile];
+    }
+  }
+}
+
 // The code at (row, col) of a matrix of tiles: bit planes come widest first and hold the low bits first.
 int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
   const std::int64_t unit = col / kUnitColumns, block = col % kUnitColumns / 4;
@@ -164,10 +183,14 @@ int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
 
 }  // namespace
 
+float dynamic_levels[256];
+
 std::int64_t Matrix::nbytes() const {
   if (form == Form::float32) return rows * cols * 4;
   if (form != Form::tiles) return rows * cols * 2;
-  return row_tiles * (tile_bytes() + groups * kTileRows * 2 * (mins ? 2 : 1));
+  const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
+  const std::int64_t nested_bytes = nested ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups + 1) : 0;
+  return row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0)) + nested_bytes);
 }
 
 std::size_t linear_scratch_bytes() {
@@ -208,11 +231,19 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     case Form::bfloat16: return void(std::transform(halves, halves + m.cols, out, bfloat_to_float));
     case Form::tiles: break;
   }
-  const int zero = m.mins ? 0 : 1 << (m.bits - 1);
+  const std::int64_t tile = row / kTileRows, lane = row % kTileRows;
+  float scale = 0.0f, least = 0.0f, second = 0.0f;
   for (std::int64_t col = 0; col < m.cols; ++col) {
-    const std::int64_t at = (row / kTileRows * m.groups + col / m.group) * kTileRows + row % kTileRows;
-    const float scaled = half_to_float(m.scales[at]) * static_cast<float>(tile_code(m, row, col) - zero);
-    out[col] = m.mins ? scaled + half_to_float(m.mins[at]) : scaled;
+    if (col % m.group == 0) {
+      const std::int64_t g = col / m.group, at = (tile * m.groups + g) * kTileRows + lane;
+      scale = scale_at(m, tile, g, lane);
+      if (m.mins) least = half_to_float(m.mins[at]);
+      if (m.second) second = half_to_float(m.second[at]);
+    }
+    const int code = tile_code(m, row, col);
+    if (m.levels == nullptr) out[col] = scale * static_cast<float>(code - m.low_offset()) + least;
+    else out[col] = scale * m.levels->values[code];
+    if (m.second) out[col] += second * m.levels->second[code];
   }
 }
 

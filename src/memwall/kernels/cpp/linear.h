@@ -17,6 +17,21 @@ constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds 
 
 enum class Form : int { float32, float16, bfloat16, tiles };
 
+// How the scales of tiles are stored (formats/scales.py): in the last two forms a byte is a power of two, or an index of
+// dynamic levels that one float per 256 scales and an offset per row tile make a scale of.
+enum class ScaleForm : int { half, single, exponent, nested };
+
+// What codes mean where they are not integers. Exact products read `values`; products with 8-bit activations the bytes: a code
+// stands for (low - low_offset) units, or with two bytes for (low - low_offset) + 256 * (high - high_offset) of them. Where
+// scales come in pairs, the high byte is that of the second scale, and `values` those of the first.
+struct Levels {
+  alignas(64) std::uint8_t low[256], high[256];  // periodic in the number of codes, so that any byte shuffle can read them
+  alignas(64) float values[256], second[256];
+  float unit = 1.0f;
+  int low_offset = 0, high_offset = 0;
+  int bytes = 1;  // 0: codes are their own low bytes
+};
+
 // Borrowed pointers; the Python object Matrix keeps the arrays alive.
 struct Matrix {
   Form form = Form::float32;
@@ -25,14 +40,27 @@ struct Matrix {
   // tiles only
   int bits = 0, group = 0;
   std::int64_t row_tiles = 0, groups = 0;
-  const std::uint16_t* scales = nullptr;  // float16 [row_tiles, groups, 16]
-  const std::uint16_t* mins = nullptr;    // the same; null when symmetric
+  ScaleForm scale_form = ScaleForm::half;
+  const void* scales = nullptr;           // [row_tiles, groups, 16]
+  const std::uint16_t* mins = nullptr;    // float16, the same shape; null when symmetric
+  const std::uint16_t* second = nullptr;  // float16, the same shape: second scales, else null
+  const float* nested = nullptr;          // [row_tiles, (groups + 15) / 16], for nested scales
+  const float* offsets = nullptr;         // [row_tiles], for nested scales
+  const Levels* levels = nullptr;         // null for integers
 
   std::int64_t group_bytes() const { return std::int64_t{2} * bits * group; }
   std::int64_t tile_bytes() const { return groups * group_bytes(); }
   const std::uint8_t* tile(std::int64_t index) const { return static_cast<const std::uint8_t*>(data) + index * tile_bytes(); }
+  int bytes() const { return levels ? levels->bytes : 0; }
+  // what is taken off a code, or off its low byte
+  int low_offset() const { return levels ? levels->low_offset : mins ? 0 : 1 << (bits - 1); }
+  float unit() const { return levels ? levels->unit : 1.0f; }
   std::int64_t nbytes() const;
 };
+
+constexpr int kNestedGroups = 16;  // groups of one row tile that share a float
+// The 256 levels of nested scales; set once by the binding, which has them from formats/levels.py.
+extern float dynamic_levels[256];
 
 // Activations as 8-bit integers, one scale per group of columns. `block` tokens are interleaved, 4 columns of each in turn,
 // so that a kernel walks them with one pointer: codes[token / block][column / 4][token % block][4].
