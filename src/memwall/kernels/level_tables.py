@@ -10,6 +10,7 @@ activations that are rounded to 2^-8 of theirs. Codes that mean no number count 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +22,7 @@ from memwall.formats.levels import dynamic8
 
 _LARGEST = 32767
 _MOST_COMMON = 1024
+_HALF_EXPONENT_BITS = 5
 # the ranges that products of one byte are made for: see LevelDotOf in cpp/tiles.h
 _ONE_BYTE_NARROW, _ONE_BYTE = 32, 128
 
@@ -86,12 +88,13 @@ def native_levels(form: LevelCodec) -> _native.Levels:
             low_offset=1,
             high_offset=1,
             bytes=2,
+            pairs=True,
         )
     found, values = integer_levels(form), form.levels.values
     counts, code = found.counts, int(form.levels.codes[0])
     offset = {0: code - int(counts[code]), 1: -int(counts.min()), 2: _LARGEST + 1}[found.bytes]
     shifted = counts + offset
-    return _native.Levels(
+    levels = _native.Levels(
         values=values,
         second=np.zeros(len(values), np.float32),
         low=(shifted & 255).astype(np.uint8),
@@ -100,4 +103,14 @@ def native_levels(form: LevelCodec) -> _native.Levels:
         low_offset=0 if found.bytes == 2 else offset,
         high_offset=offset >> 8 if found.bytes == 2 else 0,
         bytes=found.bytes,
+        pairs=False,
     )
+    match = re.search(r"e(\d)m(\d)$", form.name)
+    if match and int(match[1]) <= _HALF_EXPONENT_BITS:
+        # sign, exponent and mantissa of a code stand in a float16 as they are, but that its exponent is wider
+        shift = _HALF_EXPONENT_BITS - int(match[1])
+        mask = 0x8000 | ((1 << (form.bits - 1)) - 1) << (16 - form.bits - shift)
+        one = int(np.flatnonzero(values == values[form.levels.codes].max())[0])  # any code but zero tells the ratio
+        half = np.uint16(one << (16 - form.bits) >> shift).view(np.float16)
+        levels.set_half(shift, mask, float(values[one]) / float(half))
+    return levels

@@ -107,7 +107,7 @@ void fill_table(T* to, const Table<T>& from, const char* name) {
 
 // What codes mean: see mw::Levels.
 std::shared_ptr<mw::Levels> make_levels(Table<float> values, Table<float> second, Table<std::uint8_t> low, Table<std::uint8_t> high, float unit,
-                                        int low_offset, int high_offset, int bytes) {
+                                        int low_offset, int high_offset, int bytes, bool pairs) {
   require(bytes >= 0 && bytes <= 2, "levels have up to two bytes");
   auto levels = std::make_shared<mw::Levels>();
   fill_table(levels->values, values, "values");
@@ -118,6 +118,8 @@ std::shared_ptr<mw::Levels> make_levels(Table<float> values, Table<float> second
   levels->low_offset = low_offset;
   levels->high_offset = high_offset;
   levels->bytes = bytes;
+  levels->pairs = pairs;
+  require(!pairs || bytes == 2, "pairs of scales have two bytes of levels");
   return levels;
 }
 
@@ -169,7 +171,7 @@ PyMatrix level_matrix(const std::string& spec, std::int64_t rows, std::int64_t c
     view.nested = nested.data();
     view.offsets = offsets.data();
   }
-  require((view.second != nullptr) == (view.levels->bytes == 2 && view.levels->second[0] != 0.0f), "second scales do not go with these levels");
+  require((view.second != nullptr) == view.levels->pairs, "second scales do not go with these levels");
   return m;
 }
 
@@ -284,10 +286,19 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")
       .def("__init__",
            [](PyLevels* self, Table<float> values, Table<float> second, Table<std::uint8_t> low, Table<std::uint8_t> high, float unit,
-              int low_offset, int high_offset, int bytes) {
-             new (self) PyLevels{make_levels(values, second, low, high, unit, low_offset, high_offset, bytes)};
+              int low_offset, int high_offset, int bytes, bool pairs) {
+             new (self) PyLevels{make_levels(values, second, low, high, unit, low_offset, high_offset, bytes, pairs)};
            },
-           nb::kw_only(), "values"_a, "second"_a, "low"_a, "high"_a, "unit"_a, "low_offset"_a, "high_offset"_a, "bytes"_a);
+           nb::kw_only(), "values"_a, "second"_a, "low"_a, "high"_a, "unit"_a, "low_offset"_a, "high_offset"_a, "bytes"_a, "pairs"_a)
+      .def(
+          "set_half",
+          [](PyLevels& self, int shift, int mask, float unit) {
+            require(shift >= 0 && shift < 16 && mask >= 0 && mask < 65536, "no way from codes to float16");
+            self.levels->half_shift = shift;
+            self.levels->half_mask = static_cast<std::uint16_t>(mask);
+            self.levels->half_unit = unit;
+          },
+          "shift"_a, "mask"_a, "unit"_a, "Says how the codes become float16: see mw::Levels");
   m.def("level_matrix", &level_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "levels"_a, "scale_form"_a,
         "scales"_a, "extra"_a);
   m.def("set_dynamic_levels", &set_dynamic_levels, "values"_a);

@@ -29,7 +29,13 @@ struct Levels {
   alignas(64) float values[256], second[256];
   float unit = 1.0f;
   int low_offset = 0, high_offset = 0;
-  int bytes = 1;  // 0: codes are their own low bytes
+  int bytes = 1;        // 0: codes are their own low bytes
+  bool pairs = false;   // there are second scales
+  // Minifloats: a code in the high bits of a 16-bit word, shifted right by half_shift with its sign and masked, is a float16 of
+  // which the level is half_unit times as much. half_unit 0: it is not.
+  int half_shift = 0;
+  std::uint16_t half_mask = 0;
+  float half_unit = 0.0f;
 };
 
 // Borrowed pointers; the Python object Matrix keeps the arrays alive.

@@ -87,9 +87,9 @@ MW_INLINE Vf group_scale(const Matrix& m, std::int64_t tile, std::int64_t g, int
     case ScaleForm::half: return load_half(static_cast<const std::uint16_t*>(m.scales) + at);
     case ScaleForm::single: return load<Vf>(static_cast<const float*>(m.scales) + at);
     case ScaleForm::exponent: {
-      // byte 0 is 2^-127, which float32 writes without the hidden bit; 255 is NaN and would be an infinity
-      const Vi bytes = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at), bits = bytes << 23;
-      return (Vf)(bytes == 0 ? Vi{} + 0x00400000 : bytes == 255 ? Vi{} + 0x7fc00000 : bits);
+      // byte 0 is 2^-127, which float32 writes without the hidden bit; 255, which is NaN, becomes an infinity
+      const Vi bits = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at) << 23, least = splat(0x00400000);
+      return (Vf)(bits > least ? bits : least);
     }
     default: {
       const Vi bytes = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at);
@@ -125,9 +125,16 @@ MW_INLINE Vi multiply_add_pairs(Vs a, Vs b) {
 #endif
 }
 
+// How the weights of a panel are held for a kind of dot product: one vector of bytes, from the first part.
+struct BytePanel {
+  using Weights = Vb;
+  static MW_INLINE Weights load_weights(const std::uint8_t* first, const std::uint8_t*) { return load<Vb>(first); }
+};
+
 // Any codes: even and odd bytes as 16-bit numbers, so nothing can overflow.
-struct WideDot {
+struct WideDot : BytePanel {
   Vi sum;
+  MW_INLINE Vi total() const { return sum; }
   MW_INLINE void start(Vi first) { sum = first; }
   template <int Step>
   MW_INLINE void add(Vb codes, Vb four) {
@@ -138,8 +145,9 @@ struct WideDot {
 };
 
 #if defined(__AVX512VNNI__)
-struct FusedDot {
+struct FusedDot : BytePanel {
   Vi sum;
+  MW_INLINE Vi total() const { return sum; }
   MW_INLINE void start(Vi first) { sum = first; }
   template <int Step>
   MW_INLINE void add(Vb codes, Vb four) {
@@ -150,11 +158,13 @@ template <int Bits>
 using Dot = FusedDot;
 template <int Bits, int Bytes>
 using LevelDot = FusedDot;
+constexpr bool kWords = false;
 #elif defined(__AVX2__)
 // The products of narrow codes are small: Steps of them are added in 16 bits before widening costs two more instructions.
 template <int Steps>
-struct NarrowDot {
+struct NarrowDot : BytePanel {
   Vi sum;
+  MW_INLINE Vi total() const { return sum; }
   Vs part;
   MW_INLINE void start(Vi first) { sum = first; }
   template <int Step>
@@ -197,7 +207,45 @@ struct LevelDotOf<Bits, 0> {
 };
 template <int Bits, int Bytes>
 using LevelDot = typename LevelDotOf<Bits, Bytes>::type;
+
+// Levels of two bytes as signed 16-bit words, rows 0, 1, 4, 5 of eight in the first vector and the others in the second: one
+// product costs less than two with the halves of the words.
+constexpr bool kWords = true;
+struct Words {
+  Vs first, second;
+};
+MW_INLINE Words words_of(Vb low, Vb high) {
+  const Vb flipped = high ^ 0x80;  // from an offset of 2^15 to a sign
+  return {(Vs)_mm256_unpacklo_epi8((__m256i)low, (__m256i)flipped), (Vs)_mm256_unpackhi_epi8((__m256i)low, (__m256i)flipped)};
+}
+struct WordDot {
+  Vi first, second;
+  MW_INLINE void start(Vi) { first = second = Vi{}; }
+  template <int Step>
+  MW_INLINE void add(Words words, Vb four) {
+    const Vs x = (Vs)_mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)four));
+    first += multiply_add_pairs(words.first, x);
+    second += multiply_add_pairs(words.second, x);
+  }
+  MW_INLINE Vi total() const { return (Vi)_mm256_hadd_epi32((__m256i)first, (__m256i)second); }
+  using Weights = Words;
+  static MW_INLINE Weights load_weights(const std::uint8_t* first, const std::uint8_t* second) {
+    return {load<Vs>(first), load<Vs>(second)};
+  }
+};
+template <int Bits>
+struct LevelDotOf<Bits, 2> {
+  using type = WordDot;
+};
+template <int Bits>
+struct LevelDotOf<Bits, 3> {
+  using type = NarrowDot<4>;  // of pairs of scales, whose levels are two at most
+};
+
+// A code as float16: two columns of eight rows, or of the same rows and the columns one on.
+MW_INLINE Vs half_words(const Levels& levels, Vs codes) { return (codes >> levels.half_shift) & (Vs{} + static_cast<std::int16_t>(levels.half_mask)); }
 #else
+constexpr bool kWords = false;
 template <int Bits>
 using Dot = WideDot;
 template <int Bits, int Bytes>
@@ -219,9 +267,10 @@ MW_INLINE void with_bits(int bits, F&& f) {
   }
 }
 
-// The same with the bytes of its levels: f<Bits, Bytes>().
+// The same with the bytes of its levels, 3 where they are two with scales of their own: f<Bits, Bytes>().
 template <class F>
 MW_INLINE void with_form(const Matrix& m, F&& f) {
+  if (m.second) return f(Index<2>{}, Index<3>{});
   with_bits(m.bits, [&](auto bits) __attribute__((always_inline)) {
     switch (m.bytes()) {
       case 0: return f(bits, Index<0>{});
