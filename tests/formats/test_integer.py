@@ -153,7 +153,7 @@ def test_scales_that_overflow_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["int1", "int9", "int4-g48", "int4-g0-rows", "int4-asym", "int4-g64-foo", "nf4", "", "int"]
+    "spec", ["int1", "int9", "int4-g48", "int4-g0-rows", "int4-asym", "int4-g64-foo", "nf5", "", "int"]
 )
 def test_unknown_specs_are_refused(spec: str) -> None:
     with pytest.raises(InputError):

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from memwall import _native
+from memwall import _native, kernels
 from memwall.errors import InputError
 from memwall.formats import apmm_bipolar_int as planes
+from memwall.formats import codec
 from memwall.kernels.planes import pack_planes, plane_products, plane_products_apart
 
 ISAS = ("portable", "avx2", "avx512")
@@ -84,3 +85,53 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="ceil"):
         plane_products(w, w, 65)
     assert plane_products(w, np.zeros((0, 2, 1), np.uint64), 64).shape == (0, 2)
+
+
+@pytest.mark.parametrize(("spec", "tokens"), [("w1a1", 1), ("w3a4", 1), ("w2a8", 5), ("w5a3", 40), ("w8a8", 3)])
+def test_layers_multiply_by_planes(isa: str, spec: str, tokens: int) -> None:
+    random = np.random.default_rng(5)
+    rows, cols = 45, 131
+    form = codec(spec)
+    packed = form.encode(random.standard_normal((rows, cols)).astype(np.float32))
+    x = random.standard_normal((tokens, cols)).astype(np.float32)
+    bias = random.standard_normal(rows).astype(np.float32)
+    codes, scales = planes.codes_of(x, form.activation_bits)
+    rounded = planes.integers_of(codes, form.activation_bits) * scales[:, None].astype(np.float64)
+    weights = form.decode(packed).astype(np.float64)
+    for exact, given in ((False, rounded), (True, x.astype(np.float64))):
+        out = np.full((tokens, rows), 7, np.float32)
+        kernels.linear(x, [kernels.matrix(packed)], [out], exact=exact, accumulate=True, biases=[bias])
+        np.testing.assert_allclose(out, given @ weights.T + bias + 7, rtol=2e-5, atol=2e-4)
+    # beside integers and floats in one call
+    other = kernels.matrix(codec("int8").encode(weights.astype(np.float32)))
+    outs = [np.empty((tokens, rows), np.float32) for _ in range(2)]
+    kernels.linear(x, [kernels.matrix(packed), other], outs)
+    np.testing.assert_allclose(outs[0], rounded @ weights.T, rtol=2e-5, atol=2e-4)
+    np.testing.assert_allclose(
+        kernels.gather_rows(kernels.matrix(packed), np.array([3, 44]), np.empty((2, cols), np.float32)),
+        weights[[3, 44]],
+        rtol=1e-6,
+    )
+    assert kernels.matrix(packed).nbytes == packed.nbytes
+
+
+def test_scratch_is_predicted() -> None:
+    for spec, tokens in (("w3a4", 1), ("w2a8", 64)):
+        packed = codec(spec).encode(np.ones((64, 4160), np.float32))
+        before = kernels.scratch_bytes()
+        kernels.linear(
+            np.ones((tokens, 4160), np.float32), [kernels.matrix(packed)], [np.empty((tokens, 64), np.float32)]
+        )
+        panels = kernels.predict_scratch_bytes(tokens, 4160, group=0)
+        predicted = kernels.predict_scratch_bytes(tokens, 4160, group=kernels.rounding(spec)) - panels
+        assert 0 <= kernels.scratch_bytes() - before <= predicted + panels
+        assert predicted == -(-tokens * (65 * 8 * kernels.rounding(spec) * -1 + 4) // 64) * 64
+
+
+def test_compiled_encoding_is_the_codec_s() -> None:
+    values = np.random.default_rng(3).standard_normal((37, 200)).astype(np.float16)
+    packed, expected = kernels.encode("w3a4", values), codec("w3a4").encode(values)
+    for name, buffer in expected.buffers.items():
+        np.testing.assert_array_equal(packed.buffers[name], buffer)
+    with pytest.raises(InputError, match="NaN"):
+        kernels.encode("w3a4", np.full((2, 3), np.inf, np.float32))

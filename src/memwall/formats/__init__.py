@@ -17,6 +17,16 @@ CODECS: dict[str, str] = {
     "float": "memwall.formats.floats:FloatCodec",
     "bfloat": "memwall.formats.floats:FloatCodec",
     "int": "memwall.formats.integer:IntegerCodec",
+    "nf": "memwall.formats.leveled:LevelCodec",
+    "fp": "memwall.formats.leveled:LevelCodec",
+    "e": "memwall.formats.leveled:LevelCodec",
+    "posit": "memwall.formats.leveled:LevelCodec",
+    "mxfp": "memwall.formats.leveled:LevelCodec",
+    "mxint": "memwall.formats.leveled:LevelCodec",
+    "bfp": "memwall.formats.leveled:LevelCodec",
+    "bipolar": "memwall.formats.leveled:LevelCodec",
+    "ternary": "memwall.formats.leveled:LevelCodec",
+    "binary": "memwall.formats.leveled:ResidualBinaryCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }
 
@@ -35,5 +45,9 @@ def codec(spec: str) -> Codec:
     """Codec of a spec string such as `float16`, `int4`, `int3-g32-asym`, `int2-g32-asym-rows`."""
     family = re.match(r"[a-z]*", spec)
     if family is None or family.group() not in CODECS:
-        raise InputError(f"unknown number format {spec!r}; known are float32, float16, bfloat16 and int2 to int8")
+        from memwall.formats.format_names import known_names
+
+        raise InputError(
+            f"unknown number format {spec!r}; known are float32, float16, bfloat16, int2 to int8, {known_names()}"
+        )
     return codec_class(family.group()).parse(spec)

@@ -10,9 +10,15 @@ import numpy as np
 from memwall import _native
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
+from memwall.formats.apmm_bipolar_int import BitPlaneCodec
+from memwall.formats.bitpack import TILE_ROWS
 from memwall.formats.integer import IntegerCodec
+from memwall.formats.leveled import LevelCodec, ResidualBinaryCodec
+from memwall.formats.scales import inverse_scale
 
 __all__ = ["encode"]
+
+_SLAB_VALUES = 1 << 16
 
 
 def encode(spec: str, values: np.ndarray, *, out: Mapping[str, np.ndarray] | None = None) -> Packed:
@@ -26,7 +32,9 @@ def encode(spec: str, values: np.ndarray, *, out: Mapping[str, np.ndarray] | Non
     values = values.view(ml_dtypes.bfloat16) if values.dtype == np.uint16 else values
     expected = form.buffers(values.shape)
     if out is None:
-        native = isinstance(form, IntegerCodec) and form.layout == "tiles"
+        native = isinstance(form, BitPlaneCodec) or (
+            isinstance(form, IntegerCodec | LevelCodec) and form.layout == "tiles"
+        )
         out = {name: np.empty(shape, dtype) for name, (shape, dtype) in expected.items()} if native else None
     elif {name: (array.shape, array.dtype) for name, array in out.items()} != expected:
         wanted = ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in expected.items())
@@ -44,6 +52,10 @@ def encode(spec: str, values: np.ndarray, *, out: Mapping[str, np.ndarray] | Non
 def _encode_native(form: object, values: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:
     """Fill `out` by compiled code; False where that has no way or the numbers cannot be encoded."""
     name = values.dtype.name
+    if isinstance(form, BitPlaneCodec):
+        return _encode_planes(values, out)
+    if isinstance(form, LevelCodec) and not isinstance(form, ResidualBinaryCodec):
+        return _encode_levels(form, values, out)
     if not isinstance(form, IntegerCodec) or form.layout != "tiles" or name not in ("float32", "float16", "bfloat16"):
         return False
     if not all(array.flags.c_contiguous for array in out.values()):
@@ -52,3 +64,38 @@ def _encode_native(form: object, values: np.ndarray, out: Mapping[str, np.ndarra
     source = _native.dense_matrix(name, values if name == "float32" else values.view(np.uint16))
     mins = None if form.symmetric else out["mins"].view(np.uint16)
     return bool(_native.encode_tiles(source, form.bits, form.group, out["codes"], out["scales"].view(np.uint16), mins))
+
+
+def _encode_planes(values: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:
+    """A slab of rows at a time: float32 copies of a few rows are all it takes."""
+    words, scales = out["words"], out["scales"]
+    if not (words.flags.c_contiguous and scales.flags.c_contiguous):
+        return False
+    slab = max(1, _SLAB_VALUES // max(values.shape[1], 1))
+    parts = (slice(row, row + slab) for row in range(0, len(values), slab))
+    return all(_native.pack_planes(values[rows].astype(np.float32), words[rows], scales[rows]) for rows in parts)
+
+
+def _encode_levels(form: LevelCodec, values: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:
+    """Scales in NumPy, a slab of rows at a time; codes in compiled code."""
+    if form.layout != "tiles" or not out["codes"].flags.c_contiguous:
+        return False
+    rows, columns = values.shape
+    for start, stop in form.slabs(rows, columns) if columns else ():
+        slab = np.ascontiguousarray(values[start:stop], np.float32)
+        scales = form.statistics(slab)
+        tiles = slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
+        for name, held in form.scale_tiles(scales).items():
+            out[name][tiles] = held
+        levels = form.levels
+        _native.encode_levels(
+            _native.dense_matrix("float32", slab),
+            form.bits,
+            form.group,
+            inverse_scale(scales[0]),
+            levels.thresholds,
+            levels.codes,
+            form.zero_code,
+            out["codes"][tiles],
+        )
+    return True

@@ -1,7 +1,8 @@
-"""Products with weight matrices in any form: dense floats or packed integer tiles."""
+"""Products with weight matrices in any form: dense floats, packed integers, or packed codes of any level format."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,31 +11,62 @@ from memwall import _native
 from memwall._native import Matrix
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
+from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.integer import IntegerCodec
+from memwall.formats.leveled import LevelCodec
+from memwall.kernels.level_tables import native_levels
 
-__all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes", "scratch_bytes"]
+__all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes", "rounding", "scratch_bytes"]
 
 
 def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
-    Takes what the codecs `float32`, `float16`, `bfloat16` and `int{2..8}-g{32,64,128}` (tiles) make of [rows, cols].
+    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}` and, in tiles, `int{2..8}` and all level
+    formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
     form = codec(packed.spec)
-    if isinstance(form, IntegerCodec):
+    if isinstance(form, IntegerCodec | LevelCodec):
         if form.layout != "tiles":
             raise InputError(
-                f"{packed.spec}: kernels read the tile layout; encode with {form.spec.removesuffix('-rows')}"
+                f"{packed.spec}: kernels read the tile layout; encode with {re.sub('-(rows|flat)$', '', form.spec)}"
             )
+        if isinstance(form, LevelCodec):
+            return _level_matrix(form, packed)
         buffers = {name: np.ascontiguousarray(buffer) for name, buffer in packed.buffers.items()}
         mins = None if form.symmetric else buffers["mins"].view(np.uint16)
         scales = buffers["scales"].view(np.uint16)
         return _native.tile_matrix(form.spec, *packed.shape, form.bits, form.group, buffers["codes"], scales, mins)
+    if isinstance(form, BitPlaneCodec):
+        words, scales = (np.ascontiguousarray(packed.buffers[name]) for name in ("words", "scales"))
+        return _native.plane_matrix(form.spec, packed.shape[1], form.activation_bits, words, scales)
     values = np.ascontiguousarray(packed.buffers[PLAIN_BUFFER])
     return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
+
+
+def _level_matrix(form: LevelCodec, packed: Packed) -> Matrix:
+    halves = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
+    extra = [halves[name] for name in ("second", "nested", "offsets") if name in halves]
+    return _native.level_matrix(
+        form.spec,
+        *packed.shape,
+        form.bits,
+        form.group,
+        halves["codes"],
+        native_levels(form),
+        form.scale,
+        halves["scales"],
+        extra,
+    )
+
+
+def _as_read(buffer: np.ndarray) -> np.ndarray:
+    """Contiguous, and float16 as the integers the binding knows."""
+    buffer = np.ascontiguousarray(buffer)
+    return buffer.view(np.uint16) if buffer.dtype == np.float16 else buffer
 
 
 def linear(
@@ -49,8 +81,9 @@ def linear(
     """outs[i] = x @ matrices[i].T (+ biases[i]); with `accumulate` the result is added to what `outs` hold.
 
     x [tokens, cols] and outs[i] [tokens, rows_i] are C-contiguous float32. All matrices are worked on in one parallel
-    region, and over packed tiles x is rounded once, to 8-bit integers with one scale per group of the weights; `exact`
-    keeps x in float32 and decodes the weights instead (slower, differs from the decoded product by rounding only).
+    region, and over packed tiles x is rounded once, to 8-bit integers with one scale per group of the weights, and
+    levels to integers of 16 bits at most (`level_tables`); `exact` keeps x in float32 and decodes the weights instead
+    (slower, differs from the decoded product by rounding only).
     """
     _native.linear(x, matrices, outs, exact=exact, accumulate=accumulate, biases=biases)
 
@@ -66,11 +99,17 @@ def scratch_bytes() -> int:
     return int(_native.linear_scratch_bytes())
 
 
+def rounding(spec: str) -> int:
+    """How products with weights in this format round activations, as `predict_scratch_bytes` takes it for `group`."""
+    form = codec(spec)
+    return -form.activation_bits if isinstance(form, BitPlaneCodec) else getattr(form, "group", 0)
+
+
 def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: int | None = None) -> int:
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
-    group: of the weights; 0 for dense weights and for exact products, which round no activations. Weights of several
-    groups keep one piece each; the widest input and the largest number of tokens of a run count. threads: None for
-    those in use.
+    group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
+    which round no activations. Weights of several groups keep one piece each; the widest input and the largest number
+    of tokens of a run count. threads: None for those in use.
     """
     return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from memwall import kernels
-from memwall.formats import codec
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache, SelectedCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
@@ -77,7 +76,7 @@ def scratch_bytes(
     """
     tokens = min(segment_tokens, BLOCK_ROWS)
     widest = max(config.hidden_size, config.intermediate_size, config.query_size)
-    groups = {0} if exact else {getattr(codec(spec), "group", 0) for spec in specs.values()}
+    groups = {0} if exact else {kernels.rounding(spec) for spec in specs.values()}
     panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
     rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
     attention = kernels.predict_attention_scratch_bytes(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from memwall.errors import InputError
 from memwall.formats import codec
+from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
 
@@ -101,6 +102,8 @@ def _bits(spec: str) -> int:
 def _for_tensor(tensor: TensorSpec, spec: str) -> str:
     if not is_matrix(tensor):
         return "float32"
+    if tensor.role in ("embedding", "head") and isinstance(codec(spec), BitPlaneCodec):
+        return "float16"  # as the paper has it: activations of the head stay whole; embedding rows are only looked up
     if tensor.role in ("embedding", "head") and _bits(spec) < MIN_EMBEDDING_BITS:
         return f"int{MIN_EMBEDDING_BITS}-g64"
     return spec

@@ -150,6 +150,12 @@ def _piece_bytes(tensor: TensorSpec, stored_bytes: int) -> int:
     return round_up(min(stored_bytes, max(PIECE_BYTES, tile_bytes))) + PAGE_BYTES
 
 
+def _rows(part: np.ndarray, rows: int, start: int, stop: int) -> np.ndarray:
+    """Where rows [start, stop) lie in a buffer: they stack along its first axis one by one, or by whole tiles."""
+    tile = 1 if len(part) == rows else ROW_TILE
+    return part[start // tile : -(-stop // tile)]
+
+
 def _fill(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, buffers: dict[str, np.ndarray]) -> None:
     """Read a tensor piece by piece into its final buffers, encoding on the way where it is stored otherwise."""
     packed = checkpoint.packed(tensor.name)
@@ -158,10 +164,8 @@ def _fill(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, buffers: dict[s
             np.copyto(buffers[name][first : first + len(rows)], rows)
         return
     plain = buffers.get(PLAIN_BUFFER)
-    # tiles stack along the first axis as rows do, so whole tiles of rows land in one slice of each buffer
-    tile = 1 if plain is not None else ROW_TILE
     for start, piece in checkpoint.pieces(tensor.name, PIECE_BYTES, ROW_TILE):
-        slices = {name: part[start // tile : -(-(start + len(piece)) // tile)] for name, part in buffers.items()}
+        slices = {name: _rows(part, tensor.shape[0], start, start + len(piece)) for name, part in buffers.items()}
         if len(tensor.shape) == 1:
             slices[PLAIN_BUFFER][...] = piece.astype(np.float32)
         elif plain is not None and plain.dtype in (piece.dtype, np.float32):

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -31,7 +32,8 @@ void require(bool condition, const std::string& message) {
 struct PyMatrix {
   mw::Matrix view;
   std::string spec;
-  nb::object owners[3];  // the arrays behind view
+  nb::object owners[5];  // the arrays behind view
+  std::shared_ptr<mw::Levels> levels;
 };
 
 PyMatrix dense_matrix(const std::string& spec, nb::object array) {
@@ -59,9 +61,8 @@ void check_statistics(const Halves& values, const mw::Matrix& view, const char* 
           std::string(name) + " must have shape [row tiles, groups, 16] to go with the codes");
 }
 
-PyMatrix tile_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, int group, Codes codes, Halves scales,
-                     std::optional<Halves> mins) {
-  require(bits >= 2 && bits <= 8, "tiles hold 2 to 8 bits, got " + std::to_string(bits));
+// A matrix of tiles without scales, its codes checked.
+PyMatrix codes_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, int group, const Codes& codes) {
   require(group == 32 || group == 64 || group == 128, "the group of tiles is 32, 64 or 128, got " + std::to_string(group));
   PyMatrix m;
   m.spec = spec;
@@ -77,15 +78,127 @@ PyMatrix tile_matrix(const std::string& spec, std::int64_t rows, std::int64_t co
                                  static_cast<std::size_t>(group / mw::kUnitColumns), static_cast<std::size_t>(bits * mw::kLaneVectorBytes)};
   for (int i = 0; i < 4; ++i)
     require(rows >= 0 && cols >= 0 && codes.shape(i) == wanted[i], "the shape of the codes does not fit " + spec + " of these rows and columns");
-  check_statistics(scales, view, "scales");
-  if (mins) check_statistics(*mins, view, "mins");
   view.data = codes.data();
-  view.scales = scales.data();
-  view.mins = mins ? mins->data() : nullptr;
   m.owners[0] = nb::cast(codes);
+  return m;
+}
+
+PyMatrix tile_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, int group, Codes codes, Halves scales,
+                     std::optional<Halves> mins) {
+  require(bits >= 2 && bits <= 8, "tiles hold 2 to 8 bits, got " + std::to_string(bits));
+  PyMatrix m = codes_matrix(spec, rows, cols, bits, group, codes);
+  check_statistics(scales, m.view, "scales");
+  if (mins) check_statistics(*mins, m.view, "mins");
+  m.view.scales = scales.data();
+  m.view.mins = mins ? mins->data() : nullptr;
   m.owners[1] = nb::cast(scales);
   if (mins) m.owners[2] = nb::cast(*mins);
   return m;
+}
+
+PyMatrix plane_matrix(const std::string& spec, std::int64_t cols, int activation_bits, nb::ndarray<const std::uint64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> words,
+                      Vector scales) {
+  PyMatrix m;
+  m.spec = spec;
+  mw::Matrix& view = m.view;
+  view.form = mw::Form::planes;
+  view.rows = static_cast<std::int64_t>(words.shape(0));
+  view.cols = cols;
+  view.bits = static_cast<int>(words.shape(1));
+  view.activation_bits = activation_bits;
+  require(view.bits >= 1 && view.bits <= mw::kMaxPlanes && activation_bits >= 1 && activation_bits <= mw::kMaxPlanes, "there are 1 to 8 planes");
+  require(cols >= 1 && static_cast<std::int64_t>(words.shape(2)) == view.planes().row_words(), "planes must be [rows, bits, ceil(cols / 64)]");
+  require(cols * ((1 << view.bits) - 1) * ((1 << activation_bits) - 1) < (std::int64_t{1} << 31), "products of so many columns do not fit in 32 bits");
+  require(scales.shape(0) == words.shape(0), "there must be a scale per row");
+  view.data = words.data();
+  view.scales = scales.data();
+  m.owners[0] = nb::cast(words);
+  m.owners[1] = nb::cast(scales);
+  return m;
+}
+
+template <class T>
+using Table = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+void fill_table(T* to, const Table<T>& from, const char* name) {
+  require(from.shape(0) > 0 && 256 % from.shape(0) == 0, std::string(name) + " must have as many entries as there are codes, a power of two");
+  for (std::size_t i = 0; i < 256; ++i) to[i] = from.data()[i % from.shape(0)];
+}
+
+// What codes mean: see mw::Levels.
+std::shared_ptr<mw::Levels> make_levels(Table<float> values, Table<float> second, Table<std::uint8_t> low, Table<std::uint8_t> high, float unit,
+                                        int low_offset, int high_offset, int bytes, bool pairs) {
+  require(bytes >= 0 && bytes <= 2, "levels have up to two bytes");
+  auto levels = std::make_shared<mw::Levels>();
+  fill_table(levels->values, values, "values");
+  fill_table(levels->second, second, "second");
+  fill_table(levels->low, low, "low");
+  fill_table(levels->high, high, "high");
+  levels->unit = unit;
+  levels->low_offset = low_offset;
+  levels->high_offset = high_offset;
+  levels->bytes = bytes;
+  levels->pairs = pairs;
+  require(!pairs || bytes == 2, "pairs of scales have two bytes of levels");
+  return levels;
+}
+
+struct PyLevels {
+  std::shared_ptr<mw::Levels> levels;
+};
+
+template <class T, int Dimensions>
+using Numbers = nb::ndarray<const T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+const T* statistics_of(const nb::object& array, const mw::Matrix& view, const char* name) {
+  const auto values = nb::cast<Numbers<T, 3>>(array, false);
+  require(static_cast<std::int64_t>(values.shape(0)) == view.row_tiles && static_cast<std::int64_t>(values.shape(1)) == view.groups &&
+              values.shape(2) == mw::kTileRows,
+          std::string(name) + " must have shape [row tiles, groups, 16] to go with the codes");
+  return values.data();
+}
+
+// scales: float16 as integers, float32 or bytes, by scale_form. extra: the second scales, or nested scales and offsets.
+PyMatrix level_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, int group, Codes codes, const PyLevels& levels,
+                      const std::string& scale_form, nb::object scales, nb::list extra) {
+  require(bits >= 1 && bits <= 8, "tiles hold 1 to 8 bits, got " + std::to_string(bits));
+  PyMatrix m = codes_matrix(spec, rows, cols, bits, group, codes);
+  mw::Matrix& view = m.view;
+  m.levels = levels.levels;
+  view.levels = m.levels.get();
+  m.owners[1] = scales;
+  for (std::size_t i = 0; i < nb::len(extra) && i < 3; ++i) m.owners[2 + i] = extra[i];
+  if (scale_form == "f16") {
+    view.scales = statistics_of<std::uint16_t>(scales, view, "scales");
+    if (nb::len(extra) == 1) view.second = statistics_of<std::uint16_t>(extra[0], view, "second scales");
+  } else if (scale_form == "f32") {
+    view.scale_form = mw::ScaleForm::single;
+    view.scales = statistics_of<float>(scales, view, "scales");
+  } else if (scale_form == "e8m0") {
+    view.scale_form = mw::ScaleForm::exponent;
+    view.scales = statistics_of<std::uint8_t>(scales, view, "scales");
+  } else {
+    require(scale_form == "dq" && nb::len(extra) == 2, "scales are f16, f32, e8m0, or dq with nested scales and offsets");
+    view.scale_form = mw::ScaleForm::nested;
+    view.scales = statistics_of<std::uint8_t>(scales, view, "scales");
+    const auto nested = nb::cast<Numbers<float, 2>>(extra[0], false);
+    const auto offsets = nb::cast<Numbers<float, 1>>(extra[1], false);
+    require(static_cast<std::int64_t>(nested.shape(0)) == view.row_tiles &&
+                static_cast<std::int64_t>(nested.shape(1)) == (view.groups + mw::kNestedGroups - 1) / mw::kNestedGroups &&
+                static_cast<std::int64_t>(offsets.shape(0)) == view.row_tiles,
+            "nested scales must have shape [row tiles, groups / 16] and offsets [row tiles]");
+    view.nested = nested.data();
+    view.offsets = offsets.data();
+  }
+  require((view.second != nullptr) == view.levels->pairs, "second scales do not go with these levels");
+  return m;
+}
+
+void set_dynamic_levels(Table<float> values) {
+  require(values.shape(0) == 256, "there are 256 dynamic levels");
+  for (int i = 0; i < 256; ++i) mw::dynamic_levels[i] = values.data()[i];
 }
 
 mw::Product product_of(const PyMatrix& m, nb::handle out, nb::handle bias, std::size_t tokens, std::size_t cols, bool accumulate) {
@@ -159,6 +272,24 @@ bool encode_tiles(const PyMatrix& from, int bits, int group, Writable<std::uint8
   return mw::encode_tiles(task);
 }
 
+// Rounds a dense matrix to the codes of a level format; see mw::LevelSearch.
+void encode_levels(const PyMatrix& from, int bits, int group, Rows<const float> inverses, Table<float> thresholds, Table<std::uint8_t> level_codes,
+                   int zero_code, Writable<std::uint8_t, 4> codes) {
+  require(from.view.form != mw::Form::tiles, "encode_levels: the values must be a dense matrix");
+  require(bits >= 1 && bits <= 8, "tiles hold 1 to 8 bits, got " + std::to_string(bits));
+  const PyMatrix to = codes_matrix("tiles", from.view.rows, from.view.cols, bits, group, Codes(codes));
+  require(static_cast<std::int64_t>(inverses.shape(0)) == to.view.rows && static_cast<std::int64_t>(inverses.shape(1)) == to.view.groups,
+          "encode_levels: there is one inverse scale per row and group");
+  const std::size_t num_levels = level_codes.shape(0);
+  require(num_levels >= 1 && num_levels <= 256 && thresholds.shape(0) == num_levels - 1, "encode_levels: there is a threshold between two levels");
+  float padded[256];
+  for (std::size_t i = 0; i < 256; ++i) padded[i] = i + 1 < num_levels ? thresholds.data()[i] : std::numeric_limits<float>::infinity();
+  const mw::LevelSearch search{inverses.data(), padded, level_codes.data(), static_cast<int>(num_levels), static_cast<std::uint8_t>(zero_code)};
+  const mw::EncodeTask task{from.view.form, from.view.data, from.view.rows, from.view.cols, bits, group, codes.data(), nullptr, nullptr, &search};
+  nb::gil_scoped_release release;
+  mw::encode_tiles(task);
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& m, nb::class_<Program>& program) {
@@ -171,8 +302,30 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
         return "Matrix(" + self.spec + ", rows=" + std::to_string(self.view.rows) + ", cols=" + std::to_string(self.view.cols) + ")";
       });
   m.def("dense_matrix", &dense_matrix, "spec"_a, "array"_a);
+  m.def("plane_matrix", &plane_matrix, "spec"_a, "cols"_a, "activation_bits"_a, "words"_a, "scales"_a);
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
+  nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")
+      .def("__init__",
+           [](PyLevels* self, Table<float> values, Table<float> second, Table<std::uint8_t> low, Table<std::uint8_t> high, float unit,
+              int low_offset, int high_offset, int bytes, bool pairs) {
+             new (self) PyLevels{make_levels(values, second, low, high, unit, low_offset, high_offset, bytes, pairs)};
+           },
+           nb::kw_only(), "values"_a, "second"_a, "low"_a, "high"_a, "unit"_a, "low_offset"_a, "high_offset"_a, "bytes"_a, "pairs"_a)
+      .def(
+          "set_half",
+          [](PyLevels& self, int shift, int mask, float unit) {
+            require(shift >= 0 && shift < 16 && mask >= 0 && mask < 65536, "no way from codes to float16");
+            self.levels->half_shift = shift;
+            self.levels->half_mask = static_cast<std::uint16_t>(mask);
+            self.levels->half_unit = unit;
+          },
+          "shift"_a, "mask"_a, "unit"_a, "Says how the codes become float16: see mw::Levels");
+  m.def("level_matrix", &level_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "levels"_a, "scale_form"_a,
+        "scales"_a, "extra"_a);
+  m.def("set_dynamic_levels", &set_dynamic_levels, "values"_a);
+  m.def("encode_levels", &encode_levels, "values"_a, "bits"_a, "group"_a, "inverses"_a.noconvert(), "thresholds"_a.noconvert(),
+        "level_codes"_a.noconvert(), "zero_code"_a, "codes"_a.noconvert());
   bind_step(m, program, "linear", &linear, "x"_a.noconvert(), "matrices"_a, "outs"_a, nb::kw_only(), "exact"_a = false,
             "accumulate"_a = false, "biases"_a = nb::none());
   m.def("encode_tiles", &encode_tiles, "values"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),

@@ -1,9 +1,19 @@
-// Rounding a weight matrix to packed tiles: the native twin of formats/integer.py, bit for bit.
+// Rounding a weight matrix to packed tiles: the native twin of formats/integer.py and formats/leveled.py, bit for bit.
 #pragma once
 
 #include "linear.h"
 
 namespace mw {
+
+// Level formats: a number times the inverse scale of its group takes the level that `thresholds` part (formats/levels.py). The
+// scales are found in Python, a pass over the numbers that is soon made; the search is what takes time.
+struct LevelSearch {
+  const float* inverses;          // [rows, groups]
+  const float* thresholds;        // [256], infinite from number num_levels - 1 on
+  const std::uint8_t* codes;      // [num_levels], by the size of levels
+  int num_levels;
+  std::uint8_t zero_code;         // of padding
+};
 
 struct EncodeTask {
   Form from;           // form of the numbers, not tiles
@@ -13,6 +23,7 @@ struct EncodeTask {
   std::uint8_t* codes;
   std::uint16_t* scales;
   std::uint16_t* mins;  // null when symmetric
+  const LevelSearch* levels = nullptr;  // null for integers; else scales and mins are not written
 };
 
 struct EncodeKernels {

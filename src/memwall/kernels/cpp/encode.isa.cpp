@@ -1,6 +1,6 @@
 // Rounds rows of numbers to codes, group by group, and packs the codes into tiles.
 //
-// Each step is the float32 operation that formats/integer.py does, in its order; that file says why.
+// Each step is the float32 operation that formats/integer.py or formats/leveled.py does, in its order; those files say why.
 #include "encode.h"
 
 #include "tiles.h"
@@ -71,6 +71,30 @@ bool encode_group(const EncodeTask& task, float* x, int count, int row, std::uin
   return good;
 }
 
+// How many thresholds a number has reached, one number per lane: all are compared where they are few, else by halves.
+MW_INLINE Vi level_index(const LevelSearch& search, Vf x) {
+  Vi index{};
+  if (search.num_levels <= 16) {
+    for (int i = 0; i < search.num_levels - 1; ++i) index -= x >= splat(search.thresholds[i]);
+    return index;
+  }
+  for (int step = 128; step > 0; step /= 2) {
+    const Vi next = index + step;
+    index = x >= look_up<8>(search.thresholds, next - 1) ? next : index;
+  }
+  return index;
+}
+
+// One row of one group of a level format.
+void encode_levels(const LevelSearch& search, const float* x, int count, int group, float inverse, int row, std::uint8_t* lanes) {
+  for (int i = 0; i < group; i += kWidth) {
+    std::int32_t index[kWidth];
+    store(index, level_index(search, load<Vf>(x + i) * inverse));
+    for (int j = 0; j < kWidth; ++j)
+      lanes[(i + j) / 4 * kLaneVectorBytes + 4 * row + j % 4] = i + j < count ? search.codes[index[j]] : search.zero_code;
+  }
+}
+
 // Lane vectors of 8-bit codes to bit planes, the inverse of code_block().
 void pack_unit(const std::uint8_t* lanes, int bits, std::uint8_t* unit) {
   int low = 0;
@@ -95,7 +119,8 @@ bool encode_tile(const EncodeTask& task, std::int64_t tile) {
   alignas(64) float x[kMaxGroup];
   const std::int64_t groups = (task.cols + task.group - 1) / task.group, unit_bytes = kLaneVectorBytes * task.bits;
   const int units = task.group / kUnitColumns;
-  const std::uint8_t zero = static_cast<std::uint8_t>(task.mins ? 0 : 1 << (task.bits - 1));
+  const int middle = task.levels ? task.levels->zero_code : task.mins ? 0 : 1 << (task.bits - 1);
+  const std::uint8_t zero = static_cast<std::uint8_t>(middle);
   const auto* values = static_cast<const typename Type::Element*>(task.values);
   for (std::int64_t g = 0; g < groups; ++g) {
     __builtin_memset(lanes, zero, sizeof lanes);
@@ -104,7 +129,7 @@ bool encode_tile(const EncodeTask& task, std::int64_t tile) {
     for (int row = 0; row < kTileRows; ++row) {
       const std::int64_t at = (tile * groups + g) * kTileRows + row;
       if (tile * kTileRows + row >= task.rows) {
-        task.scales[at] = 0;
+        if (task.scales) task.scales[at] = 0;
         if (task.mins) task.mins[at] = 0;
         continue;
       }
@@ -112,6 +137,11 @@ bool encode_tile(const EncodeTask& task, std::int64_t tile) {
       int i = 0;
       for (; i + kWidth <= count; i += kWidth) store(x + i, Type::vector(from + i));
       for (; i < count; ++i) x[i] = Type::scalar(from[i]);
+      if (task.levels) {
+        const float inverse = task.levels->inverses[(tile * kTileRows + row) * groups + g];
+        encode_levels(*task.levels, x, count, task.group, inverse, row, lanes);
+        continue;
+      }
       if (!encode_group(task, x, count, row, task.scales + at, task.mins ? task.mins + at : nullptr, lanes)) return false;
     }
     std::uint8_t* to = task.codes + (tile * groups + g) * units * unit_bytes;

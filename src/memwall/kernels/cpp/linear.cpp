@@ -2,7 +2,9 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <new>
 
@@ -37,7 +39,7 @@ class Scratch {
 };
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
-Scratch g_activations[3], g_workers;
+Scratch g_activations[3], g_planes[kMaxPlanes], g_workers;
 
 // Below this a call runs on its own thread: waking another costs about as much.
 constexpr double kInlineSeconds = 20e-6;
@@ -47,10 +49,12 @@ constexpr double kLeastChunkSeconds = 5e-6, kMostChunkSeconds = 30e-6;
 constexpr double kChunksPerThread = 16;
 // Rough speeds of one core, for the size of chunks only.
 constexpr double kBytesPerSecond = 15e9, kMultipliesPerSecond = 150e9;
+constexpr double kBitsPerMultiply = 1.0;  // pairs of bits that are compared and counted in the time of one multiply
 
 double strip_seconds(const Matrix& m, std::int64_t strip_rows, std::int64_t tokens) {
   const double bytes = static_cast<double>(m.nbytes()) / std::max<std::int64_t>(m.rows, 1);
-  const double multiplies = static_cast<double>(m.cols) * static_cast<double>(tokens);
+  double multiplies = static_cast<double>(m.cols) * static_cast<double>(tokens);
+  if (m.form == Form::planes) multiplies *= m.bits * m.activation_bits / kBitsPerMultiply;
   return static_cast<double>(strip_rows) * std::max(bytes / kBytesPerSecond, multiplies / kMultipliesPerSecond);
 }
 
@@ -81,6 +85,21 @@ Activations quantize(const LinearKernels& kernels, const Input& input, int group
     }
   });
   return a;
+}
+
+// Bytes of the words of activations in `bits` planes and of their scales.
+std::size_t plane_bytes(std::int64_t tokens, std::int64_t cols, int bits) {
+  const std::int64_t words = (cols + kWordBits - 1) / kWordBits * bits;
+  return static_cast<std::size_t>(tokens) * (words * sizeof(std::uint64_t) + sizeof(float));
+}
+
+void round_to_planes(Input& input, int bits) {
+  char* at = g_planes[bits - 1].at_least(plane_bytes(input.tokens, input.cols, bits));
+  auto* words = reinterpret_cast<std::uint64_t*>(at);
+  input.planes = {words, input.tokens, input.cols, bits};
+  auto* scales = reinterpret_cast<float*>(words + input.tokens * bits * input.planes.row_words());
+  input.plane_scales = scales;
+  pack_planes(input.x, input.tokens, input.cols, bits, words, scales);
 }
 
 // One product and where its strips stand in the row of all strips of the call.
@@ -115,6 +134,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   const LinearKernels& kernels = linear_kernels_in_use();
   const bool one = plain.tokens == 1;
   Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
+  Input in_planes[kMaxPlanes];                     // by bits of activations
   Job jobs[kMaxJobs];
   double seconds = 0;
   std::int64_t strips = 0;
@@ -125,7 +145,14 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     job.output = products[i].output;
     job.output.data += first_token * m.rows;
     job.input = &inputs[3];
-    if (m.form != Form::tiles) {
+    if (m.form == Form::planes && !exact) {
+      Input& input = in_planes[m.activation_bits - 1];
+      if (input.x == nullptr) round_to_planes(input = plain, m.activation_bits);
+      job.input = &input;
+      job.kernel = kernels.planes;
+    } else if (m.form == Form::planes) {
+      job.kernel = kernels.planes_exact;
+    } else if (m.form != Form::tiles) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
       job.kernel = kernels.tiles_exact;
@@ -135,7 +162,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.input = &inputs[slot];
       job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
     }
-    const bool single_tile = one && !(exact && m.form == Form::tiles);
+    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes));
     const std::int64_t strip_rows = kTileRows * (single_tile ? 1 : kernels.strip_tiles);
     job.first_strip = strips;
     job.num_strips = (m.rows + strip_rows - 1) / strip_rows;
@@ -143,6 +170,23 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     seconds += strip_seconds(m, strip_rows, plain.tokens) * static_cast<double>(job.num_strips);
   }
   run_jobs(jobs, count, seconds);
+}
+
+// A scale or minimum of a row and group; group_scale() in tiles.h is the same for vectors.
+float scale_at(const Matrix& m, std::int64_t tile, std::int64_t g, std::int64_t row) {
+  const std::int64_t at = (tile * m.groups + g) * kTileRows + row;
+  switch (m.scale_form) {
+    case ScaleForm::half: return half_to_float(static_cast<const std::uint16_t*>(m.scales)[at]);
+    case ScaleForm::single: return static_cast<const float*>(m.scales)[at];
+    case ScaleForm::exponent: {
+      const int byte = static_cast<const std::uint8_t*>(m.scales)[at];
+      return byte == 255 ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, byte - 127);
+    }
+    default: {
+      const float level = dynamic_levels[static_cast<const std::uint8_t*>(m.scales)[at]];
+      return level * m.nested[tile * ((m.groups + kNestedGroups - 1) / kNestedGroups) + g / kNestedGroups] + m.offsets[tile];
+    }
+  }
 }
 
 // The code at (row, col) of a matrix of tiles: bit planes come widest first and hold the low bits first.
@@ -164,16 +208,22 @@ int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
 
 }  // namespace
 
+float dynamic_levels[256];
+
 std::int64_t Matrix::nbytes() const {
   if (form == Form::float32) return rows * cols * 4;
+  if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
   if (form != Form::tiles) return rows * cols * 2;
-  return row_tiles * (tile_bytes() + groups * kTileRows * 2 * (mins ? 2 : 1));
+  const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
+  const std::int64_t nested_bytes = nested ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups + 1) : 0;
+  return row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0)) + nested_bytes);
 }
 
 std::size_t linear_scratch_bytes() {
   std::lock_guard<std::mutex> guard(g_mutex);
   std::size_t bytes = g_workers.bytes();
   for (const auto& scratch : g_activations) bytes += scratch.bytes();
+  for (const auto& scratch : g_planes) bytes += scratch.bytes();
   return bytes;
 }
 
@@ -181,6 +231,7 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * threads);
   if (group == 0 || tokens == 0) return workers;
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
+  if (group < 0) return workers + Scratch::rounded(plane_bytes(tokens, cols, -group));
   return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens)));
 }
 
@@ -206,13 +257,22 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     }
     case Form::float16: return void(std::transform(halves, halves + m.cols, out, half_to_float));
     case Form::bfloat16: return void(std::transform(halves, halves + m.cols, out, bfloat_to_float));
+    case Form::planes: return decode_planes(m.planes(), row, 0, m.cols, static_cast<const float*>(m.scales)[row], out);
     case Form::tiles: break;
   }
-  const int zero = m.mins ? 0 : 1 << (m.bits - 1);
+  const std::int64_t tile = row / kTileRows, lane = row % kTileRows;
+  float scale = 0.0f, least = 0.0f, second = 0.0f;
   for (std::int64_t col = 0; col < m.cols; ++col) {
-    const std::int64_t at = (row / kTileRows * m.groups + col / m.group) * kTileRows + row % kTileRows;
-    const float scaled = half_to_float(m.scales[at]) * static_cast<float>(tile_code(m, row, col) - zero);
-    out[col] = m.mins ? scaled + half_to_float(m.mins[at]) : scaled;
+    if (col % m.group == 0) {
+      const std::int64_t g = col / m.group, at = (tile * m.groups + g) * kTileRows + lane;
+      scale = scale_at(m, tile, g, lane);
+      if (m.mins) least = half_to_float(m.mins[at]);
+      if (m.second) second = half_to_float(m.second[at]);
+    }
+    const int code = tile_code(m, row, col);
+    if (m.levels == nullptr) out[col] = scale * static_cast<float>(code - m.low_offset()) + least;
+    else out[col] = scale * m.levels->values[code];
+    if (m.second) out[col] += second * m.levels->second[code];
   }
 }
 

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "planes.h"
+
 namespace mw {
 
 constexpr int kTileRows = 16;
@@ -15,24 +17,61 @@ constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
-enum class Form : int { float32, float16, bfloat16, tiles };
+enum class Form : int { float32, float16, bfloat16, tiles, planes };
+
+// How the scales of tiles are stored (formats/scales.py): in the last two forms a byte is a power of two, or an index of
+// dynamic levels that one float per 256 scales and an offset per row tile make a scale of.
+enum class ScaleForm : int { half, single, exponent, nested };
+
+// What codes mean where they are not integers. Exact products read `values`; products with 8-bit activations the bytes: a code
+// stands for (low - low_offset) units, or with two bytes for (low - low_offset) + 256 * (high - high_offset) of them. Where
+// scales come in pairs, the high byte is that of the second scale, and `values` those of the first.
+struct Levels {
+  alignas(64) std::uint8_t low[256], high[256];  // periodic in the number of codes, so that any byte shuffle can read them
+  alignas(64) float values[256], second[256];
+  float unit = 1.0f;
+  int low_offset = 0, high_offset = 0;
+  int bytes = 1;        // 0: codes are their own low bytes
+  bool pairs = false;   // there are second scales
+  // Minifloats: a code in the high bits of a 16-bit word, shifted right by half_shift with its sign and masked, is a float16 of
+  // which the level is half_unit times as much. half_unit 0: it is not.
+  int half_shift = 0;
+  std::uint16_t half_mask = 0;
+  float half_unit = 0.0f;
+};
 
 // Borrowed pointers; the Python object Matrix keeps the arrays alive.
 struct Matrix {
   Form form = Form::float32;
   std::int64_t rows = 0, cols = 0;
-  const void* data = nullptr;  // row-major numbers, or tile codes
+  const void* data = nullptr;  // row-major numbers, tile codes, or words of bit planes
   // tiles only
   int bits = 0, group = 0;
   std::int64_t row_tiles = 0, groups = 0;
-  const std::uint16_t* scales = nullptr;  // float16 [row_tiles, groups, 16]
-  const std::uint16_t* mins = nullptr;    // the same; null when symmetric
+  ScaleForm scale_form = ScaleForm::half;
+  const void* scales = nullptr;           // [row_tiles, groups, 16]
+  const std::uint16_t* mins = nullptr;    // float16, the same shape; null when symmetric
+  const std::uint16_t* second = nullptr;  // float16, the same shape: second scales, else null
+  const float* nested = nullptr;          // [row_tiles, (groups + 15) / 16], for nested scales
+  const float* offsets = nullptr;         // [row_tiles], for nested scales
+  const Levels* levels = nullptr;         // null for integers
+  // planes only, beside data, bits and scales (float32 [rows]): bits that activations are rounded to
+  int activation_bits = 0;
 
   std::int64_t group_bytes() const { return std::int64_t{2} * bits * group; }
   std::int64_t tile_bytes() const { return groups * group_bytes(); }
   const std::uint8_t* tile(std::int64_t index) const { return static_cast<const std::uint8_t*>(data) + index * tile_bytes(); }
+  int bytes() const { return levels ? levels->bytes : 0; }
+  Planes planes() const { return {static_cast<const std::uint64_t*>(data), rows, cols, bits}; }
+  // what is taken off a code, or off its low byte
+  int low_offset() const { return levels ? levels->low_offset : mins ? 0 : 1 << (bits - 1); }
+  float unit() const { return levels ? levels->unit : 1.0f; }
   std::int64_t nbytes() const;
 };
+
+constexpr int kNestedGroups = 16;  // groups of one row tile that share a float
+// The 256 levels of nested scales; set once by the binding, which has them from formats/levels.py.
+extern float dynamic_levels[256];
 
 // Activations as 8-bit integers, one scale per group of columns. `block` tokens are interleaved, 4 columns of each in turn,
 // so that a kernel walks them with one pointer: codes[token / block][column / 4][token % block][4].
@@ -50,6 +89,8 @@ struct Input {
   const float* x = nullptr;  // [tokens, cols]
   std::int64_t tokens = 0, cols = 0;
   Activations coded;  // unset for products in float
+  Planes planes;      // set for products with bit planes, with a scale per token
+  const float* plane_scales = nullptr;
 };
 
 struct Output {
@@ -71,11 +112,13 @@ struct LinearKernels {
   void (*quantize)(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to);
   StripKernel tiles_one, tiles_many, tiles_exact;
   StripKernel float_one[3], float_many[3];  // by Form
+  StripKernel planes, planes_exact;
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.
 std::size_t linear_scratch_bytes();
-// What it would hold after products of `tokens` tokens of `cols` columns with weights in groups of `group` (0: dense weights).
+// What it would hold after products of `tokens` tokens of `cols` columns with weights in groups of `group` (0: dense weights; -m:
+// bit planes with activations of m bits).
 std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads);
 
 struct Product {

@@ -175,20 +175,24 @@ template <int Bits>
 void decode_tile(const Matrix& m, std::int64_t tile, std::int64_t first_col, int num_cols, int slot, FloatPanel& panel) {
   const std::int64_t first_group = first_col / m.group;
   const std::uint8_t* unit = m.tile(tile) + first_group * m.group_bytes();
-  const std::uint16_t* scales = m.scales + (tile * m.groups + first_group) * kTileRows;
-  const std::uint16_t* mins = m.mins ? m.mins + (tile * m.groups + first_group) * kTileRows : nullptr;
+  const std::int32_t zero = m.low_offset();
   for (int c = 0; c < num_cols; c += kUnitColumns, unit += kLaneVectorBytes * Bits) {
-    const int g = c / m.group * kTileRows;
+    const std::int64_t g = first_group + c / m.group, at = (tile * m.groups + g) * kTileRows;
     for (int p = 0; p < kPieces; ++p) {
-      const Vf scale = load_half(scales + g + p * kWidth);
-      const Vf least = mins ? load_half(mins + g + p * kWidth) : Vf{};
-      const std::int32_t zero = mins ? 0 : 1 << (Bits - 1);
+      const Vf scale = group_scale(m, tile, g, p);
+      const Vf least = m.mins ? load_half(m.mins + at + p * kWidth) : Vf{};
+      const Vf second = m.second ? load_half(m.second + at + p * kWidth) : Vf{};
       static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
         constexpr int I = decltype(block)::value;
         const Vi codes = (Vi)code_block<Bits, I>(unit + p * kVectorBytes);
-        for (int byte = 0; byte < 4; ++byte)
-          store(panel.weights[c + 4 * I + byte] + slot * kTileRows + p * kWidth,
-                scale * to_float(((codes >> (8 * byte)) & 0xff) - zero) + least);
+        for (int byte = 0; byte < 4; ++byte) {
+          const Vi code = (codes >> (8 * byte)) & 0xff;
+          Vf value;
+          if (m.levels == nullptr) value = scale * to_float(code - zero) + least;
+          else value = scale * look_up<Bits>(m.levels->values, code);
+          if (m.second) value += second * look_up<Bits>(m.levels->second, code);
+          store(panel.weights[c + 4 * I + byte] + slot * kTileRows + p * kWidth, value);
+        }
       });
     }
   }
@@ -233,6 +237,8 @@ const LinearKernels linear_kernels = {
     tiles_exact,
     {float_one<Float32>, float_one<Float16>, float_one<BFloat16>},
     {float_many<Float32>, float_many<Float16>, float_many<BFloat16>},
+    planes_rounded,
+    planes_exact,
 };
 
 }  // namespace mw::MW_ISA

@@ -23,4 +23,7 @@ void tiles_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end
 void tiles_many(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void tiles_exact(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 
+void planes_rounded(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void planes_exact(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+
 }  // namespace mw::MW_ISA

@@ -48,33 +48,49 @@ constexpr int kChains = 1;
 #endif
 constexpr int kPrefetchBytes = 4096;  // hardware prefetch stops at the end of a page
 
-// One token, one tile. The offset of symmetric codes and the minimum of asymmetric ones both multiply the sum of the
-// activations, which is known beforehand: they cost one operation per group, not one per weight.
-template <int Bits>
+// One token, one tile. The offset of codes and the minimum of asymmetric ones both multiply the sum of the activations, which is
+// known beforehand: they cost one operation per group, not one per weight. Levels of two bytes are two products whose sums meet
+// once per group, or one of 16-bit words.
+template <int Bits, int Bytes>
 void one_token_tile(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
-  const int units = m.group / kUnitColumns;
+  constexpr bool kOfWords = kWords && Bytes == 2;
+  constexpr int kSums = Bytes >= 2 && !kOfWords ? 2 : 1, kParts = kChains > kSums ? kChains / kSums : 1;
+  const int units = m.group / kUnitColumns, offsets[2] = {m.low_offset(), Bytes >= 2 ? m.levels->high_offset : 0};
+  const std::uint8_t* tables[2] = {Bytes ? m.levels->low : nullptr, Bytes >= 2 ? m.levels->high : nullptr};
   const std::uint8_t* unit = m.tile(tile);
-  const std::uint16_t* scales = m.scales + tile * m.groups * kTileRows;
   const std::uint16_t* mins = m.mins ? m.mins + tile * m.groups * kTileRows : nullptr;
   const std::int8_t* x = a.codes;
+  const float one = m.unit();
   Vf total[kPieces] = {};
-  for (std::int64_t g = 0; g < m.groups; ++g, scales += kTileRows) {
-    Dot<Bits> dot[kPieces][kChains];
-    const std::int32_t offset = mins ? 0 : -(a.sums[g] << (Bits - 1));
-    for (auto& chains : dot)
-      for (int i = 0; i < kChains; ++i) chains[i].start(splat(i == 0 ? offset : 0));
+  for (std::int64_t g = 0; g < m.groups; ++g) {
+    LevelDot<Bits, Bytes> dot[kPieces][kSums][kParts];
+    for (auto& sums : dot)
+      for (int s = 0; s < kSums; ++s)
+        for (int i = 0; i < kParts; ++i) sums[s][i].start(splat(i == 0 ? -(a.sums[g] * offsets[s]) : 0));
     for (int u = 0; u < units; ++u, unit += kLaneVectorBytes * Bits, x += kUnitColumns)
       static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
         constexpr int I = decltype(block)::value;
         if constexpr (I < Bits) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
         const Vb four = repeat_four(x + 4 * I);
-        for (int p = 0; p < kPieces; ++p)
-          dot[p][I % kChains].template add<I>(code_block<Bits, I>(unit + p * kVectorBytes), four);
+        for (int p = 0; p < kPieces; ++p) {
+          const Vb codes = code_block<Bits, I>(unit + p * kVectorBytes);
+          if constexpr (Bytes == 0) dot[p][0][I % kParts].template add<I>(codes, four);
+          else if constexpr (kOfWords)
+            dot[p][0][0].template add<I>(words_of(look_up<Bits>(tables[0], codes), look_up<Bits>(tables[1], codes)), four);
+          else
+            for (int s = 0; s < kSums; ++s) dot[p][s][I % kParts].template add<I>(look_up<Bits>(tables[s], codes), four);
+        }
       });
+    const float x_scale = a.scales[g] * one;
     for (int p = 0; p < kPieces; ++p) {
-      Vi sum = dot[p][0].sum;
-      for (int i = 1; i < kChains; ++i) sum += dot[p][i].sum;
-      total[p] += load_half(scales + p * kWidth) * a.scales[g] * to_float(sum);
+      Vi sums[kSums];
+      for (int s = 0; s < kSums; ++s) {
+        sums[s] = dot[p][s][0].total();
+        for (int i = 1; i < kParts; ++i) sums[s] += dot[p][s][i].total();
+      }
+      const Vf scale = group_scale(m, tile, g, p);
+      total[p] += scale * x_scale * to_float(sums[0]);
+      if constexpr (kSums == 2) total[p] += high_scale(m, tile, g, p, scale) * x_scale * to_float(sums[1]);
     }
     if (mins) {
       const float sum = a.scales[g] * static_cast<float>(a.sums[g]);
@@ -85,33 +101,98 @@ void one_token_tile(const Matrix& m, const Activations& a, std::int64_t tile, fl
   for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// One token, one tile of minifloats whose table is too large for byte shuffles: codes become float16 by a shift, and the
+// processor makes float32 of that.
+template <int Bits>
+void one_token_halves(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
+  const Levels& levels = *m.levels;
+  const int units = m.group / kUnitColumns;
+  const std::uint8_t* unit = m.tile(tile);
+  const std::int8_t* x = a.codes;
+  Vf total[kPieces] = {};
+  for (std::int64_t g = 0; g < m.groups; ++g) {
+    Vf sums[kPieces][2][2] = {};  // rows 0 to 3 and 4 to 7, columns 0 and 2, 1 and 3
+    for (int u = 0; u < units; ++u, unit += kLaneVectorBytes * Bits, x += kUnitColumns) {
+      alignas(32) float values[kUnitColumns];  // of each four columns 0, 2, 1, 3
+      for (int c = 0; c < kUnitColumns; c += kWidth) {
+        const Vi eight = (Vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + c)));
+        store(values + c, __builtin_shufflevector(to_float(eight), Vf{}, 0, 2, 1, 3, 4, 6, 5, 7));
+      }
+      static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+        constexpr int I = decltype(block)::value;
+        if constexpr (I < Bits) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
+        const Vf pairs[2] = {(Vf)_mm256_broadcast_sd(reinterpret_cast<const double*>(values + 4 * I)),
+                             (Vf)_mm256_broadcast_sd(reinterpret_cast<const double*>(values + 4 * I + 2))};
+        for (int p = 0; p < kPieces; ++p) {
+          const Vh codes = (Vh)code_block<Bits, I>(unit + p * kVectorBytes) << (8 - Bits);
+          const Vs halves[2] = {half_words(levels, (Vs)(codes << 8)), half_words(levels, (Vs)codes)};
+          for (int odd = 0; odd < 2; ++odd) {
+            sums[p][0][odd] += (Vf)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)halves[odd])) * pairs[odd];
+            sums[p][1][odd] += (Vf)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)halves[odd], 1)) * pairs[odd];
+          }
+        }
+      });
+    }
+    for (int p = 0; p < kPieces; ++p) {
+      const __m256 rows = _mm256_hadd_ps((__m256)(sums[p][0][0] + sums[p][0][1]), (__m256)(sums[p][1][0] + sums[p][1][1]));
+      const Vf sum = (Vf)_mm256_permute4x64_pd(_mm256_castps_pd(rows), 0b11011000);
+      total[p] += group_scale(m, tile, g, p) * (a.scales[g] * levels.half_unit) * sum;
+    }
+  }
+  for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
+}
+
+// Whether one token's product takes that way.
+bool takes_halves(const Matrix& m) { return m.levels && m.levels->half_unit != 0.0f && m.bits > 4 && m.bytes() == 2; }
+#endif
+
 // Several tokens: a strip of row tiles is unpacked, some groups at a time, into a panel that stays in the first-level cache, and
 // every block of tokens passes over it.
 constexpr int kPanelColumns = 512;
 constexpr int kPanelGroups = kPanelColumns / 32;
-struct Panel {
+struct Part {  // codes, or one byte of their levels, and what they are multiples of
   alignas(64) std::uint8_t codes[kPanelColumns / 4][kStripTiles][kLaneVectorBytes];
   alignas(64) float scales[kPanelGroups][kStripRows];
+};
+struct Panel {
+  Part parts[2];
   alignas(64) float mins[kPanelGroups][kStripRows];
   alignas(64) float sums[kMaxTokens][kStripRows];
 };
 static_assert(sizeof(Panel) <= kWorkerScratchBytes);
 
-template <int Bits>
+template <int Bits, int Bytes>
 void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, int num_groups, int slot, Panel& panel) {
   const std::uint8_t* unit = m.tile(tile) + first_group * m.group_bytes();
   const int num_units = num_groups * (m.group / kUnitColumns);
   for (int u = 0; u < num_units; ++u, unit += kLaneVectorBytes * Bits)
     static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
       constexpr int I = decltype(block)::value;
-      for (int p = 0; p < kPieces; ++p)
-        store(panel.codes[u * kUnitBlocks + I][slot] + p * kVectorBytes, code_block<Bits, I>(unit + p * kVectorBytes));
+      for (int p = 0; p < kPieces; ++p) {
+        const Vb codes = code_block<Bits, I>(unit + p * kVectorBytes);
+        const auto put = [&](int part, Vb bytes) __attribute__((always_inline)) {
+          store(panel.parts[part].codes[u * kUnitBlocks + I][slot] + p * kVectorBytes, bytes);
+        };
+        if constexpr (Bytes == 0) put(0, codes);
+        if constexpr (kWords && Bytes == 2) {
+          const auto words = words_of(look_up<Bits>(m.levels->low, codes), look_up<Bits>(m.levels->high, codes));
+          put(0, (Vb)words.first);
+          put(1, (Vb)words.second);
+        } else {
+          if constexpr (Bytes >= 1) put(0, look_up<Bits>(m.levels->low, codes));
+          if constexpr (Bytes >= 2) put(1, look_up<Bits>(m.levels->high, codes));
+        }
+      }
     });
-  const std::int64_t first = (tile * m.groups + first_group) * kTileRows;
+  const float one = m.unit();
   for (int g = 0; g < num_groups; ++g)
-    for (int r = 0; r < kTileRows; r += kWidth) {
-      store(panel.scales[g] + slot * kTileRows + r, load_half(m.scales + first + g * kTileRows + r));
-      if (m.mins) store(panel.mins[g] + slot * kTileRows + r, load_half(m.mins + first + g * kTileRows + r));
+    for (int p = 0; p < kPieces; ++p) {
+      const int at = slot * kTileRows + p * kWidth;
+      const Vf scale = group_scale(m, tile, first_group + g, p);
+      store(panel.parts[0].scales[g] + at, scale * one);
+      if constexpr (Bytes >= 2) store(panel.parts[1].scales[g] + at, high_scale(m, tile, first_group + g, p, scale) * one);
+      if (m.mins) store(panel.mins[g] + at, load_half(m.mins + ((tile * m.groups + first_group + g) * kTileRows + p * kWidth)));
     }
 }
 
@@ -120,70 +201,74 @@ void unpack_panel(const Matrix& m, std::int64_t strip, std::int64_t first_group,
   for (int slot = 0; slot < kStripTiles; ++slot) {
     const std::int64_t tile = strip * kStripTiles + slot;
     if (tile < m.row_tiles) {
-      with_bits(m.bits, [&](auto bits) { unpack_tile<decltype(bits)::value>(m, tile, first_group, num_groups, slot, panel); });
+      with_form(m, [&](auto bits, auto bytes) {
+        unpack_tile<decltype(bits)::value, decltype(bytes)::value>(m, tile, first_group, num_groups, slot, panel);
+      });
       continue;
     }
     for (int g = 0; g < num_groups; ++g)
-      for (int r = 0; r < kTileRows; ++r) panel.scales[g][slot * kTileRows + r] = panel.mins[g][slot * kTileRows + r] = 0.0f;
+      for (int r = slot * kTileRows; r < (slot + 1) * kTileRows; ++r)
+        panel.parts[0].scales[g][r] = panel.parts[1].scales[g][r] = panel.mins[g][r] = 0.0f;
   }
 }
 
 // Tokens of one block (the first Tokens of it) times some groups of the panel.
 template <class DotType, int Tokens, bool Asymmetric>
-void panel_block(const Panel& panel, const Activations& a, std::int64_t block, std::int64_t first_group, int num_groups,
-                 int offset_shift, float (*sums)[kStripRows]) {
+void panel_block(const Part& part, const Part& other, const float (*mins)[kStripRows], const Activations& a, std::int64_t block,
+                 std::int64_t first_group, int num_groups, int offset, float (*sums)[kStripRows]) {
   const int blocks_per_group = a.group / 4;
   const std::int8_t* x = a.codes + (block * a.padded_cols() + first_group * a.group) * kTokenBlock;
   const float* x_scales = a.scales + (block * a.groups + first_group) * kTokenBlock;
   const std::int32_t* x_sums = a.sums + (block * a.groups + first_group) * kTokenBlock;
-  const std::uint8_t* codes = panel.codes[0][0];
+  const std::uint8_t *codes = part.codes[0][0], *more = other.codes[0][0];
   Vf total[Tokens][kStripVectors];
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < kStripVectors; ++v) total[t][v] = load<Vf>(sums[t] + v * kWidth);
   for (int g = 0; g < num_groups; ++g, x_scales += kTokenBlock, x_sums += kTokenBlock) {
     DotType dot[Tokens][kStripVectors];
     for (int t = 0; t < Tokens; ++t)
-      for (auto& d : dot[t]) d.start(Asymmetric ? Vi{} : -(splat(x_sums[t]) << offset_shift));
+      for (auto& d : dot[t]) d.start(Asymmetric ? Vi{} : splat(-(x_sums[t] * offset)));
     for (int c = 0; c < blocks_per_group; c += kUnitBlocks)
       static_for<kUnitBlocks>([&](auto index) __attribute__((always_inline)) {
         constexpr int I = decltype(index)::value;
-        Vb weights[kStripVectors];
-        for (int v = 0; v < kStripVectors; ++v) weights[v] = load<Vb>(codes + v * kVectorBytes);
+        typename DotType::Weights weights[kStripVectors];
+        for (int v = 0; v < kStripVectors; ++v) weights[v] = DotType::load_weights(codes + v * kVectorBytes, more + v * kVectorBytes);
         for (int t = 0; t < Tokens; ++t) {
           const Vb four = repeat_four(x + 4 * t);
           for (int v = 0; v < kStripVectors; ++v) dot[t][v].template add<I>(weights[v], four);
         }
         codes += kStripVectors * kVectorBytes;
+        more += kStripVectors * kVectorBytes;
         x += 4 * kTokenBlock;
       });
     for (int t = 0; t < Tokens; ++t)
       for (int v = 0; v < kStripVectors; ++v) {
-        total[t][v] += load<Vf>(panel.scales[g] + v * kWidth) * x_scales[t] * to_float(dot[t][v].sum);
-        if (Asymmetric) total[t][v] += load<Vf>(panel.mins[g] + v * kWidth) * (x_scales[t] * static_cast<float>(x_sums[t]));
+        total[t][v] += load<Vf>(part.scales[g] + v * kWidth) * x_scales[t] * to_float(dot[t][v].total());
+        if (Asymmetric) total[t][v] += load<Vf>(mins[g] + v * kWidth) * (x_scales[t] * static_cast<float>(x_sums[t]));
       }
   }
   for (int t = 0; t < Tokens; ++t)
     for (int v = 0; v < kStripVectors; ++v) store(sums[t] + v * kWidth, total[t][v]);
 }
 
-using PanelBlock = void (*)(const Panel&, const Activations&, std::int64_t, std::int64_t, int, int, float (*)[kStripRows]);
+using PanelBlock = void (*)(const Part&, const Part&, const float (*)[kStripRows], const Activations&, std::int64_t, std::int64_t, int, int,
+                            float (*)[kStripRows]);
 
-template <int Bits, bool Asymmetric>
+template <class DotType, bool Asymmetric>
 PanelBlock panel_block_for(int tokens) {
-  using D = Dot<Bits>;
   PanelBlock found = nullptr;
   static_for<kTokenBlock>([&](auto index) {
     constexpr int count = decltype(index)::value + 1;
-    if (tokens == count) found = panel_block<D, count, Asymmetric>;
+    if (tokens == count) found = panel_block<DotType, count, Asymmetric>;
   });
   return found;
 }
 
 PanelBlock pick_panel_block(const Matrix& m, int tokens) {
   PanelBlock found = nullptr;
-  with_bits(m.bits, [&](auto bits) {
-    constexpr int B = decltype(bits)::value;
-    found = m.mins ? panel_block_for<B, true>(tokens) : panel_block_for<B, false>(tokens);
+  with_form(m, [&](auto bits, auto bytes) {
+    using D = LevelDot<decltype(bits)::value, decltype(bytes)::value>;
+    found = m.mins ? panel_block_for<D, true>(tokens) : panel_block_for<D, false>(tokens);
   });
   return found;
 }
@@ -198,10 +283,20 @@ void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t i
 }
 
 void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
-  with_bits(m.bits, [&](auto bits) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  if (takes_halves(m))
+    return with_bits(m.bits, [&](auto bits) {
+      for (std::int64_t tile = begin; tile < end; ++tile) {
+        alignas(64) float values[kTileRows];
+        one_token_halves<decltype(bits)::value>(m, input.coded, tile, values);
+        write_rows(values, 0, tile * kTileRows, kTileRows, out);
+      }
+    });
+#endif
+  with_form(m, [&](auto bits, auto bytes) {
     for (std::int64_t tile = begin; tile < end; ++tile) {
       alignas(64) float values[kTileRows];
-      one_token_tile<decltype(bits)::value>(m, input.coded, tile, values);
+      one_token_tile<decltype(bits)::value, decltype(bytes)::value>(m, input.coded, tile, values);
       write_rows(values, 0, tile * kTileRows, kTileRows, out);
     }
   });
@@ -212,6 +307,7 @@ void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
   const int tokens = static_cast<int>(input.tokens), chunk = kPanelColumns / m.group;
   const int last = tokens % kTokenBlock;
   const PanelBlock full = pick_panel_block(m, kTokenBlock), rest = last ? pick_panel_block(m, last) : nullptr;
+  const bool two_sums = m.second || (!kWords && m.bytes() == 2);
   for (std::int64_t strip = begin; strip < end; ++strip) {
     __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * tokens);
     for (std::int64_t g = 0; g < m.groups; g += chunk) {
@@ -221,7 +317,9 @@ void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
       for (int t = 0; t < tokens; t += kTokenBlock) {
         const int count = tokens - t < kTokenBlock ? tokens - t : kTokenBlock;
         for (int i = t; is_last && i < t + count; ++i) expect_rows(i, strip * kStripRows, kStripRows, out);
-        (count == kTokenBlock ? full : rest)(panel, input.coded, t / kTokenBlock, g, num_groups, m.bits - 1, panel.sums + t);
+        const PanelBlock block = count == kTokenBlock ? full : rest;
+        block(panel.parts[0], panel.parts[1], panel.mins, input.coded, t / kTokenBlock, g, num_groups, m.low_offset(), panel.sums + t);
+        if (two_sums) block(panel.parts[1], panel.parts[1], panel.mins, input.coded, t / kTokenBlock, g, num_groups, m.levels->high_offset, panel.sums + t);
         for (int i = t; is_last && i < t + count; ++i) write_rows(panel.sums[i], i, strip * kStripRows, kStripRows, out);
       }
     }

@@ -36,4 +36,15 @@ void plane_products_apart(const Planes& w, const Planes& x, std::int32_t* out);
 // False when a number is not finite.
 bool pack_planes(const float* x, std::int64_t rows, std::int64_t cols, int bits, std::uint64_t* words, float* scales);
 
+// Columns [begin, end) of one row, decoded.
+inline void decode_planes(const Planes& planes, std::int64_t row, std::int64_t begin, std::int64_t end, float scale, float* out) {
+  const int top = (1 << planes.bits) - 1;
+  for (std::int64_t col = begin; col < end; ++col) {
+    int code = 0;
+    for (int p = 0; p < planes.bits; ++p)
+      code |= static_cast<int>(planes.plane(row, p)[col / kWordBits] >> (col % kWordBits) & 1) << p;
+    out[col - begin] = scale * static_cast<float>(2 * code - top);
+  }
+}
+
 }  // namespace mw

@@ -1,5 +1,7 @@
 // Bit-plane products: population counts of whole vectors by table look-up, sums of a row pair in registers until they are whole.
+#include "linear_kernels.h"
 #include "planes.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace mw::MW_ISA {
@@ -107,7 +109,52 @@ void apart(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t en
         }
 }
 
+std::int64_t end_of_rows(const Matrix& m, std::int64_t end, std::int64_t strip) { return end * strip < m.rows ? end * strip : m.rows; }
+std::int64_t strip_of(const Input& input) { return input.tokens == 1 ? kTileRows : kStripRows; }
+
 }  // namespace
+
+// The product of a layer: integer sums of a row and a token, times both scales.
+void planes_rounded(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
+  const Planes w = m.planes(), &x = input.planes;
+  const auto* scales = static_cast<const float*>(m.scales);
+  const std::int64_t all = w.cols * ((1 << w.bits) - 1) * ((1 << x.bits) - 1), last = end_of_rows(m, end, strip_of(input));
+  constexpr int kRows = 8;  // rows whose planes stay in the first-level cache while every token passes
+  for (std::int64_t first = begin * strip_of(input); first < last; first += kRows) {
+    const int count = static_cast<int>(last - first < kRows ? last - first : kRows);
+    for (std::int64_t t = 0; t < input.tokens; ++t) {
+      float values[kRows];
+      for (int r = 0; r < count; ++r)
+        values[r] = static_cast<float>(all - 2 * weighted_differences(w, x, first + r, t)) * (scales[first + r] * input.plane_scales[t]);
+      write_rows(values, t, first, count, out);
+    }
+  }
+}
+
+// Activations as they are, weights decoded a piece at a time.
+void planes_exact(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  constexpr std::int64_t kPiece = 4096;
+  static_assert((kPiece + kMaxTokens) * sizeof(float) <= kWorkerScratchBytes);
+  auto* weights = reinterpret_cast<float*>(scratch);
+  float* sums = weights + kPiece;
+  for (std::int64_t row = begin * kStripRows; row < end_of_rows(m, end, kStripRows); ++row) {
+    for (std::int64_t t = 0; t < input.tokens; ++t) sums[t] = 0;
+    for (std::int64_t from = 0; from < m.cols; from += kPiece) {
+      const std::int64_t to = from + kPiece < m.cols ? from + kPiece : m.cols;
+      decode_planes(m.planes(), row, from, to, static_cast<const float*>(m.scales)[row], weights);
+      for (std::int64_t t = 0; t < input.tokens; ++t) {
+        const float* x = input.x + t * input.cols;
+        Vf lanes = {};
+        std::int64_t c = from;
+        for (; c + kWidth <= to; c += kWidth) lanes += load<Vf>(weights + c - from) * load<Vf>(x + c);
+        float sum = sum_of(lanes);
+        for (; c < to; ++c) sum += weights[c - from] * x[c];
+        sums[t] += sum;
+      }
+    }
+    for (std::int64_t t = 0; t < input.tokens; ++t) write_rows(sums + t, t, row, 1, out);
+  }
+}
 
 extern const PlaneKernels plane_kernels;
 const PlaneKernels plane_kernels = {fused, apart};

@@ -29,6 +29,81 @@ MW_INLINE Vb code_block(const std::uint8_t* unit) {
   return codes;
 }
 
+// The bytes that codes of Bits bits stand for, by byte shuffles where the processor has them.
+template <int Bits>
+MW_INLINE Vb look_up(const std::uint8_t* table, Vb codes) {
+#if defined(__AVX512VBMI__)
+  const __m512i at = (__m512i)codes;
+  if constexpr (Bits <= 4) return (Vb)_mm512_shuffle_epi8(_mm512_load_si512(table), at);
+  else if constexpr (Bits <= 6) return (Vb)_mm512_permutexvar_epi8(at, _mm512_load_si512(table));
+  else {
+    const __m512i first = _mm512_permutex2var_epi8(_mm512_load_si512(table), at, _mm512_load_si512(table + 64));
+    if constexpr (Bits == 7) return (Vb)first;
+    const __m512i second = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), at, _mm512_load_si512(table + 192));
+    return (Vb)_mm512_mask_blend_epi8(_mm512_movepi8_mask(at), first, second);
+  }
+#elif defined(__AVX2__)
+  if constexpr (Bits <= 4) {
+    return (Vb)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(table)), (__m256i)codes);
+  } else {
+    // a shuffle reads bits 0 to 3 and gives zero where bit 7 is set; each further bit of the code chooses between two halves
+    const Vb low = Bits == 8 ? codes & 0x7f : codes;
+    const Vb chosen = (Vb)((Vh)codes << (8 - Bits));
+    return (Vb)_mm256_blendv_epi8((__m256i)look_up<Bits - 1>(table, low), (__m256i)look_up<Bits - 1>(table + (1 << (Bits - 1)), low),
+                                  (__m256i)chosen);
+  }
+#else
+  Vb found;
+  for (int i = 0; i < kVectorBytes; ++i) found[i] = table[codes[i]];
+  return found;
+#endif
+}
+
+// The floats that codes stand for, one code per lane.
+template <int Bits>
+MW_INLINE Vf look_up(const float* table, Vi codes) {
+#if defined(__AVX512F__)
+  if constexpr (Bits <= 4) return (Vf)_mm512_permutexvar_ps((__m512i)codes, _mm512_load_ps(table));
+  return (Vf)_mm512_i32gather_ps((__m512i)codes, table, 4);
+#elif defined(__AVX2__)
+  return (Vf)_mm256_i32gather_ps(table, (__m256i)codes, 4);
+#else
+  Vf found;
+  for (int i = 0; i < kWidth; ++i) found[i] = table[codes[i]];
+  return found;
+#endif
+}
+
+// kWidth bytes as integers.
+MW_INLINE Vi load_bytes(const std::uint8_t* from) {
+  typedef std::uint8_t Narrow __attribute__((vector_size(kWidth)));
+  return __builtin_convertvector(load<Narrow>(from), Vi);
+}
+
+// Scales of rows p * kWidth and on of group g of a tile.
+MW_INLINE Vf group_scale(const Matrix& m, std::int64_t tile, std::int64_t g, int p) {
+  const std::int64_t at = (tile * m.groups + g) * kTileRows + p * kWidth;
+  switch (m.scale_form) {
+    case ScaleForm::half: return load_half(static_cast<const std::uint16_t*>(m.scales) + at);
+    case ScaleForm::single: return load<Vf>(static_cast<const float*>(m.scales) + at);
+    case ScaleForm::exponent: {
+      // byte 0 is 2^-127, which float32 writes without the hidden bit; 255, which is NaN, becomes an infinity
+      const Vi bits = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at) << 23, least = splat(0x00400000);
+      return (Vf)(bits > least ? bits : least);
+    }
+    default: {
+      const Vi bytes = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at);
+      const float most = m.nested[tile * ((m.groups + kNestedGroups - 1) / kNestedGroups) + g / kNestedGroups];
+      return look_up<8>(dynamic_levels, bytes) * most + m.offsets[tile];
+    }
+  }
+}
+// What the high bytes of codes are multiples of.
+MW_INLINE Vf high_scale(const Matrix& m, std::int64_t tile, std::int64_t g, int p, Vf scale) {
+  if (m.second == nullptr) return scale * 256.0f;
+  return load_half(m.second + (tile * m.groups + g) * kTileRows + p * kWidth);
+}
+
 // Four activations of one token, repeated in every 32-bit lane.
 MW_INLINE Vb repeat_four(const std::int8_t* from) {
   std::int32_t four;
@@ -50,9 +125,16 @@ MW_INLINE Vi multiply_add_pairs(Vs a, Vs b) {
 #endif
 }
 
+// How the weights of a panel are held for a kind of dot product: one vector of bytes, from the first part.
+struct BytePanel {
+  using Weights = Vb;
+  static MW_INLINE Weights load_weights(const std::uint8_t* first, const std::uint8_t*) { return load<Vb>(first); }
+};
+
 // Any codes: even and odd bytes as 16-bit numbers, so nothing can overflow.
-struct WideDot {
+struct WideDot : BytePanel {
   Vi sum;
+  MW_INLINE Vi total() const { return sum; }
   MW_INLINE void start(Vi first) { sum = first; }
   template <int Step>
   MW_INLINE void add(Vb codes, Vb four) {
@@ -63,8 +145,9 @@ struct WideDot {
 };
 
 #if defined(__AVX512VNNI__)
-struct FusedDot {
+struct FusedDot : BytePanel {
   Vi sum;
+  MW_INLINE Vi total() const { return sum; }
   MW_INLINE void start(Vi first) { sum = first; }
   template <int Step>
   MW_INLINE void add(Vb codes, Vb four) {
@@ -73,11 +156,15 @@ struct FusedDot {
 };
 template <int Bits>
 using Dot = FusedDot;
+template <int Bits, int Bytes>
+using LevelDot = FusedDot;
+constexpr bool kWords = false;
 #elif defined(__AVX2__)
 // The products of narrow codes are small: Steps of them are added in 16 bits before widening costs two more instructions.
 template <int Steps>
-struct NarrowDot {
+struct NarrowDot : BytePanel {
   Vi sum;
+  MW_INLINE Vi total() const { return sum; }
   Vs part;
   MW_INLINE void start(Vi first) { sum = first; }
   template <int Step>
@@ -104,15 +191,72 @@ struct DotOf<8> {
 };
 template <int Bits>
 using Dot = typename DotOf<Bits>::type;
+// Levels of one byte are small: up to 32 for narrow codes (4 steps of two products of 32 * 127 fill 16 bits), up to
+// 2^7 for others. With two bytes, all of each may be used.
+template <int Bits, int Bytes>
+struct LevelDotOf {
+  using type = WideDot;
+};
+template <int Bits>
+struct LevelDotOf<Bits, 1> {
+  using type = NarrowDot<Bits <= 4 ? 4 : 1>;
+};
+template <int Bits>
+struct LevelDotOf<Bits, 0> {
+  using type = Dot<Bits>;
+};
+template <int Bits, int Bytes>
+using LevelDot = typename LevelDotOf<Bits, Bytes>::type;
+
+// Levels of two bytes as signed 16-bit words, rows 0, 1, 4, 5 of eight in the first vector and the others in the second: one
+// product costs less than two with the halves of the words.
+constexpr bool kWords = true;
+struct Words {
+  Vs first, second;
+};
+MW_INLINE Words words_of(Vb low, Vb high) {
+  const Vb flipped = high ^ 0x80;  // from an offset of 2^15 to a sign
+  return {(Vs)_mm256_unpacklo_epi8((__m256i)low, (__m256i)flipped), (Vs)_mm256_unpackhi_epi8((__m256i)low, (__m256i)flipped)};
+}
+struct WordDot {
+  Vi first, second;
+  MW_INLINE void start(Vi) { first = second = Vi{}; }
+  template <int Step>
+  MW_INLINE void add(Words words, Vb four) {
+    const Vs x = (Vs)_mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)four));
+    first += multiply_add_pairs(words.first, x);
+    second += multiply_add_pairs(words.second, x);
+  }
+  MW_INLINE Vi total() const { return (Vi)_mm256_hadd_epi32((__m256i)first, (__m256i)second); }
+  using Weights = Words;
+  static MW_INLINE Weights load_weights(const std::uint8_t* first, const std::uint8_t* second) {
+    return {load<Vs>(first), load<Vs>(second)};
+  }
+};
+template <int Bits>
+struct LevelDotOf<Bits, 2> {
+  using type = WordDot;
+};
+template <int Bits>
+struct LevelDotOf<Bits, 3> {
+  using type = NarrowDot<4>;  // of pairs of scales, whose levels are two at most
+};
+
+// A code as float16: two columns of eight rows, or of the same rows and the columns one on.
+MW_INLINE Vs half_words(const Levels& levels, Vs codes) { return (codes >> levels.half_shift) & (Vs{} + static_cast<std::int16_t>(levels.half_mask)); }
 #else
+constexpr bool kWords = false;
 template <int Bits>
 using Dot = WideDot;
+template <int Bits, int Bytes>
+using LevelDot = WideDot;
 #endif
 
 // Calls f<Bits>() for the bits of a matrix, known to the compiler.
 template <class F>
 MW_INLINE void with_bits(int bits, F&& f) {
   switch (bits) {
+    case 1: return f(Index<1>{});
     case 2: return f(Index<2>{});
     case 3: return f(Index<3>{});
     case 4: return f(Index<4>{});
@@ -121,6 +265,19 @@ MW_INLINE void with_bits(int bits, F&& f) {
     case 7: return f(Index<7>{});
     default: return f(Index<8>{});
   }
+}
+
+// The same with the bytes of its levels, 3 where they are two with scales of their own: f<Bits, Bytes>().
+template <class F>
+MW_INLINE void with_form(const Matrix& m, F&& f) {
+  if (m.second) return f(Index<2>{}, Index<3>{});
+  with_bits(m.bits, [&](auto bits) __attribute__((always_inline)) {
+    switch (m.bytes()) {
+      case 0: return f(bits, Index<0>{});
+      case 1: return f(bits, Index<1>{});
+      default: return f(bits, Index<2>{});
+    }
+  });
 }
 
 // Writes `count` results of one token to its output row, which may end among them.
