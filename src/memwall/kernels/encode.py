@@ -12,7 +12,7 @@ from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.bitpack import TILE_ROWS
 from memwall.formats.integer import IntegerCodec
-from memwall.formats.leveled import LevelCodec, ResidualBinaryCodec
+from memwall.formats.leveled import LevelCodec
 from memwall.formats.scales import inverse_scale
 
 __all__ = ["encode"]
@@ -47,7 +47,7 @@ def encode(spec: str, values: np.ndarray, *, out: Mapping[str, np.ndarray] | Non
 def _encode_native(form: object, values: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:
     """Fill `out` by compiled code; False where that has no way or the numbers cannot be encoded."""
     name = values.dtype.name
-    if isinstance(form, LevelCodec) and not isinstance(form, ResidualBinaryCodec):
+    if isinstance(form, LevelCodec):
         return _encode_levels(form, values, out)
     if not isinstance(form, IntegerCodec) or form.layout != "tiles" or name not in ("float32", "float16", "bfloat16"):
         return False
