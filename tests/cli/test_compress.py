@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from memwall.cli.compress import parse_bits
+from memwall.formats import codec
+from memwall.models import Checkpoint, ModelConfig
 from tests.models.families import make_family
 
 TEXT = "A city lies on a river, and the river comes down from the hills. " * 40
@@ -49,7 +52,29 @@ def test_compress_and_run(memwall: Any, small: Path, text: Path, tmp_path: Path,
     assert "--force" in again.stderr
 
 
-@pytest.mark.parametrize(("bits", "method"), [("int4", "rtn"), ("4.25", "gptq")])
+@pytest.mark.parametrize("bits", ["nf4-dq", "mxfp6", "posit8", "bipolar5"])
+def test_level_formats_are_saved_and_read_back_bit_by_bit(memwall: Any, small: Path, tmp_path: Path, bits: str) -> None:
+    """What was saved gives the very tokens that compressing while loading gives, and the very bytes of the codec."""
+    out = tmp_path / "out"
+    assert memwall("compress", small, out, "--bits", bits, "--method", "rtn", "--quiet").exit_code == 0
+    asked = ("A city", "--max-new-tokens", "8", "--ignore-eos", "--quiet")
+    saved, loaded = memwall("run", out, *asked), memwall("run", small, *asked, "--weights", bits)
+    assert saved.exit_code == loaded.exit_code == 0, saved.stderr + loaded.stderr
+    assert saved.stdout == loaded.stdout
+    config = ModelConfig.from_directory(small)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with Checkpoint(small, config) as floats, Checkpoint(out, config) as packed:
+        expected, found = codec(bits).encode(floats.alone(name)), packed.packed(name)
+    assert found is not None
+    assert found.spec == expected.spec
+    with Checkpoint(out, config) as packed:
+        held = packed.packed(name)
+        assert held is not None
+        for buffer, values in expected.buffers.items():
+            np.testing.assert_array_equal(np.asarray(held.buffers[buffer]), values)
+
+
+@pytest.mark.parametrize(("bits", "method"), [("int4", "rtn"), ("4.25", "gptq"), ("nf4-dq", "rtn")])
 def test_the_smallest_budget_that_is_named_is_kept(spawn: Any, tmp_path: Path, bits: str, method: str) -> None:
     asked = ("compress", "demo", tmp_path / "out", "--bits", bits, "--method", method, "--json")
     refused = spawn(*asked, "--memory", "5MB")

@@ -106,6 +106,16 @@ def test_budget_is_kept_and_reported(spawn: Any) -> None:
     assert document["plan"]["budget"]["ram"] == 200_000_000
 
 
+@pytest.mark.parametrize("weights", ["nf4-dq", "e4m3", "binary2"])
+def test_level_formats_keep_a_tight_budget(weights: str, spawn: Any) -> None:
+    asked = ("run", "demo", "The city", "--max-new-tokens", "20", "--ignore-eos", "--weights", weights, "--json")
+    smallest = re.search(r"try --memory (\d+)", spawn(*asked, "--memory", "5MB").stderr)
+    assert smallest
+    result = spawn(*asked, "--memory", smallest[1])
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["peak_resident_bytes"] <= int(smallest[1])
+
+
 @pytest.mark.parametrize("filters", [(), ("--top-k", "40"), ("--top-p", "0.9")])
 def test_drawing_tokens_keeps_a_tight_budget(filters: tuple[str, ...], spawn: Any) -> None:
     asked = ("run", "demo", "The city", "--max-new-tokens", "150", "--ignore-eos", "--temperature", "0.8", "--json")

@@ -18,6 +18,16 @@ def test_is_the_codecs_encoding() -> None:
         np.testing.assert_array_equal(packed.buffers[name], buffer)
 
 
+@pytest.mark.parametrize("spec", ["nf4-dq", "e4m3", "mxfp4", "posit8", "bipolar3", "binary2"])
+def test_level_formats_too(spec: str) -> None:
+    weight = np.random.default_rng(0).standard_normal((20, 70), np.float32)
+    packed = weight_method("rtn").compress(weight, None, MethodConfig(spec=spec))
+    for name, buffer in codec(spec).encode(weight).buffers.items():
+        np.testing.assert_array_equal(packed.buffers[name], buffer)
+    with pytest.raises(InputError, match="--method rtn"):
+        weight_method("gptq").compress(weight, None, MethodConfig(spec=spec))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_table(name: str) -> None:
     method = weight_method(name)

@@ -225,7 +225,7 @@ def test_matrices_say_what_they_hold() -> None:
 
 def test_other_layouts_are_refused() -> None:
     for spec in ("nf4-flat", "nf4-g64-rows"):
-        with pytest.raises(InputError, match="encode with nf4-g64$"):
+        with pytest.raises(InputError, match=r"encode with nf4-g64$"):
             kernels.matrix(codec(spec).encode(normal(4, 64)))
 
 

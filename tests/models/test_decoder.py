@@ -66,7 +66,7 @@ def test_demo_model_agrees_with_transformers() -> None:
     assert np.abs(loaded.logits(tokens) - reference_logits(DEMO_DIRECTORY, tokens)).max() <= 2e-4
 
 
-@pytest.mark.parametrize("weights", ["float16", "bfloat16", "int8", "int4", "mixed-5.5"])
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4", "mixed-5.5", "nf4-dq", "mxfp6", "binary2"])
 def test_weights_weigh_what_was_predicted(weights: str) -> None:
     loaded = Loaded(DEMO_DIRECTORY, weights, segment=32)
     held = {row.owner: row.nbytes for row in loaded.ledger.rows()}
@@ -85,6 +85,23 @@ def test_eight_bits_stay_close_and_fewer_bits_drift_further() -> None:
     ]
     assert errors[0] < errors[1] < errors[2]
     assert errors[0] < errors[1] / 3
+
+
+def test_every_level_format_runs_the_model() -> None:
+    """Eight bits stay as close as int8 does; four drift as int4; what is decoded from tiles is what was encoded."""
+    tokens = some_tokens(DEMO_DIRECTORY, 48)
+    reference = Loaded(DEMO_DIRECTORY, "float32").logits(tokens)
+
+    def error(weights: str) -> float:
+        return float(np.abs(Loaded(DEMO_DIRECTORY, weights).logits(tokens) - reference).mean())
+
+    int8, int4, int2 = (error(weights) for weights in ("int8", "int4", "int2"))
+    for weights in ("mxint8", "bfp8", "posit8"):
+        assert error(weights) < 3 * int8
+    for weights in ("nf4", "nf4-dq", "fp4", "e2m1", "mxfp4", "e4m3", "mxfp8", "bfp5", "posit5es0"):
+        assert error(weights) < 2 * int4
+    for weights in ("binary2", "ternary"):
+        assert error(weights) < 2 * int2
 
 
 def test_loading_stops_before_the_cap_and_leaves_nothing() -> None:

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memwall.errors import InputError
+from memwall.formats import codec
 from memwall.models import DEMO_DIRECTORY, ModelConfig
-from memwall.models.precision import LADDER, bits_of, is_matrix, resolve, tensor_bytes, weight_bytes
+from memwall.models.precision import LADDER, LEVEL_CHOICES, bits_of, is_matrix, resolve, tensor_bytes, weight_bytes
 
 CONFIG = ModelConfig.from_directory(DEMO_DIRECTORY)
 LEAST = bits_of(CONFIG, resolve(CONFIG, LADDER[0]))
@@ -22,6 +23,15 @@ def test_embedding_never_goes_below_four_bits() -> None:
     specs = resolve(CONFIG, "int2")
     assert specs["model.embed_tokens.weight"] == "int4-g64"
     assert specs["model.layers.0.mlp.up_proj.weight"].startswith("int2")
+
+
+@pytest.mark.parametrize("choice", LEVEL_CHOICES)
+def test_level_formats_are_for_every_matrix_but_keep_four_bits_where_it_counts(choice: str) -> None:
+    specs = resolve(CONFIG, choice)
+    narrow = codec(choice).nbytes((64, 64)) < codec("bipolar4").nbytes((64, 64))
+    assert specs["model.layers.0.mlp.up_proj.weight"] == codec(choice).spec
+    assert specs["model.embed_tokens.weight"] == ("int4-g64" if narrow and choice != "nf4-dq" else codec(choice).spec)
+    assert specs["model.norm.weight"] == "float32"
 
 
 @given(bits=st.floats(LEAST, 16))
@@ -47,7 +57,11 @@ def test_weight_bytes_add_up_by_owner() -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", ["int9", "int4-g63", "float8", "", "mixed-x", "mixed-0.5", "mixed-2.0", "saved", "../x"]
+    "choice",
+    [
+        *("int9", "int4-g63", "float8", "", "mixed-x", "mixed-0.5", "mixed-2.0", "saved", "../x"),
+        *("nf4-flat", "e4m3-raw", "int4-g64-rows", "nf5", "e9m9", "posit99"),
+    ],
 )
 def test_unknown_choices_are_refused(choice: str) -> None:
     with pytest.raises(InputError):

@@ -102,7 +102,25 @@ def complete_kv(incomplete: str) -> list[str]:
 
 MOST_THREADS = 1024
 # what the planner chooses from; any other spec that formats.codec accepts may be written out
-WEIGHT_FORMATS = ("auto", "float32", "float16", "bfloat16", "int8", "int4", "int3", "int2")
+WEIGHT_FORMATS = (
+    *("auto", "float32", "float16", "bfloat16", "int8", "int4", "int3", "int2", "nf4", "nf4-dq", "fp4", "e2m1"),
+    *(
+        "e4m3",
+        "e5m2",
+        "posit8",
+        "posit4",
+        "mxfp4",
+        "mxfp6",
+        "mxfp8",
+        "mxint8",
+        "bfp4",
+        "bipolar3",
+        "ternary",
+        "binary2",
+        "w4a8",
+        "w2a8",
+    ),
+)
 KV_POLICIES = (
     "auto",
     "float32",
@@ -146,7 +164,8 @@ Weights = Annotated[
     str,
     typer.Option(
         "--weights",
-        help="Format of the weights: float32, float16, bfloat16, int8, int4, int3, int2, or auto (the best that fits).",
+        help="Format of the weights: float16, bfloat16, int8 to int2, nf4, mxfp4, e4m3, posit8 and others "
+        "(docs/number-formats.md), or auto (the best that fits).",
         metavar="FORMAT",
         autocompletion=complete_weights,
     ),

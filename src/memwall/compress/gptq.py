@@ -39,7 +39,7 @@ class Gptq(WeightMethod):
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:
         coder = codec(config.spec)
         if not isinstance(coder, IntegerCodec):
-            raise InputError(f"gptq makes integer formats, not {config.spec}; such as int4-g64")
+            raise InputError(f"gptq makes integer formats such as int4-g64, not {config.spec}: add --method rtn")
         num_rows, num_columns = weight.shape
         if statistics is None:
             statistics = Statistics.identity(num_columns)

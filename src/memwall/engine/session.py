@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_byte
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import Decoder
-from memwall.models.precision import resolve
+from memwall.models.precision import level_formats, resolve
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress, Weights, load_weights
 
@@ -367,7 +367,7 @@ def load_decoder(
         runtime_bytes = 0
         if beside is None:
             ledger = Ledger()
-            _warm_up()
+            _warm_up(specs)
             runtime_bytes = measure_runtime(ledger).nbytes
             elsewhere = budget.tiers if budget is not None else None
             arena = Arena(_cap(budget, runtime_bytes, headroom_bytes), ledger, other_caps=elsewhere)
@@ -388,12 +388,12 @@ def load_decoder(
     )
 
 
-def _warm_up() -> None:
+def _warm_up(specs: Mapping[str, str]) -> None:
     """Bring in what every run needs before the runtime row is measured: code pages, threads, a tidy heap."""
     kernels.num_threads()
     weight = np.ones((64, 128), np.float32)
     x, out = np.ones((2, 128), np.float32), np.empty((2, 64), np.float32)
-    for spec in ("float32", "int4-g64"):
+    for spec in ("float32", "int4-g64", *level_formats(specs)):
         held = kernels.matrix(kernels.encode(spec, weight))
         kernels.linear(x, [held], [out])
         kernels.linear(x[:1], [held], [out[:1]])

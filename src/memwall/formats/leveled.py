@@ -39,7 +39,7 @@ from memwall.formats.bitpack import (
     unpack_tiles,
 )
 from memwall.formats.format_names import Resolved, known_names, resolve_name
-from memwall.formats.levels import LevelSet
+from memwall.formats.levels import LevelSet, residual_binary
 from memwall.formats.scales import STORES, ScaleStore, inverse_scale, statistic_rows, statistic_tiles
 
 TILE_GROUPS = (32, 64, 128)
@@ -343,28 +343,13 @@ class ResidualBinaryCodec(LevelCodec):
         return f"binary2-g{self.group}{'-rows' if self.layout == 'rows' else ''}"
 
     @property
-    def bits(self) -> int:
-        return 2
-
-    @property
-    def zero_code(self) -> int:
-        # + first - second; padding meets activations of zero
-        return 1
-
-    @property
     def levels(self) -> LevelSet:
-        return _resolved("binary", "f16").levels
+        return residual_binary()
 
     def fit(self, groups: np.ndarray) -> Scales:
         first = self.store.rounded(np.abs(groups).mean(axis=-1, dtype=np.float32), self.spec)
         rest = np.abs(groups - _signed(groups >= 0, first)).mean(axis=-1, dtype=np.float32)
         return first, self.store.rounded(rest, self.spec)
-
-    def quantize(self, groups: np.ndarray, scales: Scales) -> np.ndarray:
-        first = groups >= 0
-        second = groups - _signed(first, scales[0]) >= 0
-        codes: np.ndarray = first + np.uint8(2) * second
-        return codes
 
     def dequantize(self, codes: np.ndarray, scales: Scales) -> np.ndarray:
         return _signed(codes & 1 == 1, scales[0]) + _signed(codes >> 1 == 1, scales[1])

@@ -282,3 +282,16 @@ def bipolar(bits: int) -> LevelSet:
 def ternary() -> LevelSet:
     """-1, 0 and 1 in two bits; the fourth code means nothing."""
     return _level_set("ternary", [-1.0, 0.0, 1.0, math.nan])
+
+
+@lru_cache(maxsize=1)
+def residual_binary() -> LevelSet:
+    """The codes of two signs, in units of the first scale: the second sign is that of what the first leaves, so codes
+    part at -1, 0 and 1 whatever the second scale is; the levels stand for one of half the first."""
+    return LevelSet(
+        name="binary2",
+        bits=2,
+        values=np.asarray([-1.5, 0.5, -0.5, 1.5], np.float32),
+        codes=np.asarray([0, 2, 1, 3], np.uint8),
+        thresholds=np.asarray([-1, 0, 1], np.float32),
+    )

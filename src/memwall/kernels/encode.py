@@ -13,7 +13,7 @@ from memwall.formats import Packed, codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.bitpack import TILE_ROWS
 from memwall.formats.integer import IntegerCodec
-from memwall.formats.leveled import LevelCodec, ResidualBinaryCodec
+from memwall.formats.leveled import LevelCodec
 from memwall.formats.scales import inverse_scale
 
 __all__ = ["encode"]
@@ -54,7 +54,7 @@ def _encode_native(form: object, values: np.ndarray, out: Mapping[str, np.ndarra
     name = values.dtype.name
     if isinstance(form, BitPlaneCodec):
         return _encode_planes(values, out)
-    if isinstance(form, LevelCodec) and not isinstance(form, ResidualBinaryCodec):
+    if isinstance(form, LevelCodec):
         return _encode_levels(form, values, out)
     if not isinstance(form, IntegerCodec) or form.layout != "tiles" or name not in ("float32", "float16", "bfloat16"):
         return False

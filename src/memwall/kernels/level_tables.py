@@ -73,12 +73,27 @@ def _common_unit(values: np.ndarray) -> float | None:
     return None
 
 
+def _linear_blocks(counts: np.ndarray, form: LevelCodec) -> tuple[np.ndarray, np.ndarray] | None:
+    """(base, step) of each block of 16 codes whose used levels are base + step * (code % 16); None if some are not."""
+    bases, steps = np.zeros(16, np.int16), np.zeros(16, np.int8)
+    for block in range(16):
+        used = np.sort(form.levels.codes[form.levels.codes >> 4 == block]).astype(int)
+        if not len(used):
+            continue
+        step = int(counts[used[1]] - counts[used[0]]) if len(used) > 1 else 0
+        base = int(counts[used[0]]) - step * (int(used[0]) & 15)
+        if abs(step) > 127 or abs(base) > _LARGEST or (counts[used] != base + step * (used & 15)).any():
+            return None
+        bases[block], steps[block] = base, step
+    return bases, steps
+
+
 @lru_cache(maxsize=128)
 def native_levels(form: LevelCodec) -> _native.Levels:
     """The tables of a format as the compiled code wants them; made once per format."""
     _native.set_dynamic_levels(dynamic8().values)
     if isinstance(form, ResidualBinaryCodec):
-        low, high = np.uint8([0, 2, 0, 2]), np.uint8([0, 0, 2, 2])
+        low, high = np.asarray([0, 2, 0, 2], np.uint8), np.asarray([0, 0, 2, 2], np.uint8)
         return _native.Levels(
             values=low.astype(np.float32) - 1,
             second=high.astype(np.float32) - 1,
@@ -105,6 +120,9 @@ def native_levels(form: LevelCodec) -> _native.Levels:
         bytes=found.bytes,
         pairs=False,
     )
+    blocks = _linear_blocks(counts, form) if found.bytes == 2 and form.bits > 4 else None
+    if blocks is not None:
+        levels.set_linear(*blocks)
     match = re.search(r"e(\d)m(\d)$", form.name)
     if match and int(match[1]) <= _HALF_EXPONENT_BITS:
         # sign, exponent and mantissa of a code stand in a float16 as they are, but that its exponent is wider

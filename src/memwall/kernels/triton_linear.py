@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from memwall.formats import Packed, codec
+from memwall.formats.integer import IntegerCodec
 
 ROW_TILE = 16
 # up to this many tokens the product is bound by reading weights, and the kernel without tensor cores reads them best
@@ -130,10 +131,9 @@ class PackedLinear(torch.nn.Module):
     def __init__(self, packed: Packed, bias: torch.Tensor | None = None, device: str | torch.device = "cuda") -> None:
         super().__init__()
         settings = codec(packed.spec)
-        self.bits: int = getattr(settings, "bits", 0)
-        self.group: int = getattr(settings, "group", 0)
-        if not 2 <= self.bits <= 8 or getattr(settings, "layout", "") != "tiles":
+        if not isinstance(settings, IntegerCodec) or settings.layout != "tiles":
             raise ValueError(f"{packed.spec} has no GPU product; integer tiles of 2 to 8 bits have")
+        self.bits, self.group = settings.bits, settings.group
         self.num_rows, self.num_cols = packed.shape
         for name in ("codes", "scales", "mins"):
             held = packed.buffers.get(name)

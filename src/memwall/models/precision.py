@@ -1,9 +1,9 @@
 """Which tensor is stored in which format.
 
-A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a full codec spec (`int4-g64-asym`), a mean
-number of bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve` turns it into one codec
-spec per tensor, from the configuration alone, so that the planner, the loader and the ledger agree to the byte before
-any weight is read.
+A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a format (`nf4`), a full codec spec
+(`int4-g64-asym`), a mean number of bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve`
+turns it into one codec spec per tensor, from the configuration alone, so that the planner, the loader and the ledger
+agree to the byte before any weight is read.
 """
 
 from __future__ import annotations
@@ -14,11 +14,27 @@ from collections.abc import Mapping
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
+from memwall.formats.leveled import LevelCodec
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
 
 FLOAT_CHOICES = ("float32", "float16", "bfloat16")
 INT_CHOICES = ("int8", "int6", "int5", "int4", "int3", "int2")
+# one name of each family of formats.leveled; all its specs may be written out
+LEVEL_CHOICES = (
+    "nf4",
+    "nf4-dq",
+    "fp4",
+    "e2m1",
+    "e4m3",
+    "posit8",
+    "mxfp4",
+    "mxfp8",
+    "bfp4",
+    "bipolar3",
+    "ternary",
+    "w4a8",
+)
 
 # The ladder that mixed precision climbs, one tensor at a time. Narrow codes get a minimum per group as well as a scale:
 # at 2 and 3 bits the quarter bit it costs buys more than the same bytes spent on wider codes elsewhere.
@@ -79,6 +95,11 @@ def weight_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, int
     return totals
 
 
+def level_formats(specs: Mapping[str, str]) -> list[str]:
+    """The level formats among the specs of tensors: their tables and encoder are made when they are first used."""
+    return sorted(spec for spec in set(specs.values()) if isinstance(codec(spec), LevelCodec))
+
+
 def tensor_bytes(tensor: TensorSpec, spec: str) -> int:
     """Resident bytes of one tensor in one format, alignment included."""
     buffers = codec(spec).buffers(tensor.shape).values()
@@ -87,16 +108,20 @@ def tensor_bytes(tensor: TensorSpec, spec: str) -> int:
 
 def _canonical(choice: str) -> str:
     try:
-        return codec(choice).spec
+        found = codec(choice)
     except ValueError as error:
-        accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES))
+        accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES, *LEVEL_CHOICES))
         raise InputError(
-            f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto"
+            f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto ({error})"
         ) from error
+    if getattr(found, "layout", "tiles") != "tiles":
+        raise InputError(f"weights {choice!r}: products read weights in tiles; leave out -rows, -flat or -raw")
+    return found.spec
 
 
 def _bits(spec: str) -> int:
-    return int(spec[3]) if spec.startswith("int") else 16
+    """Bits of a code; 16 for floats as they are, which are wide enough for anything."""
+    return int(getattr(codec(spec), "bits", 16))
 
 
 def _for_tensor(tensor: TensorSpec, spec: str) -> str:

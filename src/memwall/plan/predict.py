@@ -29,7 +29,7 @@ from memwall.models import model_directory
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import OWNER as ACTIVATIONS
 from memwall.models.decoder import SCRATCH, activation_shapes, scratch_bytes
-from memwall.models.precision import LADDER, bits_of, resolve, source_spec, weight_bytes
+from memwall.models.precision import LADDER, bits_of, level_formats, resolve, source_spec, weight_bytes
 from memwall.models.weights import LOADING, loading_bytes
 from memwall.plan import store
 from memwall.plan.base import Choice, PlanRow
@@ -43,6 +43,8 @@ RUNTIME_SPREAD_BYTES = 768 * 1024
 #: resident bytes of the interpreter with everything `run` imports where it cannot be measured (measured on Linux
 #: x86-64, Python 3.11)
 DEFAULT_RUNTIME_BYTES = 64_000_000
+#: what level formats add to it: pages of code, tables and working arrays of the encoder (measured on the same)
+LEVEL_FORMAT_BYTES = 1792 * 1024
 PROCESSES, PROCESS_TIER = "runtime/storage process", "storage"
 #: what the interpreter and libraries of a storage process take (measured on Linux x86-64, Python 3.11)
 PROCESS_RUNTIME_BYTES = 43_000_000
@@ -146,7 +148,8 @@ class ModelSpace(Space):
         rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
         scratch = scratch_bytes(self.config, self.specs(choice.weights), choice.segment_tokens, threads=choice.threads)
         rows.append(PlanRow(owner=SCRATCH, tier=device, nbytes=scratch))
-        rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=self.runtime_bytes))
+        runtime = self.runtime_bytes + (LEVEL_FORMAT_BYTES if level_formats(self.specs(choice.weights)) else 0)
+        rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=runtime))
         rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
         rows += [PlanRow(owner=owner, tier=host, nbytes=size) for owner, size in self.extra_bytes.items()]
         # weights come first: while they load, cache and activations do not exist yet and their room is free for it

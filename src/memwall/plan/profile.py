@@ -173,8 +173,10 @@ def random_packed(spec: str, shape: tuple[int, int], pool: np.ndarray, random: n
         nbytes = int(np.prod(extent)) * dtype.itemsize
         buffer = pool[begin : begin + nbytes].view(dtype).reshape(extent)
         begin += aligned(nbytes)
-        if dtype == np.uint8:
+        if dtype == np.uint8 and name == "codes":
             buffer[...] = random.integers(0, 256, extent, np.uint8)
+        elif dtype == np.uint8:  # powers of two near one, which leave every sum a plain number; or codes of scales
+            buffer[...] = random.integers(120, 128, extent, np.uint8)
         else:
             buffer[...] = (random.random(extent, np.float32) * 0.02 - 0.01).astype(dtype)
         buffers[name] = buffer

@@ -313,6 +313,18 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
            },
            nb::kw_only(), "values"_a, "second"_a, "low"_a, "high"_a, "unit"_a, "low_offset"_a, "high_offset"_a, "bytes"_a, "pairs"_a)
       .def(
+          "set_linear",
+          [](PyLevels& self, Table<std::int16_t> base, Table<std::int8_t> step) {
+            require(base.shape(0) == 16 && step.shape(0) == 16, "there are 16 blocks of codes");
+            self.levels->linear = true;
+            for (int i = 0; i < 16; ++i) {
+              self.levels->base_low[i] = static_cast<std::uint8_t>(base.data()[i] & 255);
+              self.levels->base_high[i] = static_cast<std::uint8_t>((base.data()[i] >> 8) & 255);
+              self.levels->step[i] = step.data()[i];
+            }
+          },
+          "base"_a, "step"_a, "Says that levels are linear in the low four bits of codes: see mw::Levels")
+      .def(
           "set_half",
           [](PyLevels& self, int shift, int mask, float unit) {
             require(shift >= 0 && shift < 16 && mask >= 0 && mask < 65536, "no way from codes to float16");

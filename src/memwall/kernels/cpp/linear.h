@@ -33,6 +33,10 @@ struct Levels {
   int low_offset = 0, high_offset = 0;
   int bytes = 1;        // 0: codes are their own low bytes
   bool pairs = false;   // there are second scales
+  // Levels of two bytes that are linear in the low four bits of a code: base by the high bits, plus step times the low ones.
+  bool linear = false;
+  alignas(64) std::uint8_t base_low[16], base_high[16];  // of a signed 16-bit count
+  alignas(64) std::int8_t step[16];
   // Minifloats: a code in the high bits of a 16-bit word, shifted right by half_shift with its sign and masked, is a float16 of
   // which the level is half_unit times as much. half_unit 0: it is not.
   int half_shift = 0;

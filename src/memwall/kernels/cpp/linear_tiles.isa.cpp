@@ -53,7 +53,7 @@ constexpr int kPrefetchBytes = 4096;  // hardware prefetch stops at the end of a
 // once per group, or one of 16-bit words.
 template <int Bits, int Bytes>
 void one_token_tile(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
-  constexpr bool kOfWords = kWords && Bytes == 2;
+  constexpr bool kOfWords = kWords && (Bytes == 2 || Bytes == 4);
   constexpr int kSums = Bytes >= 2 && !kOfWords ? 2 : 1, kParts = kChains > kSums ? kChains / kSums : 1;
   const int units = m.group / kUnitColumns, offsets[2] = {m.low_offset(), Bytes >= 2 ? m.levels->high_offset : 0};
   const std::uint8_t* tables[2] = {Bytes ? m.levels->low : nullptr, Bytes >= 2 ? m.levels->high : nullptr};
@@ -76,7 +76,7 @@ void one_token_tile(const Matrix& m, const Activations& a, std::int64_t tile, fl
           const Vb codes = code_block<Bits, I>(unit + p * kVectorBytes);
           if constexpr (Bytes == 0) dot[p][0][I % kParts].template add<I>(codes, four);
           else if constexpr (kOfWords)
-            dot[p][0][0].template add<I>(words_of(look_up<Bits>(tables[0], codes), look_up<Bits>(tables[1], codes)), four);
+            dot[p][0][0].template add<I>(level_words<Bits, Bytes>(*m.levels, codes), four);
           else
             for (int s = 0; s < kSums; ++s) dot[p][s][I % kParts].template add<I>(look_up<Bits>(tables[s], codes), four);
         }
@@ -175,8 +175,8 @@ void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, i
           store(panel.parts[part].codes[u * kUnitBlocks + I][slot] + p * kVectorBytes, bytes);
         };
         if constexpr (Bytes == 0) put(0, codes);
-        if constexpr (kWords && Bytes == 2) {
-          const auto words = words_of(look_up<Bits>(m.levels->low, codes), look_up<Bits>(m.levels->high, codes));
+        if constexpr (kWords && (Bytes == 2 || Bytes == 4)) {
+          const auto words = level_words<Bits, Bytes>(*m.levels, codes);
           put(0, (Vb)words.first);
           put(1, (Vb)words.second);
         } else {
@@ -284,7 +284,7 @@ void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t i
 
 void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  if (takes_halves(m))
+  if (takes_halves(m) && !m.levels->linear)
     return with_bits(m.bits, [&](auto bits) {
       for (std::int64_t tile = begin; tile < end; ++tile) {
         alignas(64) float values[kTileRows];

@@ -159,6 +159,9 @@ using Dot = FusedDot;
 template <int Bits, int Bytes>
 using LevelDot = FusedDot;
 constexpr bool kWords = false;
+struct Words {};  // never made here
+template <int Bits, int Bytes>
+Words level_words(const Levels& levels, Vb codes);
 #elif defined(__AVX2__)
 // The products of narrow codes are small: Steps of them are added in 16 bits before widening costs two more instructions.
 template <int Steps>
@@ -218,6 +221,21 @@ MW_INLINE Words words_of(Vb low, Vb high) {
   const Vb flipped = high ^ 0x80;  // from an offset of 2^15 to a sign
   return {(Vs)_mm256_unpacklo_epi8((__m256i)low, (__m256i)flipped), (Vs)_mm256_unpackhi_epi8((__m256i)low, (__m256i)flipped)};
 }
+// Words of levels that are linear in the low four bits of their codes.
+MW_INLINE Words linear_words(const Levels& levels, Vb codes) {
+  const Vb block = (Vb)((Vh)codes >> 4) & 15, within = codes & 15;
+  const __m256i low = (__m256i)look_up<4>(levels.base_low, block), high = (__m256i)look_up<4>(levels.base_high, block);
+  const __m256i step = (__m256i)look_up<4>(reinterpret_cast<const std::uint8_t*>(levels.step), block), zero = _mm256_setzero_si256();
+  const __m256i first = _mm256_maddubs_epi16(_mm256_unpacklo_epi8((__m256i)within, zero), _mm256_unpacklo_epi8(step, zero));
+  const __m256i second = _mm256_maddubs_epi16(_mm256_unpackhi_epi8((__m256i)within, zero), _mm256_unpackhi_epi8(step, zero));
+  return {(Vs)_mm256_unpacklo_epi8(low, high) + (Vs)first, (Vs)_mm256_unpackhi_epi8(low, high) + (Vs)second};
+}
+// Words of any levels of two bytes: Bytes is 2, or 4 where they are linear.
+template <int Bits, int Bytes>
+MW_INLINE Words level_words(const Levels& levels, Vb codes) {
+  if constexpr (Bytes == 4) return linear_words(levels, codes);
+  else return words_of(look_up<Bits>(levels.low, codes), look_up<Bits>(levels.high, codes));
+}
 struct WordDot {
   Vi first, second;
   MW_INLINE void start(Vi) { first = second = Vi{}; }
@@ -238,6 +256,10 @@ struct LevelDotOf<Bits, 2> {
   using type = WordDot;
 };
 template <int Bits>
+struct LevelDotOf<Bits, 4> {
+  using type = WordDot;
+};
+template <int Bits>
 struct LevelDotOf<Bits, 3> {
   using type = NarrowDot<4>;  // of pairs of scales, whose levels are two at most
 };
@@ -246,6 +268,9 @@ struct LevelDotOf<Bits, 3> {
 MW_INLINE Vs half_words(const Levels& levels, Vs codes) { return (codes >> levels.half_shift) & (Vs{} + static_cast<std::int16_t>(levels.half_mask)); }
 #else
 constexpr bool kWords = false;
+struct Words {};  // never made here
+template <int Bits, int Bytes>
+Words level_words(const Levels& levels, Vb codes);
 template <int Bits>
 using Dot = WideDot;
 template <int Bits, int Bytes>
@@ -267,10 +292,17 @@ MW_INLINE void with_bits(int bits, F&& f) {
   }
 }
 
-// The same with the bytes of its levels, 3 where they are two with scales of their own: f<Bits, Bytes>().
+// The same with the bytes of its levels: 3 where they are two with scales of their own, 4 where they are two and linear in the
+// low bits of their codes, which is of use to some: f<Bits, Bytes>().
 template <class F>
 MW_INLINE void with_form(const Matrix& m, F&& f) {
   if (m.second) return f(Index<2>{}, Index<3>{});
+  if (kWords && m.levels && m.levels->linear) {
+    if (m.bits == 8) return f(Index<8>{}, Index<4>{});
+    if (m.bits == 7) return f(Index<7>{}, Index<4>{});
+    if (m.bits == 6) return f(Index<6>{}, Index<4>{});
+    if (m.bits == 5) return f(Index<5>{}, Index<4>{});
+  }
   with_bits(m.bits, [&](auto bits) __attribute__((always_inline)) {
     switch (m.bytes()) {
       case 0: return f(bits, Index<0>{});
