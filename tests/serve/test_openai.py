@@ -199,6 +199,7 @@ def test_what_cannot_be_done_is_named(server: Running, changes: dict[str, object
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),
         (b'{"prompt": "\\ud800"}', "cannot be encoded"),
         (b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}", "deeply"),
+        (b'{"\\ud800": 1}', "unknown parameter"),
         (b'{"messages": 5}', "messages"),
     ],
 )
