@@ -138,6 +138,7 @@ def follow(engine: Engine, made: dict[int, int], ends: dict[int, str]) -> None:
             held[page] = held.get(page, 0) + 1
     for page, holders in held.items():
         assert pool.uses(page) == holders
+    assert pool.num_shared(held) == sum(holders > 1 for holders in held.values())
     assert pool.used_pages == len(held) + engine.pages.idle_pages
     assert pool.used_pages <= pool.limit_pages
     assert len(engine.running) <= LIMITS.max_sequences

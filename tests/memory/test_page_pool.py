@@ -57,7 +57,9 @@ def test_shared_pages_go_with_their_last_holder() -> None:
     pages, _ = pool()
     held = pages.take("kv", 2)
     pages.share(held)
+    assert pages.num_shared(held) == 2
     assert pages.drop(held) == []
+    assert pages.num_shared(held) == 0
     assert pages.used_pages == 2
     assert pages.drop(held) == held
     assert pages.used_pages == 0

@@ -35,10 +35,17 @@ class Running:
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0, timeout=60)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
+        self.check()
         return httpx.get(self.url + path, timeout=60, **options)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        self.check()
         return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+    def check(self) -> None:
+        """The process must be there; if it is not, say why."""
+        if (status := self.process.poll()) is not None:
+            pytest.fail(f"the server ended with status {status}: {self.process.communicate()[1]}")
 
     def memory(self) -> dict[str, Any]:
         found: dict[str, Any] = self.get("/memory").json()

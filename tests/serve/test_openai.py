@@ -146,7 +146,8 @@ def test_the_page_needs_nothing_from_elsewhere_and_its_data_adds_up(server: Runn
     assert "https://" not in page.text
     assert "src=" not in page.text
     found = server.memory()
-    assert sum(length for _, length in found["pool"]["cells"]) == found["pool"]["limit_pages"]
+    pool = found["pool"]
+    assert sum(length for _, length in pool["cells"]) == -(-pool["limit_pages"] // pool["stride"])
     held = sum(row["bytes"] for row in found["ledger"] if row["tier"] == "ram")
     assert held == pytest.approx(found["resident_bytes"], rel=0.03)
     for name in ("queue", "requests", "latency", "totals"):
@@ -198,6 +199,7 @@ def test_what_cannot_be_done_is_named(server: Running, changes: dict[str, object
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),
         (b'{"prompt": "\\ud800"}', "cannot be encoded"),
         (b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}", "deeply"),
+        (b'{"\\ud800": 1}', "unknown parameter"),
         (b'{"messages": 5}', "messages"),
     ],
 )

@@ -58,7 +58,7 @@ class KVPages:
 
     def freeable(self, pages: Sequence[int]) -> int:
         """How many of a sequence's pages no other sequence holds."""
-        return sum(self.pool.uses(page) == 1 for page in pages)
+        return len(pages) - self.pool.num_shared(pages)
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """Pages of the longest known beginning. They may go at any moment until `acquire` has them."""

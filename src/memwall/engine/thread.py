@@ -104,14 +104,16 @@ class EngineThread:
                 if not self._calls and not self.engine.busy:
                     self._wake.wait(IDLE_SECONDS)
                 calls, self._calls = self._calls, deque()
-            for call in calls:
-                call()
             try:
+                while calls:
+                    calls.popleft()()
                 self._step()
             except Exception:  # a fault of ours: its requests end, the next ones may go well
                 self.faults += 1
                 log.exception("a step failed; all requests in the engine end")
                 self._deliver(self.engine.abandon())
+                with self._wake:
+                    self._calls.extendleft(reversed(calls))
         self._deliver([event for number in self._left() if (event := self.engine.cancel(number)) is not None])
 
     def _left(self) -> list[int]:

@@ -43,6 +43,7 @@ class PagePool:
         self._limit = min(most_pages if limit_pages is None else limit_pages, most_pages)
         self._region = arena.reserve(owner, page_bytes * most_pages) if arena is not None else None
         self._uses: dict[int, int] = {}
+        self._shared: set[int] = set()
         self._tenants: dict[int, str] = {}
         self._pins: Counter[int] = Counter()
         self._free: list[int] = []  # a heap: the lowest page first, so that what is resident stays short
@@ -81,6 +82,10 @@ class PagePool:
         """How many references hold a page."""
         return self._uses.get(page, 0)
 
+    def num_shared(self, pages: Iterable[int]) -> int:
+        """How many of these pages have more than one reference."""
+        return len(self._shared.intersection(pages)) if self._shared else 0
+
     def take(self, tenant: str, count: int) -> list[int]:
         """Pages of one's own, with whatever was in them. OutOfPages, with nothing taken, when there are too few;
         BudgetExceeded when the arena has no room for pages that were never touched.
@@ -103,6 +108,7 @@ class PagePool:
         """One more reference to each."""
         for page in pages:
             self._uses[page] += 1
+            self._shared.add(page)
 
     def drop(self, pages: Iterable[int]) -> list[int]:
         """One reference less to each; gives those that became free."""
@@ -111,6 +117,8 @@ class PagePool:
             if self._uses[page] == 1 and self._pins[page]:
                 raise ValueError(f"{self.owner}: page {page} is pinned and cannot be given up")
             self._uses[page] -= 1
+            if self._uses[page] == 1:
+                self._shared.discard(page)
             if not self._uses[page]:
                 del self._uses[page], self._tenants[page]
                 heapq.heappush(self._free, page)
@@ -157,6 +165,7 @@ class PagePool:
                 np.copyto(self.page(new), self.page(old))
             self._uses[new] = self._uses.pop(old)
             self._tenants[new] = self._tenants.pop(old)
+        self._shared = {moves.get(page, page) for page in self._shared}
         self._limit = limit
         self._next = min(self._next, limit)
         self._free = [page for page in holes if page not in self._uses]
@@ -182,5 +191,6 @@ class PagePool:
         if self._region is not None:
             self._region.release()
         self._uses.clear()
+        self._shared.clear()
         self._tenants.clear()
         self._pins.clear()

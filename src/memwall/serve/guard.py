@@ -10,10 +10,11 @@ import asyncio
 import base64
 import binascii
 import hmac
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from memwall.serve.fields import ApiError
 from memwall.serve.settings import LOOPBACK, ServerSettings
@@ -120,11 +121,13 @@ class Guard:
             raise ApiError(f"the body took longer than {BODY_SECONDS:.0f} seconds") from None
 
 
-def refuse(error: ApiError) -> JSONResponse:
+def refuse(error: ApiError) -> Response:
     """The error as an answer."""
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="memwall", charset="UTF-8"'
     if error.status in (429, 503):
         headers["Retry-After"] = "1"
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    # in ASCII: a message may quote what no encoding takes
+    body = json.dumps(error.body())
+    return Response(body, status_code=error.status, headers=headers, media_type="application/json")

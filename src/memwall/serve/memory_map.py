@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from memwall.serve.service import Service
 
 MOST_ROWS = 200
-MOST_CELLS = 4096
+MOST_CELLS = 2000
 PERCENTILES = (50, 90, 99)
 
 
@@ -20,6 +20,7 @@ def memory_map(service: Service) -> dict[str, Any]:
     serving, engine = service.serving, service.serving.engine
     serving.close_books()
     pool, now = serving.pool, engine.clock()
+    stride = -(-pool.limit_pages // MOST_CELLS) or 1
     requests = [*engine.running.values(), *engine.swapped.values(), *engine.waiting.values()]
     return {
         "model": service.settings.name,
@@ -38,7 +39,8 @@ def memory_map(service: Service) -> dict[str, Any]:
             "used_pages": pool.used_pages,
             "peak_pages": pool.peak_pages,
             "tenants": pool.usage(),
-            "cells": _cells(service),
+            "stride": stride,
+            "cells": _cells(service, stride),
         },
         "queue": {
             "running": len(engine.running),
@@ -85,8 +87,8 @@ def latencies(service: Service) -> dict[str, dict[str, float]]:
     return found
 
 
-def _cells(service: Service) -> list[list[int]]:
-    """Runs of pages that the same holder has: [request or a mark, length]. -1 free, -2 a kept beginning, -3 shared."""
+def _cells(service: Service, stride: int) -> list[list[int]]:
+    """Every `stride`th page, in runs: [request or mark, length]. -1 free, -2 a kept beginning, -3 shared."""
     engine = service.serving.engine
     pool = service.serving.pool
     holder: dict[int, int] = {}
@@ -94,12 +96,10 @@ def _cells(service: Service) -> list[list[int]]:
         for page in one.pages:
             holder[page] = -3 if page in holder else one.id
     runs: list[list[int]] = []
-    for page in range(pool.limit_pages):
+    for page in range(0, pool.limit_pages, stride):
         mark = holder.get(page, -2 if pool.tenant(page) is not None else -1)
         if runs and runs[-1][0] == mark:
             runs[-1][1] += 1
-        elif len(runs) == MOST_CELLS:
-            break
         else:
             runs.append([mark, 1])
     return runs
