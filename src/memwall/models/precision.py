@@ -110,7 +110,7 @@ def _canonical(choice: str) -> str:
     try:
         found = codec(choice)
     except ValueError as error:
-        accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES, *LEVEL_CHOICES))
+        accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES, *LEVEL_CHOICES, "w4a8"))
         raise InputError(
             f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto ({error})"
         ) from error
