@@ -37,7 +37,7 @@ $(VENV)/torch: $(BIN)/python constraints.txt
 	touch $@
 
 $(VENV)/everything: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[torch,plot,test]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[torch,plot,serve,test]"
 	touch $@ $(VENV)/core
 
 $(VENV)/lint: $(BIN)/python pyproject.toml

@@ -20,15 +20,15 @@ from memwall.plan.profile import (
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "WORKING_SETS_BYTES", (100_000, 200_000, 300_000, 400_000, 500_000))
-    monkeypatch.setattr(profile, "_MATRIX_SHAPE", (128, 128))
-    monkeypatch.setattr(profile, "_BETWEEN_BYTES", 20_000)
+    monkeypatch.setattr(profile, "WORKING_SETS_BYTES", tuple(range(100_000, 900_000, 100_000)))
+    monkeypatch.setattr(profile, "_MATRIX_WEIGHTS", 1 << 16)
+    monkeypatch.setattr(profile, "BETWEEN_BYTES", 20_000)
     monkeypatch.setattr(profile, "_SECONDS_PER_FIGURE", 0.001)
 
 
 def test_figures_are_measured_kept_and_read_again() -> None:
     first = load_profile(threads=1)
-    rates = first.matvec_bytes_per_s("int3-g64-asym")
+    rates = first.matvec_bytes_per_s("int3-g64-asym", 256)
     attend = first.attend_seconds("float16", (4, 2, 32))
     overhead = first.overhead_seconds()
     assert rates is not None
@@ -39,9 +39,9 @@ def test_figures_are_measured_kept_and_read_again() -> None:
     assert all(one > 0 for one in [*rates, *attend, *overhead, first.prefill_macs_per_s("float16") or 0])
     first.save()
     second = load_profile(threads=1, measure=False)
-    assert second.matvec_bytes_per_s("int3-g64-asym") == rates
+    assert second.matvec_bytes_per_s("int3-g64-asym", 256) == rates
     assert second.overhead_seconds() == overhead
-    assert second.matvec_bytes_per_s("int4-g64") is None
+    assert second.matvec_bytes_per_s("int4-g64", 256) is None
 
 
 def test_damaged_figures_are_dropped() -> None:

@@ -28,7 +28,7 @@ CHOICE = Choice(weights="int4", kv="float16", context=1024)
 
 def profile(rates: list[float]) -> KernelProfile:
     figures = {
-        "matvec int4-g64": rates,
+        "matvec int4-g64 x256": rates,
         "prefill int4-g64": 1e11,
         f"attend float16 {DEMO.num_heads}x{DEMO.num_kv_heads}x{DEMO.head_dim}": [1e-5 + 64e-8, 1e-5 + 1024e-8] * 2,
         "overhead": [20e-6, 20e-6, 50e-6, 1e-5],
@@ -46,7 +46,7 @@ def test_decode_is_bytes_over_rate_plus_overheads() -> None:
 
 
 def test_larger_working_sets_leave_the_cache() -> None:
-    rates = [4e10, 2e10, 1.5e10, 1e10, 0.9e10]
+    rates = [4e10, 4e10, 2e10, 1.5e10, 1.2e10, 1e10, 0.9e10, 0.9e10]
     small = predict_here(DEMO, INT4, CHOICE, 0, profile(rates))
     large = predict_here(DEMO, INT4, CHOICE, 10**9, profile(rates))
     assert small is not None
@@ -55,8 +55,25 @@ def test_larger_working_sets_leave_the_cache() -> None:
     assert small.decode_tokens_per_s_at_start == large.decode_tokens_per_s_at_start
 
 
+def test_attention_leaves_the_cache_where_products_do() -> None:
+    rates = [4e10, 4e10, 2e10, 1e10, 1e10, 1e10, 1e10, 1e10]
+    one = profile(rates)
+    one.figures[f"attend float16 {DEMO.num_heads}x{DEMO.num_kv_heads}x{DEMO.head_dim}"] = [1e-5, 1e-5, 3e-5, 3e-5]
+    weights = sum(step_bytes(DEMO, INT4).values())
+
+    def attention(working_set: int, rate: float) -> float:
+        speed = predict_here(DEMO, INT4, CHOICE, int(working_set - weights), one)
+        assert speed is not None
+        return 1 / speed.decode_tokens_per_s - weights / rate - DEMO.num_layers * 20e-6 - 50e-6 + DEMO.num_layers * 1e-5
+
+    assert attention(8_000_000, 4e10) == pytest.approx(DEMO.num_layers * 1e-5)
+    # a third of the way in seconds per byte from the near rate to the far one
+    assert attention(12_000_000, 2e10) == pytest.approx(DEMO.num_layers * (1e-5 + 2e-5 / 3))
+    assert attention(96_000_000, 1e10) == pytest.approx(DEMO.num_layers * 3e-5)
+
+
 def test_overheads_grow_from_tiny_to_wide_layers() -> None:
-    flat, steep = profile([1e10] * 5), profile([1e10] * 5)
+    flat, steep = profile([1e10] * len(WORKING_SETS_BYTES)), profile([1e10] * len(WORKING_SETS_BYTES))
     steep.figures["overhead"] = [20e-6, 60e-6, 50e-6, 1e-5]
     before, after = (predict_here(DEMO, INT4, CHOICE, 0, one) for one in (flat, steep))
     assert before is not None
@@ -66,7 +83,7 @@ def test_overheads_grow_from_tiny_to_wide_layers() -> None:
 
 
 def test_unknown_figures_give_no_prediction() -> None:
-    assert predict_here(DEMO, resolve(DEMO, "int8"), CHOICE, 0, profile([1e10] * 5)) is None
+    assert predict_here(DEMO, resolve(DEMO, "int8"), CHOICE, 0, profile([1e10] * len(WORKING_SETS_BYTES))) is None
 
 
 def test_experts_and_embeddings_count_by_what_a_token_reads() -> None:

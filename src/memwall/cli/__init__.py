@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from memwall import __version__
-from memwall.cli import compress, eval, evidence, fit, plan, probe, run, stream, study, systems
+from memwall.cli import bench, compress, eval, evidence, fit, plan, probe, run, serve, stream, study, systems
 
 app = typer.Typer(
     name="memwall",
-    help="Run, compress and plan AI models inside the memory you have, and see where every byte went.",
+    help="Run, serve, compress and plan AI models inside the memory you have, and see where every byte went.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for verb in (run, plan, compress, fit, stream, eval, study, probe, systems, evidence):
+for verb in (run, serve, plan, compress, fit, stream, eval, study, probe, bench, systems, evidence):
     verb.register(app)
 
 
@@ -41,7 +41,7 @@ def memwall(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Run, compress and plan AI models inside the memory you have, and see where every byte went."""
+    """Run, serve, compress and plan AI models inside the memory you have, and see where every byte went."""
 
 
 def main() -> None:

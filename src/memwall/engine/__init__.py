@@ -1,6 +1,8 @@
 """The step loop: a loaded model, its cache and the tokens that come out.
 
-`load(model, Settings(...), budget=...)` gives a `Session`; `Session.generate` streams text.
+One conversation: `load(model, Settings(...), budget=...)` gives a `Session`; `Session.generate` streams text.
+Many requests: base is the scheduler seam, core the step loop over it, kv_pages the pages with shared beginnings, batch
+the executor with a model, simulated the one with a virtual clock, serving loads a model for many inside one budget.
 """
 
 from memwall.engine.quality import Evaluator as Evaluator

@@ -26,7 +26,7 @@ from memwall.models.config import ModelConfig
 from memwall.models.decoder import Decoder
 from memwall.models.precision import level_formats, resolve
 from memwall.models.tokenizer import Tokenizer
-from memwall.models.weights import Progress, load_weights
+from memwall.models.weights import Progress, Weights, load_weights
 
 if TYPE_CHECKING:
     from memwall.kv.chunk_prefill import Outcome
@@ -316,18 +316,61 @@ def load(
     input and BudgetExceeded when the settings don't fit.
     """
     began = time.perf_counter()
+    loaded = load_decoder(model, settings, budget=budget, progress=progress, beside=beside)
+    config, weights, decoder, arena = loaded.config, loaded.weights, loaded.decoder, loaded.arena
+    behind = kv.CacheModel(config=config, weights=weights, directory=model)
+    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens, behind)
+    session = Session(
+        settings=settings,
+        config=config,
+        tokenizer=tokenizer,
+        decoder=decoder,
+        cache=cache,
+        arena=arena,
+        ledger=loaded.ledger,
+        load_seconds=time.perf_counter() - began,
+        model=behind,
+    )
+    session.budget_bytes = budget.ram if budget is not None else None
+    return session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedDecoder:
+    """A model ready to run, without a cache. runtime_bytes: what the process held before any of it."""
+
+    config: ModelConfig
+    weights: Weights
+    decoder: Decoder
+    arena: Arena
+    ledger: Ledger
+    runtime_bytes: int
+
+
+def load_decoder(
+    model: Path,
+    settings: Settings,
+    *,
+    budget: Budget | None = None,
+    progress: Progress | None = None,
+    beside: Session | None = None,
+    sequences: int = 1,
+    headroom_bytes: int = RUNTIME_HEADROOM_BYTES,
+) -> LoadedDecoder:
+    """Weights and decoder of `load`; sequences: most of them that `Decoder.batch` will work together."""
     if settings.threads is not None:
         kernels.set_num_threads(settings.threads)
     config = ModelConfig.from_directory(model)
     with Checkpoint(model, config) as checkpoint:
         checkpoint.verify_once()
         specs = resolve(config, settings.weights, checkpoint)
+        runtime_bytes = 0
         if beside is None:
             ledger = Ledger()
             _warm_up(specs)
             runtime_bytes = measure_runtime(ledger).nbytes
             elsewhere = budget.tiers if budget is not None else None
-            arena = Arena(_cap(budget, runtime_bytes), ledger, other_caps=elsewhere)
+            arena = Arena(_cap(budget, runtime_bytes, headroom_bytes), ledger, other_caps=elsewhere)
         else:
             ledger, arena = beside.ledger, beside.arena
         weights = load_weights(config, checkpoint, specs, arena, progress=progress)
@@ -338,22 +381,11 @@ def load(
         segment_tokens=settings.segment_tokens,
         logit_rows=settings.logit_rows,
         exact=settings.exact,
+        sequences=sequences,
     )
-    behind = kv.CacheModel(config=config, weights=weights, directory=model)
-    cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens, behind)
-    session = Session(
-        settings=settings,
-        config=config,
-        tokenizer=tokenizer,
-        decoder=decoder,
-        cache=cache,
-        arena=arena,
-        ledger=ledger,
-        load_seconds=time.perf_counter() - began,
-        model=behind,
+    return LoadedDecoder(
+        config=config, weights=weights, decoder=decoder, arena=arena, ledger=ledger, runtime_bytes=runtime_bytes
     )
-    session.budget_bytes = budget.ram if budget is not None else None
-    return session
 
 
 def _warm_up(specs: Mapping[str, str]) -> None:
@@ -380,13 +412,13 @@ def cache_shape(config: ModelConfig) -> kv.CacheShape:
     )
 
 
-def _cap(budget: Budget | None, runtime_bytes: int) -> int:
+def _cap(budget: Budget | None, runtime_bytes: int, headroom_bytes: int) -> int:
     if budget is None or budget.ram is None:
         # refuse what the machine does not have, rather than be killed for taking it
-        return max(available_memory_bytes() - RUNTIME_HEADROOM_BYTES, 1)
-    cap = budget.ram - runtime_bytes - RUNTIME_HEADROOM_BYTES
+        return max(available_memory_bytes() - headroom_bytes, 1)
+    cap = budget.ram - runtime_bytes - headroom_bytes
     if cap <= 0:
-        raise BudgetExceeded("runtime", runtime_bytes + RUNTIME_HEADROOM_BYTES, budget.ram, budget.ram)
+        raise BudgetExceeded("runtime", runtime_bytes + headroom_bytes, budget.ram, budget.ram)
     return cap
 
 

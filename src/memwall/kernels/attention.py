@@ -20,6 +20,7 @@ __all__ = [
     "attend_float",
     "attend_kivi",
     "attend_paged",
+    "attend_paged_sequences",
     "attend_ragged",
     "attend_scattered",
     "kivi_block_bytes",
@@ -92,6 +93,25 @@ def attend_paged(
     return out
 
 
+def attend_paged_sequences(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    tables: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    page_tokens: int,
+    scale: float,
+    window: int | None = None,
+    out: np.ndarray,
+) -> np.ndarray:
+    """`attend_paged` of one query of each of B sequences, its last token: q, out [B, H, D]; tables [B, pages] int32,
+    lengths [B] int64. One parallel region for all; a sequence's sums do not depend on the others.
+    """
+    _native.attend_paged_sequences(q, _plain(k), _plain(v), tables, lengths, page_tokens, out, scale, window)
+    return out
+
+
 def attend_kivi(
     q: np.ndarray,
     key_blocks: np.ndarray,
@@ -147,11 +167,13 @@ def attend_ragged(
 
 
 def predict_attention_scratch_bytes(
-    num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, *, threads: int | None = None
+    num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, *, threads: int | None = None, sequences: int = 1
 ) -> int:
-    """What attention keeps between calls, over all threads, once it has seen `tokens` queries at once."""
+    """What attention keeps between calls, over all threads, once it has seen `tokens` queries at once, and so many
+    `sequences` together.
+    """
     held = _native.attention_scratch_bytes_for(
-        num_heads, num_kv_heads, head_dim, tokens, threads or _native.num_threads()
+        num_heads, num_kv_heads, head_dim, tokens, threads or _native.num_threads(), sequences
     )
     return int(held)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from memwall.memory.arena import Arena, Charge, Region
 from memwall.memory.budget import Budget
 from memwall.memory.ledger import Entry, Ledger, Row
+from memwall.memory.page_pool import OutOfPages, PagePool
 from memwall.memory.resident import (
     Resident,
     ledger_error,
@@ -25,6 +26,8 @@ __all__ = [
     "Charge",
     "Entry",
     "Ledger",
+    "OutOfPages",
+    "PagePool",
     "Region",
     "Resident",
     "Row",

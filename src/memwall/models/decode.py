@@ -1,11 +1,11 @@
-"""One token through the decoder's layers with as little Python as possible.
+"""One token, or one of each of several sequences, through the decoder's layers with as little Python as possible.
 
 Decoding makes the same kernel calls for every token. Through Python each costs microseconds of checks and look-ups, the
 more so as the weights sweep the interpreter out of the processor's caches at every token: a twentieth of a step of a
 1B model, most of one of a small model. So the calls between two uses of the cache are recorded once, over fixed
 buffers, and run as one (`kernels.Program`).
 
-Shapes: one token; H hidden size, D numbers a head.
+Shapes: B tokens, one unless sequences are worked together; H hidden size, D numbers a head.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 
 class DecodeStep:
-    """All layers for one token, over the decoder's own buffers (its first rows)."""
+    """All layers for a fixed number of tokens, over the decoder's own buffers (their first rows)."""
 
     def __init__(
         self, layers: Sequence[Layer], weights: Weights, buffers: dict[str, np.ndarray], *, eps: float, exact: bool
     ) -> None:
-        """buffers: float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of one row
-        each, `cos` and `sin` [1, D / 2].
+        """buffers: float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of B rows
+        each, `cos` and `sin` [B, D / 2].
         """
         self.generation = weights.generation
         self._buffers = buffers
         self._weights = weights
         self._eps, self._exact = eps, exact
-        head_dim = 2 * buffers["cos"].shape[1]
+        rows, head_dim = len(buffers["cos"]), 2 * buffers["cos"].shape[1]
         self._k, self._v, self._q, self._out = (
-            buffers[name].reshape(1, -1, head_dim) for name in ("keys", "values", "queries", "attended")
+            buffers[name].reshape(rows, -1, head_dim) for name in ("keys", "values", "queries", "attended")
         )
         self._programs = [kernels.Program() for _ in range(len(layers) + 1)]
         for index, layer in enumerate(layers):
@@ -66,7 +66,8 @@ class DecodeStep:
         self._linear(program, b["normed"], layer.qkv, outs, layer.qkv_bias)
         for x, norm in ((self._k, layer.k_norm), (self._q, layer.q_norm)):
             if norm is not None:
-                program.rms_norm(x[0], norm, self._eps, x[0])
+                heads = x.reshape(-1, x.shape[-1])
+                program.rms_norm(heads, norm, self._eps, heads)
             program.rope(x, b["cos"], b["sin"])
 
     def _record_after(self, program: kernels.Program, layer: Layer) -> None:

@@ -24,6 +24,8 @@ from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
 
 BLOCK_ROWS = 128
+RECORDED_ROWS = 64
+"""Batches of up to so many tokens run as recorded calls; where there are more, Python's part no longer shows."""
 OWNER = "activations"
 SCRATCH = "kernels/scratch"
 
@@ -68,9 +70,10 @@ def scratch_bytes(
     *,
     exact: bool = False,
     threads: int | None = None,
+    sequences: int = 1,
 ) -> int:
     """Bytes the kernels keep between calls: activations rounded for the widest matrix, a panel per thread, and what
-    each thread attends with. threads: None for those in use.
+    each thread attends with. threads: None for those in use. sequences: most of them whose tokens are worked together.
     """
     tokens = min(segment_tokens, BLOCK_ROWS)
     widest = max(config.hidden_size, config.intermediate_size, config.query_size)
@@ -78,7 +81,7 @@ def scratch_bytes(
     panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
     rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
     attention = kernels.predict_attention_scratch_bytes(
-        config.num_heads, config.num_kv_heads, config.head_dim, tokens, threads=threads
+        config.num_heads, config.num_kv_heads, config.head_dim, tokens, threads=threads, sequences=sequences
     )
     return panels + rounded + attention
 
@@ -125,17 +128,19 @@ class Decoder:
         segment_tokens: int = 512,
         logit_rows: int = 1,
         exact: bool = False,
+        sequences: int = 1,
     ) -> None:
         self.config = config
         self.weights = weights
         self.exact = exact
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
-        self._step: DecodeStep | None = None
+        self._steps: dict[int, DecodeStep] = {}
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
         self._arena = arena
-        self._scratch = arena.charge(SCRATCH, scratch_bytes(config, weights.specs, segment_tokens, exact=exact))
+        scratch = scratch_bytes(config, weights.specs, segment_tokens, exact=exact, sequences=sequences)
+        self._scratch = arena.charge(SCRATCH, scratch)
         self._buffers = {
             name: arena.allocate(OWNER, shape, np.float32)
             for name, shape in activation_shapes(config, segment_tokens, logit_rows).items()
@@ -203,16 +208,39 @@ class Decoder:
         kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
         return hidden
 
-    def _decode_step(self) -> DecodeStep | None:
-        """The recorded form of one token's layers; None where a layer's calls depend on its numbers (experts) or an
-        observer wants to see them.
+    def batch(self, tokens: np.ndarray, positions: np.ndarray, cache: DecoderCache) -> np.ndarray:
+        """Final normed hidden states [B, H] of tokens of several sequences, each at its own position.
+
+        The cache knows whose token each row is: it is handed the keys, values and queries of all rows in their order.
+        Weights are read once for all of them.
+        """
+        num_tokens = len(tokens)
+        if not 0 < num_tokens <= self.segment_tokens:
+            raise ValueError(f"batch takes 1 to {self.segment_tokens} tokens at a time, got {num_tokens}")
+        hidden = self._buffers["hidden"][:num_tokens]
+        kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
+        cos, sin = self._rotation(cache, positions)
+        step = self._decode_step(num_tokens) if num_tokens <= min(RECORDED_ROWS, BLOCK_ROWS) else None
+        if step is not None:
+            step.run(cache, positions)
+            return hidden
+        for index, layer in enumerate(self._layers):
+            self._run_layer(index, layer, hidden, positions, cos, sin, cache)
+        kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
+        return hidden
+
+    def _decode_step(self, num_rows: int = 1) -> DecodeStep | None:
+        """The recorded form of one token's layers, or of a batch's; None where a layer's calls depend on its numbers
+        (experts) or an observer wants to see them.
         """
         if self.config.num_experts or self.observer is not None:
             return None
-        if self._step is None or self._step.generation != self.weights.generation:
-            rows = {name: buffer[:1] for name, buffer in self._buffers.items()}
-            self._step = DecodeStep(self._layers, self.weights, rows, eps=self.config.rms_norm_eps, exact=self.exact)
-        return self._step
+        step = self._steps.get(num_rows)
+        if step is None or step.generation != self.weights.generation:
+            rows = {name: buffer[:num_rows] for name, buffer in self._buffers.items()}
+            step = DecodeStep(self._layers, self.weights, rows, eps=self.config.rms_norm_eps, exact=self.exact)
+            self._steps[num_rows] = step
+        return step
 
     def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
         """One layer over the hidden states [T, H] of the next T tokens, in place; calibration goes layer by layer."""

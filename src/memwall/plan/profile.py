@@ -7,7 +7,8 @@ level cache, since
 - attend: seconds of one decode step's attention over a cache, per policy and head shape, at several lengths;
 - overheads: seconds per layer and per token that do not depend on sizes, from a decoder too small to have any work.
 
-Every figure is from the faster third of several rounds: other programs only ever add time.
+Every figure is a median of rounds, and of two passes the better: what a run will meet is the machine as it usually is,
+its neighbours on a shared host included, while a pass in which something else held a processor says nothing.
 """
 
 from __future__ import annotations
@@ -34,15 +35,25 @@ from memwall.models.weights import Weights
 from memwall.plan import store
 
 #: working sets in bytes: inside a second-level cache or two, inside a last-level cache, and so far outside that what it
-#: still holds of them counts for little
-WORKING_SETS_BYTES = (1_500_000, 12_000_000, 32_000_000, 96_000_000, 256_000_000)
+#: still holds of them counts for little; close together where a cache of usual size ends: rates halve within a
+#: few megabytes
+WORKING_SETS_BYTES = (
+    1_500_000,
+    8_000_000,
+    12_000_000,
+    17_000_000,
+    24_000_000,
+    36_000_000,
+    96_000_000,
+    256_000_000,
+)
 PREFILL_TOKENS = 128
 ATTEND_TOKENS = (64, 1024)
 #: layers that attention is measured over in turn, with so many bytes of weights between two of them: in all a working
 #: set inside a last-level cache, and one outside any
-ATTEND_LAYERS = (2, 16)
-_BETWEEN_BYTES = 4_000_000
-_ATTEND_SAMPLES = 64
+ATTEND_LAYERS = (2, 24)
+BETWEEN_BYTES = 4_000_000
+_ATTEND_SAMPLES = 96
 #: a prompt's last queries, by which some caches choose what they keep of it
 _PROMPT_QUERIES = 64
 #: layers that overheads are measured on: one too small to have any work, one whose products are cut over the threads
@@ -55,10 +66,13 @@ WIDE = {
     "head_dim": 64,
 }
 _SPEC = "int4-g64"
-_MATRIX_SHAPE = (1024, 1024)
+#: columns that products are measured with: short rows take longer a byte, as each ends in adding up lanes
+COLUMNS = (256, 1024)
+_MATRIX_WEIGHTS = 1 << 20
 _MATRICES_PER_CALL = 4
 #: what the figures are measured on; figures of another recipe are not comparable and are measured anew
-RECIPE = zlib.crc32(repr((WORKING_SETS_BYTES, PREFILL_TOKENS, ATTEND_TOKENS, ATTEND_LAYERS, TINY, WIDE)).encode())
+_RECIPE = (WORKING_SETS_BYTES, COLUMNS, PREFILL_TOKENS, ATTEND_TOKENS, ATTEND_LAYERS, TINY, WIDE)
+RECIPE = zlib.crc32(repr(_RECIPE).encode())
 _SECONDS_PER_FIGURE = 0.03
 _ROUNDS = 9
 
@@ -81,10 +95,12 @@ class KernelProfile:
             self.figures[name] = self._fresh[name] = measured()
         return self.figures.get(name)
 
-    def matvec_bytes_per_s(self, spec: str) -> list[float] | None:
-        """One rate per working set."""
+    def matvec_bytes_per_s(self, spec: str, cols: int) -> list[float] | None:
+        """One rate per working set, of matrices with about so many columns (the nearest of COLUMNS)."""
+        cols = min(COLUMNS, key=lambda each: abs(math.log(each / cols)))
         return self.get(
-            f"matvec {spec}", lambda: _twice(max, lambda: [_matvec(spec, size) for size in WORKING_SETS_BYTES])
+            f"matvec {spec} x{cols}",
+            lambda: _twice(max, lambda: [_matvec(spec, size, cols) for size in WORKING_SETS_BYTES]),
         )
 
     def prefill_macs_per_s(self, spec: str) -> float | None:
@@ -129,7 +145,7 @@ def _is_figure(value: Any) -> bool:
 
 
 def _seconds(work: Callable[[], None], *, at_least: float = _SECONDS_PER_FIGURE) -> float:
-    """Seconds of one call: enough calls per round to be timed, the last of the fastest third of the rounds."""
+    """Seconds of one call: enough calls per round to be timed, the median of the rounds."""
     work()
     began = time.perf_counter()
     work()
@@ -141,7 +157,7 @@ def _seconds(work: Callable[[], None], *, at_least: float = _SECONDS_PER_FIGURE)
         for _ in range(calls):
             work()
         rounds.append((time.perf_counter() - began) / calls)
-    return float(sorted(rounds)[_ROUNDS // 3])
+    return float(np.median(rounds))
 
 
 def _twice(better: Callable[[float, float], float], measured: Callable[[], list[float]]) -> list[float]:
@@ -167,9 +183,11 @@ def random_packed(spec: str, shape: tuple[int, int], pool: np.ndarray, random: n
     return Packed(spec=spec, shape=shape, buffers=buffers)
 
 
-def _matrices(spec: str, working_set_bytes: int, arena: Arena) -> tuple[list[kernels.Matrix], np.ndarray]:
-    """So many matrices of _MATRIX_SHAPE that together they are the working set, and the memory they lie in."""
-    shape = _MATRIX_SHAPE
+def _matrices(
+    spec: str, working_set_bytes: int, arena: Arena, cols: int = COLUMNS[-1]
+) -> tuple[list[kernels.Matrix], np.ndarray]:
+    """So many matrices of _MATRIX_WEIGHTS that together they are the working set, and the memory they lie in."""
+    shape = (_MATRIX_WEIGHTS // cols, cols)
     each = sum(aligned(math.prod(s) * d.itemsize) for s, d in codec(spec).buffers(shape).values())
     count = max(1, round(working_set_bytes / each))
     pool = arena.allocate("profile", count * each, np.uint8)
@@ -188,10 +206,10 @@ def _matrices(spec: str, working_set_bytes: int, arena: Arena) -> tuple[list[ker
     return matrices, pool
 
 
-def _matvec(spec: str, working_set_bytes: int) -> float:
+def _matvec(spec: str, working_set_bytes: int, cols: int) -> float:
     arena = Arena(1 << 62, Ledger())
-    matrices, pool = _matrices(spec, working_set_bytes, arena)
-    rows, cols = _MATRIX_SHAPE
+    matrices, pool = _matrices(spec, working_set_bytes, arena, cols)
+    rows = _MATRIX_WEIGHTS // cols
     x = np.random.default_rng(1).standard_normal((1, cols), np.float32)
     outs = [np.empty((1, rows), np.float32) for _ in range(_MATRICES_PER_CALL)]
     # several at once, as a layer does: the cost of a call is in the overheads and not wanted here
@@ -210,7 +228,8 @@ def _matvec(spec: str, working_set_bytes: int) -> float:
 def _prefill(spec: str) -> float:
     arena = Arena(1 << 62, Ledger())
     matrices, pool = _matrices(spec, 2_000_000, arena)
-    rows, cols = _MATRIX_SHAPE
+    cols = COLUMNS[-1]
+    rows = _MATRIX_WEIGHTS // cols
     x = np.random.default_rng(1).standard_normal((PREFILL_TOKENS, cols), np.float32)
     outs = [np.empty((PREFILL_TOKENS, rows), np.float32) for _ in matrices]
     seconds = _seconds(lambda: kernels.linear(x, matrices, outs))
@@ -219,17 +238,18 @@ def _prefill(spec: str) -> float:
 
 
 def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float]:
-    """Single decode steps over several layers' caches in turn, each after a product that reads _BETWEEN_BYTES.
+    """Single decode steps over several layers' caches in turn, each after a product that reads BETWEEN_BYTES.
 
     The products do to the processor's caches what the weights do between two visits of a layer, and keep the threads
     awake. With few layers a cache is found again in the last-level cache, with many it is not.
     """
     arena = Arena(1 << 62, Ledger())
-    rows, cols = _MATRIX_SHAPE
+    cols = COLUMNS[-1]
+    rows = _MATRIX_WEIGHTS // cols
     x = np.ones((1, cols), np.float32)
     seconds = []
     for num_layers in ATTEND_LAYERS:
-        matrices, pool = _matrices("int8-g64", num_layers * _BETWEEN_BYTES, arena)
+        matrices, pool = _matrices("int8-g64", num_layers * BETWEEN_BYTES, arena)
         share = -(-len(matrices) // num_layers)
         outs = [np.empty((1, rows), np.float32) for _ in range(share)]
         for length in ATTEND_TOKENS:
@@ -242,9 +262,8 @@ def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float
                 began = time.perf_counter()
                 steps[layer]()
                 samples.append(time.perf_counter() - began)
-            # the mean of the better half of those after the first round, which finds nothing where it belongs
-            kept = sorted(samples[num_layers:])
-            seconds.append(float(np.mean(kept[: len(kept) // 2])))
+            # but for the first round, which finds nothing where it belongs
+            seconds.append(float(np.median(samples[num_layers:])))
         arena.free(pool)
     return seconds
 
@@ -281,7 +300,9 @@ def _overheads() -> list[float]:
     few, many = (_seconds(_decode_step(TINY, num_layers)) for num_layers in (2, 10))
     tiny = max((many - few) / 8, 1e-6)
     one, three = (_seconds(_decode_step(WIDE, num_layers)) for num_layers in (1, 3))
-    reading = layer_weights(WIDE) * (codec(_SPEC).nbytes((16, 64)) / (16 * 64)) / _matvec(_SPEC, WORKING_SETS_BYTES[1])
+    # three layers' worth: what the deeper of the two sweeps over
+    nbytes = layer_weights(WIDE) * codec(_SPEC).nbytes((16, 64)) / (16 * 64)
+    reading = nbytes / _matvec(_SPEC, int(3 * nbytes), WIDE["hidden_size"])
     wide = max((three - one) / 2 - reading, tiny)
     cache_step = _seconds(_cache_step("float16", 1, 1, 64, 16), at_least=0.01)
     return [tiny, wide, max(few - 2 * tiny, 1e-6), min(cache_step, tiny)]

@@ -28,7 +28,9 @@ from memwall.models.config import ModelConfig, TensorSpec
 from memwall.models.precision import is_matrix, tensor_bytes
 from memwall.plan.base import Choice
 from memwall.plan.profile import (
+    ATTEND_LAYERS,
     ATTEND_TOKENS,
+    BETWEEN_BYTES,
     PREFILL_TOKENS,
     TINY,
     WIDE,
@@ -40,6 +42,9 @@ from memwall.plan.profile import (
 #: share of a machine's nominal bandwidth and arithmetic that decoding and prefill reach (model figures; survey of
 #: published runs: 0.5-0.85)
 EFFICIENCY = 0.65
+
+#: working sets that attention is measured in
+ATTEND_BYTES = tuple(layers * BETWEEN_BYTES for layers in ATTEND_LAYERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,14 @@ def used_share(config: ModelConfig, tensor: TensorSpec) -> float:
     if tensor.role == "expert":
         return config.num_experts_per_token / config.num_experts
     return 1.0
+
+
+def typical_columns(config: ModelConfig) -> int:
+    """Columns of the model's matrices, a mean over their weights."""
+    read = [
+        (used_share(config, tensor) * tensor.size, tensor.shape[1]) for tensor in config.tensors() if is_matrix(tensor)
+    ]
+    return round(sum(size * cols for size, cols in read) / sum(size for size, _ in read))
 
 
 def step_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, float]:
@@ -89,7 +102,8 @@ def predict_here(
     """
     weights, macs = step_bytes(config, specs), step_macs(config, specs)
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    rates = {spec: profile.matvec_bytes_per_s(spec) for spec in weights}
+    cols = typical_columns(config)
+    rates = {spec: profile.matvec_bytes_per_s(spec, cols) for spec in weights}
     blocks = {spec: profile.prefill_macs_per_s(spec) for spec in macs}
     # rebuilt rows are attended to as plain ones; the profile has no model to rebuild them with
     attended = "float16" if kv.needs_model(choice.kv) else choice.kv
@@ -98,14 +112,16 @@ def predict_here(
         return None
     rebuild_rate = min((rate for rate in blocks.values() if rate), default=math.inf)
     tiny, wide, per_token, cache_step = overhead
+    # the format most of a step is spent on tells which part of it comes from far
+    widest = rates[max(weights, key=lambda spec: weights[spec])] or []
     per_layer = _between(step_macs(config, specs), config.num_layers, tiny, wide)
 
     def step_seconds(context: float, held_bytes: float) -> float:
         working_set = sum(weights.values()) + held_bytes * choice.batch
         matrices = sum(size / _at(working_set, rates[spec] or []) for spec, size in weights.items())
         rebuilt = _rebuilding(config, choice.kv, context)
-        near = 0 if rebuilt is not None else working_set
-        steps = (_attention(seen, near, attend) for seen in _seen(config, context))
+        far = 0.0 if rebuilt is not None else _share_from_far(working_set, widest)
+        steps = (_attention(seen, far, attend) for seen in _seen(config, context))
         attention = sum(max(step - cache_step, 0.0) for step in steps) * choice.batch
         if rebuilt is not None:
             reading = rebuilt.read_bytes / max(_at(working_set, rate or [math.inf]) for rate in rates.values())
@@ -166,7 +182,8 @@ def _rebuilding(config: ModelConfig, policy: str, context: float) -> Rebuilding 
 
 def arithmetic_here(config: ModelConfig, specs: Mapping[str, str], choice: Choice, profile: KernelProfile) -> str:
     """A sentence when arithmetic bounds the cache's part of a step on this machine; empty when not, or not known."""
-    rates = [rate for spec in step_bytes(config, specs) if (rate := profile.matvec_bytes_per_s(spec))]
+    cols = typical_columns(config)
+    rates = [rate for spec in step_bytes(config, specs) if (rate := profile.matvec_bytes_per_s(spec, cols))]
     blocks = [macs for spec in step_macs(config, specs) if (macs := profile.prefill_macs_per_s(spec))]
     if not rates or not blocks:
         return ""
@@ -227,12 +244,16 @@ def _at(working_set_bytes: float, rates: list[float]) -> float:
     return rates[-1]
 
 
-def _attention(tokens: float, working_set_bytes: float, seconds: list[float]) -> float:
-    """One layer's attention step: between a cache read from near and one read from far, as the working set says."""
+def _share_from_far(working_set_bytes: float, rates: list[float]) -> float:
+    """Where attention's time lies between that of its two measured working sets: where that of products does."""
+    near, here, far = (1 / _at(size, rates) for size in (ATTEND_BYTES[0], working_set_bytes, ATTEND_BYTES[1]))
+    return min(max((here - near) / (far - near), 0.0), 1.0) if far > near else 0.0
+
+
+def _attention(tokens: float, far_share: float, seconds: list[float]) -> float:
+    """One layer's attention step: between a cache read from near and one read from far."""
     near, far = _line(tokens, seconds[:2]), _line(tokens, seconds[2:])
-    low, high = WORKING_SETS_BYTES[1], WORKING_SETS_BYTES[3]
-    share = math.log(max(working_set_bytes, 1) / low) / math.log(high / low)
-    return near + (far - near) * min(max(share, 0.0), 1.0)
+    return near + (far - near) * far_share
 
 
 def _line(tokens: float, seconds: list[float]) -> float:

@@ -101,37 +101,76 @@ int prompt_queries(const Attention& a, int threads) {
   return queries;
 }
 
-void attend_one(const Attention& a, const AttentionKernels& kernels) {
-  assert(a.places == nullptr);  // `attend` has moved the one query to its place
-  const std::int64_t end = std::min(a.query_key + 1, a.length);
-  const std::int64_t begin = std::max<std::int64_t>(a.first_key, 0) / kStep * kStep;
-  const int heads = a.num_heads, padded = a.padded_dim(), padded_key = a.padded_key();
-  const std::int64_t steps = std::max<std::int64_t>((end - begin + kStep - 1) / kStep, 1);
-  std::int64_t chunks = 1;
-  if (end > begin && traffic(a, begin, end) > kInlineMicroseconds * kBytesPerMicrosecond)
-    chunks = std::min<std::int64_t>(steps, most_chunks(num_threads()));
-  const std::int64_t chunk = (steps + chunks - 1) / chunks * kStep;
-  chunks = (steps * kStep + chunk - 1) / chunk;
+// How one query's attention is cut into runs of tokens; depends on its own cache alone, so that a sequence is summed in the same
+// order whatever else is worked at the same time.
+struct Cut {
+  std::int64_t begin, end, chunk, chunks;
+  Cut(const Attention& a, int threads) {
+    end = std::min(a.query_key + 1, a.length);
+    begin = std::max<std::int64_t>(a.first_key, 0) / kStep * kStep;
+    const std::int64_t steps = std::max<std::int64_t>((end - begin + kStep - 1) / kStep, 1);
+    chunks = 1;
+    if (end > begin && traffic(a, begin, end) > kInlineMicroseconds * kBytesPerMicrosecond)
+      chunks = std::min<std::int64_t>(steps, most_chunks(threads));
+    chunk = (steps + chunks - 1) / chunks * kStep;
+    chunks = (steps * kStep + chunk - 1) / chunk;
+  }
+};
 
-  const std::size_t stride = partial_stride(a);
-  float* shared = t_shared.get(shared_scratch(a, chunks));
-  float *q = shared, *partials = shared + static_cast<std::size_t>(heads) * padded_key;
-  for (int h = 0; h < heads; ++h)
+void scale_queries(const Attention& a, float* q) {
+  const int padded_key = a.padded_key();
+  for (int h = 0; h < a.num_heads; ++h)
     for (int d = 0; d < padded_key; ++d)
       q[static_cast<std::size_t>(h) * padded_key + d] = d < a.key_dim ? a.q[static_cast<std::size_t>(h) * a.key_dim + d] * a.scale : 0.0f;
+}
 
-  const std::size_t scratch = kernels.decode_scratch(a);
-  const auto body = [&](std::size_t first, std::size_t last, int) {
+// one query token of each of up to kSequencesTogether sequences
+void attend_each(const Attention* sequences, int count, const AttentionKernels& kernels) {
+  struct Task {
+    int sequence;
+    std::int64_t from, to;
+    std::size_t q, partial;  // places in the shared scratch, in floats
+  };
+  static thread_local std::vector<Task> tasks;
+  static thread_local std::vector<std::size_t> firsts;
+  tasks.clear(), firsts.clear();
+  std::size_t floats = 0, scratch = 0;
+  std::int64_t bytes = 0;
+  bool cut_up = false;
+  for (int s = 0; s < count; ++s) {
+    const Attention& a = sequences[s];
+    assert(a.places == nullptr);  // `attend` has moved the one query to its place
+    const Cut cut(a, num_threads());
+    firsts.push_back(tasks.size());
+    const std::size_t q = floats;
+    floats += static_cast<std::size_t>(a.num_heads) * a.padded_key();
+    for (std::int64_t c = 0; c < cut.chunks; ++c, floats += partial_stride(a)) {
+      const std::int64_t from = cut.begin + c * cut.chunk;
+      tasks.push_back({s, from, std::max(std::min(from + cut.chunk, cut.end), from), q, floats});
+    }
+    cut_up = cut_up || cut.chunks > 1;
+    if (cut.end > cut.begin) bytes += traffic(a, cut.begin, cut.end);
+    scratch = std::max(scratch, kernels.decode_scratch(a));
+  }
+  firsts.push_back(tasks.size());
+  float* shared = t_shared.get(floats);
+  for (int s = 0; s < count; ++s) scale_queries(sequences[s], shared + tasks[firsts[static_cast<std::size_t>(s)]].q);
+  const Task* list = tasks.data();  // workers have thread-local lists of their own
+  const auto body = [&, list](std::size_t first, std::size_t last, int) {
     float* work = t_work.get(scratch);
-    for (std::size_t c = first; c < last; ++c) {
-      float* at = partials + c * stride;
-      const std::int64_t from = begin + static_cast<std::int64_t>(c) * chunk;
-      kernels.decode(a, q, from, std::max(std::min(from + chunk, end), from), {at, at + heads, at + 2 * heads}, work);
+    for (std::size_t i = first; i < last; ++i) {
+      const Task& task = list[i];
+      const Attention& a = sequences[task.sequence];
+      float* at = shared + task.partial;
+      kernels.decode(a, shared + task.q, task.from, task.to, {at, at + a.num_heads, at + 2 * a.num_heads}, work);
     }
   };
-  if (chunks == 1) body(0, 1, 0);
-  else parallel_for(static_cast<std::size_t>(chunks), 1, body);
-  merge(a, partials, stride, static_cast<int>(chunks));
+  if (tasks.size() == 1 || (!cut_up && bytes <= kInlineMicroseconds * kBytesPerMicrosecond)) body(0, tasks.size(), 0);
+  else parallel_for(tasks.size(), 1, body);
+  for (int s = 0; s < count; ++s) {
+    const auto i = static_cast<std::size_t>(s);
+    merge(sequences[s], shared + tasks[firsts[i]].partial, partial_stride(sequences[s]), static_cast<int>(firsts[i + 1] - firsts[i]));
+  }
 }
 
 // heads: what to attend over by kv head, where these hold different tokens
@@ -265,7 +304,12 @@ void attend(const Attention& a) {
   if (a.num_tokens > 1) return attend_many(a, kernels);
   Attention one = a;
   one.first_key += a.place(0), one.query_key += a.place(0), one.places = nullptr;
-  attend_one(one, kernels);
+  attend_each(&one, 1, kernels);
+}
+
+void attend_sequences(const Attention* sequences, int count) {
+  const AttentionKernels& kernels = attention_kernels();
+  for (int s = 0; s < count; s += kSequencesTogether) attend_each(sequences + s, std::min(kSequencesTogether, count - s), kernels);
 }
 
 void attend_ragged(const Ragged& r) {
@@ -285,14 +329,15 @@ void attend_ragged(const Ragged& r) {
   attend_many(a, kernels, heads.data());
 }
 
-std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads) {
+std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads, int sequences) {
   Attention a;
   a.num_heads = num_heads, a.num_kv_heads = num_kv_heads, a.key_dim = a.head_dim = head_dim, a.num_tokens = tokens;
   a.form.bits = 2;  // coded caches take a little more than others, at any number of bits
   const AttentionKernels& kernels = attention_kernels();
   std::size_t work = kernels.decode_scratch(a);
   if (tokens > 1) work = std::max(work, kernels.prefill_scratch(a, prompt_queries(a, threads)));
-  const std::size_t floats = Buffer::rounded(shared_scratch(a, most_chunks(threads))) + Buffer::rounded(work) * threads;
+  const auto together = static_cast<std::size_t>(std::clamp(sequences, 1, kSequencesTogether));
+  const std::size_t floats = Buffer::rounded(shared_scratch(a, most_chunks(threads)) * together) + Buffer::rounded(work) * threads;
   return floats * sizeof(float);
 }
 

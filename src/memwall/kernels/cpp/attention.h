@@ -107,8 +107,13 @@ const AttentionKernels& attention_kernels();
 void attend(const Attention&);
 void attend_ragged(const Ragged&);
 
-// what `attend` holds between calls, over all threads, once it has seen `tokens` queries at once and a long cache
-std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads);
+constexpr int kSequencesTogether = 16;  // more go in turns: what they share scratch for is bounded
+// one query token of each of several sequences, all in one parallel region
+void attend_sequences(const Attention* sequences, int count);
+
+// what `attend` holds between calls, over all threads, once it has seen `tokens` queries at once and a long cache, and
+// `attend_sequences` that many sequences
+std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads, int sequences = 1);
 
 // rows = exact tokens; encodes `count` tokens of keys (whole blocks) from the start of `blocks`, of values from token `first`
 void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::int64_t count, std::uint8_t* blocks);

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "attention.h"
 
@@ -18,6 +19,7 @@ using Float3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::c
 using Out3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Cache = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Spread = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
+using Tables = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Flat = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Offsets = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -121,6 +123,34 @@ void attend_paged(const Float3& q, const Cache& k, const Cache& v, const Table& 
   mw::attend(a);
 }
 
+// the same for one query of each of several sequences, which is its last token: row i of `tables` finds the pages of sequence i
+void attend_paged_sequences(const Float3& q, const Cache& k, const Cache& v, const Tables& tables, const Offsets& lengths,
+                            int page_tokens, const Out3& out, float scale, std::optional<std::int64_t> window) {
+  const mw::Attention shared = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0);
+  require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
+  require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
+  const std::size_t count = q.shape(0);
+  require(tables.shape(0) == count && lengths.size() == count, "one table and one length for each query");
+  const std::int64_t held = static_cast<std::int64_t>(k.shape(0)) / page_tokens;
+  std::vector<mw::Attention> sequences(count, shared);
+  for (std::size_t s = 0; s < count; ++s) {
+    mw::Attention& a = sequences[s];
+    const std::int64_t length = lengths.data()[s], pages = (length + page_tokens - 1) / page_tokens;
+    const std::int32_t* table = tables.data() + s * tables.shape(1);
+    require(length > 0 && static_cast<std::int64_t>(tables.shape(1)) >= pages, "a table is too short for its length");
+    for (std::int64_t i = 0; i < pages; ++i) require(table[i] >= 0 && table[i] < held, "a table names a page that is not there");
+    a.num_tokens = 1, a.length = length, a.query_key = length - 1;
+    a.first_key = window ? a.query_key - *window + 1 : a.first_key;
+    a.q += s * q.shape(1) * q.shape(2), a.out += s * out.shape(1) * out.shape(2);
+    for (mw::Rows* rows : {&a.keys, &a.values}) {
+      rows->table = table;
+      while ((1 << rows->page_shift) < page_tokens) ++rows->page_shift;
+    }
+  }
+  nb::gil_scoped_release release;
+  mw::attend_sequences(sequences.data(), static_cast<int>(count));
+}
+
 void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_blocks, std::int64_t coded_keys,
                  std::int64_t coded_values, const Cache& k, const Cache& v, const Out3& out, int bits, int group, float scale,
                  std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
@@ -204,12 +234,14 @@ void bind_attention(nb::module_& m) {
         "stats"_a.none());
   m.def("attend_paged", &attend_paged, "q"_a, "k"_a, "v"_a, "table"_a, "page_tokens"_a, "length"_a, "out"_a, "scale"_a,
         "first_position"_a, "window"_a.none(), "stats"_a.none());
+  m.def("attend_paged_sequences", &attend_paged_sequences, "q"_a, "k"_a, "v"_a, "tables"_a, "lengths"_a, "page_tokens"_a, "out"_a,
+        "scale"_a, "window"_a.none());
   m.def("attend_kivi", &attend_kivi, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a,
         "out"_a, "bits"_a, "group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
   m.def("attend_ragged", &attend_ragged, "q"_a, "past_k"_a, "past_v"_a, "offsets"_a, "k"_a, "v"_a, "out"_a, "scale"_a,
         "first_query"_a, "stats"_a.none());
   m.def("attention_scratch_bytes_for", &mw::attention_scratch_bytes_for, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-        "tokens"_a, "threads"_a);
+        "tokens"_a, "threads"_a, "sequences"_a = 1);
   m.def("kivi_encode_keys", &encode_keys, "k"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_encode_values", &encode_values, "v"_a, "first"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_decode", &decode_blocks, "keys"_a, "blocks"_a, "first"_a, "out"_a, "bits"_a, "group"_a);

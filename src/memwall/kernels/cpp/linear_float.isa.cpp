@@ -33,6 +33,34 @@ void row_block(const Matrix& m, const Input& input, std::int64_t row, std::int64
     }
 }
 
+// Four short rows of a single product: the input is loaded once for all, and their lanes are added up together, which would
+// otherwise take as long as multiplying. Long rows are better read one after the other: the hardware's prefetch sees one stream.
+constexpr int kSingleRows = 4, kShortColumns = 512;
+constexpr int kPrefetchBytes = 4096;
+
+template <class Type>
+void single_block(const Matrix& m, const Input& input, std::int64_t row, const Output& out) {
+  constexpr int kChains = 2, kUnit = 32 / kWidth, kStep = 32, kAhead = kSingleRows * kStep * sizeof(typename Type::Element);
+  const std::int64_t cols = m.cols, whole = cols / kStep * kStep;
+  const auto* w = static_cast<const typename Type::Element*>(m.data) + row * cols;
+  const char* ahead = reinterpret_cast<const char*>(w) + kPrefetchBytes;  // in the order of memory, as prefetch hardware likes it
+  const float* x = input.x;
+  Vf sums[kSingleRows][kChains] = {};
+  for (std::int64_t c = 0; c < whole; c += kStep) {
+    for (int byte = 0; byte < kAhead; byte += 64) __builtin_prefetch(ahead + byte);
+    ahead += kAhead;
+    for (int i = 0; i < kUnit; ++i) {
+      const Vf values = load<Vf>(x + c + i * kWidth);
+      for (int r = 0; r < kSingleRows; ++r) sums[r][i % kChains] += Type::vector(w + r * cols + c + i * kWidth) * values;
+    }
+  }
+  alignas(kVectorBytes) float total[kWidth];
+  store(total, sums_of(sums[0][0] + sums[0][1], sums[1][0] + sums[1][1], sums[2][0] + sums[2][1], sums[3][0] + sums[3][1]));
+  for (int r = 0; r < kSingleRows; ++r)
+    for (std::int64_t c = whole; c < cols; ++c) total[r] += Type::scalar(w[r * cols + c]) * x[c];
+  write_rows(total, 0, row, kSingleRows, out);
+}
+
 constexpr int kBlockRows = kWidth == 16 ? 4 : 2, kBlockTokens = 4;
 // with more tokens, transposing the weights costs less than adding up lanes
 constexpr int kMostRowTokens = 16;
@@ -50,6 +78,7 @@ void row_tokens(const Matrix& m, const Input& input, std::int64_t row, const Out
 
 template <class Type>
 void row_products(const Matrix& m, const Input& input, std::int64_t row, std::int64_t end_row, const Output& out) {
+  for (; input.tokens == 1 && m.cols <= kShortColumns && row + kSingleRows <= end_row; row += kSingleRows) single_block<Type>(m, input, row, out);
   for (; input.tokens > 1 && row + kBlockRows <= end_row; row += kBlockRows) row_tokens<Type, kBlockRows>(m, input, row, out);
   for (; row < end_row; ++row) row_tokens<Type, 1>(m, input, row, out);
 }

@@ -1,0 +1,214 @@
+"""`memwall bench serve`: measure a server under load, open or closed loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json as jsons
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memwall.cli.command import AsJson, Debug, Memory, Quiet, Threads, Weights, add_command, complete_model
+from memwall.cli.printing import format_table, note, print_json
+from memwall.errors import DoesNotFit, InputError
+
+if TYPE_CHECKING:
+    from memwall.engine.arrivals import Load
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(help="Measure memwall under load.", no_args_is_help=True, rich_markup_mode=None)
+    add_command(group, "serve", serve)
+    app.add_typer(group, name="bench")
+
+
+ModelOrDemo = Annotated[
+    str,
+    typer.Argument(
+        help="Directory of a Hugging Face model, or `demo` (the default).",
+        metavar="MODEL",
+        autocompletion=complete_model,
+        show_default=False,
+    ),
+]
+
+
+def serve(
+    model: ModelOrDemo = "demo",
+    *,
+    url: Annotated[
+        str | None, typer.Option(help="A server that runs already (default: one is started).", show_default=False)
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Its key.", envvar="MEMWALL_API_KEY", show_default=False)] = None,
+    memory: Memory = None,
+    weights: Weights = "auto",
+    threads: Threads = None,
+    requests: Annotated[int, typer.Option(help="Requests to send.", min=1, max=100000)] = 64,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(help="Closed loop: so many at a time; several counts between commas are measured in turn."),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Open loop: requests a second.", show_default=False)] = None,
+    variation: Annotated[
+        float, typer.Option(help="Of the gaps between arrivals: 1 is Poisson, above it bursty (Gamma).")
+    ] = 1.0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Lengths and times from a trace: Azure, BurstGPT, Mooncake, or columns of lengths."),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="How many times as dense the trace's arrivals come.")] = 1.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, half less to half more.", min=1)] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer, half less to half more.", min=1)] = 64,
+    shared_tokens: Annotated[int, typer.Option(help="Tokens that all prompts begin with alike.", min=0)] = 0,
+    slo_first: Annotated[float, typer.Option(help="Objective: seconds to the first token.")] = 1.0,
+    slo_token: Annotated[float, typer.Option(help="Objective: seconds per further token.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals, lengths and prompts.", min=0)] = 0,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Time to first token, time per token, their tails, goodput under objectives, and memory.
+
+    Open loop with --rate or a --trace that has times (requests come when they come), else closed loop.
+    """
+    from memwall.models import model_directory
+    from memwall.models.config import ModelConfig
+
+    loads = _loads(trace, requests, prompt_tokens, output_tokens, rate, variation, scale, seed)
+    counts = _counts(concurrency, loads)
+    config = ModelConfig.from_directory(model_directory(model))
+    options = [] if memory is None else ["--memory", memory]
+    options += ["--weights", weights, *([] if threads is None else ["--threads", str(threads)])]
+    with _server(model, url, options, requests, quiet=quiet) as where:
+        runs = [
+            _measure(where, api_key, config.vocab_size, loads, count, seed, shared_tokens, (slo_first, slo_token))
+            for count in counts
+        ]
+    if json:
+        print_json({"server": where, "runs": runs})
+        return
+    typer.echo(_table(runs))
+    for run in runs:
+        for error in run["errors"]:
+            note(f"memwall: {error}", quiet=quiet)
+
+
+def _loads(
+    trace: Path | None, count: int, prompt: int, output: int, rate: float | None, cv: float, scale: float, seed: int
+) -> list[Load]:
+    from memwall.engine.arrivals import drawn_lengths, gamma_gaps, read_trace, scaled, timed
+
+    loads = drawn_lengths(prompt, output, count, seed) if trace is None else read_trace(trace, count)
+    if rate is not None:
+        return timed(loads, gamma_gaps(rate, cv, len(loads), seed))
+    if not scale > 0:
+        raise InputError(f"--scale is {scale}; it must be above zero")
+    return scaled(loads, scale)
+
+
+def _counts(concurrency: str | None, loads: list[Load]) -> list[int | None]:
+    """What to run: None for an open loop, else counts for closed ones."""
+    if concurrency is None:
+        return [None] if all(load.at is not None for load in loads) else [8]
+    try:
+        counts = [int(part) for part in concurrency.split(",")]
+    except ValueError:
+        raise InputError(f"--concurrency is {concurrency!r}; write counts, such as 1,4,16") from None
+    if min(counts) < 1:
+        raise InputError(f"--concurrency is {concurrency}; each count must be at least 1")
+    return [*counts]
+
+
+@contextmanager
+def _server(model: str, url: str | None, options: list[str], requests: int, *, quiet: bool) -> Iterator[str]:
+    """The address of the given server, or of one that is started and ended here."""
+    if url is not None:
+        yield url.rstrip("/").removesuffix("/v1")
+        return
+    queue = ["--queue", str(requests), "--connections", str(requests + 64)]
+    command = [sys.executable, "-m", "memwall", "serve", model, "--port", "0", "--json", "--quiet", *queue, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        text = ""
+        while not text.endswith("}\n}\n") and not text.endswith("]\n}\n"):
+            line = process.stdout.readline()
+            if not line:
+                said = process.communicate()[1].strip()
+                kind = DoesNotFit if process.returncode == 1 else InputError
+                raise kind(said.removeprefix("memwall: ") or "the server ended before it listened")
+            text += line
+        told = jsons.loads(text)
+        note(f"memwall: {told['weights']} weights, pages for {told['kv_tokens']:,} tokens", quiet=quiet)
+        yield str(told["url"])
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _measure(
+    url: str,
+    key: str | None,
+    vocabulary: int,
+    loads: list[Load],
+    count: int | None,
+    seed: int,
+    shared_tokens: int,
+    objectives: tuple[float, float],
+) -> dict[str, Any]:
+    from memwall.engine.arrivals import clipped
+    from memwall.serve.bench import Target, fetch, measure, report
+
+    async def run() -> dict[str, Any]:
+        target = Target(url=url, model="", vocabulary=vocabulary, api_key=key)
+        served = (await fetch(target, "/v1/models"))["data"][0]
+        target = Target(url=url, model=served["id"], vocabulary=vocabulary, api_key=key)
+        fitting = clipped(loads, int(served.get("max_model_len", 2048)))
+        outcomes = await measure(target, fitting, concurrency=count, seed=seed, shared_tokens=shared_tokens)
+        found = report(outcomes, slo_first=objectives[0], slo_token=objectives[1])
+        return {"loop": "open" if count is None else "closed", "concurrency": count, **found, **await _memory(target)}
+
+    async def _memory(target: Target) -> dict[str, Any]:
+        try:
+            held = await fetch(target, "/memory")
+        except (InputError, ValueError):
+            return {}  # another project's server
+        names = ("budget_bytes", "resident_peak_bytes")
+        return {**{name: held[name] for name in names}, "preempted": held["totals"]["preempted"]}
+
+    try:
+        return asyncio.run(run())
+    except OSError as error:
+        raise InputError(f"{url}: no server answers there: {error}") from error
+
+
+def _table(runs: list[dict[str, Any]]) -> str:
+    from memwall.hardware.units import format_bytes
+
+    def milliseconds(figures: dict[str, float]) -> str:
+        return " / ".join(f"{1e3 * figures[name]:.1f}" for name in ("p50", "p90", "p99")) if figures else "-"
+
+    names = [run["loop"] if run["concurrency"] is None else f"{run['concurrency']} at a time" for run in runs]
+    rows = [
+        ("answered", [f"{run['requests'] - run['failed']} of {run['requests']}" for run in runs]),
+        ("requests / s", [f"{run['requests_per_s']:.2f}" for run in runs]),
+        ("tokens / s", [f"{run['output_tokens_per_s']:.0f}" for run in runs]),
+        ("goodput / s", [f"{run['goodput_per_s']:.2f} ({100 * run['slo_share']:.0f} %)" for run in runs]),
+        ("first token, ms p50 / p90 / p99", [milliseconds(run["first_token_seconds"]) for run in runs]),
+        ("per token, ms", [milliseconds(run["per_token_seconds"]) for run in runs]),
+        ("between tokens, ms", [milliseconds(run["between_tokens_seconds"]) for run in runs]),
+        ("whole answer, ms", [milliseconds(run["whole_seconds"]) for run in runs]),
+        ("sent late by, ms", [milliseconds(run["send_lag_seconds"]) for run in runs]),
+        (
+            "peak resident",
+            [format_bytes(run["resident_peak_bytes"]) if "resident_peak_bytes" in run else "-" for run in runs],
+        ),
+    ]
+    return format_table(
+        ("", *names), [(name, *cells) for name, cells in rows], right=frozenset(range(1, len(runs) + 1))
+    )

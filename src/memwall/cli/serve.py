@@ -1,0 +1,172 @@
+"""`memwall serve`: an OpenAI-compatible server whose process stays inside the budget."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memwall.cli.command import Debug, Memory, Model, Quiet, Threads, Weights, add_command
+from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.cli.run import parse_budget, parse_context
+from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
+
+if TYPE_CHECKING:
+    from memwall.engine.serving import Serving, ServingSettings
+    from memwall.memory import Budget
+    from memwall.models.chat import ChatTemplate
+    from memwall.models.tokenizer import Tokenizer
+
+PAGED = ("auto", "float16")
+
+
+def register(app: typer.Typer) -> None:
+    add_command(app, "serve", serve)
+
+
+def serve(
+    model: Model = "demo",
+    *,
+    memory: Memory = None,
+    weights: Weights = "auto",
+    kv: Annotated[str, typer.Option(help="Keys and values: float16 (the same as auto), in pages.")] = "auto",
+    context: Annotated[
+        str | None, typer.Option(help="Longest request, prompt and answer, in tokens (default: what fits well).")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option(help="Requests worked together.", min=1, max=1024)] = 16,
+    step_tokens: Annotated[
+        int, typer.Option(help="Tokens computed in one step: long prompts come in chunks of it.", min=16, max=8192)
+    ] = 256,
+    swap: Annotated[str, typer.Option(help="Disk for requests set aside, such as 1GB; 0 for none.")] = "256MB",
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback are open to the network.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that every route asks for.", envvar="MEMWALL_API_KEY", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the model is called (default: the name of its directory).")
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait beside those that run.", min=1)] = 128,
+    connections: Annotated[int, typer.Option(help="Open connections.", min=1)] = 256,
+    max_seconds: Annotated[float, typer.Option(help="Wall time of one request.", min=0.1)] = 600.0,
+    drain_seconds: Annotated[float, typer.Option(help="How long requests may go on after SIGTERM.", min=0)] = 30.0,
+    vllm_metrics: Annotated[
+        bool, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too, for autoscalers that look for them.")
+    ] = False,
+    threads: Threads = None,
+    json: Annotated[bool, typer.Option("--json", help="Print address and ledger as JSON at the start.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model over HTTP inside a memory budget: OpenAI's routes, metrics, and a live page of memory.
+
+    SIGTERM and Ctrl-C end it once running requests are done; SIGUSR1 shrinks the budget by a fifth, SIGUSR2 lets it
+    grow back, and so does POST /v1/budget.
+    """
+    if kv not in PAGED:
+        raise InputError(f"--kv {kv}: the server keeps keys and values in pages of float16; leave it to auto")
+    try:
+        from memwall.serve.app import Server
+    except ImportError as error:
+        raise MissingDependency(error.name or "starlette", "serve") from error
+    from memwall.models import model_directory
+    from memwall.models.chat import ChatTemplate
+    from memwall.models.config import checked_directory
+    from memwall.models.tokenizer import Tokenizer
+    from memwall.serve.settings import ServerSettings, body_bytes
+
+    path = checked_directory(model_directory(model))
+    budget = parse_budget(memory, None)
+    tokenizer, template = Tokenizer.from_directory(path), ChatTemplate.from_directory(path)
+    template.render([{"role": "user", "content": "hello"}])  # what it brings into the process counts from the start
+    options: dict[str, Any] = {
+        "max_sequences": max_sequences, "token_budget": max(step_tokens, max_sequences), "threads": threads,
+        "swap_bytes": _swap_bytes(swap),
+    }  # fmt: skip
+    serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
+    settings = ServerSettings(
+        name=name or path.name,
+        host=host,
+        port=port,
+        api_key=api_key,
+        most_body_bytes=body_bytes(serving.context_tokens),
+        queue=queue,
+        connections=connections,
+        seconds_per_request=max_seconds,
+        drain_seconds=drain_seconds,
+    )
+    if not settings.local and api_key is None:
+        note(f"memwall: {host} may be reached by others and no --api-key is set", quiet=quiet)
+    server = Server(serving, settings, template, alias_metrics=vllm_metrics)
+    server.run(lambda where, at: _announce(serving, settings.name, where, at, json=json, quiet=quiet))
+    note("memwall: ended", quiet=quiet)
+
+
+def start(
+    path: Path,
+    budget: Budget | None,
+    weights: str,
+    context: int | None,
+    options: dict[str, Any],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    quiet: bool,
+) -> Serving:
+    """Chooses weights and context where they are left open, and loads. DoesNotFit says what would."""
+    from memwall.engine.serving import ServingSettings, load_engine
+    from memwall.plan.serving import choose
+
+    settings = choose(path, budget, ServingSettings(weights=weights, context_tokens=context, **options))
+    try:
+        with progress_bar("loading", quiet=quiet) as bar:
+            return load_engine(path, settings, budget=budget, tokenizer=tokenizer, progress=bar.counted)
+    except BudgetExceeded as refused:
+        raise DoesNotFit(_advice(settings, budget, refused)) from refused
+
+
+def _advice(settings: ServingSettings, budget: Budget | None, refused: BudgetExceeded) -> str:
+    short = refused.requested_bytes - refused.free_bytes
+    needed = (budget.ram if budget is not None and budget.ram is not None else 0) + short
+    return (
+        f"{settings.weights} weights and one request of {settings.context_tokens} tokens do not fit: {refused}. "
+        f"Try --memory {needed}, a shorter --context, or --weights int4"
+    )
+
+
+def _swap_bytes(text: str) -> int:
+    from memwall.hardware.units import parse_bytes
+
+    return 0 if text.strip() == "0" else parse_bytes(text)
+
+
+def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, quiet: bool) -> None:
+    from memwall.hardware.units import format_bytes
+
+    serving.close_books()
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    pool, limits = serving.pool, serving.engine.limits
+    tokens = serving.engine.wanted_pages * limits.page_tokens
+    if json:
+        print_json(
+            {
+                "url": where,
+                "model": name,
+                "weights": serving.settings.weights,
+                "context_tokens": serving.context_tokens,
+                "budget_bytes": serving.budget_bytes,
+                "kv_tokens": tokens,
+                "ledger": serving.ledger.to_json(),
+            }
+        )
+        sys.stdout.flush()
+        return
+    rows = [(row.tier, row.owner, format_bytes(row.nbytes)) for row in serving.ledger.rows()]
+    room = f"pages for {tokens:,} tokens of {format_bytes(pool.page_bytes)} per {limits.page_tokens}"
+    note(format_table(("tier", "owner", "bytes"), rows, right=frozenset({2})), quiet=quiet)
+    note(f"{name}: {serving.settings.weights} weights, context {serving.context_tokens:,}, {room}", quiet=quiet)
+    note(f"memwall: listening on {where} (page of memory at /, OpenAI routes under /v1)", quiet=quiet)

@@ -1,0 +1,131 @@
+"""The scheduler seam: what a scheduler may know, what it decides, and nothing that does anything.
+
+A scheduler is a pure function of a `State` and the time. The engine carries its `Step` out with real memory and a real
+clock, the simulator with counted memory and a virtual one; so a decision can be replayed, compared and tested.
+
+Units: tokens, pages of `Limits.page_tokens` tokens, seconds. A request's *known* tokens are its prompt and what was
+made so far; the *computed* ones of these have keys and values. A request whose computed tokens are all but one of the
+known decodes; one with more to compute is in its prefill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+PreemptBy = Literal["recompute", "swap"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestView:
+    """A request as schedulers see it.
+
+    priority: lower goes first; equal ones by arrival, then id. pages: held (swapped out: to be taken back). freeable:
+    pages that setting it aside would free. hit: tokens of its beginning whose pages are kept from other requests;
+    hit_idle: how many of those pages count as free until it takes them.
+    """
+
+    id: int
+    arrival: float
+    priority: int = 0
+    prompt: int
+    known: int
+    computed: int = 0
+    most_tokens: int
+    pages: int = 0
+    freeable: int = 0
+    hit: int = 0
+    hit_idle: int = 0
+    session: str | None = None
+    adapter: str | None = None
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Who goes first, in the order of service."""
+        return (self.priority, self.arrival, self.id)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that have no keys and values yet."""
+        return self.known - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it makes a token with every token it computes."""
+        return self.computed > 0 and self.remaining == 1 and self.known > self.prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a step may do at most. token_budget: tokens computed in one step, all requests together."""
+
+    token_budget: int = 256
+    max_sequences: int = 16
+    page_tokens: int = 16
+
+    def pages(self, tokens: int) -> int:
+        """Pages behind so many tokens of one request."""
+        return -(-tokens // self.page_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What it takes to bring a request back: seconds to compute a token of it again, or to move a page one way."""
+
+    seconds_per_token: float = 1e-3
+    seconds_per_page: float = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Everything a decision may depend on. free_pages: free now, kept prefixes that nobody uses included; negative
+    while the budget has shrunk below what is held.
+    """
+
+    running: tuple[RequestView, ...] = ()
+    waiting: tuple[RequestView, ...] = ()
+    swapped: tuple[RequestView, ...] = ()
+    free_pages: int
+    total_pages: int
+    swap_free_pages: int = 0
+    limits: Limits = field(default_factory=Limits)
+    costs: Costs = field(default_factory=Costs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Compute the next `tokens` known tokens of a request."""
+
+    id: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preempt:
+    """Set a running request aside: forget its keys and values, or write them to the swap area."""
+
+    id: int
+    by: PreemptBy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step, carried out in this order: set aside, bring back, admit, compute."""
+
+    preempt: tuple[Preempt, ...] = ()
+    resume: tuple[int, ...] = ()
+    admit: tuple[int, ...] = ()
+    work: tuple[Work, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed."""
+        return sum(one.tokens for one in self.work)
+
+
+class Scheduler(Protocol):
+    """Decides what one step does."""
+
+    def plan_step(self, state: State, now: float) -> Step:
+        """Pure: the same state and time give the same step, and nothing is remembered between two calls."""
+        ...

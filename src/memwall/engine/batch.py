@@ -1,0 +1,195 @@
+"""The executor with a model: one step's tokens of all sequences go through each matrix together.
+
+Keys and values are float16 in pages of the pool: one page holds `page_tokens` tokens of all layers, so that moving,
+sharing or swapping a page is one copy. Native attention finds tokens through page tables (`attend_paged`): the cost
+over rows that lie in a line is a table look-up every 16 tokens, and in return any page can be anywhere, which sharing
+and a moving budget need; ranges of address space per sequence (`kv/vattention.py`) keep plain rows but share and move
+only blocks of megabytes. All decoding sequences of a step are attended in one parallel region.
+
+Layout of a page: [layer][keys, values][page_tokens][Hkv][D].
+
+Numbers: attention and packed weights give a sequence the same bits whatever else is in its batch; dense float weights
+are summed in an order that depends on how many tokens are multiplied at once, so their last bits may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from memwall.engine.core import Entry, Output
+from memwall.engine.kv_pages import KVPages
+from memwall.engine.sampling import Sampler
+from memwall.engine.sequence import Sequence, TokenLogprobs
+from memwall.kernels.attention import attend_paged, attend_paged_sequences
+from memwall.kv import CacheShape
+from memwall.memory import PagePool
+from memwall.models.decoder import Decoder
+
+KV_DTYPE = np.dtype(np.float16)
+
+
+def page_bytes(shape: CacheShape, page_tokens: int) -> int:
+    """Bytes of one page: `page_tokens` tokens of all layers."""
+    return 2 * shape.num_layers * page_tokens * shape.row_values * KV_DTYPE.itemsize
+
+
+@dataclass(slots=True)
+class _Segment:
+    """Rows [row, row + count) of the batch are tokens [first, first + count) of one sequence."""
+
+    row: int
+    count: int
+    first: int
+    table: np.ndarray
+
+
+class BatchCache:
+    """The decoder's view of one step: rows in, rows attended; whose they are is known here."""
+
+    takes_inputs: ClassVar[bool] = False
+    length = next_position = 0  # positions come with the tokens
+
+    def __init__(self, shape: CacheShape, pool: PagePool, page_tokens: int) -> None:
+        self.shape = shape
+        self.pool = pool
+        self.page_tokens = page_tokens
+        self._committed = -1
+        self._views: list[tuple[np.ndarray, np.ndarray]] = []
+        self._segments: list[_Segment] = []
+        self._at = 0
+
+    def begin(self, batch: list[Entry]) -> np.ndarray:
+        """The batch of the next forward pass: first those with one token, then the others; gives all positions."""
+        self._look()
+        step = 2 * self.shape.num_layers  # from a page of the pool to the next page of the same layer
+        tables = [np.asarray(entry.sequence.pages, np.int32) * np.int32(step) for entry in batch]
+        self._singles = sum(entry.count == 1 for entry in batch)
+        singles = batch[: self._singles]
+        width = max((len(table) for table in tables[: self._singles]), default=0)
+        self._tables = np.zeros((self._singles, width), np.int32)
+        for row, table in enumerate(tables[: self._singles]):
+            self._tables[row, : len(table)] = table
+        self._lengths = np.array([entry.first + 1 for entry in singles], np.int64)
+        self._segments, row = [], 0
+        positions, rows = [], []
+        for entry, table in zip(batch, tables):
+            at = np.arange(entry.first, entry.first + entry.count, dtype=np.int64)
+            positions.append(at)
+            rows.append(table[at // self.page_tokens].astype(np.int64) * self.page_tokens + at % self.page_tokens)
+            if entry.count > 1:
+                self._segments.append(_Segment(row, entry.count, entry.first, table))
+            row += entry.count
+        self._rows = np.concatenate(rows)
+        self._at = 0
+        return np.concatenate(positions)
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
+        """Keys and values [B, Hkv, D] of all rows go to their pages."""
+        keys, values = self._views[layer]
+        keys[self._rows] = k
+        values[self._rows] = v
+        self._at = 0
+
+    def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Attention of the next rows of the batch [n, H, D]; rows come in order, blocks of them at a time."""
+        begin, self._at = self._at, self._at + len(q)
+        keys, values = self._views[layer]
+        scale, window = self.shape.logit_scale, self.shape.window(layer)
+        end = min(self._singles, self._at)
+        if begin < end:
+            attend_paged_sequences(
+                q[: end - begin], keys, values, self._tables[begin:end], self._lengths[begin:end],
+                page_tokens=self.page_tokens, scale=scale, window=window, out=out[: end - begin],
+            )  # fmt: skip
+        for segment in self._segments:
+            first, last = max(segment.row, begin), min(segment.row + segment.count, self._at)
+            if first >= last:
+                continue
+            place = slice(first - begin, last - begin)
+            attend_paged(
+                q[place], keys, values, segment.table, page_tokens=self.page_tokens,
+                length=segment.first + segment.count, scale=scale,
+                first_position=segment.first + first - segment.row, window=window, out=out[place],
+            )  # fmt: skip
+        return out
+
+    def settle(self, layer: int) -> None:
+        """Rows are stored as they will stay."""
+
+    def truncate(self, length: int) -> None:
+        """What a failed step wrote lies beyond every sequence's computed tokens and is written again."""
+
+    def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def _look(self) -> None:
+        """Rows of each layer's keys and values over what is resident now."""
+        if self.pool.committed_bytes == self._committed:
+            return
+        self._committed = self.pool.committed_bytes
+        rows = self.pool.array((self.shape.num_kv_heads, self.shape.head_dim), KV_DTYPE)
+        planes = 2 * self.shape.num_layers
+        held = len(rows) - (planes - 1) * self.page_tokens
+        starts = [plane * self.page_tokens for plane in range(planes)]
+        self._views = [
+            (rows[starts[2 * layer] :][:held], rows[starts[2 * layer + 1] :][:held])
+            for layer in range(self.shape.num_layers)
+        ]
+
+
+class ModelExecutor:
+    """Runs steps on a decoder."""
+
+    def __init__(
+        self, decoder: Decoder, shape: CacheShape, pages: KVPages, *, logit_rows: int, scratch: np.ndarray
+    ) -> None:
+        """logit_rows: as the decoder was built with; scratch: of `Sampler.scratch_shape`, for all requests in turn."""
+        self.decoder = decoder
+        self.cache = BatchCache(shape, pages.pool, pages.page_tokens)
+        self._logit_rows = logit_rows
+        self._scratch = scratch
+        self._samplers: dict[int, Sampler] = {}
+
+    def run(self, batch: list[Entry]) -> list[Output | None]:
+        """See `Executor`."""
+        order = sorted(range(len(batch)), key=lambda i: batch[i].count > 1)
+        sorted_batch = [batch[i] for i in order]
+        positions = self.cache.begin(sorted_batch)
+        tokens = [t for entry in sorted_batch for t in entry.sequence.tokens[entry.first : entry.first + entry.count]]
+        hidden = self.decoder.batch(np.array(tokens, np.int64), positions, self.cache)
+        lasts = np.cumsum([entry.count for entry in sorted_batch]) - 1
+        outputs: list[Output | None] = [None] * len(batch)
+        asking = [place for place, entry in enumerate(sorted_batch) if entry.sample]
+        for begin in range(0, len(asking), self._logit_rows):
+            some = asking[begin : begin + self._logit_rows]
+            logits = self.decoder.logits(np.ascontiguousarray(hidden[lasts[some]]))
+            for row, place in zip(logits, some):
+                outputs[order[place]] = self._draw(sorted_batch[place].sequence, row)
+        return outputs
+
+    def forget(self, sequence: Sequence) -> None:
+        """See `Executor`."""
+        self._samplers.pop(sequence.id, None)
+
+    def _draw(self, sequence: Sequence, logits: np.ndarray) -> Output:
+        sampler = self._samplers.get(sequence.id)
+        if sampler is None:
+            sampler = self._samplers[sequence.id] = Sampler(sequence.request.sampling, self._scratch)
+        token = sampler.pick(logits)
+        wanted = sequence.request.logprobs
+        return Output(token, None if wanted is None else self._logprobs(logits, token, wanted))
+
+    def _logprobs(self, logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
+        peak = logits.max()
+        shares = np.subtract(logits, peak, out=self._scratch[0])
+        np.exp(shares, out=shares)
+        total = float(peak) + float(np.log(shares.sum(dtype=np.float64)))
+        top: tuple[tuple[int, float], ...] = ()
+        if count:
+            best = np.argpartition(logits, len(logits) - count)[len(logits) - count :]
+            best = best[np.lexsort((best, -logits[best]))]
+            top = tuple((int(i), float(logits[i]) - total) for i in best)
+        return TokenLogprobs(own=float(logits[token]) - total, top=top)

@@ -1,0 +1,343 @@
+"""The step loop of many requests: asks a scheduler, carries its decision out, hands new tokens to whoever asked.
+
+All that decides lives in the scheduler, all that computes in the executor; here is the bookkeeping between them, the
+same for the engine with a model and for the simulator. One thread only: `Engine` has no lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from memwall.engine.base import Costs, Limits, RequestView, Scheduler, State, Step, Work
+from memwall.engine.kv_pages import KVPages
+from memwall.engine.sequence import Event, FinishReason, Request, Sequence, TokenLogprobs
+from memwall.engine.swap import SwapArea
+from memwall.errors import BudgetExceeded, InputError
+
+SMOOTHING = 0.2
+"""Weight of the newest measurement in the running costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Compute tokens [first, first + count) of a sequence; `sample`: and draw the next one from the last of them."""
+
+    sequence: Sequence
+    first: int
+    count: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The token drawn for an entry."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Executor(Protocol):
+    """Does the arithmetic of a step."""
+
+    def run(self, batch: list[Entry]) -> list[Output | None]:
+        """Keys and values of every entry's tokens go to its sequence's pages; a token for each that samples."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is over."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts since the start, for metrics and reports."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    made_tokens: int = 0
+    computed_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preempted: Counter[str] = field(default_factory=Counter)
+    finished: Counter[str] = field(default_factory=Counter)
+
+
+class Engine:
+    """Requests over a pool of pages. `step` until `busy` is false; events tell what came out."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        pages: KVPages,
+        *,
+        limits: Limits,
+        context_tokens: int,
+        eos: tuple[int, ...] = (),
+        swap: SwapArea | None = None,
+        costs: Costs | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """costs: fixed ones; None measures them."""
+        self.scheduler = scheduler
+        self.executor = executor
+        self.pages = pages
+        self.limits = limits
+        self.context_tokens = context_tokens
+        self.eos = eos
+        self.swap = swap
+        self.costs = costs or Costs()
+        self._measures = costs is None
+        self.clock = clock
+        self.totals = Totals()
+        self.running: dict[int, Sequence] = {}
+        self.waiting: dict[int, Sequence] = {}
+        self.swapped: dict[int, Sequence] = {}
+        self.wanted_pages = pages.pool.limit_pages
+        self.observer: Callable[[State, Step], None] | None = None
+        self._next_id = 0
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is not over."""
+        return bool(self.running or self.waiting or self.swapped)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are not over."""
+        return len(self.running) + len(self.waiting) + len(self.swapped)
+
+    def check(self, request: Request) -> None:
+        """InputError when the request could never run."""
+        if len(request.prompt) >= self.context_tokens:
+            raise InputError(
+                f"the prompt has {len(request.prompt):,} tokens, but the context is {self.context_tokens:,} and at "
+                f"least one must be left for the answer; shorten it to {self.context_tokens - 1:,}"
+            )
+
+    def submit(self, request: Request, arrival: float | None = None, number: int | None = None) -> Sequence:
+        """A request enters the queue. number: its id, where the caller counts."""
+        self.check(request)
+        arrival = self.clock() if arrival is None else arrival
+        number = self._next_id if number is None else number
+        sequence = Sequence(id=number, request=request, arrival=arrival, eos=self.eos)
+        self._next_id = max(self._next_id, number) + 1
+        self.waiting[sequence.id] = sequence
+        self.totals.prompt_tokens += sequence.num_prompt
+        return sequence
+
+    def cancel(self, number: int) -> Event | None:
+        """Ends a request wherever it is and frees what it holds; None when it is over already."""
+        for group in (self.running, self.waiting, self.swapped):
+            if number in group:
+                return self._finish(group[number], "cancelled")
+        return None
+
+    def abandon(self) -> list[Event]:
+        """Ends all requests after a fault that nobody foresaw; what they held is free again."""
+        everyone = [*self.running.values(), *self.waiting.values(), *self.swapped.values()]
+        return [self._finish(one, "error") for one in everyone]
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """One decision and what follows from it."""
+        now = self.clock()
+        events = self._expire(now)
+        self.fit_limit()
+        state = self.snapshot()
+        step = self.scheduler.plan_step(state, now)
+        if self.observer is not None:
+            self.observer(state, step)
+        try:
+            self._rearrange(state, step, now)
+            self.fit_limit()
+            batch = [self._entry(work) for work in step.work]
+        except BudgetExceeded:  # the process grew elsewhere: go on with the pages that are there
+            self.wanted_pages = self.pages.pool.committed_bytes // self.pages.pool.page_bytes
+            return events
+        if not batch:
+            return events
+        began = self.clock()
+        outputs = self.executor.run(batch)
+        self._learn(batch, self.clock() - began)
+        self.totals.steps += 1
+        self.totals.computed_tokens += step.tokens
+        now = self.clock()
+        for entry, output in zip(batch, outputs, strict=True):
+            event = self._computed(entry, output, now)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def snapshot(self) -> State:
+        """What the scheduler sees."""
+        short = self.wanted_pages - self.pages.pool.limit_pages  # a shrunken budget that is not yet reached
+        return State(
+            running=tuple(self._view(one) for one in self.running.values()),
+            waiting=tuple(self._waiting_view(one) for one in self.waiting.values()),
+            swapped=tuple(self._view(one) for one in self.swapped.values()),
+            free_pages=self.pages.available_pages + min(short, 0),
+            total_pages=self.wanted_pages,
+            swap_free_pages=self.swap.free_pages if self.swap is not None else 0,
+            limits=self.limits,
+            costs=self.costs,
+        )
+
+    def _view(self, one: Sequence) -> RequestView:
+        held = one.places or one.pages
+        return RequestView(
+            id=one.id,
+            arrival=one.arrival,
+            priority=one.request.priority,
+            prompt=one.num_prompt,
+            known=len(one.tokens),
+            computed=one.computed,
+            most_tokens=one.most_tokens,
+            pages=len(held),
+            freeable=self.pages.freeable(one.pages),
+            session=one.request.session,
+            adapter=one.request.adapter,
+        )
+
+    def _waiting_view(self, one: Sequence) -> RequestView:
+        if one.view is None or one.version != self.pages.version:
+            hits = self._hits(one)
+            idle = sum(self.pages.is_idle(page) for page in hits)
+            if one.view is None or (one.view.hit, one.view.hit_idle) != (len(hits) * self.pages.page_tokens, idle):
+                one.view = replace(self._view(one), hit=len(hits) * self.pages.page_tokens, hit_idle=idle)
+            one.version = self.pages.version
+        return one.view
+
+    def _hits(self, one: Sequence) -> list[int]:
+        """Pages of its beginning that are there; one token at least stays to be computed, for its logits."""
+        return self.pages.find(one.digests_of(len(one.tokens) - 1, self.pages.page_tokens))
+
+    def fit_limit(self) -> None:
+        """Moves the pool's limit towards the wanted one, as far as what is held allows."""
+        pool = self.pages.pool
+        if self.wanted_pages == pool.limit_pages:
+            return
+        self.pages.forget(pool.used_pages - self.wanted_pages)
+        limit = max(self.wanted_pages, pool.used_pages)
+        if limit != pool.limit_pages:
+            moves = pool.set_limit(limit)
+            self.pages.moved(moves)
+            for one in self.running.values():
+                one.pages = [moves.get(page, page) for page in one.pages]
+
+    def _rearrange(self, state: State, step: Step, now: float) -> None:
+        for preempt in step.preempt:
+            self._set_aside(self.running.pop(preempt.id), preempt.by)
+        hits = {view.id: view.hit for view in state.waiting}
+        for number in step.admit:  # beginnings first: pages taken below might be theirs
+            self._admit(self.waiting.pop(number), hits[number], now)
+        for number in step.resume:
+            self._bring_back(self.swapped[number])
+
+    def _set_aside(self, one: Sequence, by: str) -> None:
+        one.preemptions += 1
+        one.view = None
+        self.totals.preempted[by] += 1
+        if by == "swap":
+            assert self.swap is not None
+            began = self.clock()
+            one.places = self.swap.write(one.pages)
+            self._learn_pages(len(one.pages), self.clock() - began)
+            one.status = "swapped"
+            self.swapped[one.id] = one
+        else:
+            one.status, one.computed, one.registered = "waiting", 0, 0
+            self.waiting[one.id] = one
+        self.pages.release(one.pages)
+        one.pages = []
+
+    def _bring_back(self, one: Sequence) -> None:
+        assert self.swap is not None
+        one.pages = self.pages.take(len(one.places))
+        del self.swapped[one.id]
+        began = self.clock()
+        self.swap.read(one.places, one.pages)
+        self._learn_pages(len(one.places), self.clock() - began)
+        one.places, one.registered = [], 0
+        one.status = "running"
+        self.running[one.id] = one
+
+    def _admit(self, one: Sequence, hit: int, now: float) -> None:
+        pages = self._hits(one)[: hit // self.pages.page_tokens]
+        self.pages.acquire(pages)
+        one.pages, one.computed, one.registered = pages, len(pages) * self.pages.page_tokens, len(pages)
+        if one.admitted is None:
+            one.admitted, one.cached = now, one.computed
+            self.totals.prefix_queries += one.num_prompt
+            self.totals.prefix_hits += one.computed
+        one.status = "running"
+        self.running[one.id] = one
+
+    def _entry(self, work: Work) -> Entry:
+        one = self.running[work.id]
+        end = one.computed + work.tokens
+        assert 0 < work.tokens <= len(one.tokens) - one.computed
+        one.pages += self.pages.take(max(self.limits.pages(end) - len(one.pages), 0))
+        return Entry(one, one.computed, work.tokens, end == len(one.tokens))
+
+    def _computed(self, entry: Entry, output: Output | None, now: float) -> Event | None:
+        one = entry.sequence
+        one.computed += entry.count
+        digests = one.digests_of(one.computed, self.pages.page_tokens)
+        for at in range(one.registered, len(digests)):
+            self.pages.register(one.pages[at], digests[at])
+        one.registered = len(digests)
+        if output is None:
+            return None
+        if one.first_token is None:
+            one.first_token = now
+        one.last_token = now
+        if output.token in one.eos and not one.request.sampling.ignore_eos:
+            return replace(self._finish(one, "stop"), logprobs=None)
+        one.tokens.append(output.token)
+        self.totals.made_tokens += 1
+        event = Event(id=one.id, token=output.token, logprobs=output.logprobs, cached_tokens=one.cached)
+        end = one.end(output.token, self.context_tokens)
+        if end is not None:
+            self._finish(one, end)
+            event = replace(event, finish=end)
+        return event
+
+    def _finish(self, one: Sequence, why: FinishReason) -> Event:
+        for group in (self.running, self.waiting, self.swapped):
+            group.pop(one.id, None)
+        self.pages.release(one.pages)
+        if one.places and self.swap is not None:
+            self.swap.drop(one.places)
+        one.pages, one.places = [], []
+        one.status, one.finish, one.finished = "finished", why, self.clock()
+        self.totals.finished[why] += 1
+        self.executor.forget(one)
+        return Event(id=one.id, finish=why, cached_tokens=one.cached)
+
+    def _expire(self, now: float) -> list[Event]:
+        late = [
+            one
+            for group in (self.running, self.waiting, self.swapped)
+            for one in group.values()
+            if one.request.until is not None and one.request.until < now
+        ]
+        return [self._finish(one, "cancelled") for one in late]
+
+    def _learn(self, batch: list[Entry], seconds: float) -> None:
+        tokens = sum(entry.count for entry in batch)
+        if self._measures and tokens >= 2 * len(batch):  # a step that is mostly prompt tells what a prompt costs
+            self.costs = replace(self.costs, seconds_per_token=_blend(self.costs.seconds_per_token, seconds / tokens))
+
+    def _learn_pages(self, count: int, seconds: float) -> None:
+        if self._measures and count:
+            self.costs = replace(self.costs, seconds_per_page=_blend(self.costs.seconds_per_page, seconds / count))
+
+
+def _blend(old: float, new: float) -> float:
+    return (1 - SMOOTHING) * old + SMOOTHING * new

@@ -1,0 +1,123 @@
+"""Pages of keys and values by what they hold: shared beginnings are found by the digest of their tokens.
+
+A full page of a sequence is known by a digest of its tokens and of all before them, so that an equal beginning of
+another sequence takes the same page. Pages that nobody uses any more stay as `prefix` until their room is wanted; the
+longest unused go first, and of one sequence the last page before the first.
+
+Digests are BLAKE2b of 16 bytes, keyed by `salt`: what one adapter or tenant cached is of no use to another, and nobody
+can construct two texts that share a page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from memwall.memory import OutOfPages, PagePool
+
+TENANT = "kv"
+IDLE_TENANT = "prefix"
+
+
+def digest_page(before: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
+    """Names a page by its tokens and all before it (`before`: the digest of the page before; empty for the first)."""
+    state = hashlib.blake2b(before or salt, digest_size=16)
+    state.update(np.asarray(tokens, np.int32).tobytes())
+    return state.digest()
+
+
+class KVPages:
+    """Counted pages over a pool, with the beginnings that can be shared."""
+
+    def __init__(self, pool: PagePool, page_tokens: int, *, keep_prefixes: bool = True) -> None:
+        self.pool = pool
+        self.page_tokens = page_tokens
+        self.keep_prefixes = keep_prefixes
+        self.version = 0
+        """Changes when what can be shared changes."""
+        self._page_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def idle_pages(self) -> int:
+        """Pages kept for their beginnings alone."""
+        return len(self._idle)
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that `take` can give."""
+        return self.pool.free_pages + len(self._idle)
+
+    def is_idle(self, page: int) -> bool:
+        """Whether nobody but the index holds it."""
+        return page in self._idle
+
+    def freeable(self, pages: Sequence[int]) -> int:
+        """How many of a sequence's pages no other sequence holds."""
+        return sum(self.pool.uses(page) == 1 for page in pages)
+
+    def find(self, digests: Sequence[bytes]) -> list[int]:
+        """Pages of the longest known beginning. They may go at any moment until `acquire` has them."""
+        found = []
+        for digest in digests:
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def acquire(self, pages: Sequence[int]) -> None:
+        """One more holder for pages that `find` gave."""
+        for page in pages:
+            if page in self._idle:  # the index's own reference becomes the sequence's
+                del self._idle[page]
+                self.pool.give_to(TENANT, [page])
+            else:
+                self.pool.share([page])
+
+    def take(self, count: int) -> list[int]:
+        """Fresh pages; beginnings that nobody uses make room. OutOfPages when there are too few."""
+        if count > self.available_pages:
+            raise OutOfPages(f"{count} pages wanted, {self.available_pages} of {self.pool.limit_pages} are free")
+        self.forget(count - self.pool.free_pages)
+        return self.pool.take(TENANT, count)
+
+    def register(self, page: int, digest: bytes) -> None:
+        """The page holds all the tokens that the digest names; others may share it from now on."""
+        if self.keep_prefixes and digest not in self._page_of and page not in self._digest_of:
+            self._page_of[digest] = page
+            self._digest_of[page] = digest
+            self.version += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """A sequence lets go of its pages. What others could share stays until its room is wanted."""
+        for page in reversed(pages):
+            if self.pool.uses(page) == 1 and page in self._digest_of:
+                self._idle[page] = None
+                self.pool.give_to(IDLE_TENANT, [page])
+            else:
+                self.pool.drop([page])
+        self.version += 1
+
+    def forget(self, count: int) -> int:
+        """Gives up to `count` of the longest unused pages back; how many there were."""
+        given = 0
+        while given < count and self._idle:
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._digest_of.pop(page)]
+            self.pool.drop([page])
+            given += 1
+        self.version += given
+        return given
+
+    def moved(self, moves: Mapping[int, int]) -> None:
+        """The pool has moved pages."""
+        if not moves:
+            return
+        self._digest_of = {moves.get(page, page): digest for page, digest in self._digest_of.items()}
+        self._page_of = {digest: page for page, digest in self._digest_of.items()}
+        self._idle = OrderedDict((moves.get(page, page), None) for page in self._idle)

@@ -1,0 +1,122 @@
+"""What is asked of the engine, what it keeps of each request while it runs, and what it tells about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from typing import Literal
+
+from memwall.engine.base import RequestView
+from memwall.engine.kv_pages import digest_page
+from memwall.engine.sampling import Sampling
+from memwall.errors import InputError
+
+Status = Literal["waiting", "running", "swapped", "finished"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One text to go on with. sampling.stop is left to who decodes the text; the engine knows tokens only.
+
+    priority: lower goes first. logprobs: how many likeliest alternatives to tell with each token, 0 for the token's own
+    alone, None for nothing. salt: whose cached beginnings it may share. until: a time of the engine's clock after which
+    it is cancelled.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    priority: int = 0
+    logprobs: int | None = None
+    session: str | None = None
+    adapter: str | None = None
+    salt: bytes = b""
+    until: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise InputError("the prompt is empty; give at least one token")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities, at temperature 1: the token's own, and those of the likeliest."""
+
+    own: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A token that was made for a request, or its end (token None); both at once where a token is the last."""
+
+    id: int
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request in the engine. tokens: prompt and what was made; the first `computed` have keys and values."""
+
+    id: int
+    request: Request
+    arrival: float
+    eos: tuple[int, ...]
+    status: Status = "waiting"
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    registered: int = 0
+    preemptions: int = 0
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+    finish: FinishReason | None = None
+    view: RequestView | None = None
+    version: int = -1
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def num_made(self) -> int:
+        """Tokens made so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def made(self) -> Tokens[int]:
+        """The tokens made so far."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens it can come to hold."""
+        return self.num_prompt + self.request.sampling.max_new_tokens
+
+    def digests_of(self, tokens: int, page_tokens: int) -> list[bytes]:
+        """Digests of the full pages among the first `tokens`."""
+        while len(self.digests) < tokens // page_tokens:
+            at = len(self.digests) * page_tokens
+            before = self.digests[-1] if self.digests else b""
+            self.digests.append(digest_page(before, self.tokens[at : at + page_tokens], self.request.salt))
+        return self.digests[: tokens // page_tokens]
+
+    def end(self, token: int, context_tokens: int) -> FinishReason | None:
+        """Why this token is the last; None where it is not. The end-of-text token itself is not kept."""
+        if token in self.eos and not self.request.sampling.ignore_eos:
+            return "stop"
+        if self.num_made >= self.request.sampling.max_new_tokens or len(self.tokens) >= context_tokens:
+            return "length"
+        return None

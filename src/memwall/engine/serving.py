@@ -1,0 +1,233 @@
+"""A model that serves many requests inside one budget: loading it, and keeping the budget while it runs.
+
+What the process holds outside the arena (interpreter, connections, texts) moves while it serves. `govern` reads the
+resident set before a step and moves the pool's limit, so that the whole process stays below the budget: kept prefixes
+go first, then requests are set aside; when there is room again the pool grows back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from memwall import _native
+from memwall.engine.base import Limits, Scheduler
+from memwall.engine.batch import ModelExecutor, page_bytes
+from memwall.engine.core import Engine
+from memwall.engine.fcfs import FirstComeFirstServed
+from memwall.engine.kv_pages import KVPages
+from memwall.engine.sampling import Sampler
+from memwall.engine.session import SAMPLING, LoadedDecoder, Settings, cache_shape, load_decoder
+from memwall.engine.swap import SwapArea
+from memwall.errors import BudgetExceeded, DoesNotFit, InputError
+from memwall.hardware import available_memory_bytes
+from memwall.hardware.units import MIB, format_bytes
+from memwall.memory import Arena, Budget, Ledger, PagePool, measure_runtime, resident_bytes
+from memwall.models.config import ModelConfig
+from memwall.models.tokenizer import Tokenizer
+from memwall.models.weights import Progress
+
+POOL_OWNER = "kv/pages"
+MOST_LOGIT_ROWS = 16
+LEAST_CONTEXT_TOKENS = 256
+"""Where the context is left open and less than this fits, loading is refused."""
+MOST_PLACES = 1 << 31
+"""Page tables are of 32-bit numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingSettings:
+    """How a model serves.
+
+    weights: as for a session. context_tokens: longest request, prompt and answer; None for the model's positions.
+    token_budget: tokens computed in one step. swap_bytes: disk for requests set aside. headroom_bytes: kept free for
+    what the process comes to hold outside the arena. exact: float arithmetic on packed weights.
+    """
+
+    weights: str = "float16"
+    context_tokens: int | None = None
+    max_sequences: int = 16
+    token_budget: int = 256
+    page_tokens: int = 16
+    swap_bytes: int = 256 * MIB
+    swap_folder: Path | None = None
+    headroom_bytes: int = 8 * MIB
+    threads: int | None = None
+    exact: bool = False
+    keep_prefixes: bool = True
+
+    @property
+    def limits(self) -> Limits:
+        """What one step may do."""
+        return Limits(token_budget=self.token_budget, max_sequences=self.max_sequences, page_tokens=self.page_tokens)
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "token_budget", "headroom_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.token_budget < self.max_sequences:
+            raise InputError(
+                f"a step of {self.token_budget} tokens cannot give one to each of {self.max_sequences} sequences; "
+                f"raise it to {self.max_sequences} or more"
+            )
+        if self.page_tokens < 16 or self.page_tokens & (self.page_tokens - 1):
+            raise InputError(f"page_tokens is {self.page_tokens}; it must be 16, 32, 64 or another power of two")
+
+
+class Serving:
+    """An engine with its model, and the budget it lives in."""
+
+    def __init__(
+        self,
+        settings: ServingSettings,
+        loaded: LoadedDecoder,
+        engine: Engine,
+        pool: PagePool,
+        budget: Budget | None,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.settings = settings
+        self.config: ModelConfig = loaded.config
+        self.arena: Arena = loaded.arena
+        self.ledger: Ledger = loaded.ledger
+        self.engine = engine
+        self.pool = pool
+        self.tokenizer = tokenizer
+        self.budget_bytes = budget.ram if budget is not None else None
+        self.most_budget_bytes: int | None = None
+        self._loaded = loaded
+        self._outside = loaded.runtime_bytes
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest request, prompt and answer."""
+        return self.engine.context_tokens
+
+    def govern(self) -> None:
+        """Moves the pool's limit to what the budget leaves now. Call it before a step."""
+        pool = self.pool
+        if self.budget_bytes is None:
+            self.engine.wanted_pages = min(pool.most_pages, self._unlimited_pages())
+            return
+        outside = max(resident_bytes() - self.arena.used_bytes, self._loaded.runtime_bytes)
+        fixed = outside + self.arena.used_bytes - pool.committed_bytes
+        roomy = (self.budget_bytes - fixed - self.settings.headroom_bytes) // pool.page_bytes
+        tight = (self.budget_bytes - fixed - self.settings.headroom_bytes // 2) // pool.page_bytes
+        wanted = self.engine.wanted_pages
+        # between the two nothing moves: the heap breathes
+        wanted = max(min(max(wanted, roomy), tight), 0)
+        self.engine.wanted_pages = min(wanted, pool.most_pages)
+        cap = self.arena.used_bytes - pool.committed_bytes + self.engine.wanted_pages * pool.page_bytes
+        self.arena.set_cap(max(cap, self.arena.used_bytes, 1))
+
+    def least_budget_bytes(self) -> int:
+        """The smallest budget in which one request of the whole context can run."""
+        pages = self.engine.limits.pages(self.context_tokens)
+        held = max(resident_bytes() - self.pool.committed_bytes, 0)
+        return held + pages * self.pool.page_bytes + self.settings.headroom_bytes
+
+    def set_budget(self, nbytes: int) -> None:
+        """A new budget for the whole process, from the next step on. DoesNotFit when it is too small to go on."""
+        least = self.least_budget_bytes()
+        if nbytes < least:
+            raise DoesNotFit(
+                f"a budget of {format_bytes(nbytes)} does not hold the weights and one request of "
+                f"{self.context_tokens:,} tokens; the smallest that does is {least:,} bytes ({format_bytes(least)})"
+            )
+        self.budget_bytes = nbytes
+
+    def settle(self) -> None:
+        """Moves to a new budget while nothing runs; memory that the heap keeps is given back first."""
+        _native.give_back_freed_memory()
+        self.govern()
+        if not self.engine.busy:
+            self.engine.fit_limit()
+
+    def close_books(self) -> None:
+        """Measures the runtime row of the ledger anew."""
+        measure_runtime(self.ledger)
+
+    def release(self) -> None:
+        """Gives all memory back."""
+        if self.engine.swap is not None:
+            self.engine.swap.release()
+        self.pool.release()
+        self._loaded.decoder.release()
+        self._loaded.weights.release()
+
+    def _unlimited_pages(self) -> int:
+        wanted = self.settings.max_sequences * self.engine.limits.pages(self.context_tokens)
+        return min(wanted, max(self.arena.cap_bytes - self.arena.used_bytes, 0) // self.pool.page_bytes + self._held())
+
+    def _held(self) -> int:
+        return self.pool.committed_bytes // self.pool.page_bytes
+
+
+def load_engine(
+    model: Path,
+    settings: ServingSettings,
+    *,
+    budget: Budget | None = None,
+    tokenizer: Tokenizer | None = None,
+    scheduler: Scheduler | None = None,
+    progress: Progress | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Serving:
+    """Loads a model for many requests. Call it once everything else that the process needs is imported.
+
+    BudgetExceeded when weights and one request of the whole context do not fit.
+    """
+    rows = min(settings.max_sequences, MOST_LOGIT_ROWS)
+    loaded = load_decoder(
+        model,
+        Settings(
+            weights=settings.weights,
+            segment_tokens=settings.token_budget,
+            logit_rows=rows,
+            threads=settings.threads,
+            exact=settings.exact,
+        ),
+        budget=budget,
+        progress=progress,
+        sequences=settings.max_sequences,
+        headroom_bytes=settings.headroom_bytes,
+    )
+    config, arena = loaded.config, loaded.arena
+    scratch = arena.allocate(SAMPLING, Sampler.scratch_shape(config.vocab_size), np.float32)
+    pool, context = _make_pool(settings, config, arena, limited=budget is not None)
+    pages = KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
+    engine = Engine(
+        scheduler or FirstComeFirstServed(),
+        ModelExecutor(loaded.decoder, cache_shape(config), pages, logit_rows=rows, scratch=scratch),
+        pages,
+        limits=settings.limits,
+        context_tokens=context,
+        eos=tuple(config.eos_token_ids),
+        swap=SwapArea(pool, settings.swap_bytes // pool.page_bytes, arena=arena, folder=settings.swap_folder),
+        clock=clock or time.perf_counter,
+    )
+    serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
+    serving.govern()
+    return serving
+
+
+def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
+    """The pool, with a limit of one request of the whole context, and that context."""
+    size, pages = page_bytes(cache_shape(config), settings.page_tokens), settings.limits.pages
+    context = settings.context_tokens or config.max_position
+    if context > config.max_position:
+        raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
+    least = pages(context)
+    if settings.context_tokens is None:
+        least = min(least, max(arena.free_bytes // size, pages(min(context, LEAST_CONTEXT_TOKENS))))
+        context = min(context, least * settings.page_tokens)
+    if arena.free_bytes < least * size:
+        raise BudgetExceeded(POOL_OWNER, least * size, arena.free_bytes, arena.cap_bytes)
+    # address space for what the budget may become, not memory
+    room = max(available_memory_bytes(), arena.cap_bytes if limited else 0)
+    most = min(max(room // size, 1), MOST_PLACES // (2 * config.num_layers) - 1)
+    return PagePool(POOL_OWNER, page_bytes=size, most_pages=max(most, least), limit_pages=least, arena=arena), context

@@ -1,0 +1,186 @@
+"""A pool of equal pages whose limit can move while it is in use.
+
+Pages lie beside each other in one address range of which only the lowest are resident, so the pool gives memory back by
+moving its highest pages down (`set_limit`). A page is held by counted references, belongs to a tenant (`kv`, `prefix`,
+later adapters), and may be pinned: then it is neither moved nor given up.
+
+A pool without an arena only counts: the simulator decides over the same object that the engine uses.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from memwall.errors import DoesNotFit
+from memwall.memory.arena import Arena
+
+
+class OutOfPages(DoesNotFit):
+    """The pool has no page left within its limit."""
+
+
+class PagePool:
+    """`limit_pages` of `page_bytes` each, at most `most_pages`; the limit moves between one page and that."""
+
+    def __init__(
+        self,
+        owner: str,
+        *,
+        page_bytes: int,
+        most_pages: int,
+        limit_pages: int | None = None,
+        arena: Arena | None = None,
+    ) -> None:
+        if min(page_bytes, most_pages) < 1:
+            raise ValueError(f"{owner}: {most_pages} pages of {page_bytes} bytes; each must be at least 1")
+        self.owner = owner
+        self.page_bytes = page_bytes
+        self.most_pages = most_pages
+        self._limit = min(most_pages if limit_pages is None else limit_pages, most_pages)
+        self._region = arena.reserve(owner, page_bytes * most_pages) if arena is not None else None
+        self._uses: dict[int, int] = {}
+        self._tenants: dict[int, str] = {}
+        self._pins: Counter[int] = Counter()
+        self._free: list[int] = []  # a heap: the lowest page first, so that what is resident stays short
+        self._next = 0  # pages from here on were never handed out
+        self.peak_pages = 0
+
+    @property
+    def limit_pages(self) -> int:
+        """Pages that may be in use."""
+        return self._limit
+
+    @property
+    def used_pages(self) -> int:
+        """Pages in use now, each counted once however many share it."""
+        return len(self._uses)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that may still be taken."""
+        return self._limit - len(self._uses)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Resident bytes; those of a pool without an arena are what its pages would take."""
+        return self._region.committed_bytes if self._region is not None else self._next * self.page_bytes
+
+    def usage(self) -> dict[str, int]:
+        """Pages in use by tenant."""
+        return dict(Counter(self._tenants.values()))
+
+    def tenant(self, page: int) -> str | None:
+        """Whose page it is; None for a free one."""
+        return self._tenants.get(page)
+
+    def uses(self, page: int) -> int:
+        """How many references hold a page."""
+        return self._uses.get(page, 0)
+
+    def take(self, tenant: str, count: int) -> list[int]:
+        """Pages of one's own, with whatever was in them. OutOfPages, with nothing taken, when there are too few;
+        BudgetExceeded when the arena has no room for pages that were never touched.
+        """
+        if count > self.free_pages:
+            raise OutOfPages(f"{self.owner}: {count} pages wanted, {self.free_pages} of {self._limit} are free")
+        fresh = max(count - len(self._free), 0)
+        if fresh and self._region is not None:
+            self._region.commit((self._next + fresh) * self.page_bytes)
+        pages = [heapq.heappop(self._free) for _ in range(count - fresh)]
+        pages += range(self._next, self._next + fresh)
+        self._next += fresh
+        for page in pages:
+            self._uses[page] = 1
+            self._tenants[page] = tenant
+        self.peak_pages = max(self.peak_pages, len(self._uses))
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more reference to each."""
+        for page in pages:
+            self._uses[page] += 1
+
+    def drop(self, pages: Iterable[int]) -> list[int]:
+        """One reference less to each; gives those that became free."""
+        freed = []
+        for page in pages:
+            if self._uses[page] == 1 and self._pins[page]:
+                raise ValueError(f"{self.owner}: page {page} is pinned and cannot be given up")
+            self._uses[page] -= 1
+            if not self._uses[page]:
+                del self._uses[page], self._tenants[page]
+                heapq.heappush(self._free, page)
+                freed.append(page)
+        return freed
+
+    def give_to(self, tenant: str, pages: Iterable[int]) -> None:
+        """The pages belong to another tenant from now on."""
+        for page in pages:
+            self._tenants[page] = tenant
+
+    def pin(self, pages: Iterable[int]) -> None:
+        """Keeps pages where they are until as many `unpin`."""
+        for page in pages:
+            if page not in self._uses:
+                raise ValueError(f"{self.owner}: page {page} is free and cannot be pinned")
+            self._pins[page] += 1
+
+    def unpin(self, pages: Iterable[int]) -> None:
+        """Takes one pin back from each."""
+        for page in pages:
+            if not self._pins[page]:
+                raise ValueError(f"{self.owner}: page {page} is not pinned")
+            self._pins[page] -= 1
+            if not self._pins[page]:
+                del self._pins[page]
+
+    def set_limit(self, limit_pages: int) -> dict[int, int]:
+        """Moves the limit; gives where pages went ({old: new}), whose holders must follow.
+
+        Pages from the new limit on move down and their memory goes back to the system. DoesNotFit, with nothing
+        changed, while more are in use, or a pinned one would have to move.
+        """
+        limit = min(limit_pages, self.most_pages)
+        if limit < len(self._uses):
+            raise DoesNotFit(f"{self.owner}: {len(self._uses)} pages are in use; free {len(self._uses) - limit} first")
+        high = sorted(page for page in self._uses if page >= limit)
+        if pinned := [page for page in high if self._pins[page]]:
+            raise DoesNotFit(f"{self.owner}: page {pinned[0]} is pinned above a limit of {limit} pages")
+        holes = [page for page in range(min(limit, self._next)) if page not in self._uses]
+        moves = dict(zip(high, holes))
+        for old, new in moves.items():
+            if self._region is not None:
+                np.copyto(self.page(new), self.page(old))
+            self._uses[new] = self._uses.pop(old)
+            self._tenants[new] = self._tenants.pop(old)
+        self._limit = limit
+        self._next = min(self._next, limit)
+        self._free = [page for page in holes if page not in self._uses]
+        heapq.heapify(self._free)
+        if self._region is not None:
+            self._region.shrink(self._next * self.page_bytes)
+        return moves
+
+    def page(self, page: int) -> np.ndarray:
+        """The bytes of one page, uint8."""
+        assert self._region is not None
+        return self._region.array(self.page_bytes, np.uint8, page * self.page_bytes)
+
+    def array(self, row_shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """All resident whole pages as rows. Make it anew when `committed_bytes` has changed."""
+        assert self._region is not None
+        row_bytes = int(np.prod(row_shape)) * dtype.itemsize
+        pages = self._region.committed_bytes // self.page_bytes
+        return self._region.array((pages * self.page_bytes // row_bytes, *row_shape), dtype)
+
+    def release(self) -> None:
+        """Gives everything back; the pool is of no more use."""
+        if self._region is not None:
+            self._region.release()
+        self._uses.clear()
+        self._tenants.clear()
+        self._pins.clear()

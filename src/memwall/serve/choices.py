@@ -1,0 +1,97 @@
+"""One choice of an answer while it is made: tokens become text that is certain, stop texts end it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from memwall.engine.sampling import StopWatcher
+from memwall.engine.sequence import Event, TokenLogprobs
+from memwall.models.tokenizer import UNFINISHED, Tokenizer
+
+REASONS = {"stop": "stop", "length": "length", "cancelled": "length", "error": "error"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """New text of a choice, and its tokens with log-probabilities where they were asked for."""
+
+    text: str = ""
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
+    finish: str | None = None
+
+
+@dataclass(slots=True)
+class Choice:
+    """Text of one choice. `tokens` counts those that were made up to its end."""
+
+    tokenizer: Tokenizer
+    stop: tuple[str, ...]
+    tokens: int = 0
+    cached_tokens: int = 0
+    finish: str | None = None
+    failed: bool = False
+    text: list[str] = field(default_factory=list)
+    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stream = self.tokenizer.stream()
+        self._watcher = StopWatcher(self.stop)
+
+    _stream: Any = field(init=False, repr=False)
+    _watcher: Any = field(init=False, repr=False)
+
+    def push(self, event: Event) -> Piece | None:
+        """What an event adds; None once the choice has ended."""
+        if self.finish is not None:
+            return None
+        self.cached_tokens = event.cached_tokens
+        shown, met = "", False
+        told: tuple[tuple[int, TokenLogprobs], ...] = ()
+        if event.token is not None:
+            self.tokens += 1
+            shown, met = self._watcher.push(self._stream.push(event.token))
+            told = ((event.token, event.logprobs),) if event.logprobs is not None else ()
+        if met:
+            self.finish = "stop"
+        elif event.finish is not None:
+            rest, met = self._watcher.push(self._stream.flush())
+            shown += rest + ("" if met else self._watcher.flush())
+            self.failed = event.finish == "error"
+            self.finish = "stop" if met else REASONS[event.finish]
+        self.text.append(shown)
+        self.logprobs += told
+        return Piece(text=shown, logprobs=told, finish=self.finish)
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token alone, as text."""
+    return tokenizer.decode([token], False)
+
+
+def chat_logprobs(tokenizer: Tokenizer, told: tuple[tuple[int, TokenLogprobs], ...]) -> dict[str, Any]:
+    """OpenAI's form for chats."""
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        text = token_text(tokenizer, token)
+        return {"token": text, "logprob": value, "bytes": None if UNFINISHED in text else list(text.encode())}
+
+    return {
+        "content": [
+            {**entry(token, found.own), "top_logprobs": [entry(other, value) for other, value in found.top]}
+            for token, found in told
+        ]
+    }
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, told: tuple[tuple[int, TokenLogprobs], ...], offset: int
+) -> tuple[dict[str, Any], int]:
+    """OpenAI's form for completions, and where the next token's text begins."""
+    texts, offsets = [token_text(tokenizer, token) for token, _ in told], []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    tops = [{token_text(tokenizer, other): value for other, value in reversed(found.top)} for _, found in told]
+    own = [found.own for _, found in told]
+    return {"tokens": texts, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}, offset

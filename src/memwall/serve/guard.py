@@ -1,0 +1,130 @@
+"""What stands before every route: the key, the host's name, sizes, and how much is read at once.
+
+Browsers can reach a loopback server from any page; so a local server answers only to local names (else a foreign name
+could be pointed at it), and bodies must say they are JSON, which no foreign page may send without being asked first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from memwall.serve.fields import ApiError
+from memwall.serve.settings import LOOPBACK, ServerSettings
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+BODY_SECONDS = 30.0
+BODIES_AT_ONCE = 4
+"""Bodies of the largest size that are held at once; more wait their turn."""
+
+
+class Guard:
+    """An ASGI layer around the whole application: nothing behind it runs for who may not come in."""
+
+    def __init__(self, app: App, settings: ServerSettings) -> None:
+        self.app = app
+        self.settings = settings
+        self._room = BODIES_AT_ONCE * settings.most_body_bytes
+        self._freed = asyncio.Condition()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        try:
+            self._check_host(headers)
+            self._check_key(headers)
+            size = self._check_body(scope, headers)
+        except ApiError as error:
+            return await refuse(error)(scope, receive, send)
+        if not size:
+            return await self.app(scope, receive, send)
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._room >= size)
+            self._room -= size
+        try:
+            body = await self._read(receive, size)
+        except ApiError as error:
+            return await refuse(error)(scope, receive, send)
+        finally:
+            async with self._freed:
+                self._room += size
+                self._freed.notify_all()
+        if body is None:
+            return None  # the client went away
+        scope["memwall.body"] = body
+        return await self.app(scope, receive, send)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        if not self.settings.local or self.settings.api_key is not None:
+            return
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host[: host.rfind("]") + 1].strip("[]") if host.startswith("[") else host.split(":")[0]
+        if name.lower() not in LOOPBACK:
+            raise ApiError(f"this server answers to {', '.join(LOOPBACK)} only, not {name[:80]!r}", status=421)
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        key = self.settings.api_key
+        if key is None:
+            return
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() == b"basic":  # what a browser asks for; the name does not matter
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                given = b""
+        if not hmac.compare_digest(given.strip(), key.encode()):
+            raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
+
+    def _check_body(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
+        """Bytes to read; zero where there is no body."""
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return 0
+        most = self.settings.most_body_bytes
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise ApiError("send JSON with the header Content-Type: application/json", status=415)
+        told = headers.get(b"content-length")
+        if told is None:
+            return most
+        if not told.isdigit() or len(told) > 18:
+            raise ApiError("Content-Length is no number")
+        if int(told) > most:
+            raise ApiError(f"the body has {int(told):,} bytes; at most {most:,} are taken", status=413)
+        return max(int(told), 1)
+
+    async def _read(self, receive: Receive, most: int) -> bytes | None:
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise ApiError(f"the body has more than {most:,} bytes", status=413)
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(f"the body took longer than {BODY_SECONDS:.0f} seconds") from None
+
+
+def refuse(error: ApiError) -> JSONResponse:
+    """The error as an answer."""
+    headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="memwall", charset="UTF-8"'
+    if error.status in (429, 503):
+        headers["Retry-After"] = "1"
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)

@@ -1,0 +1,112 @@
+"""Prometheus metrics: names end as vLLM's do, under the prefix `memwall:`; `vllm:` aliases for autoscalers on request.
+
+Beyond those: resident bytes by owner and tier, the budget, and how far the plan of memory is from what the system sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+
+from memwall.memory import ledger_error, peak_resident_bytes, resident_bytes
+
+if TYPE_CHECKING:
+    from memwall.serve.service import Service
+
+FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+PREFIX = "memwall:"
+
+
+class Latencies:
+    """Histograms of what clients wait for."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
+
+        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST)
+        self.between_tokens = histogram("inter_token_latency_seconds", "Between two tokens of a request.", BETWEEN)
+        self.request = histogram("e2e_request_latency_seconds", "From arrival to the last token.", WHOLE)
+
+
+class EngineMetrics:
+    """Reads the engine's counts when it is asked. The thread goes on meanwhile: figures may be a step apart."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def collect(self) -> Iterator[Any]:
+        """The protocol of prometheus_client."""
+        service = self.service
+        serving, engine, totals = service.serving, service.serving.engine, service.serving.engine.totals
+        pool, model = serving.pool, service.settings.name
+
+        def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+            family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
+            family.add_metric([model], value)
+            return family
+
+        def counter(name: str, text: str, value: float) -> CounterMetricFamily:
+            family = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
+            family.add_metric([model], value)
+            return family
+
+        yield gauge("num_requests_running", "Requests that compute.", len(engine.running))
+        yield gauge("num_requests_waiting", "Requests that wait for room.", len(engine.waiting))
+        yield gauge("num_requests_swapped", "Requests set aside on disk.", len(engine.swapped))
+        busy = pool.used_pages - engine.pages.idle_pages
+        yield gauge("kv_cache_usage_perc", "Share of the pages in use, 0 to 1.", busy / max(pool.limit_pages, 1))
+        yield counter("prompt_tokens", "Tokens of prompts that came.", totals.prompt_tokens)
+        yield counter("generation_tokens", "Tokens made.", totals.made_tokens)
+        yield counter("computed_tokens", "Tokens computed, again or for the first time.", totals.computed_tokens)
+        yield counter("iterations", "Steps of the engine.", totals.steps)
+        yield counter("prefix_cache_queries", "Tokens looked for among kept beginnings.", totals.prefix_queries)
+        yield counter("prefix_cache_hits", "Tokens found there.", totals.prefix_hits)
+        yield counter("num_preemptions", "Requests set aside.", sum(totals.preempted.values()))
+        yield counter("client_cancellations", "Requests whose client went away.", service.cancelled_by_clients)
+        finished = CounterMetricFamily(
+            PREFIX + "request_success", "Requests that ended.", labels=["model_name", "finished_reason"]
+        )
+        for reason, count in sorted(dict(totals.finished).items()):
+            finished.add_metric([model, reason], count)
+        yield finished
+        yield from self._memory()
+
+    def _memory(self) -> Iterator[Any]:
+        serving = self.service.serving
+        rows = GaugeMetricFamily(PREFIX + "memory_bytes", "Bytes on the ledger.", labels=["tier", "owner"])
+        for row in serving.ledger.rows():
+            rows.add_metric([row.tier, row.owner], row.nbytes)
+        yield rows
+        budget = GaugeMetricFamily(PREFIX + "memory_budget_bytes", "The budget.", labels=["tier"])
+        if serving.budget_bytes is not None:
+            budget.add_metric(["ram"], serving.budget_bytes)
+        yield budget
+        yield GaugeMetricFamily(
+            PREFIX + "resident_memory_bytes", "Resident set of the process.", value=resident_bytes()
+        )
+        peak = peak_resident_bytes()
+        yield GaugeMetricFamily(PREFIX + "resident_memory_peak_bytes", "Its peak.", value=peak)
+        error = ledger_error(serving.ledger)
+        text = "Ledger against resident set: (ledger - resident) / resident."
+        yield GaugeMetricFamily(PREFIX + "memory_plan_error_ratio", text, value=error)
+        info = InfoMetricFamily(PREFIX + "cache_config", "How keys and values are kept.")
+        pool, limits = serving.pool, serving.engine.limits
+        facts = {"block_size": limits.page_tokens, "page_bytes": pool.page_bytes, "num_gpu_blocks": pool.limit_pages}
+        info.add_metric([], {name: str(value) for name, value in facts.items()})
+        yield info
+
+
+def exposition(service: Service, *, alias: bool = False) -> bytes:
+    """The text that Prometheus reads. alias: the same once more under `vllm:`, for the names that vLLM has too."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(EngineMetrics(service))
+    text = generate_latest(registry) + generate_latest(service.latencies.registry)
+    return text + text.replace(PREFIX.encode(), b"vllm:") if alias else text

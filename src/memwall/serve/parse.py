@@ -1,0 +1,257 @@
+"""Bodies of `/v1/completions` and `/v1/chat/completions` as checked requests for the engine."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+from memwall.engine.sampling import Sampling
+from memwall.engine.sequence import Request
+from memwall.errors import InputError
+from memwall.models.chat import ChatTemplate
+from memwall.models.tokenizer import Tokenizer
+from memwall.serve.fields import ApiError, Fields
+from memwall.serve.settings import ServerSettings
+
+IGNORED = ("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier")
+SHARED = (
+    "model", "stream", "stream_options", "n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
+    "frequency_penalty", "presence_penalty", "logit_bias", "ignore_eos", "priority", "cache_salt", *IGNORED,
+)  # fmt: skip
+COMPLETION = (*SHARED, "prompt", "echo", "best_of", "suffix")
+CHAT = (
+    *SHARED, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
+    "functions", "modalities", "parallel_tool_calls",
+)  # fmt: skip
+LARGEST_SEED = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a body asks for. requests: one per choice, those of one prompt in a row; stop: texts that end a choice."""
+
+    requests: tuple[Request, ...]
+    choices: int
+    stop: tuple[str, ...]
+    stream: bool
+    usage: bool
+    echo: tuple[str, ...] = ()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, each counted once."""
+        return sum(len(request.prompt) for request in self.requests[:: self.choices])
+
+
+class Parser:
+    """Reads bodies for one model."""
+
+    def __init__(
+        self, settings: ServerSettings, tokenizer: Tokenizer, template: ChatTemplate, *, context: int, vocab: int
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.template = template
+        self.context = context
+        self.vocab = vocab
+
+    def completion(self, body: dict[str, Any]) -> Asked:
+        """A body of `/v1/completions`."""
+        fields = Fields(body, COMPLETION)
+        fields.neutral("suffix", "")
+        self._check_model(fields)
+        choices = fields.integer("n", 1, 1, self.settings.most_choices)
+        fields.neutral("best_of", choices)
+        prompts = self._prompts(fields.get("prompt"))
+        logprobs = fields.get("logprobs")
+        if logprobs is not None:
+            logprobs = fields.integer("logprobs", 0, 0, self.settings.most_logprobs)
+        echo = fields.boolean("echo")
+        if echo and logprobs is not None:
+            raise ApiError("echo and logprobs together are not supported; leave one out", param="echo")
+        texts = tuple(self.tokenizer.decode(prompt) for prompt in prompts) if echo else ()
+        return self._asked(fields, prompts, 16, "max_tokens", choices, logprobs, (), texts)
+
+    def chat(self, body: dict[str, Any]) -> Asked:
+        """A body of `/v1/chat/completions`."""
+        fields = Fields(body, CHAT)
+        for name in ("tools", "functions"):
+            fields.neutral(name, [])
+        fields.neutral("tool_choice", "none", "auto")
+        fields.neutral("response_format", {"type": "text"})
+        fields.neutral("modalities", ["text"])
+        self._check_model(fields)
+        try:
+            text = self.template.render(_messages(fields.get("messages")))
+            prompt = self.tokenizer.encode(text, add_bos=False)
+        except InputError as error:
+            raise ApiError(str(error), param="messages") from None
+        wants = fields.boolean("logprobs")
+        top = fields.integer("top_logprobs", 0, 0, self.settings.most_logprobs)
+        if top and not wants:
+            raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
+        limit = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
+        choices = fields.integer("n", 1, 1, self.settings.most_choices)
+        return self._asked(fields, [prompt], None, limit, choices, top if wants else None, self.template.stop, ())
+
+    def tokens(self, body: dict[str, Any]) -> list[int]:
+        """Ids of a body of `/tokenize`: `prompt`, or `messages` through the template."""
+        fields = Fields(body, ("model", "prompt", "messages", "add_special_tokens"))
+        try:
+            if fields.get("messages") is not None:
+                return self.tokenizer.encode(self.template.render(_messages(fields.get("messages"))), add_bos=False)
+            text = fields.text("prompt")
+            if text is None:
+                raise ApiError("prompt is missing: give a text, or messages", param="prompt")
+            return self.tokenizer.encode(text, add_bos=None if fields.boolean("add_special_tokens", True) else False)
+        except InputError as error:
+            raise ApiError(str(error), param="prompt") from None
+
+    def text(self, body: dict[str, Any]) -> str:
+        """Text of a body of `/detokenize`: `tokens`."""
+        return self.tokenizer.decode(self._ids(Fields(body, ("model", "tokens")).get("tokens"), "tokens"), False)
+
+    def _check_model(self, fields: Fields) -> None:
+        name = fields.text("model")
+        if name is not None and name != self.settings.name:
+            message = f"the model {name[:80]!r} is not here; this server has {self.settings.name!r}"
+            raise ApiError(message, status=404, param="model", code="model_not_found")
+
+    def _prompts(self, prompt: Any) -> list[list[int]]:
+        if prompt is None:
+            raise ApiError("prompt is missing: give a text, a list of texts, or token ids", param="prompt")
+        if isinstance(prompt, str):
+            return [self._encode(prompt)]
+        if not isinstance(prompt, list) or not prompt:
+            raise ApiError("prompt must be a text, a list of texts, or token ids, and not empty", param="prompt")
+        if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt):
+            if len(prompt) > self.settings.most_prompts:
+                message = f"{len(prompt)} prompts in one request; at most {self.settings.most_prompts}"
+                raise ApiError(message, param="prompt")
+            return [self._encode(one) if isinstance(one, str) else self._ids(one, "prompt") for one in prompt]
+        return [self._ids(prompt, "prompt")]
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            ids = self.tokenizer.encode(text)
+        except InputError as error:
+            raise ApiError(str(error), param="prompt") from None
+        if not ids:
+            raise ApiError("the prompt is empty; give at least one word", param="prompt")
+        return ids
+
+    def _ids(self, ids: Any, param: str) -> list[int]:
+        if not isinstance(ids, list) or not ids:
+            raise ApiError(f"{param} must be token ids, at least one", param=param)
+        for one in ids:
+            if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < self.vocab:
+                raise ApiError(f"token ids are whole numbers from 0 to {self.vocab - 1}", param=param)
+        return ids
+
+    def _asked(
+        self,
+        fields: Fields,
+        prompts: list[list[int]],
+        default_new: int | None,
+        limit: str,
+        choices: int,
+        logprobs: int | None,
+        stop: tuple[str, ...],
+        echo: tuple[str, ...],
+    ) -> Asked:
+        longest = max(len(prompt) for prompt in prompts)
+        left = self.context - longest
+        if left < 1:
+            message = f"the prompt has {longest:,} tokens, but the context is {self.context:,}; shorten it"
+            raise ApiError(message, code="context_length_exceeded", param="prompt")
+        new = fields.integer(limit, left if default_new is None else min(default_new, left), 1, 1 << 31)
+        if new > left:
+            message = f"{limit} is {new:,}, but a prompt of {longest:,} tokens leaves {left:,} of {self.context:,}"
+            raise ApiError(message, code="context_length_exceeded", param=limit)
+        sampling = self._sampling(fields, new)
+        salt = (fields.text("cache_salt") or "").encode("utf-8", "surrogatepass")[:64]
+        priority = fields.integer("priority", 0, -(1 << 31), 1 << 31)
+        requests = []
+        for prompt in prompts:
+            for choice in range(choices):
+                own = replace(sampling, seed=(sampling.seed + choice) % LARGEST_SEED)
+                requests.append(
+                    Request(prompt=tuple(prompt), sampling=own, logprobs=logprobs, salt=salt, priority=priority)
+                )
+        return Asked(
+            requests=tuple(requests),
+            choices=choices,
+            stop=(*self._stops(fields.get("stop")), *stop),
+            stream=fields.boolean("stream"),
+            usage=_usage(fields),
+            echo=echo,
+        )
+
+    def _sampling(self, fields: Fields, new: int) -> Sampling:
+        for name in ("frequency_penalty", "presence_penalty"):
+            fields.neutral(name, 0)
+        fields.neutral("logit_bias", {})
+        temperature = fields.number("temperature", 1.0, 0.0, 2.0)
+        top_p = fields.number("top_p", 1.0, 0.0, 1.0)
+        return Sampling(
+            max_new_tokens=new,
+            temperature=temperature,
+            top_p=max(top_p, 1e-9),
+            top_k=fields.integer("top_k", 0, 0, 1 << 31),
+            seed=fields.integer("seed", secrets.randbelow(LARGEST_SEED), 0, LARGEST_SEED),
+            ignore_eos=fields.boolean("ignore_eos"),
+        )
+
+    def _stops(self, stop: Any) -> tuple[str, ...]:
+        texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise ApiError("stop must be a text or a list of texts, none empty", param="stop")
+        if len(texts) > self.settings.most_stops or any(len(t) > self.settings.most_stop_characters for t in texts):
+            most, long = self.settings.most_stops, self.settings.most_stop_characters
+            raise ApiError(f"at most {most} stop texts of {long} characters", param="stop")
+        return tuple(texts)
+
+
+def _usage(fields: Fields) -> bool:
+    options = fields.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise ApiError("stream_options must be an object", param="stream_options")
+    if not fields.boolean("stream"):
+        raise ApiError("stream_options needs stream: true", param="stream_options")
+    return Fields(options, ("include_usage", "include_obfuscation")).boolean("include_usage")
+
+
+def _joined(parts: list[Any], number: int) -> str:
+    """The text of a message that comes in parts."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise ApiError(f"message {number}: only parts of type text are supported", param="messages")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    """Messages with plain text as content; parts of type text are joined."""
+    if not isinstance(messages, list) or not messages:
+        raise ApiError("messages must be a list of objects with role and content, at least one", param="messages")
+    found = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ApiError(f"message {number} must be an object with role and content", param="messages")
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [
+                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+            ]
+            if not all(isinstance(part, str) for part in parts):
+                raise ApiError(f"message {number}: only parts of type text are supported", param="messages")
+            content = "".join(part for part in parts if part is not None)
+        if not isinstance(content, str):
+            raise ApiError(f"message {number}: content must be a text", param="messages")
+        found.append({"role": "system" if message["role"] == "developer" else message["role"], "content": content})
+    return found

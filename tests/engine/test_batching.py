@@ -1,0 +1,166 @@
+"""Many requests at once give what each gives alone: mixed lengths, chunks, shared beginnings, setting aside."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from memwall.engine import Sampling, Settings, load
+from memwall.engine.base import Costs
+from memwall.engine.core import Entry
+from memwall.engine.sequence import Request
+from memwall.engine.serving import Serving, ServingSettings, load_engine
+from memwall.errors import InputError
+from memwall.kernels.attention import attend_paged, attend_paged_sequences
+from memwall.models import DEMO_DIRECTORY
+from memwall.models.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.from_directory(DEMO_DIRECTORY)
+TEXT = TOKENIZER.encode(
+    "The history of the city begins with a small harbour on the river, where ships from the north came to trade. "
+    "In the spring the water rose and the people moved to the hills, and there they built the first walls of stone."
+)
+PROMPTS = [(0, *TEXT[start : start + length]) for start, length in ((0, 3), (5, 40), (2, 17), (0, 33), (9, 31), (1, 1))]
+MADE = 24
+
+
+def requests(**changes: object) -> list[Request]:
+    return [
+        Request(prompt=prompt, sampling=Sampling(max_new_tokens=MADE - number, ignore_eos=True), **changes)  # type: ignore[arg-type]
+        for number, prompt in enumerate(PROMPTS)
+    ]
+
+
+def serving(**changes: object) -> Serving:
+    settings = {"weights": "float32", "context_tokens": 128, "token_budget": 32, "threads": 1, **changes}
+    return load_engine(DEMO_DIRECTORY, ServingSettings(**settings), tokenizer=TOKENIZER)  # type: ignore[arg-type]
+
+
+def run(held: Serving, wanted: list[Request], *, num_pages: int | None = None) -> list[list[int]]:
+    """Tokens of each request, all submitted at once."""
+    if num_pages is not None:
+        held.engine.wanted_pages = num_pages
+    sequences = [held.engine.submit(request) for request in wanted]
+    while held.engine.busy:
+        held.engine.step()
+    return [list(one.made) for one in sequences]
+
+
+def alone(weights: str) -> list[list[int]]:
+    """What a session for one request makes of each."""
+    session = load(DEMO_DIRECTORY, Settings(weights=weights, context_tokens=128, threads=1), tokenizer=TOKENIZER)
+    made = []
+    for request in requests():
+        session.reset()
+        list(session.generate(list(request.prompt), request.sampling))
+        made.append(session.last.tokens)
+    session.release()
+    return made
+
+
+@pytest.mark.parametrize("weights", ["float32", "float16", "int8", "int4"])
+def test_a_batch_makes_what_each_request_makes_alone(weights: str) -> None:
+    held = serving(weights=weights)
+    assert run(held, requests()) == alone(weights)
+    held.release()
+
+
+@pytest.mark.parametrize(("swap", "by"), [(0, "recompute"), (1 << 24, "swap")])
+def test_requests_that_were_set_aside_make_the_same(swap: int, by: str) -> None:
+    held = serving(swap_bytes=swap)
+    held.engine.costs, held.engine._measures = Costs(seconds_per_token=1.0, seconds_per_page=1e-6), False
+    assert run(held, requests(), num_pages=9) == alone("float32")
+    assert held.engine.totals.preempted[by] > 0
+    assert set(held.engine.totals.preempted) == {by}
+    assert held.pool.peak_pages <= 9
+    held.release()
+
+
+def test_shared_beginnings_are_computed_once_and_change_nothing() -> None:
+    held = serving()
+    first = run(held, requests())
+    computed = held.engine.totals.computed_tokens
+    assert run(held, requests()) == first
+    again = held.engine.totals.computed_tokens - computed
+    shared = sum((len(prompt) - 1) // 16 * 16 for prompt in PROMPTS)
+    assert again == computed - shared
+    assert held.engine.totals.prefix_hits >= shared
+    held.release()
+
+
+def test_a_salt_keeps_beginnings_apart() -> None:
+    held = serving()
+    run(held, requests(salt=b"one"))
+    run(held, requests(salt=b"two"))
+    assert held.engine.totals.prefix_hits == 0
+    held.release()
+
+
+def test_packed_weights_give_the_same_bits_in_any_batch() -> None:
+    held = serving(weights="int4")
+    decoder = held._loaded.decoder
+    cache = held.engine.executor.cache  # type: ignore[attr-defined]
+    one = held.engine.submit(Request(prompt=tuple(TEXT[:20]), sampling=Sampling(max_new_tokens=9, ignore_eos=True)))
+    held.engine.step()
+    other = held.engine.submit(Request(prompt=tuple(TEXT[30:50]), sampling=Sampling(max_new_tokens=9, ignore_eos=True)))
+    held.engine.step()
+    rows = []
+    for batch in ([Entry(one, 19, 1, True)], [Entry(other, 19, 1, True), Entry(one, 19, 1, True)]):
+        positions = cache.begin(batch)
+        tokens = np.array([entry.sequence.tokens[entry.first] for entry in batch], np.int64)
+        rows.append(decoder.batch(tokens, positions, cache)[-1].copy())
+    assert np.array_equal(rows[0], rows[1])
+    held.release()
+
+
+def test_sequences_attended_together_get_what_each_gets_alone() -> None:
+    draw = np.random.default_rng(3)
+    k, v = (draw.standard_normal((64 * 16, 2, 24)).astype(np.float16) for _ in range(2))
+    lengths = np.array([1, 16, 17, 250, 1000], np.int64)
+    tables = np.zeros((5, 63), np.int32)
+    for row, length in enumerate(lengths):
+        tables[row, : -(-length // 16)] = draw.permutation(64)[: -(-length // 16)]
+    q = draw.standard_normal((5, 6, 24)).astype(np.float32)
+    for window in (None, 40):
+        together, each = np.empty_like(q), np.empty_like(q)
+        options = {"page_tokens": 16, "scale": 0.2, "window": window}
+        attend_paged_sequences(q, k, v, tables, lengths, out=together, **options)
+        for row, length in enumerate(lengths):
+            attend_paged(
+                q[row : row + 1], k, v, tables[row], length=int(length), first_position=int(length) - 1,
+                out=each[row : row + 1], **options,
+            )  # fmt: skip
+        assert np.array_equal(together, each)
+
+
+def test_drawn_tokens_depend_on_the_seed_alone() -> None:
+    def drawn(seed: int) -> Request:
+        return Request(prompt=PROMPTS[1], sampling=Sampling(max_new_tokens=12, temperature=1.0, seed=seed))
+
+    held = serving(weights="int8")
+    first = run(held, [drawn(1), drawn(2), drawn(1)])
+    assert first[0] == first[2] != first[1]
+    assert run(held, [drawn(2)])[0] == first[1]
+    held.release()
+
+
+def test_logprobs_are_those_of_the_softmax() -> None:
+    held = serving()
+    sequence = held.engine.submit(Request(prompt=PROMPTS[1], sampling=Sampling(max_new_tokens=1), logprobs=4096))
+    found = None
+    while held.engine.busy:
+        for event in held.engine.step():
+            found = event.logprobs or found
+    assert found is not None
+    top = dict(found.top)
+    assert sum(np.exp(list(top.values()))) == pytest.approx(1.0, abs=1e-4)
+    assert found.top[0] == (sequence.made[0], pytest.approx(found.own))
+    assert list(top.values()) == sorted(top.values(), reverse=True)
+    held.release()
+
+
+def test_a_prompt_as_long_as_the_context_is_refused() -> None:
+    held = serving(context_tokens=32)
+    with pytest.raises(InputError, match="shorten it to 31"):
+        held.engine.submit(Request(prompt=tuple(range(3, 35))))
+    held.release()

@@ -1,0 +1,90 @@
+"""The measuring client against a real server, and its figures by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from memwall.cli import app
+from memwall.engine.arrivals import Load
+from memwall.errors import InputError
+from memwall.serve.bench import Outcome, Target, measure, report
+from tests.serve.conftest import Running
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", "serve", *arguments], prog_name="memwall")
+
+
+def test_both_loops_against_a_server(server: Running) -> None:
+    common = ("demo", "--url", server.url, "--requests", "6", "--prompt-tokens", "20", "--output-tokens", "8", "--json")
+    closed = json.loads(invoke(*common, "--concurrency", "1,3").stdout)["runs"]
+    assert [run["concurrency"] for run in closed] == [1, 3]
+    opened = json.loads(invoke(*common, "--rate", "50", "--variation", "2").stdout)["runs"]
+    for run in [*closed, *opened]:
+        assert (run["requests"], run["failed"]) == (6, 0)
+        assert run["output_tokens_per_s"] > 0
+        assert run["first_token_seconds"]["p50"] <= run["whole_seconds"]["p50"]
+        assert run["resident_peak_bytes"] <= run["budget_bytes"]
+    assert opened[0]["loop"] == "open"
+    table = invoke(*common[:-1], "--concurrency", "2")
+    assert "tokens / s" in table.stdout
+    assert "2 at a time" in table.stdout
+
+
+def test_a_server_that_is_started_for_it_and_one_that_cannot_be() -> None:
+    done = invoke("demo", "--memory", "140MB", "--weights", "int4", "--requests", "3", "--output-tokens", "4", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["runs"][0]["failed"] == 0
+    small = invoke("demo", "--memory", "20MB", "--requests", "3")
+    assert small.exit_code == 1
+    assert "--memory" in small.stderr or "budget" in small.stderr
+
+
+def test_refusals_count_as_failures(server: Running) -> None:
+    target = Target(url=server.url, model="other", vocabulary=4096)
+    outcomes = asyncio.run(measure(target, [Load(at=0.0, prompt_tokens=4, output_tokens=2)], concurrency=None))
+    assert "404" in (outcomes[0].error or "")
+    with pytest.raises(InputError, match="404"):
+        report(outcomes, slo_first=1, slo_token=1)
+
+
+def test_figures_by_hand() -> None:
+    def outcome(due: float, first: float, last: float, tokens: int, **changes: Any) -> Outcome:
+        load = Load(at=due, prompt_tokens=10, output_tokens=tokens)
+        return Outcome(load, due=due, sent=due + 0.5, first=first, last=last, tokens=tokens, **changes)
+
+    found = report(
+        [outcome(10, 11, 13, 3), outcome(10, 14, 20, 4), outcome(11, 12, 12, 1, error="gone")],
+        slo_first=1.0,
+        slo_token=1.0,
+    )
+    assert (found["requests"], found["failed"], found["seconds"]) == (3, 1, 10)
+    assert found["output_tokens_per_s"] == pytest.approx(0.7)
+    assert found["goodput_per_s"] == pytest.approx(0.1)
+    assert found["slo_share"] == pytest.approx(1 / 3)
+    assert found["first_token_seconds"]["mean"] == 2.5
+    assert found["per_token_seconds"] == {"mean": 1.5, "p50": 2, "p90": 2, "p99": 2}
+    assert found["send_lag_seconds"]["p50"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--concurrency", "0"), "concurrency"),
+        (("--concurrency", "x"), "concurrency"),
+        (("--rate", "-1"), "above zero"),
+        (("--scale", "0"), "scale"),
+        (("--url", "http://127.0.0.1:9"), "no server"),
+        (("--url", "ftp://a"), "http://HOST:PORT"),
+        (("--trace", "/nowhere.csv"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(arguments: tuple[str, ...], names: str) -> None:
+    done = invoke("demo", *arguments)
+    assert done.exit_code == 2
+    assert names in done.stderr
