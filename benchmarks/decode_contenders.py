@@ -50,14 +50,14 @@ class Contender(ABC):
 class Memwall(Contender):
     """memwall from a directory that `memwall compress` wrote (or, lacking that, compressing while it loads)."""
 
-    def __init__(self, *, kv: str) -> None:
-        self.kv = kv
+    def __init__(self, *, kv: str, weights: str = "int4") -> None:
+        self.kv, self.weights = kv, weights
 
     def prepare(self, model: Path, out: Path) -> None:
         from memwall.compress.model import compress_model
 
         if not (out / "memwall.json").exists():
-            compress_model(model, out, bits="int4", method="rtn")
+            compress_model(model, out, bits=self.weights, method="rtn")
 
     def load(self, model: Path, *, threads: int, max_tokens: int) -> None:
         import memwall
@@ -68,7 +68,7 @@ class Memwall(Contender):
         self.kernels, self.version = kernels, memwall.__version__
         self.saved = (model / "memwall.json").exists()
         settings = Settings(
-            weights="saved" if self.saved else "int4",
+            weights="saved" if self.saved else self.weights,
             kv=self.kv,
             context_tokens=max_tokens,
             segment_tokens=PROMPT_BLOCK_TOKENS,
@@ -101,9 +101,11 @@ class LlamaCpp(Contender):
 
     weight_bits = 4.5
 
-    def __init__(self, *, fused_attention: bool, repack: bool) -> None:
+    def __init__(self, *, fused_attention: bool, repack: bool, kind: str = "Q4_0", weight_bits: float = 4.5) -> None:
         self.fused_attention = fused_attention
         self.repack = repack
+        self.kind = kind
+        self.weight_bits = weight_bits
 
     def load(self, model: Path, *, threads: int, max_tokens: int) -> None:
         import llama_cpp
@@ -146,7 +148,7 @@ class LlamaCpp(Contender):
     def about(self) -> dict[str, str]:
         return {
             "version": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}",
-            "settings": f"Q4_0, KV float16, flash attention {'on' if self.fused_attention else 'off'}, "
+            "settings": f"{self.kind}, KV float16, flash attention {'on' if self.fused_attention else 'off'}, "
             f"weight repacking {'on' if self.repack else 'off'}",
             "system": self.lib.llama_print_system_info().decode().strip(),
         }
@@ -236,7 +238,25 @@ class Memory(Contender):
         }
 
 
+GGUF_BITS = {
+    "Q4_0": 4.5,
+    "Q8_0": 8.5,
+    "Q5_0": 5.5,
+    "IQ4_NL": 4.5,
+    "MXFP4": 4.25,
+    "TQ2_0": 2.0625,
+    "BF16": 16.0,
+}
+"""Types of llama.cpp by their bits per weight, as its block sizes give them."""
+
+
 def make_contender(name: str) -> Contender:
+    """`memwall:FORMAT` and `llama.cpp:TYPE` name any format of either."""
+    engine, _, form = name.partition(":")
+    if form and engine == "memwall":
+        return Memwall(kv="float16", weights=form)
+    if form in GGUF_BITS and engine == "llama.cpp":
+        return LlamaCpp(fused_attention=True, repack=True, kind=form, weight_bits=GGUF_BITS[form])
     makers = {
         "memory": Memory,
         "memwall": lambda: Memwall(kv="float16"),

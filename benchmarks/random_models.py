@@ -96,24 +96,24 @@ def make_directory(shape: Shape, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def make_gguf(shape: Shape, directory: Path, path: Path) -> Path:
-    """Packs the directory's weights as Q4_0 (embedding included, norms float32) unless the file is there already."""
+def make_gguf(shape: Shape, directory: Path, path: Path, kind: str = "Q4_0") -> Path:
+    """Packs the directory's weights as `kind` (embedding included, norms float32) unless the file is there already."""
     import gguf
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
     path = Path(path)
     if path.exists():
         return path
-    q4_0 = gguf.GGMLQuantizationType.Q4_0
+    packing = gguf.GGMLQuantizationType[kind]
     part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, "llama")
-    _add_gguf_settings(writer, shape, file_type=int(gguf.LlamaFileType.MOSTLY_Q4_0))
+    _add_gguf_settings(writer, shape, file_type=int(file_type_of(gguf, kind)))
     for name, dims in tensor_shapes(shape).items():
         if len(dims) == 1:
             writer.add_tensor_info(_gguf_name(name), dims, np.dtype(np.float32), 4 * dims[0])
         else:
-            byte_dims = quant_shape_to_byte_shape(dims, q4_0)
-            writer.add_tensor_info(_gguf_name(name), byte_dims, np.dtype(np.uint8), int(np.prod(byte_dims)), q4_0)
+            byte_dims = quant_shape_to_byte_shape(dims, packing)
+            writer.add_tensor_info(_gguf_name(name), byte_dims, np.dtype(np.uint8), int(np.prod(byte_dims)), packing)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -122,13 +122,18 @@ def make_gguf(shape: Shape, directory: Path, path: Path) -> Path:
         if len(dims) == 2:
             heads = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}.get(name.split(".")[-2])
             tensor = _interleave_halves(tensor, heads) if heads else tensor
-            tensor = np.concatenate([quantize(widen(block), q4_0) for block in _row_blocks(tensor)])
+            tensor = np.concatenate([quantize(widen(block), packing) for block in _row_blocks(tensor)])
         else:
             tensor = widen(tensor)
         writer.write_tensor_data(np.ascontiguousarray(tensor))
     writer.close()
     os.replace(part, path)
     return path
+
+
+def file_type_of(gguf, kind: str):
+    """The file type that says a model is mostly of this tensor type."""
+    return getattr(gguf.LlamaFileType, f"MOSTLY_{kind}", gguf.LlamaFileType.GUESSED)
 
 
 def read_tensor(directory: Path, name: str) -> np.ndarray:

@@ -33,7 +33,6 @@ LEVEL_CHOICES = (
     "bfp4",
     "bipolar3",
     "ternary",
-    "w4a8",
 )
 
 # The ladder that mixed precision climbs, one tensor at a time. Narrow codes get a minimum per group as well as a scale:
