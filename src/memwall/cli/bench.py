@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as jsons
 import subprocess
 import sys
@@ -161,6 +160,8 @@ def _measure(
     shared_tokens: int,
     objectives: tuple[float, float],
 ) -> dict[str, Any]:
+    import asyncio
+
     from memwall.engine.arrivals import clipped
     from memwall.serve.bench import Target, fetch, measure, report
 
