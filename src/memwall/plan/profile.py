@@ -7,8 +7,9 @@ level cache, since
 - attend: seconds of one decode step's attention over a cache, per policy and head shape, at several lengths;
 - overheads: seconds per layer and per token that do not depend on sizes, from a decoder too small to have any work.
 
-Every figure is a median of rounds, and of two passes the better: what a run will meet is the machine as it usually is,
-its neighbours on a shared host included, while a pass in which something else held a processor says nothing.
+Rates are medians of rounds, and of two passes the better: what a run will meet is the machine as it usually is, its
+neighbours on a shared host included, while a pass in which something else held a processor says nothing. Attention is
+timed in single steps, of which the slower half are those that found a thread asleep.
 """
 
 from __future__ import annotations
@@ -262,8 +263,9 @@ def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float
                 began = time.perf_counter()
                 steps[layer]()
                 samples.append(time.perf_counter() - began)
-            # but for the first round, which finds nothing where it belongs
-            seconds.append(float(np.median(samples[num_layers:])))
+            # the mean of the better half of those after the first round, which finds nothing where it belongs
+            kept = sorted(samples[num_layers:])
+            seconds.append(float(np.mean(kept[: len(kept) // 2])))
         arena.free(pool)
     return seconds
 
