@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
+from typing import Any
+
 import numpy as np
 import pytest
 
 from memwall.engine import Sampling, Settings, load
 from memwall.engine.base import Costs
 from memwall.engine.core import Entry
+from memwall.engine.kv_pages import digest_page
 from memwall.engine.sequence import Request
 from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.errors import InputError
@@ -76,6 +82,29 @@ def test_requests_that_were_set_aside_make_the_same(swap: int, by: str) -> None:
     held.release()
 
 
+@pytest.mark.parametrize(("call", "after"), [("pwrite", 0), ("pwrite", 1), ("preadv", 0)])
+def test_a_disk_that_fails_costs_the_work_again_and_no_request(
+    monkeypatch: pytest.MonkeyPatch, call: str, after: int
+) -> None:
+    working, calls = getattr(os, call), itertools.count()
+
+    def failing(*arguments: Any) -> int:
+        if next(calls) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(working(*arguments))
+
+    held = serving(swap_bytes=1 << 24)
+    held.engine.costs, held.engine._measures = Costs(seconds_per_token=1.0, seconds_per_page=1e-6), False
+    monkeypatch.setattr(os, call, failing)
+    assert run(held, requests(), num_pages=9) == alone("float32")
+    assert next(calls) > after
+    assert held.engine.totals.finished == {"length": len(PROMPTS)}
+    assert held.engine.pages.available_pages == held.pool.limit_pages  # none is lost
+    assert held.engine.swap is not None
+    assert held.engine.swap.free_pages == held.engine.swap.capacity_pages
+    held.release()
+
+
 def test_shared_beginnings_are_computed_once_and_change_nothing() -> None:
     held = serving()
     first = run(held, requests())
@@ -94,6 +123,15 @@ def test_a_salt_keeps_beginnings_apart() -> None:
     run(held, requests(salt=b"two"))
     assert held.engine.totals.prefix_hits == 0
     held.release()
+
+
+def test_no_salt_is_the_digest_of_another_s_page() -> None:
+    first, second = list(range(16)), list(range(16, 32))
+    chained = digest_page(digest_page(b"", first), second)
+    assert digest_page(b"", second, salt=digest_page(b"", first)) != chained
+    assert digest_page(digest_page(b"", first, b"a"), second, b"a") != digest_page(
+        digest_page(b"", first, b"a"), second
+    )
 
 
 def test_packed_weights_give_the_same_bits_in_any_batch() -> None:

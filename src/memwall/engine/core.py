@@ -6,6 +6,7 @@ same for the engine with a model and for the simulator. One thread only: `Engine
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from memwall.engine.kv_pages import KVPages
 from memwall.engine.sequence import Event, FinishReason, Request, Sequence, TokenLogprobs
 from memwall.engine.swap import SwapArea
 from memwall.errors import BudgetExceeded, InputError
+from memwall.memory import OutOfPages
 
 SMOOTHING = 0.2
 """Weight of the newest measurement in the running costs."""
+log = logging.getLogger("memwall.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,7 @@ class Engine:
         try:
             self._rearrange(state, step, now)
             self.fit_limit()
-            batch = [self._entry(work) for work in step.work]
+            batch = [self._entry(work) for work in step.work if work.id in self.running]
         except BudgetExceeded:  # the process grew elsewhere: go on with the pages that are there
             self.wanted_pages = self.pages.pool.committed_bytes // self.pages.pool.page_bytes
             return events
@@ -242,28 +245,49 @@ class Engine:
     def _set_aside(self, one: Sequence, by: str) -> None:
         one.preemptions += 1
         one.view = None
-        self.totals.preempted[by] += 1
-        if by == "swap":
-            assert self.swap is not None
-            began = self.clock()
-            one.places = self.swap.write(one.pages)
-            self._learn_pages(len(one.pages), self.clock() - began)
-            one.status = "swapped"
-            self.swapped[one.id] = one
-        else:
-            one.status, one.computed, one.registered = "waiting", 0, 0
-            self.waiting[one.id] = one
+        swapped = by == "swap" and self._swap_out(one)
+        self.totals.preempted["swap" if swapped else "recompute"] += 1
+        if not swapped:
+            self._start_over(one)
+            return
+        one.status = "swapped"
+        self.swapped[one.id] = one
         self.pages.release(one.pages)
         one.pages = []
+
+    def _swap_out(self, one: Sequence) -> bool:
+        """Whether its pages are in the swap area now; a full disk costs the work again, and nothing else."""
+        assert self.swap is not None
+        began = self.clock()
+        try:
+            one.places = self.swap.write(one.pages)
+        except OutOfPages:
+            log.warning("request %d will be computed again", one.id, exc_info=True)
+            return False
+        self._learn_pages(len(one.pages), self.clock() - began)
+        return True
+
+    def _start_over(self, one: Sequence) -> None:
+        """Back to the queue without keys and values."""
+        self.pages.release(one.pages)
+        one.pages, one.computed, one.registered = [], 0, 0
+        one.status, one.view = "waiting", None
+        self.waiting[one.id] = one
 
     def _bring_back(self, one: Sequence) -> None:
         assert self.swap is not None
         one.pages = self.pages.take(len(one.places))
         del self.swapped[one.id]
         began = self.clock()
-        self.swap.read(one.places, one.pages)
-        self._learn_pages(len(one.places), self.clock() - began)
-        one.places, one.registered = [], 0
+        places, one.places, one.registered = one.places, [], 0
+        try:
+            self.swap.read(places, one.pages)
+        except OSError:
+            log.warning("request %d will be computed again", one.id, exc_info=True)
+            self.swap.drop(places)
+            self._start_over(one)
+            return
+        self._learn_pages(len(places), self.clock() - began)
         one.status = "running"
         self.running[one.id] = one
 

@@ -24,9 +24,9 @@ IDLE_TENANT = "prefix"
 
 def digest_page(before: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
     """Names a page by its tokens and all before it (`before`: the digest of the page before; empty for the first)."""
-    state = hashlib.blake2b(before or salt, digest_size=16)
-    state.update(np.asarray(tokens, np.int32).tobytes())
-    return state.digest()
+    # keyed on every page: a salt that only began the chain could be chosen as the digest of somebody else's page
+    key = hashlib.blake2b(salt, digest_size=32).digest() if salt else b""
+    return hashlib.blake2b(before + np.asarray(tokens, np.int32).tobytes(), digest_size=16, key=key).digest()
 
 
 class KVPages:

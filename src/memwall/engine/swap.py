@@ -43,7 +43,9 @@ class SwapArea:
         return self.capacity_pages - self._next + len(self._free)
 
     def write(self, pages: Sequence[int]) -> list[int]:
-        """Copies pages out; gives their places. OutOfPages, with nothing written, when there is no room."""
+        """Copies pages out; gives their places. OutOfPages, with none taken, when there is no room, on the disk either:
+        then the file grows no further.
+        """
         if len(pages) > self.free_pages:
             raise OutOfPages(f"{OWNER}: {len(pages)} pages wanted, {self.free_pages} of {self.capacity_pages} are free")
         places = []
@@ -54,17 +56,25 @@ class SwapArea:
                 place, self._next = self._next, self._next + 1
             places.append(place)
             self.written_bytes += self.pool.page_bytes
-            if self._file is not None:
-                view, at = memoryview(self.pool.page(page).data), place * self.pool.page_bytes
-                while view:
-                    count = os.pwrite(self._file.fileno(), view, at)
-                    view, at = view[count:], at + count
+            try:
+                self._write(page, place)
+            except OSError as error:
+                self.capacity_pages = self._next  # what was written once can be written again
+                self.drop(places)
+                raise OutOfPages(f"{OWNER}: no page can be written: {error}") from error
         if self._charge is not None:
             self._charge.resize(self._next * self.pool.page_bytes)
         return places
 
+    def _write(self, page: int, place: int) -> None:
+        if self._file is not None:
+            view, at = memoryview(self.pool.page(page).data), place * self.pool.page_bytes
+            while view:
+                count = os.pwrite(self._file.fileno(), view, at)
+                view, at = view[count:], at + count
+
     def read(self, places: Sequence[int], pages: Sequence[int]) -> None:
-        """Copies pages back in and frees their places."""
+        """Copies pages back in and frees their places. OSError, with none freed, when one cannot be read."""
         for place, page in zip(places, pages, strict=True):
             self.read_bytes += self.pool.page_bytes
             if self._file is not None:

@@ -170,7 +170,7 @@ class Parser:
             message = f"{limit} is {new:,}, but a prompt of {longest:,} tokens leaves {left:,} of {self.context:,}"
             raise ApiError(message, code="context_length_exceeded", param=limit)
         sampling = self._sampling(fields, new)
-        salt = (fields.text("cache_salt") or "").encode("utf-8", "surrogatepass")[:64]
+        salt = (fields.text("cache_salt") or "").encode("utf-8", "surrogatepass")
         priority = fields.integer("priority", 0, -(1 << 31), 1 << 31)
         requests = []
         for prompt in prompts:
@@ -245,12 +245,7 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
             raise ApiError(f"message {number} must be an object with role and content", param="messages")
         content = message.get("content")
         if isinstance(content, list):
-            parts = [
-                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-            ]
-            if not all(isinstance(part, str) for part in parts):
-                raise ApiError(f"message {number}: only parts of type text are supported", param="messages")
-            content = "".join(part for part in parts if part is not None)
+            content = _joined(content, number)
         if not isinstance(content, str):
             raise ApiError(f"message {number}: content must be a text", param="messages")
         found.append({"role": "system" if message["role"] == "developer" else message["role"], "content": content})
