@@ -27,7 +27,7 @@ import numpy as np
 from memwall import kernels, kv
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.compress.calibration import BUNDLED_TEXT, read_text
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.kv.cache_craft import Context, CraftSettings, chunk_id, order_distance

@@ -34,8 +34,8 @@ import numpy as np
 
 from memwall import kernels, kv
 from memwall.claims import Claim, Progress, main, not_run
+from memwall.engine.loading import cache_shape
 from memwall.engine.quality import log_softmax
-from memwall.engine.session import cache_shape
 from memwall.errors import InputError
 from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.kernels import range_coder

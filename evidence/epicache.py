@@ -24,7 +24,7 @@ import numpy as np
 
 from memwall import kv
 from memwall.claims import Claim, Progress, main, not_run
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.errors import InputError
 from memwall.kv.blocks import HeadAdaptive, Scorer, Units, sensitive_budgets
 from memwall.kv.epicache import EPISODES, EpiCache

@@ -28,7 +28,7 @@ import numpy as np
 from memwall import kv
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.compress.calibration import BUNDLED_TEXT, LayerStream
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.errors import InputError
 from memwall.kv.blocks import BlockCache, Scorer, Uniform, Units
 from memwall.kv.locret import RetainingHeads, heads_width

@@ -23,7 +23,7 @@ import numpy as np
 from memwall import kernels, kv
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.cli.evidence import load_experiment
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.formats import codec
 from memwall.kv.latent import BLOCK_TOKENS, BlockAttention, Factors, LatentCache, decoded, projection_names
 from memwall.kv.latent_rows import LatentForm

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from memwall import kv
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.kv.cache_craft import CraftSettings, chunk_id
 from memwall.kv.chunk_file import ChunkWriter
 from memwall.kv.chunk_prefill import Outcome, prefill

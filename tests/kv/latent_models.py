@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from memwall import kv
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.kv.latent import decoded
 from memwall.memory import Arena, Ledger
 from memwall.models import Checkpoint, ModelConfig

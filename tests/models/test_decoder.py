@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memwall import kv
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.errors import BudgetExceeded
 from memwall.memory import Arena, Ledger
 from memwall.models import DEMO_DIRECTORY, Checkpoint, ModelConfig

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from memwall import kernels, kv  # noqa: E402
-from memwall.engine.session import cache_shape  # noqa: E402
+from memwall.engine.loading import cache_shape  # noqa: E402
 from memwall.memory import Arena, Ledger  # noqa: E402
 from memwall.models import Checkpoint, ModelConfig  # noqa: E402
 from memwall.models.decoder import Decoder  # noqa: E402

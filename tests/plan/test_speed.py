@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memwall import kv
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.hardware.machine import load_machine
 from memwall.models import ModelConfig, model_directory
 from memwall.models.precision import resolve

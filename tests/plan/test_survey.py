@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.errors import DoesNotFit, InputError
 from memwall.kv import CacheShape, fitted
 from memwall.models import ModelConfig, model_directory

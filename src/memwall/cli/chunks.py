@@ -63,7 +63,7 @@ def ask_chunks(request: Request, options: ChunkOptions) -> None:
             f"chunks and question have {size:,} tokens, but the context of {path} is {config.max_position:,}; "
             "take fewer chunks (--chunk-top) or shorter ones"
         )
-    from memwall.engine.session import cache_shape
+    from memwall.engine.loading import cache_shape
 
     # one question reads nothing twice: the memory tier is for those that wait
     ram_bytes = settings.ram_bytes if len(asked) > 1 else 0

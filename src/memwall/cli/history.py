@@ -33,7 +33,7 @@ def with_episodes(kv: str) -> Policy:
 
 def ask(request: Request, history: Path) -> None:
     """Reads the conversation once for each episode, then answers the question, or each line of standard input."""
-    from memwall.engine.session import cache_shape
+    from memwall.engine.loading import cache_shape
     from memwall.kv.epicache import EpiCache, EpiSettings
     from memwall.kv.episodes import Turn, read_history
     from memwall.models import ModelConfig, model_directory

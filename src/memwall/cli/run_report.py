@@ -35,7 +35,7 @@ def cache_object(session: Session) -> dict[str, Any] | None:
 
     factors: None where turns came so that prediction does not say it. None for an empty cache.
     """
-    from memwall.engine.session import cache_shape
+    from memwall.engine.loading import cache_shape
     from memwall.kv import savings
 
     cache, result = session.cache, session.last

@@ -5,6 +5,7 @@ Many requests: base is the scheduler seam, core the step loop over it, kv_pages 
 the executor with a model, simulated the one with a virtual clock, serving loads a model for many inside one budget.
 """
 
+from memwall.engine.loading import Settings as Settings
 from memwall.engine.quality import Evaluator as Evaluator
 from memwall.engine.quality import Figures as Figures
 from memwall.engine.quality import evaluate as evaluate
@@ -12,5 +13,4 @@ from memwall.engine.sampling import Sampler as Sampler
 from memwall.engine.sampling import Sampling as Sampling
 from memwall.engine.session import Generation as Generation
 from memwall.engine.session import Session as Session
-from memwall.engine.session import Settings as Settings
 from memwall.engine.session import load as load

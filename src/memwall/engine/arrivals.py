@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -99,8 +99,8 @@ PROMPT_NAMES = ("contexttokens", "num_prefill_tokens", "request tokens", "input_
 OUTPUT_NAMES = ("generatedtokens", "num_decode_tokens", "response tokens", "output_length", "output_tokens")
 
 
-def _json_rows(file: object) -> Iterator[dict[str, object]]:
-    for line in file:  # type: ignore[attr-defined]
+def _json_rows(lines: Iterable[str]) -> Iterator[dict[str, object]]:
+    for line in lines:
         if len(line) > MOST_LINE_CHARACTERS:
             raise InputError(f"a line of {len(line):,} characters is in no trace")
         try:

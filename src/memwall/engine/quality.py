@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from memwall.engine.session import RUNTIME_HEADROOM_BYTES, Session, Settings, cache_shape, load
+from memwall.engine.loading import RUNTIME_HEADROOM_BYTES, Settings, cache_shape
+from memwall.engine.session import Session, load
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
 from memwall.kv import predict, tiers

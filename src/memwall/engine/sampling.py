@@ -12,8 +12,6 @@ from memwall.errors import InputError
 LEAST_TEMPERATURE = 1e-6
 """Below it float32 would overflow; the likeliest token is certain long before."""
 
-LEAST_TEMPERATURE = 1e-6
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -38,8 +36,6 @@ class Sampling:
             raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if self.top_k < 0:
             raise InputError(f"top-k is {self.top_k}; it must be 0 (off) or a count of tokens")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must be 0 or a positive whole number")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}; it must be 0 or a positive whole number")
         if not 0 < self.top_p <= 1:

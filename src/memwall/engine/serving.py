@@ -20,8 +20,9 @@ from memwall.engine.batch import ModelExecutor, page_bytes
 from memwall.engine.core import Engine
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
+from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_decoder
 from memwall.engine.sampling import Sampler
-from memwall.engine.session import SAMPLING, LoadedDecoder, Settings, cache_shape, load_decoder
+from memwall.engine.session import SAMPLING
 from memwall.engine.swap import SwapArea
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware import available_memory_bytes

@@ -1,32 +1,30 @@
 """Load a model inside a budget and generate from it.
 
-`load` takes settings that a plan (or a user) has fixed and builds the session: arena, weights, cache, decoder.
+`load` builds the session: what `loading` brings in, and a cache.
 `Session.generate` streams text and stops, before any byte over the budget is touched, when the cache can't grow.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memwall import _native, kernels, kv
+from memwall import kv
+from memwall.engine.loading import Settings, cache_shape, load_decoder
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
 from memwall.errors import BudgetExceeded, InputError
-from memwall.hardware import available_memory_bytes
 from memwall.kv import chunk_prefill
 from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
-from memwall.memory import Arena, Budget, Ledger, measure_runtime, resident_bytes
-from memwall.models.checkpoint import Checkpoint
+from memwall.memory import Arena, Budget, Ledger, resident_bytes
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import Decoder
-from memwall.models.precision import level_formats, resolve
 from memwall.models.tokenizer import Tokenizer
-from memwall.models.weights import Progress, Weights, load_weights
+from memwall.models.weights import Progress
 
 if TYPE_CHECKING:
     from memwall.kv.chunk_prefill import Outcome
@@ -37,29 +35,8 @@ if TYPE_CHECKING:
 SAMPLING = "sampling"
 """Ledger owner of what drawing a token works in; greedy runs have none."""
 
-# The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
-# it this much below the budget, so that the process as a whole stays under.
-RUNTIME_HEADROOM_BYTES = 2 << 20
-# What must stay free of that at any moment; when the heap has grown into it, the cache gets less.
+# What must stay free of the arena's headroom at any moment; when the heap has grown into it, the cache gets less.
 LEAST_HEADROOM_BYTES = 3 << 18
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a session is built from.
-
-    weights: a choice of `models.precision`; kv: a policy of `memwall.kv`; context_tokens: most tokens the cache will
-    hold; segment_tokens: prompt tokens worked at once (a prompt up to this long is attended in full precision);
-    threads: None keeps the number in use; exact: float arithmetic on packed weights.
-    """
-
-    weights: str
-    kv: str = "float16"
-    context_tokens: int = 1024
-    segment_tokens: int = 512
-    logit_rows: int = 1
-    threads: int | None = None
-    exact: bool = False
 
 
 @dataclass(slots=True)
@@ -316,7 +293,8 @@ def load(
     input and BudgetExceeded when the settings don't fit.
     """
     began = time.perf_counter()
-    loaded = load_decoder(model, settings, budget=budget, progress=progress, beside=beside)
+    shared = beside.arena if beside is not None else None
+    loaded = load_decoder(model, settings, budget=budget, progress=progress, beside=shared)
     config, weights, decoder, arena = loaded.config, loaded.weights, loaded.decoder, loaded.arena
     behind = kv.CacheModel(config=config, weights=weights, directory=model)
     cache = kv.build(settings.kv, cache_shape(config), arena, settings.context_tokens, behind)
@@ -333,93 +311,6 @@ def load(
     )
     session.budget_bytes = budget.ram if budget is not None else None
     return session
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedDecoder:
-    """A model ready to run, without a cache. runtime_bytes: what the process held before any of it."""
-
-    config: ModelConfig
-    weights: Weights
-    decoder: Decoder
-    arena: Arena
-    ledger: Ledger
-    runtime_bytes: int
-
-
-def load_decoder(
-    model: Path,
-    settings: Settings,
-    *,
-    budget: Budget | None = None,
-    progress: Progress | None = None,
-    beside: Session | None = None,
-    sequences: int = 1,
-    headroom_bytes: int = RUNTIME_HEADROOM_BYTES,
-) -> LoadedDecoder:
-    """Weights and decoder of `load`; sequences: most of them that `Decoder.batch` will work together."""
-    if settings.threads is not None:
-        kernels.set_num_threads(settings.threads)
-    config = ModelConfig.from_directory(model)
-    with Checkpoint(model, config) as checkpoint:
-        checkpoint.verify_once()
-        specs = resolve(config, settings.weights, checkpoint)
-        runtime_bytes = 0
-        if beside is None:
-            ledger = Ledger()
-            _warm_up(specs)
-            runtime_bytes = measure_runtime(ledger).nbytes
-            elsewhere = budget.tiers if budget is not None else None
-            arena = Arena(_cap(budget, runtime_bytes, headroom_bytes), ledger, other_caps=elsewhere)
-        else:
-            ledger, arena = beside.ledger, beside.arena
-        weights = load_weights(config, checkpoint, specs, arena, progress=progress)
-    decoder = Decoder(
-        config,
-        weights,
-        arena,
-        segment_tokens=settings.segment_tokens,
-        logit_rows=settings.logit_rows,
-        exact=settings.exact,
-        sequences=sequences,
-    )
-    return LoadedDecoder(
-        config=config, weights=weights, decoder=decoder, arena=arena, ledger=ledger, runtime_bytes=runtime_bytes
-    )
-
-
-def _warm_up(specs: Mapping[str, str]) -> None:
-    """Bring in what every run needs before the runtime row is measured: code pages, threads, a tidy heap."""
-    kernels.num_threads()
-    weight = np.ones((64, 128), np.float32)
-    x, out = np.ones((2, 128), np.float32), np.empty((2, 64), np.float32)
-    for spec in ("float32", "int4-g64", *level_formats(specs)):
-        held = kernels.matrix(kernels.encode(spec, weight))
-        kernels.linear(x, [held], [out])
-        kernels.linear(x[:1], [held], [out[:1]])
-    _native.give_back_freed_memory()
-
-
-def cache_shape(config: ModelConfig) -> kv.CacheShape:
-    """What a KV cache must know of a model."""
-    return kv.CacheShape(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        windows=config.sliding_windows,
-        hidden_size=config.hidden_size,
-    )
-
-
-def _cap(budget: Budget | None, runtime_bytes: int, headroom_bytes: int) -> int:
-    if budget is None or budget.ram is None:
-        # refuse what the machine does not have, rather than be killed for taking it
-        return max(available_memory_bytes() - headroom_bytes, 1)
-    cap = budget.ram - runtime_bytes - headroom_bytes
-    if cap <= 0:
-        raise BudgetExceeded("runtime", runtime_bytes + headroom_bytes, budget.ram, budget.ram)
-    return cap
 
 
 def unaccounted_bytes(ledger: Ledger) -> int:

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from memwall import __version__, kv
+from memwall.engine.loading import RUNTIME_HEADROOM_BYTES, cache_shape
 from memwall.engine.sampling import Sampler
-from memwall.engine.session import RUNTIME_HEADROOM_BYTES, SAMPLING, cache_shape
+from memwall.engine.session import SAMPLING
 from memwall.errors import InputError
 from memwall.memory.arena import allocated_bytes
 from memwall.memory.pages import round_up

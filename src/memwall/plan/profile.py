@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from memwall import __version__, kernels, kv
+from memwall.engine.loading import cache_shape
 from memwall.engine.sampling import Sampler, Sampling
-from memwall.engine.session import cache_shape
 from memwall.formats import Packed, codec
 from memwall.memory import Arena, Ledger
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig

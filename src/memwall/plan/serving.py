@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from memwall.engine.loading import RUNTIME_HEADROOM_BYTES
 from memwall.engine.serving import MOST_LOGIT_ROWS, ServingSettings
-from memwall.engine.session import RUNTIME_HEADROOM_BYTES
 from memwall.errors import DoesNotFit
 from memwall.memory import Budget, resident_bytes
 from memwall.models.config import ModelConfig

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memwall import kv
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.hardware.machine import Machine
 from memwall.models.config import ModelConfig, TensorSpec
 from memwall.models.precision import is_matrix, tensor_bytes

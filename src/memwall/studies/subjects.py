@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from memwall import kv
-from memwall.engine.session import cache_shape
+from memwall.engine.loading import cache_shape
 from memwall.hardware import available_memory_bytes
 from memwall.kv.epicache import EpiCache
 from memwall.kv.episodes import Utterance

@@ -22,7 +22,7 @@ struct Planes {
 };
 
 struct PlaneKernels {
-  // integer products of rows [begin, end) of w with every row of x, written to out[x row][w row] or added up in registers first
+  // integer products of rows [begin, end) of w with every row of x, added up in registers, into out[x row][w row]
   void (*fused)(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t end, std::int32_t* out);
   // the same for every pair of planes apart: out[i][j][x row][w row], what recovery outside of the kernel has to read back
   void (*apart)(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t end, std::int32_t* out);
