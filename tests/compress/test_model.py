@@ -226,3 +226,9 @@ def test_calibration_is_not_read_where_it_is_not_needed(
 ) -> None:
     monkeypatch.setattr(calibration, "LayerStream", None)
     assert compress(source, tmp_path / "out", bits="int4", method="rtn").num_calibration_tokens == 0
+
+
+def test_a_format_that_the_method_does_not_make_is_refused_before_text_is_read(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="add --method rtn"):
+        compress(source, tmp_path / "out", bits="nf4", method="gptq", calibration_text=tmp_path / "missing.txt")
+    assert not (tmp_path / "out").exists()

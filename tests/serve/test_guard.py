@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -216,3 +218,13 @@ def test_the_end_lets_requests_finish_or_hands_back_what_there_is(starter: Start
     assert server.process.wait(30) == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url + "/health")
+
+
+def test_an_address_that_cannot_be_had_is_bad_input(tight: Running) -> None:
+    command = [sys.executable, "-m", "memwall", "serve", "demo", "--weights", "int4", "--port", str(tight.port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    taken = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert taken.returncode == 2
+    assert taken.stderr.strip().splitlines()[-1].startswith(f"memwall: cannot listen on 127.0.0.1:{tight.port}: ")
+    assert "--port" in taken.stderr
+    assert "Traceback" not in taken.stderr

@@ -79,6 +79,10 @@ class WeightMethod(ABC):
     needs_statistics: ClassVar[bool]
     """Whether calibration has to run before the method can."""
 
+    def check(self, spec: str) -> None:
+        """InputError where the method does not make this format; asked before any text is read."""
+        codec(spec)
+
     @abstractmethod
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:
         """weight [rows, cols] of any float type -> Packed in the form `config.spec`."""

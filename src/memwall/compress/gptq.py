@@ -36,10 +36,11 @@ class Gptq(WeightMethod):
     name: ClassVar[str] = "gptq"
     needs_statistics: ClassVar[bool] = True
 
+    def check(self, spec: str) -> None:
+        _integers(spec)
+
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:
-        coder = codec(config.spec)
-        if not isinstance(coder, IntegerCodec):
-            raise InputError(f"gptq makes integer formats such as int4-g64, not {config.spec}: add --method rtn")
+        coder = _integers(config.spec)
         num_rows, num_columns = weight.shape
         if statistics is None:
             statistics = Statistics.identity(num_columns)
@@ -50,3 +51,10 @@ class Gptq(WeightMethod):
 
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         return sweep.work_bytes(num_rows, num_columns)
+
+
+def _integers(spec: str) -> IntegerCodec:
+    coder = codec(spec)
+    if not isinstance(coder, IntegerCodec):
+        raise InputError(f"gptq makes integer formats such as int4-g64, not {spec}: add --method rtn")
+    return coder

@@ -101,6 +101,8 @@ class Job:
         self._text_sha256 = ""
         if isinstance(self._bits, str):
             self.specs = resolve(config, self._bits)
+            for spec in {self.specs[t.name] for t in self._matrices if t.role in ("linear", "expert")}:
+                self.method.check(spec)
         else:
             self._choose(
                 [

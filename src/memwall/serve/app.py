@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 
@@ -115,12 +116,20 @@ class Server:
         self._uvicorn = server = _Uvicorn(config, self)
         announcing = asyncio.create_task(self._announce(server, announce))
         try:
-            await server.serve()
-        except SystemExit:
-            where = f"{self.settings.host}:{self.settings.port}"
-            raise InputError(f"cannot listen on {where}; is the port in use? pick another with --port") from None
+            with self._listen() as listening:
+                await server.serve(sockets=[listening])
         finally:
             announcing.cancel()
+
+    def _listen(self) -> socket.socket:
+        """Bound here, not by uvicorn, which only says on its log why it could not and exits."""
+        host, port = self.settings.host, self.settings.port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            return socket.create_server((host, port), family=family, backlog=self.settings.connections)
+        except (OSError, UnicodeError) as error:
+            why = str(error).partition(" (while")[0]
+            raise InputError(f"cannot listen on {host}:{port}: {why}; try another --host or --port") from None
 
     async def _announce(self, server: uvicorn.Server, announce: Callable[[str, int], None] | None) -> None:
         while not server.started:
