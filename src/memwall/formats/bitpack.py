@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from memwall.errors import InputError
 from memwall.formats.base import array_namespace
 
 TILE_ROWS = 16
@@ -97,6 +98,13 @@ def contiguous(array: Any) -> Any:
 
 def _device(array: Any) -> Any:
     return None if isinstance(array, np.ndarray) else array.device
+
+
+def matrix_shape(spec: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of what is to lie in tiles; InputError for anything but a matrix."""
+    if len(shape) != 2:
+        raise InputError(f"{spec} holds matrices [rows, cols], got shape {list(shape)}; {spec}-rows holds any shape")
+    return shape[0], shape[1]
 
 
 def pack_tiles(codes: np.ndarray, bits: int, group: int) -> np.ndarray:

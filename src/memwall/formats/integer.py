@@ -36,6 +36,7 @@ from memwall.formats.bitpack import (
     TILE_ROWS,
     UNIT_COLUMNS,
     contiguous,
+    matrix_shape,
     pack_rows,
     pack_tiles,
     row_bytes,
@@ -160,7 +161,7 @@ class IntegerCodec(Codec):
         codes: tuple[int, ...]
         statistics: tuple[int, ...]
         if self.layout == "tiles":
-            rows, columns = self._matrix_shape(shape)
+            rows, columns = matrix_shape(self.spec, shape)
             tiles, groups = -(-rows // TILE_ROWS), self.num_groups(columns)
             codes = (tiles, groups, self.group // UNIT_COLUMNS, self.bits * LANE_BYTES)
             statistics = (tiles, groups, TILE_ROWS)
@@ -171,13 +172,6 @@ class IntegerCodec(Codec):
         half: np.dtype[Any] = np.dtype(np.float16)
         found = {"codes": (codes, np.dtype(np.uint8)), "scales": (statistics, half)}
         return found if self.symmetric else {**found, "mins": (statistics, half)}
-
-    def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        if len(shape) != 2:
-            raise InputError(
-                f"{self.spec} holds matrices [rows, cols], got shape {list(shape)}; {self.spec}-rows holds any shape"
-            )
-        return shape[0], shape[1]
 
     # -- whole arrays -----------------------------------------------------------------------------------------------
 
@@ -250,7 +244,7 @@ class IntegerCodec(Codec):
         return {name: np.empty(s, d) for name, (s, d) in self.buffers(shape).items()}
 
     def _slabs(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        rows, columns = self._matrix_shape(shape)
+        rows, columns = matrix_shape(self.spec, shape)
         step = max(_SLAB_VALUES // max(columns, 1) // TILE_ROWS, 1) * TILE_ROWS
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -284,7 +278,7 @@ class IntegerCodec(Codec):
     def _unpack_tiles(
         self, buffers: Mapping[str, np.ndarray], shape: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        rows, columns = self._matrix_shape(shape)
+        rows, columns = matrix_shape(self.spec, shape)
         codes = unpack_tiles(buffers["codes"], self.bits, self.group)[:rows, :columns]
         scales, mins = (
             None if found is None else found.transpose(0, 2, 1).reshape(-1, found.shape[1])[:rows]
@@ -294,7 +288,7 @@ class IntegerCodec(Codec):
         return codes, scales, mins
 
     def _decode_tiles(self, packed: Packed) -> np.ndarray:
-        rows, columns = self._matrix_shape(packed.shape)
+        rows, columns = matrix_shape(self.spec, packed.shape)
         values = np.zeros((rows, columns), np.float32)
         for start, stop in self._slabs(packed.shape):
             if columns == 0:

@@ -32,6 +32,7 @@ from memwall.formats.bitpack import (
     LANE_BYTES,
     TILE_ROWS,
     UNIT_COLUMNS,
+    matrix_shape,
     pack_rows,
     pack_tiles,
     row_bytes,
@@ -179,7 +180,7 @@ class LevelCodec(Codec):
     def buffers(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         byte: np.dtype[Any] = np.dtype(np.uint8)
         if self.layout == "tiles":
-            rows, columns = self._matrix_shape(shape)
+            rows, columns = matrix_shape(self.spec, shape)
             tiles, groups = -(-rows // TILE_ROWS), self.num_groups(columns)
             codes = (tiles, groups, self.group // UNIT_COLUMNS, self.bits * LANE_BYTES)
             return {"codes": (codes, byte), **self._scale_buffers((tiles,), groups)}
@@ -188,13 +189,6 @@ class LevelCodec(Codec):
         if self.bits > 8:
             found["high"] = ((*leading, row_bytes(columns, self.bits - 8)), byte)
         return {**found, **self._scale_buffers(leading, self.num_groups(columns))}
-
-    def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        if len(shape) != 2:
-            raise InputError(
-                f"{self.spec} holds matrices [rows, cols], got shape {list(shape)}; {self.spec}-rows holds any shape"
-            )
-        return shape[0], shape[1]
 
     # -- encoding ---------------------------------------------------------------------------------------------------
 
@@ -291,7 +285,7 @@ class LevelCodec(Codec):
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
     def _encode_tiles(self, x: Any, shape: tuple[int, ...]) -> Packed:
-        rows, columns = self._matrix_shape(shape)
+        rows, columns = matrix_shape(self.spec, shape)
         buffers = {name: np.zeros(s, d) for name, (s, d) in self.buffers(shape).items()}
         for start, stop in self.slabs(rows, columns) if columns else ():
             values = _float32(x[start:stop])
@@ -309,7 +303,7 @@ class LevelCodec(Codec):
         return unpack_tiles(buffers["codes"], self.bits, self.group)[: shape[0], : shape[1]]
 
     def _decode_tiles(self, packed: Packed) -> np.ndarray:
-        rows, columns = self._matrix_shape(packed.shape)
+        rows, columns = matrix_shape(self.spec, packed.shape)
         values = np.zeros((rows, columns), np.float32)
         for start, stop in self.slabs(rows, columns) if columns else ():
             tiles = slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
