@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -95,8 +97,10 @@ def test_loading_counts_only_above_what_comes_later() -> None:
 
 def test_batch_multiplies_cache_and_activations_but_not_weights() -> None:
     space = ModelSpace(CONFIG, runtime_bytes=0, headroom_bytes=0)
-    one, four = (space.peak_bytes(Choice(weights="int4", kv="float16", context=1024, batch=n))["ram"] for n in (1, 4))
-    weights = sum(space.weight_rows("int4").values()) + scratch_bytes(CONFIG, space.specs("int4"), 512)
+    choice = Choice(weights="int4", kv="float16", context=1024)
+    one, four = (space.peak_bytes(replace(choice, batch=n))["ram"] for n in (1, 4))
+    scratch = scratch_bytes(CONFIG, space.specs("int4"), choice.segment_tokens, threads=choice.threads)
+    weights = sum(space.weight_rows("int4").values()) + scratch
     assert four - weights == 4 * (one - weights)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from memwall import _native, kernels
 from memwall.compress.job import Job, Progress, Tuning
 from memwall.compress.saved import WorkDirectory, check_output
+from memwall.compress.sensitivity import relative_error
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
 from memwall.memory import Arena, Charge, Ledger, measure_runtime, peak_resident_bytes
@@ -125,6 +126,9 @@ def compress_model(
 def _cap_process(budget_bytes: int, arena: Arena, job: Job) -> None:
     """From here on the arena's cap holds for the whole process: what no array explains is a row of it."""
     kernels.num_threads()
+    # code comes in at its first call, up to 2 MiB at a time: before it is measured
+    tile = np.ones((16, 128), np.float32)
+    relative_error(tile, kernels.encode("int4-g64", tile), None)
     if job.needs_calibration:
         for kind in (np.float32, np.float64):  # the matrix library keeps what it packs operands in
             staged = np.ones((512, 512), kind)

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from memwall import _native, kernels, kv
+from memwall.engine.sampling import Sampler, Sampling
 from memwall.errors import BudgetExceeded
 from memwall.hardware import available_memory_bytes
 from memwall.memory import Arena, Budget, Ledger, measure_runtime
 from memwall.models.checkpoint import Checkpoint
-from memwall.models.config import ModelConfig
+from memwall.models.config import ModelConfig, RopeConfig
 from memwall.models.decoder import Decoder
 from memwall.models.precision import level_formats, resolve
+from memwall.models.rope import rope_tables
 from memwall.models.weights import Progress, Weights, load_weights
 
 # The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
@@ -102,8 +104,14 @@ def load_decoder(
 
 
 def _warm_up(specs: Mapping[str, str]) -> None:
-    """Bring in what every run needs before the runtime row is measured: code pages, threads, a tidy heap."""
+    """Bring in what every run needs before the runtime row is measured: code pages, threads, a tidy heap.
+
+    A library's code comes in as it lies in the system's file cache: where that holds it in pieces of 2 MiB, the first
+    call of a function may add as much.
+    """
     kernels.num_threads()
+    Sampler(Sampling(temperature=1.0, top_k=8, top_p=0.5)).pick(np.arange(64, dtype=np.float32))
+    rope_tables(RopeConfig(), 64, np.arange(2))
     weight = np.ones((64, 128), np.float32)
     x, out = np.ones((2, 128), np.float32), np.empty((2, 64), np.float32)
     for spec in ("float32", "int4-g64", *level_formats(specs)):

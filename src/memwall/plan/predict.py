@@ -191,13 +191,15 @@ def sampling_bytes(config: ModelConfig) -> dict[str, int]:
 def measured_runtime_bytes(model: Path) -> int:
     """The runtime row of a process that runs this model: what the arena does not hold.
 
-    Measured once per version in processes of their own, and kept: the row of a real `memwall run demo`, and what the
-    model's tokenizer takes beyond the demo's.
+    Measured in processes of their own, and kept: the row of a real `memwall run demo`, and what the model's tokenizer
+    takes beyond the demo's. Once per version and start of the system: how much of a library a touch brings in depends
+    on how it came to lie in the file cache.
     """
     tokenizer = model / "tokenizer.json"
     size = tokenizer.stat().st_size if tokenizer.is_file() else 0
     key = f"{__version__} {platform.platform()} {platform.python_version()}"
-    known = store.read("runtime")
+    stored = store.read("runtime")
+    known = stored if stored.get("boot") == _boot() else {}
     base = known.get(key, 0)
     extra = known.get(f"{key} tokenizer of {size}", 0 if _is_demo(model) or not size else None)
     fresh = {}
@@ -205,8 +207,17 @@ def measured_runtime_bytes(model: Path) -> int:
         base = fresh[key] = _measured(_RUN_SCRIPT)
     if not isinstance(extra, int):
         extra = fresh[f"{key} tokenizer of {size}"] = _measured(_TOKENIZER_SCRIPT, str(model))
-    store.update("runtime", {name: value for name, value in fresh.items() if value is not None})
+    if fresh:
+        store.update("runtime", {"boot": _boot(), **{name: v for name, v in fresh.items() if v is not None}})
     return (DEFAULT_RUNTIME_BYTES if base is None else base) + (extra or 0)
+
+
+def _boot() -> str:
+    """Names this start of the system; empty where it has no such name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _is_demo(model: Path) -> bool:
