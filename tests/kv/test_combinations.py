@@ -57,7 +57,7 @@ def built(policy: str) -> tuple[kv.KVCache, Ledger]:
 
 
 WORKING = {
-    "snapkv": {"float32", "float16", "bfloat16", "kivi", "vattention", "instinfer"},
+    "snapkv": {"float32", "float16", "bfloat16", "kivi", "bfp", "vattention", "instinfer"},
     "locret": {"float32", "float16", "bfloat16"},
     "epicache": {"float32", "float16", "bfloat16"},
     "think": {"float32", "float16", "bfloat16", "kivi"},

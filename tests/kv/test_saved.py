@@ -15,15 +15,27 @@ from memwall.errors import BudgetExceeded, InputError
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from memwall.kv.saved import Origin, SavedCache, num_shared, require_saving, save, write
 from memwall.memory import Arena, Ledger
+from tests.kv.latent_models import loaded
 
-SHAPE = kv.CacheShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 128}
+MODEL = loaded("llama", **SIZES)
+SHAPE = MODEL.shape
 CAPACITY = 300
 ORIGIN = Origin(model="a" * 64, weights="int4", specs={"x": "int4-g64"})
-SAVING = ("float32", "float16", "bfloat16", "kivi", "kivi(bits=3,group=16,residual=0)", "kivi(8bit,exact=bfloat16)")
+SAVING = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "kivi",
+    "kivi(bits=3,group=16,residual=0)",
+    "kivi(8bit,exact=bfloat16)",
+    "bfp",
+    "bfp(6bit,axis=tokens,block=16,residual=20)",
+)
 
 
 def build(policy: str, capacity: int = CAPACITY) -> kv.KVCache:
-    return kv.build(policy, SHAPE, Arena(1 << 24, Ledger()), capacity)
+    return kv.build(policy, SHAPE, Arena(1 << 24, Ledger()), capacity, MODEL.model)
 
 
 def feed(cache: kv.KVCache, seed: int, *counts: int) -> np.ndarray:

@@ -114,6 +114,7 @@ KV_POLICIES = (
     "bfloat16",
     "kivi",
     "kivi(4bit)",
+    "bfp(4bit)",
     "snapkv(0.25)",
     "snapkv(0.25)+kivi(4bit)",
     "snapkv(0.25)+think(0.4)+kivi(2bit)",

@@ -59,11 +59,12 @@ def _locret(fitted_: list[str]) -> Sequence[str]:
 
 
 FLOATS = ("float32", "bfloat16")
-BUDGETED = ("kivi", "xquant", "cskv", "snapkv", "think", "locret", "epicache")
+BUDGETED = ("kivi", "bfp", "xquant", "cskv", "snapkv", "think", "locret", "epicache")
 METHODS: dict[str, Settings] = {
     "float16": lambda fitted_: ["float16"],
     "vattention": lambda fitted_: ["vattention(page_kib=16)"],
     "kivi": _stores(),
+    "bfp": lambda fitted_: [f"bfp({bits}bit)" for bits in (8, 6, 4, 3)],
     "xquant": lambda fitted_: [f"xquant({bits}bit)" for bits in (16, 8, 4, 3, 2)],
     "xquant-cl": lambda fitted_: [f"xquant({bits}bit,cl=1)" for bits in (8, 4, 3, 2)],
     "cskv": _fitted("cskv"),

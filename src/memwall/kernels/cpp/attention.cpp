@@ -56,7 +56,7 @@ std::int64_t traffic(const Attention& a, std::int64_t begin, std::int64_t end) {
   const auto part = [&](std::int64_t coded, Real type, int dim) {
     const std::int64_t exact = std::max<std::int64_t>(end - std::max(begin, coded), 0);
     const std::int64_t row = static_cast<std::int64_t>(a.num_kv_heads) * dim;
-    return exact * row * static_cast<std::int64_t>(bytes_of(type)) + (end - begin - exact) * row * std::max(a.form.bits + 1, 1) / 8;
+    return exact * row * static_cast<std::int64_t>(bytes_of(type)) + (end - begin - exact) * row * std::max(std::max(a.form.bits + 1, 1), a.bfp.bits) / 8;
   };
   return part(a.coded_keys, a.keys.type, a.key_dim) + part(a.coded_values, a.values.type, a.head_dim);
 }
@@ -351,6 +351,19 @@ void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int 
       const Rows from{static_cast<const std::uint8_t*>(rows.data) + b * form.group * row, rows.type};
       kernels.encode_keys(from, form, kv_heads, key_dim, blocks + b * size);
     }
+  });
+}
+
+void bfp_encode(bool keys, const Rows& rows, const BfpForm& form, BfpTop rule, int kv_heads, int dim, std::int64_t count,
+                std::uint8_t* to) {
+  const AttentionKernels& kernels = attention_kernels();
+  const auto encode = keys ? kernels.bfp_key : kernels.bfp_value;
+  const std::size_t size = (keys ? form.key_row_bytes(dim) : form.value_bytes(dim)) * static_cast<std::size_t>(kv_heads);
+  const std::int64_t per = keys ? 1 : form.value_tokens();
+  const std::size_t row = static_cast<std::size_t>(kv_heads) * dim * bytes_of(rows.type) * static_cast<std::size_t>(per);
+  parallel_for(static_cast<std::size_t>(count / per), static_cast<std::size_t>(64 / per + 1), [&](std::size_t first, std::size_t last, int) {
+    for (std::size_t i = first; i < last; ++i)
+      encode({static_cast<const std::uint8_t*>(rows.data) + i * row, rows.type}, form, rule, kv_heads, dim, to + i * size);
   });
 }
 

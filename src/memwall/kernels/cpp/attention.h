@@ -1,11 +1,13 @@
 // Attention over a cache whose past may be coded and whose recent part is exact.
 //
-// Token t of the cache: keys [0, coded_keys) live in KIVI key blocks, the rest in `keys`; values likewise with their own split
-// (KIVI holds another number of exact values than of exact keys). A full-precision cache has no coded part.
+// Token t of the cache: keys [0, coded_keys) live in coded blocks (KIVI's, or block floating point), the rest in `keys`; values
+// likewise with their own split (KIVI holds another number of exact values than of exact keys). A full-precision cache has no coded part.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "bfp_form.h"
 
 namespace mw {
 
@@ -60,6 +62,7 @@ struct Attention {
   const std::int64_t* places = nullptr;  // ascending, of each query; null where query i has place i
   Rows keys, values;
   KiviForm form;
+  BfpForm bfp;
   const std::uint8_t* key_blocks = nullptr;    // [block][kv head][key_block_bytes]
   const std::uint8_t* value_blocks = nullptr;  // [block][kv head][value_block_bytes]
   std::int64_t coded_keys = 0, coded_values = 0;
@@ -96,6 +99,9 @@ struct AttentionKernels {
   // exact rows [tokens][kv head][head_dim] -> blocks; key rows: one whole block; value rows: tokens [slot, slot + count) of a block
   void (*encode_keys)(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::uint8_t* block);
   void (*encode_values)(const Rows&, const KiviForm&, int kv_heads, int head_dim, int slot, int count, std::uint8_t* block);
+  // one token's key rows; `value_tokens` tokens' value rows
+  void (*bfp_key)(const Rows&, const BfpForm&, BfpTop, int kv_heads, int dim, std::uint8_t* to);
+  void (*bfp_value)(const Rows&, const BfpForm&, BfpTop, int kv_heads, int dim, std::uint8_t* to);
   // float form of coded tokens [begin, end) of one kv head
   void (*key_tile)(const Attention&, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
   void (*value_tile)(const Attention&, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
@@ -119,5 +125,7 @@ std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int hea
 void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::int64_t count, std::uint8_t* blocks);
 void kivi_encode_values(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::int64_t first, std::int64_t count,
                         std::uint8_t* blocks);
+// rows = exact tokens of which `count` are coded (values: whole blocks), from the start of `to`
+void bfp_encode(bool keys, const Rows& rows, const BfpForm&, BfpTop, int kv_heads, int dim, std::int64_t count, std::uint8_t* to);
 
 }  // namespace mw

@@ -223,7 +223,7 @@ void softmax_step(const Attention& a, float* scores, int count, int hidden, cons
 }
 
 std::size_t decode_scratch(const Attention& a) {
-  return static_cast<std::size_t>(a.num_heads) * (kStep + W) + (a.form.bits ? kivi_scratch(a) : 0);
+  return static_cast<std::size_t>(a.num_heads) * (kStep + W) + (a.form.bits ? kivi_scratch(a) : 0) + (a.bfp.bits ? bfp_scratch(a) : 0);
 }
 
 void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, const Partial& part, float* scratch) {
@@ -232,20 +232,28 @@ void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t
   float* rest = scratch + static_cast<std::size_t>(a.num_heads) * (kStep + W);
   for (int h = 0; h < a.num_heads; ++h) part.peak[h] = kNever, part.sum[h] = 0.0f;
   for (int i = 0; i < a.num_heads * a.padded_dim(); ++i) part.out[i] = 0.0f;
+  if (a.bfp.bits) bfp_prepare(a, q, rest);
   for (std::int64_t step = begin; step < end; step += kStep) {
     const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kStep, end - step));
     const auto coded_part = [&](std::int64_t coded) {
       return static_cast<int>(smaller<std::int64_t, std::int64_t>(larger<std::int64_t, std::int64_t>(coded - step, 0), count));
     };
     const int coded_keys = coded_part(a.coded_keys), coded_values = coded_part(a.coded_values);
-    if (coded_keys > 0) kivi_scores(a, q, step, step + coded_keys, scores, rest);
+    // exact first: four at a time, they may run over the end of the row, into places that the next one's coded keys fill
     if (coded_keys < count)
       with_rows(a.keys, a, a.key_dim, [&](const auto& keys) {
         exact_scores(a, keys, q, tails, step + coded_keys - a.coded_keys, count - coded_keys, scores + coded_keys);
       });
+    if (coded_keys > 0) {
+      if (a.bfp.bits) bfp_scores(a, step, step + coded_keys, scores, rest);
+      else kivi_scores(a, q, step, step + coded_keys, scores, rest);
+    }
     const std::int64_t hidden = larger<std::int64_t, std::int64_t>(a.first_key - step, 0);
     softmax_step(a, scores, count, static_cast<int>(smaller<std::int64_t, std::int64_t>(hidden, count)), part);
-    if (coded_values > 0) kivi_values(a, scores, step, step + coded_values, part.out, rest);
+    if (coded_values > 0) {
+      if (a.bfp.bits) bfp_values(a, scores, step, step + coded_values, part.out, rest);
+      else kivi_values(a, scores, step, step + coded_values, part.out, rest);
+    }
     if (coded_values < count)
       with_rows(a.values, a, a.head_dim, [&](const auto& values) {
         exact_values(a, values, scores + coded_values, step + coded_values - a.coded_values, count - coded_values, part.out);
@@ -300,6 +308,13 @@ void exact_tile(const V<T>& rows, int kv_head, std::int64_t first, int count, fl
     for (; d + W <= rows.dim; d += W) vstore(to + d, vload(row + d));
     for (; d < padded; ++d) to[d] = d < rows.dim ? to_float(row[d]) : 0.0f;
   }
+}
+
+void coded_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld) {
+  (a.bfp.bits ? bfp_key_tile : kivi_key_tile)(a, kv_head, begin, end, tile, ld);
+}
+void coded_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld) {
+  (a.bfp.bits ? bfp_value_tile : kivi_value_tile)(a, kv_head, begin, end, tile, ld);
 }
 
 // float rows of tokens [begin, begin + count), from the coded part, the exact one, or both
@@ -407,12 +422,12 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
   for (std::int64_t tile = origin; tile < high_last; tile += kTile) {
     const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kTile, high_last - tile));
     load_tile(a, a.keys, a.key_dim, a.coded_keys, kv_head, tile, count, s.keys,
-              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_keys, h, from, to, out, ld, kivi_key_tile); });
+              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_keys, h, from, to, out, ld, coded_key_tile); });
     multiply(s.keys, key_dim, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, a.key_dim, false);
     const bool masked = tile < low_last || tile + count > high_first;
     softmax_tile(s, count, dim, tile - origin, masked);
     load_tile(a, a.values, a.head_dim, a.coded_values, kv_head, tile, count, s.values,
-              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_values, h, from, to, out, ld, kivi_value_tile); });
+              [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_values, h, from, to, out, ld, coded_value_tile); });
     multiply(s.scores, 1, s.rows, s.values, dim, s.out, dim, s.rows, dim, count, true);
   }
   for (int row = 0; row < (end - begin) * rep; ++row) {
@@ -428,8 +443,8 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
 }  // namespace
 
 const AttentionKernels& attention_table() {
-  static const AttentionKernels table{decode,        decode_scratch,       prefill, prefill_scratch, kivi_encode_key_block,
-                                      kivi_encode_value_rows, kivi_key_tile, kivi_value_tile};
+  static const AttentionKernels table{decode, decode_scratch, prefill, prefill_scratch, kivi_encode_key_block, kivi_encode_value_rows,
+                                      bfp_encode_key, bfp_encode_value, coded_key_tile, coded_value_tile};
   return table;
 }
 

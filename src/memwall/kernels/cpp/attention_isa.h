@@ -1,4 +1,4 @@
-// What attention.isa.cpp and kivi.isa.cpp need of each other, inside one instruction set.
+// What attention.isa.cpp, kivi.isa.cpp and bfp.isa.cpp need of each other, inside one instruction set.
 #pragma once
 
 #include "attention.h"
@@ -16,5 +16,16 @@ void kivi_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::i
 void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::uint8_t* block);
 void kivi_encode_value_rows(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, int slot, int count,
                             std::uint8_t* block);
+
+// brings the scaled queries [num_heads][padded_key] into the scratch that bfp_scores reads
+void bfp_prepare(const Attention& a, const float* q, float* scratch);
+// the same as for KIVI, of any token numbers
+void bfp_scores(const Attention& a, std::int64_t begin, std::int64_t end, float* scores, float* scratch);
+void bfp_values(const Attention& a, const float* p, std::int64_t begin, std::int64_t end, float* out, float* scratch);
+std::size_t bfp_scratch(const Attention& a);  // floats
+void bfp_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
+void bfp_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
+void bfp_encode_key(const Rows& row, const BfpForm& form, BfpTop rule, int kv_heads, int dim, std::uint8_t* to);
+void bfp_encode_value(const Rows& rows, const BfpForm& form, BfpTop rule, int kv_heads, int dim, std::uint8_t* to);
 
 }  // namespace mw::MW_ISA
