@@ -60,8 +60,9 @@ def test_buffers_alone_give_the_oracles_numbers(form: bfp.BfpForm) -> None:
     x = (rng.normal(size=(128, 3, 64)) * np.exp(rng.normal(size=(128, 3, 64)))).astype(np.float16)
     x[5], x[64:128, 1, 7] = 0, 0
     order = np.stack([rng.permutation(64) for _ in range(3)]).astype(np.int16)
-    keys = np.zeros(128 * 3 * form.key_bytes(64), np.uint8)
-    bfp.encode_keys(x, keys, form, order)
+    keys = np.zeros(8 * 3 * form.key_bytes(64), np.uint8)
+    bfp.encode_keys(x[:37], 0, keys, form, order)
+    bfp.encode_keys(x[37:], 37, keys, form, order)
     found = bfp.decode_keys(keys, 0, np.empty(x.shape, np.float32), form, order)
     placed = np.take_along_axis(x.astype(np.float32), np.broadcast_to(order, x.shape).astype(np.intp), axis=2)
     wanted = np.empty_like(placed)
@@ -72,8 +73,10 @@ def test_buffers_alone_give_the_oracles_numbers(form: bfp.BfpForm) -> None:
         axis=2,
     )
     np.testing.assert_array_equal(found, wanted)
-    values = np.zeros(128 // form.value_unit * 3 * form.value_bytes(64), np.uint8)
-    bfp.encode_values(x, values, form)
+    values = np.zeros(128 // form.value_tokens * 3 * form.value_bytes(64), np.uint8)
+    cut = 37 if form.by_token else 64
+    bfp.encode_values(x[:cut], 0, values, form)
+    bfp.encode_values(x[cut:], cut, values, form)
     found = bfp.decode_values(values, 3, np.empty((125, 3, 64), np.float32), form)
     along = x.astype(np.float32) if form.by_token else x.astype(np.float32).transpose(1, 2, 0)
     wanted = decoded(np.ascontiguousarray(along), form.value_bits, form.block, form.raise_top)
@@ -81,19 +84,33 @@ def test_buffers_alone_give_the_oracles_numbers(form: bfp.BfpForm) -> None:
 
 
 def test_bytes_are_mantissas_and_one_exponent_a_block() -> None:
-    for bits, block in itertools.product(bfp.BITS, bfp.BLOCKS):
-        form = bfp.BfpForm(bits=bits, value_bits=bits, block=block)
-        assert 8 * form.key_bytes(128) == 128 * (bits + 8 / block) == 8 * form.value_bytes(128)
-        form = bfp.BfpForm(bits=bits, value_bits=bits, block=block, by_token=False)
-        assert 8 * form.value_bytes(128) == 128 * block * (bits + 8 / block)
+    for bits, block, by_token in itertools.product(bfp.BITS, bfp.BLOCKS, (True, False)):
+        form = bfp.BfpForm(bits=bits, value_bits=bits, block=block, by_token=by_token)
+        assert 8 * form.key_bytes(128) == bfp.TOKENS * 128 * (bits + 8 / block)
+        assert 8 * form.value_bytes(128) == form.value_tokens * 128 * (bits + 8 / block)
+
+
+def test_a_token_changes_no_byte_of_those_before() -> None:
+    rows = np.random.default_rng(0).normal(size=(16, 2, 64)).astype(np.float32)
+    for bits in bfp.BITS:
+        form = bfp.BfpForm(bits=bits, value_bits=bits)
+        for size, encode in ((form.key_bytes(64), bfp.encode_keys), (form.value_bytes(64), bfp.encode_values)):
+            blocks, own = np.zeros(2 * size, np.uint8), np.zeros(2 * size, bool)
+            encode(rows[:1], 0, blocks, form)
+            for token in range(1, 16):
+                before = blocks.copy()
+                encode(rows[token : token + 1], token, blocks, form)
+                changed = blocks != before
+                assert not (changed & own).any()
+                own |= changed
 
 
 @given(arrays(np.float32, (2, 1, 32), elements=FINITE), st.sampled_from(bfp.BITS), st.sampled_from([16, 32]))
 @settings(max_examples=60, deadline=None)
 def test_any_numbers_come_back_as_the_oracle_has_them(x: np.ndarray, bits: int, block: int) -> None:
     form = bfp.BfpForm(bits=bits, block=block)
-    coded = np.zeros(2 * form.key_bytes(32), np.uint8)
-    bfp.encode_keys(x, coded, form)
+    coded = np.zeros(form.key_bytes(32), np.uint8)
+    bfp.encode_keys(x, 0, coded, form)
     found = bfp.decode_keys(coded, 0, np.empty_like(x), form)
     np.testing.assert_array_equal(found, decoded(x, bits, block))
 
@@ -110,11 +127,12 @@ def test_decoding_meets_what_the_codes_stand_for(
     k, v = (rng.normal(size=(length, kv_heads, 64)).astype(np.float16) for _ in range(2))
     order = np.stack([rng.permutation(64) for _ in range(kv_heads)]).astype(np.int16)
     q = rng.normal(size=(1, heads, 64)).astype(np.float32)
-    coded_keys, coded_values = length - 5, (length - 2) // form.value_unit * form.value_unit
-    keys = np.zeros(coded_keys * kv_heads * form.key_bytes(64), np.uint8)
-    values = np.zeros(coded_values // form.value_unit * kv_heads * form.value_bytes(64), np.uint8)
-    bfp.encode_keys(k[:coded_keys], keys, form, order)
-    bfp.encode_values(v[:coded_values], values, form)
+    coded_keys = length - 5
+    coded_values = length - 2 if form.by_token else (length - 2) // form.block * form.block
+    keys = np.zeros(-(-coded_keys // 16) * kv_heads * form.key_bytes(64), np.uint8)
+    values = np.zeros(-(-coded_values // form.value_tokens) * kv_heads * form.value_bytes(64), np.uint8)
+    bfp.encode_keys(k[:coded_keys], 0, keys, form, order)
+    bfp.encode_values(v[:coded_values], 0, values, form)
     plain_k, plain_v = k.astype(np.float32), v.astype(np.float32)
     bfp.decode_keys(keys, 0, plain_k[:coded_keys], form, order)
     bfp.decode_values(values, 0, plain_v[:coded_values], form)
@@ -153,10 +171,10 @@ def test_a_prompt_meets_the_coded_past_in_float(form: bfp.BfpForm) -> None:
     k, v = (rng.normal(size=(100, 2, 32)).astype(np.float16) for _ in range(2))
     order = np.stack([rng.permutation(32) for _ in range(2)]).astype(np.int16)
     q = rng.normal(size=(36, 4, 32)).astype(np.float32)
-    keys = np.zeros(64 * 2 * form.key_bytes(32), np.uint8)
-    values = np.zeros(64 // form.value_unit * 2 * form.value_bytes(32), np.uint8)
-    bfp.encode_keys(k[:64], keys, form, order)
-    bfp.encode_values(v[:64], values, form)
+    keys = np.zeros(4 * 2 * form.key_bytes(32), np.uint8)
+    values = np.zeros(64 // form.value_tokens * 2 * form.value_bytes(32), np.uint8)
+    bfp.encode_keys(k[:64], 0, keys, form, order)
+    bfp.encode_values(v[:64], 0, values, form)
     plain_k, plain_v = k.astype(np.float32), v.astype(np.float32)
     bfp.decode_keys(keys, 0, plain_k[:64], form, order)
     bfp.decode_values(values, 0, plain_v[:64], form)
@@ -172,12 +190,12 @@ def test_a_prompt_meets_the_coded_past_in_float(form: bfp.BfpForm) -> None:
 def test_bad_shapes_are_refused() -> None:
     rows, out = np.zeros((4, 1, 48), np.float16), np.zeros(1000, np.uint8)
     with pytest.raises(ValueError, match="multiple of 32"):
-        bfp.encode_keys(rows, out, bfp.BfpForm(block=16))
+        bfp.encode_keys(rows, 0, out, bfp.BfpForm(block=16))
     with pytest.raises(ValueError, match="bits must be"):
-        bfp.encode_keys(rows, out, bfp.BfpForm(bits=5))
+        bfp.encode_keys(rows, 0, out, bfp.BfpForm(bits=5))
     with pytest.raises(ValueError, match="too short"):
-        bfp.encode_keys(np.zeros((4, 1, 64), np.float16), out[:10], bfp.BfpForm())
+        bfp.encode_keys(np.zeros((4, 1, 64), np.float16), 0, out[:10], bfp.BfpForm())
     with pytest.raises(ValueError, match="not there"):
-        bfp.encode_keys(np.zeros((4, 1, 32), np.float16), out, bfp.BfpForm(), np.full((1, 32), 32, np.int16))
+        bfp.encode_keys(np.zeros((4, 1, 32), np.float16), 0, out, bfp.BfpForm(), np.full((1, 32), 32, np.int16))
     with pytest.raises(ValueError, match="whole blocks"):
-        bfp.encode_values(np.zeros((4, 1, 32), np.float16), out, bfp.BfpForm(by_token=False))
+        bfp.encode_values(np.zeros((4, 1, 32), np.float16), 0, out, bfp.BfpForm(by_token=False))

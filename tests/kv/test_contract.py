@@ -23,6 +23,7 @@ SETTINGS = (
     "kivi(8bit,exact=bfloat16)",
     "bfp",
     "bfp(bits=8,values=3,block=16,axis=tokens,order=calibrated)",
+    "bfp(3bit,block=16,order=sorted)",
     "bfp(6bit,order=plain,top=raise,residual=20,exact=float32)",
     "snapkv(0.5)+bfp(4bit,block=16)",
     "snapkv(0.25)",

@@ -5,8 +5,8 @@ A coded key is one head's D channels of one token, put in the head's own order b
 are put in it too, so that any order gives the same logits. Values have blocks along channels (`by_token`), or along
 tokens of one channel, which is the direction in which attention sums them.
 
-Shapes: as in `kernels.attention`; D a multiple of 32 and of the block. Buffers are flat uint8: token by token, head by
-head, codes and then exponents (values along tokens: `block` tokens' codes, then D exponents).
+Shapes: as in `kernels.attention`; D a multiple of 32 and of the block. Buffers are flat uint8: units of TOKENS tokens
+(values with blocks along tokens: of `block` tokens), in each head by head, codes and then exponents.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 import memwall._native as _native
 from memwall.kernels.attention import _plain
 
+TOKENS = 16
+"""Tokens whose codes lie together. They are coded one by one all the same, and no byte belongs to two."""
 BITS = (3, 4, 6, 8)
 BLOCKS = (16, 32, 64, 128)
 
@@ -35,24 +37,24 @@ class BfpForm:
     raise_top: bool = False
 
     @property
-    def value_unit(self) -> int:
-        """Tokens whose values are coded together."""
-        return 1 if self.by_token else self.block
+    def value_tokens(self) -> int:
+        """Tokens of a unit of values."""
+        return TOKENS if self.by_token else self.block
 
     def key_bytes(self, head_dim: int) -> int:
-        """Bytes of one token's coded key of one head."""
-        return self.bits * head_dim // 8 + head_dim // self.block
+        """Bytes of a unit of one head's keys."""
+        return TOKENS * (self.bits * head_dim // 8 + head_dim // self.block)
 
     def value_bytes(self, head_dim: int) -> int:
-        """Bytes of one unit's coded values of one head."""
-        codes = self.value_bits * head_dim // 8
-        return codes + head_dim // self.block if self.by_token else codes * self.block + head_dim
+        """Bytes of a unit of one head's values."""
+        exponents = TOKENS * (head_dim // self.block) if self.by_token else head_dim
+        return self.value_tokens * self.value_bits * head_dim // 8 + exponents
 
 
 def attend_bfp(
     q: np.ndarray,
-    key_rows: np.ndarray,
-    value_rows: np.ndarray,
+    key_blocks: np.ndarray,
+    value_blocks: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
     *,
@@ -72,20 +74,23 @@ def attend_bfp(
     brought into blocks with mantissas of 8 bits. Several meet the keys in float.
     """
     _native.attend_bfp(
-        q, key_rows, value_rows, coded_keys, coded_values, _plain(k), _plain(v), order, out, form.bits,
+        q, key_blocks, value_blocks, coded_keys, coded_values, _plain(k), _plain(v), order, out, form.bits,
         form.value_bits, form.block, form.by_token, scale, first_position, window, stats,
     )  # fmt: skip
     return out
 
 
-def encode_keys(rows: np.ndarray, to: np.ndarray, form: BfpForm, order: np.ndarray | None = None) -> None:
-    """Codes keys [T, Hkv, D] into `to` from its start."""
-    _native.bfp_encode(True, _plain(rows), to, order, form.bits, form.block, form.by_token, form.raise_top)
+def encode_keys(
+    rows: np.ndarray, first: int, blocks: np.ndarray, form: BfpForm, order: np.ndarray | None = None
+) -> None:
+    """Codes keys [n, Hkv, D] as tokens `first .. first + n` of `blocks`; those before keep their codes."""
+    _native.bfp_encode(True, _plain(rows), first, blocks, order, form.bits, form.block, form.by_token, form.raise_top)
 
 
-def encode_values(rows: np.ndarray, to: np.ndarray, form: BfpForm) -> None:
-    """Codes values [T, Hkv, D], whole units, into `to` from its start."""
-    _native.bfp_encode(False, _plain(rows), to, None, form.value_bits, form.block, form.by_token, form.raise_top)
+def encode_values(rows: np.ndarray, first: int, blocks: np.ndarray, form: BfpForm) -> None:
+    """The same for values; where blocks run along tokens, first and n are whole blocks."""
+    bits, block = form.value_bits, form.block
+    _native.bfp_encode(False, _plain(rows), first, blocks, None, bits, block, form.by_token, form.raise_top)
 
 
 def decode_keys(

@@ -11,8 +11,10 @@ Differs from the paper: the order is not folded into W_Q and W_K but taken up wh
 brought into blocks, each of which touches every channel anyway. That costs no pass of its own, needs no other weights
 or rotary tables, and works for any rotation, biases and norms of heads (Qwen 3), which folding does not. What is sorted
 is pairs of channels that rotate into each other (c, c + D/2), by the root of the sum of both norms squared: a rotation
-keeps the size of a pair. `order=calibrated` sorts by the mean square of real keys instead. Queries are brought into
-blocks of 8-bit mantissas. Exponents below -100 count as zeros, a block of zeros has the exponent -128.
+keeps the size of a pair. `order=sorted` is the paper's order, `calibrated` the same by the mean square of real keys.
+The default, `placed`, is ours: sorting puts an outlier together with the next largest channels, which it spoils and
+which matter most where blocks are few; placing fills its block with those that lose least by it (see `placed_order`).
+Queries are brought into blocks of 8-bit mantissas. Exponents below -100 count as zeros, a block of zeros has -128.
 Cost: resident 2 * layers * tokens * Hkv * D * (p + 8/n) / 8 bytes, and a prompt's staging of one layer; the order is 2
 bytes a channel. A decode step reads all of it once, and multiplies keys as integers.
 Holds when: 32 divides D, and n does. With n = D every order is the same, and nothing is gained.
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from memwall.memory import Arena
 
 ORDER = "kv/order"
-ORDERS = ("sorted", "calibrated", "plain")
+ORDERS = ("placed", "sorted", "calibrated", "plain")
 DEFAULT_BLOCK = 32
 
 
@@ -58,7 +60,7 @@ class BfpSettings:
     values: int = 4
     block: int = DEFAULT_BLOCK
     axis: str = "channels"
-    order: str = "sorted"
+    order: str = "placed"
     top: str = "clamp"
     residual: int = 0
     exact: str = "float16"
@@ -110,7 +112,7 @@ class BfpSettings:
     @property
     def units(self) -> tuple[int, int]:
         """Keys are coded token by token, values too unless their blocks run along tokens."""
-        return 1, self.form().value_unit
+        return 1, 1 if self.axis == "channels" else self.block
 
     @property
     def bits_per_value(self) -> tuple[float, float]:
@@ -118,13 +120,13 @@ class BfpSettings:
         return self.bits + 8 / self.block, self.values + 8 / self.block
 
     def key_bytes(self, shape: CacheShape, tokens: int, key_dim: int | None = None) -> int:
-        """Bytes of a layer's coded keys."""
-        return tokens * shape.num_kv_heads * self.form().key_bytes(key_dim or shape.head_dim)
+        """Bytes of a layer's coded keys, as whole as they lie."""
+        return -(-tokens // bfp.TOKENS) * shape.num_kv_heads * self.form().key_bytes(key_dim or shape.head_dim)
 
     def value_bytes(self, shape: CacheShape, tokens: int) -> int:
-        """Bytes of a layer's coded values: whole units."""
+        """Bytes of a layer's coded values."""
         form = self.form()
-        return -(-tokens // form.value_unit) * shape.num_kv_heads * form.value_bytes(shape.head_dim)
+        return -(-tokens // form.value_tokens) * shape.num_kv_heads * form.value_bytes(shape.head_dim)
 
     def recent_rows(self, capacity_tokens: int) -> tuple[int, int]:
         """Rows for the exact ones: the residual, what waits for a unit to be full, the token that has just come."""
@@ -141,7 +143,7 @@ class BfpSettings:
 
 _WORDS = {
     "axis": ("channels", ("channels", "tokens")),
-    "order": ("sorted", ORDERS),
+    "order": ("placed", ORDERS),
     "top": ("clamp", ("clamp", "raise")),
     "exact": ("float16", ("float16", "float32", "bfloat16")),
 }
@@ -152,27 +154,69 @@ def pair_order(sizes: np.ndarray) -> np.ndarray:
 
     sizes [Hkv, D]: of each channel; c and c + D/2 are a pair.
     """
-    heads, dim = sizes.shape
-    squares = sizes.astype(np.float64) ** 2
-    pairs = np.argsort(-(squares[:, : dim // 2] + squares[:, dim // 2 :]), axis=1, kind="stable")
-    return np.stack([pairs, pairs + dim // 2], axis=2).reshape(heads, dim).astype(np.int16)
+    return _members(np.argsort(-_pairs(sizes), axis=1, kind="stable"))
 
 
-def key_norms(directory: Path, config: ModelConfig, layer: int) -> np.ndarray:
-    """Norms [Hkv, D] of the rows of a layer's W_K, as the checkpoint has it: the proxy for its channels' sizes.
+def placed_order(keys: np.ndarray, queries: np.ndarray, bits: int, block: int) -> np.ndarray:
+    """As `pair_order`, with blocks chosen for the least expected error of logits.
 
-    Where keys are normed afterwards (Qwen 3) all rows count alike, and the norm's own weights decide.
+    keys, queries [Hkv, D]: sizes of their channels. A block's largest pair sets its step; what shares the step loses
+    at most itself, times the query. So block by block: the m largest pairs that are left and, to fill it, those that
+    lose least by it, for the m of least error, the others sorted behind.
     """
-    prefix = f"model.layers.{layer}.self_attn."
+    heads, pairs = keys.shape[0], keys.shape[1] // 2
+    own, asked = _pairs(keys), _pairs(queries)
+    found = np.empty((heads, pairs), np.intp)
+    for head in range(heads):
+        size, ask, fill = own[head], asked[head], block // 2
+        # a block's largest number is some 2.5 times the root mean square, its step 3/4 of the next power of two
+        share = (1.9 / 2 ** (bits - 2)) ** 2 / 12
+        left, placed = np.argsort(-size, kind="stable"), []
+        while len(left) > fill:
+            by_loss = left[np.argsort((size * ask)[left], kind="stable")]
+            options = []
+            for m in range(1, fill + 1):
+                filling = by_loss[~np.isin(by_loss, left[:m])][: fill - m]
+                first = np.concatenate([left[:m], filling])
+                options.append(np.concatenate([first, left[~np.isin(left, first)]]))
+            blocks = np.stack(options).reshape(len(options), -1, fill)
+            step = size[blocks].max(axis=2, keepdims=True) * share
+            errors = (np.minimum(step, size[blocks]) * ask[blocks]).sum(axis=(1, 2))
+            best = options[int(np.argmin(errors))]
+            placed.append(best[:fill])
+            left = best[fill:]
+        found[head] = np.concatenate([*placed, left])
+    return _members(found)
+
+
+def _pairs(sizes: np.ndarray) -> np.ndarray:
+    """Sums of squares of both members, [Hkv, D / 2]."""
+    squares = sizes.astype(np.float64) ** 2
+    half = sizes.shape[1] // 2
+    return squares[:, :half] + squares[:, half:]
+
+
+def _members(pairs: np.ndarray) -> np.ndarray:
+    half = pairs.shape[1]
+    return np.stack([pairs, pairs + half], axis=2).reshape(len(pairs), 2 * half).astype(np.int16)
+
+
+def row_norms(directory: Path, config: ModelConfig, layer: int, which: str = "k") -> np.ndarray:
+    """Norms [Hkv, D] of the rows of a layer's W_K (or W_Q, which "q": of all heads that share a key) as the checkpoint
+    has them: the proxy for the sizes of channels.
+
+    Where heads are normed afterwards (Qwen 3) all rows count alike, and the norm's own weights decide.
+    """
+    prefix = f"model.layers.{layer}.self_attn.{which}_"
     shape = (config.num_kv_heads, config.head_dim)
     with Checkpoint(directory, config) as checkpoint:
-        if f"{prefix}k_norm.weight" in checkpoint.names():
-            return np.broadcast_to(np.abs(checkpoint.tensor(f"{prefix}k_norm.weight").astype(np.float32)), shape)
-        name = f"{prefix}k_proj.weight"
-        packed = checkpoint.packed(name)
-        rows = codec(packed.spec).decode(packed) if packed is not None else checkpoint.alone(name)
-        squares = [np.square(part.astype(np.float32)).sum(axis=1) for part in np.array_split(rows, config.num_kv_heads)]
-        return np.sqrt(np.stack(squares))
+        if f"{prefix}norm.weight" in checkpoint.names():
+            return np.broadcast_to(np.abs(checkpoint.tensor(f"{prefix}norm.weight").astype(np.float32)), shape)
+        packed = checkpoint.packed(f"{prefix}proj.weight")
+        rows = codec(packed.spec).decode(packed) if packed is not None else checkpoint.alone(f"{prefix}proj.weight")
+        heads = np.array_split(rows, len(rows) // config.head_dim)  # one float copy at a time
+        squares = np.stack([np.square(head.astype(np.float32)).sum(axis=1) for head in heads])
+        return np.sqrt(squares.reshape(config.num_kv_heads, -1, config.head_dim).sum(axis=1))
 
 
 class BfpCache(CodedCache):
@@ -194,10 +238,9 @@ class BfpCache(CodedCache):
     ) -> None:
         self.settings = BfpSettings.from_policy(policy, shape.head_dim)
         self._form = self.settings.form()
-        self._orders: np.ndarray | None = None
+        orders = self._ordered(policy, model) if self.settings.order != "plain" else None
         super().__init__(policy, self.settings, shape, arena, capacity_tokens)
-        if self.settings.order != "plain":
-            self._orders = self._ordered(policy, model)
+        self._orders = self._kept(orders)
 
     @staticmethod
     def predict(
@@ -217,9 +260,10 @@ class BfpCache(CodedCache):
 
     @staticmethod
     def building_bytes(policy: Policy, shape: CacheShape) -> int:
-        """One layer's W_K while its rows are measured, with a float copy of a head's."""
-        settings = BfpSettings.from_policy(policy, shape.head_dim)
-        return 8 * shape.row_values * (shape.hidden_size or 0) if settings.order == "sorted" else 0
+        """One layer's W_K or W_Q while its rows are measured, with a float copy of one head's."""
+        order = BfpSettings.from_policy(policy, shape.head_dim).order
+        rows = {"sorted": shape.row_values, "placed": shape.num_heads * shape.head_dim}.get(order, 0)
+        return (4 * rows + 8 * shape.head_dim if rows else 0) * (shape.hidden_size or 0)
 
     @classmethod
     def fit_key(cls, policy: Policy) -> str:
@@ -288,15 +332,29 @@ class BfpCache(CodedCache):
         """The order of every layer's key channels, [layers, Hkv, D]."""
         if model is None:
             raise InputError(f"KV policy {policy} sorts by the model's own weights; none is given here")
-        orders = self.arena.allocate(ORDER, (self.shape.num_layers, *self._recent.shape[2:]), np.int16)
-        if self.settings.order == "calibrated":
-            sizes = fitted.load(model, policy, self.fit_key(policy))["sizes"]
-            for layer, each in enumerate(sizes):
-                orders[layer] = pair_order(each)
-            return orders
-        for layer in range(self.shape.num_layers):
-            orders[layer] = pair_order(key_norms(model.directory, model.config, layer))
-        return orders
+        settings, place = self.settings, (model.directory, model.config)
+        if settings.order == "calibrated":
+            return np.stack([pair_order(sizes) for sizes in fitted.load(model, policy, self.fit_key(policy))["sizes"]])
+        found = []
+        for layer in range(model.config.num_layers):
+            sizes = row_norms(*place, layer)
+            if settings.order == "sorted":
+                found.append(pair_order(sizes))
+            else:
+                found.append(placed_order(sizes, row_norms(*place, layer, "q"), settings.bits, settings.block))
+        return np.stack(found)
+
+    def _kept(self, orders: np.ndarray | None) -> np.ndarray | None:
+        """A copy on the ledger."""
+        if orders is None:
+            return None
+        try:
+            kept = self.arena.allocate(ORDER, orders.shape, np.int16)
+        except BaseException:
+            super().release()
+            raise
+        kept[:] = orders
+        return kept
 
     def _order(self, layer: int) -> np.ndarray | None:
         return self._orders[layer] if self._orders is not None else None
@@ -305,19 +363,17 @@ class BfpCache(CodedCache):
         plain = Policy(self._policy.name, {**self._policy.settings, "order": "plain"})
         other = BfpCache(plain, self.shape, self.arena, self.capacity_tokens)
         other._policy, other.settings, other.form = self._policy, self.settings, self.settings
-        if self._orders is not None:
-            other._orders = self.arena.allocate(ORDER, self._orders.shape, np.int16)
-            other._orders[:] = self._orders
+        other._orders = other._kept(self._orders)
         return other
 
-    def _encode_keys(self, layer: int, keys: np.ndarray, blocks: np.ndarray) -> None:
-        bfp.encode_keys(keys, blocks, self._form, self._order(layer))
+    def _encode_keys(self, layer: int, keys: np.ndarray, first: int) -> None:
+        bfp.encode_keys(keys, first, self._layers[layer].key_blocks.bytes, self._form, self._order(layer))
 
     def _decode_keys(self, layer: int, first: int, out: np.ndarray) -> None:
         bfp.decode_keys(self._layers[layer].key_blocks.bytes, first, out, self._form, self._order(layer))
 
-    def _encode_values(self, values: np.ndarray, first: int, blocks: np.ndarray) -> None:
-        bfp.encode_values(values, blocks[self.settings.value_bytes(self.shape, first) :], self._form)
+    def _encode_values(self, layer: int, values: np.ndarray, first: int) -> None:
+        bfp.encode_values(values, first, self._layers[layer].value_blocks.bytes, self._form)
 
     def _decode_values(self, layer: int, first: int, out: np.ndarray) -> None:
         bfp.decode_values(self._layers[layer].value_blocks.bytes, first, out, self._form)

@@ -89,11 +89,10 @@ class CodedCache(KVCache):
         keys, values = self._exact(layer)
         num_keys, num_values = self.form.to_code(len(keys), len(values))
         if num_keys:
-            start = self.form.key_bytes(self.shape, state.coded_keys, self.key_dim)
-            self._encode_keys(layer, keys[:num_keys], state.key_blocks.bytes[start:])
+            self._encode_keys(layer, keys[:num_keys], state.coded_keys)
             state.coded_keys += num_keys
         if num_values:
-            self._encode_values(values[:num_values], state.coded_values, state.value_blocks.bytes)
+            self._encode_values(layer, values[:num_values], state.coded_values)
             state.coded_values += num_values
         if self._staged is not None and self._staged[0] == layer:
             state.keys.set(keys[num_keys:])
@@ -227,16 +226,16 @@ class CodedCache(KVCache):
         """Another of the same kind."""
 
     @abstractmethod
-    def _encode_keys(self, layer: int, keys: np.ndarray, blocks: np.ndarray) -> None:
-        """Codes exact keys [n, Hkv, D], whole units, to the start of `blocks`."""
+    def _encode_keys(self, layer: int, keys: np.ndarray, first: int) -> None:
+        """Codes exact keys [n, Hkv, D], whole units, as the layer's tokens `first .. first + n`."""
 
     @abstractmethod
     def _decode_keys(self, layer: int, first: int, out: np.ndarray) -> None:
         """Coded keys `first .. first + n` of the layer into out [n, Hkv, D] float32."""
 
     @abstractmethod
-    def _encode_values(self, values: np.ndarray, first: int, blocks: np.ndarray) -> None:
-        """Codes exact values [n, Hkv, D] as tokens `first .. first + n` of `blocks`."""
+    def _encode_values(self, layer: int, values: np.ndarray, first: int) -> None:
+        """As `_encode_keys`."""
 
     @abstractmethod
     def _decode_values(self, layer: int, first: int, out: np.ndarray) -> None:

@@ -91,14 +91,16 @@ class KiviCache(CodedCache):
     def _empty(self) -> KiviCache:
         return KiviCache(self._policy, self.shape, self.arena, self.capacity_tokens)
 
-    def _encode_keys(self, layer: int, keys: np.ndarray, blocks: np.ndarray) -> None:
+    def _encode_keys(self, layer: int, keys: np.ndarray, first: int) -> None:
+        blocks = self._layers[layer].key_blocks.bytes[self.settings.key_bytes(self.shape, first, self.key_dim) :]
         attention.kivi_encode_keys(keys, blocks, bits=self.settings.bits, group=self.settings.group)
 
     def _decode_keys(self, layer: int, first: int, out: np.ndarray) -> None:
         blocks = self._layers[layer].key_blocks.bytes
         attention.kivi_decode_keys(blocks, first, out, bits=self.settings.bits, group=self.settings.group)
 
-    def _encode_values(self, values: np.ndarray, first: int, blocks: np.ndarray) -> None:
+    def _encode_values(self, layer: int, values: np.ndarray, first: int) -> None:
+        blocks = self._layers[layer].value_blocks.bytes
         attention.kivi_encode_values(values, first, blocks, bits=self.settings.bits, group=self.settings.group)
 
     def _decode_values(self, layer: int, first: int, out: np.ndarray) -> None:

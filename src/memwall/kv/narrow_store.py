@@ -259,15 +259,14 @@ class NarrowKivi(KiviCache):
     def _empty(self) -> NarrowKivi:
         return NarrowKivi(self._policy, self.shape, self.arena, self.capacity_tokens, self.width)
 
-    def _encode_keys(self, layer: int, keys: np.ndarray, blocks: np.ndarray) -> None:
+    def _encode_keys(self, layer: int, keys: np.ndarray, first: int) -> None:
         channels = self._channels[layer]
         if channels is None:
-            super()._encode_keys(layer, keys, blocks)
+            super()._encode_keys(layer, keys, first)
             return
         step = round_up(CODED_AT_ONCE, self.settings.group)
         for begin in range(0, len(keys), step):
-            start = self.settings.key_bytes(self.shape, begin, self.key_dim)
-            super()._encode_keys(layer, narrow_rows(keys[begin : begin + step], channels), blocks[start:])
+            super()._encode_keys(layer, narrow_rows(keys[begin : begin + step], channels), first + begin)
 
     def _decode_keys(self, layer: int, first: int, out: np.ndarray) -> None:
         channels = self._channels[layer]

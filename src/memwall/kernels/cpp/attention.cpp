@@ -280,6 +280,22 @@ void decode_ragged(const Ragged& r, const AttentionKernels& kernels) {
   merge_runs(a, runs, shared);
 }
 
+// Tokens first ... first + count of blocks of `per` tokens, rows of `values` numbers each: encode(rows, block, slot in it, tokens).
+template <typename Encode>
+void encode_by_blocks(const Rows& rows, std::int64_t per, std::size_t values, std::int64_t first, std::int64_t count, Encode&& encode) {
+  if (count <= 0) return;
+  const std::size_t row = values * bytes_of(rows.type);
+  const std::int64_t first_block = first / per, num_blocks = (first + count - 1) / per - first_block + 1;
+  parallel_for(static_cast<std::size_t>(num_blocks), 2, [&](std::size_t lo, std::size_t hi, int) {
+    for (std::size_t i = lo; i < hi; ++i) {
+      const std::int64_t block = first_block + static_cast<std::int64_t>(i);
+      const std::int64_t from = std::max(first, block * per), to = std::min(first + count, (block + 1) * per);
+      encode({static_cast<const std::uint8_t*>(rows.data) + static_cast<std::size_t>(from - first) * row, rows.type}, block,
+             static_cast<int>(from - block * per), static_cast<int>(to - from));
+    }
+  });
+}
+
 }  // namespace
 
 std::size_t KiviForm::plane_bytes(int channels, int tokens) const {
@@ -354,36 +370,26 @@ void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int 
   });
 }
 
-void bfp_encode(bool keys, const Rows& rows, const BfpForm& form, BfpTop rule, int kv_heads, int dim, std::int64_t count,
-                std::uint8_t* to) {
+void bfp_encode(bool keys, const Rows& rows, const BfpForm& form, BfpTop rule, int kv_heads, int dim, std::int64_t first,
+                std::int64_t count, std::uint8_t* blocks) {
   const AttentionKernels& kernels = attention_kernels();
-  const auto encode = keys ? kernels.bfp_key : kernels.bfp_value;
-  const std::size_t size = (keys ? form.key_row_bytes(dim) : form.value_bytes(dim)) * static_cast<std::size_t>(kv_heads);
-  const std::int64_t per = keys ? 1 : form.value_tokens();
-  const std::size_t row = static_cast<std::size_t>(kv_heads) * dim * bytes_of(rows.type) * static_cast<std::size_t>(per);
-  parallel_for(static_cast<std::size_t>(count / per), static_cast<std::size_t>(64 / per + 1), [&](std::size_t first, std::size_t last, int) {
-    for (std::size_t i = first; i < last; ++i)
-      encode({static_cast<const std::uint8_t*>(rows.data) + i * row, rows.type}, form, rule, kv_heads, dim, to + i * size);
-  });
+  const auto encode = keys ? kernels.bfp_keys : kernels.bfp_values;
+  const std::size_t size = (keys ? form.key_bytes(dim) : form.value_bytes(dim)) * static_cast<std::size_t>(kv_heads);
+  const std::int64_t per = keys ? BfpForm::kTokens : form.value_tokens();
+  encode_by_blocks(rows, per, static_cast<std::size_t>(kv_heads) * dim, first, count,
+                   [&](const Rows& from, std::int64_t block, int slot, int tokens) {
+                     encode(from, form, rule, kv_heads, dim, slot, tokens, blocks + static_cast<std::size_t>(block) * size);
+                   });
 }
 
 void kivi_encode_values(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, std::int64_t first,
                         std::int64_t count, std::uint8_t* blocks) {
-  constexpr std::int64_t B = KiviForm::kValueBlock;
   const AttentionKernels& kernels = attention_kernels();
   const std::size_t size = form.value_block_bytes(head_dim) * static_cast<std::size_t>(kv_heads);
-  const std::size_t row = static_cast<std::size_t>(kv_heads) * head_dim * bytes_of(rows.type);
-  if (count <= 0) return;
-  const std::int64_t first_block = first / B, num_blocks = (first + count - 1) / B - first_block + 1;
-  parallel_for(static_cast<std::size_t>(num_blocks), 2, [&](std::size_t lo, std::size_t hi, int) {
-    for (std::size_t i = lo; i < hi; ++i) {
-      const std::int64_t block = first_block + static_cast<std::int64_t>(i);
-      const std::int64_t from = std::max(first, block * B), to = std::min(first + count, (block + 1) * B);
-      const Rows source{static_cast<const std::uint8_t*>(rows.data) + static_cast<std::size_t>(from - first) * row, rows.type};
-      kernels.encode_values(source, form, kv_heads, head_dim, static_cast<int>(from - block * B), static_cast<int>(to - from),
-                            blocks + static_cast<std::size_t>(block) * size);
-    }
-  });
+  encode_by_blocks(rows, KiviForm::kValueBlock, static_cast<std::size_t>(kv_heads) * head_dim, first, count,
+                   [&](const Rows& from, std::int64_t block, int slot, int tokens) {
+                     kernels.encode_values(from, form, kv_heads, head_dim, slot, tokens, blocks + static_cast<std::size_t>(block) * size);
+                   });
 }
 
 }  // namespace mw

@@ -99,9 +99,9 @@ struct AttentionKernels {
   // exact rows [tokens][kv head][head_dim] -> blocks; key rows: one whole block; value rows: tokens [slot, slot + count) of a block
   void (*encode_keys)(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::uint8_t* block);
   void (*encode_values)(const Rows&, const KiviForm&, int kv_heads, int head_dim, int slot, int count, std::uint8_t* block);
-  // one token's key rows; `value_tokens` tokens' value rows
-  void (*bfp_key)(const Rows&, const BfpForm&, BfpTop, int kv_heads, int dim, std::uint8_t* to);
-  void (*bfp_value)(const Rows&, const BfpForm&, BfpTop, int kv_heads, int dim, std::uint8_t* to);
+  // the same in block floating point: tokens [slot, slot + count) of the block that starts at `to`
+  void (*bfp_keys)(const Rows&, const BfpForm&, BfpTop, int kv_heads, int dim, int slot, int count, std::uint8_t* to);
+  void (*bfp_values)(const Rows&, const BfpForm&, BfpTop, int kv_heads, int dim, int slot, int count, std::uint8_t* to);
   // float form of coded tokens [begin, end) of one kv head
   void (*key_tile)(const Attention&, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
   void (*value_tile)(const Attention&, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
@@ -125,7 +125,8 @@ std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int hea
 void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::int64_t count, std::uint8_t* blocks);
 void kivi_encode_values(const Rows&, const KiviForm&, int kv_heads, int head_dim, std::int64_t first, std::int64_t count,
                         std::uint8_t* blocks);
-// rows = exact tokens of which `count` are coded (values: whole blocks), from the start of `to`
-void bfp_encode(bool keys, const Rows& rows, const BfpForm&, BfpTop, int kv_heads, int dim, std::int64_t count, std::uint8_t* to);
+// rows = exact tokens; encodes `count` of them as tokens first ... of `blocks` (blocks along tokens: whole ones)
+void bfp_encode(bool keys, const Rows& rows, const BfpForm&, BfpTop, int kv_heads, int dim, std::int64_t first, std::int64_t count,
+                std::uint8_t* blocks);
 
 }  // namespace mw

@@ -444,7 +444,7 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
 
 const AttentionKernels& attention_table() {
   static const AttentionKernels table{decode, decode_scratch, prefill, prefill_scratch, kivi_encode_key_block, kivi_encode_value_rows,
-                                      bfp_encode_key, bfp_encode_value, coded_key_tile, coded_value_tile};
+                                      bfp_encode_keys, bfp_encode_values, coded_key_tile, coded_value_tile};
   return table;
 }
 

@@ -19,13 +19,13 @@ void kivi_encode_value_rows(const Rows& rows, const KiviForm& form, int kv_heads
 
 // brings the scaled queries [num_heads][padded_key] into the scratch that bfp_scores reads
 void bfp_prepare(const Attention& a, const float* q, float* scratch);
-// the same as for KIVI, of any token numbers
+// the same as for KIVI; begin a multiple of kStep, any end
 void bfp_scores(const Attention& a, std::int64_t begin, std::int64_t end, float* scores, float* scratch);
 void bfp_values(const Attention& a, const float* p, std::int64_t begin, std::int64_t end, float* out, float* scratch);
 std::size_t bfp_scratch(const Attention& a);  // floats
 void bfp_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
 void bfp_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
-void bfp_encode_key(const Rows& row, const BfpForm& form, BfpTop rule, int kv_heads, int dim, std::uint8_t* to);
-void bfp_encode_value(const Rows& rows, const BfpForm& form, BfpTop rule, int kv_heads, int dim, std::uint8_t* to);
+void bfp_encode_keys(const Rows& rows, const BfpForm& form, BfpTop rule, int kv_heads, int dim, int slot, int count, std::uint8_t* to);
+void bfp_encode_values(const Rows& rows, const BfpForm& form, BfpTop rule, int kv_heads, int dim, int slot, int count, std::uint8_t* to);
 
 }  // namespace mw::MW_ISA

@@ -23,39 +23,43 @@ mw::BfpForm bfp_form(int bits, int value_bits, int block, bool by_token, const s
 }
 
 std::size_t coded_bytes(bool keys, const mw::BfpForm& form, std::int64_t tokens, std::size_t kv_heads, int dim) {
-  if (keys) return static_cast<std::size_t>(tokens) * kv_heads * form.key_row_bytes(dim);
-  return static_cast<std::size_t>((tokens + form.value_tokens() - 1) / form.value_tokens()) * kv_heads * form.value_bytes(dim);
+  const int per = keys ? mw::BfpForm::kTokens : form.value_tokens();
+  return static_cast<std::size_t>((tokens + per - 1) / per) * kv_heads * (keys ? form.key_bytes(dim) : form.value_bytes(dim));
 }
 
-void attend(const Float3& q, const Blocks& key_rows, const Blocks& value_rows, std::int64_t coded_keys, std::int64_t coded_values,
+// blocks along tokens are coded whole, others token by token
+bool whole(bool keys, const mw::BfpForm& form, std::int64_t tokens) { return keys || form.by_token || tokens % form.block == 0; }
+
+void attend(const Float3& q, const Blocks& key_blocks, const Blocks& value_blocks, std::int64_t coded_keys, std::int64_t coded_values,
             const Cache& k, const Cache& v, const std::optional<Order>& order, const Out3& out, int bits, int value_bits, int block,
             bool by_token, float scale, std::int64_t first_position, std::optional<std::int64_t> window, std::optional<Out3> stats) {
   mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, 0);
   require(a.key_dim == a.head_dim, "keys and values must have the same width");
   a.bfp = bfp_form(bits, value_bits, block, by_token, order, k.shape(1), k.shape(2));
   require(coded_keys >= 0 && coded_values >= 0, "coded tokens must not be negative");
-  require(coded_values % a.bfp.value_tokens() == 0, "coded values must be whole blocks of tokens");
-  require(key_rows.size() >= coded_bytes(true, a.bfp, coded_keys, k.shape(1), a.key_dim), "key_rows is too short for coded_keys");
-  require(value_rows.size() >= coded_bytes(false, a.bfp, coded_values, k.shape(1), a.head_dim), "value_rows is too short for coded_values");
+  require(whole(false, a.bfp, coded_values), "coded values must be whole blocks of tokens");
+  require(key_blocks.size() >= coded_bytes(true, a.bfp, coded_keys, k.shape(1), a.key_dim), "key_blocks is too short for coded_keys");
+  require(value_blocks.size() >= coded_bytes(false, a.bfp, coded_values, k.shape(1), a.head_dim), "value_blocks is too short for coded_values");
   a.length = coded_keys + static_cast<std::int64_t>(k.shape(0));
   require(a.length == coded_values + static_cast<std::int64_t>(v.shape(0)), "keys and values must cover the same tokens");
-  a.key_blocks = key_rows.data(), a.value_blocks = value_rows.data();
+  a.key_blocks = key_blocks.data(), a.value_blocks = value_blocks.data();
   a.coded_keys = coded_keys, a.coded_values = coded_values;
   nb::gil_scoped_release release;
   mw::attend(a);
 }
 
-void encode(bool keys, const Cache& rows, const OutBlocks& to, const std::optional<Order>& order, int bits, int block, bool by_token,
+void encode(bool keys, const Cache& rows, std::int64_t first, const OutBlocks& to, const std::optional<Order>& order, int bits, int block, bool by_token,
             bool raise) {
   const mw::BfpForm form = bfp_form(bits, bits, block, by_token, order, rows.shape(1), rows.shape(2));
   const auto tokens = static_cast<std::int64_t>(rows.shape(0));
   const int kv_heads = static_cast<int>(rows.shape(1)), dim = static_cast<int>(rows.shape(2));
-  require(keys || tokens % form.value_tokens() == 0, "values are coded in whole blocks of tokens");
-  require(to.size() >= coded_bytes(keys, form, tokens, rows.shape(1), dim), "the buffer is too short");
+  require(first >= 0, "first must not be negative");
+  require(whole(keys, form, tokens) && whole(keys, form, first), "values are coded in whole blocks of tokens");
+  require(to.size() >= coded_bytes(keys, form, first + tokens, rows.shape(1), dim), "the buffer is too short");
   const mw::Rows from = rows_of(rows, "rows");
   require(tokens < 2 || from.stride == static_cast<std::int64_t>(kv_heads) * dim, "tokens must follow each other");
   nb::gil_scoped_release release;
-  mw::bfp_encode(keys, {from.data, from.type}, form, raise ? mw::BfpTop::raise : mw::BfpTop::clamp, kv_heads, dim, tokens, to.data());
+  mw::bfp_encode(keys, {from.data, from.type}, form, raise ? mw::BfpTop::raise : mw::BfpTop::clamp, kv_heads, dim, first, tokens, to.data());
 }
 
 // floats of coded tokens [first, first + out.shape(0))
@@ -76,8 +80,8 @@ void decode(bool keys, const Blocks& coded, std::int64_t first, const Out3& out,
 }  // namespace
 
 void bind_bfp(nb::module_& m) {
-  m.def("attend_bfp", &attend, "q"_a, "key_rows"_a, "value_rows"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a, "order"_a.none(),
+  m.def("attend_bfp", &attend, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a, "order"_a.none(),
         "out"_a, "bits"_a, "value_bits"_a, "block"_a, "by_token"_a, "scale"_a, "first_position"_a, "window"_a.none(), "stats"_a.none());
-  m.def("bfp_encode", &encode, "keys"_a, "rows"_a, "to"_a, "order"_a.none(), "bits"_a, "block"_a, "by_token"_a, "raise_top"_a);
+  m.def("bfp_encode", &encode, "keys"_a, "rows"_a, "first"_a, "to"_a, "order"_a.none(), "bits"_a, "block"_a, "by_token"_a, "raise_top"_a);
   m.def("bfp_decode", &decode, "keys"_a, "coded"_a, "first"_a, "out"_a, "order"_a.none(), "bits"_a, "block"_a, "by_token"_a);
 }
