@@ -22,8 +22,8 @@ class Request:
     priority: lower goes first. logprobs: how many likeliest alternatives to tell with each token, 0 for the token's own
     alone, None for nothing. salt: whose cached beginnings it may share. until: a time of the engine's clock after which
     it is cancelled. members: of a prefix, how many requests will go on from it; such a one makes no token. prefix and
-    base: the id of the prefix that it goes on from, and after how many tokens (see `shared`). expected_tokens: of prompt
-    and answer together, where somebody can tell; 0 for nobody.
+    base: the id of the prefix that it goes on from, and after how many tokens (see `shared`). expected_tokens: of
+    prompt and answer together, where somebody can tell; 0 for nobody.
     """
 
     prompt: tuple[int, ...]
