@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from memwall.engine import Sampling, Settings, load
-from memwall.engine.batchllm import BatchLLM, BatchPlan, Group, Room, plan_batch
+from memwall.engine.batchllm import BatchLLM, BatchPlan, Room, plan_alone, plan_batch
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.offline import OfflineRun
 from memwall.engine.prefix_tree import Prompts
@@ -84,10 +84,7 @@ def test_first_come_first_served_with_kept_prefixes_makes_the_same(alone: dict[i
     held = serving(keep_prefixes=True)
     held.engine.scheduler = FirstComeFirstServed()
     plan = planned()
-    one_by_one = BatchPlan(
-        groups=tuple(Group(prefix=0, members=(number,)) for number in range(len(PROMPTS))), sharing=plan.sharing
-    )
-    assert run(held, one_by_one, 60) == alone
+    assert run(held, plan_alone(Prompts.of(PROMPTS)), 60) == alone
     assert held.engine.totals.computed_prompt_tokens > plan.sharing.physical
     held.release()
 

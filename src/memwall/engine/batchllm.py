@@ -118,6 +118,12 @@ def plan_batch(
     return BatchPlan(groups=tuple(groups), sharing=_sharing(groups, lengths, int((lengths[order] - last).sum())))
 
 
+def plan_alone(prompts: Prompts) -> BatchPlan:
+    """Every prompt by itself, in order: the plan that plans nothing, which others are compared with."""
+    groups = tuple(Group(prefix=0, members=(number,)) for number in range(len(prompts)))
+    return BatchPlan(groups=groups, sharing=_sharing(groups, prompts.lengths, int(prompts.lengths.sum())))
+
+
 def _fitting(prefix: int, members: Sequence[int], lengths: np.ndarray, room: Room) -> int:
     """The prefix, shortened until it and any member alone fit: what is cut in two may need a page more."""
     page = room.page_tokens
