@@ -13,6 +13,7 @@ otherwise.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -33,7 +34,7 @@ from memwall import kernels
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine import Sampling
 from memwall.engine.base import Limits, Scheduler, State, Step
-from memwall.engine.batchllm import BatchLLM, BatchPlan, Group, Room, plan_alone, plan_batch
+from memwall.engine.batchllm import BatchLLM, BatchPlan, Room, plan_alone, plan_batch
 from memwall.engine.core import Engine, Totals
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.offline import OfflineRun
@@ -52,12 +53,14 @@ MOST_SEQUENCES = 256
 """Of the ways that bound a batch by a count: as many as the token budget allows."""
 CONTEXT = 1024
 SHARE = 0.3
+MIXED_GROUPS = 160
+PEER_PROMPTS = 48
 MANY_PAGES = 1 << 20
 INSTRUCTIONS = (
     "Read the passage below with care. Answer the question that follows it in one short sentence, and use nothing but "
     "what the passage says.\n\n",
-    "You are given a part of a manual. Write down what it says about the point that is named at its end, in plain words "
-    "and without an example.\n\n",
+    "You are given a part of a manual. Write down what it says about the point that is named at its end, in plain "
+    "words and without an example.\n\n",
 )
 QUESTIONS = (
     "\n\nQuestion: what is this about?",
@@ -88,8 +91,8 @@ class Sizes:
     repeats: int
 
 
-FULL = Sizes(documents=40, questions=8, rounds=5, sets=300, seeds=10, many=50_000, repeats=21)
-QUICK = Sizes(documents=10, questions=6, rounds=2, sets=60, seeds=3, many=50_000, repeats=9)
+FULL = Sizes(documents=40, questions=8, rounds=5, sets=300, seeds=6, many=50_000, repeats=21)
+QUICK = Sizes(documents=10, questions=6, rounds=2, sets=60, seeds=2, many=50_000, repeats=9)
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def best_one_level(prompts: Prompts) -> int:
             return int(lengths[begin]) - held
         depth = int(common[begin + 1 : end].min())
         cuts = [begin, *(at for at in range(begin + 1, end) if common[at] == depth), end]
-        parts = list(zip(cuts, cuts[1:]))
+        parts = list(itertools.pairwise(cuts))
         stay = sum(fewest(a, b, held) for a, b in parts)
         return min(stay, depth + sum(fewest(a, b, depth) for a, b in parts))
 
@@ -151,8 +154,8 @@ def plan_claims(sizes: Sizes) -> Iterator[Claim]:
     )
     yield Claim(
         claim="the gain rule saves nearly what the best choice of one level saves",
-        measured=f"{ours / best:.4f} of the best over {sizes.sets} sets of 4 to 40 prompts ({ours / whole:.1%} of their "
-        f"tokens saved); {least:.3f} in the worst set",
+        measured=f"{ours / best:.4f} of the best over {sizes.sets} sets of 4 to 40 prompts ({ours / whole:.1%} of "
+        f"their tokens saved); {least:.3f} in the worst set",
         required="at least 0.99 over all",
         passed=ours >= 0.99 * best,
     )
@@ -168,8 +171,8 @@ def giant_group_claim() -> Claim:
     naive = 1 - (sharing.logical - (len(prompts) - 1) * len(header)) / sharing.logical
     return Claim(
         claim="a short header that all prompts share does not make one giant group",
-        measured=f"{sharing.ratio:.1%} saved in {sharing.num_groups} groups; {naive:.1%} if the tree's first level were "
-        "the groups",
+        measured=f"{sharing.ratio:.1%} saved in {sharing.num_groups} groups; {naive:.1%} if the tree's first level "
+        "were the groups",
         required="30 groups, one for each text; above 80 %, where the first level saves below 5 %",
         passed=sharing.num_groups == 30 and sharing.ratio > 0.8 and naive < 0.05,
     )
@@ -345,9 +348,10 @@ def batch_claims(data: Path | None, sizes: Sizes, tick: Callable[[str], None]) -
         passed=sharing.ratio > 1 - sharing.tree / sharing.logical - 0.03,
     )
     yield Claim(
-        claim="prompt tokens computed are those of the plan; a cache of recent prefixes computes more when memory is short",
+        claim="prompt tokens computed are the plan's; a cache of recent prefixes computes more where memory is short",
         measured=f"{pages} pages, {pages / load.need_pages:.0%} of the need: {ours.computed:,} computed, "
-        f"{sharing.physical:,} planned; {recent.computed:,} with recent prefixes kept, {alone.computed:,} without sharing",
+        f"{sharing.physical:,} planned; {recent.computed:,} with recent prefixes kept, {alone.computed:,} without "
+        "sharing",
         required="equal to the plan in every round; above it",
         passed=all(one.computed == sharing.physical for one in ways[WAYS[0]]) and recent.computed > sharing.physical,
     )
@@ -416,66 +420,75 @@ work = Path(sys.argv[2])
 path = models.make_gguf(shape, models.make_directory(shape, work / "demo"), work / "demo.gguf", "Q8_0")
 load = json.loads(sys.stdin.read())
 model = Llama(str(path), n_ctx=1024, n_batch=256, n_threads=int(sys.argv[3]), verbose=False)
-model.set_cache(LlamaRAMCache(capacity_bytes=1 << 30))
-took = []
-for _ in range(2):
+took = {}
+for kept in (True, False):
+    cache = LlamaRAMCache(capacity_bytes=1 << 30)
     began = time.perf_counter()
     for prompt, wanted in zip(load["prompts"], load["outputs"]):
-        made = 0
-        try:
-            kept = model.cache[prompt]
-            same = Llama.longest_token_prefix(kept.input_ids.tolist(), prompt)
-            if same > Llama.longest_token_prefix(model._input_ids.tolist(), prompt):
-                model.load_state(kept)
-        except KeyError:
-            pass
-        for _token in model.generate(prompt, temp=0.0):
-            made += 1
+        if kept:
+            try:
+                state = cache[prompt]
+                same = Llama.longest_token_prefix(state.input_ids.tolist(), prompt)
+                if same > Llama.longest_token_prefix(model._input_ids.tolist(), prompt):
+                    model.load_state(state)
+            except KeyError:
+                pass
+        for made, _ in enumerate(model.generate(prompt, temp=0.0), 1):
             if made == wanted:
                 break
-        model.cache[prompt] = model.save_state()
-    took.append(time.perf_counter() - began)
+        if kept:
+            cache[prompt] = model.save_state()
+    took["kept" if kept else "plain"] = time.perf_counter() - began
 import importlib.metadata
-print(json.dumps({"seconds": took[0], "version": importlib.metadata.version("llama-cpp-python")}))
+print(json.dumps({**took, "version": importlib.metadata.version("llama-cpp-python")}))
 """
 
 
 def peer_claim(load: Workload, seconds: float) -> Claim:
     claim = "the batch ends sooner than with llama-cpp-python and its prompt cache"
     required = "sooner, with 8-bit weights of the same shape and as many threads"
-    python, models = os.environ.get("MEMWALL_PEER_PYTHON"), Path(__file__).parents[1] / "benchmarks" / "random_models.py"
+    python = os.environ.get("MEMWALL_PEER_PYTHON")
+    models = Path(__file__).parents[1] / "benchmarks" / "random_models.py"
     if not python or not models.is_file():
         return not_run(claim, required, "MEMWALL_PEER_PYTHON, an interpreter with llama-cpp-python and gguf")
-    told = json.dumps({"prompts": load.prompts, "outputs": load.outputs})
+    some = min(PEER_PROMPTS, len(load.prompts))
+    told = json.dumps({"prompts": load.prompts[:some], "outputs": load.outputs[:some]})
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-c", PEER, str(models.parent), folder, str(kernels.num_threads())]
-        done = subprocess.run(command, input=told, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return not_run(claim, required, f"llama-cpp-python that works: {done.stderr.strip().splitlines()[-1][:200]}")
+        try:
+            done = subprocess.run(command, input=told, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+            return not_run(claim, required, f"llama-cpp-python that works: {why[:200]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
+    each, theirs = 1e3 * seconds / len(load.prompts), {way: 1e3 * found[way] / some for way in ("kept", "plain")}
     return Claim(
         claim=claim,
-        measured=f"{seconds:.2f} s; {found['seconds']:.2f} s one by one with llama-cpp-python {found['version']}, whose "
-        "cache keeps states of whole prompts and had room for a GiB of them",
+        measured=f"{each:.1f} ms a prompt; one by one with llama-cpp-python {found['version']}, over the first {some} "
+        f"prompts, {theirs['kept']:.0f} ms with its cache of prompts' states and room for a GiB of them, "
+        f"{theirs['plain']:.0f} ms with the last prompt's alone",
         required=required,
-        passed=seconds < found["seconds"],
+        passed=each < min(theirs.values()),
     )
 
 
 # ---- order and memory, on a virtual clock --------------------------------------------------------------------------
 
 
-def mix(seed: int, *, varied: bool) -> Workload:
-    """Groups of questions; half of them ask for long answers where `varied`, else all for the same."""
+def mix(seed: int, groups: int, *, varied: bool) -> Workload:
+    """Groups of questions; half of them ask for long answers where `varied`, else all for the same. With few groups the
+    end of the last answers, which is alike in any order, would be most of the steps.
+    """
     draw = random.Random(seed)
     prompts, outputs = [], []
-    for number in range(40):
+    for number in range(groups):
         prefix = [draw.randrange(999) for _ in range(draw.randint(200, 400))]
         long = number % 2
         for _ in range(6):
             prompts.append([*prefix, *(draw.randrange(999) for _ in range(draw.randint(10, 30)))])
             outputs.append(draw.randint(100, 150) if varied and long else draw.randint(4, 8) if varied else 32)
-    firsts = draw.sample(range(40), 40)  # groups come in any order; their members together, so that only order differs
+    # groups come in any order, but their members together, so that nothing else differs
+    firsts = draw.sample(range(groups), groups)
     order = [6 * group + member for group in firsts for member in range(6)]
     return Workload([prompts[i] for i in order], [outputs[i] for i in order])
 
@@ -487,38 +500,48 @@ def virtual(load: Workload, plan: BatchPlan, scheduler: Scheduler, pages: int, *
     return carry_out(engine, plan, load, pages)
 
 
-def order_claims(sizes: Sizes) -> Iterator[Claim]:
-    ratios: dict[str, list[tuple[float, float, float]]] = {"varied": [], "uniform": []}
+def order_ratios(sizes: Sizes, share: float, *, varied: bool) -> tuple[float, float, float]:
+    """Tokens a step, their 5th percentile and time, over those of the order the groups came in; means of mixes."""
+    found = []
     for seed in range(sizes.seeds):
-        for kind, found in ratios.items():
-            load = mix(seed, varied=kind == "varied")
-            pages = int(SHARE * load.need_pages)
-            ours, came = (
-                virtual(load, load.plan(ordered=ordered), BatchLLM(), pages, keep=False) for ordered in (True, False)
-            )
-            found.append(
-                (ours.mean_tokens / came.mean_tokens, ours.fifth / max(came.fifth, 1), ours.seconds / came.seconds)
-            )
-    mean, fifth, seconds = (statistics.mean(column) for column in zip(*ratios["varied"]))
+        load = mix(seed, MIXED_GROUPS, varied=varied)
+        pages = int(share * load.need_pages)
+        ours, came = (
+            virtual(load, load.plan(ordered=ordered), BatchLLM(), pages, keep=False) for ordered in (True, False)
+        )
+        fifth = ours.fifth / max(came.fifth, 1)
+        found.append((ours.mean_tokens / came.mean_tokens, fifth, ours.seconds / came.seconds))
+    mean, fifth, seconds = (statistics.mean(column) for column in zip(*found))
+    return mean, fifth, seconds
+
+
+def told_ratios(ratios: tuple[float, float, float]) -> str:
+    return "tokens a step {:.3f}, their 5th percentile {:.2f}, time {:.3f}".format(*ratios)
+
+
+def order_claims(sizes: Sizes) -> Iterator[Claim]:
+    varied = {share: order_ratios(sizes, share, varied=True) for share in (SHARE, SHARE / 2)}
+    mean, fifth, seconds = varied[SHARE]
     yield Claim(
         claim="decode-heavy groups first: fuller steps and an earlier end than in the order they came",
-        measured=f"over the order they came, mean of {sizes.seeds} mixes of long and short answers on a virtual clock: "
-        f"tokens a step {mean:.2f}, 5th percentile {fifth:.2f}, time {seconds:.3f}",
-        required="above 1, above 1, below 1",
+        measured=f"over the order they came, means of {sizes.seeds} mixes of {MIXED_GROUPS} groups with long or short "
+        "answers on a virtual clock: "
+        + "; ".join(f"with {share:.0%} of the pages needed {told_ratios(found)}" for share, found in varied.items()),
+        required=f"with {SHARE:.0%}: above 1, above 1, below 1",
         passed=mean > 1 and fifth > 1 and seconds < 1,
     )
-    mean, fifth, seconds = (statistics.mean(column) for column in zip(*ratios["uniform"]))
+    same = order_ratios(sizes, SHARE, varied=False)
     yield Claim(
         claim="where all groups make as much per prompt token, order makes no difference",
-        measured=f"time {seconds:.3f} times, tokens a step {mean:.3f} times",
-        required="both within 2 % of 1",
-        passed=abs(seconds - 1) < 0.02 and abs(mean - 1) < 0.02,
+        measured=f"with {SHARE:.0%} of the pages needed {told_ratios(same)}",
+        required="tokens a step and time within 2 % of 1",
+        passed=abs(same[0] - 1) < 0.02 and abs(same[2] - 1) < 0.02,
     )
     yield memory_claim()
 
 
 def memory_claim() -> Claim:
-    load = mix(0, varied=True)
+    load = mix(0, MIXED_GROUPS // 4, varied=True)
     found = []
     for share in (0.15, 0.3, 0.6):
         pages = int(share * load.need_pages)
@@ -589,8 +612,8 @@ class Groups:
             ends[:, 0] -= first
             begins[:, 0] = 0
             attend_shared(
-                self.q[first : first + count], self.k[layer], self.v[layer], self.tables, ends, begins, page_tokens=PAGE,
-                scale=self.scale, out=self.out[first : first + count],
+                self.q[first : first + count], self.k[layer], self.v[layer], self.tables, ends, begins,
+                page_tokens=PAGE, scale=self.scale, out=self.out[first : first + count],
             )  # fmt: skip
 
     def unshared(self, layer: int) -> None:
@@ -623,34 +646,34 @@ class Groups:
         return worst
 
 
-def layer_seconds(body: Callable[[int], Any], layers: int, repeats: int) -> float:
-    """Median of a walk over all layers, per layer."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        for layer in range(layers):
-            body(layer)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]) / layers
+def layer_times(layers: int, repeats: int, *bodies: Callable[[int], Any]) -> list[float]:
+    """Medians of walks over all layers, in turn."""
+    times: list[list[float]] = [[] for _ in bodies]
+    for number in range(repeats + 1):
+        for body, taken in zip(bodies, times):
+            began = time.perf_counter()
+            for layer in range(layers):
+                body(layer)
+            if number:
+                taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in times]
 
 
 def attention_claims(sizes: Sizes) -> Iterator[Claim]:
     cases = [(shape, groups, members) for shape in SHAPES for groups, members in ((1, 1), (3, 2), (2, 33))]
-    worst = max(
-        Groups(replace(shape, layers=1), groups, members, 777, 21, np.float32).error() for shape, groups, members in cases
-    )
+    flat = [(replace(shape, layers=1), groups, members) for shape, groups, members in cases]
+    worst = max(Groups(*case, 777, 21, np.float32).error() for case in flat)
     yield Claim(
         claim="prefix and own parts joined are attention over both",
-        measured=f"largest difference {worst:.1e} over {len(cases)} cases, prefixes of 777 tokens and 21 of each one's own",
+        measured=f"largest difference {worst:.1e} over {len(cases)} cases, prefixes of 777 tokens and 21 of each one's "
+        "own",
         required="below 1e-5",
         passed=worst < 1e-5,
     )
     told, passed = [], True
     for shape in SHAPES:
         one, many = Groups(shape, 1, 1, 2000, 32), Groups(shape, 1, MANY, 2000, 32)
-        first = layer_seconds(one.fused, shape.layers, sizes.repeats)
-        all_of_them = layer_seconds(many.fused, shape.layers, sizes.repeats)
-        each = layer_seconds(many.unshared, shape.layers, sizes.repeats)
+        first, all_of_them, each = layer_times(shape.layers, sizes.repeats, one.fused, many.fused, many.unshared)
         passed &= all_of_them <= first * MANY / 2
         told.append(f"{shape.name}: {all_of_them / first:.1f} times ({each / first:.1f} when each walks the prefix)")
     yield Claim(
@@ -662,8 +685,7 @@ def attention_claims(sizes: Sizes) -> Iterator[Claim]:
     told, passed = [], True
     for shape in SHAPES:
         groups = Groups(shape, 24, 4, 64, 16)
-        together = layer_seconds(groups.fused, shape.layers, sizes.repeats)
-        apart = layer_seconds(groups.apart, shape.layers, sizes.repeats)
+        together, apart = layer_times(shape.layers, sizes.repeats, groups.fused, groups.apart)
         passed &= together < apart
         told.append(f"{shape.name}: {apart / together:.2f} times")
     yield Claim(
