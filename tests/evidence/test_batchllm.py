@@ -1,4 +1,4 @@
-"""What BatchLLM's verdicts hang on: the best plan there is, the pages a batch needs, and that ways differ in one thing."""
+"""What BatchLLM's verdicts hang on: the best plan there is, the pages a batch needs, ways that differ in one thing."""
 
 from __future__ import annotations
 
