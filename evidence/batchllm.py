@@ -647,7 +647,7 @@ class Groups:
 
 
 def layer_times(layers: int, repeats: int, *bodies: Callable[[int], Any]) -> list[float]:
-    """Medians of walks over all layers, in turn."""
+    """Walks over all layers, in turn; the least of each counts, as others may use the machine."""
     times: list[list[float]] = [[] for _ in bodies]
     for number in range(repeats + 1):
         for body, taken in zip(bodies, times):
@@ -656,7 +656,7 @@ def layer_times(layers: int, repeats: int, *bodies: Callable[[int], Any]) -> lis
                 body(layer)
             if number:
                 taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
+    return [min(taken) for taken in times]
 
 
 def attention_claims(sizes: Sizes) -> Iterator[Claim]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memwall.cli import bench_trace
 from memwall.cli.command import AsJson, Debug, Memory, Quiet, Threads, Weights, add_command, complete_model
 from memwall.cli.printing import format_table, note, print_json
 from memwall.errors import DoesNotFit, InputError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure memwall under load.", no_args_is_help=True, rich_markup_mode=None)
     add_command(group, "serve", serve)
+    add_command(group, "trace", bench_trace.trace)
     app.add_typer(group, name="bench")
 
 
