@@ -60,6 +60,26 @@ def test_memory_bounds_the_batch_and_no_count_does() -> None:
     assert len(plan(waiting=tuple(short), free_pages=20, total_pages=20).admit) == 9
 
 
+def test_kept_beginnings_are_neither_computed_nor_paid_for() -> None:
+    step = plan(waiting=(view(1, 100, hit=96),), free_pages=1)
+    assert step.work == (Work(id=1, tokens=4),)
+    assert plan(waiting=(view(1, 100, hit=96, hit_idle=1),), free_pages=1).admit == ()
+
+
+def test_it_serves_with_kept_prefixes_too() -> None:
+    engine = simulated_engine(BatchLLM(), num_pages=30, limits=LIMITS, context_tokens=256)
+    for number in range(20):
+        prompt = (*range(number % 3, number % 3 + 40), number)
+        engine.submit(Request(prompt=prompt, sampling=Sampling(max_new_tokens=20, ignore_eos=True)))
+    steps = 0
+    while engine.busy:
+        engine.step()
+        steps += 1
+        assert steps < 5000
+    assert engine.totals.finished == {"length": 20}
+    assert engine.totals.prefix_hits > 0
+
+
 def test_a_prefix_is_counted_once_and_needs_room_for_its_largest_member() -> None:
     prefix = view(0, 160, shares=4, most_tokens=160 + 32)
     assert plan(running=(view(9, 1, 1, 1),), waiting=(prefix,), free_pages=16, total_pages=17).admit == (0,)

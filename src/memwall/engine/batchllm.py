@@ -265,7 +265,9 @@ class _Plan:
         # what the prompts that have begun will still take is promised to them
         free = self.free - sum(limits.pages(one.own(one.known)) - self._pages_after(one) for one in running)
         for view in sorted(self.state.waiting, key=lambda view: view.rank):
-            pages, rest = limits.pages(view.own(view.known)), view.expected - view.known
+            # pages that are kept from others need not be taken anew
+            kept = limits.pages(view.hit) - view.hit_idle
+            pages, rest = limits.pages(view.own(view.known)) - kept, view.expected - view.known
             if self.budget < 1 or pages > free:
                 return
             # a prefix brings its members, the largest of them at least; where nobody runs, the first may go on
@@ -278,8 +280,8 @@ class _Plan:
                 forecast.add(view.own(view.known), rest)
             free -= pages
             self.admit.append(view.id)
-            tokens = min(view.remaining, self.budget)
-            self._give(view, tokens, limits.pages(view.own(view.computed + tokens)))
+            tokens = min(view.known - max(view.computed, view.hit), self.budget)
+            self._give(view, tokens, pages)
 
     def set_aside(self, view: RequestView) -> None:
         """Its keys and values are forgotten; what it was given in this step is free again."""
