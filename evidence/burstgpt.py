@@ -191,8 +191,8 @@ def reading_claim(sizes: Sizes) -> Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What a load met. first: 99th percentile of seconds to the first token; pages: the most that requests held at once;
-    worst_window: share of requests within the objective in the worst minute.
+    """What a load met. first: 99th percentile of seconds to the first token; pages: the most that requests held at
+    once; worst_window: share of requests within the objective in the worst minute.
     """
 
     first: float
@@ -257,6 +257,7 @@ def loads_of(trace: Trace, sizes: Sizes) -> dict[str, Trace]:
     alone = make_trace(raw.at, raw.prompt, raw.output, "; ".join(raw.provenance))
     steps = burstgpt.windows(alone.at, max(alone.seconds / 20, 5.0))
     gamma = burstgpt.generate(steps, burstgpt.JointLengths(alone), 7)
+    gamma = gamma.scale_rate(len(alone) / alone.seconds * gamma.seconds / len(gamma))  # a draw's own mean differs
     return {
         "Poisson, fixed lengths": burstgpt.poisson_like(alone, 7, lengths="fixed"),
         "Poisson, the trace's lengths": burstgpt.poisson_like(alone, 7, lengths="trace"),
