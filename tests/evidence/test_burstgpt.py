@@ -1,4 +1,4 @@
-"""What BurstGPT's verdicts hang on: loads of the same mean rate, sessions that share, waiting that counts from arrival."""
+"""What BurstGPT's verdicts hang on: loads of one mean rate, sessions that share, waiting that counts from arrival."""
 
 from __future__ import annotations
 
