@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 
 from memwall.engine import Sampling, Settings, load
+from memwall.engine.batch import _Segment, group_pieces
 from memwall.engine.batchllm import BatchLLM, BatchPlan, Room, plan_alone, plan_batch
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.offline import OfflineRun
@@ -94,6 +96,24 @@ def test_a_prefix_that_was_moved_by_a_smaller_budget_is_still_read(alone: dict[i
     assert run(held, planned(), 7, 30, 5) == alone
     assert held.engine.totals.preempted["recompute"] > 0
     held.release()
+
+
+def test_rows_that_share_are_one_piece_of_their_prefix_unless_a_window_sees_other_parts_of_it() -> None:
+    prefix, other = np.array([4, 6], np.int32), np.array([8], np.int32)
+    own = [np.array([page], np.int32) for page in (10, 12, 14, 16)]
+    segments = [
+        _Segment(3, 1, 0, own[0], 20, prefix),  # rows before 3 belong to requests by themselves
+        _Segment(4, 4, 2, own[1], 20, prefix),
+        _Segment(8, 1, 5, own[2], 19, prefix),  # after one token less
+        _Segment(9, 2, 0, own[3], 7, other),
+    ]
+    tables, mine, shared = group_pieces(segments, 3, 11, windowed=False)
+    assert tables.tolist() == [10, 4, 6, 12, 14, 16, 8]
+    assert mine.tolist() == [[0, 1, 0, 1, 0], [1, 4, 3, 6, 2], [5, 1, 4, 6, 5], [6, 2, 5, 2, 0]]
+    assert shared.tolist() == [[0, 5, 1, 20, 20], [5, 1, 1, 19, 24], [6, 2, 6, 7, 7]]
+    _, mine, shared = group_pieces(segments, 6, 11, windowed=True)
+    assert mine.tolist()[0] == [0, 2, 0, 6, 4]
+    assert shared.tolist() == [[0, 2, 1, 20, 24], [2, 1, 1, 19, 24], [3, 2, 5, 7, 7]]
 
 
 def test_packed_weights_make_the_same_in_groups(alone: dict[int, list[int]]) -> None:
