@@ -270,6 +270,17 @@ def test_a_prefix_that_ends_early_leaves_its_members_on_their_own() -> None:
     assert engine.pages.pool.used_pages == engine.pages.idle_pages
 
 
+def test_after_a_fault_nothing_is_held() -> None:
+    engine = simulated_engine(BatchLLM(), num_pages=100, limits=LIMITS, context_tokens=256)
+    prefix = engine.submit(Request(prompt=(1,) * 40, members=3))
+    engine.submit(Request(prompt=(1,) * 45, prefix=prefix.id, base=40))
+    for _ in range(4):
+        engine.step()
+    assert engine.shared.held_pages == 3
+    assert [event.finish for event in engine.abandon()] == ["error"]
+    assert engine.pages.pool.used_pages == engine.shared.held_pages == 0
+
+
 @pytest.mark.parametrize(("prefix", "base"), [(5, 3), (0, 0), (0, 41), (0, 45)])
 def test_what_a_request_cannot_go_on_from_is_refused(prefix: int, base: int) -> None:
     engine = simulated_engine(BatchLLM(), num_pages=100, limits=LIMITS)

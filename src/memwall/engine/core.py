@@ -148,7 +148,10 @@ class Engine:
         """Ends all requests after a fault that nobody foresaw; what they held is free again."""
         everyone = [*self.running.values(), *self.waiting.values(), *self.swapped.values()]
         # members first: a prefix that ends before them sends them to the queue
-        return [self._finish(one, "error") for one in sorted(everyone, key=lambda one: one.request.members > 0)]
+        events = [self._finish(one, "error") for one in sorted(everyone, key=lambda one: one.request.members > 0)]
+        for prefix in list(self.shared.held.values()):  # members that never came
+            self._drop_prefix(prefix)
+        return events
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -378,17 +381,20 @@ class Engine:
         """The last member frees its prefix; members of a prefix that ended before them begin anew, each for itself."""
         prefix = self.shared.member_over(one)
         if prefix is not None:
-            self.running.pop(prefix.id, None)
-            self.waiting.pop(prefix.id, None)
-            self.pages.release(prefix.pages)
-            prefix.pages, prefix.status = [], "finished"
-            self.shared.forget(prefix)
+            self._drop_prefix(prefix)
         if one.request.members:
             self.shared.forget(one)
             for member in orphans(one, [*self.running.values(), *self.waiting.values()]):
                 member.parent = None
                 self.running.pop(member.id, None)
                 self._start_over(member)
+
+    def _drop_prefix(self, prefix: Sequence) -> None:
+        self.running.pop(prefix.id, None)
+        self.waiting.pop(prefix.id, None)
+        self.pages.release(prefix.pages)
+        prefix.pages, prefix.status = [], "finished"
+        self.shared.forget(prefix)
 
     def _expire(self, now: float) -> list[Event]:
         late = [
