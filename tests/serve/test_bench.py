@@ -31,6 +31,8 @@ def test_both_loops_against_a_server(server: Running) -> None:
         assert run["first_token_seconds"]["p50"] <= run["whole_seconds"]["p50"]
         assert run["resident_peak_bytes"] <= run["budget_bytes"]
     assert opened[0]["loop"] == "open"
+    assert opened[0]["arrivals"]["cv"] > 0
+    assert "arrivals" not in closed[0]
     table = invoke(*common[:-1], "--concurrency", "2")
     assert "tokens / s" in table.stdout
     assert "2 at a time" in table.stdout

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memwall.cli import bench_trace
 from memwall.cli.command import AsJson, Debug, Memory, Quiet, Threads, Weights, add_command, complete_model
 from memwall.cli.printing import format_table, note, print_json
 from memwall.errors import DoesNotFit, InputError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure memwall under load.", no_args_is_help=True, rich_markup_mode=None)
     add_command(group, "serve", serve)
+    add_command(group, "trace", bench_trace.trace)
     app.add_typer(group, name="bench")
 
 
@@ -172,7 +174,8 @@ def _measure(
         fitting = clipped(loads, int(served.get("max_model_len", 2048)))
         outcomes = await measure(target, fitting, concurrency=count, seed=seed, shared_tokens=shared_tokens)
         found = report(outcomes, slo_first=objectives[0], slo_token=objectives[1])
-        return {"loop": "open" if count is None else "closed", "concurrency": count, **found, **await _memory(target)}
+        loop = {"loop": "open" if count is None else "closed", "concurrency": count}
+        return {**loop, **_arrivals(loads, count), **found, **await _memory(target)}
 
     async def _memory(target: Target) -> dict[str, Any]:
         try:
@@ -188,6 +191,24 @@ def _measure(
         raise InputError(f"{url}: no server answers there: {error}") from error
 
 
+def _arrivals(loads: list[Load], count: int | None) -> dict[str, Any]:
+    """How bursty an open loop's arrivals are."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from memwall.serve.burstgpt import burst_index
+
+    times = np.array([load.at for load in loads if load.at is not None])
+    if count is not None or len(times) < 2 or times[-1] <= times[0]:
+        return {}
+    return {"arrivals": asdict(burst_index(times))}
+
+
+def _bursts(index: dict[str, float] | None) -> str:
+    return f"{index['cv']:.2f} / {index['fano']:.2f} / {index['peak']:.2f}" if index else "-"
+
+
 def _table(runs: list[dict[str, Any]]) -> str:
     from memwall.hardware.units import format_bytes
 
@@ -198,6 +219,7 @@ def _table(runs: list[dict[str, Any]]) -> str:
     rows = [
         ("answered", [f"{run['requests'] - run['failed']} of {run['requests']}" for run in runs]),
         ("requests / s", [f"{run['requests_per_s']:.2f}" for run in runs]),
+        ("arrivals, CV / Fano / peak", [_bursts(run.get("arrivals")) for run in runs]),
         ("tokens / s", [f"{run['output_tokens_per_s']:.0f}" for run in runs]),
         ("goodput / s", [f"{run['goodput_per_s']:.2f} ({100 * run['slo_share']:.0f} %)" for run in runs]),
         ("first token, ms p50 / p90 / p99", [milliseconds(run["first_token_seconds"]) for run in runs]),

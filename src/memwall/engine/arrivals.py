@@ -121,13 +121,13 @@ def _load(path: Path, number: int, row: dict[str, object]) -> Load:
                     raise InputError(f"{path}: row {number}: {name} is {str(row[name])[:40]!r}, no count") from None
         raise InputError(f"{path}: no column of lengths; known are {', '.join(names)}")
 
-    at = _seconds(row.get("timestamp"))
+    at = seconds_of(row.get("timestamp"))
     if at is not None and path.suffix == ".jsonl":
         at /= 1000  # Mooncake counts milliseconds
     return Load(at=at, prompt_tokens=length(PROMPT_NAMES), output_tokens=length(OUTPUT_NAMES))
 
 
-def _seconds(value: object) -> float | None:
+def seconds_of(value: object) -> float | None:
     """Seconds from a number or a date and time; None for anything else."""
     try:
         return float(str(value))

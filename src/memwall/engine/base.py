@@ -23,6 +23,9 @@ class RequestView:
     priority: lower goes first; equal ones by arrival, then id. pages: held (swapped out: to be taken back). freeable:
     pages that setting it aside would free. hit: tokens of its beginning whose pages are kept from other requests;
     hit_idle: how many of those pages count as free until it takes them.
+    prefix: the request whose keys and values it goes on from, and base: after how many of its tokens; its own pages
+    begin there. shares: of a prefix, how many requests that go on from it are not over; `most_tokens` then counts the
+    largest of them with it. expected_tokens: what it will likely come to hold; 0 where nobody knows.
     """
 
     id: int
@@ -38,6 +41,22 @@ class RequestView:
     hit_idle: int = 0
     session: str | None = None
     adapter: str | None = None
+    prefix: int | None = None
+    base: int = 0
+    shares: int = 0
+    expected_tokens: int = 0
+
+    def own(self, tokens: int) -> int:
+        """How many of its first `tokens` lie in its own pages."""
+        return tokens - self.base
+
+    @property
+    def expected(self) -> int:
+        """Tokens it will come to hold; one that has outgrown what was expected is half-way through its answer."""
+        likely = self.expected_tokens or self.most_tokens
+        if likely <= self.known:
+            likely = self.known + max(self.known - self.prompt, 1)
+        return max(min(likely, self.most_tokens), self.known)
 
     @property
     def rank(self) -> tuple[int, float, int]:
@@ -79,12 +98,14 @@ class Costs:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """Everything a decision may depend on. free_pages: free now, kept prefixes that nobody uses included; negative
-    while the budget has shrunk below what is held.
+    while the budget has shrunk below what is held. waiting: those that could start now. held: prefixes that are
+    computed and stay for requests that go on from them; setting one aside sends it back to the queue.
     """
 
     running: tuple[RequestView, ...] = ()
     waiting: tuple[RequestView, ...] = ()
     swapped: tuple[RequestView, ...] = ()
+    held: tuple[RequestView, ...] = ()
     free_pages: int
     total_pages: int
     swap_free_pages: int = 0

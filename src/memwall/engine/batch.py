@@ -4,7 +4,8 @@ Keys and values are float16 in pages of the pool: one page holds `page_tokens` t
 sharing or swapping a page is one copy. Native attention finds tokens through page tables (`attend_paged`): the cost
 over rows that lie in a line is a table look-up every 16 tokens, and in return any page can be anywhere, which sharing
 and a moving budget need; ranges of address space per sequence (`kv/vattention.py`) keep plain rows but share and move
-only blocks of megabytes. All decoding sequences of a step are attended in one parallel region.
+only blocks of megabytes. All decoding sequences of a step are attended in one parallel region, and so are all those
+that go on from shared prefixes, which are read once for all of them.
 
 Layout of a page: [layer][keys, values][page_tokens][Hkv][D].
 
@@ -14,6 +15,7 @@ are summed in an order that depends on how many tokens are multiplied at once, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,8 +24,9 @@ import numpy as np
 from memwall.engine.core import Entry, Output
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sampling import Sampler
-from memwall.engine.sequence import Sequence, TokenLogprobs
-from memwall.kernels.attention import attend_paged, attend_paged_sequences
+from memwall.engine.sequence import Sequence as EngineSequence
+from memwall.engine.sequence import TokenLogprobs
+from memwall.kernels.attention import attend_paged, attend_paged_sequences, attend_shared
 from memwall.kv import CacheShape
 from memwall.memory import PagePool
 from memwall.models.decoder import Decoder
@@ -38,12 +41,24 @@ def page_bytes(shape: CacheShape, page_tokens: int) -> int:
 
 @dataclass(slots=True)
 class _Segment:
-    """Rows [row, row + count) of the batch are tokens [first, first + count) of one sequence."""
+    """Rows [row, row + count) of the batch are tokens [first, first + count) of one sequence, or what comes after
+    `base` tokens of a prefix: then they are counted from there.
+    """
 
     row: int
     count: int
     first: int
     table: np.ndarray
+    base: int = 0
+    prefix: np.ndarray | None = None
+
+
+def batch_order(entry: Entry) -> tuple[bool, int, int, bool]:
+    """Where an entry goes in a step's batch: sequences by themselves first, one token before many, then those that go
+    on from one prefix after as many of its tokens side by side.
+    """
+    one = entry.sequence
+    return (one.parent is not None, one.parent.id if one.parent is not None else 0, one.base, entry.count > 1)
 
 
 class BatchCache:
@@ -59,27 +74,37 @@ class BatchCache:
         self._committed = -1
         self._views: list[tuple[np.ndarray, np.ndarray]] = []
         self._segments: list[_Segment] = []
+        self._grouped: list[_Segment] = []
+        self._pieces: dict[tuple[int, int, bool], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._at = 0
 
     def begin(self, batch: list[Entry]) -> np.ndarray:
-        """The batch of the next forward pass: first those with one token, then the others; gives all positions."""
+        """The batch of the next forward pass, in `batch_order`; gives all positions."""
         self._look()
         step = 2 * self.shape.num_layers  # from a page of the pool to the next page of the same layer
         tables = [np.asarray(entry.sequence.pages, np.int32) * np.int32(step) for entry in batch]
-        self._singles = sum(entry.count == 1 for entry in batch)
+        self._singles = sum(entry.count == 1 and entry.sequence.parent is None for entry in batch)
         singles = batch[: self._singles]
         width = max((len(table) for table in tables[: self._singles]), default=0)
         self._tables = np.zeros((self._singles, width), np.int32)
         for row, table in enumerate(tables[: self._singles]):
             self._tables[row, : len(table)] = table
         self._lengths = np.array([entry.first + 1 for entry in singles], np.int64)
-        self._segments, row = [], 0
+        self._segments, self._grouped, self._pieces, row = [], [], {}, 0
+        prefixes: dict[int, np.ndarray] = {}
         positions, rows = [], []
         for entry, table in zip(batch, tables):
+            one, base = entry.sequence, entry.sequence.base
             at = np.arange(entry.first, entry.first + entry.count, dtype=np.int64)
             positions.append(at)
+            at = at - base
             rows.append(table[at // self.page_tokens].astype(np.int64) * self.page_tokens + at % self.page_tokens)
-            if entry.count > 1:
+            if one.parent is not None:
+                if one.parent.id not in prefixes:
+                    prefixes[one.parent.id] = np.asarray(one.parent.pages, np.int32) * np.int32(step)
+                held = prefixes[one.parent.id]
+                self._grouped.append(_Segment(row, entry.count, entry.first - base, table, base, held))
+            elif entry.count > 1:
                 self._segments.append(_Segment(row, entry.count, entry.first, table))
             row += entry.count
         self._rows = np.concatenate(rows)
@@ -114,7 +139,22 @@ class BatchCache:
                 length=segment.first + segment.count, scale=scale,
                 first_position=segment.first + first - segment.row, window=window, out=out[place],
             )  # fmt: skip
+        grouped = max(self._grouped[0].row, begin) if self._grouped else self._at
+        if grouped < self._at:
+            window = self.shape.window(layer)
+            tables, own, prefixes = self._group_pieces(grouped, self._at, window)
+            attend_shared(
+                q[grouped - begin :], keys, values, tables, own, prefixes, page_tokens=self.page_tokens, scale=scale,
+                window=window, out=out[grouped - begin :],
+            )  # fmt: skip
         return out
+
+    def _group_pieces(self, begin: int, end: int, window: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `attend_shared` is told of rows [begin, end): the same in every layer."""
+        key = (begin, end, window is not None)
+        if key not in self._pieces:
+            self._pieces[key] = group_pieces(self._grouped, begin, end, windowed=window is not None)
+        return self._pieces[key]
 
     def settle(self, layer: int) -> None:
         """Rows are stored as they will stay."""
@@ -140,6 +180,37 @@ class BatchCache:
         ]
 
 
+def group_pieces(
+    segments: Sequence[_Segment], begin: int, end: int, *, windowed: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tables, own pieces and prefix pieces of rows [begin, end) of segments that go on from prefixes.
+
+    Neighbours that go on from the same prefix after as many tokens are one piece of it; with a window each sees another
+    part of it, and is a piece for itself.
+    """
+    tables: list[np.ndarray] = []
+    own: list[list[int]] = []
+    shared: list[list[int]] = []
+    place, at, last = 0, 0, None
+    for one in segments:
+        first, stop = max(one.row, begin), min(one.row + one.count, end)
+        if first >= stop or one.prefix is None:
+            continue
+        key = one.first + first - one.row
+        own.append([first - begin, stop - first, place, one.first + one.count, key])
+        tables.append(one.table)
+        place += len(one.table)
+        if last is not None and last.prefix is one.prefix and last.base == one.base and not windowed:
+            shared[-1][1] += stop - first
+            continue
+        if last is None or last.prefix is not one.prefix:
+            tables.append(one.prefix)
+            at, place = place, place + len(one.prefix)
+        shared.append([first - begin, stop - first, at, one.base, one.base + key])
+        last = one
+    return np.concatenate(tables), np.array(own, np.int64), np.array(shared, np.int64)
+
+
 class ModelExecutor:
     """Runs steps on a decoder."""
 
@@ -155,7 +226,7 @@ class ModelExecutor:
 
     def run(self, batch: list[Entry]) -> list[Output | None]:
         """See `Executor`."""
-        order = sorted(range(len(batch)), key=lambda i: batch[i].count > 1)
+        order = sorted(range(len(batch)), key=lambda i: batch_order(batch[i]))
         sorted_batch = [batch[i] for i in order]
         positions = self.cache.begin(sorted_batch)
         tokens = [t for entry in sorted_batch for t in entry.sequence.tokens[entry.first : entry.first + entry.count]]
@@ -170,11 +241,11 @@ class ModelExecutor:
                 outputs[order[place]] = self._draw(sorted_batch[place].sequence, row)
         return outputs
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: EngineSequence) -> None:
         """See `Executor`."""
         self._samplers.pop(sequence.id, None)
 
-    def _draw(self, sequence: Sequence, logits: np.ndarray) -> Output:
+    def _draw(self, sequence: EngineSequence, logits: np.ndarray) -> Output:
         sampler = self._samplers.get(sequence.id)
         if sampler is None:
             sampler = self._samplers[sequence.id] = Sampler(sequence.request.sampling, self._scratch)

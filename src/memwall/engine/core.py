@@ -16,6 +16,7 @@ from typing import Protocol
 from memwall.engine.base import Costs, Limits, RequestView, Scheduler, State, Step, Work
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sequence import Event, FinishReason, Request, Sequence, TokenLogprobs
+from memwall.engine.shared import SharedPrefixes, orphans
 from memwall.engine.swap import SwapArea
 from memwall.errors import BudgetExceeded, InputError
 from memwall.memory import OutOfPages
@@ -61,6 +62,7 @@ class Totals:
     prompt_tokens: int = 0
     made_tokens: int = 0
     computed_tokens: int = 0
+    computed_prompt_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     preempted: Counter[str] = field(default_factory=Counter)
@@ -98,6 +100,7 @@ class Engine:
         self.running: dict[int, Sequence] = {}
         self.waiting: dict[int, Sequence] = {}
         self.swapped: dict[int, Sequence] = {}
+        self.shared = SharedPrefixes(pages)
         self.wanted_pages = pages.pool.limit_pages
         self.observer: Callable[[State, Step], None] | None = None
         self._next_id = 0
@@ -128,9 +131,10 @@ class Engine:
         arrival = self.clock() if arrival is None else arrival
         number = self._next_id if number is None else number
         sequence = Sequence(id=number, request=request, arrival=arrival, eos=self.eos)
+        self.shared.enter(sequence)
         self._next_id = max(self._next_id, number) + 1
         self.waiting[sequence.id] = sequence
-        self.totals.prompt_tokens += sequence.num_prompt
+        self.totals.prompt_tokens += 0 if request.members else sequence.num_prompt
         return sequence
 
     def cancel(self, number: int) -> Event | None:
@@ -143,7 +147,11 @@ class Engine:
     def abandon(self) -> list[Event]:
         """Ends all requests after a fault that nobody foresaw; what they held is free again."""
         everyone = [*self.running.values(), *self.waiting.values(), *self.swapped.values()]
-        return [self._finish(one, "error") for one in everyone]
+        # members first: a prefix that ends before them sends them to the queue
+        events = [self._finish(one, "error") for one in sorted(everyone, key=lambda one: one.request.members > 0)]
+        for prefix in list(self.shared.held.values()):  # members that never came
+            self._drop_prefix(prefix)
+        return events
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -170,6 +178,9 @@ class Engine:
         self._learn(batch, self.clock() - began)
         self.totals.steps += 1
         self.totals.computed_tokens += step.tokens
+        self.totals.computed_prompt_tokens += sum(
+            max(min(entry.first + entry.count, entry.sequence.num_prompt) - entry.first, 0) for entry in batch
+        )
         now = self.clock()
         for entry, output in zip(batch, outputs, strict=True):
             event = self._computed(entry, output, now)
@@ -182,8 +193,9 @@ class Engine:
         short = self.wanted_pages - self.pages.pool.limit_pages  # a shrunken budget that is not yet reached
         return State(
             running=tuple(self._view(one) for one in self.running.values()),
-            waiting=tuple(self._waiting_view(one) for one in self.waiting.values()),
+            waiting=tuple(self._waiting_view(one) for one in self.waiting.values() if one.ready),
             swapped=tuple(self._view(one) for one in self.swapped.values()),
+            held=tuple(self._view(one) for one in self.shared.held.values()),
             free_pages=self.pages.available_pages + min(short, 0),
             total_pages=self.wanted_pages,
             swap_free_pages=self.swap.free_pages if self.swap is not None else 0,
@@ -205,6 +217,10 @@ class Engine:
             freeable=self.pages.freeable(one.pages),
             session=one.request.session,
             adapter=one.request.adapter,
+            prefix=None if one.parent is None else one.parent.id,
+            base=one.base,
+            shares=one.left,
+            expected_tokens=one.request.expected_tokens,
         )
 
     def _waiting_view(self, one: Sequence) -> RequestView:
@@ -218,6 +234,8 @@ class Engine:
 
     def _hits(self, one: Sequence) -> list[int]:
         """Pages of its beginning that are there; one token at least stays to be computed, for its logits."""
+        if not self._digested(one):
+            return []
         return self.pages.find(one.digests_of(len(one.tokens) - 1, self.pages.page_tokens))
 
     def fit_limit(self) -> None:
@@ -230,12 +248,15 @@ class Engine:
         if limit != pool.limit_pages:
             moves = pool.set_limit(limit)
             self.pages.moved(moves)
+            self.shared.moved(moves)
             for one in self.running.values():
                 one.pages = [moves.get(page, page) for page in one.pages]
 
     def _rearrange(self, state: State, step: Step, now: float) -> None:
         for preempt in step.preempt:
-            self._set_aside(self.running.pop(preempt.id), preempt.by)
+            held = preempt.id in self.shared.held
+            one = self.shared.take_back(preempt.id) if held else self.running.pop(preempt.id)
+            self._set_aside(one, preempt.by)
         hits = {view.id: view.hit for view in state.waiting}
         for number in step.admit:  # beginnings first: pages taken below might be theirs
             self._admit(self.waiting.pop(number), hits[number], now)
@@ -270,7 +291,7 @@ class Engine:
     def _start_over(self, one: Sequence) -> None:
         """Back to the queue without keys and values."""
         self.pages.release(one.pages)
-        one.pages, one.computed, one.registered = [], 0, 0
+        one.pages, one.computed, one.registered = [], one.base, 0
         one.status, one.view = "waiting", None
         self.waiting[one.id] = one
 
@@ -294,7 +315,8 @@ class Engine:
     def _admit(self, one: Sequence, hit: int, now: float) -> None:
         pages = self._hits(one)[: hit // self.pages.page_tokens]
         self.pages.acquire(pages)
-        one.pages, one.computed, one.registered = pages, len(pages) * self.pages.page_tokens, len(pages)
+        held = max(len(pages) * self.pages.page_tokens, one.base)
+        one.pages, one.computed, one.registered = pages, held, len(pages)
         if one.admitted is None:
             one.admitted, one.cached = now, one.computed
             self.totals.prefix_queries += one.num_prompt
@@ -306,16 +328,15 @@ class Engine:
         one = self.running[work.id]
         end = one.computed + work.tokens
         assert 0 < work.tokens <= len(one.tokens) - one.computed
-        one.pages += self.pages.take(max(self.limits.pages(end) - len(one.pages), 0))
-        return Entry(one, one.computed, work.tokens, end == len(one.tokens))
+        one.pages += self.pages.take(max(self.limits.pages(end - one.base) - len(one.pages), 0))
+        return Entry(one, one.computed, work.tokens, end == len(one.tokens) and not one.request.members)
 
     def _computed(self, entry: Entry, output: Output | None, now: float) -> Event | None:
         one = entry.sequence
         one.computed += entry.count
-        digests = one.digests_of(one.computed, self.pages.page_tokens)
-        for at in range(one.registered, len(digests)):
-            self.pages.register(one.pages[at], digests[at])
-        one.registered = len(digests)
+        self._register(one)
+        if one.request.members and one.computed == one.num_prompt:
+            self.shared.hold(self.running.pop(one.id))
         if output is None:
             return None
         if one.first_token is None:
@@ -332,6 +353,17 @@ class Engine:
             event = replace(event, finish=end)
         return event
 
+    def _digested(self, one: Sequence) -> bool:
+        """Whether its pages can be found by their digests; those of a batch whose sharing is planned need not be."""
+        return self.pages.keep_prefixes and one.parent is None and not one.request.members
+
+    def _register(self, one: Sequence) -> None:
+        if self._digested(one):
+            digests = one.digests_of(one.computed, self.pages.page_tokens)
+            for at in range(one.registered, len(digests)):
+                self.pages.register(one.pages[at], digests[at])
+            one.registered = len(digests)
+
     def _finish(self, one: Sequence, why: FinishReason) -> Event:
         for group in (self.running, self.waiting, self.swapped):
             group.pop(one.id, None)
@@ -342,7 +374,27 @@ class Engine:
         one.status, one.finish, one.finished = "finished", why, self.clock()
         self.totals.finished[why] += 1
         self.executor.forget(one)
+        self._end_sharing(one)
         return Event(id=one.id, finish=why, cached_tokens=one.cached)
+
+    def _end_sharing(self, one: Sequence) -> None:
+        """The last member frees its prefix; members of a prefix that ended before them begin anew, each for itself."""
+        prefix = self.shared.member_over(one)
+        if prefix is not None:
+            self._drop_prefix(prefix)
+        if one.request.members:
+            self.shared.forget(one)
+            for member in orphans(one, [*self.running.values(), *self.waiting.values()]):
+                member.parent = None
+                self.running.pop(member.id, None)
+                self._start_over(member)
+
+    def _drop_prefix(self, prefix: Sequence) -> None:
+        self.running.pop(prefix.id, None)
+        self.waiting.pop(prefix.id, None)
+        self.pages.release(prefix.pages)
+        prefix.pages, prefix.status = [], "finished"
+        self.shared.forget(prefix)
 
     def _expire(self, now: float) -> list[Event]:
         late = [

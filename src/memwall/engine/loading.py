@@ -66,12 +66,13 @@ def load_decoder(
     progress: Progress | None = None,
     beside: Arena | None = None,
     sequences: int = 1,
+    shared: bool = False,
     headroom_bytes: int = RUNTIME_HEADROOM_BYTES,
 ) -> LoadedDecoder:
     """What a session and a server have in common.
 
     beside: an arena of this process that is shared, and its budget with it. sequences: most of them that
-    `Decoder.batch` will work together. Raises as `session.load` does.
+    `Decoder.batch` will work together; shared: they may go on from shared prefixes. Raises as `session.load` does.
     """
     if settings.threads is not None:
         kernels.set_num_threads(settings.threads)
@@ -97,6 +98,7 @@ def load_decoder(
         logit_rows=settings.logit_rows,
         exact=settings.exact,
         sequences=sequences,
+        shared=shared,
     )
     return LoadedDecoder(
         config=config, weights=weights, decoder=decoder, arena=arena, ledger=ledger, runtime_bytes=runtime_bytes

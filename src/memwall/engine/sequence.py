@@ -11,7 +11,7 @@ from memwall.engine.kv_pages import digest_page
 from memwall.engine.sampling import Sampling
 from memwall.errors import InputError
 
-Status = Literal["waiting", "running", "swapped", "finished"]
+Status = Literal["waiting", "running", "held", "swapped", "finished"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -21,7 +21,9 @@ class Request:
 
     priority: lower goes first. logprobs: how many likeliest alternatives to tell with each token, 0 for the token's own
     alone, None for nothing. salt: whose cached beginnings it may share. until: a time of the engine's clock after which
-    it is cancelled.
+    it is cancelled. members: of a prefix, how many requests will go on from it; such a one makes no token. prefix and
+    base: the id of the prefix that it goes on from, and after how many tokens (see `shared`). expected_tokens: of
+    prompt and answer together, where somebody can tell; 0 for nobody.
     """
 
     prompt: tuple[int, ...]
@@ -32,6 +34,10 @@ class Request:
     adapter: str | None = None
     salt: bytes = b""
     until: float | None = None
+    members: int = 0
+    prefix: int | None = None
+    base: int = 0
+    expected_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -59,7 +65,10 @@ class Event:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in the engine. tokens: prompt and what was made; the first `computed` have keys and values."""
+    """A request in the engine. tokens: prompt and what was made; the first `computed` have keys and values.
+
+    parent: the prefix whose pages come before its own; left: of a prefix, members that are not over.
+    """
 
     id: int
     request: Request
@@ -81,9 +90,22 @@ class Sequence:
     finish: FinishReason | None = None
     view: RequestView | None = None
     version: int = -1
+    parent: Sequence | None = None
+    left: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.left = self.request.members
+
+    @property
+    def base(self) -> int:
+        """Tokens of its beginning that lie in its prefix's pages."""
+        return 0 if self.parent is None else self.request.base
+
+    @property
+    def ready(self) -> bool:
+        """Whether what it goes on from is there."""
+        return self.parent is None or self.parent.status == "held"
 
     @property
     def num_prompt(self) -> int:

@@ -46,7 +46,8 @@ class ServingSettings:
 
     weights: as for a session. context_tokens: longest request, prompt and answer; None for the model's positions.
     token_budget: tokens computed in one step. swap_bytes: disk for requests set aside. headroom_bytes: kept free for
-    what the process comes to hold outside the arena. exact: float arithmetic on packed weights.
+    what the process comes to hold outside the arena. exact: float arithmetic on packed weights. shared_prefixes: room
+    for requests that go on from prefixes (see `shared`).
     """
 
     weights: str = "float16"
@@ -60,6 +61,7 @@ class ServingSettings:
     threads: int | None = None
     exact: bool = False
     keep_prefixes: bool = True
+    shared_prefixes: bool = False
 
     @property
     def limits(self) -> Limits:
@@ -195,6 +197,7 @@ def load_engine(
         budget=budget,
         progress=progress,
         sequences=settings.max_sequences,
+        shared=settings.shared_prefixes,
         headroom_bytes=settings.headroom_bytes,
     )
     config, arena = loaded.config, loaded.arena

@@ -23,6 +23,7 @@ __all__ = [
     "attend_paged_sequences",
     "attend_ragged",
     "attend_scattered",
+    "attend_shared",
     "kivi_block_bytes",
     "kivi_decode_keys",
     "kivi_decode_values",
@@ -112,6 +113,36 @@ def attend_paged_sequences(
     return out
 
 
+def attend_shared(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    tables: np.ndarray,
+    own: np.ndarray,
+    prefixes: np.ndarray,
+    *,
+    page_tokens: int,
+    scale: float,
+    window: int | None = None,
+    out: np.ndarray,
+) -> np.ndarray:
+    """Rows of several sequences of which some go on from keys that others share: q, out [T, H, D], k and v as in
+    `attend_paged`. A shared prefix is read once for all rows in one pass, as a product of matrices; its tasks and those
+    of what each sequence has of its own are one list in one parallel region, the longest first; both are then joined by
+    their maxima and sums.
+
+    own, prefixes: int64 [pieces, 5] of (first row, rows, place of its table in `tables`, length, query_key): row i of a
+    piece sees the first `query_key + i + 1` of the `length` tokens that its pages hold. Every row is in one piece of
+    `own`, and in one of `prefixes` at most; one that sees all of a prefix says so with a query_key from length - 1 on.
+    tables [pages] int32: page tables behind one another. With a window, query_key must be the row's place among the
+    piece's keys, beyond their end for a prefix.
+
+    Source: BatchLLM (Zheng 2024, arXiv 2412.03594), prefix-shared attention with horizontal fusion.
+    """
+    _native.attend_shared(q, k, v, tables, own, prefixes, page_tokens, out, scale, window)
+    return out
+
+
 def attend_kivi(
     q: np.ndarray,
     key_blocks: np.ndarray,
@@ -167,13 +198,20 @@ def attend_ragged(
 
 
 def predict_attention_scratch_bytes(
-    num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, *, threads: int | None = None, sequences: int = 1
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    tokens: int,
+    *,
+    threads: int | None = None,
+    sequences: int = 1,
+    shared_rows: int = 0,
 ) -> int:
-    """What attention keeps between calls, over all threads, once it has seen `tokens` queries at once, and so many
-    `sequences` together.
+    """What attention keeps between calls, over all threads, once it has seen `tokens` queries at once, so many
+    `sequences` together, and `attend_shared` over so many rows.
     """
     held = _native.attention_scratch_bytes_for(
-        num_heads, num_kv_heads, head_dim, tokens, threads or _native.num_threads(), sequences
+        num_heads, num_kv_heads, head_dim, tokens, threads or _native.num_threads(), sequences, shared_rows
     )
     return int(held)
 

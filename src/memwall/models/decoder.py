@@ -70,9 +70,11 @@ def scratch_bytes(
     exact: bool = False,
     threads: int | None = None,
     sequences: int = 1,
+    shared: bool = False,
 ) -> int:
     """Bytes the kernels keep between calls: activations rounded for the widest matrix, a panel per thread, and what
-    each thread attends with. threads: None for those in use. sequences: most of them whose tokens are worked together.
+    each thread attends with. threads: None for those in use. sequences: most of them whose tokens are worked together;
+    shared: and these may go on from prefixes that they share.
     """
     tokens = min(segment_tokens, BLOCK_ROWS)
     widest = max(config.hidden_size, config.intermediate_size, config.query_size)
@@ -80,7 +82,13 @@ def scratch_bytes(
     panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
     rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
     attention = kernels.predict_attention_scratch_bytes(
-        config.num_heads, config.num_kv_heads, config.head_dim, tokens, threads=threads, sequences=sequences
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        tokens,
+        threads=threads,
+        sequences=sequences,
+        shared_rows=tokens if shared else 0,
     )
     return panels + rounded + attention
 
@@ -128,6 +136,7 @@ class Decoder:
         logit_rows: int = 1,
         exact: bool = False,
         sequences: int = 1,
+        shared: bool = False,
     ) -> None:
         self.config = config
         self.weights = weights
@@ -138,7 +147,7 @@ class Decoder:
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
         self._arena = arena
-        scratch = scratch_bytes(config, weights.specs, segment_tokens, exact=exact, sequences=sequences)
+        scratch = scratch_bytes(config, weights.specs, segment_tokens, exact=exact, sequences=sequences, shared=shared)
         self._scratch = arena.charge(SCRATCH, scratch)
         self._buffers = {
             name: arena.allocate(OWNER, shape, np.float32)

@@ -4,13 +4,11 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "attention_table.h"
+#include "attention_work.h"
 #include "dispatch.h"
 #include "threads.h"
 
@@ -19,35 +17,6 @@ namespace {
 
 constexpr std::int64_t kBytesPerMicrosecond = 10000;  // a core reads about this much; waking a thread costs a few microseconds
 constexpr std::int64_t kInlineMicroseconds = 20;
-constexpr int kPromptRows = 128;
-
-// Grows, is never given back before its thread ends: a few hundred kilobytes, and no call allocates after the first.
-class Buffer {
- public:
-  static std::size_t rounded(std::size_t floats) { return (floats + 4095) / 4096 * 4096; }
-
-  float* get(std::size_t floats) {
-    if (floats > size_) {
-      floats = rounded(floats);
-      data_.reset(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))));
-      if (!data_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-      size_ = floats;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
-  std::size_t size_ = 0;
-};
-
-thread_local Buffer t_shared, t_work;  // of the caller, for all workers; of each worker
 
 std::size_t bytes_of(Real type) { return type == Real::float32 ? 4 : 2; }
 
@@ -87,18 +56,8 @@ void merge(const Attention& a, const float* partials, std::size_t stride, int ch
 std::int64_t most_chunks(int threads) { return threads > 1 ? 2 * threads : 1; }
 
 // floats of `chunks` partial results, and of the scaled queries before them
-std::size_t partial_stride(const Attention& a) { return static_cast<std::size_t>(a.num_heads) * (2 + a.padded_dim()); }
 std::size_t shared_scratch(const Attention& a, std::int64_t chunks) {
   return static_cast<std::size_t>(a.num_heads) * a.padded_key() + partial_stride(a) * static_cast<std::size_t>(chunks);
-}
-
-// queries of a prompt that one task takes: as many as fill the registers, fewer where threads would go without
-int prompt_queries(const Attention& a, int threads) {
-  const int rep = a.queries_per_kv_head();
-  int queries = std::max(1, std::min(kPromptRows / rep, a.num_tokens));
-  const auto tasks = [&] { return a.num_kv_heads * ((a.num_tokens + queries - 1) / queries); };
-  while (tasks() < 2 * threads && queries * rep > 16 && queries > 1) queries = (queries + 1) / 2;
-  return queries;
 }
 
 // How one query's attention is cut into runs of tokens; depends on its own cache alone, so that a sequence is summed in the same
@@ -116,13 +75,6 @@ struct Cut {
     chunks = (steps * kStep + chunk - 1) / chunk;
   }
 };
-
-void scale_queries(const Attention& a, float* q) {
-  const int padded_key = a.padded_key();
-  for (int h = 0; h < a.num_heads; ++h)
-    for (int d = 0; d < padded_key; ++d)
-      q[static_cast<std::size_t>(h) * padded_key + d] = d < a.key_dim ? a.q[static_cast<std::size_t>(h) * a.key_dim + d] * a.scale : 0.0f;
-}
 
 // one query token of each of up to kSequencesTogether sequences
 void attend_each(const Attention* sequences, int count, const AttentionKernels& kernels) {
@@ -345,7 +297,8 @@ void attend_ragged(const Ragged& r) {
   attend_many(a, kernels, heads.data());
 }
 
-std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads, int sequences) {
+std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads, int sequences,
+                                        int shared_rows) {
   Attention a;
   a.num_heads = num_heads, a.num_kv_heads = num_kv_heads, a.key_dim = a.head_dim = head_dim, a.num_tokens = tokens;
   a.form.bits = 2;  // coded caches take a little more than others, at any number of bits
@@ -353,8 +306,12 @@ std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int hea
   std::size_t work = kernels.decode_scratch(a);
   if (tokens > 1) work = std::max(work, kernels.prefill_scratch(a, prompt_queries(a, threads)));
   const auto together = static_cast<std::size_t>(std::clamp(sequences, 1, kSequencesTogether));
-  const std::size_t floats = Buffer::rounded(shared_scratch(a, most_chunks(threads)) * together) + Buffer::rounded(work) * threads;
-  return floats * sizeof(float);
+  std::size_t shared = shared_scratch(a, most_chunks(threads)) * together;
+  if (shared_rows > 0) {
+    shared = std::max(shared, shared_rows_scratch(a, static_cast<std::size_t>(shared_rows)));
+    work = std::max(work, single_scratch(a, kernels));
+  }
+  return (Buffer::rounded(shared) + Buffer::rounded(work) * static_cast<std::size_t>(threads)) * sizeof(float);
 }
 
 void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int key_dim, std::int64_t count,

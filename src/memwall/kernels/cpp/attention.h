@@ -117,9 +117,21 @@ constexpr int kSequencesTogether = 16;  // more go in turns: what they share scr
 // one query token of each of several sequences, all in one parallel region
 void attend_sequences(const Attention* sequences, int count);
 
-// what `attend` holds between calls, over all threads, once it has seen `tokens` queries at once and a long cache, and
-// `attend_sequences` that many sequences
-std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads, int sequences = 1);
+// Rows [row, row + count) of a batch over the tokens that a table finds: row i of them sees [0, query_key + i], cut to `length`.
+struct Piece {
+  int row = 0, count = 0;
+  const std::int32_t* table = nullptr;
+  std::int64_t length = 0, query_key = 0;
+};
+// Rows of several sequences of which some go on from keys that others share. `all` has queries, outputs and the pool of pages;
+// every row is in one piece of `own`, and in one of `prefixes` at most. A prefix is read once for all its rows. All pieces' tasks
+// are one list, the longest first, in one parallel region; what a row found in both is then joined. window: 0 for none.
+void attend_shared(const Attention& all, const Piece* own, int num_own, const Piece* prefixes, int num_prefixes, std::int64_t window);
+
+// what `attend` holds between calls, over all threads, once it has seen `tokens` queries at once and a long cache,
+// `attend_sequences` that many sequences, and `attend_shared` that many rows
+std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int head_dim, int tokens, int threads, int sequences = 1,
+                                        int shared_rows = 0);
 
 // rows = exact tokens; encodes `count` tokens of keys (whole blocks) from the start of `blocks`, of values from token `first`
 void kivi_encode_keys(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::int64_t count, std::uint8_t* blocks);

@@ -81,6 +81,38 @@ void attend_paged_sequences(const Float3& q, const Cache& k, const Cache& v, con
   mw::attend_sequences(sequences.data(), static_cast<int>(count));
 }
 
+// own, prefixes: rows of (row, count, place of the table in `tables`, length, query_key); see attention.h
+void attend_shared(const Float3& q, const Cache& k, const Cache& v, const Table& tables, const Pieces& own, const Pieces& prefixes,
+                   int page_tokens, const Out3& out, float scale, std::optional<std::int64_t> window) {
+  mw::Attention all = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0);
+  require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
+  require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
+  for (mw::Rows* rows : {&all.keys, &all.values})
+    while ((1 << rows->page_shift) < page_tokens) ++rows->page_shift;
+  const std::int64_t held = static_cast<std::int64_t>(k.shape(0)) / page_tokens, places = static_cast<std::int64_t>(tables.shape(0));
+  const auto read = [&](const Pieces& list, const char* name, bool all_rows) {
+    std::vector<mw::Piece> pieces;
+    std::int64_t next = 0;
+    for (std::size_t i = 0; i < list.shape(0); ++i) {
+      const std::int64_t* p = list.data() + 5 * i;
+      const std::int64_t pages = (p[3] + page_tokens - 1) / page_tokens;
+      require(p[0] >= next && p[1] > 0 && p[0] + p[1] <= all.num_tokens && (!all_rows || p[0] == next),
+              std::string(name) + ": pieces must follow each other over the rows");
+      next = p[0] + p[1];
+      require(p[3] > 0 && p[3] < (std::int64_t{1} << 24) && p[2] >= 0 && p[2] + pages <= places, std::string(name) + ": a table is too short for its length");
+      require(p[4] >= 0, std::string(name) + ": query_key must not be negative");
+      for (std::int64_t j = 0; j < pages; ++j)
+        require(tables.data()[p[2] + j] >= 0 && tables.data()[p[2] + j] < held, "a table names a page that is not there");
+      pieces.push_back({static_cast<int>(p[0]), static_cast<int>(p[1]), tables.data() + p[2], p[3], p[4]});
+    }
+    require(!all_rows || next == all.num_tokens, std::string(name) + ": every row needs a piece");
+    return pieces;
+  };
+  const std::vector<mw::Piece> mine = read(own, "own", true), shared = read(prefixes, "prefixes", false);
+  nb::gil_scoped_release release;
+  mw::attend_shared(all, mine.data(), static_cast<int>(mine.size()), shared.data(), static_cast<int>(shared.size()), window.value_or(0));
+}
+
 void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_blocks, std::int64_t coded_keys,
                  std::int64_t coded_values, const Cache& k, const Cache& v, const Out3& out, int bits, int group, float scale,
                  std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
@@ -166,12 +198,14 @@ void bind_attention(nb::module_& m) {
         "first_position"_a, "window"_a.none(), "stats"_a.none());
   m.def("attend_paged_sequences", &attend_paged_sequences, "q"_a, "k"_a, "v"_a, "tables"_a, "lengths"_a, "page_tokens"_a, "out"_a,
         "scale"_a, "window"_a.none());
+  m.def("attend_shared", &attend_shared, "q"_a, "k"_a, "v"_a, "tables"_a, "own"_a, "prefixes"_a, "page_tokens"_a, "out"_a,
+        "scale"_a, "window"_a.none());
   m.def("attend_kivi", &attend_kivi, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a,
         "out"_a, "bits"_a, "group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
   m.def("attend_ragged", &attend_ragged, "q"_a, "past_k"_a, "past_v"_a, "offsets"_a, "k"_a, "v"_a, "out"_a, "scale"_a,
         "first_query"_a, "stats"_a.none());
   m.def("attention_scratch_bytes_for", &mw::attention_scratch_bytes_for, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-        "tokens"_a, "threads"_a, "sequences"_a = 1);
+        "tokens"_a, "threads"_a, "sequences"_a = 1, "shared_rows"_a = 0);
   m.def("kivi_encode_keys", &encode_keys, "k"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_encode_values", &encode_values, "v"_a, "first"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_decode", &decode_blocks, "keys"_a, "blocks"_a, "first"_a, "out"_a, "bits"_a, "group"_a);

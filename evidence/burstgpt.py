@@ -1,0 +1,397 @@
+"""BurstGPT's claims: load generated from a trace is like it, and bursts hurt serving where the same mean rate does not.
+
+Trace: `--data` one file of BurstGPT (CSV), Azure (CSV) or Mooncake (JSON lines). Without it a made one: arrivals that
+switch between calm and busy (a Markov-modulated Poisson process under a slow wave), so that they are not drawn from
+what is fitted to them, with lengths that belong together, conversations and failures. Statistics of BurstGPT's own
+files are judged where such a file is given.
+
+Serving is on a virtual clock: the engine's scheduler, pages and bookkeeping with a model's costs. Memory is what the
+plain load needs at its peak, so that whatever bursts need beyond it shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from memwall.claims import Claim, Progress, main, not_run
+from memwall.engine import Sampling
+from memwall.engine.base import Limits, Scheduler
+from memwall.engine.batchllm import BatchLLM
+from memwall.engine.fcfs import FirstComeFirstServed
+from memwall.engine.sequence import Request, Sequence
+from memwall.engine.simulated import StepCost, VirtualClock, simulated_engine
+from memwall.memory import peak_resident_bytes, reset_peak_resident, resident_bytes
+from memwall.serve import burstgpt
+from memwall.serve.bench import Target, measure, percentiles
+from memwall.serve.traces import NONE, Trace, make_trace, read_columns, turns
+
+COST = StepCost()
+LIMITS = Limits(token_budget=256, max_sequences=64, page_tokens=16)
+CONTEXT = 4096
+MANY_PAGES = 1 << 20
+LOAD = 0.75
+"""Share of what the engine can do at most that the mean rate asks for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """minutes: of the made trace; seeds: of generated ones; rows: of the file that is read against the clock; requests:
+    served on the virtual clock; sent: by the client.
+    """
+
+    minutes: int
+    seeds: int
+    rows: int
+    requests: int
+    sent: int
+
+
+FULL = Sizes(minutes=60, seeds=20, rows=1_400_000, requests=1500, sent=400)
+QUICK = Sizes(minutes=20, seeds=6, rows=200_000, requests=500, sent=150)
+
+
+def made_trace(minutes: int, seed: int = 1) -> Trace:
+    """Calm and busy stretches of seconds, a wave of half an hour, pairs of lengths, sessions and failures."""
+    rng = np.random.default_rng(seed)
+    at, now, busy, ends = [], 0.0, False, 0.0
+    while now < 60 * minutes:
+        if now >= ends:
+            busy, ends = not busy, now + rng.exponential(6.0 if busy else 1.5)
+        rate = (1.5 if not busy else 14.0) * (1 + 0.5 * np.sin(2 * np.pi * now / 1800))
+        now += rng.exponential(1 / rate)
+        at.append(now)
+    n = len(at)
+    text = rng.lognormal(5.0, 0.9, n)
+    prompt = np.clip(text, 4, 2000).astype(np.int64)
+    output = np.clip(text * rng.lognormal(-0.9, 0.6, n), 1, 600).astype(np.int64)
+    output[rng.random(n) < 0.018] = 0
+    session = np.where(rng.random(n) < 0.5, NONE, rng.integers(0, n // 6, n))
+    return make_trace(np.array(at), prompt, output, f"made(seed={seed})", session=session, turn=turns(session))
+
+
+# ---- generated load is like the trace ------------------------------------------------------------------------------
+
+
+def fidelity_claims(trace: Trace, sizes: Sizes) -> Iterator[Claim]:
+    steps = burstgpt.windows(trace.at)
+    fitted = [step for step in steps if step.fitted]
+    better = sum(step.gain > 0 for step in fitted)
+    yield Claim(
+        claim="a Gamma distribution fits the gaps of most windows better than an exponential one",
+        measured=f"{better} of {len(fitted)} windows of {burstgpt.WINDOW_SECONDS:.0f} s; CV "
+        f"{min(s.cv for s in fitted):.2f} to {max(s.cv for s in fitted):.2f}",
+        required="more than half",
+        passed=better > len(fitted) / 2,
+    )
+    answered = trace.answered()
+    found: dict[float, list[float]] = {step.begin: [] for step in fitted}
+    made = [burstgpt.generate(steps, burstgpt.JointLengths(answered), seed) for seed in range(sizes.seeds)]
+    for each in made:
+        for step in fitted:
+            inside = each.at[(each.at >= step.begin) & (each.at < step.begin + step.seconds)]
+            if len(inside) > burstgpt.LEAST_GAPS:
+                gaps = np.diff(inside)
+                found[step.begin].append(float(gaps.std() / gaps.mean()))
+    ratios = [statistics.mean(found[step.begin]) / step.cv for step in fitted if found[step.begin]]
+    near = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
+    yield Claim(
+        claim="generated windows are as bursty as those of the trace",
+        measured=f"CV, mean of {sizes.seeds} seeds, within 10 % in {near} of {len(ratios)} windows (median ratio "
+        f"{statistics.median(ratios):.3f}); requests {statistics.mean(map(len, made)) / len(trace):.3f} times",
+        required="in at least 90 % of them, and the median within 10 %",
+        passed=near >= 0.9 * len(ratios) and abs(statistics.median(ratios) - 1) <= 0.1,
+    )
+    yield lengths_claim(answered, steps)
+    yield order_claim(trace, made)
+    scaled, thinned = trace.scale_rate(4), trace.thin(0.25, 1)
+    whole, dense, sparse = (burstgpt.burst_index(one.at) for one in (trace, scaled, thinned))
+    yield Claim(
+        claim="scaling the rate keeps bursts as they are, thinning makes them milder",
+        measured=f"CV and Fano factor: trace {whole.cv:.3f}, {whole.fano:.2f}; 4 times as dense {dense.cv:.3f}, "
+        f"{dense.fano:.2f}; a quarter kept {sparse.cv:.3f}, {sparse.fano:.2f}",
+        required="the same CV when scaled; a CV nearer to 1 and a smaller Fano factor when thinned",
+        passed=abs(dense.cv / whole.cv - 1) < 1e-6 and sparse.cv < whole.cv and sparse.fano < whole.fano,
+    )
+
+
+def lengths_claim(answered: Trace, steps: list[burstgpt.Window]) -> Claim:
+    true = burstgpt.rank_correlation(answered.prompt, answered.output)
+    joint, apart = (
+        burstgpt.generate(steps, lengths, 3) for lengths in (burstgpt.JointLengths(answered), burstgpt.ZipfLengths())
+    )
+    kept, lost = (burstgpt.rank_correlation(one.prompt, one.output) for one in (joint, apart))
+    far = max(
+        burstgpt.distance(joint.prompt, answered.prompt), burstgpt.distance(joint.output, answered.output)
+    )  # fmt: skip
+    return Claim(
+        claim="lengths drawn as pairs keep their distributions and what prompts and answers have to do with each other",
+        measured=f"largest distance of distributions {far:.3f}; rank correlation {true:.3f} in the trace, {kept:.3f} "
+        f"in pairs, {lost:.3f} each for itself by Zipf's law",
+        required="distance below 0.05; correlation within 0.05 in pairs and within 0.05 of 0 apart",
+        passed=far < 0.05 and abs(kept - true) < 0.05 and abs(lost) < 0.05,
+    )
+
+
+def order_claim(trace: Trace, made: list[Trace]) -> Claim:
+    """Per-minute counts go with those of the minute before; one distribution for the whole trace forgets that."""
+    seconds = burstgpt.WINDOW_SECONDS
+    true = burstgpt.autocorrelation(burstgpt.counts_per(trace.at, seconds), 1)
+    kept = statistics.mean(burstgpt.autocorrelation(burstgpt.counts_per(one.at, seconds), 1) for one in made)
+    (one,) = burstgpt.windows(trace.at, trace.seconds + 1)[:1]
+    flat = statistics.mean(
+        burstgpt.autocorrelation(burstgpt.counts_per(burstgpt.draw_arrivals([one], seed), seconds), 1)
+        for seed in range(len(made))
+    )
+    return Claim(
+        claim="what one minute has to do with the next survives",
+        measured=f"autocorrelation of counts per minute {true:.2f}; generated by windows {kept:.2f}, from one "
+        f"distribution for all {flat:.2f}",
+        required="by windows within 0.2 of the trace, and nearer to it than the other",
+        passed=abs(kept - true) < 0.2 and abs(kept - true) < abs(flat - true),
+    )
+
+
+def reading_claim(sizes: Sizes) -> Claim:
+    rng = np.random.default_rng(5)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        with path.open("w") as file:
+            file.write("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n")
+            for i in range(0, sizes.rows, 10_000):
+                lengths = rng.integers(0, 999, (10_000, 2)).tolist()
+                file.writelines(
+                    f"{i + j},ChatGPT,{prompt},{output},{prompt + output},API log\n"
+                    for j, (prompt, output) in enumerate(lengths)
+                )
+        reset_peak_resident()
+        before, began = resident_bytes(), time.process_time()
+        trace = read_columns(path)
+        seconds, grown = time.process_time() - began, peak_resident_bytes() - before
+    per_row = grown / sizes.rows
+    return Claim(
+        claim="a file of BurstGPT's size is read within seconds and in bounded memory",
+        measured=f"{len(trace):,} rows in {seconds:.1f} s of processor time, {per_row:.0f} bytes a row at the peak",
+        required=f"{sizes.rows:,} rows, below 10 microseconds and 250 bytes a row",
+        passed=len(trace) == sizes.rows and seconds < 1e-5 * sizes.rows and per_row < 250,
+    )
+
+
+# ---- bursts hurt serving -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a load met. first: 99th percentile of seconds to the first token; pages: the most that requests held at
+    once; worst_window: share of requests within the objective in the worst minute.
+    """
+
+    first: float
+    median: float
+    preempted: int
+    pages: int
+    worst_window: float
+
+
+def serve(trace: Trace, scheduler: Scheduler, pages: int) -> Served:
+    """A load through the engine on a virtual clock; conversations share the pages of their history."""
+    engine = simulated_engine(scheduler, num_pages=pages, limits=LIMITS, context_tokens=CONTEXT, cost=COST)
+    clock = engine.clock
+    assert isinstance(clock, VirtualClock)
+    begin, done, place, peak = float(trace.at[0]), [], 0, 0
+    while place < len(trace) or engine.busy:
+        if not engine.busy:
+            clock.now = max(clock.now, float(trace.at[place]) - begin)
+        while place < len(trace) and trace.at[place] - begin <= clock.now:
+            done.append(engine.submit(request(trace, place), float(trace.at[place]) - begin))
+            place += 1
+        steps = engine.totals.steps
+        engine.step()
+        peak = max(peak, engine.pages.pool.used_pages - engine.pages.idle_pages)
+        if engine.totals.steps == steps:
+            clock.now += 1e-3
+    waits = [(one.first_token or 0.0) - one.arrival for one in done]
+    ordered = sorted(waits)
+    return Served(
+        first=ordered[len(ordered) * 99 // 100],
+        median=ordered[len(ordered) // 2],
+        preempted=sum(engine.totals.preempted.values()),
+        pages=peak,
+        worst_window=worst_window(done, waits),
+    )
+
+
+def worst_window(done: list[Sequence], waits: list[float], objective: float = 1.0) -> float:
+    minutes: dict[int, list[bool]] = {}
+    for one, wait in zip(done, waits):
+        minutes.setdefault(int(one.arrival // 60), []).append(wait <= objective)
+    return min(statistics.mean(met) for met in minutes.values())
+
+
+def request(trace: Trace, place: int) -> Request:
+    """A session's prompts are beginnings of one text; all others share nothing."""
+    session = int(trace.session[place])
+    text = 2 * session if session != NONE else 2 * place + 1
+    first, length = (text * 7919) % (1 << 24), int(trace.prompt[place])
+    sampling = Sampling(max_new_tokens=int(trace.output[place]), ignore_eos=True)
+    return Request(prompt=tuple(range(first, first + length)), sampling=sampling)
+
+
+def loads_of(trace: Trace, sizes: Sizes) -> dict[str, Trace]:
+    """The loads of the protocol, all of the same mean rate: `LOAD` of what the engine can do."""
+    raw = trace.answered().clip_lengths(1500, 400)
+    raw = raw.keep(np.arange(len(raw)) < sizes.requests, f"first({sizes.requests})")
+    together = LIMITS.max_sequences / 4  # requests that share the time of a step, about
+    each = COST.seconds_per_token * float((raw.prompt + raw.output).mean())
+    each += COST.seconds * float(raw.output.mean()) / together
+    raw = raw.scale_rate(LOAD / each * raw.seconds / len(raw))
+    alone = make_trace(raw.at, raw.prompt, raw.output, "; ".join(raw.provenance))
+    steps = burstgpt.windows(alone.at, max(alone.seconds / 20, 5.0))
+    gamma = burstgpt.generate(steps, burstgpt.JointLengths(alone), 7)
+    gamma = gamma.scale_rate(len(alone) / alone.seconds * gamma.seconds / len(gamma))  # a draw's own mean differs
+    return {
+        "Poisson, fixed lengths": burstgpt.poisson_like(alone, 7, lengths="fixed"),
+        "Poisson, the trace's lengths": burstgpt.poisson_like(alone, 7, lengths="trace"),
+        "Gamma by windows": gamma,
+        "replay": alone,
+        "replay with sessions": raw,
+    }
+
+
+def serving_claims(trace: Trace, sizes: Sizes) -> Iterator[Claim]:
+    loads = loads_of(trace, sizes)
+    schedulers: dict[str, Scheduler] = {"first come": FirstComeFirstServed(), "memory-centric": BatchLLM()}
+    room = int(1.1 * serve(loads["Poisson, the trace's lengths"], schedulers["first come"], MANY_PAGES).pages)
+    room = max(room, CONTEXT // LIMITS.page_tokens)
+    served = {way: {name: serve(load, each, room) for name, load in loads.items()} for way, each in schedulers.items()}
+    first = served["first come"]
+    plain, burst = first["Poisson, the trace's lengths"], first["replay"]
+    told = "; ".join(
+        f"{name}: {1e3 * one.first:.0f} ms, {one.preempted} set aside, {one.worst_window:.0%} of the worst minute "
+        f"within 1 s (CV {burstgpt.burst_index(loads[name].at).cv:.2f})"
+        for name, one in first.items()
+    )
+    yield Claim(
+        claim="at the same mean rate and lengths, bursts make the 99th percentile of the first token far worse",
+        measured=f"{told}; {room} pages",
+        required="at least 2 times Poisson's with the trace's lengths",
+        passed=burst.first >= 2 * plain.first,
+    )
+    yield Claim(
+        claim="requests are set aside under bursts only",
+        measured=f"{plain.preempted} under Poisson, {burst.preempted} under replay, with memory for what Poisson needs",
+        required="none, and some",
+        passed=plain.preempted == 0 < burst.preempted,
+    )
+    ratios = {name: served["memory-centric"][name].first / first[name].first for name in loads}
+    easy, real = ratios["Poisson, fixed lengths"], ratios["replay"]
+    yield Claim(
+        claim="what one scheduler has over another under the plain load does not carry over to bursts",
+        measured="99th percentile of the first token, memory-centric over first come: "
+        + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()),
+        required="the order turns, or the ratio comes at least 10 % nearer to 1 from the plain load to replay",
+        passed=(easy - 1) * (real - 1) < 0 or abs(np.log(real)) < 0.9 * abs(np.log(easy)),
+    )
+
+
+# ---- the client ----------------------------------------------------------------------------------------------------
+
+
+async def stalling(
+    arrived: list[float], stall_s: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answers as an OpenAI server does; nothing is answered in the first `stall_s` seconds after the first request."""
+    arrived.append(time.perf_counter())
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
+    await asyncio.sleep(max(arrived[0] + stall_s - time.perf_counter(), 0))
+    told = {"choices": [{"text": "a"}], "usage": {"completion_tokens": 1}}
+    writer.write(b"HTTP/1.0 200 OK\r\n\r\ndata: " + json.dumps(told).encode() + b"\n\ndata: [DONE]\n\n")
+    await writer.drain()
+    writer.close()
+
+
+def client_claim(trace: Trace, sizes: Sizes) -> Claim:
+    """Sends some of the trace at 50 requests a second to a server that says nothing for half of the time."""
+    some = trace.answered().clip_lengths(64, 1)
+    some = some.keep(np.arange(len(some)) < sizes.sent, "first")
+    loads = some.scale_rate(50 * some.seconds / len(some)).loads()
+    stall = (loads[-1].at or 0.0) / 2
+    arrived: list[float] = []
+
+    async def send() -> list[float]:
+        server = await asyncio.start_server(lambda r, w: stalling(arrived, stall, r, w), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        target = Target(url=f"http://127.0.0.1:{port}", model="m", vocabulary=99)
+        outcomes = await measure(target, loads, concurrency=None)
+        server.close()
+        return [one.sent - one.due for one in outcomes]
+
+    lags = percentiles(asyncio.run(send()))
+    before = sum(moment < arrived[0] + stall for moment in arrived) / len(arrived)
+    wanted = sum((load.at or 0.0) < stall for load in loads) / len(loads)
+    return Claim(
+        claim="the client sends when it is time, whether or not the server answers",
+        measured=f"{len(loads)} requests at 50 a second, none answered for {stall:.1f} s: sent late by "
+        f"{1e3 * lags['p50']:.1f} ms at the median, {1e3 * lags['p99']:.1f} ms at the 99th percentile; {before:.1%} of "
+        f"them came while the server was silent, {wanted:.1%} were due then",
+        required="99th percentile below 10 ms; the shares within 2 points",
+        passed=lags["p99"] < 0.010 and abs(before - wanted) < 0.02,
+    )
+
+
+# ---- BurstGPT's own files ------------------------------------------------------------------------------------------
+
+OWN = "BurstGPT's first file: 1.8 % of requests fail, its API windows are bursty, conversations follow the day"
+OWN_REQUIRED = "failures 1.7 to 1.9 %; median CV of API windows above 1.5; autocorrelation at 24 hours above 0.3"
+
+
+def own_claim(trace: Trace, given: bool) -> Claim:
+    if not given or "API log" not in trace.kinds or "Conversation log" not in trace.kinds:
+        return not_run(OWN, OWN_REQUIRED, "BurstGPT_1.csv (--data)")
+    api = [one.cv for one in burstgpt.windows(trace.select(kind="API log").at) if one.fitted]
+    talk = burstgpt.counts_per(trace.select(kind="Conversation log").at, 3600)
+    failed, cv, daily = float(trace.failed.mean()), statistics.median(api), burstgpt.autocorrelation(talk, 24)
+    return Claim(
+        claim=OWN,
+        measured=f"{len(trace):,} requests, {failed:.2%} failed, CV {cv:.2f}, daily {daily:.2f}, weekly "
+        f"{burstgpt.autocorrelation(talk, 24 * 7):.2f}",
+        required=OWN_REQUIRED,
+        passed=0.017 <= failed <= 0.019 and cv > 1.5 and daily > 0.3,
+    )
+
+
+def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
+    """See `memwall.claims`."""
+    sizes, parts = QUICK if quick else FULL, 4
+
+    def tick(done: int, what: str) -> None:
+        if progress is not None:
+            progress(done, parts, what)
+
+    tick(0, "fits and generated traces")
+    trace = made_trace(sizes.minutes) if data is None else read_columns(data)
+    part = trace.between(0, 60 * sizes.minutes)  # of months the first hour: fits are by the minute
+    claims = list(fidelity_claims(part, sizes))
+    tick(1, "reading")
+    claims.append(reading_claim(sizes))
+    tick(2, "serving")
+    claims += serving_claims(part, sizes)
+    tick(3, "client")
+    claims.append(client_claim(part, sizes))
+    claims.append(own_claim(trace, data is not None))
+    claims.append(not_run("against vLLM goodput falls off earlier under replay than under Poisson", "earlier", "GPU"))
+    return claims
+
+
+if __name__ == "__main__":
+    sys.exit(main("burstgpt", sys.modules[__name__]))

@@ -1,0 +1,155 @@
+"""`memwall bench trace`: what a trace of requests is like, and a new one of the same kind at any scale."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memwall.cli.command import AsJson, Debug, Quiet
+from memwall.cli.printing import format_table, note, print_json
+from memwall.errors import InputError
+
+if TYPE_CHECKING:
+    from memwall.serve.traces import Trace
+
+HOUR_SECONDS = 3600.0
+
+
+class LengthsName(StrEnum):
+    """Where generated lengths come from."""
+
+    joint = "joint"
+    zipf = "zipf"
+
+
+def trace(
+    path: Annotated[Path, typer.Argument(help="BurstGPT's or Azure's CSV, or Mooncake's JSON lines.", metavar="TRACE")],
+    *,
+    model: Annotated[str | None, typer.Option(help="Only requests to this model.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only this log type, such as 'API log'.")] = None,
+    window: Annotated[float, typer.Option(help="Seconds of a window that is fitted.", min=1)] = 60.0,
+    generate: Annotated[
+        Path | None, typer.Option(help="Write a new trace of the same kind here, as CSV.", metavar="OUT.csv")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Of the new trace: how many times as many requests.")] = 1.0,
+    thin: Annotated[
+        float | None, typer.Option(help="Before all else keep each request with this probability: milder bursts.")
+    ] = None,
+    lengths: Annotated[
+        LengthsName, typer.Option(help="Of the new trace: pairs of this one, or each for itself by Zipf's law.")
+    ] = LengthsName.joint,
+    conversations: Annotated[
+        int | None,
+        typer.Option(help="New requests begin conversations of at most so many tokens, whose prompts hold history."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.", min=0)] = 0,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Rate, bursts (per window too), lengths, conversations and failures of a trace; --generate makes another.
+
+    `memwall bench serve --trace OUT.csv` replays it. Scaling keeps the shape of bursts; thinning does not.
+    """
+    from memwall.serve import burstgpt
+    from memwall.serve.traces import read_columns, write_columns
+
+    found = read_columns(path)
+    if model is not None or kind is not None:
+        found = found.select(model=model, kind=kind)
+    found = found.thin(thin, seed) if thin is not None else found
+    report = describe(found, window)
+    if generate is not None:
+        answered = found.answered()
+        if not len(answered):
+            raise InputError(f"{path}: every request failed; there are no answers to draw lengths from")
+        drawn = burstgpt.JointLengths(answered) if lengths is LengthsName.joint else burstgpt.ZipfLengths()
+        made = burstgpt.generate(burstgpt.windows(found.at, window), drawn, seed, scale)
+        if conversations is not None:
+            made = burstgpt.Conversations.of(found).unfold(made, seed, conversations)
+        write_columns(made, generate)
+        report["generated"] = {"path": str(generate), "provenance": list(made.provenance), **describe(made, window)}
+    if json:
+        print_json(report)
+        return
+    typer.echo(_table(report))
+    if generate is not None:
+        note(f"memwall: {report['generated']['requests']:,} requests are in {generate}", quiet=quiet)
+
+
+def describe(found: Trace, window: float) -> dict[str, Any]:
+    """A trace's figures, for `--json`; what too short a trace cannot tell is null."""
+    from memwall.serve import burstgpt
+
+    whole = burstgpt.burst_index(found.at)
+    fitted = [one for one in burstgpt.windows(found.at, window) if one.fitted]
+    answered = found.answered()
+    hours = burstgpt.counts_per(found.at, HOUR_SECONDS)
+    sessions = found.sessions()
+    return {
+        "provenance": list(found.provenance),
+        "requests": len(found),
+        "seconds": found.seconds,
+        "rate_per_s": whole.rate_per_s,
+        "cv": whole.cv,
+        "fano": whole.fano,
+        "peak_to_mean": whole.peak,
+        "windows": {
+            "seconds": window,
+            "fitted": len(fitted),
+            "cv_median": _median([one.cv for one in fitted]),
+            "shape_median": _median([one.shape for one in fitted]),
+            "fano_median": _median([one.fano for one in fitted]),
+            "gamma_better": _known(sum(one.gain > 0 for one in fitted) / len(fitted)) if fitted else None,
+        },
+        "prompt_tokens": _lengths(answered.prompt),
+        "output_tokens": _lengths(answered.output),
+        "rank_correlation": _known(burstgpt.rank_correlation(answered.prompt, answered.output))
+        if len(answered) > 2
+        else None,
+        "sessions": len(sessions),
+        "turns_mean": _known(sum(map(len, sessions.values())) / len(sessions)) if sessions else None,
+        "failures": burstgpt.failures(found, HOUR_SECONDS)["share"],
+        "daily": _known(burstgpt.autocorrelation(hours, 24)),
+        "weekly": _known(burstgpt.autocorrelation(hours, 24 * 7)),
+    }
+
+
+def _lengths(values: Any) -> dict[str, float] | None:
+    import numpy as np
+
+    if not len(values):
+        return None
+    names = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+    return {"mean": float(values.mean()), **{name: float(np.quantile(values, share)) for name, share in names.items()}}
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def _known(value: float) -> float | None:
+    return value if value == value else None  # JSON has no nan
+
+
+def _table(report: dict[str, Any]) -> str:
+    def cell(value: Any) -> str:
+        if isinstance(value, dict):
+            return " / ".join(f"{each:,.0f}" for each in value.values())
+        return "-" if value is None else f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"
+
+    columns = [report, *([report["generated"]] if "generated" in report else [])]
+    names = {
+        "requests": "requests", "seconds": "seconds", "requests / s": "rate_per_s", "CV of gaps": "cv",
+        "Fano factor": "fano", "peak / mean": "peak_to_mean", "prompt tokens, mean p50 p90 p99": "prompt_tokens",
+        "output tokens, mean p50 p90 p99": "output_tokens", "rank correlation": "rank_correlation",
+        "sessions": "sessions", "turns": "turns_mean", "failures": "failures", "daily": "daily", "weekly": "weekly",
+    }  # fmt: skip
+    rows = [(told, *(cell(one[name]) for one in columns)) for told, name in names.items()]
+    for name in ("cv_median", "shape_median", "gamma_better"):
+        rows.append((f"windows: {name.replace('_', ' ')}", *(cell(one["windows"][name]) for one in columns)))
+    heads = ("", "trace", "generated")[: len(columns) + 1]
+    return format_table(heads, rows, right=frozenset(range(1, len(heads))))
