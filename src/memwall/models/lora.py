@@ -9,10 +9,11 @@ Source: LoRA, Hu 2021, arXiv 2106.09685; scaling alpha / sqrt(rank) of rsLoRA, K
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from memwall.errors import InputError
 from memwall.formats import checked_json
 from memwall.formats.checked_json import Fields, shown
-from memwall.formats.safetensors_file import SafetensorsFile, TensorInfo
+from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from memwall.kernels.lora import TARGETS, LoraRoom, PagedLora
 from memwall.models.config import ModelConfig
 
@@ -149,6 +150,29 @@ def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     if not config.num_experts:
         shapes |= {"gate_proj": (hidden, wide), "up_proj": (hidden, wide), "down_proj": (wide, hidden)}
     return shapes
+
+
+def tensor_name(layer: int, target: str, part: str) -> str:
+    """PEFT's name of factor `part` (A or B)."""
+    parent = "self_attn" if target in TARGETS[:4] else "mlp"
+    return f"base_model.model.model.layers.{layer}.{parent}.{target}.lora_{part}.weight"
+
+
+def write_lora(
+    folder: Path, tensors: Mapping[str, np.ndarray], *, rank: int, alpha: float, base: str, **fields: Any
+) -> Path:
+    """Writes a directory that this module and PEFT read. tensors: by `tensor_name`; fields: more of the configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = [(name, value.dtype, value.shape) for name, value in tensors.items()]
+    with SafetensorsWriter(folder / WEIGHTS, specs, {"format": "pt"}) as writer:
+        for name, value in tensors.items():
+            writer.write(name, np.ascontiguousarray(value))
+    told = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none",
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}), "base_model_name_or_path": base, **fields,
+    }  # fmt: skip
+    (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    return folder
 
 
 def _folder(directory: str | Path) -> Path:
