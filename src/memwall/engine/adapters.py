@@ -17,7 +17,7 @@ import hashlib
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -359,11 +359,10 @@ def _copy(adapter: Adapter, pool: np.ndarray, link_bytes_per_s: float | None) ->
     return nbytes
 
 
-def check_room(adapters: Iterable[Adapter], free_pages: int, context_pages: int) -> None:
+def check_room(adapter: Adapter, num_pages: int, context_pages: int) -> None:
     """DoesNotFit where an adapter and one request of the whole context do not fit beside each other."""
-    for adapter in adapters:
-        if adapter.num_pages + context_pages > free_pages:
-            raise DoesNotFit(
-                f"the adapter {adapter.name!r} takes {adapter.num_pages:,} pages and one request of the whole context "
-                f"{context_pages:,}, but there are {free_pages:,}; give more --memory or a shorter --context"
-            )
+    if adapter.num_pages + context_pages > num_pages:
+        raise DoesNotFit(
+            f"the adapter {adapter.name!r} takes {adapter.num_pages:,} pages and one request of the whole context "
+            f"{context_pages:,}, but there are {num_pages:,}; give more --memory or a shorter --context"
+        )

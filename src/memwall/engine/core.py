@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -173,7 +174,7 @@ class Engine:
         try:
             events += self._rearrange(state, step, now)
             self.fit_limit()
-            batch = [self._entry(work) for work in step.work if work.id in self.running]
+            batch = self._entries(step)
         except BudgetExceeded:  # the process grew elsewhere
             self._keep_to_what_is_there()
             return events
@@ -364,6 +365,15 @@ class Engine:
             self.totals.prefix_hits += one.computed
         one.status = "running"
         self.running[one.id] = one
+
+    def _entries(self, step: Step) -> list[Entry]:
+        """Work of the step. One whose pages an adapter took, which its scheduler did not count, waits for the next."""
+        found = []
+        for work in step.work:
+            if work.id in self.running:
+                with suppress(OutOfPages):
+                    found.append(self._entry(work))
+        return found
 
     def _entry(self, work: Work) -> Entry:
         one = self.running[work.id]
