@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +41,16 @@ RANKS = (8, 16, 32, 64)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("adapters")
     for rank in RANKS:
-        make_lora(where / f"r{rank}", CONFIG, rank=rank, seed=rank, lora_alpha=2 * rank, targets=TARGETS[: 7 - rank % 3])
+        make_lora(
+            where / f"r{rank}", CONFIG, rank=rank, seed=rank, lora_alpha=2 * rank, targets=TARGETS[: 7 - rank % 3]
+        )
     return where
 
 
 def start(folder: Path | None = None, **changes: object) -> Serving:
     settings = {
-        "weights": "float32", "context_tokens": 128, "token_budget": 32, "threads": 1, "lora": LoraSettings(), **changes,
+        "weights": "float32", "context_tokens": 128, "token_budget": 32, "threads": 1, "lora": LoraSettings(),
+        **changes,
     }  # fmt: skip
     held = load_engine(DEMO_DIRECTORY, ServingSettings(**settings), tokenizer=TOKENIZER)  # type: ignore[arg-type]
     for path in sorted(folder.iterdir()) if folder is not None else ():
@@ -224,9 +226,9 @@ def test_first_come_first_served_runs_adapters_too(folder: Path) -> None:
 def test_an_adapter_that_leaves_no_room_is_refused(folder: Path) -> None:
     held = start(folder)
     held.budget_bytes, held.engine.wanted_pages = 1 << 40, 70
-    with pytest.raises(DoesNotFit, match="'wide' takes .* pages and one request of the whole context 8"):
-        wide = make_lora(folder.parent / f"{folder.name}-wide", CONFIG, rank=64, targets=TARGETS)
-        held.add_adapter("wide", held.read_adapter(wide))
+    wide = held.read_adapter(make_lora(folder.parent / f"{folder.name}-wide", CONFIG, rank=64, targets=TARGETS))
+    with pytest.raises(DoesNotFit, match=r"'wide' takes .* pages and one request of the whole context 8"):
+        held.add_adapter("wide", wide)
     assert held.engine.adapters is not None
     assert held.engine.adapters.names == ["r16", "r32", "r64", "r8"]
     held.release()
@@ -283,9 +285,9 @@ def test_reading_ahead_spares_the_wait(folder: Path) -> None:
 
 
 @pytest.fixture
-def counted() -> Iterator[Adapters]:
+def counted() -> Adapters:
     pages = KVPages(PagePool("kv/pages", page_bytes=1, most_pages=64), 16)
-    yield Adapters(pages)
+    return Adapters(pages)
 
 
 def test_any_free_pages_will_do_after_random_churn(counted: Adapters) -> None:
@@ -298,7 +300,9 @@ def test_any_free_pages_will_do_after_random_churn(counted: Adapters) -> None:
         if action == 0:
             key = draw.choice(keys)
             size = counted.view(key).pages
-            room = counted.pages.available_pages + (size if not counted._known[key].users and counted.view(key).resident else 0)
+            room = counted.pages.available_pages + (
+                size if not counted._known[key].users and counted.view(key).resident else 0
+            )
             free = size <= room or counted.view(key).resident
             if free:
                 before = counted.used_pages

@@ -1,4 +1,4 @@
-"""Low-rank additions from scattered pages against NumPy: mixed ranks, number formats, groups, prompts and single rows."""
+"""Low-rank additions from scattered pages against NumPy: mixed ranks, number formats, prompts and single rows."""
 
 from __future__ import annotations
 
@@ -113,9 +113,7 @@ def test_any_shape(
     room = LoraRoom(num_layers=1, unit_bytes=unit, units_per_block=block)
     need = PagedLora(room, form, 1.0, {"down_proj": (rank, inputs, outputs)}).num_pages
     pool, pages = pool_of(room, 2 * need), list(draw.permutation(2 * need))
-    one = Made(
-        room, pool, pages, form, {"down_proj": (rank, inputs, outputs)}, draw, tmp_path_factory.mktemp("lora")
-    )
+    one = Made(room, pool, pages, form, {"down_proj": (rank, inputs, outputs)}, draw, tmp_path_factory.mktemp("lora"))
     x, out = draw.standard_normal((tokens, inputs)).astype(np.float32), np.zeros((tokens, outputs), np.float32)
     batch = LoraBatch(room, np.empty((tokens, 3 * rank), np.float32))
     batch.assign(pool, [(0, tokens, one.paged)])
@@ -129,9 +127,7 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(tmp_path: Path) -> No
     draw = np.random.default_rng(1)
     room = LoraRoom(num_layers=1, unit_bytes=128, units_per_block=32)
     pool, pages = pool_of(room, 50), list(draw.permutation(50))
-    one, other = (
-        Made(room, pool, pages, "float16", {"q_proj": (rank, 130, 70)}, draw, tmp_path) for rank in (16, 5)
-    )
+    one, other = (Made(room, pool, pages, "float16", {"q_proj": (rank, 130, 70)}, draw, tmp_path) for rank in (16, 5))
     batch = LoraBatch(room, np.empty((16, 64), np.float32))
     x = draw.standard_normal((9, 130)).astype(np.float32)
     together = np.zeros((9, 70), np.float32)
@@ -171,6 +167,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     one.paged.place([])
     with pytest.raises(ValueError, match="fewer pages"):
         batch.assign(pool, [(0, 1, one.paged)])
+    one.paged.place(one.pages)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        one.paged.place(one.pages)
         one.paged.fetch(pool, -1, "float16", np.zeros((1, 7, 2), np.int64))

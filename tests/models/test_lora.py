@@ -103,12 +103,16 @@ def test_another_base_is_named(tmp_path: Path) -> None:
 
 def test_refused_tensors(tmp_path: Path) -> None:
     made = make_lora(tmp_path, CONFIG)
+    first = tensor_name(0, "q_proj", "A")
     a, b = np.zeros((8, 256), np.float16), np.zeros((256, 8), np.float16)
     cases = [
         ({"base_model.model.lm_head.lora_A.weight": a}, "not 'lm_head'"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": a}, "embed_tokens"),
-        ({tensor_name(0, "q_proj", "A"): a}, "lora_A of q_proj without its other half"),
-        ({tensor_name(0, "q_proj", "A"): a, tensor_name(0, "q_proj", "B"): b.astype(np.float32)}, "several number formats"),
+        ({first: a}, "lora_A of q_proj without its other half"),
+        (
+            {tensor_name(0, "q_proj", "A"): a, tensor_name(0, "q_proj", "B"): b.astype(np.float32)},
+            "several number formats",
+        ),
         ({tensor_name(0, "q_proj", "A"): a.astype(np.int8), tensor_name(0, "q_proj", "B"): b}, "is I8; known are F32"),
         ({}, "holds no tensor"),
     ]

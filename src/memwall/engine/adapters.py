@@ -1,4 +1,4 @@
-"""Adapters in the pages of the cache: read when they are wanted, kept while there is room, ahead of need where it can be.
+"""Adapters in the pages of the cache: read when they are wanted, or before, and kept while there is room.
 
 An adapter takes pages of the same pool as keys and values, any free ones, as the tenant `adapters`. One that a running
 request uses stays; the others count as free and are given up when pages are wanted, the longest unused first, those
@@ -39,8 +39,8 @@ KNOWN_BYTES = 2048
 
 @dataclass(slots=True)
 class AdapterCounts:
-    """Since the start. hits: the adapter was there when a request began to run; prefetch_hits: because it was read ahead
-    and not used since. stalls: a step waited for a copy, for stall_seconds in all.
+    """Since the start. hits: the adapter was there when a request began to run; prefetch_hits: because it was read
+    ahead and not used since. stalls: a step waited for a copy, for stall_seconds in all.
     """
 
     hits: int = 0

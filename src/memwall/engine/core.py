@@ -282,7 +282,7 @@ class Engine:
         return events
 
     def _hold_adapter(self, number: int) -> Event | None:
-        """The adapter of a request that begins to run; without room the request waits on, and without a file it ends."""
+        """The adapter of a request that begins to run; without room it waits on, and without a file it ends."""
         one = self.running.get(number)
         if self.adapters is None or one is None or one.request.adapter is None:
             return None

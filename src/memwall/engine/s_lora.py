@@ -105,7 +105,8 @@ class SLora:
 
     def _expected(self, state: State, room: Room, left: list[RequestView]) -> tuple[str, ...]:
         """Adapters of those that wait, in the order of service, as far as pages are left that nobody will need."""
-        inside, found, spare = room.adapters, [], room.spare_pages
+        inside, spare = room.adapters, room.spare_pages
+        found: list[str] = []
         for name in dict.fromkeys(view.adapter for view in left):
             if len(found) == self.read_ahead:
                 break

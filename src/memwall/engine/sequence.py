@@ -20,8 +20,8 @@ class Request:
     """One text to go on with. sampling.stop is left to who decodes the text; the engine knows tokens only.
 
     priority: lower goes first. logprobs: how many likeliest alternatives to tell with each token, 0 for the token's own
-    alone, None for nothing. adapter: a key of the engine's adapters. salt: whose cached beginnings it may share. until: a time of the engine's clock after which
-    it is cancelled.
+    alone, None for nothing. adapter: a key of the engine's adapters. salt: whose cached beginnings it may
+    share. until: a time of the engine's clock after which it is cancelled.
     """
 
     prompt: tuple[int, ...]

@@ -48,12 +48,14 @@ MOST_PLACES = 1 << 31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """How adapters are served. most_rank: largest that may come. exact: float32 adapters stay float32.
+    """How adapters are served. most_rank: largest that may come. room_bytes: kept for them where the context is chosen
+    by what fits. exact: float32 adapters stay float32.
 
     link_bytes_per_s: emulates a slower way from where adapters are kept.
     """
 
     most_rank: int = 64
+    room_bytes: int = 0
     exact: bool = False
     link_bytes_per_s: float | None = None
 
@@ -273,9 +275,7 @@ def load_engine(
         scheduler = scheduler or SLora()
     engine = Engine(
         scheduler or FirstComeFirstServed(),
-        ModelExecutor(
-            loaded.decoder, shape, pages, logit_rows=rows, scratch=scratch, adapters=adapters, lora=lora
-        ),
+        ModelExecutor(loaded.decoder, shape, pages, logit_rows=rows, scratch=scratch, adapters=adapters, lora=lora),
         pages,
         limits=settings.limits,
         context_tokens=context,
@@ -292,10 +292,21 @@ def load_engine(
 def _make_adapters(
     settings: ServingSettings, lora: LoraSettings, pages: KVPages, arena: Arena, room: LoraRoom
 ) -> tuple[Adapters, LoraBatch]:
-    rows = min(settings.token_budget, BLOCK_ROWS)
-    scratch = arena.allocate(LORA_SCRATCH, (rows, MOST_TOGETHER * lora.most_rank), np.float32)
+    scratch = arena.allocate(LORA_SCRATCH, _scratch_shape(settings, lora), np.float32)
     adapters = Adapters(pages, room, arena=arena, exact=lora.exact, link_bytes_per_s=lora.link_bytes_per_s)
     return adapters, LoraBatch(room, scratch)
+
+
+def _scratch_shape(settings: ServingSettings, lora: LoraSettings) -> tuple[int, int]:
+    return min(settings.token_budget, BLOCK_ROWS), MOST_TOGETHER * lora.most_rank
+
+
+def lora_scratch_bytes(settings: ServingSettings) -> int:
+    """Bytes that products with adapters work in; for plans."""
+    if settings.lora is None:
+        return 0
+    rows, width = _scratch_shape(settings, settings.lora)
+    return rows * width * np.dtype(np.float32).itemsize
 
 
 def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
@@ -306,7 +317,9 @@ def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, 
         raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
     least = pages(context)
     if settings.context_tokens is None:
-        least = min(least, max(arena.free_bytes // size, pages(min(context, LEAST_CONTEXT_TOKENS))))
+        room_bytes = settings.lora.room_bytes if settings.lora is not None else 0
+        fitting = max(arena.free_bytes - room_bytes, 0) // size
+        least = min(least, max(fitting, pages(min(context, LEAST_CONTEXT_TOKENS))))
         context = min(context, least * settings.page_tokens)
     if arena.free_bytes < least * size:
         raise BudgetExceeded(POOL_OWNER, least * size, arena.free_bytes, arena.cap_bytes)

@@ -118,7 +118,9 @@ class LoraBatch:
         """No row belongs to an adapter."""
         self._native.clear()
 
-    def add(self, layer: int, first_row: int, x: np.ndarray, targets: Sequence[int], outs: Sequence[np.ndarray]) -> None:
+    def add(
+        self, layer: int, first_row: int, x: np.ndarray, targets: Sequence[int], outs: Sequence[np.ndarray]
+    ) -> None:
         """outs[i] [n, out] += what the adapters add for x [n, in]; x begins at row `first_row` of the batch.
 
         targets: places in `TARGETS`, at most three. All float32, C-contiguous.

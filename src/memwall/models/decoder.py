@@ -344,9 +344,7 @@ class Decoder:
             kernels.rms_norm(per_head, norm, self.config.rms_norm_eps, per_head)
         kernels.rope(x.reshape(len(x), num_heads, head_dim), cos, sin)
 
-    def _feed_forward(
-        self, index: int, rows: slice, layer: Layer, normed: np.ndarray, residual: np.ndarray
-    ) -> None:
+    def _feed_forward(self, index: int, rows: slice, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         gate, up = self._buffers["gate"][: len(normed)], self._buffers["up"][: len(normed)]
         self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
         self._add_lora(index, rows, normed, GATE_UP, [gate, up])

@@ -109,7 +109,9 @@ class LoraWeights:
 
     def paged(self, room: LoraRoom, *, exact: bool = False) -> PagedLora:
         """Its form in pages. float32 numbers become float16 unless `exact`."""
-        return PagedLora(room, "float16" if self.form == "float32" and not exact else self.form, self.scale, self.shapes)
+        return PagedLora(
+            room, "float16" if self.form == "float32" and not exact else self.form, self.scale, self.shapes
+        )
 
     def fetch(self, paged: PagedLora, pool: np.ndarray) -> int:
         """Copies its numbers into the pages `paged` lies in; bytes read.
@@ -161,7 +163,7 @@ def tensor_name(layer: int, target: str, part: str) -> str:
 def write_lora(
     folder: Path, tensors: Mapping[str, np.ndarray], *, rank: int, alpha: float, base: str, **fields: Any
 ) -> Path:
-    """Writes a directory that this module and PEFT read. tensors: by `tensor_name`; fields: more of the configuration."""
+    """Writes a directory that this module and PEFT read. tensors: by `tensor_name`; fields: more configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     specs = [(name, value.dtype, value.shape) for name, value in tensors.items()]
     with SafetensorsWriter(folder / WEIGHTS, specs, {"format": "pt"}) as writer:
