@@ -57,13 +57,17 @@ class SLora:
         lost = self._lost(state, now)
         plan = Plan(state)
         plan.keep_running()
-        room = Room(state, plan.running)
+        room = self.room(state, plan.running)
         if not plan.preempt and state.free_pages >= 0:
             left = [view for view in self._order(state, lost) if not self._let_in(plan, room, view)]
         else:
             left = list(self._order(state, lost))
         step = replace(plan.step(), abort=tuple(sorted(lost)))
         return replace(step, prefetch=self._expected(state, room, left)) if self.read_ahead else step
+
+    def room(self, state: State, running: list[RequestView]) -> Room:
+        """What is left for more."""
+        return Room(state, running)
 
     def _lost(self, state: State, now: float) -> set[int]:
         """Requests that wait for their first token and can no longer have it in time."""
