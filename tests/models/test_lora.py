@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memwall.errors import InputError
 from memwall.kernels.lora import TARGETS, LoraBatch, LoraRoom, PagedLora
@@ -140,3 +142,53 @@ def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     paged.place(range(paged.num_pages))
     with pytest.raises(InputError, match="changed since it was read"):
         read.fetch(paged, np.zeros((paged.num_pages, ROOM.page_bytes), np.uint8))
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(["r", "lora_alpha", "bias", "use_rslora", "peft_type", "init_lora_weights", "use_dora", "x"]),
+        ANY,
+    )
+)
+def test_any_configuration_is_an_adapter_or_a_named_error(
+    fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any"
+    if not folder.exists():
+        make_lora(folder, CONFIG, layers=range(1))
+    told = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    try:
+        read = LoraWeights.read(folder, CONFIG)
+    except InputError as error:
+        message = str(error)
+    else:
+        assert read.rank == 8
+        return
+    assert str(folder) in message
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_the_file_is_found_or_harmless(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    whole = make_lora(folder, CONFIG, layers=range(1)) / "adapter_model.safetensors"
+    raw = bytearray(whole.read_bytes())
+    raw[data.draw(st.integers(0, 1500))] = data.draw(st.integers(0, 255))
+    whole.write_bytes(bytes(raw[: data.draw(st.sampled_from([len(raw), len(raw) - 1, 700, 8, 0]))]))
+    try:
+        read = LoraWeights.read(folder, CONFIG)
+    except InputError:
+        return
+    paged = read.paged(ROOM)
+    paged.place(range(paged.num_pages))
+    assert read.fetch(paged, np.zeros((paged.num_pages, ROOM.page_bytes), np.uint8)) == read.nbytes
