@@ -81,7 +81,7 @@ template <class Number, int Tokens>
 MW_INLINE void add_units(const LoraRows& b, const float* t, std::int64_t t_stride, std::int64_t rank, float scale, std::int64_t begin,
                          std::int64_t end, float* y, std::int64_t y_stride) {
   using Element = typename Number::Element;
-  constexpr int kVectors = Tokens == 1 ? 4 : 2;
+  constexpr int kVectors = Tokens == 1 ? 8 : 2;
   const Element* units[kMostLoraRank];
   for (std::int64_t u = begin; u < end; ++u) {
     for (std::int64_t j = 0; j < rank; ++j) units[j] = reinterpret_cast<const Element*>(b.unit(j, u));
