@@ -79,6 +79,7 @@ class Request:
     load_cache: str | None = None
     deadline: float = DEADLINE_SECONDS
     cache_codec: str = EXACT
+    lora: Path | None = None
 
 
 def run(
@@ -122,6 +123,10 @@ def run(
             help="Conversation to answer questions about: JSON lines of speaker and text, or plain lines.",
             metavar="FILE",
         ),
+    ] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="An adapter (PEFT's LoRA directory) that the model runs with.", metavar="DIR"),
     ] = None,
     chunks: Chunks = None,
     chunk_store: ChunkStoreFolder = None,
@@ -168,8 +173,11 @@ def run(
         load_cache=load_cache,
         deadline=deadline,
         cache_codec=cache_codec,
+        lora=lora,
     )
     check_options(request)
+    if lora is not None and (chunks or history or save_cache or load_cache):
+        raise InputError("--lora goes with a prompt or --chat; caches that are kept belong to the model without it")
     options = ChunkOptions(paths=chunks or [], store=chunk_store, top=chunk_top, policy=chunk_policy)
     if options.given:
         others = {"--history": history, "--chat": chat, "--save-cache": save_cache, "--load-cache": load_cache}
@@ -270,6 +278,13 @@ def start(
     from memwall.plan import RUNTIME, make_plan, sampling_bytes
 
     extra = {RUNTIME: runtime_growth_bytes, **(extra_bytes or {})}
+    adapter = None
+    if request.lora is not None:
+        from memwall.engine.lone_lora import lone_bytes, wear
+        from memwall.models.lora import LoraWeights
+
+        adapter = LoraWeights.read(request.lora, ModelConfig.from_directory(path))
+        extra |= lone_bytes(adapter, ModelConfig.from_directory(path))
     if request.sampling.temperature > 0:
         extra |= sampling_bytes(ModelConfig.from_directory(path))
     plan_for = partial(
@@ -293,6 +308,8 @@ def start(
     try:
         with progress_bar("loading", quiet=request.quiet) as bar:
             session = load(path, settings, budget=request.budget, tokenizer=tokenizer, progress=bar.counted)
+        if adapter is not None:
+            wear(session, adapter)
         session.prepare(request.sampling)
     except BudgetExceeded as refused:
         raise DoesNotFit(_what_would_fit(request, plan, plan_for, refused)) from refused

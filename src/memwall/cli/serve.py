@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memwall.cli.command import Debug, Memory, Model, Quiet, Threads, Weights, add_command
+from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, LoraOption, MostRank, read_loras
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
@@ -57,6 +58,11 @@ def serve(
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too, for autoscalers that look for them.")
     ] = False,
+    lora: LoraOption = None,
+    lora_dir: LoraFolder = None,
+    max_lora_rank: MostRank = 64,
+    lora_batch: LoraBatch = None,
+    first_token_limit: FirstToken = None,
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print address and ledger as JSON at the start.")] = False,
     quiet: Quiet = False,
@@ -81,13 +87,16 @@ def serve(
 
     path = checked_directory(model_directory(model))
     budget = parse_budget(memory, None)
+    loras = read_loras(lora, lora_dir, max_lora_rank, path, name or path.name, quiet=quiet)
     tokenizer, template = Tokenizer.from_directory(path), ChatTemplate.from_directory(path)
     template.render([{"role": "user", "content": "hello"}])  # what it brings into the process counts from the start
     options: dict[str, Any] = {
         "max_sequences": max_sequences, "token_budget": max(step_tokens, max_sequences), "threads": threads,
         "swap_bytes": _swap_bytes(swap),
     }  # fmt: skip
+    options |= _lora_options(loras, path, lora_batch, first_token_limit)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
+    loras.add_to(serving)
     settings = ServerSettings(
         name=name or path.name,
         host=host,
@@ -98,6 +107,7 @@ def serve(
         connections=connections,
         seconds_per_request=max_seconds,
         drain_seconds=drain_seconds,
+        lora_folder=lora_dir,
     )
     if not settings.local and api_key is None:
         note(f"memwall: {host} may be reached by others and no --api-key is set", quiet=quiet)
@@ -121,10 +131,13 @@ def start(
     from memwall.engine.serving import ServingSettings, load_engine
     from memwall.plan.serving import choose
 
+    scheduler = options.pop("scheduler", None)
     settings = choose(path, budget, ServingSettings(weights=weights, context_tokens=context, **options))
     try:
         with progress_bar("loading", quiet=quiet) as bar:
-            return load_engine(path, settings, budget=budget, tokenizer=tokenizer, progress=bar.counted)
+            return load_engine(
+                path, settings, budget=budget, tokenizer=tokenizer, scheduler=scheduler, progress=bar.counted
+            )
     except BudgetExceeded as refused:
         raise DoesNotFit(_advice(settings, budget, refused)) from refused
 
@@ -136,6 +149,26 @@ def _advice(settings: ServingSettings, budget: Budget | None, refused: BudgetExc
         f"{settings.weights} weights and one request of {settings.context_tokens} tokens do not fit: {refused}. "
         f"Try --memory {needed}, a shorter --context, or --weights int4"
     )
+
+
+def _lora_options(
+    loras: AskedLoras, path: Path, lora_batch: int | None, first_token_limit: float | None
+) -> dict[str, Any]:
+    from memwall.engine.s_lora import FIRST_TOKEN_SECONDS, SLora
+    from memwall.engine.serving import ServingSettings
+    from memwall.models.config import ModelConfig
+
+    settings = loras.settings(ModelConfig.from_directory(path), ServingSettings().page_tokens)
+    if settings is None:
+        if lora_batch is not None or first_token_limit is not None:
+            raise InputError("--lora-batch and --first-token-limit need adapters: give --lora or --lora-dir")
+        return {}
+    scheduler = SLora(
+        most_adapters=lora_batch,
+        abort=first_token_limit is not None,
+        first_token_seconds=first_token_limit or FIRST_TOKEN_SECONDS,
+    )
+    return {"lora": settings, "scheduler": scheduler}
 
 
 def _swap_bytes(text: str) -> int:
@@ -151,6 +184,7 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     pool, limits = serving.pool, serving.engine.limits
     tokens = serving.engine.wanted_pages * limits.page_tokens
+    adapters = serving.adapters.names if serving.adapters is not None else []
     if json:
         print_json(
             {
@@ -160,6 +194,7 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
                 "context_tokens": serving.context_tokens,
                 "budget_bytes": serving.budget_bytes,
                 "kv_tokens": tokens,
+                "adapters": adapters,
                 "ledger": serving.ledger.to_json(),
             }
         )
@@ -169,4 +204,6 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
     room = f"pages for {tokens:,} tokens of {format_bytes(pool.page_bytes)} per {limits.page_tokens}"
     note(format_table(("tier", "owner", "bytes"), rows, right=frozenset({2})), quiet=quiet)
     note(f"{name}: {serving.settings.weights} weights, context {serving.context_tokens:,}, {room}", quiet=quiet)
+    if serving.adapters is not None:
+        note(f"{len(adapters):,} adapters in the same pages, read when they are asked for", quiet=quiet)
     note(f"memwall: listening on {where} (page of memory at /, OpenAI routes under /v1)", quiet=quiet)

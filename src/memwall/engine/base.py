@@ -96,6 +96,26 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterView:
+    """An adapter that some request wants. pages: what it takes; while nobody runs with it they count as free.
+
+    resident: whether it is in its pages, or on its way there.
+    """
+
+    name: str
+    pages: int
+    resident: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Running averages over rounds of admission: requests that came between two of them, and that one let in."""
+
+    arrived: float = 1.0
+    admitted: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """Everything a decision may depend on. free_pages: free now, kept prefixes that nobody uses included; negative
     while the budget has shrunk below what is held. waiting: those that could start now. held: prefixes that are
@@ -111,6 +131,8 @@ class State:
     swap_free_pages: int = 0
     limits: Limits = field(default_factory=Limits)
     costs: Costs = field(default_factory=Costs)
+    adapters: tuple[AdapterView, ...] = ()
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +153,13 @@ class Preempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step, carried out in this order: set aside, bring back, admit, compute."""
+    """One step, carried out in this order: abort, set aside, bring back, admit, compute.
 
+    abort: waiting requests that end here. prefetch: adapters to read ahead, in order of need.
+    """
+
+    abort: tuple[int, ...] = ()
+    prefetch: tuple[str, ...] = ()
     preempt: tuple[Preempt, ...] = ()
     resume: tuple[int, ...] = ()
     admit: tuple[int, ...] = ()

@@ -21,12 +21,14 @@ from typing import ClassVar
 
 import numpy as np
 
+from memwall.engine.adapters import Adapters
 from memwall.engine.core import Entry, Output
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sampling import Sampler
 from memwall.engine.sequence import Sequence as EngineSequence
 from memwall.engine.sequence import TokenLogprobs
 from memwall.kernels.attention import attend_paged, attend_paged_sequences, attend_shared
+from memwall.kernels.lora import LoraBatch, LoraRoom, PagedLora
 from memwall.kv import CacheShape
 from memwall.memory import PagePool
 from memwall.models.decoder import Decoder
@@ -37,6 +39,12 @@ KV_DTYPE = np.dtype(np.float16)
 def page_bytes(shape: CacheShape, page_tokens: int) -> int:
     """Bytes of one page: `page_tokens` tokens of all layers."""
     return 2 * shape.num_layers * page_tokens * shape.row_values * KV_DTYPE.itemsize
+
+
+def lora_room(shape: CacheShape, page_tokens: int) -> LoraRoom:
+    """How adapters lie in these pages: a unit is as long as one token's keys, or values, of a layer."""
+    unit_bytes = shape.row_values * KV_DTYPE.itemsize
+    return LoraRoom(num_layers=shape.num_layers, unit_bytes=unit_bytes, units_per_block=2 * page_tokens)
 
 
 @dataclass(slots=True)
@@ -215,10 +223,24 @@ class ModelExecutor:
     """Runs steps on a decoder."""
 
     def __init__(
-        self, decoder: Decoder, shape: CacheShape, pages: KVPages, *, logit_rows: int, scratch: np.ndarray
+        self,
+        decoder: Decoder,
+        shape: CacheShape,
+        pages: KVPages,
+        *,
+        logit_rows: int,
+        scratch: np.ndarray,
+        adapters: Adapters | None = None,
+        lora: LoraBatch | None = None,
     ) -> None:
-        """logit_rows: as the decoder was built with; scratch: of `Sampler.scratch_shape`, for all requests in turn."""
+        """logit_rows: as the decoder was built with; scratch: of `Sampler.scratch_shape`, for all requests in turn.
+
+        adapters, lora: both, where requests may have adapters.
+        """
         self.decoder = decoder
+        self.adapters, self.lora = adapters, lora
+        if lora is not None:
+            decoder.adapt(lora)
         self.cache = BatchCache(shape, pages.pool, pages.page_tokens)
         self._logit_rows = logit_rows
         self._scratch = scratch
@@ -226,9 +248,13 @@ class ModelExecutor:
 
     def run(self, batch: list[Entry]) -> list[Output | None]:
         """See `Executor`."""
-        order = sorted(range(len(batch)), key=lambda i: batch_order(batch[i]))
+        # rows of one adapter lie together, so that its weights are read once for all of them
+        order = sorted(
+            range(len(batch)), key=lambda i: (*batch_order(batch[i]), batch[i].sequence.request.adapter or "")
+        )
         sorted_batch = [batch[i] for i in order]
         positions = self.cache.begin(sorted_batch)
+        self._assign(sorted_batch)
         tokens = [t for entry in sorted_batch for t in entry.sequence.tokens[entry.first : entry.first + entry.count]]
         hidden = self.decoder.batch(np.array(tokens, np.int64), positions, self.cache)
         lasts = np.cumsum([entry.count for entry in sorted_batch]) - 1
@@ -244,6 +270,26 @@ class ModelExecutor:
     def forget(self, sequence: EngineSequence) -> None:
         """See `Executor`."""
         self._samplers.pop(sequence.id, None)
+
+    def _assign(self, batch: list[Entry]) -> None:
+        """Tells which rows of the step belong to which adapter."""
+        if self.lora is None or self.adapters is None:
+            return
+        segments: list[tuple[int, int, PagedLora]] = []
+        row, last = 0, None
+        for entry in batch:
+            key = entry.sequence.request.adapter
+            if key is not None and key == last:
+                first, count, paged = segments[-1]
+                segments[-1] = (first, count + entry.count, paged)
+            elif key is not None:
+                assert entry.sequence.holds_adapter
+                segments.append((row, entry.count, self.adapters.paged(key)))
+            row, last = row + entry.count, key
+        if segments:
+            self.lora.assign(self.adapters.array(), segments)
+        else:
+            self.lora.clear()
 
     def _draw(self, sequence: EngineSequence, logits: np.ndarray) -> Output:
         sampler = self._samplers.get(sequence.id)

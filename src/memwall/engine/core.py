@@ -10,19 +10,23 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from memwall.engine.base import Costs, Limits, RequestView, Scheduler, State, Step, Work
+from memwall.engine.adapters import Adapters
+from memwall.engine.base import AdapterView, Costs, Limits, Pace, RequestView, Scheduler, State, Step, Work
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sequence import Event, FinishReason, Request, Sequence, TokenLogprobs
 from memwall.engine.shared import SharedPrefixes, orphans
 from memwall.engine.swap import SwapArea
-from memwall.errors import BudgetExceeded, InputError
+from memwall.errors import BudgetExceeded, InputError, MemwallError
 from memwall.memory import OutOfPages
 
 SMOOTHING = 0.2
 """Weight of the newest measurement in the running costs."""
+PACE_SMOOTHING = 0.7
+"""The same for arrivals and admissions (S-LoRA's code)."""
 log = logging.getLogger("memwall.engine")
 
 
@@ -83,9 +87,10 @@ class Engine:
         eos: tuple[int, ...] = (),
         swap: SwapArea | None = None,
         costs: Costs | None = None,
+        adapters: Adapters | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """costs: fixed ones; None measures them."""
+        """costs: fixed ones; None measures them. adapters: what `Request.adapter` may name."""
         self.scheduler = scheduler
         self.executor = executor
         self.pages = pages
@@ -93,6 +98,9 @@ class Engine:
         self.context_tokens = context_tokens
         self.eos = eos
         self.swap = swap
+        self.adapters = adapters
+        self.pace = Pace()
+        self._arrived = 0
         self.costs = costs or Costs()
         self._measures = costs is None
         self.clock = clock
@@ -124,15 +132,21 @@ class Engine:
                 f"the prompt has {len(request.prompt):,} tokens, but the context is {self.context_tokens:,} and at "
                 f"least one must be left for the answer; shorten it to {self.context_tokens - 1:,}"
             )
+        if self.adapters is not None:
+            self.adapters.check(request.adapter)
 
     def submit(self, request: Request, arrival: float | None = None, number: int | None = None) -> Sequence:
         """A request enters the queue. number: its id, where the caller counts."""
         self.check(request)
         arrival = self.clock() if arrival is None else arrival
         number = self._next_id if number is None else number
+        if self.adapters is not None and request.adapter is not None:
+            self.adapters.open(request.adapter)
+            request = replace(request, salt=self.adapters.salt(request.adapter, request.salt))
         sequence = Sequence(id=number, request=request, arrival=arrival, eos=self.eos)
         self.shared.enter(sequence)
         self._next_id = max(self._next_id, number) + 1
+        self._arrived += 1
         self.waiting[sequence.id] = sequence
         self.totals.prompt_tokens += 0 if request.members else sequence.num_prompt
         return sequence
@@ -164,12 +178,13 @@ class Engine:
         step = self.scheduler.plan_step(state, now)
         if self.observer is not None:
             self.observer(state, step)
+        events += [self._finish(self.waiting[number], "aborted") for number in step.abort]
         try:
-            self._rearrange(state, step, now)
+            events += self._rearrange(state, step, now)
             self.fit_limit()
-            batch = [self._entry(work) for work in step.work if work.id in self.running]
-        except BudgetExceeded:  # the process grew elsewhere: go on with the pages that are there
-            self.wanted_pages = self.pages.pool.committed_bytes // self.pages.pool.page_bytes
+            batch = self._entries(step)
+        except BudgetExceeded:  # the process grew elsewhere
+            self._keep_to_what_is_there()
             return events
         if not batch:
             return events
@@ -188,6 +203,9 @@ class Engine:
                 events.append(event)
         return events
 
+    def _keep_to_what_is_there(self) -> None:
+        self.wanted_pages = self.pages.pool.committed_bytes // self.pages.pool.page_bytes
+
     def snapshot(self) -> State:
         """What the scheduler sees."""
         short = self.wanted_pages - self.pages.pool.limit_pages  # a shrunken budget that is not yet reached
@@ -201,7 +219,16 @@ class Engine:
             swap_free_pages=self.swap.free_pages if self.swap is not None else 0,
             limits=self.limits,
             costs=self.costs,
+            adapters=self._adapter_views(),
+            pace=replace(self.pace, arrived=_blend(self.pace.arrived, self._arrived, PACE_SMOOTHING)),
         )
+
+    def _adapter_views(self) -> tuple[AdapterView, ...]:
+        if self.adapters is None:
+            return ()
+        groups = (self.running, self.waiting, self.swapped)
+        wanted = {one.request.adapter: None for group in groups for one in group.values()}
+        return tuple(self.adapters.view(key) for key in wanted if key is not None)
 
     def _view(self, one: Sequence) -> RequestView:
         held = one.places or one.pages
@@ -212,7 +239,7 @@ class Engine:
             prompt=one.num_prompt,
             known=len(one.tokens),
             computed=one.computed,
-            most_tokens=one.most_tokens,
+            most_tokens=min(one.most_tokens, self.context_tokens),
             pages=len(held),
             freeable=self.pages.freeable(one.pages),
             session=one.request.session,
@@ -246,13 +273,17 @@ class Engine:
         self.pages.forget(pool.used_pages - self.wanted_pages)
         limit = max(self.wanted_pages, pool.used_pages)
         if limit != pool.limit_pages:
+            if self.adapters is not None:
+                self.adapters.settle()
             moves = pool.set_limit(limit)
             self.pages.moved(moves)
             self.shared.moved(moves)
+            if self.adapters is not None:
+                self.adapters.moved(moves)
             for one in self.running.values():
                 one.pages = [moves.get(page, page) for page in one.pages]
 
-    def _rearrange(self, state: State, step: Step, now: float) -> None:
+    def _rearrange(self, state: State, step: Step, now: float) -> list[Event]:
         for preempt in step.preempt:
             held = preempt.id in self.shared.held
             one = self.shared.take_back(preempt.id) if held else self.running.pop(preempt.id)
@@ -262,10 +293,43 @@ class Engine:
             self._admit(self.waiting.pop(number), hits[number], now)
         for number in step.resume:
             self._bring_back(self.swapped[number])
+        if step.admit:
+            arrived = _blend(self.pace.arrived, self._arrived, PACE_SMOOTHING)
+            admitted = _blend(self.pace.admitted, len(step.admit), PACE_SMOOTHING)
+            self.pace, self._arrived = Pace(arrived=arrived, admitted=max(admitted, 1.0)), 0
+        events = [event for number in (*step.resume, *step.admit) if (event := self._hold_adapter(number)) is not None]
+        if self.adapters is not None:
+            self.adapters.prefetch(step.prefetch)
+        return events
+
+    def _hold_adapter(self, number: int) -> Event | None:
+        """The adapter of a request that begins to run; without room it waits on, and without a file it ends."""
+        one = self.running.get(number)
+        if self.adapters is None or one is None or one.request.adapter is None:
+            return None
+        try:
+            self.adapters.acquire(one.request.adapter)
+        except (OutOfPages, BudgetExceeded) as error:
+            del self.running[number]
+            self._start_over(one)
+            if isinstance(error, BudgetExceeded):
+                self._keep_to_what_is_there()
+            return None
+        except MemwallError:
+            log.warning("request %d ends: its adapter cannot be read", number, exc_info=True)
+            return self._finish(one, "error")
+        one.holds_adapter = True
+        return None
+
+    def _let_adapter_go(self, one: Sequence) -> None:
+        if one.holds_adapter and self.adapters is not None and one.request.adapter is not None:
+            self.adapters.release(one.request.adapter)
+            one.holds_adapter = False
 
     def _set_aside(self, one: Sequence, by: str) -> None:
         one.preemptions += 1
         one.view = None
+        self._let_adapter_go(one)
         swapped = by == "swap" and self._swap_out(one)
         self.totals.preempted["swap" if swapped else "recompute"] += 1
         if not swapped:
@@ -324,6 +388,15 @@ class Engine:
         one.status = "running"
         self.running[one.id] = one
 
+    def _entries(self, step: Step) -> list[Entry]:
+        """Work of the step. One whose pages an adapter took, which its scheduler did not count, waits for the next."""
+        found = []
+        for work in step.work:
+            if work.id in self.running:
+                with suppress(OutOfPages):
+                    found.append(self._entry(work))
+        return found
+
     def _entry(self, work: Work) -> Entry:
         one = self.running[work.id]
         end = one.computed + work.tokens
@@ -368,6 +441,9 @@ class Engine:
         for group in (self.running, self.waiting, self.swapped):
             group.pop(one.id, None)
         self.pages.release(one.pages)
+        self._let_adapter_go(one)
+        if self.adapters is not None and one.request.adapter is not None:
+            self.adapters.close(one.request.adapter)
         if one.places and self.swap is not None:
             self.swap.drop(one.places)
         one.pages, one.places = [], []
@@ -415,5 +491,5 @@ class Engine:
             self.costs = replace(self.costs, seconds_per_page=_blend(self.costs.seconds_per_page, seconds / count))
 
 
-def _blend(old: float, new: float) -> float:
-    return (1 - SMOOTHING) * old + SMOOTHING * new
+def _blend(old: float, new: float, share: float = SMOOTHING) -> float:
+    return (1 - share) * old + share * new

@@ -27,7 +27,7 @@ class FirstComeFirstServed:
 
     def plan_step(self, state: State, now: float) -> Step:
         """See `Scheduler`."""
-        plan = _Plan(state)
+        plan = Plan(state)
         plan.keep_running()
         if not plan.preempt and state.free_pages >= 0:
             plan.bring_in(self.spare_pages)
@@ -35,7 +35,7 @@ class FirstComeFirstServed:
 
 
 @dataclass(slots=True)
-class _Plan:
+class Plan:
     """A step in the making."""
 
     state: State
@@ -104,10 +104,14 @@ class _Plan:
             if pages + spare > self.free:
                 return
             self.free -= pages
-            self.budget -= tokens
-            (self.resume if back else self.admit).append(view.id)
-            self.work[view.id] = tokens
+            self.let_in(view, back=back, tokens=tokens)
             count += 1
+
+    def let_in(self, view: RequestView, *, back: bool, tokens: int) -> None:
+        """A waiting request runs from this step on; back: it was swapped out."""
+        self.budget -= tokens
+        (self.resume if back else self.admit).append(view.id)
+        self.work[view.id] = tokens
 
     def _shares(self) -> dict[int, int]:
         """Tokens of the budget for each that runs: decoding first, then prompts by rank."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,17 @@ def digest_page(before: bytes, tokens: Sequence[int], salt: bytes = b"") -> byte
     return hashlib.blake2b(before + np.asarray(tokens, np.int32).tobytes(), digest_size=16, key=key).digest()
 
 
+class Lender(Protocol):
+    """Somebody else who keeps pages of the pool that can be had back at once (adapters that nobody uses)."""
+
+    @property
+    def idle_pages(self) -> int:
+        """Pages that `give_back` can free."""
+
+    def give_back(self, count: int, *, wanted_soon: bool) -> int:
+        """Frees at least `count` pages if there are so many; how many. wanted_soon: also those meant for what comes."""
+
+
 class KVPages:
     """Counted pages over a pool, with the beginnings that can be shared."""
 
@@ -36,6 +48,7 @@ class KVPages:
         self.pool = pool
         self.page_tokens = page_tokens
         self.keep_prefixes = keep_prefixes
+        self.lender: Lender | None = None
         self.version = 0
         """Changes when what can be shared changes."""
         self._page_of: dict[bytes, int] = {}
@@ -50,7 +63,7 @@ class KVPages:
     @property
     def available_pages(self) -> int:
         """Pages that `take` can give."""
-        return self.pool.free_pages + len(self._idle)
+        return self.pool.free_pages + len(self._idle) + (self.lender.idle_pages if self.lender is not None else 0)
 
     def is_idle(self, page: int) -> bool:
         """Whether nobody but the index holds it."""
@@ -79,12 +92,12 @@ class KVPages:
             else:
                 self.pool.share([page])
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int, tenant: str = TENANT) -> list[int]:
         """Fresh pages; beginnings that nobody uses make room. OutOfPages when there are too few."""
         if count > self.available_pages:
             raise OutOfPages(f"{count} pages wanted, {self.available_pages} of {self.pool.limit_pages} are free")
         self.forget(count - self.pool.free_pages)
-        return self.pool.take(TENANT, count)
+        return self.pool.take(tenant, count)
 
     def register(self, page: int, digest: bytes) -> None:
         """The page holds all the tokens that the digest names; others may share it from now on."""
@@ -104,15 +117,23 @@ class KVPages:
         self.version += 1
 
     def forget(self, count: int) -> int:
-        """Gives up to `count` of the longest unused pages back; how many there were."""
+        """Gives `count` of the longest unused pages back, or as many as there are; how many.
+
+        Adapters that nobody waits for go first: to read one again costs less than to compute a beginning.
+        """
+        if count <= 0:
+            return 0
+        lent = self.lender.give_back(count, wanted_soon=False) if self.lender is not None else 0
         given = 0
-        while given < count and self._idle:
+        while lent + given < count and self._idle:
             page, _ = self._idle.popitem(last=False)
             del self._page_of[self._digest_of.pop(page)]
             self.pool.drop([page])
             given += 1
         self.version += given
-        return given
+        if lent + given < count and self.lender is not None:
+            lent += self.lender.give_back(count - lent - given, wanted_soon=True)
+        return lent + given
 
     def moved(self, moves: Mapping[int, int]) -> None:
         """The pool has moved pages."""

@@ -12,7 +12,7 @@ from memwall.engine.sampling import Sampling
 from memwall.errors import InputError
 
 Status = Literal["waiting", "running", "held", "swapped", "finished"]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "aborted", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +20,10 @@ class Request:
     """One text to go on with. sampling.stop is left to who decodes the text; the engine knows tokens only.
 
     priority: lower goes first. logprobs: how many likeliest alternatives to tell with each token, 0 for the token's own
-    alone, None for nothing. salt: whose cached beginnings it may share. until: a time of the engine's clock after which
-    it is cancelled. members: of a prefix, how many requests will go on from it; such a one makes no token. prefix and
-    base: the id of the prefix that it goes on from, and after how many tokens (see `shared`). expected_tokens: of
-    prompt and answer together, where somebody can tell; 0 for nobody.
+    alone, None for nothing. adapter: a key of the engine's adapters. salt: whose cached beginnings it may share.
+    until: a time of the engine's clock after which it is cancelled. members: of a prefix, how many requests will go on
+    from it; such a one makes no token. prefix and base: the id of the prefix that it goes on from, and after how many
+    tokens (see `shared`). expected_tokens: of prompt and answer together, where somebody can tell; 0 for nobody.
     """
 
     prompt: tuple[int, ...]
@@ -83,6 +83,7 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     registered: int = 0
     preemptions: int = 0
+    holds_adapter: bool = False
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None

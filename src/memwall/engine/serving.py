@@ -15,24 +15,30 @@ from pathlib import Path
 import numpy as np
 
 from memwall import _native
+from memwall.engine.adapters import Adapters, check_room
 from memwall.engine.base import Limits, Scheduler
-from memwall.engine.batch import ModelExecutor, page_bytes
+from memwall.engine.batch import ModelExecutor, lora_room, page_bytes
 from memwall.engine.core import Engine
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_decoder
+from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
 from memwall.engine.session import SAMPLING
 from memwall.engine.swap import SwapArea
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.hardware.units import MIB, format_bytes
+from memwall.kernels.lora import MOST_TOGETHER, LoraBatch, LoraRoom
 from memwall.memory import Arena, Budget, Ledger, PagePool, measure_runtime, resident_bytes
 from memwall.models.config import ModelConfig
+from memwall.models.decoder import BLOCK_ROWS
+from memwall.models.lora import LoraWeights
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress
 
 POOL_OWNER = "kv/pages"
+LORA_SCRATCH = "adapters/scratch"
 MOST_LOGIT_ROWS = 16
 LEAST_CONTEXT_TOKENS = 256
 """Where the context is left open and less than this fits, loading is refused."""
@@ -41,13 +47,31 @@ MOST_PLACES = 1 << 31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """How adapters are served. most_rank: largest that may come. room_bytes: kept for them where the context is chosen
+    by what fits. exact: float32 adapters stay float32.
+
+    link_bytes_per_s: emulates a slower way from where adapters are kept.
+    """
+
+    most_rank: int = 64
+    room_bytes: int = 0
+    exact: bool = False
+    link_bytes_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.most_rank <= 512:
+            raise InputError(f"most_rank is {self.most_rank}; it must be 1 to 512")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingSettings:
     """How a model serves.
 
     weights: as for a session. context_tokens: longest request, prompt and answer; None for the model's positions.
     token_budget: tokens computed in one step. swap_bytes: disk for requests set aside. headroom_bytes: kept free for
-    what the process comes to hold outside the arena. exact: float arithmetic on packed weights. shared_prefixes: room
-    for requests that go on from prefixes (see `shared`).
+    what the process comes to hold outside the arena. exact: float arithmetic on packed weights. lora: None where
+    requests have no adapters. shared_prefixes: room for requests that go on from prefixes (see `shared`).
     """
 
     weights: str = "float16"
@@ -61,6 +85,7 @@ class ServingSettings:
     threads: int | None = None
     exact: bool = False
     keep_prefixes: bool = True
+    lora: LoraSettings | None = None
     shared_prefixes: bool = False
 
     @property
@@ -104,11 +129,50 @@ class Serving:
         self.most_budget_bytes: int | None = None
         self._loaded = loaded
         self._outside = loaded.runtime_bytes
+        self._most_adapter_pages = 0
 
     @property
     def context_tokens(self) -> int:
         """Longest request, prompt and answer."""
         return self.engine.context_tokens
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """Where requests may have adapters."""
+        return self.engine.adapters
+
+    def read_adapter(self, directory: Path) -> LoraWeights:
+        """Reads the headers of an adapter for this model; any thread may. InputError for one that cannot be served."""
+        if self.settings.lora is None:
+            raise InputError("this server was started without adapters; give --lora or --lora-dir")
+        weights = LoraWeights.read(directory, self.config)
+        if weights.rank > self.settings.lora.most_rank:
+            raise InputError(
+                f"{directory}: rank {weights.rank}, but at most {self.settings.lora.most_rank} was allowed for; "
+                f"start with --max-lora-rank {weights.rank}"
+            )
+        return weights
+
+    def add_adapter(self, name: str, weights: LoraWeights) -> str:
+        """Makes an adapter known; the key that requests give. Call it between two steps.
+
+        DoesNotFit where it leaves no room for one request of the whole context.
+        """
+        adapters = self.engine.adapters
+        assert adapters is not None
+        key = adapters.add(name, weights)
+        known = adapters.describe(name)
+        assert known is not None
+        if self.budget_bytes is None:
+            self._most_adapter_pages = max(self._most_adapter_pages, known.num_pages)
+            self.govern()
+        try:
+            check_room(known, self.engine.wanted_pages, self.engine.limits.pages(self.context_tokens))
+        except BaseException:
+            adapters.remove(name)
+            raise
+        self._most_adapter_pages = max(self._most_adapter_pages, known.num_pages)
+        return key
 
     def govern(self) -> None:
         """Moves the pool's limit to what the budget leaves now. Call it before a step."""
@@ -128,8 +192,8 @@ class Serving:
         self.arena.set_cap(max(cap, self.arena.used_bytes, 1))
 
     def least_budget_bytes(self) -> int:
-        """The smallest budget in which one request of the whole context can run."""
-        pages = self.engine.limits.pages(self.context_tokens)
+        """The smallest budget in which one request of the whole context can run, with the largest adapter."""
+        pages = self.engine.limits.pages(self.context_tokens) + self._most_adapter_pages
         held = max(resident_bytes() - self.pool.committed_bytes, 0)
         return held + pages * self.pool.page_bytes + self.settings.headroom_bytes
 
@@ -158,12 +222,15 @@ class Serving:
         """Gives all memory back."""
         if self.engine.swap is not None:
             self.engine.swap.release()
+        if self.engine.adapters is not None:
+            self.engine.adapters.stop()
         self.pool.release()
         self._loaded.decoder.release()
         self._loaded.weights.release()
 
     def _unlimited_pages(self) -> int:
-        wanted = self.settings.max_sequences * self.engine.limits.pages(self.context_tokens)
+        each = self.engine.limits.pages(self.context_tokens) + self._most_adapter_pages
+        wanted = self.settings.max_sequences * each
         return min(wanted, max(self.arena.cap_bytes - self.arena.used_bytes, 0) // self.pool.page_bytes + self._held())
 
     def _held(self) -> int:
@@ -204,19 +271,44 @@ def load_engine(
     scratch = arena.allocate(SAMPLING, Sampler.scratch_shape(config.vocab_size), np.float32)
     pool, context = _make_pool(settings, config, arena, limited=budget is not None)
     pages = KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
+    shape, adapters, lora = cache_shape(config), None, None
+    if settings.lora is not None:
+        adapters, lora = _make_adapters(settings, settings.lora, pages, arena, lora_room(shape, settings.page_tokens))
+        scheduler = scheduler or SLora()
     engine = Engine(
         scheduler or FirstComeFirstServed(),
-        ModelExecutor(loaded.decoder, cache_shape(config), pages, logit_rows=rows, scratch=scratch),
+        ModelExecutor(loaded.decoder, shape, pages, logit_rows=rows, scratch=scratch, adapters=adapters, lora=lora),
         pages,
         limits=settings.limits,
         context_tokens=context,
         eos=tuple(config.eos_token_ids),
         swap=SwapArea(pool, settings.swap_bytes // pool.page_bytes, arena=arena, folder=settings.swap_folder),
+        adapters=adapters,
         clock=clock or time.perf_counter,
     )
     serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
     serving.govern()
     return serving
+
+
+def _make_adapters(
+    settings: ServingSettings, lora: LoraSettings, pages: KVPages, arena: Arena, room: LoraRoom
+) -> tuple[Adapters, LoraBatch]:
+    scratch = arena.allocate(LORA_SCRATCH, _scratch_shape(settings, lora), np.float32)
+    adapters = Adapters(pages, room, arena=arena, exact=lora.exact, link_bytes_per_s=lora.link_bytes_per_s)
+    return adapters, LoraBatch(room, scratch)
+
+
+def _scratch_shape(settings: ServingSettings, lora: LoraSettings) -> tuple[int, int]:
+    return min(settings.token_budget, BLOCK_ROWS), MOST_TOGETHER * lora.most_rank
+
+
+def lora_scratch_bytes(settings: ServingSettings) -> int:
+    """Bytes that products with adapters work in; for plans."""
+    if settings.lora is None:
+        return 0
+    rows, width = _scratch_shape(settings, settings.lora)
+    return rows * width * np.dtype(np.float32).itemsize
 
 
 def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
@@ -227,7 +319,9 @@ def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, 
         raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
     least = pages(context)
     if settings.context_tokens is None:
-        least = min(least, max(arena.free_bytes // size, pages(min(context, LEAST_CONTEXT_TOKENS))))
+        room_bytes = settings.lora.room_bytes if settings.lora is not None else 0
+        fitting = max(arena.free_bytes - room_bytes, 0) // size
+        least = min(least, max(fitting, pages(min(context, LEAST_CONTEXT_TOKENS))))
         context = min(context, least * settings.page_tokens)
     if arena.free_bytes < least * size:
         raise BudgetExceeded(POOL_OWNER, least * size, arena.free_bytes, arena.cap_bytes)

@@ -78,12 +78,20 @@ class Region:
         self.capacity_bytes = capacity_bytes
         self._charge = charge
         self._pages: Pages | None = pages
+        self._lent = 0
         self._lock = threading.Lock()
 
     @property
     def committed_bytes(self) -> int:
         """Bytes that are resident, in whole pages."""
-        return self._charge.nbytes
+        return self._charge.nbytes + self._lent
+
+    def lend(self, charge: Charge, nbytes: int) -> None:
+        """Counts `nbytes` of what is committed under another owner; a negative number takes them back."""
+        with self._lock:
+            source, target = (self._charge, charge) if nbytes >= 0 else (charge, self._charge)
+            source.move_to(target, abs(nbytes))
+            self._lent += nbytes
 
     def commit(self, nbytes: int) -> None:
         """Makes the first `nbytes` resident; new bytes are zero.
@@ -94,26 +102,26 @@ class Region:
             pages = self._live()
             if not 0 <= nbytes <= self.capacity_bytes:
                 raise ValueError(f"{self.owner}: cannot commit {nbytes:,} bytes of {self.capacity_bytes:,} reserved")
-            before, after = self._charge.nbytes, round_up(nbytes)
+            before, after = self.committed_bytes, round_up(nbytes)
             if after <= before:
                 return
-            self._charge.resize(after)
+            self._charge.resize(after - self._lent)
             try:
                 pages.populate(before, after)
             except MemoryError:
-                self._charge.resize(before)
+                self._charge.resize(before - self._lent)
                 raise
 
     def shrink(self, nbytes: int) -> None:
         """Keeps the first `nbytes` and gives the pages behind them back; arrays over those read zeros from then on."""
         with self._lock:
             pages = self._live()
-            before, after = self._charge.nbytes, round_up(nbytes)
+            before, after = self.committed_bytes, round_up(nbytes)
             if nbytes < 0:
                 raise ValueError(f"{self.owner}: cannot shrink to {nbytes} bytes")
             if after < before:
+                self._charge.resize(after - self._lent)
                 pages.discard(after, before)
-                self._charge.resize(after)
 
     def array(self, shape: tuple[int, ...] | int, dtype: DTypeLike, offset_bytes: int = 0) -> np.ndarray:
         """An array over committed bytes. It does not move when the region grows."""
@@ -123,9 +131,9 @@ class Region:
         end = offset_bytes + math.prod(shape) * kind.itemsize
         if offset_bytes < 0 or offset_bytes % kind.itemsize:
             raise ValueError(f"{self.owner}: offset {offset_bytes} is not a multiple of {kind.itemsize} bytes ({kind})")
-        if end > self._charge.nbytes:
+        if end > self.committed_bytes:
             raise ValueError(
-                f"{self.owner}: an array up to byte {end:,}, but only {self._charge.nbytes:,} are committed"
+                f"{self.owner}: an array up to byte {end:,}, but only {self.committed_bytes:,} are committed"
             )
         return pages.view(shape, kind, offset_bytes)
 
@@ -133,7 +141,7 @@ class Region:
         """Gives everything back; the region is of no more use. Doing so twice does nothing."""
         with self._lock:
             if self._pages is not None:
-                self._pages.discard(0, self._charge.nbytes)
+                self._pages.discard(0, self.committed_bytes)
                 self._charge.release()
                 self._pages = None
 

@@ -2,7 +2,7 @@
 
 Pages lie beside each other in one address range of which only the lowest are resident, so the pool gives memory back by
 moving its highest pages down (`set_limit`). A page is held by counted references, belongs to a tenant (`kv`, `prefix`,
-later adapters), and may be pinned: then it is neither moved nor given up.
+`adapters`), and may be pinned: then it is neither moved nor given up.
 
 A pool without an arena only counts: the simulator decides over the same object that the engine uses.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from memwall.errors import DoesNotFit
-from memwall.memory.arena import Arena
+from memwall.memory.arena import Arena, Charge
 
 
 class OutOfPages(DoesNotFit):
@@ -129,6 +129,11 @@ class PagePool:
         """The pages belong to another tenant from now on."""
         for page in pages:
             self._tenants[page] = tenant
+
+    def count_as(self, charge: Charge, pages: int) -> None:
+        """So many pages count under another owner of the ledger from now on; a negative number takes them back."""
+        if self._region is not None:
+            self._region.lend(charge, pages * self.page_bytes)
 
     def pin(self, pages: Iterable[int]) -> None:
         """Keeps pages where they are until as many `unpin`."""

@@ -18,6 +18,7 @@ import numpy as np
 from memwall import kernels
 
 if TYPE_CHECKING:
+    from memwall.kernels.lora import LoraBatch
     from memwall.models.base import DecoderCache
     from memwall.models.decoder import Layer
     from memwall.models.weights import Weights
@@ -27,7 +28,14 @@ class DecodeStep:
     """All layers for a fixed number of tokens, over the decoder's own buffers (their first rows)."""
 
     def __init__(
-        self, layers: Sequence[Layer], weights: Weights, buffers: dict[str, np.ndarray], *, eps: float, exact: bool
+        self,
+        layers: Sequence[Layer],
+        weights: Weights,
+        buffers: dict[str, np.ndarray],
+        *,
+        eps: float,
+        exact: bool,
+        lora: LoraBatch | None = None,
     ) -> None:
         """buffers: float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of B rows
         each, `cos` and `sin` [B, D / 2].
@@ -35,15 +43,15 @@ class DecodeStep:
         self.generation = weights.generation
         self._buffers = buffers
         self._weights = weights
-        self._eps, self._exact = eps, exact
+        self._eps, self._exact, self._lora = eps, exact, lora
         rows, head_dim = len(buffers["cos"]), 2 * buffers["cos"].shape[1]
         self._k, self._v, self._q, self._out = (
             buffers[name].reshape(rows, -1, head_dim) for name in ("keys", "values", "queries", "attended")
         )
         self._programs = [kernels.Program() for _ in range(len(layers) + 1)]
         for index, layer in enumerate(layers):
-            self._record_before(self._programs[index], layer)
-            self._record_after(self._programs[index + 1], layer)
+            self._record_before(self._programs[index], index, layer)
+            self._record_after(self._programs[index + 1], index, layer)
         last = self._programs[-1]
         last.rms_norm(buffers["hidden"], weights.vectors["model.norm.weight"], eps, buffers["hidden"])
 
@@ -59,24 +67,34 @@ class DecodeStep:
             cache.settle(index)
         self._programs[-1].run()
 
-    def _record_before(self, program: kernels.Program, layer: Layer) -> None:
+    def _record_before(self, program: kernels.Program, index: int, layer: Layer) -> None:
         b = self._buffers
         program.rms_norm(b["hidden"], layer.input_norm, self._eps, b["normed"])
         outs = [b["queries"], b["keys"], b["values"]]
         self._linear(program, b["normed"], layer.qkv, outs, layer.qkv_bias)
+        self._add_lora(program, index, b["normed"], (0, 1, 2), outs)
         for x, norm in ((self._k, layer.k_norm), (self._q, layer.q_norm)):
             if norm is not None:
                 heads = x.reshape(-1, x.shape[-1])
                 program.rms_norm(heads, norm, self._eps, heads)
             program.rope(x, b["cos"], b["sin"])
 
-    def _record_after(self, program: kernels.Program, layer: Layer) -> None:
+    def _record_after(self, program: kernels.Program, index: int, layer: Layer) -> None:
         b = self._buffers
         self._linear(program, b["attended"], [layer.output], [b["hidden"]], [layer.output_bias], accumulate=True)
+        self._add_lora(program, index, b["attended"], (3,), [b["hidden"]])
         program.rms_norm(b["hidden"], layer.post_norm, self._eps, b["normed"])
         self._linear(program, b["normed"], layer.gate_up, [b["gate"], b["up"]], layer.gate_up_bias)
+        self._add_lora(program, index, b["normed"], (4, 5), [b["gate"], b["up"]])
         program.swiglu(b["gate"], b["up"], b["gate"])
         self._linear(program, b["gate"], [layer.down], [b["hidden"]], [layer.down_bias], accumulate=True)
+        self._add_lora(program, index, b["gate"], (6,), [b["hidden"]])
+
+    def _add_lora(
+        self, program: kernels.Program, index: int, x: np.ndarray, targets: tuple[int, ...], outs: list[np.ndarray]
+    ) -> None:
+        if self._lora is not None:
+            self._lora.record(program, index, x, targets, outs)
 
     def _linear(
         self,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from memwall import kernels
+from memwall.kernels.lora import LoraBatch
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache, SelectedCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
@@ -27,6 +28,8 @@ RECORDED_ROWS = 64
 """Batches of up to so many tokens run as recorded calls; where there are more, Python's part no longer shows."""
 OWNER = "activations"
 SCRATCH = "kernels/scratch"
+QKV, OUTPUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
+"""Places of projections among `kernels.lora.TARGETS`."""
 
 # observer(tensor_name, x): called with the input [rows, cols] of each linear, for calibration
 Observer = Callable[[str, np.ndarray], None]
@@ -143,6 +146,7 @@ class Decoder:
         self.exact = exact
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
+        self._lora: LoraBatch | None = None
         self._steps: dict[int, DecodeStep] = {}
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
@@ -153,6 +157,11 @@ class Decoder:
             name: arena.allocate(OWNER, shape, np.float32)
             for name, shape in activation_shapes(config, segment_tokens, logit_rows).items()
         }
+
+    def adapt(self, lora: LoraBatch | None) -> None:
+        """From now on products get what `lora` adds to the rows that it says; rows as in `batch` or `hidden`."""
+        self._lora = lora
+        self._steps.clear()
 
     def release(self) -> None:
         """Gives the buffers back; the decoder is of no more use."""
@@ -246,7 +255,8 @@ class Decoder:
         step = self._steps.get(num_rows)
         if step is None or step.generation != self.weights.generation:
             rows = {name: buffer[:num_rows] for name, buffer in self._buffers.items()}
-            step = DecodeStep(self._layers, self.weights, rows, eps=self.config.rms_norm_eps, exact=self.exact)
+            eps = self.config.rms_norm_eps
+            step = DecodeStep(self._layers, self.weights, rows, eps=eps, exact=self.exact, lora=self._lora)
             self._steps[num_rows] = step
         return step
 
@@ -307,6 +317,7 @@ class Decoder:
             first = 0 if one_block else 1  # queries of a single block ride along; else each block makes its own below
             outs = [queries, keys[rows], values[rows]][first:]
             self._linear(normed, layer.qkv[first:], outs, layer.qkv_bias[first:])
+            self._add_lora(index, rows, normed, QKV[first:], outs)
         self._finish_heads(keys, layer.k_norm, self.config.num_kv_heads, cos, sin)
         head_shape = (num_tokens, self.config.num_kv_heads, self.config.head_dim)
         cache.append(index, keys.reshape(head_shape), values.reshape(head_shape), positions)
@@ -315,16 +326,18 @@ class Decoder:
             if not one_block:
                 kernels.rms_norm(hidden[rows], layer.input_norm, eps, normed)
                 self._linear(normed, layer.qkv[:1], [queries], layer.qkv_bias[:1])
+                self._add_lora(index, rows, normed, QKV[:1], [queries])
             self._finish_heads(queries, layer.q_norm, self.config.num_heads, cos[rows], sin[rows])
             attended = self._block("attended", rows)
             q_shape = (len(queries), self.config.num_heads, self.config.head_dim)
             cache.attend(index, queries.reshape(q_shape), positions[rows], attended.reshape(q_shape))
             self._linear(attended, [layer.output], [hidden[rows]], [layer.output_bias], accumulate=True)
+            self._add_lora(index, rows, attended, OUTPUT, [hidden[rows]])
             kernels.rms_norm(hidden[rows], layer.post_norm, eps, normed)
             if self.config.num_experts:
                 self._experts(layer, normed, hidden[rows])
             else:
-                self._feed_forward(layer, normed, hidden[rows])
+                self._feed_forward(index, rows, layer, normed, hidden[rows])
         cache.settle(index)
 
     def _block(self, name: str, rows: slice) -> np.ndarray:
@@ -340,11 +353,19 @@ class Decoder:
             kernels.rms_norm(per_head, norm, self.config.rms_norm_eps, per_head)
         kernels.rope(x.reshape(len(x), num_heads, head_dim), cos, sin)
 
-    def _feed_forward(self, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
+    def _feed_forward(self, index: int, rows: slice, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         gate, up = self._buffers["gate"][: len(normed)], self._buffers["up"][: len(normed)]
         self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
+        self._add_lora(index, rows, normed, GATE_UP, [gate, up])
         kernels.swiglu(gate, up, gate)
         self._linear(gate, [layer.down], [residual], [layer.down_bias], accumulate=True)
+        self._add_lora(index, rows, gate, DOWN, [residual])
+
+    def _add_lora(
+        self, index: int, rows: slice, x: np.ndarray, targets: tuple[int, ...], outs: list[np.ndarray]
+    ) -> None:
+        if self._lora is not None:
+            self._lora.add(index, rows.start, x, targets, outs)
 
     def _experts(self, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
         """Each token goes through its top experts, weighted by the softmax over the router's logits."""

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from memwall.engine.adapters import OWNER
 from memwall.engine.loading import RUNTIME_HEADROOM_BYTES
-from memwall.engine.serving import MOST_LOGIT_ROWS, ServingSettings
+from memwall.engine.serving import LORA_SCRATCH, MOST_LOGIT_ROWS, ServingSettings, lora_scratch_bytes
 from memwall.errors import DoesNotFit
 from memwall.memory import Budget, resident_bytes
 from memwall.models.config import ModelConfig
@@ -35,6 +36,9 @@ def choose(model: Path, budget: Budget | None, settings: ServingSettings) -> Ser
         "activations/logits": rows * config.vocab_size * np.dtype(np.float32).itemsize,
         **sampling_bytes(config),
     }
+    if settings.lora is not None:
+        extra[OWNER] = settings.lora.room_bytes
+        extra[LORA_SCRATCH] = lora_scratch_bytes(settings)
     refused: DoesNotFit | None = None
     for batch in CONTEXTS_AT_ONCE:
         try:

@@ -24,6 +24,7 @@ from memwall.serve.control import Control
 from memwall.serve.fields import ApiError
 from memwall.serve.generate import Generate
 from memwall.serve.guard import Guard, refuse
+from memwall.serve.loras import Loras
 from memwall.serve.parse import Parser
 from memwall.serve.service import Service
 from memwall.serve.settings import ServerSettings
@@ -48,8 +49,9 @@ class Server:
         self.settings = settings
         self.service = Service(serving, settings)
         parser = Parser(
-            settings, serving.tokenizer, template, context=serving.context_tokens, vocab=serving.config.vocab_size
-        )
+            settings, serving.tokenizer, template, context=serving.context_tokens, vocab=serving.config.vocab_size,
+            adapters=serving.adapters,
+        )  # fmt: skip
         control = Control(self.service, parser, alias=alias_metrics)
         routes = [
             Route("/", control.page),
@@ -63,6 +65,7 @@ class Server:
             Route("/v1/completions", Generate(self.service, parser, chat=False), methods=["POST"]),
             Route("/v1/chat/completions", Generate(self.service, parser, chat=True), methods=["POST"]),
             Route("/v1/budget", control.budget, methods=["GET", "POST"]),
+            *_lora_routes(self.service),
             Route("/tokenize", control.tokenize, methods=["POST"]),
             Route("/detokenize", control.detokenize, methods=["POST"]),
         ]
@@ -158,6 +161,16 @@ class Server:
                 log.warning("the budget stays: %s", error)
 
         self.service.thread.call(move)
+
+
+def _lora_routes(service: Service) -> list[Route]:
+    if service.serving.adapters is None:
+        return []
+    loras = Loras(service)
+    return [
+        Route("/v1/load_lora_adapter", loras.load, methods=["POST"]),
+        Route("/v1/unload_lora_adapter", loras.unload, methods=["POST"]),
+    ]
 
 
 class _Uvicorn(uvicorn.Server):

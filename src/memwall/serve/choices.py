@@ -9,7 +9,7 @@ from memwall.engine.sampling import StopWatcher
 from memwall.engine.sequence import Event, TokenLogprobs
 from memwall.models.tokenizer import UNFINISHED, Tokenizer
 
-REASONS = {"stop": "stop", "length": "length", "cancelled": "length", "error": "error"}
+REASONS = {"stop": "stop", "length": "length", "cancelled": "length", "aborted": "error", "error": "error"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class Choice:
     cached_tokens: int = 0
     finish: str | None = None
     failed: bool = False
+    aborted: bool = False
     text: list[str] = field(default_factory=list)
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
 
@@ -58,6 +59,7 @@ class Choice:
             rest, met = self._watcher.push(self._stream.flush())
             shown += rest + ("" if met else self._watcher.flush())
             self.failed = event.finish == "error"
+            self.aborted = event.finish == "aborted"
             self.finish = "stop" if met else REASONS[event.finish]
         self.text.append(shown)
         self.logprobs += told

@@ -61,16 +61,18 @@ class Control:
 
     @answered
     async def models(self, request: Request) -> Response:
-        """The one model."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """The base model and its adapters."""
+        base = self._model()
+        return JSONResponse({"object": "list", "data": [base, *self.service.adapter_models(base)]})
 
     @answered
     async def model(self, request: Request) -> Response:
         """The model by its name."""
-        name = request.path_params["name"]
-        if name != self.service.settings.name:
-            raise ApiError(f"the model {name[:80]!r} is not here", status=404, code="model_not_found")
-        return JSONResponse(self._model())
+        name, base = request.path_params["name"], self._model()
+        for model in (base, *self.service.adapter_models(base)):
+            if model["id"] == name:
+                return JSONResponse(model)
+        raise ApiError(f"the model {name[:80]!r} is not here", status=404, code="model_not_found")
 
     @answered
     async def health(self, request: Request) -> Response:

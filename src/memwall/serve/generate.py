@@ -38,7 +38,7 @@ class Generate:
             asked = await self._parse(scope["memwall.body"])
         except ApiError as error:
             return await refuse(error)(scope, receive, send)
-        form = Form(asked=asked, model=self.service.settings.name, tokenizer=self.parser.tokenizer, chat=self.chat)
+        form = Form(asked=asked, model=asked.model, tokenizer=self.parser.tokenizer, chat=self.chat)
         work = asyncio.create_task(self._answer(asked, form, scope, receive, send))
         gone = asyncio.create_task(_gone(receive))
         try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from memwall.engine.adapters import TENANT
+from memwall.engine.sequence import Sequence
 from memwall.memory import peak_resident_bytes, resident_bytes
 
 if TYPE_CHECKING:
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 200
 MOST_CELLS = 2000
 PERCENTILES = (50, 90, 99)
+MARKS = {None: -1, TENANT: -4}
 
 
 def memory_map(service: Service) -> dict[str, Any]:
@@ -49,21 +53,8 @@ def memory_map(service: Service) -> dict[str, Any]:
             "room": service.settings.queue,
             "most_sequences": engine.limits.max_sequences,
         },
-        "requests": [
-            {
-                "id": one.id,
-                "status": one.status,
-                "prompt_tokens": one.num_prompt,
-                "made_tokens": one.num_made,
-                "computed_tokens": one.computed,
-                "cached_tokens": one.cached,
-                "pages": len(one.pages) or len(one.places),
-                "preemptions": one.preemptions,
-                "priority": one.request.priority,
-                "seconds": now - one.arrival,
-            }
-            for one in requests[:MOST_ROWS]
-        ],
+        "adapters": _adapters(service),
+        "requests": [_row(one, now) for one in requests[:MOST_ROWS]],
         "totals": {
             "steps": engine.totals.steps,
             "prompt_tokens": engine.totals.prompt_tokens,
@@ -77,6 +68,31 @@ def memory_map(service: Service) -> dict[str, Any]:
     }
 
 
+def _row(one: Sequence, now: float) -> dict[str, Any]:
+    return {
+        "id": one.id,
+        "status": one.status,
+        "prompt_tokens": one.num_prompt,
+        "made_tokens": one.num_made,
+        "computed_tokens": one.computed,
+        "cached_tokens": one.cached,
+        "pages": len(one.pages) or len(one.places),
+        "preemptions": one.preemptions,
+        "priority": one.request.priority,
+        "adapter": one.request.adapter,
+        "seconds": now - one.arrival,
+    }
+
+
+def _adapters(service: Service) -> dict[str, Any] | None:
+    """Adapters: how many are known, what they hold, and how reading them went; None where there are none."""
+    adapters = service.serving.adapters
+    if adapters is None:
+        return None
+    held = {"known": len(adapters.names), "pages": adapters.used_pages, "idle_pages": adapters.idle_pages}
+    return {**held, **asdict(adapters.counts)}
+
+
 def latencies(service: Service) -> dict[str, dict[str, float]]:
     """Percentiles of the last answers, in seconds."""
     found: dict[str, dict[str, float]] = {}
@@ -88,7 +104,7 @@ def latencies(service: Service) -> dict[str, dict[str, float]]:
 
 
 def _cells(service: Service, stride: int) -> list[list[int]]:
-    """Every `stride`th page, in runs: [request or mark, length]. -1 free, -2 a kept beginning, -3 shared."""
+    """Every `stride`th page, in runs: [request or mark, length]. -1 free, -2 kept beginning, -3 shared, -4 adapter."""
     engine = service.serving.engine
     pool = service.serving.pool
     holder: dict[int, int] = {}
@@ -97,7 +113,7 @@ def _cells(service: Service, stride: int) -> list[list[int]]:
             holder[page] = -3 if page in holder else one.id
     runs: list[list[int]] = []
     for page in range(0, pool.limit_pages, stride):
-        mark = holder.get(page, -2 if pool.tenant(page) is not None else -1)
+        mark = holder.get(page, MARKS.get(pool.tenant(page), -2))
         if runs and runs[-1][0] == mark:
             runs[-1][1] += 1
         else:

@@ -77,6 +77,14 @@ class EngineMetrics:
         for reason, count in sorted(dict(totals.finished).items()):
             finished.add_metric([model, reason], count)
         yield finished
+        if serving.adapters is not None:
+            counts = serving.adapters.counts
+            yield gauge("lora_adapters_known", "Adapters that requests may name.", len(serving.adapters.names))
+            yield counter("lora_adapter_hits", "Requests whose adapter was in memory.", counts.hits)
+            yield counter("lora_adapter_prefetch_hits", "Those because it was read ahead.", counts.prefetch_hits)
+            yield counter("lora_adapter_stalls", "Steps that waited for an adapter.", counts.stalls)
+            yield counter("lora_adapter_stall_seconds", "Seconds they waited.", counts.stall_seconds)
+            yield counter("lora_adapter_loads", "Adapters read.", counts.loads)
         yield from self._memory()
 
     def _memory(self) -> Iterator[Any]:
@@ -85,6 +93,10 @@ class EngineMetrics:
         for row in serving.ledger.rows():
             rows.add_metric([row.tier, row.owner], row.nbytes)
         yield rows
+        pages = GaugeMetricFamily(PREFIX + "pool_pages", "Pages in use by tenant.", labels=["tenant"])
+        for tenant, count in sorted(serving.pool.usage().items()):
+            pages.add_metric([tenant], count)
+        yield pages
         budget = GaugeMetricFamily(PREFIX + "memory_budget_bytes", "The budget.", labels=["tier"])
         if serving.budget_bytes is not None:
             budget.add_metric(["ram"], serving.budget_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
@@ -13,6 +13,9 @@ from memwall.models.chat import ChatTemplate
 from memwall.models.tokenizer import Tokenizer
 from memwall.serve.fields import ApiError, Fields
 from memwall.serve.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from memwall.engine.adapters import Adapters
 
 IGNORED = ("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier")
 SHARED = (
@@ -29,8 +32,11 @@ LARGEST_SEED = (1 << 63) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a body asks for. requests: one per choice, those of one prompt in a row; stop: texts that end a choice."""
+    """What a body asks for. model: as it was named. requests: one per choice, those of one prompt in a row; stop: texts
+    that end a choice.
+    """
 
+    model: str
     requests: tuple[Request, ...]
     choices: int
     stop: tuple[str, ...]
@@ -48,19 +54,28 @@ class Parser:
     """Reads bodies for one model."""
 
     def __init__(
-        self, settings: ServerSettings, tokenizer: Tokenizer, template: ChatTemplate, *, context: int, vocab: int
+        self,
+        settings: ServerSettings,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        context: int,
+        vocab: int,
+        adapters: Adapters | None = None,
     ) -> None:
+        """adapters: served as models beside the base."""
         self.settings = settings
         self.tokenizer = tokenizer
         self.template = template
         self.context = context
         self.vocab = vocab
+        self.adapters = adapters
 
     def completion(self, body: dict[str, Any]) -> Asked:
         """A body of `/v1/completions`."""
         fields = Fields(body, COMPLETION)
         fields.neutral("suffix", "")
-        self._check_model(fields)
+        model = self._model(fields)
         choices = fields.integer("n", 1, 1, self.settings.most_choices)
         fields.neutral("best_of", choices)
         prompts = self._prompts(fields.get("prompt"))
@@ -71,7 +86,7 @@ class Parser:
         if echo and logprobs is not None:
             raise ApiError("echo and logprobs together are not supported; leave one out", param="echo")
         texts = tuple(self.tokenizer.decode(prompt) for prompt in prompts) if echo else ()
-        return self._asked(fields, prompts, 16, "max_tokens", choices, logprobs, (), texts)
+        return self._asked(fields, model, prompts, 16, "max_tokens", choices, logprobs, (), texts)
 
     def chat(self, body: dict[str, Any]) -> Asked:
         """A body of `/v1/chat/completions`."""
@@ -81,7 +96,7 @@ class Parser:
         fields.neutral("tool_choice", "none", "auto")
         fields.neutral("response_format", {"type": "text"})
         fields.neutral("modalities", ["text"])
-        self._check_model(fields)
+        model = self._model(fields)
         try:
             text = self.template.render(_messages(fields.get("messages")))
             prompt = self.tokenizer.encode(text, add_bos=False)
@@ -93,7 +108,9 @@ class Parser:
             raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
         limit = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
         choices = fields.integer("n", 1, 1, self.settings.most_choices)
-        return self._asked(fields, [prompt], None, limit, choices, top if wants else None, self.template.stop, ())
+        return self._asked(
+            fields, model, [prompt], None, limit, choices, top if wants else None, self.template.stop, ()
+        )
 
     def tokens(self, body: dict[str, Any]) -> list[int]:
         """Ids of a body of `/tokenize`: `prompt`, or `messages` through the template."""
@@ -112,11 +129,17 @@ class Parser:
         """Text of a body of `/detokenize`: `tokens`."""
         return self.tokenizer.decode(self._ids(Fields(body, ("model", "tokens")).get("tokens"), "tokens"), False)
 
-    def _check_model(self, fields: Fields) -> None:
+    def _model(self, fields: Fields) -> tuple[str, str | None]:
+        """The model's name, and the key of its adapter; None for the base."""
         name = fields.text("model")
-        if name is not None and name != self.settings.name:
-            message = f"the model {name[:80]!r} is not here; this server has {self.settings.name!r}"
+        if name is None or name == self.settings.name:
+            return self.settings.name, None
+        key = self.adapters.key_of(name) if self.adapters is not None else None
+        if key is None:
+            others = f" and {len(self.adapters.names):,} adapters" if self.adapters is not None else ""
+            message = f"the model {name[:80]!r} is not here; this server has {self.settings.name!r}{others}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
+        return name, key
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         if prompt is None:
@@ -152,6 +175,7 @@ class Parser:
     def _asked(
         self,
         fields: Fields,
+        model: tuple[str, str | None],
         prompts: list[list[int]],
         default_new: int | None,
         limit: str,
@@ -177,9 +201,17 @@ class Parser:
             for choice in range(choices):
                 own = replace(sampling, seed=(sampling.seed + choice) % LARGEST_SEED)
                 requests.append(
-                    Request(prompt=tuple(prompt), sampling=own, logprobs=logprobs, salt=salt, priority=priority)
+                    Request(
+                        prompt=tuple(prompt),
+                        sampling=own,
+                        logprobs=logprobs,
+                        adapter=model[1],
+                        salt=salt,
+                        priority=priority,
+                    )
                 )
         return Asked(
+            model=model[0],
             requests=tuple(requests),
             choices=choices,
             stop=(*self._stops(fields.get("stop")), *stop),

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from memwall.engine.sequence import Event
 from memwall.engine.serving import Serving
@@ -84,6 +85,11 @@ class Service:
         future: Future[Answer] = self.thread.call(function)
         return await asyncio.wrap_future(future)
 
+    def adapter_models(self, base: dict[str, Any]) -> list[dict[str, Any]]:
+        """Entries of `/v1/models`, beside the base's."""
+        names = self.serving.adapters.names if self.serving.adapters is not None else []
+        return [{**base, "id": name, "parent": base["id"]} for name in names]
+
     @property
     def num_requests(self) -> int:
         """Requests in the engine or on their way there."""
@@ -105,6 +111,8 @@ class Service:
                 if piece.finish is not None:
                     left -= 1
                     self._close_one(job, index)
+                if choice.aborted:
+                    raise ApiError("there is too much to do for a timely answer; try again later", status=503)
                 if choice.failed:
                     raise ApiError("the engine failed at this request; see the server's log", status=500)
                 yield index, choice, piece

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from memwall.errors import InputError
 from memwall.hardware.units import KIB, MIB
@@ -14,7 +15,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ServerSettings:
     """name: what the model is called. api_key: once set, every route asks for it. most_*: what one request may ask for;
     queue: requests that may wait beside those that run; connections: open sockets; seconds_per_request: wall time;
-    drain_seconds: how long running requests may go on after the server was asked to end.
+    drain_seconds: how long running requests may go on after the server was asked to end. lora_folder: where adapters
+    may be loaded from by request.
     """
 
     name: str
@@ -31,6 +33,7 @@ class ServerSettings:
     connections: int = 256
     seconds_per_request: float = 600.0
     drain_seconds: float = 30.0
+    lora_folder: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -40,6 +40,7 @@ class Scratch {
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
 Scratch g_activations[3], g_planes[kMaxPlanes], g_workers;
+std::int64_t g_products = 0;
 
 // Below this a call runs on its own thread: waking another costs about as much.
 constexpr double kInlineSeconds = 20e-6;
@@ -237,6 +238,7 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
 
 void linear(const float* x, std::int64_t tokens, std::int64_t cols, const Product* products, std::size_t count, bool exact) {
   std::lock_guard<std::mutex> guard(g_mutex);
+  g_products += static_cast<std::int64_t>(count);
   for (std::int64_t token = 0; token < tokens; token += kMaxTokens) {
     Input input;
     input.x = x + token * cols;
@@ -245,6 +247,11 @@ void linear(const float* x, std::int64_t tokens, std::int64_t cols, const Produc
     for (std::size_t i = 0; i < count; i += kMaxJobs)
       linear_block(input, products + i, std::min(kMaxJobs, count - i), exact, token);
   }
+}
+
+std::int64_t linear_products() {
+  std::lock_guard<std::mutex> guard(g_mutex);
+  return g_products;
 }
 
 void decode_row(const Matrix& m, std::int64_t row, float* out) {

@@ -133,6 +133,9 @@ struct Product {
 // All matrices read the same input, in one parallel region where their forms allow.
 void linear(const float* x, std::int64_t tokens, std::int64_t cols, const Product* products, std::size_t count, bool exact);
 
+// Products that `linear` was called for since the start of the process; tests count with it.
+std::int64_t linear_products();
+
 // One row of any form, as float32.
 void decode_row(const Matrix& matrix, std::int64_t row, float* out);
 void gather_rows(const Matrix& matrix, const std::int64_t* ids, std::int64_t count, float* out);
