@@ -8,8 +8,9 @@ weights but that of the outputs over the inputs the layer sees: sum over tokens 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -73,11 +74,36 @@ class MethodConfig:
 
 
 class WeightMethod(ABC):
-    """A way to compress one matrix. Instances hold no state between matrices."""
+    """A way to compress one matrix. Instances hold no state between matrices; settings are a dataclass' fields."""
 
     name: ClassVar[str]
     needs_statistics: ClassVar[bool]
     """Whether calibration has to run before the method can."""
+    damping: ClassVar[float] = 0.01
+    """See `MethodConfig`; unless another is asked for."""
+    default_bits: ClassVar[str] = "4.25"
+    """What is made unless bits are asked for."""
+
+    @classmethod
+    def configured(cls, options: Mapping[str, str]) -> Self:
+        """The method with settings as they are written, such as {"outlier_threshold": "0.1"}; others keep theirs."""
+        known = {each.name: each.default for each in fields(cls)} if is_dataclass(cls) else {}
+        for name in options:
+            if name not in known:
+                has = f"has {', '.join(known)}" if known else "has none"
+                raise InputError(f"method {cls.name} has no setting {name!r}; it {has}")
+        return cls(**{name: _as_type_of(name, known[name], text) for name, text in options.items()})
+
+    def settings(self) -> dict[str, Any]:
+        """Its settings, for the journal and the manifest of what it made."""
+        return asdict(self) if is_dataclass(self) else {}
+
+    def form(self, bits: float | str) -> str | None:
+        """The one format that is meant by a number of bits or a spec; None where formats are mixed to a mean.
+
+        InputError for bits that the method does not make.
+        """
+        return codec(bits).spec if isinstance(bits, str) else None
 
     def check(self, spec: str) -> None:
         """InputError where the method does not make this format; asked before any text is read."""
@@ -90,3 +116,17 @@ class WeightMethod(ABC):
     @abstractmethod
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         """Most bytes that `compress` holds beside the weight, the statistics and the result."""
+
+
+def _as_type_of(name: str, default: Any, text: str) -> Any:
+    """A setting from its text, of the type of its default value."""
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise InputError(f"{name}={text}: expected true or false")
+        return text.lower() in ("true", "yes", "1")
+    if isinstance(default, str):
+        return text
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise InputError(f"{name}={text}: expected a number, such as {default}") from None

@@ -191,16 +191,24 @@ class Collector:
 class LayerStream:
     """A model's layers in turn over all calibration tokens. Weights are those of the checkpoint until `replace`d."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, tokens: np.ndarray, arena: Arena) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        tokens: np.ndarray,
+        arena: Arena,
+        specs: Mapping[str, str] | None = None,
+    ) -> None:
+        """specs: the forms that weights will be replaced by, as products with them need scratch too."""
         self.config = config
         self._checkpoint = checkpoint
         self.tokens = tokens
         self._arena = arena
-        specs = config.tensors()
-        vectors = {t.name: checkpoint.alone(t.name).astype(np.float32) for t in specs if len(t.shape) == 1}
-        self._weights = Weights(matrices={}, vectors=vectors, specs={})
+        tensors = config.tensors()
+        vectors = {t.name: checkpoint.alone(t.name).astype(np.float32) for t in tensors if len(t.shape) == 1}
+        self._weights = Weights(matrices={}, vectors=vectors, specs=specs or {})
         self._layer_names = [
-            [t.name for t in specs if t.layer == layer and len(t.shape) == 2] for layer in range(config.num_layers)
+            [t.name for t in tensors if t.layer == layer and len(t.shape) == 2] for layer in range(config.num_layers)
         ]
         num_sequences, length = tokens.shape
         self._decoder = Decoder(config, self._weights, arena, segment_tokens=length, exact=True)

@@ -1,0 +1,194 @@
+// Products with bilevel tiles and their sparse outliers (formats/spqr.py): dense and sparse in one pass over a row tile.
+#include "linear_kernels.h"
+#include "tiles.h"
+
+namespace mw::MW_ISA {
+namespace {
+
+constexpr int kPrefetchBytes = 4096;
+constexpr int kGroupBlocks = kBilevelGroup / 4;
+constexpr int kSparseChunk = 4096;  // products of outliers that are worked together
+static_assert(kSparseChunk * sizeof(float) <= kWorkerScratchBytes);
+
+// Not those of the standard library: a copy compiled for one instruction set could be linked into the code of another.
+template <class T>
+MW_INLINE constexpr T lesser(T a, T b) { return a < b ? a : b; }
+template <class T>
+MW_INLINE const T* first_from(const T* begin, const T* end, std::int64_t least) {
+  while (begin < end) {
+    const T* middle = begin + (end - begin) / 2;
+    if (*middle < least) begin = middle + 1;
+    else end = middle;
+  }
+  return begin;
+}
+
+// 3-bit codes of rows p * kWidth and on, out of a stream of 48 bits.
+MW_INLINE Vi second_codes(std::uint64_t stream, int p) {
+  Vi shifts;
+  for (int i = 0; i < kWidth; ++i) shifts[i] = i % 8 * 3;
+  Vi words = splat(static_cast<std::int32_t>(stream >> (3 * kWidth * p) & 0xffffff));
+  if constexpr (kWidth == 16) {
+    const Vi high = splat(static_cast<std::int32_t>(stream >> 24 & 0xffffff));
+    Vi upper;
+    for (int i = 0; i < kWidth; ++i) upper[i] = i < 8 ? 0 : -1;
+    words = (words & ~upper) | (high & upper);
+  }
+  return (words >> shifts) & 7;
+}
+
+// Scales and zeros of one tile and group.
+struct Statistics {
+  std::uint64_t scale_codes, zero_codes;
+  float second[4];  // scale step, scale least, zero step, zero least
+
+  MW_INLINE explicit Statistics(const std::uint8_t* at) {
+    __builtin_memcpy(&scale_codes, at, 8);
+    __builtin_memcpy(&zero_codes, at + kBilevelCodeBytes, 8);
+    std::uint16_t halves[4];
+    __builtin_memcpy(halves, at + 2 * kBilevelCodeBytes, sizeof halves);
+#if defined(__AVX2__)
+    _mm_storeu_ps(second, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(halves))));
+#else
+    for (int i = 0; i < 4; ++i) second[i] = half_to_float(halves[i]);
+#endif
+  }
+  MW_INLINE Vf scale(int p) const { return to_float(second_codes(scale_codes, p)) * splat(second[0]) + splat(second[1]); }
+  MW_INLINE Vf zero(int p) const { return to_float(second_codes(zero_codes, p)) * splat(second[2]) + splat(second[3]); }
+};
+
+// A group's dot product takes four steps, so its sums are whole after four.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+template <int Bits>
+struct GroupDotOf {
+  using type = NarrowDot<lesser(narrow_steps<Bits>(), kGroupBlocks)>;
+};
+template <>
+struct GroupDotOf<8> {
+  using type = WideDot;
+};
+template <int Bits>
+using GroupDot = typename GroupDotOf<Bits>::type;
+#else
+template <int Bits>
+using GroupDot = Dot<Bits>;
+#endif
+
+// One token times the codes of one tile.
+template <int Bits>
+void dense_tile(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
+  const std::uint8_t* unit = m.tile(tile);
+  const std::uint8_t* statistics = m.bilevel_statistics(tile);
+  const std::int8_t* x = a.codes;
+  Vf total[kPieces] = {};
+  for (std::int64_t g = 0; g < a.groups; g += 2, unit += kLaneVectorBytes * Bits, x += kUnitColumns) {
+    static_for<2>([&](auto half) __attribute__((always_inline)) {
+      constexpr int kHalf = decltype(half)::value;
+      if (kHalf == 1 && g + 1 == a.groups) return;  // the unit's other columns are padding
+      GroupDot<Bits> dot[kPieces];
+      for (auto& d : dot) d.start(Vi{});
+      static_for<kGroupBlocks>([&](auto index) __attribute__((always_inline)) {
+        constexpr int I = decltype(index)::value, kBlock = kGroupBlocks * kHalf + I;
+        if constexpr (kBlock < Bits) __builtin_prefetch(unit + kBlock * kLaneVectorBytes + kPrefetchBytes);
+        const Vb four = repeat_four(x + 4 * kBlock);
+        for (int p = 0; p < kPieces; ++p) dot[p].template add<I>(code_block<Bits, kBlock>(unit + p * kVectorBytes), four);
+      });
+      const Statistics held(statistics);
+      statistics += kBilevelStatisticBytes;
+      const float x_scale = a.scales[g + kHalf], sum = static_cast<float>(a.sums[g + kHalf]);
+      for (int p = 0; p < kPieces; ++p) total[p] += held.scale(p) * x_scale * (to_float(dot[p].total()) - held.zero(p) * sum);
+    });
+  }
+  for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
+}
+
+MW_INLINE Vf gathered(const float* x, const Vi places) {
+#if defined(__AVX512F__)
+  return (Vf)_mm512_i32gather_ps((__m512i)places, x, 4);
+#elif defined(__AVX2__)
+  return (Vf)_mm256_i32gather_ps(x, (__m256i)places, 4);
+#else
+  Vf found;
+  for (int i = 0; i < kWidth; ++i) found[i] = x[places[i]];
+  return found;
+#endif
+}
+
+// Adds one token times the outliers of the tile's rows: all their products at once, then each row's sum.
+template <class Index>
+void sparse_tile(const Matrix& m, const float* x, std::int64_t tile, float* out, float* products) {
+  typedef Index Places __attribute__((vector_size(kWidth * sizeof(Index))));
+  const auto* columns = static_cast<const Index*>(m.outlier_columns);
+  const std::int64_t first_row = tile * kTileRows, last_row = lesser<std::int64_t>(m.rows, first_row + kTileRows);
+  const std::uint32_t last = m.row_offsets[last_row];
+  std::int64_t row = first_row;
+  for (std::uint32_t begin = m.row_offsets[first_row]; begin < last;) {
+    const std::uint32_t end = lesser<std::uint32_t>(last, begin + kSparseChunk);
+    std::uint32_t e = begin;
+    for (; e + kWidth <= end; e += kWidth) {
+      const Vi places = __builtin_convertvector(load<Places>(columns + e), Vi);
+      store(products + (e - begin), load_half(m.outlier_values + e) * gathered(x, places));
+    }
+    for (; e < end; ++e) products[e - begin] = half_to_float(m.outlier_values[e]) * x[columns[e]];
+    for (e = begin; e < end; ++row) {
+      const std::uint32_t stop = lesser(end, m.row_offsets[row + 1]);
+      float sum = 0;
+      for (; e < stop; ++e) sum += products[e - begin];
+      out[row - first_row] += sum;
+      if (m.row_offsets[row + 1] > end) break;  // the row goes on in the next chunk
+    }
+    begin = end;
+  }
+}
+
+}  // namespace
+
+void bilevel_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  auto* products = reinterpret_cast<float*>(scratch);
+  with_bits(m.bits, [&](auto bits) {
+    for (std::int64_t tile = begin; tile < end; ++tile) {
+      alignas(64) float values[kTileRows];
+      dense_tile<decltype(bits)::value>(m, input.coded, tile, values);
+      if (m.row_offsets && m.wide) sparse_tile<std::uint32_t>(m, input.x, tile, values, products);
+      else if (m.row_offsets) sparse_tile<std::uint16_t>(m, input.x, tile, values, products);
+      write_rows(values, 0, tile * kTileRows, kTileRows, out);
+    }
+  });
+}
+
+// Decodes columns of one tile, outliers and all, into a panel of `stride` floats per column: the numbers that
+// SpqrCodec.decode gives, bit for bit.
+void bilevel_panel(const Matrix& m, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride) {
+  const std::uint8_t* unit = m.tile(tile) + first_col / kUnitColumns * kLaneVectorBytes * m.bits;
+  const std::uint8_t* statistics = m.bilevel_statistics(tile) + first_col / kBilevelGroup * kBilevelStatisticBytes;
+  with_bits(m.bits, [&](auto bits) {
+    constexpr int Bits = decltype(bits)::value;
+    for (int c = 0; c < num_cols; c += kUnitColumns, unit += kLaneVectorBytes * Bits, statistics += 2 * kBilevelStatisticBytes) {
+      const Statistics held[2] = {Statistics(statistics), Statistics(statistics + kBilevelStatisticBytes)};
+      for (int p = 0; p < kPieces; ++p) {
+        const Vf scales[2] = {held[0].scale(p), held[1].scale(p)}, zeros[2] = {held[0].zero(p), held[1].zero(p)};
+        static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+          constexpr int I = decltype(block)::value, kHalf = I / kGroupBlocks;
+          const Vi codes = (Vi)code_block<Bits, I>(unit + p * kVectorBytes);
+          for (int byte = 0; byte < 4; ++byte) {
+            const Vi code = (codes >> (8 * byte)) & 0xff;
+            store(panel + (c + 4 * I + byte) * stride + p * kWidth, scales[kHalf] * (to_float(code) - zeros[kHalf]));
+          }
+        });
+      }
+    }
+  });
+  if (m.row_offsets == nullptr) return;
+  const std::int64_t first_row = tile * kTileRows, count = lesser<std::int64_t>(kTileRows, m.rows - first_row);
+  const auto add = [&](const auto* columns) {
+    for (std::int64_t r = 0; r < count; ++r) {
+      const auto *row_begin = columns + m.row_offsets[first_row + r], *row_end = columns + m.row_offsets[first_row + r + 1];
+      for (const auto* at = first_from(row_begin, row_end, first_col); at < row_end && *at < first_col + num_cols; ++at)
+        panel[(*at - first_col) * stride + r] += half_to_float(m.outlier_values[at - columns]);
+    }
+  };
+  if (m.wide) add(static_cast<const std::uint32_t*>(m.outlier_columns));
+  else add(static_cast<const std::uint16_t*>(m.outlier_columns));
+}
+
+}  // namespace mw::MW_ISA
