@@ -40,9 +40,7 @@ def random_parts(rows: int, columns: int, bits: int, seed: int, *, share: float,
     st.booleans(),
     st.integers(0, 99),
 )
-def test_packing_keeps_every_part(
-    rows: int, columns: int, bits: int, share: float, ordered: bool, seed: int
-) -> None:
+def test_packing_keeps_every_part(rows: int, columns: int, bits: int, share: float, ordered: bool, seed: int) -> None:
     parts = random_parts(rows, columns, bits, seed, share=share, ordered=ordered)
     packed = pack(bits, parts)
     found = unpack(packed)

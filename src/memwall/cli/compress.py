@@ -26,8 +26,8 @@ def compress(
     bits: Annotated[
         str | None,
         typer.Option(
-            help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; for "
-            "spqr the bits of a code, 3 or 4 (default: 4.25, for spqr 4).",
+            help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
+            "for spqr the bits of a code, 3 or 4 (default: 4.25, for spqr 4).",
             metavar="BITS",
         ),
     ] = None,
@@ -42,7 +42,9 @@ def compress(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="A setting of the method, such as outlier_threshold=0.1; may be repeated.", metavar="NAME=VALUE"
+            "--set",
+            help="A setting of the method, such as outlier_threshold=0.1; may be repeated.",
+            metavar="NAME=VALUE",
         ),
     ] = None,
     calibration: Annotated[

@@ -87,7 +87,7 @@ class WeightMethod(ABC):
     @classmethod
     def configured(cls, options: Mapping[str, str]) -> Self:
         """The method with settings as they are written, such as {"outlier_threshold": "0.1"}; others keep theirs."""
-        known = {each.name: each.default for each in fields(cls)} if is_dataclass(cls) else {}
+        known: dict[str, Any] = {each.name: each.default for each in fields(cls)} if is_dataclass(cls) else {}
         for name in options:
             if name not in known:
                 has = f"has {', '.join(known)}" if known else "has none"

@@ -18,6 +18,7 @@ Holds when: as GPTQ; with few rows the row offsets, 32 bits a row, are felt.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +29,7 @@ from memwall.compress import sweep
 from memwall.compress.base import MethodConfig, Statistics, WeightMethod
 from memwall.errors import InputError
 from memwall.formats import Packed, codec, spqr
+from memwall.formats.bitpack import TILE_ROWS
 from memwall.formats.spqr import GROUP, Outliers, Parts, SpqrCodec
 
 ORDERS = ("activation", "identity", "spearman")
@@ -37,10 +39,10 @@ ORDERS = ("activation", "identity", "spearman")
 class Spqr(WeightMethod):
     """The compensated sweep over bilevel groups with outliers.
 
-    outlier_threshold: cost above which a weight is an outlier, in parts of the layer's mean (0: every weight; inf:
-    none). simplified: no leaving out, outliers are found when their column is rounded. order: of the columns, by
-    falling size of their inputs (`activation`), as they are (`identity`), or each beside the one whose weights rank
-    most alike (`spearman`).
+    outlier_threshold: cost above which a weight is an outlier, in parts of the layer's mean (0: all weights are).
+    simplified: no leaving out, outliers are found when their column is rounded. order: of the columns, by falling
+    size of their inputs (`activation`), as they are (`identity`), or each beside the one whose weights rank most alike
+    (`spearman`).
     """
 
     name: ClassVar[str] = "spqr"
@@ -54,7 +56,7 @@ class Spqr(WeightMethod):
     order: str = "activation"
 
     def __post_init__(self) -> None:
-        if not self.outlier_threshold >= 0:
+        if not (self.outlier_threshold >= 0 and math.isfinite(self.outlier_threshold)):
             raise InputError(f"outlier_threshold is {self.outlier_threshold:g}; it must be 0 or more, such as 0.2")
         if self.order not in ORDERS:
             raise InputError(f"order {self.order!r}: choose one of {', '.join(ORDERS)}")
@@ -110,8 +112,8 @@ def _form(spec: str) -> SpqrCodec:
 
 
 def mean_cost(weight: np.ndarray, pivots: np.ndarray) -> float:
-    """What a weight of the layer costs: the columns' variances [cols] over U_jj^2, their mean."""
-    variances = weight.var(axis=0, ddof=min(1, len(weight) - 1), dtype=np.float64)
+    """What a weight of the layer costs: the columns' variances over U_jj^2, their mean (one row: its own variance)."""
+    variances = weight.var(axis=0, ddof=1, dtype=np.float64) if len(weight) > 1 else weight.var(dtype=np.float64)
     return float(np.mean(variances * pivots))
 
 
@@ -180,7 +182,7 @@ class SpqrColumns(sweep.ColumnQuantizer):
         groups = -(-num_columns // GROUP)
         self._codes = np.empty((num_columns, num_rows), np.uint8)
         self._scale_codes, self._zero_codes = (np.empty((groups, num_rows), np.uint8) for _ in range(2))
-        self._second = np.empty((groups, -(-num_rows // spqr.TILE_ROWS), 4), np.float16)
+        self._second = np.empty((groups, -(-num_rows // TILE_ROWS), 4), np.float16)
         self._scales = self._zeros = np.empty(0, np.float32)
         self._kept: list[tuple[int, np.ndarray, np.ndarray]] = []
 

@@ -211,8 +211,8 @@ def sweep(
         weights = np.empty_like(pivots)
         weights[order] = pivots
         for start in range(0, len(columns), quantizer.group):
-            members = slice(start, start + quantizer.group)
-            quantizer.enter_group(start // quantizer.group, columns[members], weights[members])
+            stop = start + quantizer.group
+            quantizer.enter_group(start // quantizer.group, columns[start:stop], weights[start:stop])
     errors = np.empty_like(columns)
     for start in range(0, len(columns), quantizer.group):
         members = order[start : start + quantizer.group]

@@ -3,8 +3,8 @@
 Source: "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression" (Tim Dettmers, 2023, arXiv
 2306.03078), sections 3.3 and 4; official code: github.com/Vahe1994/SpQR. `compress.spqr` finds what is stored here.
 
-Idea: groups of 16 columns need a scale and a zero each, which would cost two bits per weight; 16 rows' scales (zeros) of
-one group are rounded to 3 bits under one step and one least value. What still does not fit is kept beside the codes.
+Idea: groups of 16 columns need a scale and a zero each, which would cost two bits per weight; 16 rows' scales (zeros)
+of one group are rounded to 3 bits under one step and one least value. What does not fit is kept beside the codes.
 
     scale = scale_step * scale_code + scale_least      zero = zero_step * zero_code + zero_least
     value = scale * (code - zero)                      plus, at outliers, what is missing to it as a float16
@@ -83,7 +83,7 @@ class Parts:
     order: np.ndarray | None = None
 
 
-# -- arithmetic of one group, shared with the compensated sweep ----------------------------------------------------------
+# -- arithmetic of one group, shared with the compensated sweep --------------------------------------------------------
 
 
 def fit(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -270,7 +270,7 @@ def unpack(packed: Packed) -> Parts:
     form = SpqrCodec.parse(packed.spec)
     buffers = packed.buffers
     rows, columns = matrix_shape(packed.spec, packed.shape)
-    tiles, units = buffers["codes"].shape[:2]
+    tiles = len(buffers["codes"])
     groups = -(-columns // GROUP)
     codes = unpack_tiles(buffers["codes"][:, :, None], form.bits, UNIT_COLUMNS)[:rows, :columns]
     statistics = np.ascontiguousarray(buffers["statistics"][:, :groups])
@@ -282,9 +282,9 @@ def unpack(packed: Packed) -> Parts:
     second = np.ascontiguousarray(statistics[:, :, 2 * _CODE_BYTES :]).view(np.float16)
     outliers = None
     if form.num_outliers:
-        counts = np.diff(buffers["row_offsets"].astype(np.int64))
+        offsets = buffers["row_offsets"].astype(np.int64)
         outliers = Outliers(
-            rows=np.repeat(np.arange(rows), counts),
+            rows=np.repeat(np.arange(rows), offsets[1:] - offsets[:-1]),
             places=buffers["outlier_columns"].astype(np.int64),
             values=buffers["outlier_values"],
         )
@@ -302,7 +302,9 @@ def check(packed: Packed) -> None:
     if form.num_outliers:
         offsets, places = packed.buffers["row_offsets"], packed.buffers["outlier_columns"]
         if offsets[0] != 0 or offsets[-1] != form.num_outliers or bool((offsets[1:] < offsets[:-1]).any()):
-            raise InputError(f"{form.label} of shape {[rows, columns]}: `row_offsets` must rise from 0 to {len(places)}")
+            raise InputError(
+                f"{form.label} of shape {[rows, columns]}: `row_offsets` must rise from 0 to {len(places)}"
+            )
         inside = np.diff(places.astype(np.int64)) > 0
         inside[offsets[1:-1][(offsets[1:-1] > 0) & (offsets[1:-1] < form.num_outliers)].astype(np.int64) - 1] = True
         if int(places.max()) >= columns or not bool(inside.all()):

@@ -25,8 +25,8 @@ __all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes",
 def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
-    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}` and, in tiles, `int{2..8}` and all level
-    formats make of [rows, cols].
+    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}` and, in tiles, `int{2..8}`
+    and all level formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")

@@ -77,7 +77,7 @@ def resolve(
     made_by = codec(spec).method
     if made_by not in (None, method):
         raise InputError(
-            f"weights {choice!r}: made with calibration only: memwall compress MODEL OUT --method {made_by}, then use OUT"
+            f"weights {choice!r} need calibration: memwall compress MODEL OUT --method {made_by}, then use OUT"
         )
     return {tensor.name: _for_tensor(tensor, spec) for tensor in tensors}
 
