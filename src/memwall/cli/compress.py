@@ -27,16 +27,17 @@ def compress(
         str | None,
         typer.Option(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
-            "for spqr the bits of a code, 3 or 4 (default: 4.25, for spqr 4).",
+            "for spqr the bits of a code, 3 or 4. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4.",
             metavar="BITS",
         ),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
-            help="gptq (compensated rounding), rtn (round to nearest) or spqr (two-level scales, sparse outliers).",
+            help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), smoothquant "
+            "(activations' outliers moved to weights) or spqr (two-level scales, sparse outliers).",
             metavar="METHOD",
-            autocompletion=lambda: ["gptq", "rtn", "spqr"],
+            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr"],
         ),
     ] = "gptq",
     setting: Annotated[

@@ -14,6 +14,8 @@ from memwall.errors import InputError
 METHODS: dict[str, str] = {
     "rtn": "memwall.compress.rtn:RoundToNearest",
     "gptq": "memwall.compress.gptq:Gptq",
+    "awq": "memwall.compress.awq:Awq",
+    "smoothquant": "memwall.compress.smoothquant:SmoothQuant",
     "spqr": "memwall.compress.spqr:Spqr",
 }
 

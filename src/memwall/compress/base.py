@@ -8,9 +8,9 @@ weights but that of the outputs over the inputs the layer sees: sum over tokens 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -18,17 +18,23 @@ from memwall.compress.sweep import Factor
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 
+if TYPE_CHECKING:
+    from memwall.compress.calibration import LayerStream
+    from memwall.compress.transforms import Transform
+
 
 @dataclass(slots=True)
 class Statistics:
     """What calibration learned about the inputs of a linear layer.
 
     hessian: X^T X summed over the tokens seen, [cols, cols] float32, symmetric.
-    num_tokens: how many rows X had.
+    num_tokens: how many rows X had. magnitude, peak: sum and largest of |X| per column [cols] float32.
     """
 
     hessian: np.ndarray
     num_tokens: int = 0
+    magnitude: np.ndarray | None = None
+    peak: np.ndarray | None = None
     _factor: tuple[tuple[float, bool], Factor] | None = None
 
     @staticmethod
@@ -40,6 +46,10 @@ class Statistics:
         """Take in inputs x [tokens, cols] float32."""
         self.hessian += x.T @ x
         self.num_tokens += len(x)
+        sizes = np.abs(x)
+        magnitude, peak = sizes.sum(axis=0), sizes.max(axis=0, initial=0)
+        self.magnitude = magnitude if self.magnitude is None else self.magnitude + magnitude
+        self.peak = peak if self.peak is None else np.maximum(self.peak, peak)
         self._factor = None
 
     def factor(self, damping: float, activation_order: bool) -> Factor:
@@ -61,11 +71,13 @@ class MethodConfig:
     spec: codec of the result.
     damping: share of H's mean diagonal that is added to its diagonal (0.01 in the GPTQ paper).
     activation_order: work the columns with the largest inputs first (their groups' scales are then fixed beforehand).
+    tensor: name of the matrix, for methods that treat some otherwise.
     """
 
     spec: str
     damping: float = 0.01
     activation_order: bool = False
+    tensor: str = ""
 
     def __post_init__(self) -> None:
         codec(self.spec)
@@ -83,6 +95,8 @@ class WeightMethod(ABC):
     """See `MethodConfig`; unless another is asked for."""
     default_bits: ClassVar[str] = "4.25"
     """What is made unless bits are asked for."""
+    transforms: ClassVar[bool] = False
+    """Whether the model is first changed into an equal one by `transform`."""
 
     @classmethod
     def configured(cls, options: Mapping[str, str]) -> Self:
@@ -108,6 +122,14 @@ class WeightMethod(ABC):
     def check(self, spec: str) -> None:
         """InputError where the method does not make this format; asked before any text is read."""
         codec(spec)
+
+    def transform(self, stream: LayerStream, form_of: Callable[[str], str]) -> Transform:
+        """Maps to put into the float model before its matrices are compressed (see `transforms`).
+
+        stream: the model over the calibration text, at no layer yet; it may be moved to the end. form_of: matrix -> the
+        spec it is meant to take, as far as is known.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:

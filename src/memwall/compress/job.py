@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from memwall.compress.calibration import (
     token_sequences,
 )
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
+from memwall.compress.transforms import TRANSFORM_BYTES, Transformed
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.formats import Packed, codec
 from memwall.memory import Arena, Charge
@@ -161,6 +162,8 @@ class Job:
         stream = None
         if self.tokens is not None:
             stream = LayerStream(self.config, self.checkpoint, self.tokens, self.arena, self.specs)
+        if self.method.transforms and stream is not None:
+            self._transform(stream)
         if not isinstance(self._bits, str):
             self.specs = work.specs or self._measured_specs(stream)
         work.set_specs(self.specs)
@@ -179,6 +182,16 @@ class Job:
                 packed = read_part(work.path / name)
                 self.specs.update({name: form.spec for name, form in packed.items()})
                 self._hand_on(part, packed, stream)
+
+    def _transform(self, stream: LayerStream) -> None:
+        """Change the model into an equal one that loses less; done again, alike, where a run is taken up."""
+
+        def form_of(name: str) -> str:
+            return self.specs.get(name, self._ladder[2])
+
+        stream.embed()
+        self.checkpoint = Transformed(self.checkpoint, self.method.transform(stream, form_of))
+        stream.use(self.checkpoint)
 
     # -- bits --------------------------------------------------------------------------------------------------------
 
@@ -306,7 +319,7 @@ class Job:
         charge = self.arena.charge("compress", self._form_bytes(tensor, method))
         try:
             with _named(tensor.name):
-                packed = method.compress(weight, statistics, config)
+                packed = method.compress(weight, statistics, replace(config, tensor=tensor.name))
             self.errors[tensor.name] = sensitivity.relative_error(weight, packed, statistics)
         finally:
             charge.release()
@@ -394,7 +407,11 @@ class Job:
         fixed_bytes = activation_bytes(self.config, length) + scratch_bytes(self.config, self.specs, length, exact=True)
         if not isinstance(self._bits, str):
             fixed_bytes += self._probe_bytes()
-        elif codec(self._bits).method:
+        if self.method.transforms:
+            # one sequence before and after a layer, and the layer's matrices as floats, scaled and rounded
+            fixed_bytes += 3 * self._sequence_bytes(length)
+            fixed_bytes += max(TRANSFORM_BYTES * sum(t.size for t in part.matrices) for part in layers)
+        if isinstance(self._bits, str) and codec(self._bits).method:
             fixed_bytes += max(sum(t.size for t in part.matrices) for part in layers)  # see _make_part; a byte a weight
         # the stream keeps one sequence more, to work on
         return fixed_bytes + 2 * self._sequence_bytes(length) + max(source_bytes + tensor_bytes, ends_bytes)
