@@ -34,8 +34,8 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), smoothquant "
-            "(activations' outliers moved to weights) or spqr (two-level scales, sparse outliers).",
+            help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
+            "smoothquant (activations' outliers moved to weights) or spqr (two-level scales, sparse outliers).",
             metavar="METHOD",
             autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr"],
         ),

@@ -94,6 +94,11 @@ class Codec(ABC):
         """Its name in the ledger: the spec, less what differs from matrix to matrix."""
         return self.spec
 
+    @property
+    def timed(self) -> str:
+        """The spec whose products are timed in place of this one's: less what every matrix has another of."""
+        return self.spec
+
     @abstractmethod
     def encode(self, x: Any) -> Packed:
         """Array of any float dtype -> Packed."""

@@ -31,7 +31,7 @@ Holds when: scales and least values stay inside float16.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -165,6 +165,11 @@ class SpqrCodec(Codec):
     @property
     def label(self) -> str:
         return f"spqr{self.bits}"
+
+    @property
+    def timed(self) -> str:
+        # outliers then count as bytes at the rate of codes
+        return replace(self, num_outliers=0).spec
 
     def buffers(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         rows, columns = matrix_shape(self.spec, shape)

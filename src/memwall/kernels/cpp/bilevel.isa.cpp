@@ -7,8 +7,6 @@ namespace {
 
 constexpr int kPrefetchBytes = 4096;
 constexpr int kGroupBlocks = kBilevelGroup / 4;
-constexpr int kSparseChunk = 4096;  // products of outliers that are worked together
-static_assert(kSparseChunk * sizeof(float) <= kWorkerScratchBytes);
 
 // Not those of the standard library: a copy compiled for one instruction set could be linked into the code of another.
 template <class T>
@@ -114,45 +112,59 @@ MW_INLINE Vf gathered(const float* x, const Vi places) {
 #endif
 }
 
-// Adds one token times the outliers of the tile's rows: all their products at once, then each row's sum.
+// Asks for the outliers of a tile's rows while its codes are worked.
 template <class Index>
-void sparse_tile(const Matrix& m, const float* x, std::int64_t tile, float* out, float* products) {
+MW_INLINE void expect_outliers(const Matrix& m, std::int64_t tile) {
+  const std::uint32_t begin = m.row_offsets[tile * kTileRows], end = m.row_offsets[lesser<std::int64_t>(m.rows, (tile + 1) * kTileRows)];
+  constexpr std::uint32_t kStep = 64 / sizeof(Index);
+  for (std::uint32_t e = begin; e < end; e += kStep) {
+    __builtin_prefetch(static_cast<const Index*>(m.outlier_columns) + e);
+    __builtin_prefetch(m.outlier_values + e);
+  }
+}
+
+// Adds one token times the outliers of the tile's rows. Vectors reach into the next row, whose lanes are put to zero; only the
+// matrix' last few entries are taken one by one.
+template <class Index>
+void sparse_tile(const Matrix& m, const float* x, std::int64_t tile, float* out) {
   typedef Index Places __attribute__((vector_size(kWidth * sizeof(Index))));
   const auto* columns = static_cast<const Index*>(m.outlier_columns);
-  const std::int64_t first_row = tile * kTileRows, last_row = lesser<std::int64_t>(m.rows, first_row + kTileRows);
-  const std::uint32_t last = m.row_offsets[last_row];
-  std::int64_t row = first_row;
-  for (std::uint32_t begin = m.row_offsets[first_row]; begin < last;) {
-    const std::uint32_t end = lesser<std::uint32_t>(last, begin + kSparseChunk);
-    std::uint32_t e = begin;
-    for (; e + kWidth <= end; e += kWidth) {
+  const std::int64_t first_row = tile * kTileRows, count = lesser<std::int64_t>(kTileRows, m.rows - first_row);
+  const std::uint32_t last = m.row_offsets[m.rows];
+  Vi lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+  std::uint32_t e = m.row_offsets[first_row];
+  for (std::int64_t r = 0; r < count; ++r) {
+    const std::uint32_t stop = m.row_offsets[first_row + r + 1];
+    Vf sums = {};
+    for (; e < stop && e + kWidth <= last; e += kWidth) {
       const Vi places = __builtin_convertvector(load<Places>(columns + e), Vi);
-      store(products + (e - begin), load_half(m.outlier_values + e) * gathered(x, places));
+      const Vf products = load_half(m.outlier_values + e) * gathered(x, places);
+      sums += (Vf)((Vi)products & (lanes < splat(static_cast<std::int32_t>(stop - e))));
     }
-    for (; e < end; ++e) products[e - begin] = half_to_float(m.outlier_values[e]) * x[columns[e]];
-    for (e = begin; e < end; ++row) {
-      const std::uint32_t stop = lesser(end, m.row_offsets[row + 1]);
-      float sum = 0;
-      for (; e < stop; ++e) sum += products[e - begin];
-      out[row - first_row] += sum;
-      if (m.row_offsets[row + 1] > end) break;  // the row goes on in the next chunk
-    }
-    begin = end;
+    float sum = sum_of(sums);
+    for (; e < stop; ++e) sum += half_to_float(m.outlier_values[e]) * x[columns[e]];
+    out[r] += sum;
+    e = stop;
   }
 }
 
 }  // namespace
 
-void bilevel_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
-  auto* products = reinterpret_cast<float*>(scratch);
-  with_bits(m.bits, [&](auto bits) {
+void bilevel_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
+  const auto work = [&](auto bits, auto index) {
+    using Places = decltype(index);
     for (std::int64_t tile = begin; tile < end; ++tile) {
       alignas(64) float values[kTileRows];
+      if (m.row_offsets) expect_outliers<Places>(m, tile);
       dense_tile<decltype(bits)::value>(m, input.coded, tile, values);
-      if (m.row_offsets && m.wide) sparse_tile<std::uint32_t>(m, input.x, tile, values, products);
-      else if (m.row_offsets) sparse_tile<std::uint16_t>(m, input.x, tile, values, products);
+      if (m.row_offsets) sparse_tile<Places>(m, input.x, tile, values);
       write_rows(values, 0, tile * kTileRows, kTileRows, out);
     }
+  };
+  with_bits(m.bits, [&](auto bits) {
+    if (m.wide) work(bits, std::uint32_t{});
+    else work(bits, std::uint16_t{});
   });
 }
 
