@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 from memwall import kv
 from memwall.engine.loading import cache_shape
-from memwall.hardware.machine import Machine
 from memwall.formats import codec
+from memwall.hardware.machine import Machine
 from memwall.models.config import ModelConfig, TensorSpec
 from memwall.models.precision import is_matrix, tensor_bytes
 from memwall.plan.base import Choice

@@ -7,6 +7,9 @@ namespace {
 
 constexpr int kPrefetchBytes = 4096;
 constexpr int kGroupBlocks = kBilevelGroup / 4;
+// outliers of a tile whose products are held together; behind them lies room for what vectors read past a row's end
+constexpr std::uint32_t kSparseProducts = 8192;
+static_assert(2 * kSparseProducts * sizeof(float) + kVectorBytes <= kWorkerScratchBytes);
 
 // Not those of the standard library: a copy compiled for one instruction set could be linked into the code of another.
 template <class T>
@@ -123,42 +126,65 @@ MW_INLINE void expect_outliers(const Matrix& m, std::int64_t tile) {
   }
 }
 
-// Adds one token times the outliers of the tile's rows. Vectors reach into the next row, whose lanes are put to zero; only the
-// matrix' last few entries are taken one by one.
+// Products of one token with the outliers [begin, end), in vectors that may go on into those of the next row or past the last.
 template <class Index>
-void sparse_tile(const Matrix& m, const float* x, std::int64_t tile, float* out) {
+MW_INLINE void outlier_products(const Matrix& m, const float* x, std::uint32_t begin, std::uint32_t end, float* products) {
   typedef Index Places __attribute__((vector_size(kWidth * sizeof(Index))));
   const auto* columns = static_cast<const Index*>(m.outlier_columns);
-  const std::int64_t first_row = tile * kTileRows, count = lesser<std::int64_t>(kTileRows, m.rows - first_row);
   const std::uint32_t last = m.row_offsets[m.rows];
+  std::uint32_t e = begin;
+  for (; e < end && e + kWidth <= last; e += kWidth) {
+    const Vi places = __builtin_convertvector(load<Places>(columns + e), Vi);
+    store(products + (e - begin), load_half(m.outlier_values + e) * gathered(x, places));
+  }
+  for (; e < end; ++e) products[e - begin] = half_to_float(m.outlier_values[e]) * x[columns[e]];
+}
+
+// Adds one token times the outliers of the tile's rows: all their products first, as fetching single activations is what takes
+// time and no lane of it is wasted then; the sums of rows after that, with as many vectors for each as the longest needs, so
+// that nothing depends on how long a row is.
+template <class Index>
+void sparse_tile(const Matrix& m, const float* x, std::int64_t tile, float* out, float* products) {
+  const std::int64_t first_row = tile * kTileRows, count = lesser<std::int64_t>(kTileRows, m.rows - first_row);
+  const std::uint32_t* offsets = m.row_offsets + first_row;
+  std::uint32_t longest = 0;
+  for (std::int64_t r = 0; r < count; ++r) longest = offsets[r + 1] - offsets[r] > longest ? offsets[r + 1] - offsets[r] : longest;
+  if (offsets[count] - offsets[0] > kSparseProducts) {  // too many to hold: part by part, whole rows or not
+    for (std::int64_t r = 0; r < count; ++r)
+      for (std::uint32_t e = offsets[r]; e < offsets[r + 1]; e += kSparseProducts) {
+        const std::uint32_t end = lesser<std::uint32_t>(offsets[r + 1], e + kSparseProducts);
+        outlier_products<Index>(m, x, e, end, products);
+        for (std::uint32_t i = 0; i < end - e; ++i) out[r] += products[i];
+      }
+    return;
+  }
+  outlier_products<Index>(m, x, offsets[0], offsets[count], products);
   Vi lanes;
   for (int i = 0; i < kWidth; ++i) lanes[i] = i;
-  std::uint32_t e = m.row_offsets[first_row];
-  for (std::int64_t r = 0; r < count; ++r) {
-    const std::uint32_t stop = m.row_offsets[first_row + r + 1];
-    Vf sums = {};
-    for (; e < stop && e + kWidth <= last; e += kWidth) {
-      const Vi places = __builtin_convertvector(load<Places>(columns + e), Vi);
-      const Vf products = load_half(m.outlier_values + e) * gathered(x, places);
-      sums += (Vf)((Vi)products & (lanes < splat(static_cast<std::int32_t>(stop - e))));
+  for (std::int64_t r = 0; r < count; r += 4) {
+    Vf sums[4] = {};
+    for (int i = 0; i < 4 && r + i < count; ++i) {
+      const float* from = products + (offsets[r + i] - offsets[0]);
+      Vi left = splat(static_cast<std::int32_t>(offsets[r + i + 1] - offsets[r + i]));
+      for (std::uint32_t v = 0; v < longest; v += kWidth, left -= kWidth) sums[i] += (Vf)(load<Vi>(from + v) & (lanes < left));
     }
-    float sum = sum_of(sums);
-    for (; e < stop; ++e) sum += half_to_float(m.outlier_values[e]) * x[columns[e]];
-    out[r] += sum;
-    e = stop;
+    float four[kWidth];
+    store(four, sums_of(sums[0], sums[1], sums[2], sums[3]));
+    for (int i = 0; i < 4; ++i) out[r + i] += four[i];
   }
 }
 
 }  // namespace
 
-void bilevel_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
+void bilevel_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  auto* products = reinterpret_cast<float*>(scratch);
   const auto work = [&](auto bits, auto index) {
     using Places = decltype(index);
     for (std::int64_t tile = begin; tile < end; ++tile) {
       alignas(64) float values[kTileRows];
       if (m.row_offsets) expect_outliers<Places>(m, tile);
       dense_tile<decltype(bits)::value>(m, input.coded, tile, values);
-      if (m.row_offsets) sparse_tile<Places>(m, input.x, tile, values);
+      if (m.row_offsets) sparse_tile<Places>(m, input.x, tile, values, products);
       write_rows(values, 0, tile * kTileRows, kTileRows, out);
     }
   };
