@@ -86,7 +86,7 @@ def step_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, float
 
 
 def step_macs(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, float]:
-    """Multiply-adds per token inside the layers, per format that is timed; the head runs once per prompt and is left out."""
+    """Multiply-adds per token inside the layers, per timed format; the head runs once per prompt and is left out."""
     totals: dict[str, float] = {}
     for tensor in config.tensors():
         if tensor.role in ("linear", "expert"):
