@@ -65,7 +65,7 @@ Compress = Callable[[np.ndarray, Statistics], Packed]
 
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     """Measures and judges."""
-    study = Study(data, 4096 if quick else 16_384, 1024 if quick else 8192, 4 if quick else 1 << 30)
+    study = Study(data, 2048 if quick else 16_384, 1024 if quick else 8192, 2 if quick else 1 << 30)
     steps: list[tuple[str, Callable[[], list[Claim]]]] = [
         ("matched bits", lambda: matched_bits(study, quick)),
         ("bilevel", lambda: bilevel(study)),

@@ -194,6 +194,141 @@ void bilevel_one(const Matrix& m, const Input& input, std::int64_t begin, std::i
   });
 }
 
+namespace {
+
+// Several tokens: a strip of row tiles is unpacked, some groups at a time, into a panel that stays in the first-level cache, and
+// every block of tokens passes over it; outliers are then added for all tokens at once.
+constexpr int kPanelGroups = 16;
+struct BilevelPanel {
+  alignas(64) std::uint8_t codes[kPanelGroups * kGroupBlocks][kStripTiles][kLaneVectorBytes];
+  alignas(64) float scales[kPanelGroups][kStripRows];
+  alignas(64) float offsets[kPanelGroups][kStripRows];  // minus scale times zero
+  alignas(64) float sums[kMaxTokens][kStripRows];
+};
+static_assert(sizeof(BilevelPanel) <= kWorkerScratchBytes);
+
+template <int Bits>
+void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, int num_groups, int slot, BilevelPanel& panel) {
+  const std::uint8_t* unit = m.tile(tile) + first_group / 2 * kLaneVectorBytes * Bits;
+  const std::uint8_t* statistics = m.bilevel_statistics(tile) + first_group * kBilevelStatisticBytes;
+  for (int g = 0; g < num_groups; g += 2, unit += kLaneVectorBytes * Bits)
+    static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+      constexpr int I = decltype(block)::value;
+      for (int p = 0; p < kPieces; ++p)
+        store(panel.codes[g * kGroupBlocks + I][slot] + p * kVectorBytes, code_block<Bits, I>(unit + p * kVectorBytes));
+    });
+  for (int g = 0; g < num_groups; ++g, statistics += kBilevelStatisticBytes) {
+    const Statistics held(statistics);
+    for (int p = 0; p < kPieces; ++p) {
+      const Vf scale = held.scale(p);
+      store(panel.scales[g] + slot * kTileRows + p * kWidth, scale);
+      store(panel.offsets[g] + slot * kTileRows + p * kWidth, -(scale * held.zero(p)));
+    }
+  }
+}
+
+// Tokens of one block (the first Tokens of it) times some groups of the panel.
+template <int Bits, int Tokens>
+void token_block(const BilevelPanel& panel, const Activations& a, std::int64_t block, std::int64_t first_group, int num_groups,
+                 float (*sums)[kStripRows]) {
+  const std::int8_t* x = a.codes + (block * a.padded_cols() + first_group * kBilevelGroup) * kTokenBlock;
+  const float* x_scales = a.scales + (block * a.groups + first_group) * kTokenBlock;
+  const std::int32_t* x_sums = a.sums + (block * a.groups + first_group) * kTokenBlock;
+  const std::uint8_t* codes = panel.codes[0][0];
+  Vf total[Tokens][kStripVectors];
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) total[t][v] = load<Vf>(sums[t] + v * kWidth);
+  for (int g = 0; g < num_groups; ++g, x_scales += kTokenBlock, x_sums += kTokenBlock) {
+    GroupDot<Bits> dot[Tokens][kStripVectors];
+    for (int t = 0; t < Tokens; ++t)
+      for (auto& d : dot[t]) d.start(Vi{});
+    static_for<kGroupBlocks>([&](auto index) __attribute__((always_inline)) {
+      constexpr int I = decltype(index)::value;
+      Vb weights[kStripVectors];
+      for (int v = 0; v < kStripVectors; ++v) weights[v] = load<Vb>(codes + v * kVectorBytes);
+      for (int t = 0; t < Tokens; ++t) {
+        const Vb four = repeat_four(x + 4 * t);
+        for (int v = 0; v < kStripVectors; ++v) dot[t][v].template add<I>(weights[v], four);
+      }
+      codes += kStripVectors * kVectorBytes;
+      x += 4 * kTokenBlock;
+    });
+    for (int t = 0; t < Tokens; ++t)
+      for (int v = 0; v < kStripVectors; ++v) {
+        total[t][v] += load<Vf>(panel.scales[g] + v * kWidth) * x_scales[t] * to_float(dot[t][v].total());
+        total[t][v] += load<Vf>(panel.offsets[g] + v * kWidth) * (x_scales[t] * static_cast<float>(x_sums[t]));
+      }
+  }
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) store(sums[t] + v * kWidth, total[t][v]);
+}
+
+MW_INLINE float float_of(std::uint16_t half) {
+#if defined(__AVX2__)
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+#else
+  return half_to_float(half);
+#endif
+}
+
+// Adds all tokens times the outliers of a strip's rows.
+template <class Index>
+void sparse_strip(const Matrix& m, const Input& input, std::int64_t first_row, float (*sums)[kStripRows]) {
+  constexpr int kVectors = kColumnTokens / kWidth;
+  const auto* columns = static_cast<const Index*>(m.outlier_columns);
+  const int tokens = static_cast<int>(input.tokens), count = static_cast<int>(lesser<std::int64_t>(kStripRows, m.rows - first_row));
+  for (int r = 0; r < count; ++r) {
+    const std::uint32_t begin = m.row_offsets[first_row + r], end = m.row_offsets[first_row + r + 1];
+    for (int t = 0; t < tokens && begin < end; t += kColumnTokens) {
+      Vf total[kVectors] = {};
+      for (std::uint32_t e = begin; e < end; ++e) {
+        const Vf value = splat(float_of(m.outlier_values[e]));
+        const float* x = input.columns + columns[e] * input.column_stride + t;
+        for (int v = 0; v < kVectors; ++v) total[v] += value * load<Vf>(x + v * kWidth);
+      }
+      for (int i = 0; i < kColumnTokens && t + i < tokens; ++i) sums[t + i][r] += total[i / kWidth][i % kWidth];
+    }
+  }
+}
+
+template <int Bits>
+void strips(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, BilevelPanel& panel) {
+  const int tokens = static_cast<int>(input.tokens);
+  for (std::int64_t strip = begin; strip < end; ++strip) {
+    __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * tokens);
+    for (std::int64_t g = 0; g < input.coded.groups; g += kPanelGroups) {
+      const int num_groups = static_cast<int>(lesser<std::int64_t>(kPanelGroups, input.coded.groups - g));
+      for (int slot = 0; slot < kStripTiles; ++slot) {
+        const std::int64_t tile = strip * kStripTiles + slot;
+        if (tile < m.row_tiles) {
+          unpack_tile<Bits>(m, tile, g, num_groups, slot, panel);
+          continue;
+        }
+        for (int i = 0; i < num_groups; ++i)
+          for (int r = slot * kTileRows; r < (slot + 1) * kTileRows; ++r) panel.scales[i][r] = panel.offsets[i][r] = 0.0f;
+      }
+      int t = 0;
+      for (; t + kTokenBlock <= tokens; t += kTokenBlock)
+        token_block<Bits, kTokenBlock>(panel, input.coded, t / kTokenBlock, g, num_groups, panel.sums + t);
+      static_for<kTokenBlock>([&](auto index) {
+        constexpr int count = decltype(index)::value;
+        if constexpr (count > 0)
+          if (tokens - t == count) token_block<Bits, count>(panel, input.coded, t / kTokenBlock, g, num_groups, panel.sums + t);
+      });
+    }
+    if (m.row_offsets && m.wide) sparse_strip<std::uint32_t>(m, input, strip * kStripRows, panel.sums);
+    else if (m.row_offsets) sparse_strip<std::uint16_t>(m, input, strip * kStripRows, panel.sums);
+    for (int t = 0; t < tokens; ++t) write_rows(panel.sums[t], t, strip * kStripRows, kStripRows, out);
+  }
+}
+
+}  // namespace
+
+void bilevel_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  auto& panel = *reinterpret_cast<BilevelPanel*>(scratch);
+  with_bits(m.bits, [&](auto bits) { strips<decltype(bits)::value>(m, input, begin, end, out, panel); });
+}
+
 // Decodes columns of one tile, outliers and all, into a panel of `stride` floats per column: the numbers that
 // SpqrCodec.decode gives, bit for bit.
 void bilevel_panel(const Matrix& m, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride) {

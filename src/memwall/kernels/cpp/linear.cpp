@@ -40,7 +40,7 @@ class Scratch {
 };
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
-Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_workers;
+Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_workers;
 
 // Below this a call runs on its own thread: waking another costs about as much.
 constexpr double kInlineSeconds = 20e-6;
@@ -112,7 +112,25 @@ bool same_order(const Matrix& a, const Matrix& b) {
 
 std::size_t ordered_bytes(std::int64_t tokens, std::int64_t cols) { return static_cast<std::size_t>(tokens * cols) * sizeof(float); }
 
-// The input as a bilevel matrix reads it: columns in its order, and of a single token rounded as well.
+std::int64_t column_stride(std::int64_t tokens) { return (tokens + kColumnTokens - 1) / kColumnTokens * kColumnTokens; }
+std::size_t column_bytes(std::int64_t tokens, std::int64_t cols) {
+  return tokens <= 1 ? 0 : static_cast<std::size_t>(column_stride(tokens) * cols) * sizeof(float);
+}
+
+// The input by columns, which outliers are multiplied with.
+void turn(Input& input) {
+  const std::int64_t stride = input.column_stride = column_stride(input.tokens);
+  auto* columns = reinterpret_cast<float*>(g_columns.at_least(column_bytes(input.tokens, input.cols)));
+  input.columns = columns;
+  const std::size_t grain = std::max<std::int64_t>(1, (1 << 14) / stride);
+  parallel_for(static_cast<std::size_t>(input.cols), grain, [&](std::size_t begin, std::size_t end, int) {
+    for (std::int64_t t = 0; t < stride; ++t)
+      for (auto c = static_cast<std::int64_t>(begin); c < static_cast<std::int64_t>(end); ++c)
+        columns[c * stride + t] = t < input.tokens ? input.x[t * input.cols + c] : 0.0f;
+  });
+}
+
+// The input as a bilevel matrix reads it: columns in its order, and rounded beside that; of several tokens by columns too.
 Input bilevel_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
   Input input = plain;
   if (m.order != nullptr) {
@@ -125,6 +143,7 @@ Input bilevel_input(const LinearKernels& kernels, const Input& plain, const Matr
     input.x = ordered;
   }
   if (rounded) input.coded = quantize(kernels, input, kBilevelGroup, g_activations[3]);
+  if (rounded && input.tokens > 1) turn(input);
   return input;
 }
 
@@ -174,7 +193,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
         run_jobs(jobs, num_jobs, seconds);
         num_jobs = 0, strips = 0, seconds = 0;
       }
-      bilevel = bilevel_input(kernels, plain, m, one && !exact);
+      bilevel = bilevel_input(kernels, plain, m, !exact);
       in_order = &m;
     }
     Job& job = jobs[num_jobs++];
@@ -191,7 +210,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.kernel = kernels.planes_exact;
     } else if (m.form == Form::bilevel) {
       job.input = &bilevel;
-      job.kernel = one && !exact ? kernels.bilevel_one : kernels.bilevel_many;
+      job.kernel = exact ? kernels.bilevel_exact : one ? kernels.bilevel_one : kernels.bilevel_many;
     } else if (m.form != Form::tiles) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
@@ -292,7 +311,7 @@ std::size_t linear_scratch_bytes() {
   std::lock_guard<std::mutex> guard(g_mutex);
   std::size_t bytes = g_workers.bytes();
   for (const auto& scratch : g_activations) bytes += scratch.bytes();
-  bytes += g_ordered.bytes();
+  bytes += g_ordered.bytes() + g_columns.bytes();
   for (const auto& scratch : g_planes) bytes += scratch.bytes();
   return bytes;
 }
@@ -302,7 +321,9 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   if (group == 0 || tokens == 0) return workers;
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
   if (group == 1) return workers + Scratch::rounded(ordered_bytes(tokens, cols));
-  if (group == kBilevelGroup) return workers + Scratch::rounded(activation_bytes(1, cols, group, 1));
+  if (group == kBilevelGroup)
+    return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens))) +
+           Scratch::rounded(column_bytes(tokens, cols));
   if (group < 0) return workers + Scratch::rounded(plane_bytes(tokens, cols, -group));
   return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens)));
 }

@@ -46,6 +46,7 @@ struct Levels {
 
 // Bilevel tiles (formats/spqr.py defines them): statistics of 16 rows by 16 columns are 16 scale codes and 16 zero codes of 3 bits
 // and four float16; the codes lie as in tiles of 32 columns.
+constexpr int kColumnTokens = 16;  // tokens of one column that outliers are multiplied with at once
 constexpr int kBilevelGroup = 16, kBilevelCodeBytes = 6, kBilevelStatisticBytes = 20;
 
 // Borrowed pointers; the Python object Matrix keeps the arrays alive.
@@ -112,6 +113,8 @@ struct Input {
   Activations coded;  // unset for products in float
   Planes planes;      // set for products with bit planes, with a scale per token
   const float* plane_scales = nullptr;
+  const float* columns = nullptr;  // set for several tokens times bilevel tiles: x by columns, [cols, column_stride]
+  std::int64_t column_stride = 0;  // tokens, padded to kColumnTokens
 };
 
 struct Output {
@@ -134,13 +137,13 @@ struct LinearKernels {
   StripKernel tiles_one, tiles_many, tiles_exact;
   StripKernel float_one[3], float_many[3];  // by Form
   StripKernel planes, planes_exact;
-  StripKernel bilevel_one, bilevel_many;  // many decode the weights and keep activations as they are
+  StripKernel bilevel_one, bilevel_many, bilevel_exact;
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.
 std::size_t linear_scratch_bytes();
 // What it would hold after products of `tokens` tokens of `cols` columns with weights in groups of `group` (0: dense weights; -m:
-// bit planes with activations of m bits; 16: bilevel tiles, of which only single products round; 1: columns put in order).
+// bit planes with activations of m bits; 16: bilevel tiles; 1: columns put in order).
 std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads);
 
 struct Product {

@@ -227,7 +227,7 @@ void tiles_exact(const Matrix& m, const Input& input, std::int64_t begin, std::i
   });
 }
 
-void bilevel_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+void bilevel_exact(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
   FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
   panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
     for (int slot = 0; slot < kStripTiles; ++slot) {
@@ -251,6 +251,7 @@ const LinearKernels linear_kernels = {
     planes_exact,
     bilevel_one,
     bilevel_many,
+    bilevel_exact,
 };
 
 }  // namespace mw::MW_ISA
