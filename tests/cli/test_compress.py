@@ -52,6 +52,47 @@ def test_compress_and_run(memwall: Any, small: Path, text: Path, tmp_path: Path,
     assert "--force" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "row"),
+    [
+        ("spqr", ("--bits", "3", "--set", "outlier-threshold=0.4"), "weights/spqr3"),
+        ("awq", ("--set", "clip=no"), "weights/int4-g128-asym"),
+        ("smoothquant", (), "weights/int8-g64"),
+    ],
+)
+def test_methods_with_settings(
+    memwall: Any, small: Path, text: Path, tmp_path: Path, method: str, options: tuple[str, ...], row: str
+) -> None:
+    out = tmp_path / "out"
+    made = memwall("compress", small, out, "--method", method, *options, "--calibration", text, "--json")
+    assert made.exit_code == 0, made.stderr
+    run = memwall("run", out, "A city", "--max-new-tokens", "3", "--ignore-eos", "--json")
+    assert run.exit_code == 0, run.stderr
+    assert row in run.stdout
+    scored = memwall("eval", out, text, "--weights", "saved", "--json", "--limit", "64")
+    assert scored.exit_code == 0, scored.stderr
+    assert json.loads(scored.stdout)["bits_per_weight"] == pytest.approx(json.loads(made.stdout)["bits_per_weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--method", "spqr", "--set", "outlier_threshold"), "write NAME=VALUE"),
+        (("--method", "spqr", "--set", "threshold=1"), "it has outlier_threshold, simplified, order"),
+        (("--method", "spqr", "--bits", "3.5"), "--bits 3 or 4"),
+        (("--method", "gptq", "--bits", "spqr3"), "--method spqr"),
+        (("--method", "awq", "--bits", "nf4"), "int4-g128-asym"),
+    ],
+)
+def test_settings_that_name_nothing(
+    memwall: Any, small: Path, tmp_path: Path, options: tuple[str, ...], complaint: str
+) -> None:
+    result = memwall("compress", small, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("bits", ["nf4-dq", "mxfp6", "posit8", "bipolar5"])
 def test_level_formats_are_saved_and_read_back_bit_by_bit(memwall: Any, small: Path, tmp_path: Path, bits: str) -> None:
     """What was saved gives the very tokens that compressing while loading gives, and the very bytes of the codec."""

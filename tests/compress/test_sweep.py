@@ -110,3 +110,42 @@ def test_outliers_leave_no_error_behind() -> None:
     swept = sweep(weight, Factor.of(x.T @ x), IntegerColumns(coder, 16, 96), outliers=KeepAll())
     # with every entry kept exact, no column has anything to make up for
     np.testing.assert_array_equal(swept.buffers["codes"], coder.encode(weight).buffers["codes"])
+
+
+def test_entries_kept_are_handed_to_the_quantizer_that_stores_them() -> None:
+    class Halving(IntegerColumns):
+        """Stores what is kept at half precision, as a sparse form would."""
+
+        def store_exact(self, column: int, kept: np.ndarray, values: np.ndarray, rounded: np.ndarray) -> np.ndarray:
+            stored[:, column] = np.where(kept, values, 0).astype(np.float16)
+            return np.where(kept, stored[:, column], rounded)
+
+    class KeepLarge:
+        def keep(self, column: int, values: np.ndarray, rounded: np.ndarray, weight: float) -> np.ndarray:
+            return (values - rounded) ** 2 * weight > threshold
+
+    weight = np.random.default_rng(0).standard_normal((16, 96), np.float32)
+    x = correlated(300, 96)
+    factored, coder = Factor.of(x.T @ x), integer_codec("int2")
+    threshold = float(np.quantile(factored.pivots, 0.9)) * 0.2
+    stored = np.zeros((16, 96), np.float16)
+    swept = sweep(weight, factored, Halving(coder, 16, 96), outliers=KeepLarge())
+    assert 0 < np.count_nonzero(stored) < 16 * 96 // 4
+    change = np.where(stored != 0, stored, coder.decode(swept)) - weight
+    plain = coder.decode(sweep(weight, factored, IntegerColumns(coder, 16, 96))) - weight
+    hessian = x.T @ x
+    assert np.trace(change @ hessian @ change.T) < np.trace(plain @ hessian @ plain.T)
+
+
+def test_an_arranged_factor_sweeps_columns_put_in_order_beforehand() -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 64), np.float32)
+    x = correlated(300, 64)
+    factored = Factor.of(x.T @ x, 0.01, activation_order=True)
+    coder = integer_codec("int4-g32")
+    arranged = coder.decode(sweep(weight[:, factored.order], factored.arranged(), IntegerColumns(coder, 8, 64)))
+    back = np.empty_like(arranged)
+    back[:, factored.order] = arranged
+    hessian = x.T @ x
+    nearest = coder.decode(coder.encode(weight)) - weight
+    change = back - weight
+    assert np.trace(change @ hessian @ change.T) < np.trace(nearest @ hessian @ nearest.T)

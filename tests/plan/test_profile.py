@@ -61,7 +61,18 @@ def test_a_profile_measures_each_figure_once() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["int4-g64", "int2-g64-asym", "float16", "bfloat16", "nf4-g64", "nf4-g64-dq", "mxfp4", "e2m1-g64", "binary2-g64"],
+    [
+        "int4-g64",
+        "int2-g64-asym",
+        "float16",
+        "bfloat16",
+        "nf4-g64",
+        "nf4-g64-dq",
+        "mxfp4",
+        "e2m1-g64",
+        "binary2-g64",
+        "spqr3-ordered",
+    ],
 )
 def test_random_matrices_are_whole_and_usable(spec: str) -> None:
     pool = np.zeros(codec(spec).nbytes((32, 64)) + 256, np.uint8)

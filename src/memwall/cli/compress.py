@@ -10,6 +10,7 @@ import typer
 from memwall.cli.command import AsJson, Debug, Memory, Model, Quiet, Threads, add_command
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run import parse_budget
+from memwall.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
@@ -23,20 +24,30 @@ def compress(
     ],
     *,
     bits: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4.",
+            help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
+            "for spqr the bits of a code, 3 or 4. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4.",
             metavar="BITS",
         ),
-    ] = "4.25",
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
-            help="gptq (compensated rounding) or rtn (round to nearest).",
+            help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
+            "smoothquant (activations' outliers moved to weights) or spqr (two-level scales, sparse outliers).",
             metavar="METHOD",
-            autocompletion=lambda: ["gptq", "rtn"],
+            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr"],
         ),
     ] = "gptq",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of the method, such as outlier_threshold=0.1; may be repeated.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text file to calibrate on (default: the bundled text).")
     ] = None,
@@ -66,8 +77,9 @@ def compress(
         report = compress_model(
             model_directory(model),
             out,
-            bits=parse_bits(bits),
+            bits=None if bits is None else parse_bits(bits),
             method=method,
+            options=parse_settings(setting or []),
             calibration_text=calibration,
             group=group,
             budget_bytes=budget.ram if budget is not None else None,
@@ -82,6 +94,15 @@ def compress(
     file, was, peak = map(format_bytes, (report.file_bytes, report.source_bytes, report.peak_resident_bytes))
     sizes = f"{report.bits_per_weight:.2f} bits per weight, {file} (was {was})"
     note(f"{out}: {sizes}, {report.seconds:.0f} s, peak resident {peak}", quiet=quiet)
+
+
+def parse_settings(pairs: list[str]) -> dict[str, str]:
+    """NAME=VALUE pairs; dashes in names count as underscores."""
+    parts = [pair.partition("=") for pair in pairs]
+    for name, equals, value in parts:
+        if not (name and equals and value):
+            raise InputError(f"--set {name}{equals}{value}: write NAME=VALUE, such as outlier_threshold=0.1")
+    return {name.replace("-", "_"): value for name, _, value in parts}
 
 
 def parse_bits(text: str) -> float | str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 
 from memwall.compress.base import MethodConfig, Statistics, WeightMethod
@@ -13,15 +14,18 @@ from memwall.errors import InputError
 METHODS: dict[str, str] = {
     "rtn": "memwall.compress.rtn:RoundToNearest",
     "gptq": "memwall.compress.gptq:Gptq",
+    "awq": "memwall.compress.awq:Awq",
+    "smoothquant": "memwall.compress.smoothquant:SmoothQuant",
+    "spqr": "memwall.compress.spqr:Spqr",
 }
 
 __all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]
 
 
-def weight_method(name: str) -> WeightMethod:
-    """The method of the table called `name`."""
+def weight_method(name: str, options: Mapping[str, str] | None = None) -> WeightMethod:
+    """The method of the table called `name`, with settings as `WeightMethod.configured` takes them."""
     if name not in METHODS:
         raise InputError(f"unknown compression method {name!r}; known are {', '.join(METHODS)}")
     module, _, class_name = METHODS[name].partition(":")
     method: type[WeightMethod] = getattr(import_module(module), class_name)
-    return method()
+    return method.configured(options or {})

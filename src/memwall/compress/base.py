@@ -8,8 +8,9 @@ weights but that of the outputs over the inputs the layer sees: sum over tokens 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -17,17 +18,23 @@ from memwall.compress.sweep import Factor
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 
+if TYPE_CHECKING:
+    from memwall.compress.calibration import LayerStream
+    from memwall.compress.transforms import Transform
+
 
 @dataclass(slots=True)
 class Statistics:
     """What calibration learned about the inputs of a linear layer.
 
     hessian: X^T X summed over the tokens seen, [cols, cols] float32, symmetric.
-    num_tokens: how many rows X had.
+    num_tokens: how many rows X had. magnitude, peak: sum and largest of |X| per column [cols] float32.
     """
 
     hessian: np.ndarray
     num_tokens: int = 0
+    magnitude: np.ndarray | None = None
+    peak: np.ndarray | None = None
     _factor: tuple[tuple[float, bool], Factor] | None = None
 
     @staticmethod
@@ -39,6 +46,10 @@ class Statistics:
         """Take in inputs x [tokens, cols] float32."""
         self.hessian += x.T @ x
         self.num_tokens += len(x)
+        sizes = np.abs(x)
+        magnitude, peak = sizes.sum(axis=0), sizes.max(axis=0, initial=0)
+        self.magnitude = magnitude if self.magnitude is None else self.magnitude + magnitude
+        self.peak = peak if self.peak is None else np.maximum(self.peak, peak)
         self._factor = None
 
     def factor(self, damping: float, activation_order: bool) -> Factor:
@@ -60,11 +71,13 @@ class MethodConfig:
     spec: codec of the result.
     damping: share of H's mean diagonal that is added to its diagonal (0.01 in the GPTQ paper).
     activation_order: work the columns with the largest inputs first (their groups' scales are then fixed beforehand).
+    tensor: name of the matrix, for methods that treat some otherwise.
     """
 
     spec: str
     damping: float = 0.01
     activation_order: bool = False
+    tensor: str = ""
 
     def __post_init__(self) -> None:
         codec(self.spec)
@@ -73,15 +86,50 @@ class MethodConfig:
 
 
 class WeightMethod(ABC):
-    """A way to compress one matrix. Instances hold no state between matrices."""
+    """A way to compress one matrix. Instances hold no state between matrices; settings are a dataclass' fields."""
 
     name: ClassVar[str]
     needs_statistics: ClassVar[bool]
     """Whether calibration has to run before the method can."""
+    damping: ClassVar[float] = 0.01
+    """See `MethodConfig`; unless another is asked for."""
+    default_bits: ClassVar[str] = "4.25"
+    """What is made unless bits are asked for."""
+    transforms: ClassVar[bool] = False
+    """Whether the model is first changed into an equal one by `transform`."""
+
+    @classmethod
+    def configured(cls, options: Mapping[str, str]) -> Self:
+        """The method with settings as they are written, such as {"outlier_threshold": "0.1"}; others keep theirs."""
+        known: dict[str, Any] = {each.name: each.default for each in fields(cls)} if is_dataclass(cls) else {}
+        for name in options:
+            if name not in known:
+                has = f"has {', '.join(known)}" if known else "has none"
+                raise InputError(f"method {cls.name} has no setting {name!r}; it {has}")
+        return cls(**{name: _as_type_of(name, known[name], text) for name, text in options.items()})
+
+    def settings(self) -> dict[str, Any]:
+        """Its settings, for the journal and the manifest of what it made."""
+        return asdict(self) if is_dataclass(self) else {}
+
+    def form(self, bits: float | str) -> str | None:
+        """The one format that is meant by a number of bits or a spec; None where formats are mixed to a mean.
+
+        InputError for bits that the method does not make.
+        """
+        return codec(bits).spec if isinstance(bits, str) else None
 
     def check(self, spec: str) -> None:
         """InputError where the method does not make this format; asked before any text is read."""
         codec(spec)
+
+    def transform(self, stream: LayerStream, form_of: Callable[[str], str]) -> Transform:
+        """Maps to put into the float model before its matrices are compressed (see `transforms`).
+
+        stream: the model over the calibration text, at no layer yet; it may be moved to the end. form_of: matrix -> the
+        spec it is meant to take, as far as is known.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:
@@ -90,3 +138,17 @@ class WeightMethod(ABC):
     @abstractmethod
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         """Most bytes that `compress` holds beside the weight, the statistics and the result."""
+
+
+def _as_type_of(name: str, default: Any, text: str) -> Any:
+    """A setting from its text, of the type of its default value."""
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise InputError(f"{name}={text}: expected true or false")
+        return text.lower() in ("true", "yes", "1")
+    if isinstance(default, str):
+        return text
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise InputError(f"{name}={text}: expected a number, such as {default}") from None

@@ -191,32 +191,49 @@ class Collector:
 class LayerStream:
     """A model's layers in turn over all calibration tokens. Weights are those of the checkpoint until `replace`d."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, tokens: np.ndarray, arena: Arena) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        tokens: np.ndarray,
+        arena: Arena,
+        specs: Mapping[str, str] | None = None,
+    ) -> None:
+        """specs: the forms that weights will be replaced by, as products with them need scratch too."""
         self.config = config
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self.tokens = tokens
-        self._arena = arena
-        specs = config.tensors()
-        vectors = {t.name: checkpoint.alone(t.name).astype(np.float32) for t in specs if len(t.shape) == 1}
-        self._weights = Weights(matrices={}, vectors=vectors, specs={})
+        self.arena = arena
+        tensors = config.tensors()
+        self._weights = Weights(matrices={}, vectors={}, specs=specs or {})
+        self.use(checkpoint)
         self._layer_names = [
-            [t.name for t in specs if t.layer == layer and len(t.shape) == 2] for layer in range(config.num_layers)
+            [t.name for t in tensors if t.layer == layer and len(t.shape) == 2] for layer in range(config.num_layers)
         ]
         num_sequences, length = tokens.shape
         self._decoder = Decoder(config, self._weights, arena, segment_tokens=length, exact=True)
         self.hidden = arena.allocate(OWNER, (num_sequences, length, config.hidden_size), np.float32)
         self._work = arena.allocate(OWNER, (length, config.hidden_size), np.float32)
 
+    def use(self, checkpoint: Checkpoint) -> None:
+        """Go on with the weights of another checkpoint of the same shape."""
+        self.checkpoint = checkpoint
+        for tensor in self.config.tensors():
+            if len(tensor.shape) == 1:
+                values = checkpoint.alone(tensor.name).astype(np.float32)
+                # in place: the decoder has looked its norms up
+                np.copyto(self._weights.vectors.setdefault(tensor.name, values), values)
+
     def embed(self, packed: Packed | None = None) -> None:
         """Begin: the hidden states are the embeddings of the tokens."""
-        matrix = kernels.matrix(packed if packed is not None else float_packed(self._checkpoint, EMBEDDING))
+        matrix = kernels.matrix(packed if packed is not None else float_packed(self.checkpoint, EMBEDDING))
         for ids, hidden in zip(self.tokens, self.hidden, strict=True):
             kernels.gather_rows(matrix, ids, hidden)
 
     def collect(self, layer: int, names: Sequence[str], *, advance: bool = False) -> Collector:
         """Statistics of the inputs of `names` in one layer; the hidden states stay where they are, or `advance`."""
         specs = {t.name: t for t in self.config.tensors() if t.layer == layer}
-        collector = Collector({shared_input(name): specs[name].shape[1] for name in names}, self._arena)
+        collector = Collector({shared_input(name): specs[name].shape[1] for name in names}, self.arena)
         try:
             with self._weights_of(layer, {}):
                 self._decoder.observer = collector
@@ -264,7 +281,7 @@ class LayerStream:
 
     def collect_final(self, name: str) -> Collector:
         """Statistics of the head's inputs; call it after the last layer. The hidden states are normed afterwards."""
-        collector = Collector({name: self.config.hidden_size}, self._arena)
+        collector = Collector({name: self.config.hidden_size}, self.arena)
         self.norm(self.hidden)
         for hidden in self.hidden:
             collector(name, hidden)
@@ -274,10 +291,10 @@ class LayerStream:
     def _weights_of(self, layer: int, packed: Mapping[str, Packed]) -> Iterator[None]:
         """One layer's matrices in place; afterwards their pages leave the resident set, with the maps."""
         names = self._layer_names[layer]
-        mapped = sum(packed[name].nbytes if name in packed else self._checkpoint.stored_bytes(name) for name in names)
-        charge = self._arena.charge("weights/source", mapped)
+        mapped = sum(packed[name].nbytes if name in packed else self.checkpoint.stored_bytes(name) for name in names)
+        charge = self.arena.charge("weights/source", mapped)
         for name in names:
-            form = packed[name] if name in packed else float_packed(self._checkpoint, name)
+            form = packed[name] if name in packed else float_packed(self.checkpoint, name)
             self._weights.matrices[name] = kernels.matrix(form)
         try:
             yield

@@ -9,9 +9,9 @@ rounded to nearest (every row is an input of its own: H = I) and, like the head,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from memwall.compress.calibration import (
     token_sequences,
 )
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
+from memwall.compress.transforms import TRANSFORM_BYTES, Transformed
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.formats import Packed, codec
-from memwall.memory import Arena
+from memwall.memory import Arena, Charge
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
 from memwall.models.decoder import activation_bytes, scratch_bytes
@@ -49,9 +50,9 @@ MIN_BITS, MAX_BITS = 2.0, 16.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """What seldom needs changing: see `MethodConfig` and `CalibrationSettings`."""
+    """What seldom needs changing: see `MethodConfig` and `CalibrationSettings`. damping: None for the method's own."""
 
-    damping: float = 0.01
+    damping: float | None = None
     activation_order: bool = True
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
 
@@ -77,8 +78,9 @@ class Job:
         checkpoint: Checkpoint,
         arena: Arena,
         *,
-        bits: float | str,
+        bits: float | str | None,
         method: str,
+        options: Mapping[str, str] | None = None,
         group: int,
         tuning: Tuning,
         progress: Progress,
@@ -86,7 +88,7 @@ class Job:
         self.config = config
         self.checkpoint = checkpoint
         self.arena = arena
-        self.method = weight_method(method)
+        self.method = weight_method(method, options)
         self.tuning = tuning
         self.specs: dict[str, str] = {}
         self.errors: dict[str, float] = {}
@@ -97,10 +99,10 @@ class Job:
         self._parts = _parts(config)
         self._matrices = [tensor for part in self._parts for tensor in part.matrices]
         self._ladder = tuple(codec(spec.replace("-g64", f"-g{group}")).spec for spec in LADDER)
-        self._bits = _parsed_bits(bits)
+        self._bits = _parsed_bits(bits, self.method)
         self._text_sha256 = ""
         if isinstance(self._bits, str):
-            self.specs = resolve(config, self._bits)
+            self.specs = resolve(config, self._bits, method=self.method.name)
             for spec in {self.specs[t.name] for t in self._matrices if t.role in ("linear", "expert")}:
                 self.method.check(spec)
         else:
@@ -146,9 +148,10 @@ class Job:
         return {
             "model": self.checkpoint.fingerprint(),
             "method": self.method.name,
+            "options": self.method.settings(),
             "bits": self._bits,
             "ladder": list(self._ladder),
-            "damping": self.tuning.damping,
+            "damping": self._damping,
             "activation_order": self.tuning.activation_order,
             "calibration_sha256": self._text_sha256,
             "calibration_shape": [] if self.tokens is None else list(self.tokens.shape),
@@ -158,7 +161,9 @@ class Job:
         """Make every part that the work directory does not hold yet."""
         stream = None
         if self.tokens is not None:
-            stream = LayerStream(self.config, self.checkpoint, self.tokens, self.arena)
+            stream = LayerStream(self.config, self.checkpoint, self.tokens, self.arena, self.specs)
+        if self.method.transforms and stream is not None:
+            self._transform(stream)
         if not isinstance(self._bits, str):
             self.specs = work.specs or self._measured_specs(stream)
         work.set_specs(self.specs)
@@ -174,7 +179,19 @@ class Job:
             done += sum(tensor.size for tensor in part.matrices)
             self._progress("compress", done, self._num_weights)
             if stream is not None:
-                self._hand_on(part, read_part(work.path / name), stream)
+                packed = read_part(work.path / name)
+                self.specs.update({name: form.spec for name, form in packed.items()})
+                self._hand_on(part, packed, stream)
+
+    def _transform(self, stream: LayerStream) -> None:
+        """Change the model into an equal one that loses less; done again, alike, where a run is taken up."""
+
+        def form_of(name: str) -> str:
+            return self.specs.get(name, self._ladder[2])
+
+        stream.embed()
+        self.checkpoint = Transformed(self.checkpoint, self.method.transform(stream, form_of))
+        stream.use(self.checkpoint)
 
     # -- bits --------------------------------------------------------------------------------------------------------
 
@@ -253,22 +270,48 @@ class Job:
     def _method_for(self, statistics: Statistics | None) -> WeightMethod:
         return weight_method("rtn") if statistics is None else self.method
 
+    @property
+    def _damping(self) -> float:
+        return self.method.damping if self.tuning.damping is None else self.tuning.damping
+
     def _config(self, spec: str) -> MethodConfig:
-        return MethodConfig(spec=spec, damping=self.tuning.damping, activation_order=self.tuning.activation_order)
+        return MethodConfig(spec=spec, damping=self._damping, activation_order=self.tuning.activation_order)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _make_part(self, part: _Part, work: WorkDirectory, file: str, stream: LayerStream | None, done: int) -> None:
-        forms = {tensor.name: (self._stored_spec(tensor), tensor.shape) for tensor in part.tensors}
-        with work.writer(file, forms) as writer:
-            for tensor in part.tensors:
-                if not is_matrix(tensor):
-                    writer.write(tensor.name, float_packed(self.checkpoint, tensor.name))
-            for tensors, statistics in self._statistics(part, stream):
-                for tensor in tensors:
-                    writer.write(tensor.name, self._compress(tensor, statistics.get(shared_input(tensor.name))))
-                    done += tensor.size
-                    self._progress("compress", done, self._num_weights)
+        forms = {tensor.name: self._stored_spec(tensor) for tensor in part.tensors}
+        made: Iterable[tuple[str, Packed]] = self._made(part, stream, done)
+        charge = self.arena.charge("compress", 0)
+        try:
+            if any(codec(spec).method for spec in forms.values()):
+                # how large such forms become shows when they are made, and a file says its tensors' sizes first
+                made = list(self._held(made, charge))
+                forms = {name: packed.spec for name, packed in made}
+            shapes = {tensor.name: tensor.shape for tensor in part.tensors}
+            with work.writer(file, {name: (spec, shapes[name]) for name, spec in forms.items()}) as writer:
+                for name, packed in made:
+                    writer.write(name, packed)
+        finally:
+            charge.release()
+
+    def _made(self, part: _Part, stream: LayerStream | None, done: int) -> Iterator[tuple[str, Packed]]:
+        """The part's tensors as they are stored, one at a time."""
+        for tensor in part.tensors:
+            if not is_matrix(tensor):
+                yield tensor.name, float_packed(self.checkpoint, tensor.name)
+        for tensors, statistics in self._statistics(part, stream):
+            for tensor in tensors:
+                yield tensor.name, self._compress(tensor, statistics.get(shared_input(tensor.name)))
+                done += tensor.size
+                self._progress("compress", done, self._num_weights)
+
+    @staticmethod
+    def _held(made: Iterable[tuple[str, Packed]], charge: Charge) -> Iterator[tuple[str, Packed]]:
+        held_bytes = 0
+        for name, packed in made:
+            charge.resize(held_bytes := held_bytes + packed.nbytes)
+            yield name, packed
 
     def _compress(self, tensor: TensorSpec, statistics: Statistics | None) -> Packed:
         weight = self.checkpoint.alone(tensor.name)
@@ -276,7 +319,7 @@ class Job:
         charge = self.arena.charge("compress", self._form_bytes(tensor, method))
         try:
             with _named(tensor.name):
-                packed = method.compress(weight, statistics, config)
+                packed = method.compress(weight, statistics, replace(config, tensor=tensor.name))
             self.errors[tensor.name] = sensitivity.relative_error(weight, packed, statistics)
         finally:
             charge.release()
@@ -361,9 +404,15 @@ class Job:
             if t.name != EMBEDDING
         )
         ends_bytes = max(self._form_bytes(t, plain) for t in self._matrices if t.name == EMBEDDING)
-        fixed_bytes = activation_bytes(self.config, length) + scratch_bytes(self.config, {}, length, exact=True)
+        fixed_bytes = activation_bytes(self.config, length) + scratch_bytes(self.config, self.specs, length, exact=True)
         if not isinstance(self._bits, str):
             fixed_bytes += self._probe_bytes()
+        if self.method.transforms:
+            # one sequence before and after a layer, and the layer's matrices as floats, scaled and rounded
+            fixed_bytes += 3 * self._sequence_bytes(length)
+            fixed_bytes += max(TRANSFORM_BYTES * sum(t.size for t in part.matrices) for part in layers)
+        if isinstance(self._bits, str) and codec(self._bits).method:
+            fixed_bytes += max(sum(t.size for t in part.matrices) for part in layers)  # see _make_part; a byte a weight
         # the stream keeps one sequence more, to work on
         return fixed_bytes + 2 * self._sequence_bytes(length) + max(source_bytes + tensor_bytes, ends_bytes)
 
@@ -405,12 +454,15 @@ def _parts(config: ModelConfig) -> list[_Part]:
     return [first, *layers, last]
 
 
-def _parsed_bits(bits: float | str) -> float | str:
+def _parsed_bits(bits: float | str | None, method: WeightMethod) -> float | str:
     """A mean number of bits, or the canonical name of one format for all."""
-    try:
-        mean = float(bits)
-    except ValueError:
-        return codec(str(bits)).spec
+    wanted = method.default_bits if bits is None else bits
+    with suppress(ValueError):
+        wanted = float(wanted)
+    form = method.form(wanted)
+    if form is not None:
+        return form
+    mean = float(wanted)
     if not MIN_BITS <= mean <= MAX_BITS:
         raise InputError(f"bits {mean:g}: give a mean between {MIN_BITS:g} and {MAX_BITS:g}, or a format such as int4")
     return mean

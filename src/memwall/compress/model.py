@@ -61,8 +61,9 @@ def compress_model(
     model_directory: str | Path,
     out_directory: str | Path,
     *,
-    bits: float | str,
+    bits: float | str | None = None,
     method: str = "gptq",
+    options: Mapping[str, str] | None = None,
     calibration_text: Path | None = None,
     group: int = 64,
     arena: Arena | None = None,
@@ -74,7 +75,8 @@ def compress_model(
     """Write a compressed form of a float model to a new folder.
 
     bits: mean true bits per weight over all compressed matrices, scales included, such as 3.5; or one format for all,
-    such as "int4" or "int3-g32-asym". method: a name of `METHODS`. calibration_text: a UTF-8 file, None for the bundled
+    such as "int4" or "int3-g32-asym"; None for the method's default. method: a name of `METHODS`, options: its settings
+    as text (`WeightMethod.configured`). calibration_text: a UTF-8 file, None for the bundled
     one. group: weights per scale of mixed formats. arena: caps the memory held. budget_bytes: caps the resident
     memory of the whole process. force: replace an existing compressed model and forget an unfinished run. progress: see
     `Progress`.
@@ -95,6 +97,7 @@ def compress_model(
             arena,
             bits=bits,
             method=method,
+            options=options,
             group=group,
             tuning=tuning or Tuning(),
             progress=progress or _silent,

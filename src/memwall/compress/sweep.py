@@ -11,8 +11,8 @@ the sums over earlier groups are one matrix product per group, at its entry, whi
 found from the compensated weights. With H = I the sums are exactly zero, and what is left is rounding to nearest, bit
 for bit.
 
-What a column becomes is up to a `ColumnQuantizer`; which of its entries are kept exact, and so leave no error behind,
-is up to an `OutlierRule`. Arrays are held column by column ([cols, rows]), so that a column is contiguous.
+What a column becomes is up to a `ColumnQuantizer`, which also stores what is kept beside its codes; which entries those
+are is up to an `OutlierRule`. Arrays are held column by column ([cols, rows]), so that a column is contiguous.
 """
 
 from __future__ import annotations
@@ -39,12 +39,23 @@ class ColumnQuantizer(ABC):
     group: int
 
     @abstractmethod
-    def enter_group(self, index: int, columns: np.ndarray) -> None:
-        """Find the parameters of group `index` from its compensated columns [at most group, rows] float32."""
+    def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
+        """Find the parameters of group `index` from its compensated columns [at most group, rows] float32.
+
+        weights [at most group]: what a squared error in each of the columns costs (R_jj^2).
+        """
 
     @abstractmethod
     def quantize(self, column: int, values: np.ndarray) -> np.ndarray:
         """Round column `column`, values [rows] float32; returns what it decodes to. Its group was entered before."""
+
+    def store_exact(self, column: int, kept: np.ndarray, values: np.ndarray, rounded: np.ndarray) -> np.ndarray:
+        """Store the entries `kept` [rows] of a column beside its codes; returns what the column decodes to then.
+
+        values, rounded [rows] float32: the column before and after `quantize`. Without a form for such entries they
+        count as exact.
+        """
+        return np.where(kept, values, rounded)
 
     @abstractmethod
     def finish(self) -> Packed:
@@ -70,7 +81,7 @@ class IntegerColumns(ColumnQuantizer):
         self._mins = None if codec.symmetric else np.zeros((num_groups, num_rows), np.float16)
         self._prepared: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]] = {}
 
-    def enter_group(self, index: int, columns: np.ndarray) -> None:
+    def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
         scales, mins = self.codec.fit(columns.T)
         self._scales[index] = scales
         if self._mins is not None:
@@ -180,6 +191,10 @@ class Factor:
             order = np.argsort(-np.diagonal(hessian), kind="stable")
         return Factor(order, *factor(hessian, damping, order))
 
+    def arranged(self) -> Factor:
+        """The same for a weight whose columns were put in order beforehand, so that groups are of columns in order."""
+        return Factor(np.arange(len(self.order)), self.feedback, self.pivots)
+
 
 def sweep(
     weight: np.ndarray, factored: Factor, quantizer: ColumnQuantizer, *, outliers: OutlierRule | None = None
@@ -193,8 +208,11 @@ def sweep(
     order, feedback, pivots = factored.order, factored.feedback, factored.pivots
     in_order = bool((order == np.arange(len(columns))).all())
     if not in_order:
+        weights = np.empty_like(pivots)
+        weights[order] = pivots
         for start in range(0, len(columns), quantizer.group):
-            quantizer.enter_group(start // quantizer.group, columns[start : start + quantizer.group])
+            stop = start + quantizer.group
+            quantizer.enter_group(start // quantizer.group, columns[start:stop], weights[start:stop])
     errors = np.empty_like(columns)
     for start in range(0, len(columns), quantizer.group):
         members = order[start : start + quantizer.group]
@@ -204,7 +222,7 @@ def sweep(
         taken_in = np.ascontiguousarray(feedback[:stop, start:stop].T)
         targets = original + taken_in[:, :start] @ errors[:start]
         if in_order:
-            quantizer.enter_group(start // quantizer.group, targets)
+            quantizer.enter_group(start // quantizer.group, targets, pivots[start:stop])
         _sweep_group(
             members,
             original,
@@ -238,5 +256,5 @@ def _sweep_group(
             rule, pivots = outliers
             kept = rule.keep(int(column), targets[j], rounded, float(pivots[j]))
             if kept is not None:
-                rounded = np.where(kept, targets[j], rounded)
+                rounded = quantizer.store_exact(int(column), kept, targets[j], rounded)
         np.subtract(original[j], rounded, out=errors[j])

@@ -27,6 +27,7 @@ CODECS: dict[str, str] = {
     "bipolar": "memwall.formats.leveled:LevelCodec",
     "ternary": "memwall.formats.leveled:LevelCodec",
     "binary": "memwall.formats.leveled:ResidualBinaryCodec",
+    "spqr": "memwall.formats.spqr:SpqrCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }
 

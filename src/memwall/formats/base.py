@@ -76,6 +76,9 @@ class Codec(ABC):
     examples: ClassVar[tuple[str, ...]] = ()
     """Spec strings that the contract test runs: an easy setting and the hard ones."""
 
+    method: ClassVar[str | None] = None
+    """The compression method that alone makes this form of a model; None where loading can encode on the way."""
+
     @classmethod
     @abstractmethod
     def parse(cls, spec: str) -> Codec:
@@ -85,6 +88,16 @@ class Codec(ABC):
     @abstractmethod
     def spec(self) -> str:
         """Canonical string such as `int4-g64`; `formats.codec(spec)` gives an equal codec."""
+
+    @property
+    def label(self) -> str:
+        """Its name in the ledger: the spec, less what differs from matrix to matrix."""
+        return self.spec
+
+    @property
+    def timed(self) -> str:
+        """The spec whose products are timed in place of this one's: less what every matrix has another of."""
+        return self.spec
 
     @abstractmethod
     def encode(self, x: Any) -> Packed:

@@ -17,7 +17,7 @@ from memwall.kernels.attention import (
 )
 from memwall.kernels.elementwise import rms_norm, rope, swiglu
 from memwall.kernels.encode import encode
-from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, rounding, scratch_bytes
+from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, roundings, scratch_bytes
 
 __all__ = [
     "Matrix",
@@ -39,7 +39,7 @@ __all__ = [
     "predict_scratch_bytes",
     "rms_norm",
     "rope",
-    "rounding",
+    "roundings",
     "scratch_bytes",
     "set_num_threads",
     "swiglu",

@@ -10,21 +10,23 @@ import numpy as np
 from memwall import _native
 from memwall._native import Matrix
 from memwall.errors import InputError
-from memwall.formats import Packed, codec
+from memwall.formats import Codec, Packed, codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
+from memwall.formats.spqr import GROUP, SpqrCodec
+from memwall.formats.spqr import check as check_bilevel
 from memwall.kernels.level_tables import native_levels
 
-__all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes", "rounding", "scratch_bytes"]
+__all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes", "roundings", "scratch_bytes"]
 
 
 def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
-    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}` and, in tiles, `int{2..8}` and all level
-    formats make of [rows, cols].
+    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}` and, in tiles, `int{2..8}`
+    and all level formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -43,6 +45,13 @@ def matrix(packed: Packed) -> Matrix:
     if isinstance(form, BitPlaneCodec):
         words, scales = (np.ascontiguousarray(packed.buffers[name]) for name in ("words", "scales"))
         return _native.plane_matrix(form.spec, packed.shape[1], form.activation_bits, words, scales)
+    if isinstance(form, SpqrCodec):
+        check_bilevel(packed)
+        halves = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
+        outliers = [halves.get(name) for name in ("row_offsets", "outlier_columns", "outlier_values")]
+        return _native.bilevel_matrix(
+            form.spec, *packed.shape, form.bits, halves["codes"], halves["statistics"], halves.get("order"), *outliers
+        )
     values = np.ascontiguousarray(packed.buffers[PLAIN_BUFFER])
     return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
 
@@ -99,9 +108,15 @@ def scratch_bytes() -> int:
     return int(_native.linear_scratch_bytes())
 
 
-def rounding(spec: str) -> int:
-    """How products with weights in this format round activations, as `predict_scratch_bytes` takes it for `group`."""
+def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
+    """What products with weights in this format do to activations, as `predict_scratch_bytes` takes it for `group`."""
     form = codec(spec)
+    if isinstance(form, SpqrCodec):
+        return (() if exact else (GROUP,)) + ((1,) if form.ordered else ())
+    return () if exact else (_rounding(form),)
+
+
+def _rounding(form: Codec) -> int:
     return -form.activation_bits if isinstance(form, BitPlaneCodec) else getattr(form, "group", 0)
 
 
@@ -109,7 +124,7 @@ def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: i
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
     group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
-    which round no activations. Weights of several groups keep one piece each; the widest input and the largest number
-    of tokens of a run count. threads: None for those in use.
+    which round no activations; 16 for bilevel weights; 1 where columns are put in order. Weights of several groups keep
+    one piece each; the widest input and the largest number of tokens of a run count. threads: None for those in use.
     """
     return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

@@ -81,7 +81,7 @@ def scratch_bytes(
     """
     tokens = min(segment_tokens, BLOCK_ROWS)
     widest = max(config.hidden_size, config.intermediate_size, config.query_size)
-    groups = {0} if exact else {kernels.rounding(spec) for spec in specs.values()}
+    groups = {group for spec in set(specs.values()) for group in kernels.roundings(spec, exact=exact)}
     panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
     rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
     attention = kernels.predict_attention_scratch_bytes(

@@ -15,6 +15,7 @@ from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.leveled import LevelCodec
+from memwall.formats.spqr import SpqrCodec
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
 
@@ -57,10 +58,13 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def resolve(config: ModelConfig, choice: str, checkpoint: Checkpoint | None = None) -> dict[str, str]:
+def resolve(
+    config: ModelConfig, choice: str, checkpoint: Checkpoint | None = None, *, method: str | None = None
+) -> dict[str, str]:
     """Codec spec of every tensor of `config`.
 
-    checkpoint: needed for (and only used by) the choice `saved`. Raises InputError for an unknown choice.
+    checkpoint: needed for (and only used by) the choice `saved`. method: the compression method at work, whose own
+    formats may be chosen then. Raises InputError for an unknown choice.
     """
     tensors = config.tensors()
     if choice == "saved":
@@ -70,6 +74,11 @@ def resolve(config: ModelConfig, choice: str, checkpoint: Checkpoint | None = No
     if choice.startswith("mixed-"):
         return _mixed(tensors, _parse_mean_bits(choice), source_spec(config))
     spec = _canonical(choice)
+    made_by = codec(spec).method
+    if made_by not in (None, method):
+        raise InputError(
+            f"weights {choice!r} need calibration: memwall compress MODEL OUT --method {made_by}, then use OUT"
+        )
     return {tensor.name: _for_tensor(tensor, spec) for tensor in tensors}
 
 
@@ -89,9 +98,14 @@ def weight_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, int
     """Resident bytes per ledger owner (`weights/int4-g64`, ...), each buffer aligned as the loader lays it out."""
     totals: dict[str, int] = {}
     for tensor in config.tensors():
-        owner = f"weights/{specs[tensor.name]}"
+        owner = weight_owner(specs[tensor.name])
         totals[owner] = totals.get(owner, 0) + tensor_bytes(tensor, specs[tensor.name])
     return totals
+
+
+def weight_owner(spec: str) -> str:
+    """The ledger's row for weights in a format."""
+    return f"weights/{codec(spec).label}"
 
 
 def level_formats(specs: Mapping[str, str]) -> list[str]:
@@ -126,8 +140,8 @@ def _bits(spec: str) -> int:
 def _for_tensor(tensor: TensorSpec, spec: str) -> str:
     if not is_matrix(tensor):
         return "float32"
-    if tensor.role in ("embedding", "head") and isinstance(codec(spec), BitPlaneCodec):
-        return "float16"  # as the paper has it: activations of the head stay whole; embedding rows are only looked up
+    if tensor.role in ("embedding", "head") and isinstance(codec(spec), BitPlaneCodec | SpqrCodec):
+        return "float16"  # as their papers have it: of planes, because activations of the head stay whole then
     if tensor.role in ("embedding", "head") and _bits(spec) < MIN_EMBEDDING_BITS:
         return f"int{MIN_EMBEDDING_BITS}-g64"
     return spec

@@ -21,7 +21,7 @@ from memwall.memory import Arena, Region
 from memwall.memory.pages import HUGE_PAGE_BYTES, PAGE_BYTES, round_up
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
-from memwall.models.precision import aligned, tensor_bytes, weight_bytes
+from memwall.models.precision import aligned, tensor_bytes, weight_bytes, weight_owner
 
 # Source bytes read between two encodes. Large enough to keep all threads busy, small beside any budget.
 PIECE_BYTES = 2 << 20
@@ -99,7 +99,7 @@ def load_weights(
     try:
         for tensor in tensors:
             buffers = {
-                name: pool.take(f"weights/{specs[tensor.name]}", shape, dtype)
+                name: pool.take(weight_owner(specs[tensor.name]), shape, dtype)
                 for name, (shape, dtype) in codec(specs[tensor.name]).buffers(tensor.shape).items()
             }
             source.resize(_piece_bytes(tensor, checkpoint.stored_bytes(tensor.name)))
@@ -132,7 +132,7 @@ def loading_bytes(config: ModelConfig, specs: Mapping[str, str], source_itemsize
     used = dict.fromkeys(sizes, 0)
     most = 0
     for tensor in config.tensors():
-        owner = f"weights/{specs[tensor.name]}"
+        owner = weight_owner(specs[tensor.name])
         used[owner] += tensor_bytes(tensor, specs[tensor.name])
         held = sum(_committed(used[each], sizes[each]) for each in sizes)
         most = max(most, held + _piece_bytes(tensor, tensor.size * source_itemsize))

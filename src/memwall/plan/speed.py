@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from memwall import kv
 from memwall.engine.loading import cache_shape
+from memwall.formats import codec
 from memwall.hardware.machine import Machine
 from memwall.models.config import ModelConfig, TensorSpec
 from memwall.models.precision import is_matrix, tensor_bytes
@@ -74,21 +75,22 @@ def typical_columns(config: ModelConfig) -> int:
 
 
 def step_bytes(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, float]:
-    """Weight bytes one decode step reads, per format."""
+    """Weight bytes one decode step reads, per format that is timed."""
     totals: dict[str, float] = {}
     for tensor in config.tensors():
         if is_matrix(tensor):
-            spec = specs[tensor.name]
-            totals[spec] = totals.get(spec, 0.0) + used_share(config, tensor) * tensor_bytes(tensor, spec)
+            spec = codec(specs[tensor.name]).timed
+            read = used_share(config, tensor) * tensor_bytes(tensor, specs[tensor.name])
+            totals[spec] = totals.get(spec, 0.0) + read
     return totals
 
 
 def step_macs(config: ModelConfig, specs: Mapping[str, str]) -> dict[str, float]:
-    """Multiply-adds per token inside the layers, per format; the head runs once per prompt and is left out."""
+    """Multiply-adds per token inside the layers, per timed format; the head runs once per prompt and is left out."""
     totals: dict[str, float] = {}
     for tensor in config.tensors():
         if tensor.role in ("linear", "expert"):
-            spec = specs[tensor.name]
+            spec = codec(specs[tensor.name]).timed
             totals[spec] = totals.get(spec, 0.0) + used_share(config, tensor) * tensor.size
     return totals
 

@@ -32,7 +32,7 @@ void require(bool condition, const std::string& message) {
 struct PyMatrix {
   mw::Matrix view;
   std::string spec;
-  nb::object owners[5];  // the arrays behind view
+  nb::object owners[6];  // the arrays behind view
   std::shared_ptr<mw::Levels> levels;
 };
 
@@ -114,6 +114,47 @@ PyMatrix plane_matrix(const std::string& spec, std::int64_t cols, int activation
   view.scales = scales.data();
   m.owners[0] = nb::cast(words);
   m.owners[1] = nb::cast(scales);
+  return m;
+}
+
+template <class T, int Dimensions>
+const T* part_of(PyMatrix& m, int owner, const nb::object& array, std::initializer_list<std::int64_t> shape, const char* name) {
+  const auto values = nb::cast<nb::ndarray<const T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>>(array, false);
+  int axis = 0;
+  for (const std::int64_t wanted : shape)
+    require(static_cast<std::int64_t>(values.shape(axis++)) == wanted, std::string(name) + " have another shape than the matrix asks for");
+  m.owners[owner] = array;
+  return values.data();
+}
+
+// Bilevel tiles; order and the three arrays of outliers may be None. The caller has checked what the indices point at.
+PyMatrix bilevel_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, nb::object codes, nb::object statistics,
+                        nb::object order, nb::object row_offsets, nb::object columns, nb::object values) {
+  require(bits >= 1 && bits <= 8 && rows >= 0 && cols >= 0, "bilevel tiles hold 1 to 8 bits");
+  PyMatrix m;
+  m.spec = spec;
+  mw::Matrix& view = m.view;
+  view.form = mw::Form::bilevel;
+  view.rows = rows;
+  view.cols = cols;
+  view.bits = bits;
+  view.group = mw::kUnitColumns;
+  view.row_tiles = (rows + mw::kTileRows - 1) / mw::kTileRows;
+  view.groups = (cols + mw::kUnitColumns - 1) / mw::kUnitColumns;
+  view.wide = cols > 65536;
+  view.data = part_of<std::uint8_t, 3>(m, 0, codes, {view.row_tiles, view.groups, bits * mw::kLaneVectorBytes}, "codes");
+  view.scales = part_of<std::uint8_t, 3>(m, 1, statistics, {view.row_tiles, 2 * view.groups, mw::kBilevelStatisticBytes}, "statistics");
+  const auto indices = [&](int owner, const nb::object& array, std::int64_t count, const char* name) -> const void* {
+    if (view.wide) return part_of<std::uint32_t, 1>(m, owner, array, {count}, name);
+    return part_of<std::uint16_t, 1>(m, owner, array, {count}, name);
+  };
+  if (!order.is_none()) view.order = indices(2, order, cols, "order");
+  if (!row_offsets.is_none()) {
+    view.row_offsets = part_of<std::uint32_t, 1>(m, 3, row_offsets, {rows + 1}, "row offsets");
+    const std::int64_t count = view.row_offsets[rows];
+    view.outlier_columns = indices(4, columns, count, "columns of outliers");
+    view.outlier_values = part_of<std::uint16_t, 1>(m, 5, values, {count}, "values of outliers");
+  }
   return m;
 }
 
@@ -303,6 +344,8 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
       });
   m.def("dense_matrix", &dense_matrix, "spec"_a, "array"_a);
   m.def("plane_matrix", &plane_matrix, "spec"_a, "cols"_a, "activation_bits"_a, "words"_a, "scales"_a);
+  m.def("bilevel_matrix", &bilevel_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a, "statistics"_a, "order"_a = nb::none(),
+        "row_offsets"_a = nb::none(), "columns"_a = nb::none(), "values"_a = nb::none());
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
   nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <mutex>
 #include <new>
@@ -39,7 +40,7 @@ class Scratch {
 };
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
-Scratch g_activations[3], g_planes[kMaxPlanes], g_workers;
+Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_workers;
 std::int64_t g_products = 0;
 
 // Below this a call runs on its own thread: waking another costs about as much.
@@ -103,6 +104,50 @@ void round_to_planes(Input& input, int bits) {
   pack_planes(input.x, input.tokens, input.cols, bits, words, scales);
 }
 
+// Whether two bilevel matrices have their columns in one order, as those that read the same input mostly do.
+bool same_order(const Matrix& a, const Matrix& b) {
+  if (a.order == b.order) return true;
+  if (a.order == nullptr || b.order == nullptr || a.wide != b.wide) return false;
+  return std::memcmp(a.order, b.order, static_cast<std::size_t>(a.cols) * (a.wide ? 4 : 2)) == 0;
+}
+
+std::size_t ordered_bytes(std::int64_t tokens, std::int64_t cols) { return static_cast<std::size_t>(tokens * cols) * sizeof(float); }
+
+std::int64_t column_stride(std::int64_t tokens) { return (tokens + kColumnTokens - 1) / kColumnTokens * kColumnTokens; }
+std::size_t column_bytes(std::int64_t tokens, std::int64_t cols) {
+  return tokens <= 1 ? 0 : static_cast<std::size_t>(column_stride(tokens) * cols) * sizeof(float);
+}
+
+// The input by columns, which outliers are multiplied with.
+void turn(Input& input) {
+  const std::int64_t stride = input.column_stride = column_stride(input.tokens);
+  auto* columns = reinterpret_cast<float*>(g_columns.at_least(column_bytes(input.tokens, input.cols)));
+  input.columns = columns;
+  const std::size_t grain = std::max<std::int64_t>(1, (1 << 14) / stride);
+  parallel_for(static_cast<std::size_t>(input.cols), grain, [&](std::size_t begin, std::size_t end, int) {
+    for (std::int64_t t = 0; t < stride; ++t)
+      for (auto c = static_cast<std::int64_t>(begin); c < static_cast<std::int64_t>(end); ++c)
+        columns[c * stride + t] = t < input.tokens ? input.x[t * input.cols + c] : 0.0f;
+  });
+}
+
+// The input as a bilevel matrix reads it: columns in its order, and rounded beside that; of several tokens by columns too.
+Input bilevel_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
+  Input input = plain;
+  if (m.order != nullptr) {
+    auto* ordered = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
+    const std::size_t grain = std::max<std::int64_t>(1, (1 << 14) / (plain.cols + 1));
+    parallel_for(static_cast<std::size_t>(plain.tokens), grain, [&](std::size_t begin, std::size_t end, int) {
+      for (auto t = static_cast<std::int64_t>(begin); t < static_cast<std::int64_t>(end); ++t)
+        for (std::int64_t c = 0; c < plain.cols; ++c) ordered[t * plain.cols + c] = plain.x[t * plain.cols + m.column_at(c)];
+    });
+    input.x = ordered;
+  }
+  if (rounded) input.coded = quantize(kernels, input, kBilevelGroup, g_activations[3]);
+  if (rounded && input.tokens > 1) turn(input);
+  return input;
+}
+
 // One product and where its strips stand in the row of all strips of the call.
 struct Job {
   const Matrix* matrix;
@@ -136,12 +181,23 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   const bool one = plain.tokens == 1;
   Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
   Input in_planes[kMaxPlanes];                     // by bits of activations
+  Input bilevel;                                   // in the order of the columns of `in_order`
+  const Matrix* in_order = nullptr;
   Job jobs[kMaxJobs];
   double seconds = 0;
   std::int64_t strips = 0;
+  std::size_t num_jobs = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const Matrix& m = *products[i].matrix;
-    Job& job = jobs[i];
+    if (m.form == Form::bilevel && (in_order == nullptr || !same_order(*in_order, m))) {
+      if (in_order != nullptr) {  // what waits reads the input in another order
+        run_jobs(jobs, num_jobs, seconds);
+        num_jobs = 0, strips = 0, seconds = 0;
+      }
+      bilevel = bilevel_input(kernels, plain, m, !exact);
+      in_order = &m;
+    }
+    Job& job = jobs[num_jobs++];
     job.matrix = &m;
     job.output = products[i].output;
     job.output.data += first_token * m.rows;
@@ -153,6 +209,9 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.kernel = kernels.planes;
     } else if (m.form == Form::planes) {
       job.kernel = kernels.planes_exact;
+    } else if (m.form == Form::bilevel) {
+      job.input = &bilevel;
+      job.kernel = exact ? kernels.bilevel_exact : one ? kernels.bilevel_one : kernels.bilevel_many;
     } else if (m.form != Form::tiles) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
@@ -163,14 +222,14 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.input = &inputs[slot];
       job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
     }
-    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes));
+    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel));
     const std::int64_t strip_rows = kTileRows * (single_tile ? 1 : kernels.strip_tiles);
     job.first_strip = strips;
     job.num_strips = (m.rows + strip_rows - 1) / strip_rows;
     strips += job.num_strips;
     seconds += strip_seconds(m, strip_rows, plain.tokens) * static_cast<double>(job.num_strips);
   }
-  run_jobs(jobs, count, seconds);
+  run_jobs(jobs, num_jobs, seconds);
 }
 
 // A scale or minimum of a row and group; group_scale() in tiles.h is the same for vectors.
@@ -207,12 +266,41 @@ int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
   return code;
 }
 
+// A row of a bilevel matrix. Outliers are added to numbers that were stored, so that no processor fuses the two roundings.
+void decode_bilevel(const Matrix& m, std::int64_t row, float* out) {
+  const std::int64_t lane = row % kTileRows;
+  const std::uint8_t* at = m.bilevel_statistics(row / kTileRows);
+  float scale = 0.0f, zero = 0.0f;
+  for (std::int64_t place = 0; place < m.cols; ++place) {
+    if (place % kBilevelGroup == 0) {
+      std::uint64_t codes[2];
+      std::uint16_t halves[4];
+      std::memcpy(&codes[0], at, 8);
+      std::memcpy(&codes[1], at + kBilevelCodeBytes, 8);
+      std::memcpy(halves, at + 2 * kBilevelCodeBytes, sizeof halves);
+      scale = half_to_float(halves[0]) * static_cast<float>(codes[0] >> (3 * lane) & 7) + half_to_float(halves[1]);
+      zero = half_to_float(halves[2]) * static_cast<float>(codes[1] >> (3 * lane) & 7) + half_to_float(halves[3]);
+      at += kBilevelStatisticBytes;
+    }
+    out[m.column_at(place)] = scale * (static_cast<float>(tile_code(m, row, place)) - zero);
+  }
+  if (m.row_offsets == nullptr) return;
+  for (std::uint32_t e = m.row_offsets[row]; e < m.row_offsets[row + 1]; ++e) {
+    const std::int64_t place = m.wide ? static_cast<const std::uint32_t*>(m.outlier_columns)[e] : static_cast<const std::uint16_t*>(m.outlier_columns)[e];
+    out[m.column_at(place)] += half_to_float(m.outlier_values[e]);
+  }
+}
+
 }  // namespace
 
 float dynamic_levels[256];
 
 std::int64_t Matrix::nbytes() const {
   if (form == Form::float32) return rows * cols * 4;
+  if (form == Form::bilevel) {
+    const std::int64_t index = wide ? 4 : 2, outliers = row_offsets ? (rows + 1) * 4 + row_offsets[rows] * (index + 2) : 0;
+    return row_tiles * groups * (std::int64_t{64} * bits + 2 * kBilevelStatisticBytes) + (order ? cols * index : 0) + outliers;
+  }
   if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
   if (form != Form::tiles) return rows * cols * 2;
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
@@ -224,6 +312,7 @@ std::size_t linear_scratch_bytes() {
   std::lock_guard<std::mutex> guard(g_mutex);
   std::size_t bytes = g_workers.bytes();
   for (const auto& scratch : g_activations) bytes += scratch.bytes();
+  bytes += g_ordered.bytes() + g_columns.bytes();
   for (const auto& scratch : g_planes) bytes += scratch.bytes();
   return bytes;
 }
@@ -232,6 +321,10 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * threads);
   if (group == 0 || tokens == 0) return workers;
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
+  if (group == 1) return workers + Scratch::rounded(ordered_bytes(tokens, cols));
+  if (group == kBilevelGroup)
+    return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens))) +
+           Scratch::rounded(column_bytes(tokens, cols));
   if (group < 0) return workers + Scratch::rounded(plane_bytes(tokens, cols, -group));
   return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens)));
 }
@@ -265,6 +358,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     case Form::float16: return void(std::transform(halves, halves + m.cols, out, half_to_float));
     case Form::bfloat16: return void(std::transform(halves, halves + m.cols, out, bfloat_to_float));
     case Form::planes: return decode_planes(m.planes(), row, 0, m.cols, static_cast<const float*>(m.scales)[row], out);
+    case Form::bilevel: return decode_bilevel(m, row, out);
     case Form::tiles: break;
   }
   const std::int64_t tile = row / kTileRows, lane = row % kTileRows;

@@ -17,7 +17,7 @@ constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
-enum class Form : int { float32, float16, bfloat16, tiles, planes };
+enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel };
 
 // How the scales of tiles are stored (formats/scales.py): in the last two forms a byte is a power of two, or an index of
 // dynamic levels that one float per 256 scales and an offset per row tile make a scale of.
@@ -44,6 +44,11 @@ struct Levels {
   float half_unit = 0.0f;
 };
 
+// Bilevel tiles (formats/spqr.py defines them): statistics of 16 rows by 16 columns are 16 scale codes and 16 zero codes of 3 bits
+// and four float16; the codes lie as in tiles of 32 columns.
+constexpr int kColumnTokens = 16;  // tokens of one column that outliers are multiplied with at once
+constexpr int kBilevelGroup = 16, kBilevelCodeBytes = 6, kBilevelStatisticBytes = 20;
+
 // Borrowed pointers; the Python object Matrix keeps the arrays alive.
 struct Matrix {
   Form form = Form::float32;
@@ -61,10 +66,23 @@ struct Matrix {
   const Levels* levels = nullptr;         // null for integers
   // planes only, beside data, bits and scales (float32 [rows]): bits that activations are rounded to
   int activation_bits = 0;
+  // bilevel only, beside data, bits and groups (which count units of 32 columns): `scales` are the statistics
+  const void* order = nullptr;                    // [cols], the column at each stored place; null where they stand in order
+  const std::uint32_t* row_offsets = nullptr;     // [rows + 1], null without outliers
+  const void* outlier_columns = nullptr;          // stored places
+  const std::uint16_t* outlier_values = nullptr;  // float16
+  bool wide = false;                              // order and outlier_columns have 32 bits, not 16
 
   std::int64_t group_bytes() const { return std::int64_t{2} * bits * group; }
   std::int64_t tile_bytes() const { return groups * group_bytes(); }
   const std::uint8_t* tile(std::int64_t index) const { return static_cast<const std::uint8_t*>(data) + index * tile_bytes(); }
+  const std::uint8_t* bilevel_statistics(std::int64_t tile) const {
+    return static_cast<const std::uint8_t*>(scales) + tile * groups * 2 * kBilevelStatisticBytes;
+  }
+  std::int64_t column_at(std::int64_t place) const {
+    if (order == nullptr) return place;
+    return wide ? static_cast<const std::uint32_t*>(order)[place] : static_cast<const std::uint16_t*>(order)[place];
+  }
   int bytes() const { return levels ? levels->bytes : 0; }
   Planes planes() const { return {static_cast<const std::uint64_t*>(data), rows, cols, bits}; }
   // what is taken off a code, or off its low byte
@@ -95,6 +113,8 @@ struct Input {
   Activations coded;  // unset for products in float
   Planes planes;      // set for products with bit planes, with a scale per token
   const float* plane_scales = nullptr;
+  const float* columns = nullptr;  // set for several tokens times bilevel tiles: x by columns, [cols, column_stride]
+  std::int64_t column_stride = 0;  // tokens, padded to kColumnTokens
 };
 
 struct Output {
@@ -117,12 +137,13 @@ struct LinearKernels {
   StripKernel tiles_one, tiles_many, tiles_exact;
   StripKernel float_one[3], float_many[3];  // by Form
   StripKernel planes, planes_exact;
+  StripKernel bilevel_one, bilevel_many, bilevel_exact;
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.
 std::size_t linear_scratch_bytes();
 // What it would hold after products of `tokens` tokens of `cols` columns with weights in groups of `group` (0: dense weights; -m:
-// bit planes with activations of m bits).
+// bit planes with activations of m bits; 16: bilevel tiles; 1: columns put in order).
 std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads);
 
 struct Product {

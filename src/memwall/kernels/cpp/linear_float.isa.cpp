@@ -227,6 +227,16 @@ void tiles_exact(const Matrix& m, const Input& input, std::int64_t begin, std::i
   });
 }
 
+void bilevel_exact(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
+  panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
+    for (int slot = 0; slot < kStripTiles; ++slot) {
+      const std::int64_t tile = strip * kStripTiles + slot;
+      if (tile < m.row_tiles) bilevel_panel(m, tile, first_col, num_cols, panel.weights[0] + slot * kTileRows, kStripRows);
+    }
+  });
+}
+
 extern const LinearKernels linear_kernels;
 const LinearKernels linear_kernels = {
     kTokenBlock,
@@ -239,6 +249,9 @@ const LinearKernels linear_kernels = {
     {float_many<Float32>, float_many<Float16>, float_many<BFloat16>},
     planes_rounded,
     planes_exact,
+    bilevel_one,
+    bilevel_many,
+    bilevel_exact,
 };
 
 }  // namespace mw::MW_ISA

@@ -26,4 +26,8 @@ void tiles_exact(const Matrix&, const Input&, std::int64_t begin, std::int64_t e
 void planes_rounded(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void planes_exact(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 
+void bilevel_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void bilevel_many(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void bilevel_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
+
 }  // namespace mw::MW_ISA

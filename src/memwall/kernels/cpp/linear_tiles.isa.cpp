@@ -276,7 +276,7 @@ PanelBlock pick_panel_block(const Matrix& m, int tokens) {
 }  // namespace
 
 void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
-  const auto one = to.group == 32 ? quantize_token<32> : to.group == 64 ? quantize_token<64> : quantize_token<128>;
+  const auto one = to.group == 16 ? quantize_token<16> : to.group == 32 ? quantize_token<32> : to.group == 64 ? quantize_token<64> : quantize_token<128>;
   const std::int64_t codes = index * to.padded_cols() * to.block, statistics = index * to.groups * to.block;
   for (int t = 0; t < count; ++t)
     one(x + t * cols, cols, 4 * to.block, to.codes + codes + 4 * t, to.scales + statistics + t, to.sums + statistics + t, to.block);
