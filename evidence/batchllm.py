@@ -35,7 +35,8 @@ from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine import Sampling
 from memwall.engine.base import Limits, Scheduler, State, Step
 from memwall.engine.batchllm import BatchLLM, BatchPlan, Room, plan_alone, plan_batch
-from memwall.engine.core import Engine, Totals
+from memwall.engine.core import Engine
+from memwall.engine.executor import Totals
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.offline import OfflineRun
 from memwall.engine.prefix_tree import Prompts, sort_prompts

@@ -36,7 +36,8 @@ from memwall.engine import Sampling, batch
 from memwall.engine.adapters import Adapters
 from memwall.engine.arrivals import gamma_gaps
 from memwall.engine.base import Limits, RequestView, State
-from memwall.engine.core import Engine, Entry
+from memwall.engine.core import Engine
+from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.s_lora import Room, SLora, peak_pages

@@ -12,7 +12,7 @@ import pytest
 from memwall import kernels
 from memwall.engine import Sampling
 from memwall.engine.adapters import Adapters
-from memwall.engine.core import Entry
+from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sequence import Request

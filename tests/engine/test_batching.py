@@ -12,7 +12,7 @@ import pytest
 
 from memwall.engine import Sampling, Settings, load
 from memwall.engine.base import Costs
-from memwall.engine.core import Entry
+from memwall.engine.executor import Entry
 from memwall.engine.kv_pages import digest_page
 from memwall.engine.sequence import Request
 from memwall.engine.serving import Serving, ServingSettings, load_engine

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from memwall.engine.base import Costs, State, Step
-from memwall.engine.core import Engine, Entry, Output
+from memwall.engine.core import Engine
+from memwall.engine.executor import Entry, Output
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request, Sequence

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from memwall.engine.base import Limits
-from memwall.engine.core import Engine, Entry, Output
+from memwall.engine.core import Engine
+from memwall.engine.executor import Entry, Output
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Event, Request

@@ -22,7 +22,7 @@ from typing import ClassVar
 import numpy as np
 
 from memwall.engine.adapters import Adapters
-from memwall.engine.core import Entry, Output
+from memwall.engine.executor import Entry, Output
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sampling import Sampler
 from memwall.engine.sequence import Sequence as EngineSequence

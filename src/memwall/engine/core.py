@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
 from memwall.engine.adapters import Adapters
 from memwall.engine.base import AdapterView, Costs, Limits, Pace, RequestView, Scheduler, State, Step, Work
+from memwall.engine.executor import Entry, Executor, Output, Totals
 from memwall.engine.kv_pages import KVPages
-from memwall.engine.sequence import Event, FinishReason, Request, Sequence, TokenLogprobs
+from memwall.engine.sequence import Event, FinishReason, Request, Sequence
 from memwall.engine.shared import SharedPrefixes, orphans
 from memwall.engine.swap import SwapArea
 from memwall.errors import BudgetExceeded, InputError, MemwallError
@@ -28,49 +27,6 @@ SMOOTHING = 0.2
 PACE_SMOOTHING = 0.7
 """The same for arrivals and admissions (S-LoRA's code)."""
 log = logging.getLogger("memwall.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Compute tokens [first, first + count) of a sequence; `sample`: and draw the next one from the last of them."""
-
-    sequence: Sequence
-    first: int
-    count: int
-    sample: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """The token drawn for an entry."""
-
-    token: int
-    logprobs: TokenLogprobs | None = None
-
-
-class Executor(Protocol):
-    """Does the arithmetic of a step."""
-
-    def run(self, batch: list[Entry]) -> list[Output | None]:
-        """Keys and values of every entry's tokens go to its sequence's pages; a token for each that samples."""
-
-    def forget(self, sequence: Sequence) -> None:
-        """The sequence is over."""
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counts since the start, for metrics and reports."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    made_tokens: int = 0
-    computed_tokens: int = 0
-    computed_prompt_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preempted: Counter[str] = field(default_factory=Counter)
-    finished: Counter[str] = field(default_factory=Counter)
 
 
 class Engine:
@@ -354,6 +310,7 @@ class Engine:
 
     def _start_over(self, one: Sequence) -> None:
         """Back to the queue without keys and values."""
+        self._let_adapter_go(one)
         self.pages.release(one.pages)
         one.pages, one.computed, one.registered = [], one.base, 0
         one.status, one.view = "waiting", None

@@ -10,7 +10,8 @@ from collections.abc import Sequence as Arrivals
 from dataclasses import dataclass, field
 
 from memwall.engine.base import Costs, Limits, Scheduler
-from memwall.engine.core import Engine, Entry, Output
+from memwall.engine.core import Engine
+from memwall.engine.executor import Entry, Output
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sequence import Event, Request, Sequence
 from memwall.engine.swap import SwapArea
