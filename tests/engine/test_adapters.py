@@ -249,6 +249,18 @@ def test_a_file_that_is_gone_ends_its_requests_alone(folder: Path, tmp_path: Pat
     held.release()
 
 
+def test_an_adapter_comes_where_the_budget_is_full(folder: Path) -> None:
+    held = start()
+    held.budget_bytes = 1 << 40
+    held.arena.set_cap(held.arena.used_bytes)
+    key = held.add_adapter("late", held.read_adapter(folder / "r8"))
+    assert held.ledger.owned("adapters/known") > 0
+    assert held.engine.adapters is not None
+    held.engine.adapters.remove(key)
+    assert held.ledger.owned("adapters/known") == 0
+    held.release()
+
+
 def test_unloading_lets_requests_go_on(folder: Path) -> None:
     held = start(folder)
     adapters = held.engine.adapters

@@ -101,7 +101,8 @@ class Adapters:
         self._soon: list[Adapter] = []
         self._worker: ThreadPoolExecutor | None = None
         self._charge = arena.charge(OWNER, 0) if arena is not None else None
-        self._known_charge = arena.charge(KNOWN_OWNER, 0) if arena is not None else None
+        # on the heap already, and so a matter for the ledger, not for the arena's cap
+        self._known_entry = arena.ledger.add(KNOWN_OWNER, "ram", 0) if arena is not None else None
         pages.lender = self
 
     # ---- who is known ----------------------------------------------------------------------------------------------
@@ -124,9 +125,9 @@ class Adapters:
         """Makes an adapter known; its key. InputError when the name is taken."""
         assert self.room is not None
         paged = weights.paged(self.room, exact=self.exact)
-        if self._known_charge is not None and name not in self._key_of:
-            self._known_charge.resize(self._known_charge.nbytes + KNOWN_BYTES + weights.offsets.nbytes)
-        return self._add(name, paged.num_pages, weights, paged)
+        key = self._add(name, paged.num_pages, weights, paged)
+        self._count_known(KNOWN_BYTES + weights.offsets.nbytes)
+        return key
 
     def add_counted(self, name: str, num_pages: int) -> str:
         """The same without numbers, for a pool that only counts."""
@@ -275,9 +276,10 @@ class Adapters:
         if self._worker is not None:
             self._worker.shutdown()
             self._worker = None
-        for charge in (self._charge, self._known_charge):
-            if charge is not None:
-                charge.release()
+        if self._charge is not None:
+            self._charge.release()
+        if self._known_entry is not None:
+            self._known_entry.release()
         for known in (self._idle, self._held, self._known, self._key_of):
             known.clear()
         self._idle_pages = 0
@@ -344,8 +346,12 @@ class Adapters:
         if adapter in self._soon:
             self._soon.remove(adapter)
         del self._known[adapter.key]
-        if self._known_charge is not None and adapter.weights is not None:
-            self._known_charge.resize(self._known_charge.nbytes - KNOWN_BYTES - adapter.weights.offsets.nbytes)
+        if adapter.weights is not None:
+            self._count_known(-KNOWN_BYTES - adapter.weights.offsets.nbytes)
+
+    def _count_known(self, nbytes: int) -> None:
+        if self._known_entry is not None:
+            self._known_entry.resize(self._known_entry.nbytes + nbytes)
 
 
 def _copy(adapter: Adapter, pool: np.ndarray, link_bytes_per_s: float | None) -> int:
