@@ -255,7 +255,7 @@ def bilevel(study: Study) -> list[Claim]:
     """Each side under the damping of its own method, as first asked; and, added when that failed, both under the same.
 
     The second comparison lets only the statistics differ. It was set up after the first had been seen, and its margins
-    are near what the order of float sums changes from run to run (0.3 % of perplexity): it does not stand for the first.
+    are near what the order of float sums changes from run to run (0.3 % of it): it does not replace the first.
     """
     groups = {52: "int3-g52-asym-rows", 64: "int3-g64-asym", 128: "int3-g128-asym"}
     ours, others = {}, {}
