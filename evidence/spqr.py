@@ -122,6 +122,7 @@ class Study:
         self.linears = [t for t in self.config.tensors() if t.role == "linear" and (t.layer or 0) < self.num_layers]
         self._statistics: dict[str, Statistics] = {}
         self._known: dict[str, Result] = {}
+        self.matched: Result | None = None
         self.float = self.perplexity({})
 
     def perplexity(self, packed: dict[str, Packed]) -> float:
@@ -219,6 +220,7 @@ def threshold_for(study: Study, bits: int, most_bits: float) -> float:
 def matched_bits(study: Study, quick: bool) -> list[Claim]:
     threshold = threshold_for(study, 3, MATCHED_BITS - 0.03)
     ours = study.score("spqr3 matched", spqr(3, Spqr(outlier_threshold=threshold)))
+    study.matched = ours
     # at 4 bits a weight with 16-bit statistics: 3-bit codes in groups of 32, or 2-bit codes in groups of 16
     rounded = study.score("rtn g32", nearest("int3-g32-asym"))
     swept = study.score("gptq g32", gptq("int3-g32-asym"))
@@ -250,34 +252,46 @@ def matched_bits(study: Study, quick: bool) -> list[Claim]:
 
 
 def bilevel(study: Study) -> list[Claim]:
-    """Only the statistics differ: both sides are swept under the same damping, at that of either method."""
+    """Each side under the damping of its own method, as first asked; and, added when that failed, both under the same.
+
+    The second comparison lets only the statistics differ. It was set up after the first had been seen, and its margins
+    are near what the order of float sums changes from run to run (0.3 % of it): it does not replace the first.
+    """
     groups = {52: "int3-g52-asym-rows", 64: "int3-g64-asym", 128: "int3-g128-asym"}
-    shown, passed = [], True
+    ours, others = {}, {}
     for damping in (Gptq.damping, Spqr.damping):
-        ours = study.score(f"spqr3 none {damping}", spqr(3, Spqr(outlier_threshold=NONE), damping))
-        others = {g: study.score(f"gptq g{g} {damping}", gptq(spec, damping)) for g, spec in groups.items()}
-        passed &= (
-            all(ours.perplexity < each.perplexity for each in others.values()) and ours.bits - others[52].bits < 0.1
-        )
-        each = ", ".join(f"{result} in groups of {group}" for group, result in others.items())
-        shown.append(f"damping {damping:g}: {ours} against {each}")
+        ours[damping] = study.score(f"spqr3 none {damping}", spqr(3, Spqr(outlier_threshold=NONE), damping))
+        others[damping] = {g: study.score(f"gptq g{g} {damping}", gptq(spec, damping)) for g, spec in groups.items()}
+
+    def shown(left: float, right: float) -> str:
+        each = ", ".join(f"{result} in groups of {group}" for group, result in others[right].items())
+        return f"{ours[left]} at damping {left:g} against {each} at {right:g}"
+
+    def below(left: float, right: float) -> bool:
+        equal = ours[left].bits - others[right][52].bits < 0.1
+        return equal and all(ours[left].perplexity < each.perplexity for each in others[right].values())
+
+    title = "without outliers, 3-bit statistics of groups of 16 beat 16-bit ones of large groups at equal bits"
+    required = "below groups of 52, which take as many bits to 0.1, and below all larger ones"
+    same = (Gptq.damping, Spqr.damping)
     return [
-        Claim(
-            claim="without outliers, 3-bit statistics of groups of 16 beat 16-bit ones of large groups at equal bits",
-            measured="; ".join(shown),
-            required="below groups of 52, which take as many bits to 0.1, and below all larger ones, at both dampings",
-            passed=passed,
-        )
-    ]
+        Claim(claim=title, measured=shown(Spqr.damping, Gptq.damping), required=required,
+              passed=below(Spqr.damping, Gptq.damping)),
+        Claim(claim=title + ", under the same damping", measured="; ".join(shown(each, each) for each in same),
+              required=required + ", at both dampings", passed=all(below(each, each) for each in same)),
+    ]  # fmt: skip
 
 
 def ablations(study: Study) -> list[Claim]:
     full = study.score("spqr3", spqr(3, Spqr()))
     simplified = study.score("spqr3 simplified", spqr(3, Spqr(simplified=True)))
+    matched = study.matched
+    equal = "" if matched is None else f"; at nearly its bits the full method has {matched}"
     identity = study.score("spqr3 identity", spqr(3, Spqr(order="identity")))
     return [
-        Claim(claim="without leaving members out perplexity is no better", measured=f"{simplified} against {full}",
-              required="at least as high", passed=simplified.perplexity >= full.perplexity),
+        Claim(claim="without leaving members out perplexity is no better",
+              measured=f"{simplified} against {full}, with more outliers{equal}", required="at least as high",
+              passed=simplified.perplexity >= full.perplexity),
         Claim(claim="with columns as they stand perplexity is no better than in the order of their inputs",
               measured=f"{identity} against {full}", required="at least as high",
               passed=identity.perplexity >= full.perplexity),

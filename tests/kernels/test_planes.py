@@ -123,9 +123,9 @@ def test_scratch_is_predicted() -> None:
             np.ones((tokens, 4160), np.float32), [kernels.matrix(packed)], [np.empty((tokens, 64), np.float32)]
         )
         panels = kernels.predict_scratch_bytes(tokens, 4160, group=0)
-        predicted = kernels.predict_scratch_bytes(tokens, 4160, group=kernels.rounding(spec)) - panels
+        predicted = kernels.predict_scratch_bytes(tokens, 4160, group=kernels.roundings(spec)[0]) - panels
         assert 0 <= kernels.scratch_bytes() - before <= predicted + panels
-        assert predicted == -(-tokens * (65 * 8 * kernels.rounding(spec) * -1 + 4) // 64) * 64
+        assert predicted == -(-tokens * (65 * 8 * kernels.roundings(spec)[0] * -1 + 4) // 64) * 64
 
 
 def test_compiled_encoding_is_the_codec_s() -> None:
