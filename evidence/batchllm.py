@@ -395,8 +395,8 @@ def same_claim(load: Workload, pages: int, packed: float) -> Claim:
     return Claim(
         claim="what comes out is what comes out without sharing",
         measured=f"{same:.1%} of {len(load.prompts)} answers are the same token for token on float weights, "
-        f"{packed:.1%} on 8-bit ones, whose inputs are rounded; sums of attention run in another order, so that a near tie may fall "
-        "the other way",
+        f"{packed:.1%} on 8-bit ones, whose inputs are rounded; sums of attention run in another order, so that a near "
+        "tie may fall the other way",
         required="at least 95 % on float weights",
         passed=same >= 0.95,
     )
