@@ -54,6 +54,8 @@ def test_table_json_and_files_agree(memwall: Any, tmp_path: Path) -> None:
         (("--prompts", "/nowhere.txt"), "/nowhere.txt"),
         (("--text", "/nowhere.txt"), "/nowhere.txt"),
         (("--memory", "lots"), "lots"),
+        (("--memory", "9MB"), "--no-costs"),
+        (("--peer-python", "/nowhere/python"), "/nowhere/python"),
         (("/nowhere",), "/nowhere"),
     ],
 )

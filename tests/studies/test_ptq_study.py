@@ -79,6 +79,15 @@ def test_losses_and_divergences_by_hand(models: dict[str, FormatModel]) -> None:
     assert forced(base, base, prompt, made, 0.5) == (0, 1)
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_model_gives_all_its_memory_back(form: str) -> None:
+    model = FormatModel(DEMO, form, context_tokens=64)
+    assert model.ledger.total() > 5_000_000
+    model.losses([0], [5, 6, 7])
+    model.release()
+    assert model.ledger.total() == 0
+
+
 def test_formats_stray_in_the_order_of_their_errors(models: dict[str, FormatModel]) -> None:
     prompt = models["bf16"].encode(PROMPTS[2])
     made = models["bf16"].sample(prompt, CounterDraws(seed=3), temperature=0.8, top_k=200, num_tokens=40)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memwall.studies.ptq_impact_study import Grid, Study
 
 DEMO = "demo"
-MOST_SEEDS, MOST_NUMBERS = 1000, 100
+MOST_SEEDS, MOST_NUMBERS, MOST_TOP_K = 1000, 100, 2**24
 _Number = TypeVar("_Number", int, float)
 
 Model = Annotated[
@@ -92,10 +92,15 @@ def ptq_impact(
     with the format to take. Every finished cell is kept, so a study that was stopped goes on where it was.
     """
     from memwall.claims import describe_machine
+    from memwall.errors import InputError
     from memwall.hardware.units import parse_bytes
     from memwall.studies import ptq_report
 
     memory_bytes = None if memory is None else parse_bytes(memory)
+    if memory is not None and no_costs:
+        raise InputError("--memory asks which format fits, which needs bytes measured: leave out --no-costs")
+    if peer_python is not None and not peer_python.is_file():
+        raise InputError(f"--peer-python {peer_python}: there is no such file; give a Python's path")
     grid = _grid(quick, temperatures, top_k, lengths, tokens, seeds, product)
     if out is not None:
         ptq_report.check()
@@ -167,7 +172,7 @@ def _grid(
     return replace(
         grid,
         temperatures=_numbers("--temperatures", temperatures, float, 0, 100) or grid.temperatures,
-        top_ks=_numbers("--top-k", top_ks, int, 1, 10**9) or grid.top_ks,
+        top_ks=_numbers("--top-k", top_ks, int, 1, MOST_TOP_K) or grid.top_ks,
         lengths=_numbers("--lengths", lengths, int, 2, 10**6) or grid.lengths,
         tokens=tokens or grid.tokens,
         seeds=seeds or grid.seeds,

@@ -104,6 +104,7 @@ class Int8Decoder(Decoder):
                  *, segment_tokens: int) -> None:  # fmt: skip
         super().__init__(config, weights, arena, segment_tokens=segment_tokens, exact=True)
         self.linears = linears
+        self.held = [buffer for matrix in linears.values() for buffer in matrix.held]
         self.threshold = THRESHOLD
         self.columns_seen = self.outliers_seen = 0
 
@@ -134,6 +135,9 @@ class Int8Decoder(Decoder):
 
     def release(self) -> None:
         super().release()
+        for buffer in self.held:
+            self._arena.free(buffer)
+        self.held.clear()
         self.linears.clear()
 
 
@@ -141,7 +145,8 @@ def load(directory: Path, config: ModelConfig, arena: Arena, *, segment_tokens: 
     """The model with embedding and head in bfloat16, vectors in float32 and all other matrices as above."""
     weights = Weights(matrices={}, vectors={}, specs={})
     linears: dict[str, Int8Matrix] = {}
-    specs = {}
+    specs: dict[str, str] = {}
+    loose: list[np.ndarray] = []
     with Checkpoint(directory, config) as checkpoint:
         for tensor in config.tensors():
             values = np.asarray(checkpoint.tensor(tensor.name)).astype(np.float32)
@@ -154,6 +159,7 @@ def load(directory: Path, config: ModelConfig, arena: Arena, *, segment_tokens: 
             for name, buffer in packed.buffers.items():
                 buffers[name] = arena.allocate(f"weights/{spec}", buffer.shape, buffer.dtype)
                 np.copyto(buffers[name], buffer)
+            loose += buffers.values()
             if values.ndim == 2:
                 weights.matrices[tensor.name] = kernels.matrix(Packed(spec=spec, shape=values.shape, buffers=buffers))
             else:
@@ -162,4 +168,6 @@ def load(directory: Path, config: ModelConfig, arena: Arena, *, segment_tokens: 
     if config.tie_word_embeddings:
         weights.matrices[HEAD] = weights.matrices[EMBEDDING]
     weights.specs = specs
-    return Int8Decoder(config, weights, linears, arena, segment_tokens=segment_tokens)
+    decoder = Int8Decoder(config, weights, linears, arena, segment_tokens=segment_tokens)
+    decoder.held += loose
+    return decoder

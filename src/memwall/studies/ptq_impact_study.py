@@ -140,6 +140,7 @@ class Runner:
         """Refuses what the model cannot take, before anything runs."""
         grid, positions = self.grid, self.config.max_position
         longest = max(map(len, self.encoded)) + max(grid.tokens_of(*each) for each in grid.settings())
+        self._positions = max(longest, grid.window_tokens + 1)
         if longest > positions:
             raise InputError(
                 f"prompt and new tokens need {longest} positions, and this model has {positions}: give shorter "
@@ -196,7 +197,7 @@ class Runner:
         """The format's model, loaded when it is first needed; the one before it goes."""
         if form not in self._models:
             self.release(but=BASE)
-            self._models[form] = FormatModel(self.directory, form)
+            self._models[form] = FormatModel(self.directory, form, context_tokens=self._positions)
         return self._models[form]
 
     def release(self, but: str = "") -> None:

@@ -171,6 +171,7 @@ class FormatModel:
 
     def release(self) -> None:
         """Gives memory back."""
+        self.arena.free(self._work)
         self.cache.release()
         self.decoder.release()
         self.decoder.weights.release()
