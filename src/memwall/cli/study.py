@@ -1,4 +1,6 @@
-"""`memwall study`: comparisons of many methods on equal terms; `study kv` is that of KV caches."""
+"""`memwall study`: comparisons of many methods on equal terms; `study kv` is that of KV caches, `study ptq-impact` of
+weight formats.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import typer
 
 from memwall.cli.command import AsJson, Debug, Quiet, Threads, add_command, complete_model, complete_weights
 from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.cli.study_ptq import ptq_impact
 
 if TYPE_CHECKING:
     from memwall.studies.kv_study import Study
@@ -23,6 +26,7 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode=None,
     )
     add_command(group, "kv", kv)
+    add_command(group, "ptq-impact", ptq_impact)
     app.add_typer(group, name="study")
 
 

@@ -63,8 +63,10 @@ class Sampler:
         """Rows of float32: chances, the same sorted, and two that hold float64 sums."""
         return 4, vocab_size
 
-    def pick(self, logits: np.ndarray) -> int:
-        """Next token id from logits [V] float32."""
+    def pick(self, logits: np.ndarray, draw: float | None = None) -> int:
+        """Next token id from logits [V] float32. draw: the random number in [0, 1) to use (see `counter`); None takes
+        the next of the sampler's own.
+        """
         settings = self._sampling
         if settings.temperature == 0:
             return int(np.argmax(logits))
@@ -86,7 +88,8 @@ class Sampler:
             count = min(int(np.searchsorted(sums, settings.top_p * sums[-1])) + 1, len(ordered))
             _keep(chances, count, ordered[len(ordered) - count])
         _sum_up(chances, sums)
-        drawn = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
+        draw = self._random.random() if draw is None else draw
+        drawn = int(np.searchsorted(sums, draw * sums[-1], side="right"))
         return drawn if drawn < len(chances) else int(np.argmax(chances))
 
 

@@ -107,15 +107,16 @@ def write(study: Study, folder: Path) -> list[Path]:
     made = {"study.json": (json.dumps(study.to_dict(), indent=1, allow_nan=False) + "\n").encode()}
     pages = {}
     for name, figure in figures.items():
-        made[f"{name}.png"] = _drawn(figure, "png")
-        pages[name] = _drawn(figure, "svg").decode()
+        made[f"{name}.png"] = drawn(figure, "png")
+        pages[name] = drawn(figure, "svg").decode()
     made["study.html"] = page(study, pages).encode()
     for name, content in made.items():
-        _put(folder / name, content)
+        put(folder / name, content)
     return [folder / name for name in made]
 
 
-def _put(path: Path, content: bytes) -> None:
+def put(path: Path, content: bytes) -> None:
+    """A file that appears whole or not at all."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -170,7 +171,8 @@ def plot(study: Study, name: str) -> Figure:
     return figure
 
 
-def _drawn(figure: Figure, kind: str) -> bytes:
+def drawn(figure: Figure, kind: str) -> bytes:
+    """A figure as PNG, or as the svg element of a page."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "memwall", "svg.fonttype": "none"}):
@@ -196,7 +198,7 @@ def page(study: Study, plots: dict[str, str]) -> str:
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>memwall study kv: {escape(study.model)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>memwall study kv: {escape(study.model)}</title><style>{STYLE}</style></head><body>"
         f"<h1>KV caches of {escape(study.model)}</h1><p>{escape(facts)}</p>{drawn}"
         f"<h2>All cells</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         f"<p>{escape(LEGEND)}</p>{f'<h2>Left out, and notes</h2><ul>{left}</ul>' if left else ''}"
@@ -205,7 +207,7 @@ def page(study: Study, plots: dict[str, str]) -> str:
     )
 
 
-_STYLE = (
+STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}"
     "td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"

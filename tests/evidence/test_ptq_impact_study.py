@@ -1,0 +1,58 @@
+"""What the verdicts of the format study's evidence hang on: yardsticks, tables, weights in bytes of their own."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from memwall.cli.evidence import load_experiment
+from memwall.formats import codec
+from memwall.systems import find_system
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    return load_experiment(find_system("ptq-impact-study"))
+
+
+def test_plain_integers_by_hand(study: ModuleType) -> None:
+    values = np.zeros((1, 64), np.float32)
+    values[0, :3] = [7, -3.4, 1.6]
+    assert study.integers(values, symmetric=True)[0, :3].tolist() == [7, -3, 2]
+    values[0, :3] = [10, -5, 2.6]
+    assert study.integers(values, symmetric=False)[0, :3].tolist() == [10, -5, 3]
+
+
+def test_the_tables_are_those_of_the_formats(study: ModuleType) -> None:
+    assert study.table_claim().passed
+    assert len(set(study.NF4)) == 16
+    assert sorted(study.FP4) != list(study.FP4)
+
+
+def test_another_table_fails(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "FP4", tuple(sorted(study.FP4)))
+    assert not study.table_claim().passed
+
+
+def test_the_outlier_path_matters(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"w": np.random.default_rng(0).standard_normal((64, 256), np.float32)}
+    assert study.outlier_claim(weights).passed
+    monkeypatch.setattr(study.llm_int8, "THRESHOLD", 1e9)
+    assert not study.outlier_claim(weights).passed
+
+
+def test_layers_share_no_bytes_and_products_agree(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "SHAPES", ((128, 64), (32, 128)))
+    values = {shape: np.random.default_rng(0).standard_normal(shape, np.float32) for shape in study.SHAPES}
+    layers = study.layers_of("nf4", values, 2)
+    x = np.ones((1, 64), np.float32)
+    expected = x @ codec("nf4").decode(codec("nf4").encode(values[128, 64])).T
+    for layer in layers:
+        out = np.empty((1, 128), np.float32)
+        study.kernels.linear(x, [layer[0]], [out], exact=True)
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    assert layers[0][0] is not layers[1][0]
+    took = study.medians({"a": study.pass_of(layers, {64: x, 128: np.ones((1, 128), np.float32)}, exact=False)}, 1)
+    assert took["a"] > 0
