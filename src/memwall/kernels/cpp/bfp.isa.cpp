@@ -332,13 +332,20 @@ void bfp_prepare(const Attention& a, const float* q, float* scratch) {
     const std::int16_t* order = a.bfp.order != nullptr ? a.bfp.order + h / rep * dim : nullptr;
     for (int i = 0; i < dim; ++i) x[i] = q[h * padded + (order != nullptr ? order[i] : i)];
     for (int b = 0; b < queries.blocks; ++b) {
+      const float* own = x + b * block;
       std::int8_t* codes = queries.codes + h * dim + b * block;
+      float top = 0.0f;
+      for (int i = 0; i < block; ++i) top = std::fabs(own[i]) > top ? std::fabs(own[i]) : top;
+      const int e = exponent_of(top, kQueryBits, BfpTop::clamp);
+      const float inverse = inverse_step(e, kQueryBits);
       std::int32_t sum = 0;
-      const std::uint8_t e = encode_block<kQueryBits>(x + b * block, block, BfpTop::clamp, [&](int i, int m) {
+      for (int i = 0; i < block; ++i) {  // as mantissa_of, in a form that becomes vectors
+        const float scaled = own[i] * inverse, cut = scaled > -128.0f ? (scaled < 127.0f ? scaled : 127.0f) : -128.0f;
+        const int m = static_cast<int>(std::nearbyint(cut));
         codes[i] = static_cast<std::int8_t>(m);
         sum += m;
-      });
-      queries.steps[h * queries.blocks + b] = steps_of(kQueryBits)[e];
+      }
+      queries.steps[h * queries.blocks + b] = steps_of(kQueryBits)[static_cast<std::uint8_t>(e)];
       queries.shift[h * queries.blocks + b] = -sum * (1 << (a.bfp.bits - 1));
     }
   }
