@@ -95,7 +95,7 @@ void attend_each(const Attention* sequences, int count, const AttentionKernels& 
     const Cut cut(a, num_threads());
     firsts.push_back(tasks.size());
     const std::size_t q = floats;
-    floats += static_cast<std::size_t>(a.num_heads) * a.padded_key();
+    floats += static_cast<std::size_t>(a.num_heads) * a.padded_key() + kernels.prepared(a);
     for (std::int64_t c = 0; c < cut.chunks; ++c, floats += partial_stride(a)) {
       const std::int64_t from = cut.begin + c * cut.chunk;
       tasks.push_back({s, from, std::max(std::min(from + cut.chunk, cut.end), from), q, floats});
@@ -106,7 +106,11 @@ void attend_each(const Attention* sequences, int count, const AttentionKernels& 
   }
   firsts.push_back(tasks.size());
   float* shared = t_shared.get(floats);
-  for (int s = 0; s < count; ++s) scale_queries(sequences[s], shared + tasks[firsts[static_cast<std::size_t>(s)]].q);
+  for (int s = 0; s < count; ++s) {
+    float* q = shared + tasks[firsts[static_cast<std::size_t>(s)]].q;
+    scale_queries(sequences[s], q);
+    kernels.prepare(sequences[s], q);
+  }
   const Task* list = tasks.data();  // workers have thread-local lists of their own
   const auto body = [&, list](std::size_t first, std::size_t last, int) {
     float* work = t_work.get(scratch);
@@ -301,12 +305,14 @@ std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int hea
                                         int shared_rows) {
   Attention a;
   a.num_heads = num_heads, a.num_kv_heads = num_kv_heads, a.key_dim = a.head_dim = head_dim, a.num_tokens = tokens;
-  a.form.bits = 2;  // coded caches take a little more than others, at any number of bits
+  // coded caches take a little more than others, at any number of bits
+  a.form.bits = 2;
+  a.bfp.bits = 4, a.bfp.block = 16;
   const AttentionKernels& kernels = attention_kernels();
   std::size_t work = kernels.decode_scratch(a);
   if (tokens > 1) work = std::max(work, kernels.prefill_scratch(a, prompt_queries(a, threads)));
   const auto together = static_cast<std::size_t>(std::clamp(sequences, 1, kSequencesTogether));
-  std::size_t shared = shared_scratch(a, most_chunks(threads)) * together;
+  std::size_t shared = (shared_scratch(a, most_chunks(threads)) + kernels.prepared(a)) * together;
   if (shared_rows > 0) {
     shared = std::max(shared, shared_rows_scratch(a, static_cast<std::size_t>(shared_rows)));
     work = std::max(work, single_scratch(a, kernels));

@@ -93,6 +93,9 @@ struct AttentionKernels {
   // one query token, cache tokens [begin, end), begin a multiple of kStep; q is scaled and padded
   void (*decode)(const Attention&, const float* q, std::int64_t begin, std::int64_t end, const Partial&, float* scratch);
   std::size_t (*decode_scratch)(const Attention&);  // floats
+  // what a coded form makes of the scaled queries, once for all runs of tokens; it lies right behind them
+  std::size_t (*prepared)(const Attention&);  // floats
+  void (*prepare)(const Attention&, float* q);
   // query tokens [begin, end) of one kv head
   void (*prefill)(const Attention&, int kv_head, int begin, int end, float* scratch);
   std::size_t (*prefill_scratch)(const Attention&, int queries);

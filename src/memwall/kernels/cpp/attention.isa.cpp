@@ -226,13 +226,19 @@ std::size_t decode_scratch(const Attention& a) {
   return static_cast<std::size_t>(a.num_heads) * (kStep + W) + (a.form.bits ? kivi_scratch(a) : 0) + (a.bfp.bits ? bfp_scratch(a) : 0);
 }
 
+std::size_t prepared(const Attention& a) { return a.bfp.bits ? bfp_prepared(a) : 0; }
+
+void prepare(const Attention& a, float* q) {
+  if (a.bfp.bits) bfp_prepare(a, q, q + static_cast<std::size_t>(a.num_heads) * a.padded_key());
+}
+
 void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, const Partial& part, float* scratch) {
   float* scores = scratch;
   const float* tails = query_tails(a, q, scratch + static_cast<std::size_t>(a.num_heads) * kStep);
   float* rest = scratch + static_cast<std::size_t>(a.num_heads) * (kStep + W);
   for (int h = 0; h < a.num_heads; ++h) part.peak[h] = kNever, part.sum[h] = 0.0f;
   for (int i = 0; i < a.num_heads * a.padded_dim(); ++i) part.out[i] = 0.0f;
-  if (a.bfp.bits) bfp_prepare(a, q, rest);
+  const float* prepared = q + static_cast<std::size_t>(a.num_heads) * a.padded_key();
   for (std::int64_t step = begin; step < end; step += kStep) {
     const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kStep, end - step));
     const auto coded_part = [&](std::int64_t coded) {
@@ -245,7 +251,7 @@ void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t
         exact_scores(a, keys, q, tails, step + coded_keys - a.coded_keys, count - coded_keys, scores + coded_keys);
       });
     if (coded_keys > 0) {
-      if (a.bfp.bits) bfp_scores(a, step, step + coded_keys, scores, rest);
+      if (a.bfp.bits) bfp_scores(a, prepared, step, step + coded_keys, scores);
       else kivi_scores(a, q, step, step + coded_keys, scores, rest);
     }
     const std::int64_t hidden = larger<std::int64_t, std::int64_t>(a.first_key - step, 0);
@@ -443,7 +449,7 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
 }  // namespace
 
 const AttentionKernels& attention_table() {
-  static const AttentionKernels table{decode, decode_scratch, prefill, prefill_scratch, kivi_encode_key_block, kivi_encode_value_rows,
+  static const AttentionKernels table{decode, decode_scratch, prepared, prepare, prefill, prefill_scratch, kivi_encode_key_block, kivi_encode_value_rows,
                                       bfp_encode_keys, bfp_encode_values, coded_key_tile, coded_value_tile};
   return table;
 }

@@ -17,10 +17,11 @@ void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads,
 void kivi_encode_value_rows(const Rows& rows, const KiviForm& form, int kv_heads, int head_dim, int slot, int count,
                             std::uint8_t* block);
 
-// brings the scaled queries [num_heads][padded_key] into the scratch that bfp_scores reads
-void bfp_prepare(const Attention& a, const float* q, float* scratch);
+// brings the scaled queries [num_heads][padded_key] into blocks, which bfp_scores reads
+void bfp_prepare(const Attention& a, const float* q, float* to);
+std::size_t bfp_prepared(const Attention& a);  // floats
 // the same as for KIVI; begin a multiple of kStep, any end
-void bfp_scores(const Attention& a, std::int64_t begin, std::int64_t end, float* scores, float* scratch);
+void bfp_scores(const Attention& a, const float* prepared, std::int64_t begin, std::int64_t end, float* scores);
 void bfp_values(const Attention& a, const float* p, std::int64_t begin, std::int64_t end, float* out, float* scratch);
 std::size_t bfp_scratch(const Attention& a);  // floats
 void bfp_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);

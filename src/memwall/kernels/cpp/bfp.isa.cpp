@@ -322,10 +322,11 @@ inline void by_heads(int heads, Body&& body) {
 
 }  // namespace
 
-std::size_t bfp_scratch(const Attention& a) { return Queries::floats(a) + 2 * kHeads * kStep; }
+std::size_t bfp_scratch(const Attention&) { return 2 * kHeads * kStep; }
+std::size_t bfp_prepared(const Attention& a) { return Queries::floats(a); }
 
-void bfp_prepare(const Attention& a, const float* q, float* scratch) {
-  const Queries queries(a, scratch);
+void bfp_prepare(const Attention& a, const float* q, float* to) {
+  const Queries queries(a, to);
   const int rep = a.queries_per_kv_head(), dim = a.key_dim, padded = a.padded_key(), block = a.bfp.block;
   float x[1024];
   for (int h = 0; h < a.num_heads; ++h) {
@@ -351,8 +352,8 @@ void bfp_prepare(const Attention& a, const float* q, float* scratch) {
   }
 }
 
-void bfp_scores(const Attention& a, std::int64_t begin, std::int64_t end, float* scores, float* scratch) {
-  const Queries queries(a, scratch);
+void bfp_scores(const Attention& a, const float* prepared, std::int64_t begin, std::int64_t end, float* scores) {
+  const Queries queries(a, const_cast<float*>(prepared));  // read only here
   const int rep = a.queries_per_kv_head(), dim = a.key_dim, block = a.bfp.block;
   const std::size_t size = a.bfp.key_bytes(dim);
   with_width(a.bfp.bits, [&](auto width) {
@@ -378,7 +379,7 @@ void bfp_values(const Attention& a, const float* p, std::int64_t begin, std::int
   const std::size_t unit = a.bfp.value_bytes(a.head_dim) * static_cast<unsigned>(a.num_kv_heads);
   const std::size_t bytes = unit * static_cast<unsigned>(count / a.bfp.value_tokens());
   const std::uint8_t* next = a.value_blocks + unit * static_cast<std::size_t>(begin / a.bfp.value_tokens()) + bytes;
-  float* weights = scratch + Queries::floats(a);
+  float* weights = scratch;
   with_width(a.bfp.value_bits, [&](auto width) {
     constexpr int P = decltype(width)::value;
     for (int h = 0; h < a.num_kv_heads; ++h) {
