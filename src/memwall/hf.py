@@ -44,8 +44,8 @@ class KVPolicy(Cache):
         super().__init__(layers=[])
         self._policy = kv.resolve(policy)
         for part in self._policy.parts:
-            if technique(part.name).needs_model:
-                raise InputError(f"KV policy {part.name} looks into memwall's own weights: use it with `memwall run`")
+            if technique(part.name).must_have_model(part):
+                raise InputError(f"KV policy {part} looks into memwall's own weights: use it with `memwall run`")
         self._context_tokens = context_tokens
         self.ledger = Ledger()
         cap = Budget.parse(memory).ram if memory is not None else None

@@ -95,3 +95,11 @@ def test_an_order_needs_a_model_and_a_calibrated_one_a_fit(tmp_path: Path, monke
     assert arena.used_bytes == 0
     assert BfpCache.must_fit(parse("bfp(order=calibrated)"))
     assert not BfpCache.must_fit(parse("bfp"))
+
+
+def test_clocks_without_a_model_time_it_without_an_order() -> None:
+    assert kv.needs_model("bfp")
+    assert not kv.needs_model("bfp(order=plain)")
+    assert kv.timed("snapkv(0.5)+bfp(6bit)") == "snapkv(0.5)+bfp(bits=6,order=plain)"
+    assert kv.timed("kivi(2bit)") == "kivi(bits=2)"
+    assert kv.timed("xquant") == "float16"

@@ -24,6 +24,7 @@ from memwall.kv.table import (
     resolve,
     step_macs,
     tiers,
+    timed,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "savings",
     "step_macs",
     "tiers",
+    "timed",
 ]

@@ -170,6 +170,16 @@ class KVCache(ABC):
         return 0
 
     @classmethod
+    def must_have_model(cls, policy: Policy) -> bool:
+        """Whether these settings look into the model; some policies do so for a few of their settings only."""
+        return cls.needs_model
+
+    @classmethod
+    def timed(cls, policy: Policy) -> Policy | None:
+        """The policy whose steps take as long, for clocks that have no model; None where there is none."""
+        return None if cls.must_have_model(policy) else policy
+
+    @classmethod
     def fit_key(cls, policy: Policy) -> str:
         """Canonical form of the settings that `fit` depends on; where `fits` is set."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ Holds when: 32 divides D, and n does. With n = D every order is the same, and no
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -266,6 +266,15 @@ class BfpCache(CodedCache):
         return (4 * rows + 8 * shape.head_dim if rows else 0) * (shape.hidden_size or 0)
 
     @classmethod
+    def must_have_model(cls, policy: Policy) -> bool:
+        return policy.settings.get("order") != "plain"
+
+    @classmethod
+    def timed(cls, policy: Policy) -> Policy:
+        """Without an order, which costs next to nothing."""
+        return replace(policy, settings={**policy.settings, "order": "plain"})
+
+    @classmethod
     def fit_key(cls, policy: Policy) -> str:
         return "bfp key sizes"
 
@@ -360,8 +369,7 @@ class BfpCache(CodedCache):
         return self._orders[layer] if self._orders is not None else None
 
     def _empty(self) -> BfpCache:
-        plain = Policy(self._policy.name, {**self._policy.settings, "order": "plain"})
-        other = BfpCache(plain, self.shape, self.arena, self.capacity_tokens)
+        other = BfpCache(self.timed(self._policy), self.shape, self.arena, self.capacity_tokens)
         other._policy, other.settings, other.form = self._policy, self.settings, self.settings
         other._orders = other._kept(self._orders)
         return other

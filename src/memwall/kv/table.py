@@ -127,7 +127,7 @@ def build(
     """
     resolved = resolve(policy)
     for part in resolved.parts:
-        if technique(part.name).needs_model and model is None:
+        if technique(part.name).must_have_model(part) and model is None:
             raise InputError(f"KV policy {part.name} works with a loaded model's own weights; none is given here")
     make: Callable[..., KVCache] = technique(resolved.name)
     return make(resolved, shape, arena, capacity_tokens, model)
@@ -160,7 +160,16 @@ def codes_prompt(policy: str) -> bool:
 
 def needs_model(policy: str) -> bool:
     """Whether a part of the policy looks into the model, so that its cache can't be tried without one."""
-    return any(technique(part.name).needs_model for part in resolve(policy).parts)
+    return any(technique(part.name).must_have_model(part) for part in resolve(policy).parts)
+
+
+def timed(policy: str) -> str:
+    """The policy that stands for this one where steps are timed without a model: its own, or one of the same work;
+    else the default store, since rebuilt rows are attended to as plain ones.
+    """
+    parts = [technique(part.name).timed(part) for part in resolve(policy).parts]
+    known = tuple(part for part in parts if part is not None)
+    return str(stacked(known)) if len(known) == len(parts) else str(DEFAULT_STORE)
 
 
 def packs_positions(policy: str) -> bool:

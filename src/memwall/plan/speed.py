@@ -107,9 +107,7 @@ def predict_here(
     cols = typical_columns(config)
     rates = {spec: profile.matvec_bytes_per_s(spec, cols) for spec in weights}
     blocks = {spec: profile.prefill_macs_per_s(spec) for spec in macs}
-    # rebuilt rows are attended to as plain ones; the profile has no model to rebuild them with
-    attended = "float16" if kv.needs_model(choice.kv) else choice.kv
-    attend, overhead = profile.attend_seconds(attended, heads), profile.overhead_seconds()
+    attend, overhead = profile.attend_seconds(kv.timed(choice.kv), heads), profile.overhead_seconds()
     if attend is None or overhead is None or None in rates.values() or None in blocks.values():
         return None
     rebuild_rate = min((rate for rate in blocks.values() if rate), default=math.inf)
