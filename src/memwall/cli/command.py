@@ -135,6 +135,15 @@ Model = Annotated[
         help="Directory of a Hugging Face model, or `demo`.", metavar="MODEL", autocompletion=complete_model
     ),
 ]
+ModelOrDemo = Annotated[
+    str,
+    typer.Argument(
+        help="Directory of a Hugging Face model, or `demo` (the default).",
+        metavar="MODEL",
+        autocompletion=complete_model,
+        show_default=False,
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option("--memory", help="Resident memory of the whole process, such as 200MB or 1.5GiB.", metavar="BYTES"),

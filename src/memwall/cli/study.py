@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memwall.cli.command import AsJson, Debug, Quiet, Threads, add_command, complete_model, complete_weights
+from memwall.cli.command import AsJson, Debug, ModelOrDemo, Quiet, Threads, add_command, complete_weights
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.study_ptq import ptq_impact
 
@@ -30,15 +30,6 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="study")
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Directory of a Hugging Face model, or `demo` (the default).",
-        metavar="MODEL",
-        autocompletion=complete_model,
-        show_default=False,
-    ),
-]
 Methods = Annotated[
     str | None,
     typer.Option(
@@ -74,7 +65,7 @@ WeightsAsTheyAre = Annotated[
 
 
 def kv(
-    model: Model = DEMO,
+    model: ModelOrDemo = DEMO,
     *,
     methods: Methods = None,
     budgets: Budgets = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from memwall.cli.command import AsJson, Debug, Quiet, Threads, complete_model
+from memwall.cli.command import AsJson, Debug, ModelOrDemo, Quiet, Threads
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -19,15 +19,6 @@ DEMO = "demo"
 MOST_SEEDS, MOST_NUMBERS, MOST_TOP_K = 1000, 100, 2**24
 _Number = TypeVar("_Number", int, float)
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Directory of a Hugging Face model, or `demo` (the default).",
-        metavar="MODEL",
-        autocompletion=complete_model,
-        show_default=False,
-    ),
-]
 Formats = Annotated[
     str | None,
     typer.Option(
@@ -60,7 +51,7 @@ Peer = Annotated[
 
 
 def ptq_impact(
-    model: Model = DEMO,
+    model: ModelOrDemo = DEMO,
     *,
     formats: Formats = None,
     temperatures: Temperatures = None,
