@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -207,11 +207,10 @@ class Workload:
 
     prompts: list[list[int]]
     outputs: list[int]
+    rows: Prompts = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = Prompts.of(self.prompts)
-
-    rows: Prompts = None  # type: ignore[assignment]
 
     def plan(self, *, ordered: bool = True) -> BatchPlan:
         room = Room(page_tokens=PAGE, pages=CONTEXT // PAGE, outputs=self.outputs)

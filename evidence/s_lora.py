@@ -36,6 +36,7 @@ from memwall.engine import Sampling, batch
 from memwall.engine.adapters import Adapters
 from memwall.engine.arrivals import gamma_gaps
 from memwall.engine.base import Limits, RequestView, State
+from memwall.engine.batch import ModelExecutor
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
@@ -137,7 +138,9 @@ def load(directory: Path, **settings: Any) -> Serving:
 
 def forwarded(held: Serving, texts: Sequence[tuple[str | None, list[int]]]) -> list[np.ndarray]:
     """Logits [tokens, V] of whole texts, each with its adapter, all in one batch."""
-    executor, made = held.engine.executor, []
+    executor, adapters, made = held.engine.executor, held.adapters, []
+    assert isinstance(executor, ModelExecutor)
+    assert adapters is not None
     held.govern()
     held.engine.fit_limit()
     held.engine.limits = dataclasses.replace(held.engine.limits, token_budget=sum(len(t) for _, t in texts))
@@ -145,23 +148,23 @@ def forwarded(held: Serving, texts: Sequence[tuple[str | None, list[int]]]) -> l
         one = Running(id=len(made), request=Request(prompt=tuple(text), adapter=key), arrival=0.0, eos=())
         one.pages = held.engine.pages.take(held.engine.limits.pages(len(text)))
         if key is not None:
-            held.engine.adapters.acquire(key)  # type: ignore[union-attr]
+            adapters.acquire(key)
             one.holds_adapter = True
         made.append(Entry(one, 0, len(text), True))
     order = sorted(made, key=lambda entry: (entry.count > 1, entry.sequence.request.adapter or ""))
-    positions = executor.cache.begin(order)  # type: ignore[attr-defined]
-    executor._assign(order)  # type: ignore[attr-defined]
+    positions = executor.cache.begin(order)
+    executor.assign(order)
     tokens = np.array([token for entry in order for token in entry.sequence.tokens])
-    decoder = executor.decoder  # type: ignore[attr-defined]
-    hidden = decoder.batch(tokens, positions, executor.cache).copy()  # type: ignore[attr-defined]
+    decoder = executor.decoder
+    hidden = decoder.batch(tokens, positions, executor.cache).copy()
     found, row = {}, 0
     for entry in order:
         rows = [decoder.logits(hidden[at : at + 1].copy())[0].copy() for at in range(row, row + entry.count)]
         found[entry.sequence.id] = np.stack(rows)
         row += entry.count
         held.engine.pages.release(entry.sequence.pages)
-        if entry.sequence.holds_adapter:
-            held.engine.adapters.release(entry.sequence.request.adapter)  # type: ignore[union-attr, arg-type]
+        if entry.sequence.request.adapter is not None:
+            adapters.release(entry.sequence.request.adapter)
     return [found[number] for number in range(len(texts))]
 
 

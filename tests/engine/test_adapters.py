@@ -98,7 +98,7 @@ def logits_of(held: Serving, adapters: tuple[str | None, ...], *, singles: bool)
     batch = [Entry(one, one.num_prompt - (1 if singles else 3), 1 if singles else 3, True) for one in sequences]
     batch.sort(key=lambda entry: entry.sequence.request.adapter or "")
     positions = executor.cache.begin(batch)  # type: ignore[attr-defined]
-    executor._assign(batch)  # type: ignore[attr-defined]
+    executor.assign(batch)  # type: ignore[attr-defined]
     tokens = [t for e in batch for t in e.sequence.tokens[e.first : e.first + e.count]]
     hidden = executor.decoder.batch(np.array(tokens), positions, executor.cache)  # type: ignore[attr-defined]
     rows = np.cumsum([entry.count for entry in batch]) - 1

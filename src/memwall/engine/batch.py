@@ -254,7 +254,7 @@ class ModelExecutor:
         )
         sorted_batch = [batch[i] for i in order]
         positions = self.cache.begin(sorted_batch)
-        self._assign(sorted_batch)
+        self.assign(sorted_batch)
         tokens = [t for entry in sorted_batch for t in entry.sequence.tokens[entry.first : entry.first + entry.count]]
         hidden = self.decoder.batch(np.array(tokens, np.int64), positions, self.cache)
         lasts = np.cumsum([entry.count for entry in sorted_batch]) - 1
@@ -271,7 +271,7 @@ class ModelExecutor:
         """See `Executor`."""
         self._samplers.pop(sequence.id, None)
 
-    def _assign(self, batch: list[Entry]) -> None:
+    def assign(self, batch: list[Entry]) -> None:
         """Tells which rows of the step belong to which adapter."""
         if self.lora is None or self.adapters is None:
             return
