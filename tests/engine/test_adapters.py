@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 from memwall import kernels
 from memwall.engine import Sampling
 from memwall.engine.adapters import Adapters
+from memwall.engine.base import Limits
 from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sequence import Request
 from memwall.engine.serving import LoraSettings, Serving, ServingSettings, load_engine
+from memwall.engine.simulated import simulated_engine
 from memwall.errors import DoesNotFit, InputError
 from memwall.formats import codec
 from memwall.kernels.lora import TARGETS, linear_products
@@ -395,3 +398,16 @@ def test_copies_run_beside_the_engine(tmp_path: Path) -> None:
     pool.release()
     assert arena.used_bytes == 0
     assert kernels.num_threads() >= 1
+
+
+def test_a_shared_prefix_serves_one_adapter_only_and_a_refused_member_holds_nothing() -> None:
+    engine = simulated_engine(FirstComeFirstServed(), num_pages=64, context_tokens=256, limits=Limits())
+    adapters = engine.adapters = Adapters(engine.pages)
+    key = adapters.add_counted("a", 2)
+    prefix = engine.submit(Request(prompt=tuple(range(40)), members=1))
+    member = Request(prompt=tuple(range(50)), adapter=key, prefix=prefix.id, base=40)
+    with pytest.raises(InputError, match="another adapter"):
+        engine.submit(member)
+    adapters.remove("a")
+    with pytest.raises(InputError, match="is not here"):  # forgotten at once: the refused request does not keep it
+        engine.submit(replace(member, prefix=None, base=0))

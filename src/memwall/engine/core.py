@@ -97,10 +97,11 @@ class Engine:
         arrival = self.clock() if arrival is None else arrival
         number = self._next_id if number is None else number
         if self.adapters is not None and request.adapter is not None:
-            self.adapters.open(request.adapter)
             request = replace(request, salt=self.adapters.salt(request.adapter, request.salt))
         sequence = Sequence(id=number, request=request, arrival=arrival, eos=self.eos)
         self.shared.enter(sequence)
+        if self.adapters is not None and request.adapter is not None:
+            self.adapters.open(request.adapter)
         self._next_id = max(self._next_id, number) + 1
         self._arrived += 1
         self.waiting[sequence.id] = sequence

@@ -40,6 +40,8 @@ class SharedPrefixes:
         parent = self._all.get(request.prefix)
         if parent is None:
             raise InputError(f"request {request.prefix} is no prefix that is still here")
+        if request.adapter != parent.request.adapter:
+            raise InputError(f"request {request.prefix} was computed with another adapter: its keys are of no use here")
         if not 0 < request.base <= parent.num_prompt or request.base >= sequence.num_prompt:
             raise InputError(
                 f"a prompt of {sequence.num_prompt} tokens cannot go on after {request.base} of a prefix of "
