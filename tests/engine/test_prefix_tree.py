@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memwall.engine.batchllm import Group, Room, decode_ratio, plan_batch
@@ -56,6 +56,9 @@ def merge(node: Plain, parent: Plain | None) -> None:
         child = node.children[at]
         merge(child, node)
         leaves = len(child.leaves())
+        if not leaves:  # all that it had went up: what is empty is no child that keeps another from being fused
+            node.children.remove(child)
+            continue
         if parent is not None and leaves > 1 and (leaves - 1) * len(child.span) - len(node.span) > 0:
             node.children.remove(child)
             child.span = node.span + child.span
@@ -81,6 +84,7 @@ def groups_of(prompts: list[list[int]]) -> tuple[Node, set[tuple[int, tuple[int,
 
 
 @given(BATCH)
+@example([[2, 3], [2, 3], [2, 4, 1, 1], [2, 4, 2, 3], [2, 4, 2, 3], [2, 4, 1, 1, 2]])
 @settings(max_examples=300, deadline=None)
 def test_groups_are_those_of_the_gain_rule_on_a_plain_tree(prompts: list[list[int]]) -> None:
     _, found = groups_of(prompts)
