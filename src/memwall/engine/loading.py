@@ -83,7 +83,7 @@ def load_decoder(
         runtime_bytes = 0
         if beside is None:
             ledger = Ledger()
-            _warm_up(specs)
+            warm_up(specs)
             runtime_bytes = measure_runtime(ledger).nbytes
             elsewhere = budget.tiers if budget is not None else None
             arena = Arena(_cap(budget, runtime_bytes, headroom_bytes), ledger, other_caps=elsewhere)
@@ -105,7 +105,7 @@ def load_decoder(
     )
 
 
-def _warm_up(specs: Mapping[str, str]) -> None:
+def warm_up(specs: Mapping[str, str]) -> None:
     """Bring in what every run needs before the runtime row is measured: code pages, threads, a tidy heap.
 
     A library's code comes in as it lies in the system's file cache: where that holds it in pieces of 2 MiB, the first

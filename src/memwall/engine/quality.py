@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memwall.engine.loading import RUNTIME_HEADROOM_BYTES, Settings, cache_shape
+from memwall.engine.loading import RUNTIME_HEADROOM_BYTES, Settings, cache_shape, warm_up
 from memwall.engine.session import Session, load
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
@@ -151,6 +151,7 @@ class Evaluator:
         self._threads, self._budget = threads, budget
         self._source = reference or (model if self._saved is None else None)
         self._reference: Session | None = None
+        warm_up({})  # or code that comes in at its first call, megabytes at a time, would be missing below
         self._runtime_bytes = resident_bytes(exact=True)
 
     def score(self, weights: str, kv: str | None = None, *, progress: Progress | None = None) -> Figures:
