@@ -1,6 +1,7 @@
 """Tests keep measured figures in a cache of their own, so that no run depends on what an earlier one left behind.
 
-Without a GPU Triton's kernels are interpreted; it asks when it is first imported, which may be in any test's file.
+Property tests draw the same examples every time. Without a GPU Triton's kernels are interpreted; it asks when it is first
+imported, which may be in any test's file.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
