@@ -1,7 +1,7 @@
 """Tests keep measured figures in a cache of their own, so that no run depends on what an earlier one left behind.
 
-Property tests draw the same examples every time. Without a GPU Triton's kernels are interpreted; it asks when it is first
-imported, which may be in any test's file.
+Property tests draw the same examples every time. Without a GPU Triton's kernels are interpreted; it asks when it is
+first imported, which may be in any test's file.
 """
 
 from __future__ import annotations
