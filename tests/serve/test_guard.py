@@ -228,3 +228,30 @@ def test_an_address_that_cannot_be_had_is_bad_input(tight: Running) -> None:
     assert taken.stderr.strip().splitlines()[-1].startswith(f"memwall: cannot listen on 127.0.0.1:{tight.port}: ")
     assert "--port" in taken.stderr
     assert "Traceback" not in taken.stderr
+
+
+def test_a_thousand_connections_leave_the_others_alone(tight: Running) -> None:
+    """More than it takes are told so or wait; those that send nothing hold nobody up, and all can come again."""
+    with httpx.Client(base_url=tight.url, timeout=60) as first:
+        assert first.get("/health").status_code == 200
+        open_ones = []
+        try:
+            for _ in range(1000):
+                made = socket.create_connection(("127.0.0.1", tight.port), timeout=30)
+                made.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")  # and never ends its head
+                open_ones.append(made)
+            assert first.get("/v1/models").status_code in (200, 503)
+        finally:
+            for made in open_ones:
+                made.close()
+    wait_until(tight, lambda m: m["queue"]["running"] == 0)
+    assert tight.post("/v1/completions", {"prompt": "The river", "max_tokens": 4}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"prompt": "\xff\xfe"}', b'{"prompt": "a"', b"[" * 5000, b"\x00", b'{"prompt": NaN}']
+)
+def test_bodies_that_are_no_json_are_bad_input(tight: Running, raw: bytes) -> None:
+    answer = httpx.post(tight.url + "/v1/completions", content=raw, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("the body ")

@@ -60,6 +60,7 @@ class Server:
             Route("/ping", control.health),
             Route("/metrics", control.metrics),
             Route("/version", control.version),
+            Route("/openapi.json", control.openapi),
             Route("/v1/models", control.models),
             Route("/v1/models/{name:path}", control.model),
             Route("/v1/completions", Generate(self.service, parser, chat=False), methods=["POST"]),
@@ -192,7 +193,9 @@ class _Uvicorn(uvicorn.Server):
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not for this route"}
-    return refuse(ApiError(known.get(error.status_code, str(error.detail)), status=error.status_code))
+    answer = refuse(ApiError(known.get(error.status_code, str(error.detail)), status=error.status_code))
+    answer.headers.update(error.headers or {})  # a 405 says what is allowed
+    return answer
 
 
 async def _fault(request: Request, error: Exception) -> Response:

@@ -18,6 +18,7 @@ from memwall.serve.fields import ApiError, Fields, read_object
 from memwall.serve.guard import refuse
 from memwall.serve.memory_map import memory_map
 from memwall.serve.metrics import exposition
+from memwall.serve.openapi import document
 from memwall.serve.parse import Parser
 from memwall.serve.service import Service
 
@@ -91,6 +92,12 @@ class Control:
     async def version(self, request: Request) -> Response:
         """The version of memwall."""
         return JSONResponse({"version": __version__})
+
+    @answered
+    async def openapi(self, request: Request) -> Response:
+        """The server's description for machines."""
+        adapters = self.service.serving.adapters is not None
+        return JSONResponse(document(self.service.settings, vocab=self.parser.vocab, adapters=adapters))
 
     @answered
     async def tokenize(self, request: Request) -> Response:

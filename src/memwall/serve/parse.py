@@ -27,6 +27,8 @@ CHAT = (
     *SHARED, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
     "functions", "modalities", "parallel_tool_calls",
 )  # fmt: skip
+TOKENIZE = ("model", "prompt", "messages", "add_special_tokens")
+DETOKENIZE = ("model", "tokens")
 LARGEST_SEED = (1 << 63) - 1
 
 
@@ -114,20 +116,23 @@ class Parser:
 
     def tokens(self, body: dict[str, Any]) -> list[int]:
         """Ids of a body of `/tokenize`: `prompt`, or `messages` through the template."""
-        fields = Fields(body, ("model", "prompt", "messages", "add_special_tokens"))
+        fields = Fields(body, TOKENIZE)
+        self._model(fields)
+        special, text = fields.boolean("add_special_tokens", True), fields.text("prompt")
         try:
             if fields.get("messages") is not None:
                 return self.tokenizer.encode(self.template.render(_messages(fields.get("messages"))), add_bos=False)
-            text = fields.text("prompt")
             if text is None:
                 raise ApiError("prompt is missing: give a text, or messages", param="prompt")
-            return self.tokenizer.encode(text, add_bos=None if fields.boolean("add_special_tokens", True) else False)
+            return self.tokenizer.encode(text, add_bos=None if special else False)
         except InputError as error:
             raise ApiError(str(error), param="prompt") from None
 
     def text(self, body: dict[str, Any]) -> str:
         """Text of a body of `/detokenize`: `tokens`."""
-        return self.tokenizer.decode(self._ids(Fields(body, ("model", "tokens")).get("tokens"), "tokens"), False)
+        fields = Fields(body, DETOKENIZE)
+        self._model(fields)
+        return self.tokenizer.decode(self._ids(fields.get("tokens"), "tokens"), False)
 
     def _model(self, fields: Fields) -> tuple[str, str | None]:
         """The model's name, and the key of its adapter; None for the base."""
