@@ -194,13 +194,17 @@ def _answers() -> Schema:
     text = _object(index=COUNT, text=TEXT, logprobs=logprobs, finish_reason=finish)
     answer = _object(index=COUNT, message=message, logprobs=logprobs, finish_reason=finish)
     error = _object(message=TEXT, type=TEXT, param=_or_null(TEXT), code=_or_null(TEXT))
+
+    def whole(choice: Schema) -> Schema:
+        return _object(id=TEXT, object=TEXT, created=COUNT, model=TEXT, choices=_list(choice, 1), usage=usage)
+
     return {
         "Error": _object(error=error),
         "Status": _object(status=TEXT),
         "Model": _object(id=TEXT, object=TEXT, created=COUNT, owned_by=TEXT, max_model_len=COUNT),
         "Models": _object(object={"const": "list"}, data=_list(_ref("Model"), 1)),
-        "CompletionAnswer": _object(id=TEXT, object=TEXT, created=COUNT, model=TEXT, choices=_list(text, 1), usage=usage),
-        "ChatAnswer": _object(id=TEXT, object=TEXT, created=COUNT, model=TEXT, choices=_list(answer, 1), usage=usage),
+        "CompletionAnswer": whole(text),
+        "ChatAnswer": whole(answer),
         "Tokens": _object(tokens=_list(COUNT), count=COUNT, max_model_len=COUNT),
         "Budget": _object(
             budget_bytes=_or_null(COUNT), least_bytes=COUNT, resident_bytes=COUNT, resident_peak_bytes=COUNT,
