@@ -6,9 +6,9 @@ rows at a time, so a model far larger than the memory at hand can be made. Run a
     python benchmarks/random_models.py directory 1b FOLDER
     python benchmarks/random_models.py gguf 1b FOLDER        (needs the `gguf` package; makes the directory first)
 
-Shapes: `1b` is that of Llama-3.2-1B; `0.5b` is that of Qwen2.5-0.5B in Llama form (no biases on q, k, v); both without
-rope scaling, theta 500,000. `tiny` is for trying the benchmark out. The tokenizer has 256 byte tokens: benchmarks feed
-token ids.
+Shapes: `demo` is that of the bundled model; `1b` is that of Llama-3.2-1B; `0.5b` is that of Qwen2.5-0.5B in Llama form
+(no biases on q, k, v); all without rope scaling, theta 500,000. `tiny` is for trying the benchmark out. The
+tokenizer has 256 byte tokens: benchmarks feed token ids.
 """
 
 from __future__ import annotations
@@ -55,6 +55,16 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape(name="tiny", num_layers=4, hidden=512, num_heads=8, num_kv_heads=2, intermediate=1408, vocab=8192),
+        Shape(
+            name="demo",
+            num_layers=8,
+            hidden=256,
+            num_heads=8,
+            num_kv_heads=4,
+            intermediate=704,
+            vocab=4096,
+            head_dim=32,
+        ),
         Shape(name="0.5b", num_layers=24, hidden=896, num_heads=14, num_kv_heads=2, intermediate=4864, vocab=151936),
         Shape(name="1b", num_layers=16, hidden=2048, num_heads=32, num_kv_heads=8, intermediate=8192, vocab=128256),
     )
@@ -96,8 +106,11 @@ def make_directory(shape: Shape, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def make_gguf(shape: Shape, directory: Path, path: Path, kind: str = "Q4_0") -> Path:
-    """Packs the directory's weights as `kind` (embedding included, norms float32) unless the file is there already."""
+def make_gguf(shape: Shape, directory: Path, path: Path, kind: str = "Q4_0", *, vocabulary: bool = False) -> Path:
+    """Packs the directory's weights as `kind` (embedding included, norms float32) unless the file is there already.
+
+    vocabulary: with a text for every token, which llama.cpp's server asks for.
+    """
     import gguf
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
@@ -108,6 +121,10 @@ def make_gguf(shape: Shape, directory: Path, path: Path, kind: str = "Q4_0") -> 
     part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, "llama")
     _add_gguf_settings(writer, shape, file_type=int(file_type_of(gguf, kind)))
+    if vocabulary:
+        _add_vocabulary(writer, shape)
+    else:
+        writer.add_tokenizer_model("none")
     for name, dims in tensor_shapes(shape).items():
         if len(dims) == 1:
             writer.add_tensor_info(_gguf_name(name), dims, np.dtype(np.float32), 4 * dims[0])
@@ -255,7 +272,18 @@ def _add_gguf_settings(writer, shape: Shape, *, file_type: int) -> None:
     writer.add_rope_freq_base(ROPE_THETA)
     writer.add_layer_norm_rms_eps(NORM_EPSILON)
     writer.add_vocab_size(shape.vocab)
-    writer.add_tokenizer_model("none")
+
+
+def _add_vocabulary(writer, shape: Shape) -> None:
+    """The bytes of `_byte_tokenizer`, then made-up words: every id can be said."""
+    letters = list(_byte_tokenizer()["model"]["vocab"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(letters + [f"w{number}" for number in range(len(letters), shape.vocab)])
+    writer.add_token_types([1] * shape.vocab)
+    writer.add_token_merges(["w 1"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
 
 
 def _gguf_name(name: str) -> str:
@@ -286,11 +314,13 @@ def main() -> None:
     parser.add_argument("form", choices=["directory", "gguf"])
     parser.add_argument("size", choices=SHAPES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--vocabulary", action="store_true", help="gguf: with a text for every token, for a server")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.size]
     directory = make_directory(shape, arguments.folder / f"llama-{shape.name}")
     if arguments.form == "gguf":
-        make_gguf(shape, directory, arguments.folder / f"llama-{shape.name}-q4_0.gguf")
+        stem = f"llama-{shape.name}-q4_0{'-vocabulary' if arguments.vocabulary else ''}"
+        make_gguf(shape, directory, arguments.folder / f"{stem}.gguf", vocabulary=arguments.vocabulary)
 
 
 if __name__ == "__main__":
