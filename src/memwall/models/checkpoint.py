@@ -194,7 +194,12 @@ class Checkpoint:
         if index_path.is_file():
             return self._open_shards(index_path)
         others = [item.name for item in self.directory.iterdir() if item.suffix in (".bin", ".pt", ".pth", ".gguf")]
-        hint = f"; {others[0]} is not read: convert the model to safetensors" if others else ""
+        how = (
+            "memwall convert makes a model of it"
+            if others and others[0].endswith(".gguf")
+            else "save it as safetensors"
+        )
+        hint = f"; {others[0]} is not read: {how}" if others else ""
         raise InputError(f"{self.directory}: no {SINGLE_NAME} and no {INDEX_NAME}{hint}")
 
     def _open_shards(self, index_path: Path) -> dict[str, str]:

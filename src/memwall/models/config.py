@@ -125,9 +125,11 @@ class ModelConfig:
         fields = Fields(values, source)
         family = _family(fields)
         if fields.has("quantization_config"):
-            method = shown(fields.mapping("quantization_config").get("quant_method"))
+            method = fields.mapping("quantization_config").get("quant_method")
+            hint = ", or convert this one first: memwall convert MODEL OUT" if method in ("gptq", "awq") else ""
             raise InputError(
-                f"{source}: weights already quantized by {method}; give the float model (bfloat16, float16, float32)"
+                f"{source}: weights already quantized by {shown(method)}; give the float model (bfloat16, float16, "
+                f"float32){hint}"
             )
         fields.text("hidden_act", "silu", ("silu", "swish"))
         hidden_size = fields.integer("hidden_size", 1, 2**20)
@@ -196,7 +198,8 @@ def checked_directory(directory: str | Path) -> Path:
         if not folder.exists():
             raise InputError(f"{folder}: there is no such folder; give a model folder or 'demo'")
         if not folder.is_dir():
-            raise InputError(f"{folder}: is a file; give the folder that holds config.json")
+            hint = ", or convert it: memwall convert FILE OUT" if folder.suffix == ".gguf" else ""
+            raise InputError(f"{folder}: is a file; give the folder that holds config.json{hint}")
         if not any(folder.iterdir()):
             raise InputError(f"{folder}: the folder is empty; a model folder holds config.json and *.safetensors")
     except (OSError, ValueError) as error:

@@ -1,0 +1,194 @@
+"""Folders whose weights are already quantized in GPTQ's or AWQ's published form, as group-wise integers of our own.
+
+Both hold, for a matrix X of [out, in]: `X.qweight` and `X.qzeros` (codes and zero points in 32-bit words) and
+`X.scales` (float16 [groups, out]); a value is scale * (code - zero). GPTQ packs codes along `in`, AWQ along `out` in
+the order 0, 2, 4, 6, 1, 3, 5, 7. Codes and scales carry over as they are; where all zero points lie in the middle the
+form is symmetric and exact, else the minimum -scale * zero is rounded to half precision once.
+
+GPTQ's activation order gives neighbouring columns to different groups, which no tile of ours can hold: such a matrix is
+rounded anew to 8 bits.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memwall.errors import InputError
+from memwall.formats import Packed, checked_json, codec
+from memwall.formats.bitpack import unpack_rows
+from memwall.formats.checked_json import Fields, shown
+from memwall.formats.integer import IntegerCodec
+from memwall.formats.safetensors_file import SafetensorsFile
+from memwall.models.checkpoint import INDEX_NAME, SINGLE_NAME
+from memwall.models.config import ModelConfig, TensorSpec
+
+METHODS = ("gptq", "awq")
+GPTQ_BITS = (2, 3, 4, 8)
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+TILE_GROUPS = (128, 64, 32)
+REROUNDED = "int8-g32"
+
+
+def is_prequantized(folder: Path) -> bool:
+    """Whether the configuration tells of quantized weights."""
+    path = folder / "config.json"
+    return path.is_file() and Fields(checked_json.read(path), str(path)).has("quantization_config")
+
+
+class Prequantized:
+    """One folder. config: its `config.json` without the quantization. Tensors are given one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        values = checked_json.read(folder / "config.json")
+        told = Fields(
+            Fields(values, str(folder / "config.json")).mapping("quantization_config"), f"{folder}: quantization"
+        )
+        self.method = told.text("quant_method", None, METHODS)
+        self.bits = told.integer("bits", 2, 8)
+        self.group = told.integer("group_size", -1, 1 << 20)
+        if self.bits not in (GPTQ_BITS if self.method == "gptq" else (4,)):
+            raise InputError(f"{folder}: {self.method} with {self.bits} bits is not read")
+        if self.method == "awq" and told.text("version", "gemm").lower() != "gemm":
+            raise InputError(f"{folder}: AWQ's packing {shown(told.values['version'])} is not read; 'gemm' is")
+        # the first form of GPTQ's files keeps zero points less one
+        self._zero_offset = int(self.method == "gptq" and told.text("checkpoint_format", "gptq") != "gptq_v2")
+        self.config = {name: value for name, value in values.items() if name != "quantization_config"}
+        self._files = _open_all(folder)
+        self._place = {name: file for file in self._files for name in file.names()}
+
+    def form(self, tensor: TensorSpec) -> str:
+        """The codec spec that the tensor gets."""
+        stem = tensor.name.removesuffix(".weight")
+        if f"{stem}.qweight" not in self._place:
+            info = self._file(tensor.name).info(tensor.name)
+            return {"F16": "float16", "BF16": "bfloat16"}.get(info.dtype, "float32")
+        if not self._in_order(stem):
+            return REROUNDED
+        group, bits = self._tile_group(tensor), self.bits
+        return f"int{bits}-g{group}" if self._is_symmetric(self._zeros(stem)) else f"int{bits}-g{group}-asym"
+
+    def is_exact(self, tensor: TensorSpec) -> bool:
+        """Whether codes carry over as they are."""
+        stem = tensor.name.removesuffix(".weight")
+        return f"{stem}.qweight" not in self._place or self._in_order(stem)
+
+    def packed(self, tensor: TensorSpec) -> Packed:
+        """The tensor in its form; its pages leave with it."""
+        stem, form = tensor.name.removesuffix(".weight"), codec(self.form(tensor))
+        if f"{stem}.qweight" not in self._place:
+            return form.encode(self._file(tensor.name).alone(tensor.name))
+        assert isinstance(form, IntegerCodec)
+        codes, zeros = self._codes(stem, tensor.shape), self._zeros(stem)
+        scales = self._alone(f"{stem}.scales").T.astype(np.float32)  # [out, groups]
+        if not self._in_order(stem):
+            groups = self._alone(f"{stem}.g_idx").astype(np.int64)
+            return form.encode(scales[:, groups] * (codes.astype(np.float32) - zeros[:, groups]))
+        repeats = tensor.shape[1] // (form.group * scales.shape[1])
+        whole = np.repeat(scales, repeats, 1).astype(np.float16)
+        if form.symmetric:
+            return form.pack(codes, whole)
+        return form.pack(codes, whole, np.repeat(0.0 - scales * zeros, repeats, 1).astype(np.float16))
+
+    def check(self, config: ModelConfig) -> None:
+        """All tensors are there, and nothing of unknown shape."""
+        for tensor in config.tensors():
+            stem = tensor.name.removesuffix(".weight")
+            if f"{stem}.qweight" in self._place:
+                self._check_shapes(stem, tensor)
+                continue
+            shape = self._file(tensor.name).info(tensor.name).shape
+            if shape != tensor.shape:
+                wanted = list(tensor.shape)
+                raise InputError(f"{self.path}: {tensor.name} has shape {list(shape)}; the configuration says {wanted}")
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def _check_shapes(self, stem: str, tensor: TensorSpec) -> None:
+        out, columns = tensor.shape
+        groups, word = columns // self._group_of(columns), 32
+        packed_in = self.method == "gptq"
+        wanted = {
+            "qweight": (columns * self.bits // word, out) if packed_in else (columns, out * self.bits // word),
+            "qzeros": (groups, out * self.bits // word),
+            "scales": (groups, out),
+        }
+        for part, shape in wanted.items():
+            found = self._file(f"{stem}.{part}").info(f"{stem}.{part}").shape
+            if found != shape:
+                raise InputError(f"{self.path}: {stem}.{part} has shape {list(found)}; {list(shape)} would be right")
+
+    def _group_of(self, columns: int) -> int:
+        group = columns if self.group == -1 else self.group
+        if columns % group or not any(group % tile == 0 for tile in TILE_GROUPS):
+            raise InputError(
+                f"{self.path}: groups of {group} of {columns} columns; multiples of 32 that divide are read"
+            )
+        return group
+
+    def _tile_group(self, tensor: TensorSpec) -> int:
+        group = self._group_of(tensor.shape[1])
+        return next(tile for tile in TILE_GROUPS if group % tile == 0)
+
+    def _codes(self, stem: str, shape: tuple[int, ...]) -> np.ndarray:
+        """uint8 [out, in]."""
+        words = self._alone(f"{stem}.qweight")
+        if self.method == "gptq":
+            stream = np.ascontiguousarray(words.T).view(np.uint8)  # codes run on over the ends of words
+            return np.asarray(unpack_rows(stream, shape[1], self.bits))
+        return np.ascontiguousarray(_awq_columns(words).T)
+
+    def _zeros(self, stem: str) -> np.ndarray:
+        """float32 zero points [out, groups]."""
+        words = self._alone(f"{stem}.qzeros")
+        if self.method == "awq":
+            return _awq_columns(words).T.astype(np.float32)
+        stream = np.ascontiguousarray(words).view(np.uint8)
+        zeros = np.asarray(unpack_rows(stream, words.shape[1] * 32 // self.bits, self.bits))
+        return zeros.T.astype(np.float32) + self._zero_offset
+
+    def _is_symmetric(self, zeros: np.ndarray) -> bool:
+        return bool((zeros == 1 << (self.bits - 1)).all())
+
+    def _in_order(self, stem: str) -> bool:
+        name = f"{stem}.g_idx"
+        if name not in self._place:
+            return True
+        groups = self._alone(name)
+        return bool((groups == np.arange(len(groups)) // self._group_of(len(groups))).all())
+
+    def _file(self, name: str) -> SafetensorsFile:
+        try:
+            return self._place[name]
+        except KeyError:
+            raise InputError(f"{self.path}: holds no tensor {shown(name)}") from None
+
+    def _alone(self, name: str) -> np.ndarray:
+        return self._file(name).alone(name)
+
+
+def _awq_columns(words: np.ndarray) -> np.ndarray:
+    """int32 [rows, n] -> uint8 [rows, 8 n]: eight codes of a word, the even columns first."""
+    found = np.empty((*words.shape, 8), np.uint8)
+    for place, column in enumerate(AWQ_ORDER):
+        found[..., column] = words >> 4 * place & 15
+    return found.reshape(words.shape[0], -1)
+
+
+def _open_all(folder: Path) -> list[SafetensorsFile]:
+    index = folder / INDEX_NAME
+    if (folder / SINGLE_NAME).is_file():
+        names: list[Any] = [SINGLE_NAME]
+    elif index.is_file():
+        weight_map = Fields(checked_json.read(index), str(index)).mapping("weight_map")
+        names = sorted({json.dumps(name) for name in weight_map.values()})
+        names = [checked_json.file_name(json.loads(name), str(index)) for name in names]
+    else:
+        raise InputError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}")
+    return [SafetensorsFile(folder / name) for name in names]
