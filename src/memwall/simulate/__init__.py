@@ -1,0 +1,1 @@
+"""Simulators: what serving would do on machines that are not here."""
