@@ -69,7 +69,7 @@ def read_lengths(data: Path | None) -> Lengths:
         ]
     draw, found = random.Random(0), []
     while len(found) < 5000:
-        prompt, output = int(draw.lognormvariate(6.35, 0.9)), int(draw.lognormvariate(5.2, 0.75))
+        prompt, output = int(draw.lognormvariate(6.65, 0.8)), int(draw.lognormvariate(5.25, 0.7))
         if prompt > 3 and output > 1 and prompt + output <= LONGEST:
             found.append((prompt, output))
     return found
