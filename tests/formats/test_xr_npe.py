@@ -134,13 +134,16 @@ def test_cancellation_that_float32_loses() -> None:
 
 def test_a_narrow_quire_saturates_and_says_so() -> None:
     largest = 7 * 0x1111
-    quire = Quire(bits=32)
+    quire = Quire()
     for _ in range((1 << 31) // (4 << 16) - 1):
-        quire.add(4 << 16)  # what a word of largest 4-bit posits adds
+        quire.add(POSIT4, 4 << 16)  # what a word of largest 4-bit posits adds
     quire.multiply_add(POSIT4, largest, largest)
     assert quire.saturated
     assert quire.value == 2**31 - 1
     assert quire.code(POSIT4, POSIT8) == 0x7F
+    short = Quire(bits=20)
+    short.multiply_add(POSIT8, 0x8181, 0x7F7F)
+    assert (short.value, short.saturated) == (-(1 << 19), True)
     with pytest.raises(InputError, match="16 to 256"):
         Quire(bits=8)
 

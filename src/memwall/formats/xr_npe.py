@@ -35,6 +35,8 @@ GRID_DIGITS = 7
 GRID_BLOCKS = GRID_DIGITS**2
 DEFAULT_QUIRE_BITS = 128
 MIN_QUIRE_BITS, MAX_QUIRE_BITS = 16, 256
+NARROW_QUIRE_BITS = 64
+"""The part of the quire that works for formats of 4 and 8 bits; the rest is gated."""
 # numbers below are integers times 2^-_SCALE: fine enough for the boundaries of every format
 _SCALE = 40
 
@@ -89,6 +91,11 @@ class LaneFormat:
     def nar(self) -> int | None:
         """The code that means "not a real"."""
         return 1 << (self.bits - 1) if self.is_posit else None
+
+    @property
+    def quire_bits(self) -> int:
+        """Of the accumulator that its sums use, if it has as many: 2^15 products and more of the narrow formats fit."""
+        return {4: 32, 8: NARROW_QUIRE_BITS, 16: MAX_QUIRE_BITS}[self.bits]
 
     @property
     def product_unit(self) -> int:
@@ -197,7 +204,8 @@ def unpack_words(found: LaneFormat, words: np.ndarray, count: int) -> np.ndarray
 class Quire:
     """The accumulator of one unit: a two's complement number of `bits` bits in units squared.
 
-    A sum that leaves it saturates; `saturated` and `nar` stay set until `clear`.
+    Formats of 4 and 8 bits use 32 and 64 bits of it. A sum that leaves them saturates; `saturated` and `nar` stay set
+    until `clear`.
     """
 
     bits: int = DEFAULT_QUIRE_BITS
@@ -218,11 +226,11 @@ class Quire:
         pair = unpack_words(found, np.asarray([[a], [b]], np.uint16), found.lanes)
         self.nar |= has_nar(found, pair)
         numbers = integers(found, pair).tolist()
-        self.add(sum(x * y for x, y in zip(*numbers, strict=True)))
+        self.add(found, sum(x * y for x, y in zip(*numbers, strict=True)))
 
-    def add(self, number: int) -> None:
-        """Add units squared."""
-        limit = 1 << (self.bits - 1)
+    def add(self, found: LaneFormat, number: int) -> None:
+        """Add units squared of a format."""
+        limit = 1 << (min(self.bits, found.quire_bits) - 1)
         total = self.value + number
         self.value = min(max(total, -limit), limit - 1)
         self.saturated |= self.value != total

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memwall.formats.xr_npe import DEFAULT_QUIRE_BITS, FORMATS, LaneFormat, Quire, pack_words
+from memwall.formats.xr_npe import (
+    DEFAULT_QUIRE_BITS,
+    FORMATS,
+    NARROW_QUIRE_BITS,
+    WORD_BITS,
+    LaneFormat,
+    Quire,
+    pack_words,
+)
 from memwall.simulate.hdl import find_yosys, require_amaranth
 
 Progress = Callable[[int, int, str], None]
@@ -52,6 +60,13 @@ def expected(stream: Stream, quire_bits: int) -> list[Result]:
             code = quire.code(stream.found, stream.out)
             results.append((quire.value, quire.saturated, quire.nar, code))
     return results
+
+
+def held_sum(found: LaneFormat, quire: int, quire_bits: int) -> int:
+    """The number that stands in a quire: all of its bits for Posit(16,1), the low ones for narrower formats."""
+    bits = quire_bits if found.bits == WORD_BITS else min(quire_bits, NARROW_QUIRE_BITS)
+    value = quire & ((1 << bits) - 1)
+    return value - (1 << bits) if value >> (bits - 1) else value
 
 
 def all_pairs(found: LaneFormat, out: LaneFormat, seed: int = 0) -> Stream:
@@ -105,7 +120,9 @@ def clocked(stream: Stream, quire_bits: int, tick: Callable[[int], None] | None 
             await context.tick()  # type: ignore[attr-defined]
             if get(unit.out_valid):
                 results.append((*sums[0], get(unit.out)))
-            sums[:] = [(get(unit.quire), bool(get(unit.saturated)), bool(get(unit.nar)))]
+            sums[:] = [
+                (held_sum(stream.found, get(unit.quire), quire_bits), bool(get(unit.saturated)), bool(get(unit.nar)))
+            ]
             if tick is not None and number % _SLICE == 0:
                 tick(number)
 
@@ -144,7 +161,7 @@ class Gates:
         for _ in range(self._latency - 1):  # the last word is in the quire then, and one clock later in `out`
             run.clock({"valid": 0})
         flags = [run.bits(name)[:, 0].astype(bool).tolist() for name in ("saturated", "nar")]
-        quires = run.integers("quire", signed=True)
+        quires = [held_sum(stream.found, value, self.quire_bits) for value in run.integers("quire")]
         run.clock({"valid": 0})
         return list(zip(quires, *flags, run.integers("out"), strict=True))
 

@@ -33,6 +33,9 @@ from memwall.formats.xr_npe import (
     FP4,
     GRID_BLOCKS,
     GRID_DIGITS,
+    NARROW_QUIRE_BITS,
+    POSIT8,
+    POSIT16,
     LaneFormat,
 )
 
@@ -248,13 +251,16 @@ def _minifloat_code(m: Module, found: LaneFormat, exponent: Signal, fraction: Si
 
 
 class MultiplyAdd(wiring.Component):
-    """The unit: a word of each operand a cycle; `clear` with the first of a sum, `last` with the last."""
+    """The unit: a word of each operand a cycle; `clear` with the first of a sum, `last` with the last.
+
+    Sums of 4 and 8-bit formats stand in the low 64 bits of `quire` (all of a shorter one), in two's complement.
+    """
 
     def __init__(self, quire_bits: int = DEFAULT_QUIRE_BITS, *, gated: bool = True) -> None:
         self.quire_bits, self.gated = quire_bits, gated
         words = {name: In(16) for name in ("a", "b")} | {name: In(MODE_BITS) for name in ("mode", "out_mode")}
         flags = {name: In(1) for name in ("valid", "clear", "last")}
-        results = {"quire": Out(signed(quire_bits)), "out": Out(16), "blocks": Out(GRID_BLOCKS)}
+        results = {"quire": Out(quire_bits), "out": Out(16), "blocks": Out(GRID_BLOCKS)}
         super().__init__({**words, **flags, **results, **{n: Out(1) for n in ("saturated", "nar", "out_valid")}})
 
     def elaborate(self, platform: object) -> Module:
@@ -309,27 +315,46 @@ class MultiplyAdd(wiring.Component):
     def _accumulate(
         self, m: Module, control: dict[str, Signal], products: Sequence[dict[str, Signal]]
     ) -> dict[str, Signal]:
-        """Products in units squared, all added to the quire in one cycle."""
-        terms = [_aligned(m, lane, control, each) for lane, each in enumerate(products)]
-        total = _tree(terms)
-        start = Mux(control["clear"], 0, self.quire)
-        most = (1 << (self.quire_bits - 1)) - 1
-        wide = Signal(signed(max(self.quire_bits, len(total)) + 1))
-        over, under = Signal(), Signal()
-        m.d.comb += [wide.eq(start + total), over.eq(wide > most), under.eq(wide < -most - 1)]
+        """Products in units squared, all added to the quire in one cycle.
+
+        Narrow formats have an adder of their own on the quire's low part. Numbers that change their sign would
+        otherwise change every bit of the wide one, which sees zeros while they are at work.
+        """
+        wide_mode = Signal()
+        m.d.comb += wide_mode.eq(control["mode"] == POSIT16.mode)
+        magnitudes = [_aligned(m, lane, control, each) for lane, each in enumerate(products)]
+        negative, narrow_bits = [each["negative"] for each in products], min(self.quire_bits, NARROW_QUIRE_BITS)
+        begun = Mux(control["clear"], 0, self.quire)
+        terms = [
+            _signed(self._resting(wide_mode, magnitude[: _integer_bits(POSIT8)]), negative[lane])
+            for lane, magnitude in enumerate(magnitudes)
+        ]
+        start = self._resting(wide_mode, begun[:narrow_bits]).as_signed()
+        most = Mux(control["mode"] == POSIT8.mode, *(_most(min(self.quire_bits, f.quire_bits)) for f in (POSIT8, FP4)))
+        low, low_out = _saturated(m, "narrow", start + _tree(terms), most, narrow_bits)
+        start = self._resting(~wide_mode, begun).as_signed()
+        term = _signed(self._resting(~wide_mode, magnitudes[0]), negative[0])
+        high, high_out = _saturated(m, "wide", start + term, C(_most(self.quire_bits)), self.quire_bits)
         with m.If(control["valid"]):
             m.d.sync += [
-                self.quire.eq(Mux(over, most, Mux(under, -most - 1, wide))),
-                self.saturated.eq(over | under | (self.saturated & ~control["clear"])),
+                self.quire.eq(Mux(wide_mode, high, low[:narrow_bits])),
+                self.saturated.eq(Mux(wide_mode, high_out, low_out) | (self.saturated & ~control["clear"])),
                 self.nar.eq(Cat(each["nar"] for each in products).any() | (self.nar & ~control["clear"])),
             ]
         return _registered(m, "summed", control)
+
+    def _resting(self, when: Value, value: Value) -> Value:
+        """Zeros while a part is at rest, if such parts are gated."""
+        return Mux(when, 0, value) if self.gated else value
 
     def _encode(self, m: Module, control: dict[str, Signal]) -> None:
         m.submodules.encoder = encoder = OutputEncoder(self.quire_bits)
         ends = Signal()  # between the ends of sums the encoder rests, if blocks at rest do
         m.d.comb += ends.eq(control["valid"] & control["last"] if self.gated else 1)
-        m.d.comb += [encoder.quire.eq(Mux(ends, self.quire, 0)), encoder.nar.eq(self.nar)]
+        narrow = self.quire[: min(self.quire_bits, NARROW_QUIRE_BITS)].as_signed()
+        with m.If(ends):
+            m.d.comb += encoder.quire.eq(Mux(control["mode"] == POSIT16.mode, self.quire, narrow))
+        m.d.comb += encoder.nar.eq(self.nar)
         m.d.comb += [encoder.mode.eq(control["mode"]), encoder.out_mode.eq(control["out_mode"])]
         m.d.sync += self.out_valid.eq(control["valid"] & control["last"])
         with m.If(control["valid"] & control["last"]):
@@ -352,8 +377,26 @@ def _lane_code(word: Value, mode: Value, lane: int) -> Value:
     return code
 
 
+def _signed(magnitude: Value, negative: Value) -> Value:
+    return Mux(negative, -magnitude, magnitude)
+
+
+def _most(bits: int) -> int:
+    return (1 << (bits - 1)) - 1
+
+
+def _saturated(m: Module, name: str, total: Value, most: Value, bits: int) -> tuple[Signal, Value]:
+    """A sum held between -most - 1 and most, and whether it had to be."""
+    wide, held = Signal(signed(len(total)), name=f"{name}_sum"), Signal(signed(bits), name=f"{name}_held")
+    over, under = Signal(name=f"{name}_over"), Signal(name=f"{name}_under")
+    limit = Signal(signed(bits), name=f"{name}_limit")
+    m.d.comb += [wide.eq(total), limit.eq(most), over.eq(wide > limit), under.eq(wide < ~limit)]
+    m.d.comb += held.eq(Mux(over, limit, Mux(under, ~limit, wide)))
+    return held, over | under
+
+
 def _aligned(m: Module, lane: int, control: dict[str, Signal], product: dict[str, Signal]) -> Value:
-    """One lane's product in units squared, signed; 0 where the lane is at rest or an operand is zero."""
+    """One lane's product in units squared, without its sign; 0 where the lane is at rest or an operand is zero."""
     held = [found for found in FORMATS if lane < found.lanes]
     significand = Signal(2 * max(found.significand_bits for found in held), name=f"significand{lane}")
     reach = max(_most_shift(found) for found in held)
@@ -366,9 +409,9 @@ def _aligned(m: Module, lane: int, control: dict[str, Signal], product: dict[str
                 bits = 4 * -(-found.significand_bits // 2)
                 part = control["product"].word_select(lane, bits) if found.blocks else C(1, 1)
                 m.d.comb += [significand.eq(part), magnitude.eq(shifted[_fraction_places(found) :])]
-    term = Signal(signed(len(magnitude) + 1), name=f"term{lane}")
-    m.d.comb += term.eq(Mux(product["counts"], Mux(product["negative"], -magnitude, magnitude), 0))
-    return term
+    counted = Signal(len(magnitude), name=f"counted{lane}")
+    m.d.comb += counted.eq(Mux(product["counts"], magnitude, 0))
+    return counted
 
 
 def _fraction_places(found: LaneFormat) -> int:
