@@ -19,6 +19,7 @@ from memwall.cli import (
     eval,
     evidence,
     fit,
+    hdl,
     plan,
     probe,
     run,
@@ -40,7 +41,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for verb in (run, serve, batch, plan, compress, convert, fit, stream, eval, study, probe, bench, systems, evidence):
+for verb in (
+    run, serve, batch, plan, compress, convert, fit, stream, eval, study, hdl, probe, bench, systems, evidence,
+):  # fmt: skip
     verb.register(app)
 
 

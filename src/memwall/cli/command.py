@@ -105,7 +105,7 @@ MOST_THREADS = 1024
 WEIGHT_FORMATS = (
     "auto", "float32", "float16", "bfloat16", "int8", "int4", "int3", "int2", "nf4", "nf4-dq", "fp4", "e2m1", "e4m3",
     "e5m2", "posit8", "posit4", "mxfp4", "mxfp6", "mxfp8", "mxint8", "bfp4", "bipolar3", "ternary", "binary2", "w4a8",
-    "w2a8",
+    "w2a8", "xr-npe",
 )  # fmt: skip
 KV_POLICIES = (
     "auto",

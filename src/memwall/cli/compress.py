@@ -27,7 +27,8 @@ def compress(
         str | None,
         typer.Option(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
-            "for spqr the bits of a code, 3 or 4. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4.",
+            "for spqr the bits of a code, 3 or 4. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, "
+            "xr-npe the bytes of 18 % of the layers in 8 bits.",
             metavar="BITS",
         ),
     ] = None,
@@ -35,9 +36,10 @@ def compress(
         str,
         typer.Option(
             help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
-            "smoothquant (activations' outliers moved to weights) or spqr (two-level scales, sparse outliers).",
+            "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers) or xr-npe "
+            "(4-bit floats, 4 and 8-bit posits by layer; needs torch).",
             metavar="METHOD",
-            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr"],
+            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr", "xr-npe"],
         ),
     ] = "gptq",
     setting: Annotated[

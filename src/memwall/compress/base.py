@@ -8,7 +8,7 @@ weights but that of the outputs over the inputs the layer sees: sum over tokens 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -21,6 +21,8 @@ from memwall.formats import Packed, codec
 if TYPE_CHECKING:
     from memwall.compress.calibration import LayerStream
     from memwall.compress.transforms import Transform
+    from memwall.memory import Arena
+    from memwall.models.checkpoint import Checkpoint
 
 
 @dataclass(slots=True)
@@ -85,6 +87,23 @@ class MethodConfig:
             raise InputError(f"damping is {self.damping:g}; it must be positive, such as 0.01")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A float model that is about to be compressed, and the text it is looked at with.
+
+    tokens: [sequences, tokens]. progress(done, total): of what the method does with it, in steps.
+    """
+
+    checkpoint: Checkpoint
+    tokens: np.ndarray
+    arena: Arena
+    progress: Callable[[int, int], None]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor of the model."""
+        return next(tensor.shape for tensor in self.checkpoint.config.tensors() if tensor.name == name)
+
+
 class WeightMethod(ABC):
     """A way to compress one matrix. Instances hold no state between matrices; settings are a dataclass' fields."""
 
@@ -97,6 +116,13 @@ class WeightMethod(ABC):
     """What is made unless bits are asked for."""
     transforms: ClassVar[bool] = False
     """Whether the model is first changed into an equal one by `transform`."""
+
+    ladder: ClassVar[tuple[str, ...]] = ()
+    """Forms that are mixed to a mean number of bits, least first; () for those of `models.precision.LADDER`."""
+    keeps_ends: ClassVar[bool] = False
+    """Whether embedding and head stay floats."""
+    adaptive: ClassVar[str | None] = None
+    """A choice of `models.precision` whose bytes the method spends as it finds best."""
 
     @classmethod
     def configured(cls, options: Mapping[str, str]) -> Self:
@@ -130,6 +156,18 @@ class WeightMethod(ABC):
         spec it is meant to take, as far as is known.
         """
         raise NotImplementedError
+
+    def reads_text(self, bits: float | str) -> bool:
+        """Whether any text has to be read for bits as `form` gives them."""
+        return self.needs_statistics or not isinstance(bits, str)
+
+    def choose(self, subject: Subject, forms: Mapping[str, Sequence[str]], budget_bytes: int) -> dict[str, str] | None:
+        """The form of every matrix, out of `forms`, in at most `budget_bytes`; None for the job's own measurement."""
+        return None
+
+    def prepare(self, subject: Subject, specs: Mapping[str, str]) -> Checkpoint:
+        """The model whose matrices are compressed, the forms being known: the same, or one trained for them."""
+        return subject.checkpoint
 
     @abstractmethod
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:

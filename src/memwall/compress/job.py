@@ -20,7 +20,7 @@ import numpy as np
 from memwall import kernels
 from memwall.compress import sensitivity, weight_method
 from memwall.compress.allocate import Candidate, allocate
-from memwall.compress.base import MethodConfig, Statistics, WeightMethod
+from memwall.compress.base import MethodConfig, Statistics, Subject, WeightMethod
 from memwall.compress.calibration import (
     BUNDLED_TEXT,
     CalibrationSettings,
@@ -31,6 +31,7 @@ from memwall.compress.calibration import (
     shared_input,
     token_sequences,
 )
+from memwall.compress.parts import Part, model_parts
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
 from memwall.compress.transforms import TRANSFORM_BYTES, Transformed
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
@@ -39,7 +40,7 @@ from memwall.memory import Arena, Charge
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
 from memwall.models.decoder import activation_bytes, scratch_bytes
-from memwall.models.precision import LADDER, MIN_EMBEDDING_BITS, is_matrix, resolve
+from memwall.models.precision import LADDER, MIN_EMBEDDING_BITS, code_bits, is_matrix, resolve, source_spec
 from memwall.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -55,18 +56,6 @@ class Tuning:
     damping: float | None = None
     activation_order: bool = True
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """The tensors of one file: the embedding, one layer, or what comes after the layers."""
-
-    tensors: tuple[TensorSpec, ...]
-    layer: int | None = None
-
-    @property
-    def matrices(self) -> list[TensorSpec]:
-        return [tensor for tensor in self.tensors if is_matrix(tensor)]
 
 
 class Job:
@@ -96,9 +85,10 @@ class Job:
         self._progress = progress
         self.settle: Callable[[], object] = _nothing
         """Called where the process may have grown beside the arena, to count that against its cap."""
-        self._parts = _parts(config)
+        self._parts = model_parts(config)
         self._matrices = [tensor for part in self._parts for tensor in part.matrices]
-        self._ladder = tuple(codec(spec.replace("-g64", f"-g{group}")).spec for spec in LADDER)
+        ladder = self.method.ladder or LADDER
+        self._ladder = tuple(codec(spec.replace("-g64", f"-g{group}")).spec for spec in ladder)
         self._bits = _parsed_bits(bits, self.method)
         self._text_sha256 = ""
         if isinstance(self._bits, str):
@@ -116,7 +106,7 @@ class Job:
     @property
     def needs_calibration(self) -> bool:
         """Whether any text has to be read."""
-        return self.method.needs_statistics or not isinstance(self._bits, str)
+        return self.method.reads_text(self._bits)
 
     def read_text(self, source: Path, calibration_text: Path | None) -> None:
         """Read the calibration text, all of it that is wanted; `limit_text` comes next."""
@@ -164,8 +154,10 @@ class Job:
             stream = LayerStream(self.config, self.checkpoint, self.tokens, self.arena, self.specs)
         if self.method.transforms and stream is not None:
             self._transform(stream)
-        if not isinstance(self._bits, str):
-            self.specs = work.specs or self._measured_specs(stream)
+        if self._chooses:
+            self.specs = work.specs or self._chosen_specs() or self._measured_specs(stream)
+        if self.tokens is not None:
+            self.checkpoint = self.method.prepare(self._subject("train"), self.specs)
         work.set_specs(self.specs)
         check_disk(work.path, self._remaining_bytes(len(work.parts)))
         if not self.method.needs_statistics:
@@ -199,18 +191,51 @@ class Job:
     def _num_weights(self) -> int:
         return sum(tensor.size for tensor in self._matrices)
 
+    @property
+    def _chooses(self) -> bool:
+        """Whether forms are found by measurement."""
+        return not isinstance(self._bits, str) or self._bits == self.method.adaptive
+
+    @property
+    def _allowed_bytes(self) -> int:
+        """Of all matrices together: those of a mean number of bits, or of a choice made without measurement."""
+        if not isinstance(self._bits, str):
+            return int(self._bits * self._num_weights / 8)
+        specs = resolve(self.config, self._bits, method=self.method.name)
+        return sum(codec(specs[tensor.name]).nbytes(tensor.shape) for tensor in self._matrices)
+
     def _rungs(self, tensor: TensorSpec) -> list[str]:
         """The forms that a matrix may take."""
-        at_least = MIN_EMBEDDING_BITS if tensor.role in ("embedding", "head") else 0
-        return [spec for spec in self._ladder if int(spec[3]) >= at_least]
+        ends = tensor.role in ("embedding", "head")
+        if ends and self.method.keeps_ends:
+            return [source_spec(self.config)]
+        at_least = MIN_EMBEDDING_BITS if ends else 0
+        return [spec for spec in self._ladder if code_bits(spec) >= at_least]
+
+    def _subject(self, stage: str) -> Subject:
+        assert self.tokens is not None
+        return Subject(
+            checkpoint=self.checkpoint,
+            tokens=self.tokens,
+            arena=self.arena,
+            progress=lambda done, total: self._progress(stage, done, total),
+        )
+
+    def _chosen_specs(self) -> dict[str, str] | None:
+        """The method's own choice, if it makes one."""
+        forms = {tensor.name: self._rungs(tensor) for tensor in self._matrices}
+        chosen = self.method.choose(self._subject("measure"), forms, self._allowed_bytes)
+        return None if chosen is None else {**self._plain_specs(), **chosen}
+
+    def _plain_specs(self) -> dict[str, str]:
+        return {tensor.name: "float32" for part in self._parts for tensor in part.tensors}
 
     def _choose(self, table: Sequence[Sequence[Candidate]]) -> list[Candidate]:
-        assert not isinstance(self._bits, str)
         try:
-            return allocate(table, int(self._bits * self._num_weights / 8))
+            return allocate(table, self._allowed_bytes)
         except DoesNotFit:
             least = 8 * sum(min(c.nbytes for c in options) for options in table) / self._num_weights
-            message = f"bits {self._bits:g}: the least this model takes is {least:.2f} bits per weight, scales included"
+            message = f"bits {self._bits}: the least this model takes is {least:.2f} bits per weight, scales included"
             raise InputError(f"{message}; try --bits {np.ceil(10 * least) / 10:g}") from None
 
     def _measured_specs(self, stream: LayerStream | None) -> dict[str, str]:
@@ -241,7 +266,7 @@ class Job:
                     self._progress("measure", done, self._num_weights)
         charge.release()
         chosen = self._choose([losses[tensor.name] for tensor in self._matrices])
-        specs = {tensor.name: "float32" for part in self._parts for tensor in part.tensors}
+        specs = self._plain_specs()
         specs.update({tensor.name: form.spec for tensor, form in zip(self._matrices, chosen, strict=True)})
         return specs
 
@@ -250,7 +275,8 @@ class Job:
 
     def _probe_form(self, tensor: TensorSpec) -> Packed:
         """The form whose effect is measured: few bits, so that it stands out, but not the crudest."""
-        spec = self._rungs(tensor)[0 if tensor.role in ("embedding", "head") else 1]
+        rungs = self._rungs(tensor)
+        spec = rungs[0 if tensor.role in ("embedding", "head") else min(1, len(rungs) - 1)]
         with _named(tensor.name):
             return kernels.encode(spec, self.checkpoint.alone(tensor.name))
 
@@ -279,7 +305,7 @@ class Job:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _make_part(self, part: _Part, work: WorkDirectory, file: str, stream: LayerStream | None, done: int) -> None:
+    def _make_part(self, part: Part, work: WorkDirectory, file: str, stream: LayerStream | None, done: int) -> None:
         forms = {tensor.name: self._stored_spec(tensor) for tensor in part.tensors}
         made: Iterable[tuple[str, Packed]] = self._made(part, stream, done)
         charge = self.arena.charge("compress", 0)
@@ -295,7 +321,7 @@ class Job:
         finally:
             charge.release()
 
-    def _made(self, part: _Part, stream: LayerStream | None, done: int) -> Iterator[tuple[str, Packed]]:
+    def _made(self, part: Part, stream: LayerStream | None, done: int) -> Iterator[tuple[str, Packed]]:
         """The part's tensors as they are stored, one at a time."""
         for tensor in part.tensors:
             if not is_matrix(tensor):
@@ -325,7 +351,7 @@ class Job:
             charge.release()
         return packed
 
-    def _hand_on(self, part: _Part, packed: dict[str, Packed], stream: LayerStream) -> None:
+    def _hand_on(self, part: Part, packed: dict[str, Packed], stream: LayerStream) -> None:
         """What the next part is calibrated on comes out of this one as it is stored."""
         if EMBEDDING in packed:
             stream.embed(packed[EMBEDDING])
@@ -345,7 +371,7 @@ class Job:
     # -- statistics within the budget ----------------------------------------------------------------------------------
 
     def _statistics(
-        self, part: _Part, stream: LayerStream | None, *, advance: bool = False
+        self, part: Part, stream: LayerStream | None, *, advance: bool = False
     ) -> Iterator[tuple[list[TensorSpec], dict[str, Statistics]]]:
         """The part's matrices in runs whose statistics fit in memory together, each run with its statistics.
 
@@ -405,13 +431,13 @@ class Job:
         )
         ends_bytes = max(self._form_bytes(t, plain) for t in self._matrices if t.name == EMBEDDING)
         fixed_bytes = activation_bytes(self.config, length) + scratch_bytes(self.config, self.specs, length, exact=True)
-        if not isinstance(self._bits, str):
+        if self._chooses:
             fixed_bytes += self._probe_bytes()
         if self.method.transforms:
             # one sequence before and after a layer, and the layer's matrices as floats, scaled and rounded
             fixed_bytes += 3 * self._sequence_bytes(length)
             fixed_bytes += max(TRANSFORM_BYTES * sum(t.size for t in part.matrices) for part in layers)
-        if isinstance(self._bits, str) and codec(self._bits).method:
+        if not self._chooses and any(codec(self.specs[t.name]).method for t in self._matrices):
             fixed_bytes += max(sum(t.size for t in part.matrices) for part in layers)  # see _make_part; a byte a weight
         # the stream keeps one sequence more, to work on
         return fixed_bytes + 2 * self._sequence_bytes(length) + max(source_bytes + tensor_bytes, ends_bytes)
@@ -442,16 +468,6 @@ class Job:
 
 def _nothing() -> None:
     """Memory that nobody watches settles by itself."""
-
-
-def _parts(config: ModelConfig) -> list[_Part]:
-    tensors = config.tensors()
-    layers = [
-        _Part(tensors=tuple(t for t in tensors if t.layer == layer), layer=layer) for layer in range(config.num_layers)
-    ]
-    first = _Part(tensors=tuple(t for t in tensors if t.name == EMBEDDING))
-    last = _Part(tensors=tuple(t for t in tensors if t.layer is None and t.name != EMBEDDING))
-    return [first, *layers, last]
 
 
 def _parsed_bits(bits: float | str | None, method: WeightMethod) -> float | str:

@@ -1,7 +1,8 @@
 """Which tensor is stored in which format.
 
 A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a format (`nf4`), a full codec spec
-(`int4-g64-asym`), a mean number of bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve`
+(`int4-g64-asym`), a mean number of bits (`mixed-3.70`), formats of one engine mixed by layer (`xr-npe`, `xr-npe-6.50`),
+or `saved` for a directory that memwall compressed. `resolve`
 turns it into one codec spec per tensor, from the configuration alone, so that the planner, the loader and the ledger
 agree to the byte before any weight is read.
 """
@@ -40,6 +41,12 @@ LEVEL_CHOICES = (
 # at 2 and 3 bits the quarter bit it costs buys more than the same bytes spent on wider codes elsewhere.
 LADDER = ("int2-g64-asym", "int3-g64-asym", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
 
+# XR-NPE (arXiv 2508.13049) gives each layer 4-bit floats or 8-bit posits, the wide ones to 18 % of the layers (share of
+# the authors' mixed notebook), and leaves the first and the last layer, here embedding and head, as they are.
+LAYER_ADAPTIVE = "xr-npe"
+LAYER_ADAPTIVE_LADDER = ("e2m1-g64", "posit8es0-g64")
+WIDE_SHARE = 0.18
+
 # Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between
 # thousands of near-equal logits: neither goes below this.
 MIN_EMBEDDING_BITS = 4
@@ -71,8 +78,14 @@ def resolve(
         if checkpoint is None or checkpoint.manifest is None:
             raise InputError("weights 'saved' needs a directory that `memwall compress` wrote")
         return {t.name: checkpoint.source_dtype(t.name) if is_matrix(t) else "float32" for t in tensors}
-    if choice.startswith("mixed-"):
-        return _mixed(tensors, _parse_mean_bits(choice), source_spec(config))
+    ceiling = source_spec(config)
+    if choice == LAYER_ADAPTIVE:
+        return _layer_adaptive(tensors, ceiling)
+    if choice.startswith(("mixed-", f"{LAYER_ADAPTIVE}-")):
+        mean = _parse_mean_bits(choice)
+        if choice.startswith("mixed-"):
+            return _mixed(tensors, mean, (*LADDER, ceiling))
+        return _mixed(tensors, mean, (*LAYER_ADAPTIVE_LADDER, ceiling), ends=ceiling)
     spec = _canonical(choice)
     made_by = codec(spec).method
     if made_by not in (None, method):
@@ -123,7 +136,7 @@ def _canonical(choice: str) -> str:
     try:
         found = codec(choice)
     except ValueError as error:
-        accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES, *LEVEL_CHOICES, "w4a8"))
+        accepted = ", ".join((*FLOAT_CHOICES, *INT_CHOICES, *LEVEL_CHOICES, "w4a8", LAYER_ADAPTIVE))
         raise InputError(
             f"unknown weight format {choice!r}; use one of {accepted}, a spec such as int4-g64-asym, or auto ({error})"
         ) from error
@@ -132,7 +145,7 @@ def _canonical(choice: str) -> str:
     return found.spec
 
 
-def _bits(spec: str) -> int:
+def code_bits(spec: str) -> int:
     """Bits of a code; 16 for floats as they are, which are wide enough for anything."""
     return int(getattr(codec(spec), "bits", 16))
 
@@ -142,33 +155,41 @@ def _for_tensor(tensor: TensorSpec, spec: str) -> str:
         return "float32"
     if tensor.role in ("embedding", "head") and isinstance(codec(spec), BitPlaneCodec | SpqrCodec):
         return "float16"  # as their papers have it: of planes, because activations of the head stay whole then
-    if tensor.role in ("embedding", "head") and _bits(spec) < MIN_EMBEDDING_BITS:
+    if tensor.role in ("embedding", "head") and code_bits(spec) < MIN_EMBEDDING_BITS:
         return f"int{MIN_EMBEDDING_BITS}-g64"
     return spec
 
 
 def _parse_mean_bits(choice: str) -> float:
+    prefix, _, number = choice.rpartition("-")
     try:
-        bits = float(choice.removeprefix("mixed-"))
+        bits = float(number)
     except ValueError:
         bits = float("nan")
     if not 1 <= bits <= 32:
         raise InputError(
-            f"weights {choice!r}: write mixed- and a mean number of bits between 2.5 and 32, such as mixed-3.70"
+            f"weights {choice!r}: write {prefix or choice}- and a mean number of bits between 2.5 and 32, such as "
+            f"mixed-3.70 or {LAYER_ADAPTIVE}-6.50"
         )
     return bits
 
 
-def _mixed(tensors: list[TensorSpec], mean_bits: float, ceiling: str) -> dict[str, str]:
+def _start(tensors: list[TensorSpec], spec: str, ends: str | None) -> dict[str, str]:
+    """All matrices in one form, the embedding and the head in `ends`, if given."""
+    return {t.name: ends if ends and t.role in ("embedding", "head") else _for_tensor(t, spec) for t in tensors}
+
+
+def _mixed(
+    tensors: list[TensorSpec], mean_bits: float, rungs: tuple[str, ...], *, ends: str | None = None
+) -> dict[str, str]:
     """Climb the ladder rung by rung, most sensitive tensors first, while the mean stays at or under `mean_bits`."""
     matrices = [tensor for tensor in tensors if is_matrix(tensor)]
     allowed = int(mean_bits * sum(tensor.size for tensor in matrices) / 8)
-    rungs = (*LADDER, ceiling)
-    specs = {tensor.name: _for_tensor(tensor, rungs[0]) for tensor in tensors}
+    specs = _start(tensors, rungs[0], ends)
     used = sum(codec(specs[tensor.name]).nbytes(tensor.shape) for tensor in matrices)
     if used > allowed:
         smallest = 8 * used / sum(tensor.size for tensor in matrices)
-        raise InputError(f"mixed-{mean_bits:g}: the least this model takes is {smallest:.2f} bits per weight")
+        raise InputError(f"a mean of {mean_bits:g} bits: the least this model takes is {smallest:.2f} bits per weight")
     order = sorted(matrices, key=lambda tensor: sensitivity_rank(tensor, tensors))
     for rung in rungs[1:]:
         before = dict(specs)
@@ -180,9 +201,21 @@ def _mixed(tensors: list[TensorSpec], mean_bits: float, ceiling: str) -> dict[st
                 used += extra
         if any(
             specs[tensor.name] != _for_tensor(tensor, rung) and specs[tensor.name] == before[tensor.name]
-            for tensor in matrices
+            for tensor in order
+            if ends is None or tensor.role not in ("embedding", "head")
         ):
             break  # this rung is not filled: a higher one would take bytes from tensors that still wait for it
+    return specs
+
+
+def _layer_adaptive(tensors: list[TensorSpec], ends: str) -> dict[str, str]:
+    """The most sensitive 18 % of the matrices in 8-bit posits, the others in 4-bit floats."""
+    narrow, wide = LAYER_ADAPTIVE_LADDER
+    specs = _start(tensors, narrow, ends)
+    inner = [tensor for tensor in tensors if is_matrix(tensor) and tensor.role not in ("embedding", "head")]
+    order = sorted(inner, key=lambda tensor: sensitivity_rank(tensor, tensors))
+    for tensor in order[: round(WIDE_SHARE * len(order))]:
+        specs[tensor.name] = wide
     return specs
 
 

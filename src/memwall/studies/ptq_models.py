@@ -22,7 +22,7 @@ from memwall.hardware import available_memory_bytes
 from memwall.memory import Arena, Ledger
 from memwall.models import Checkpoint, ModelConfig
 from memwall.models.decoder import Decoder
-from memwall.models.precision import resolve
+from memwall.models.precision import LAYER_ADAPTIVE, resolve
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 from memwall.studies import llm_int8
@@ -56,7 +56,7 @@ def specs_of(config: ModelConfig, form: str) -> dict[str, str]:
             for t in config.tensors()
         }
     choice = FORMATS.get(form, form)
-    if choice in ("saved", "auto") or choice.startswith("mixed"):
+    if choice in ("saved", "auto") or choice.startswith(("mixed", LAYER_ADAPTIVE)):
         raise InputError(f"format {form!r}: the study takes one format for all linear layers, such as nf4 or int4-g64")
     found = resolve(config, choice)
     return {t.name: found[t.name] if t.role in ("linear", "expert") else _beside(t.role) for t in config.tensors()}
