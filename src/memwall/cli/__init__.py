@@ -11,7 +11,22 @@ from typing import Annotated
 import typer
 
 from memwall import __version__
-from memwall.cli import batch, bench, compress, eval, evidence, fit, plan, probe, run, serve, stream, study, systems
+from memwall.cli import (
+    batch,
+    bench,
+    compress,
+    eval,
+    evidence,
+    fit,
+    plan,
+    probe,
+    run,
+    serve,
+    simulate,
+    stream,
+    study,
+    systems,
+)
 
 app = typer.Typer(
     name="memwall",
@@ -25,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for verb in (run, serve, batch, plan, compress, fit, stream, eval, study, probe, bench, systems, evidence):
+for verb in (run, serve, batch, plan, compress, fit, stream, eval, study, simulate, probe, bench, systems, evidence):
     verb.register(app)
 
 
