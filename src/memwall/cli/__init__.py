@@ -24,6 +24,7 @@ from memwall.cli import (
     probe,
     run,
     serve,
+    simulate,
     stream,
     study,
     systems,
@@ -42,7 +43,7 @@ app = typer.Typer(
 )
 
 for verb in (
-    run, serve, batch, plan, compress, convert, fit, stream, eval, study, hdl, probe, bench, systems, evidence,
+    run, serve, batch, plan, compress, convert, fit, stream, eval, study, simulate, hdl, probe, bench, systems, evidence,
 ):  # fmt: skip
     verb.register(app)
 

@@ -1,6 +1,24 @@
-"""What something will cost before it is built or run: simulators and hardware models.
+"""What something will cost before it runs: simulators on a virtual clock, and cost models of operations.
 
-`distserve` simulates prefill and decode on devices of their own. `hdl` turns designs written in Amaranth into Verilog,
-runs them clock by clock and counts their cells; `xr_npe_hdl` is XR-NPE's multiply-add unit, `xr_npe_array` the array of
-such units with its bytes, cycles and energy.
+base: the seam (`Operation`, `CostModel`, the roofline). Serving on clusters: serving_model (blocks of cells), cluster
+(devices and links), tables (measured times), plans (all ways to spread a model), blocks (a block's operations),
+iterations (the engine's schedulers on a virtual clock), metrics, and apex, which searches.
+
+`distserve` simulates prefill and decode on devices of their own (`phase_latency`, `phase_instances`). `hdl` turns
+designs written in Amaranth into Verilog, runs them clock by clock and counts their cells: `xr_npe_hdl` is XR-NPE's
+multiply-add unit, `xr_npe_array` the array of such units with its bytes, cycles and energy.
 """
+
+from memwall.simulate.apex import Case as Case
+from memwall.simulate.apex import search as search
+from memwall.simulate.apex import simulate as simulate
+from memwall.simulate.base import CostModel as CostModel
+from memwall.simulate.base import Device as Device
+from memwall.simulate.base import Operation as Operation
+from memwall.simulate.base import Roofline as Roofline
+from memwall.simulate.cluster import Cluster as Cluster
+from memwall.simulate.plans import ServingPlan as ServingPlan
+from memwall.simulate.plans import enumerate_plans as enumerate_plans
+from memwall.simulate.serving_model import Formats as Formats
+from memwall.simulate.serving_model import ServedModel as ServedModel
+from memwall.simulate.tables import read_tables as read_tables
