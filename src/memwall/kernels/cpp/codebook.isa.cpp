@@ -23,19 +23,19 @@ struct Lanes {
   using Floats = typename FloatsOf<Width>::type;
 
   static MW_INLINE Floats fetch(const std::uint16_t* from) {
-#if defined(__AVX2__)
-    if constexpr (Width == 8) return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#endif
 #if defined(__AVX512F__)
     if constexpr (Width == 16) return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #endif
-    Floats found;
-    for (int i = 0; i < Width; ++i) {  // finite numbers only, which formats/vptq.py sees to
-      const std::uint32_t half = from[i];
-      const float magnitude = float_of_bits((half & 0x7fffu) << 13) * float_of_bits(0x77800000u);
-      found[i] = float_of_bits(bits_of_float(magnitude) | (half & 0x8000u) << 16);
-    }
-    return found;
+#if defined(__AVX2__)
+    if constexpr (Width == 8) return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    // finite numbers only, which formats/vptq.py sees to: the exponent is moved, and what it lacks multiplied in
+    typedef std::uint16_t Halves __attribute__((vector_size(8)));
+    typedef std::int32_t Words __attribute__((vector_size(16)));
+    const Words half = __builtin_convertvector(load<Halves>(from), Words);
+    const Floats magnitude = (Floats)((half & 0x7fff) << 13) * float_of_bits(0x77800000u);
+    return (Floats)((Words)magnitude | (half & 0x8000) << 16);
+#endif
   }
 };
 
