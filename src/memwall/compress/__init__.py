@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "awq": "memwall.compress.awq:Awq",
     "smoothquant": "memwall.compress.smoothquant:SmoothQuant",
     "spqr": "memwall.compress.spqr:Spqr",
+    "vptq": "memwall.compress.vptq:Vptq",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
 }
 

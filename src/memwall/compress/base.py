@@ -173,6 +173,13 @@ class WeightMethod(ABC):
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:
         """weight [rows, cols] of any float type -> Packed in the form `config.spec`."""
 
+    def finish_layer(self, stream: LayerStream, layer: int, made: dict[str, Packed]) -> dict[str, Packed]:
+        """All tensors of a layer once they are compressed, as they shall be stored; here as they are.
+
+        stream: the hidden states that come into the layer; they stay where they are.
+        """
+        return made
+
     @abstractmethod
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         """Most bytes that `compress` holds beside the weight, the statistics and the result."""

@@ -224,6 +224,12 @@ class LayerStream:
                 # in place: the decoder has looked its norms up
                 np.copyto(self._weights.vectors.setdefault(tensor.name, values), values)
 
+    def take_vectors(self, packed: Mapping[str, Packed]) -> None:
+        """Norms and biases among `packed` in place of the checkpoint's."""
+        for name, form in packed.items():
+            if name in self._weights.vectors:
+                np.copyto(self._weights.vectors[name], codec(form.spec).decode(form))
+
     def embed(self, packed: Packed | None = None) -> None:
         """Begin: the hidden states are the embeddings of the tokens."""
         matrix = kernels.matrix(packed if packed is not None else float_packed(self.checkpoint, EMBEDDING))

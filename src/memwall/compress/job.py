@@ -313,6 +313,8 @@ class Job:
             if any(codec(spec).method for spec in forms.values()):
                 # how large such forms become shows when they are made, and a file says its tensors' sizes first
                 made = list(self._held(made, charge))
+                if stream is not None and part.layer is not None:
+                    made = list(self.method.finish_layer(stream, part.layer, dict(made)).items())
                 forms = {name: packed.spec for name, packed in made}
             shapes = {tensor.name: tensor.shape for tensor in part.tensors}
             with work.writer(file, {name: (spec, shapes[name]) for name, spec in forms.items()}) as writer:
@@ -356,6 +358,7 @@ class Job:
         if EMBEDDING in packed:
             stream.embed(packed[EMBEDDING])
         elif part.layer is not None:
+            stream.take_vectors(packed)
             stream.advance(part.layer, packed)
 
     def _stored_spec(self, tensor: TensorSpec) -> str:

@@ -199,7 +199,15 @@ class Factor:
 def sweep(
     weight: np.ndarray, factored: Factor, quantizer: ColumnQuantizer, *, outliers: OutlierRule | None = None
 ) -> Packed:
-    """Compress weight [rows, cols] under the H that was factored.
+    """Compress weight [rows, cols] under the H that was factored."""
+    sweep_columns(weight, factored, quantizer, outliers=outliers)
+    return quantizer.finish()
+
+
+def sweep_columns(
+    weight: np.ndarray, factored: Factor, quantizer: ColumnQuantizer, *, outliers: OutlierRule | None = None
+) -> None:
+    """Hand all columns of weight [rows, cols] to the quantizer, each after it took in the errors of those before it.
 
     Groups are those of neighbouring columns whatever the order, so that the stored form is the same. Worked out of
     order, a group's parameters come from the weights as given, as its columns no longer meet together.
@@ -232,7 +240,6 @@ def sweep(
             quantizer,
             None if outliers is None else (outliers, pivots[start:stop]),
         )
-    return quantizer.finish()
 
 
 def _sweep_group(

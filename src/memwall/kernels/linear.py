@@ -17,6 +17,8 @@ from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
 from memwall.formats.spqr import GROUP, SpqrCodec
 from memwall.formats.spqr import check as check_bilevel
+from memwall.formats.vptq import VptqCodec
+from memwall.formats.vptq import check as check_codebooks
 from memwall.kernels.level_tables import native_levels
 
 __all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes", "roundings", "scratch_bytes"]
@@ -25,8 +27,8 @@ __all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes",
 def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
-    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}` and, in tiles, `int{2..8}`
-    and all level formats make of [rows, cols].
+    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `vptq` and, in tiles,
+    `int{2..8}` and all level formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -52,6 +54,8 @@ def matrix(packed: Packed) -> Matrix:
         return _native.bilevel_matrix(
             form.spec, *packed.shape, form.bits, halves["codes"], halves["statistics"], halves.get("order"), *outliers
         )
+    if isinstance(form, VptqCodec):
+        return _codebook_matrix(form, packed)
     values = np.ascontiguousarray(packed.buffers[PLAIN_BUFFER])
     return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
 
@@ -69,6 +73,27 @@ def _level_matrix(form: LevelCodec, packed: Packed) -> Matrix:
         form.scale,
         halves["scales"],
         extra,
+    )
+
+
+def _codebook_matrix(form: VptqCodec, packed: Packed) -> Matrix:
+    check_codebooks(packed)
+    outliers, rest = form.parts(packed.shape[1])
+    held = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
+    sizes = [(p.vector, p.main_bits, p.residual_bits, p.groups) if p is not None else () for p in (rest, outliers)]
+    return _native.codebook_matrix(
+        form.spec,
+        *packed.shape,
+        sizes[0],
+        held["indices"],
+        held["centroids"],
+        held.get("residuals"),
+        0 if outliers is None else outliers.columns,
+        sizes[1],
+        held.get("outlier_indices"),
+        held.get("outlier_centroids"),
+        held.get("order"),
+        held.get("scale_and_offset"),
     )
 
 
@@ -113,6 +138,8 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
     form = codec(spec)
     if isinstance(form, SpqrCodec):
         return (() if exact else (GROUP,)) + ((1,) if form.ordered else ())
+    if isinstance(form, VptqCodec):
+        return (1,) if form.ordered or form.norm else ()
     return () if exact else (_rounding(form),)
 
 
@@ -124,7 +151,7 @@ def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: i
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
     group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
-    which round no activations; 16 for bilevel weights; 1 where columns are put in order. Weights of several groups keep
+    which round no activations; 16 for bilevel weights; 1 where columns are put in order or scaled. Weights of several groups keep
     one piece each; the widest input and the largest number of tokens of a run count. threads: None for those in use.
     """
     return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

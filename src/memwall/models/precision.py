@@ -16,7 +16,6 @@ from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.leveled import LevelCodec
-from memwall.formats.spqr import SpqrCodec
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
 
@@ -153,8 +152,10 @@ def code_bits(spec: str) -> int:
 def _for_tensor(tensor: TensorSpec, spec: str) -> str:
     if not is_matrix(tensor):
         return "float32"
-    if tensor.role in ("embedding", "head") and isinstance(codec(spec), BitPlaneCodec | SpqrCodec):
-        return "float16"  # as their papers have it: of planes, because activations of the head stay whole then
+    if tensor.role in ("embedding", "head") and (isinstance(codec(spec), BitPlaneCodec) or codec(spec).method):
+        # as their papers have it: of planes, because activations of the head stay whole then; of a method's own forms,
+        # because calibration is what they are good for
+        return "float16"
     if tensor.role in ("embedding", "head") and code_bits(spec) < MIN_EMBEDDING_BITS:
         return f"int{MIN_EMBEDDING_BITS}-g64"
     return spec

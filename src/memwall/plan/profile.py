@@ -180,6 +180,8 @@ def random_packed(spec: str, shape: tuple[int, int], pool: np.ndarray, random: n
             buffer[...] = random.permutation(len(buffer))
         elif name == "statistics":  # two levels of scales, which at random would not be numbers
             buffer[...] = codec(spec).encode(random.standard_normal((16, 16), np.float32)).buffers[name][0, 0]
+        elif dtype == np.uint32:  # indices of vectors, of which any bits name one
+            buffer[...] = random.integers(0, 1 << 32, extent, np.uint32)
         elif dtype == np.uint8:  # powers of two near one, which leave every sum a plain number; or codes of scales
             buffer[...] = random.integers(120, 128, extent, np.uint8)
         else:

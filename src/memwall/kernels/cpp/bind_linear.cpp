@@ -32,8 +32,9 @@ void require(bool condition, const std::string& message) {
 struct PyMatrix {
   mw::Matrix view;
   std::string spec;
-  nb::object owners[6];  // the arrays behind view
+  nb::object owners[8];  // the arrays behind view
   std::shared_ptr<mw::Levels> levels;
+  std::shared_ptr<mw::CodebookMatrix> codebooks;
 };
 
 PyMatrix dense_matrix(const std::string& spec, nb::object array) {
@@ -154,6 +155,53 @@ PyMatrix bilevel_matrix(const std::string& spec, std::int64_t rows, std::int64_t
     const std::int64_t count = view.row_offsets[rows];
     view.outlier_columns = indices(4, columns, count, "columns of outliers");
     view.outlier_values = part_of<std::uint16_t, 1>(m, 5, values, {count}, "values of outliers");
+  }
+  return m;
+}
+
+// Fills one part of a matrix of codebooks from its arrays; `owner` is the first of its three places.
+void fill_codebooks(PyMatrix& m, mw::Codebooks& part, int owner, std::int64_t first_col, std::int64_t cols, const nb::tuple& sizes,
+                    const nb::object& indices, const nb::object& centroids, const nb::object& residuals) {
+  part.vector = nb::cast<int>(sizes[0]);
+  part.main_bits = nb::cast<int>(sizes[1]);
+  part.residual_bits = nb::cast<int>(sizes[2]);
+  part.groups = nb::cast<std::int64_t>(sizes[3]);
+  require(part.vector >= 1 && part.vector <= mw::kMostVector && part.main_bits >= 0 && part.residual_bits >= 0 && part.bits() >= 1 && part.bits() <= 32 &&
+              part.main_bits <= 24 && part.residual_bits <= 24 && part.groups >= 1,
+          "codebooks have vectors of 1 to 16 rows and indices of 1 to 32 bits");
+  part.first_col = first_col;
+  part.cols = cols;
+  part.vector_rows = (m.view.rows + part.vector - 1) / part.vector;
+  part.words = ((cols + part.groups - 1) / part.groups * part.bits() + 31) / 32;
+  constexpr std::int64_t kIndexTail = mw::Codebooks::kIndexTailBytes / 4, kBookTail = mw::Codebooks::kBookTailBytes / 2;
+  part.indices = part_of<std::uint32_t, 1>(m, owner, indices, {part.groups * part.vector_rows * part.words + kIndexTail}, "indices");
+  part.centroids = part_of<std::uint16_t, 1>(m, owner + 1, centroids, {(part.groups << part.main_bits) * part.vector + kBookTail}, "centroids");
+  if (part.residual_bits)
+    part.residuals = part_of<std::uint16_t, 1>(m, owner + 2, residuals, {(part.groups << part.residual_bits) * part.vector + kBookTail}, "residuals");
+}
+
+// Sizes are (rows of a vector, bits of the main and of the residual index, groups); arrays that a matrix lacks are None. The
+// caller has checked `order`; indices are in range whatever they are, as codebooks are as long as their bits count.
+PyMatrix codebook_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, nb::tuple sizes, nb::object indices, nb::object centroids,
+                         nb::object residuals, std::int64_t outliers, nb::tuple outlier_sizes, nb::object outlier_indices, nb::object outlier_centroids,
+                         nb::object order, nb::object scale_and_offset) {
+  require(rows >= 0 && cols >= 0 && outliers >= 0 && outliers <= cols, "codebooks have no negative sizes");
+  PyMatrix m;
+  m.spec = spec;
+  m.view.form = mw::Form::codebook;
+  m.view.rows = rows;
+  m.view.cols = cols;
+  m.view.wide = cols > 65536;
+  m.codebooks = std::make_shared<mw::CodebookMatrix>();
+  m.view.codebooks = m.codebooks.get();
+  fill_codebooks(m, m.codebooks->rest, 0, outliers, cols - outliers, sizes, indices, centroids, residuals);
+  if (outliers) fill_codebooks(m, m.codebooks->outliers, 3, 0, outliers, outlier_sizes, outlier_indices, outlier_centroids, nb::none());
+  if (!order.is_none())
+    m.view.order = m.view.wide ? static_cast<const void*>(part_of<std::uint32_t, 1>(m, 6, order, {cols}, "order"))
+                               : static_cast<const void*>(part_of<std::uint16_t, 1>(m, 6, order, {cols}, "order"));
+  if (!scale_and_offset.is_none()) {
+    m.codebooks->scale = part_of<std::uint16_t, 2>(m, 7, scale_and_offset, {2, cols}, "scale and offset");
+    m.codebooks->offset = m.codebooks->scale + cols;
   }
   return m;
 }
@@ -346,6 +394,9 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   m.def("plane_matrix", &plane_matrix, "spec"_a, "cols"_a, "activation_bits"_a, "words"_a, "scales"_a);
   m.def("bilevel_matrix", &bilevel_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a, "statistics"_a, "order"_a = nb::none(),
         "row_offsets"_a = nb::none(), "columns"_a = nb::none(), "values"_a = nb::none());
+  m.def("codebook_matrix", &codebook_matrix, "spec"_a, "rows"_a, "cols"_a, "sizes"_a, "indices"_a, "centroids"_a, "residuals"_a = nb::none(),
+        "outliers"_a = 0, "outlier_sizes"_a = nb::make_tuple(), "outlier_indices"_a = nb::none(), "outlier_centroids"_a = nb::none(),
+        "order"_a = nb::none(), "scale_and_offset"_a = nb::none());
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
   nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")

@@ -51,11 +51,13 @@ constexpr double kLeastChunkSeconds = 5e-6, kMostChunkSeconds = 30e-6;
 constexpr double kChunksPerThread = 16;
 // Rough speeds of one core, for the size of chunks only.
 constexpr double kBytesPerSecond = 15e9, kMultipliesPerSecond = 150e9;
+constexpr double kMultipliesPerLookup = 150.0;
 constexpr double kBitsPerMultiply = 1.0;  // pairs of bits that are compared and counted in the time of one multiply
 
 double strip_seconds(const Matrix& m, std::int64_t strip_rows, std::int64_t tokens) {
   const double bytes = static_cast<double>(m.nbytes()) / std::max<std::int64_t>(m.rows, 1);
   double multiplies = static_cast<double>(m.cols) * static_cast<double>(tokens);
+  if (m.form == Form::codebook) multiplies *= kMultipliesPerLookup / m.codebooks->rest.vector;
   if (m.form == Form::planes) multiplies *= m.bits * m.activation_bits / kBitsPerMultiply;
   return static_cast<double>(strip_rows) * std::max(bytes / kBytesPerSecond, multiplies / kMultipliesPerSecond);
 }
@@ -104,14 +106,16 @@ void round_to_planes(Input& input, int bits) {
   pack_planes(input.x, input.tokens, input.cols, bits, words, scales);
 }
 
-// Whether two bilevel matrices have their columns in one order, as those that read the same input mostly do.
+// Whether two bilevel or codebook matrices read the input alike: as those that have it in common mostly do, in one order.
 bool same_order(const Matrix& a, const Matrix& b) {
+  if (a.form != b.form || (a.codebooks && (a.codebooks->scale || b.codebooks->scale))) return false;
   if (a.order == b.order) return true;
   if (a.order == nullptr || b.order == nullptr || a.wide != b.wide) return false;
   return std::memcmp(a.order, b.order, static_cast<std::size_t>(a.cols) * (a.wide ? 4 : 2)) == 0;
 }
 
-std::size_t ordered_bytes(std::int64_t tokens, std::int64_t cols) { return static_cast<std::size_t>(tokens * cols) * sizeof(float); }
+// The input in another order, and a number per token.
+std::size_t ordered_bytes(std::int64_t tokens, std::int64_t cols) { return static_cast<std::size_t>(tokens * (cols + 1)) * sizeof(float); }
 
 std::int64_t column_stride(std::int64_t tokens) { return (tokens + kColumnTokens - 1) / kColumnTokens * kColumnTokens; }
 std::size_t column_bytes(std::int64_t tokens, std::int64_t cols) {
@@ -148,6 +152,32 @@ Input bilevel_input(const LinearKernels& kernels, const Input& plain, const Matr
   return input;
 }
 
+// The input as codebooks are multiplied with it: columns in their order, scaled, and what offsets make of each token.
+Input codebook_input(const Input& plain, const Matrix& m) {
+  Input input = plain;
+  const std::uint16_t *scale = m.codebooks->scale, *offset = m.codebooks->offset;
+  if (m.order == nullptr && scale == nullptr) return input;
+  auto* ordered = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
+  float* offsets = ordered + plain.tokens * plain.cols;
+  const std::size_t grain = std::max<std::int64_t>(1, (1 << 14) / (plain.cols + 1));
+  parallel_for(static_cast<std::size_t>(plain.tokens), grain, [&](std::size_t begin, std::size_t end, int) {
+    for (auto t = static_cast<std::int64_t>(begin); t < static_cast<std::int64_t>(end); ++t) {
+      const float* x = plain.x + t * plain.cols;
+      float* to = ordered + t * plain.cols;
+      double sum = 0;
+      for (std::int64_t c = 0; c < plain.cols; ++c) {
+        const float value = x[m.column_at(c)];
+        to[c] = scale ? value * half_to_float(scale[c]) : value;
+        if (offset) sum += static_cast<double>(value) * half_to_float(offset[c]);
+      }
+      offsets[t] = static_cast<float>(sum);
+    }
+  });
+  input.x = ordered;
+  if (offset) input.offsets = offsets;
+  return input;
+}
+
 // One product and where its strips stand in the row of all strips of the call.
 struct Job {
   const Matrix* matrix;
@@ -181,7 +211,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   const bool one = plain.tokens == 1;
   Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
   Input in_planes[kMaxPlanes];                     // by bits of activations
-  Input bilevel;                                   // in the order of the columns of `in_order`
+  Input ordered;                                   // as `in_order` reads it
   const Matrix* in_order = nullptr;
   Job jobs[kMaxJobs];
   double seconds = 0;
@@ -189,12 +219,12 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   std::size_t num_jobs = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const Matrix& m = *products[i].matrix;
-    if (m.form == Form::bilevel && (in_order == nullptr || !same_order(*in_order, m))) {
+    if ((m.form == Form::bilevel || m.form == Form::codebook) && (in_order == nullptr || !same_order(*in_order, m))) {
       if (in_order != nullptr) {  // what waits reads the input in another order
         run_jobs(jobs, num_jobs, seconds);
         num_jobs = 0, strips = 0, seconds = 0;
       }
-      bilevel = bilevel_input(kernels, plain, m, !exact);
+      ordered = m.form == Form::bilevel ? bilevel_input(kernels, plain, m, !exact) : codebook_input(plain, m);
       in_order = &m;
     }
     Job& job = jobs[num_jobs++];
@@ -210,8 +240,11 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     } else if (m.form == Form::planes) {
       job.kernel = kernels.planes_exact;
     } else if (m.form == Form::bilevel) {
-      job.input = &bilevel;
+      job.input = &ordered;
       job.kernel = exact ? kernels.bilevel_exact : one ? kernels.bilevel_one : kernels.bilevel_many;
+    } else if (m.form == Form::codebook) {
+      job.input = &ordered;
+      job.kernel = one ? kernels.codebook_one : kernels.codebook_many;
     } else if (m.form != Form::tiles) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
@@ -223,7 +256,8 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
     }
     const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel));
-    const std::int64_t strip_rows = kTileRows * (single_tile ? 1 : kernels.strip_tiles);
+    std::int64_t strip_rows = kTileRows * (single_tile ? 1 : kernels.strip_tiles);
+    if (one && m.form == Form::codebook) strip_rows = kVectorsTogether * m.codebooks->rest.vector;
     job.first_strip = strips;
     job.num_strips = (m.rows + strip_rows - 1) / strip_rows;
     strips += job.num_strips;
@@ -291,6 +325,26 @@ void decode_bilevel(const Matrix& m, std::int64_t row, float* out) {
   }
 }
 
+// A row of codebooks; sums and products are rounded one by one, as NumPy has them.
+void decode_codebook(const Matrix& m, std::int64_t row, float* out) {
+  const CodebookMatrix& books = *m.codebooks;
+  for (const Codebooks* part : {&books.outliers, &books.rest}) {
+    const std::int64_t vector = row / part->vector, lane = row % part->vector;
+    for (std::int64_t g = 0; g < part->groups; ++g) {
+      const std::int64_t begin = part->group_begin(g), end = part->group_begin(g + 1);
+      for (std::int64_t c = begin; c < end; ++c) {
+        const std::uint32_t code = index_at(part->stream(g, vector), c - begin, part->bits());
+        const std::uint32_t main = code & ((std::uint32_t{1} << part->main_bits) - 1);
+        float value = half_to_float(part->main_book(g)[main * part->vector + lane]);
+        if (part->residuals) value += half_to_float(part->residual_book(g)[(code >> part->main_bits) * part->vector + lane]);
+        const std::int64_t place = part->first_col + c;
+        if (books.scale) value = value * half_to_float(books.scale[place]) + half_to_float(books.offset[place]);
+        out[m.column_at(place)] = value;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 float dynamic_levels[256];
@@ -301,6 +355,7 @@ std::int64_t Matrix::nbytes() const {
     const std::int64_t index = wide ? 4 : 2, outliers = row_offsets ? (rows + 1) * 4 + row_offsets[rows] * (index + 2) : 0;
     return row_tiles * groups * (std::int64_t{64} * bits + 2 * kBilevelStatisticBytes) + (order ? cols * index : 0) + outliers;
   }
+  if (form == Form::codebook) return codebooks->nbytes(cols) + (order ? cols * (wide ? 4 : 2) : 0);
   if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
   if (form != Form::tiles) return rows * cols * 2;
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
@@ -359,6 +414,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     case Form::bfloat16: return void(std::transform(halves, halves + m.cols, out, bfloat_to_float));
     case Form::planes: return decode_planes(m.planes(), row, 0, m.cols, static_cast<const float*>(m.scales)[row], out);
     case Form::bilevel: return decode_bilevel(m, row, out);
+    case Form::codebook: return decode_codebook(m, row, out);
     case Form::tiles: break;
   }
   const std::int64_t tile = row / kTileRows, lane = row % kTileRows;

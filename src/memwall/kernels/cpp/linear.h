@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "codebook.h"
 #include "planes.h"
 
 namespace mw {
@@ -17,7 +18,7 @@ constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
-enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel };
+enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook };
 
 // How the scales of tiles are stored (formats/scales.py): in the last two forms a byte is a power of two, or an index of
 // dynamic levels that one float per 256 scales and an offset per row tile make a scale of.
@@ -66,8 +67,9 @@ struct Matrix {
   const Levels* levels = nullptr;         // null for integers
   // planes only, beside data, bits and scales (float32 [rows]): bits that activations are rounded to
   int activation_bits = 0;
+  const CodebookMatrix* codebooks = nullptr;  // codebook only, beside order
   // bilevel only, beside data, bits and groups (which count units of 32 columns): `scales` are the statistics
-  const void* order = nullptr;                    // [cols], the column at each stored place; null where they stand in order
+  const void* order = nullptr;                    // codebook too: [cols], the column at each stored place; null where they stand in order
   const std::uint32_t* row_offsets = nullptr;     // [rows + 1], null without outliers
   const void* outlier_columns = nullptr;          // stored places
   const std::uint16_t* outlier_values = nullptr;  // float16
@@ -115,6 +117,7 @@ struct Input {
   const float* plane_scales = nullptr;
   const float* columns = nullptr;  // set for several tokens times bilevel tiles: x by columns, [cols, column_stride]
   std::int64_t column_stride = 0;  // tokens, padded to kColumnTokens
+  const float* offsets = nullptr;  // set for codebooks with offsets: what all rows get of a token, [tokens]
 };
 
 struct Output {
@@ -138,6 +141,7 @@ struct LinearKernels {
   StripKernel float_one[3], float_many[3];  // by Form
   StripKernel planes, planes_exact;
   StripKernel bilevel_one, bilevel_many, bilevel_exact;
+  StripKernel codebook_one, codebook_many;
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.

@@ -160,7 +160,8 @@ template <class Fill>
 void panel_strips(const Input& input, std::int64_t begin, std::int64_t end, const Output& out, FloatPanel& panel, Fill fill) {
   const int tokens = static_cast<int>(input.tokens);
   for (std::int64_t strip = begin; strip < end; ++strip) {
-    __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * tokens);
+    for (int t = 0; t < tokens; ++t)
+      for (int v = 0; v < kStripVectors; ++v) store(panel.sums[t] + v * kWidth, input.offsets ? splat(input.offsets[t]) : Vf{});
     for (std::int64_t c = 0; c < input.cols; c += kPanelColumns) {
       const int num_cols = static_cast<int>(input.cols - c < kPanelColumns ? input.cols - c : kPanelColumns);
       fill(strip, c, num_cols);
@@ -237,6 +238,13 @@ void bilevel_exact(const Matrix& m, const Input& input, std::int64_t begin, std:
   });
 }
 
+void codebook_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
+  panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
+    codebook_panel(m, strip * kStripRows, first_col, num_cols, panel.weights[0]);
+  });
+}
+
 extern const LinearKernels linear_kernels;
 const LinearKernels linear_kernels = {
     kTokenBlock,
@@ -252,6 +260,8 @@ const LinearKernels linear_kernels = {
     bilevel_one,
     bilevel_many,
     bilevel_exact,
+    codebook_one,
+    codebook_many,
 };
 
 }  // namespace mw::MW_ISA

@@ -28,6 +28,9 @@ void planes_exact(const Matrix&, const Input&, std::int64_t begin, std::int64_t 
 
 void bilevel_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void bilevel_many(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void codebook_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void codebook_panel(const Matrix&, std::int64_t first_row, std::int64_t first_col, int num_cols, float* panel);
+
 void bilevel_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
 
 }  // namespace mw::MW_ISA

@@ -1,0 +1,139 @@
+"""Weighted k-means: the one that all methods with codebooks share.
+
+Minimises sum over points of weight * |point - nearest centroid|^2 by Lloyd's rounds. A centroid without points (or with
+points of no weight) is moved to the point that costs most, so no round ever raises the sum. The search for the nearest
+centroid is compiled and holds nothing of the size points x centroids.
+
+Source: S. Lloyd, "Least squares quantization in PCM", 1982; D. Arthur and S. Vassilvitskii, "k-means++: the advantages
+of careful seeding", 2007, for the spread start, here with weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from memwall.errors import InputError
+from memwall.kernels.nearest import Nearest
+
+INITS = ("sampled", "spread")
+# a spread start looks at every point once per centroid: so many points per centroid are enough for it
+_SPREAD_POINTS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clusters:
+    """What k-means found.
+
+    centroids [k, size] float32; labels [n] int32: the nearest of each point; losses: the weighted sum of squared
+    distances after each round, never rising, the last one that of `centroids` and `labels`.
+    """
+
+    centroids: np.ndarray
+    labels: np.ndarray
+    losses: tuple[float, ...]
+
+
+def kmeans(
+    points: np.ndarray,
+    num_clusters: int,
+    *,
+    weights: np.ndarray | None = None,
+    init: str | np.ndarray = "sampled",
+    iterations: int = 100,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+) -> Clusters:
+    """Cluster points [n, size] float32, n at least 1.
+
+    weights [n], at least 0: what a squared distance costs; None: all alike. init: `sampled` points (likelier the more
+    they weigh), `spread` ones (k-means++), or centroids [k, size]. tolerance: stops when a round gains less than this
+    share of the loss. With no more points than clusters each point is a centroid; those left over repeat the last.
+    InputError for no points, clusters, or finite numbers.
+    """
+    points = np.ascontiguousarray(points, np.float32)
+    if points.ndim != 2 or not len(points) or num_clusters < 1:
+        raise InputError(f"k-means needs points and clusters, got {list(points.shape)} and {num_clusters}")
+    weights = np.ones(len(points)) if weights is None else np.asarray(weights, np.float64)
+    if not np.isfinite(points).all() or not np.isfinite(weights).all() or (weights < 0).any():
+        raise InputError("k-means needs finite points and weights of 0 or more; are the model's weights damaged?")
+    if not weights.any():
+        weights = np.ones(len(points))
+    random = np.random.default_rng(seed)
+    if not isinstance(init, str):
+        centroids = np.array(init, np.float32)
+    elif len(points) <= num_clusters:
+        centroids = points[np.minimum(np.arange(num_clusters), len(points) - 1)]
+    elif init == "spread":
+        centroids = _spread(points, num_clusters, weights, random)
+    else:
+        centroids = points[_drawn(weights, num_clusters, random)]
+    lengths = np.einsum("nd,nd->n", points, points, dtype=np.float64)
+    best: Clusters | None = None
+    for _ in range(max(iterations, 1)):
+        labels, scores = Nearest(centroids).search(points)
+        costs = np.maximum(lengths + 2.0 * scores, 0) * weights
+        loss = float(costs.sum())
+        losses = (*(best.losses if best else ()), loss)
+        if best is not None and loss > best.losses[-1]:
+            break  # rounding to float32 is all that is left to gain
+        gained = best is None or best.losses[-1] - loss > tolerance * best.losses[-1]
+        best = Clusters(centroids=centroids, labels=labels, losses=losses)
+        if not gained or loss == 0:
+            break
+        centroids = _means(points, weights, labels, costs, centroids)
+    assert best is not None
+    return best
+
+
+def sample(count: int, most: int, seed: int = 0) -> np.ndarray | slice:
+    """Which of `count` points to cluster where more than `most` would only take longer."""
+    if count <= most:
+        return slice(None)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+
+
+def _means(
+    points: np.ndarray, weights: np.ndarray, labels: np.ndarray, costs: np.ndarray, before: np.ndarray
+) -> np.ndarray:
+    """Weighted means of the clusters; those without weight move to the points that cost most."""
+    count, size = before.shape
+    held = np.bincount(labels, weights, count)
+    means = np.empty((count, size))
+    for d in range(size):
+        means[:, d] = np.bincount(labels, weights * points[:, d], count)
+    full = held > 0
+    means[full] /= held[full, None]
+    empty = np.flatnonzero(~full)
+    means[empty] = before[empty]
+    if len(empty):
+        costly = np.argsort(-costs, kind="stable")[: len(empty)]
+        means[empty[: len(costly)]] = points[costly]
+    return means.astype(np.float32)
+
+
+def _drawn(weights: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """So many different points, drawn one after the other by their weights; those without weight come last."""
+    with np.errstate(divide="ignore"):
+        keys = np.log(weights) + random.gumbel(size=len(weights))
+    return np.argsort(-keys, kind="stable")[:count]
+
+
+def _spread(points: np.ndarray, count: int, weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """k-means++: each next centroid is drawn by what a point costs with those before it."""
+    chosen = sample(len(points), _SPREAD_POINTS * count, int(random.integers(1 << 31)))
+    points, weights = points[chosen], weights[chosen]
+    if not weights.any():
+        weights = np.ones(len(points))
+    centroids = np.empty((count, points.shape[1]), np.float32)
+    nearest = np.full(len(points), np.inf)
+    costs = weights
+    for index in range(count):
+        sums = np.cumsum(costs)
+        total = sums[-1] if sums[-1] > 0 else 0.0
+        drawn = int(np.searchsorted(sums, random.random() * total, side="right")) if total else index % len(points)
+        centroids[index] = points[min(drawn, len(points) - 1)]
+        np.minimum(nearest, np.square(points - centroids[index]).sum(axis=1, dtype=np.float64), out=nearest)
+        costs = weights * nearest
+    return centroids
