@@ -27,6 +27,8 @@ CODECS: dict[str, str] = {
     "bipolar": "memwall.formats.leveled:LevelCodec",
     "ternary": "memwall.formats.leveled:LevelCodec",
     "binary": "memwall.formats.leveled:ResidualBinaryCodec",
+    "billm": "memwall.formats.sign_mask:BillmCodec",
+    "pbllm": "memwall.formats.sign_mask:PbLlmCodec",
     "spqr": "memwall.formats.spqr:SpqrCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }

@@ -15,6 +15,8 @@ from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
+from memwall.formats.sign_mask import SignMaskCodec
+from memwall.formats.sign_mask import check as check_masks
 from memwall.formats.spqr import GROUP, SpqrCodec
 from memwall.formats.spqr import check as check_bilevel
 from memwall.kernels.level_tables import native_levels
@@ -25,8 +27,8 @@ __all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes",
 def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
-    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}` and, in tiles, `int{2..8}`
-    and all level formats make of [rows, cols].
+    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `billm`, `pbllm-s{n}` and,
+    in tiles, `int{2..8}` and all level formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -52,6 +54,9 @@ def matrix(packed: Packed) -> Matrix:
         return _native.bilevel_matrix(
             form.spec, *packed.shape, form.bits, halves["codes"], halves["statistics"], halves.get("order"), *outliers
         )
+    if isinstance(form, SignMaskCodec):
+        check_masks(packed)
+        return _native.masked_matrix(form.spec, *packed.shape, **{n: _as_read(b) for n, b in packed.buffers.items()})
     values = np.ascontiguousarray(packed.buffers[PLAIN_BUFFER])
     return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
 
@@ -113,6 +118,8 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
     form = codec(spec)
     if isinstance(form, SpqrCodec):
         return (() if exact else (GROUP,)) + ((1,) if form.ordered else ())
+    if isinstance(form, SignMaskCodec):
+        return (() if exact else (2,)) + ((1,) if "order" in form.buffers((1, 1)) else ())
     return () if exact else (_rounding(form),)
 
 
@@ -124,7 +131,8 @@ def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: i
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
     group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
-    which round no activations; 16 for bilevel weights; 1 where columns are put in order. Weights of several groups keep
-    one piece each; the widest input and the largest number of tokens of a run count. threads: None for those in use.
+    which round no activations; 16 for bilevel weights; 2 for signs and masks; 1 where columns are put in order. Weights
+    of several groups keep one piece each; the widest input and the largest number of tokens of a run count. threads:
+    None for those in use.
     """
     return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

@@ -158,6 +158,28 @@ PyMatrix bilevel_matrix(const std::string& spec, std::int64_t rows, std::int64_t
   return m;
 }
 
+// Signs and masks: either salient columns and an order, or steps, starts and low bits; the caller has checked what they point at.
+PyMatrix masked_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, Codes codes, nb::object params, nb::object salient,
+                       nb::object order, nb::object steps, nb::object starts, nb::object rest) {
+  PyMatrix m = codes_matrix(spec, rows, cols, 2, mw::kMaskedGroup, codes);
+  mw::Matrix& view = m.view;
+  view.form = mw::Form::masked;
+  view.wide = cols > 65536;
+  const std::int64_t num_params = rest.is_none() ? mw::kBillmParams : mw::kPbLlmParams;
+  view.scales = part_of<std::uint16_t, 4>(m, 1, params, {view.row_tiles, view.groups, num_params, mw::kTileRows}, "params");
+  if (rest.is_none()) {
+    view.salient = part_of<std::uint8_t, 1>(m, 2, salient, {view.groups}, "salient columns");
+    if (view.wide) view.order = part_of<std::uint32_t, 1>(m, 3, order, {cols}, "order");
+    else view.order = part_of<std::uint16_t, 1>(m, 3, order, {cols}, "order");
+    return m;
+  }
+  view.steps = part_of<float, 3>(m, 2, steps, {view.row_tiles, 2, mw::kTileRows}, "steps");
+  view.starts = part_of<std::uint32_t, 2>(m, 3, starts, {view.row_tiles, view.groups}, "starts");
+  view.rest = part_of<std::uint8_t, 1>(m, 4, rest, {}, "low bits");
+  view.rest_bytes = static_cast<std::int64_t>(nb::len(rest));
+  return m;
+}
+
 template <class T>
 using Table = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -346,6 +368,8 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   m.def("plane_matrix", &plane_matrix, "spec"_a, "cols"_a, "activation_bits"_a, "words"_a, "scales"_a);
   m.def("bilevel_matrix", &bilevel_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a, "statistics"_a, "order"_a = nb::none(),
         "row_offsets"_a = nb::none(), "columns"_a = nb::none(), "values"_a = nb::none());
+  m.def("masked_matrix", &masked_matrix, "spec"_a, "rows"_a, "cols"_a, "codes"_a.noconvert(), "params"_a, "salient"_a = nb::none(),
+        "order"_a = nb::none(), "steps"_a = nb::none(), "starts"_a = nb::none(), "rest"_a = nb::none());
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
   nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")

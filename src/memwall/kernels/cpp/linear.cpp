@@ -104,8 +104,9 @@ void round_to_planes(Input& input, int bits) {
   pack_planes(input.x, input.tokens, input.cols, bits, words, scales);
 }
 
-// Whether two bilevel matrices have their columns in one order, as those that read the same input mostly do.
+// Whether two such matrices read one input: columns in one order, as those that read the same input mostly do.
 bool same_order(const Matrix& a, const Matrix& b) {
+  if (a.form != b.form) return false;
   if (a.order == b.order) return true;
   if (a.order == nullptr || b.order == nullptr || a.wide != b.wide) return false;
   return std::memcmp(a.order, b.order, static_cast<std::size_t>(a.cols) * (a.wide ? 4 : 2)) == 0;
@@ -131,8 +132,11 @@ void turn(Input& input) {
   });
 }
 
-// The input as a bilevel matrix reads it: columns in its order, and rounded beside that; of several tokens by columns too.
-Input bilevel_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
+// Whether a matrix reads the input in an order of its own, or rounded by groups that no other form has.
+bool reads_its_own(const Matrix& m) { return m.form == Form::bilevel || (m.form == Form::masked && m.order != nullptr); }
+
+// The input as such a matrix reads it: columns in its order, and rounded beside that; of several tokens by columns too.
+Input own_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
   Input input = plain;
   if (m.order != nullptr) {
     auto* ordered = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
@@ -143,7 +147,9 @@ Input bilevel_input(const LinearKernels& kernels, const Input& plain, const Matr
     });
     input.x = ordered;
   }
-  if (rounded) input.coded = quantize(kernels, input, kBilevelGroup, g_activations[3]);
+  const bool bilevel = m.form == Form::bilevel;
+  if (!bilevel && input.tokens > 1) return input;
+  if (rounded) input.coded = quantize(kernels, input, bilevel ? kBilevelGroup : kMaskedGroup, g_activations[3]);
   if (rounded && input.tokens > 1) turn(input);
   return input;
 }
@@ -181,7 +187,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   const bool one = plain.tokens == 1;
   Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
   Input in_planes[kMaxPlanes];                     // by bits of activations
-  Input bilevel;                                   // in the order of the columns of `in_order`
+  Input own;                                       // as `in_order` reads it
   const Matrix* in_order = nullptr;
   Job jobs[kMaxJobs];
   double seconds = 0;
@@ -189,12 +195,12 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   std::size_t num_jobs = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const Matrix& m = *products[i].matrix;
-    if (m.form == Form::bilevel && (in_order == nullptr || !same_order(*in_order, m))) {
+    if (reads_its_own(m) && (in_order == nullptr || !same_order(*in_order, m))) {
       if (in_order != nullptr) {  // what waits reads the input in another order
         run_jobs(jobs, num_jobs, seconds);
         num_jobs = 0, strips = 0, seconds = 0;
       }
-      bilevel = bilevel_input(kernels, plain, m, !exact);
+      own = own_input(kernels, plain, m, !exact);
       in_order = &m;
     }
     Job& job = jobs[num_jobs++];
@@ -210,8 +216,13 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     } else if (m.form == Form::planes) {
       job.kernel = kernels.planes_exact;
     } else if (m.form == Form::bilevel) {
-      job.input = &bilevel;
+      job.input = &own;
       job.kernel = exact ? kernels.bilevel_exact : one ? kernels.bilevel_one : kernels.bilevel_many;
+    } else if (m.form == Form::masked) {
+      const bool rounded = one && !exact;
+      if (rounded && m.order == nullptr && inputs[2].coded.codes == nullptr) inputs[2].coded = quantize(kernels, plain, kMaskedGroup, g_activations[2]);
+      job.input = m.order ? &own : &inputs[rounded ? 2 : 3];
+      job.kernel = rounded ? kernels.masked_one : kernels.masked_exact;
     } else if (m.form != Form::tiles) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
@@ -222,7 +233,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.input = &inputs[slot];
       job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
     }
-    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel));
+    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel || m.form == Form::masked));
     const std::int64_t strip_rows = kTileRows * (single_tile ? 1 : kernels.strip_tiles);
     job.first_strip = strips;
     job.num_strips = (m.rows + strip_rows - 1) / strip_rows;
@@ -291,6 +302,47 @@ void decode_bilevel(const Matrix& m, std::int64_t row, float* out) {
   }
 }
 
+// Low bits of the row's salient weights in one group, by walking the bytes of its tile in the order they are stored in.
+void low_bits(const Matrix& m, std::int64_t row, std::int64_t g, std::uint8_t* low) {
+  const std::int64_t tile = row / kTileRows, lane = row % kTileRows;
+  const std::uint8_t* at = m.rest + m.starts[tile * m.groups + g];
+  const std::uint8_t* codes = m.tile(tile) + g * m.group_bytes();
+  for (int c = 0; c < kMaskedGroup; c += 4) {
+    const std::uint8_t* bytes = codes + c / 16 * kLaneVectorBytes;
+    for (int byte = 0; byte < kLaneVectorBytes; ++byte)
+      if (bytes[byte] >> (c % 16 / 2 + 1) & 1) {
+        if (byte / 4 == lane) low[c + byte % 4] = *at;
+        ++at;
+      }
+  }
+}
+
+// A row of a matrix of signs and masks.
+void decode_masked(const Matrix& m, std::int64_t row, float* out) {
+  const std::int64_t tile = row / kTileRows, lane = row % kTileRows;
+  float params[kBillmParams];
+  std::uint8_t low[kMaskedGroup];
+  const auto around = [](float mean, float scale, bool above) { return above ? mean + scale : mean - scale; };
+  for (std::int64_t place = 0; place < m.cols; ++place) {
+    const std::int64_t g = place / kMaskedGroup, within = place % kMaskedGroup;
+    if (within == 0) {
+      for (int i = 0; i < (m.rest ? kPbLlmParams : kBillmParams); ++i) params[i] = half_to_float(m.masked_params(tile, g)[i * kTileRows + lane]);
+      if (m.rest) low_bits(m, row, g, low);
+    }
+    const int code = tile_code(m, row, place);
+    const bool sign = code & 1, mask = code & 2;
+    float& value = out[m.column_at(place)];
+    if (m.rest && mask) {
+      const float* steps = m.masked_steps(tile) + lane;
+      value = steps[0] * (static_cast<float>(low[within] | (sign ? 128 : 0)) - steps[kTileRows]);
+    } else if (!m.rest && within < m.salient[g]) {
+      value = around(around(params[4], params[5], sign), params[6], mask);
+    } else {
+      value = mask ? around(params[2], params[3], sign) : around(params[0], params[1], sign);
+    }
+  }
+}
+
 }  // namespace
 
 float dynamic_levels[256];
@@ -300,6 +352,11 @@ std::int64_t Matrix::nbytes() const {
   if (form == Form::bilevel) {
     const std::int64_t index = wide ? 4 : 2, outliers = row_offsets ? (rows + 1) * 4 + row_offsets[rows] * (index + 2) : 0;
     return row_tiles * groups * (std::int64_t{64} * bits + 2 * kBilevelStatisticBytes) + (order ? cols * index : 0) + outliers;
+  }
+  if (form == Form::masked) {
+    const std::int64_t blocks = row_tiles * groups;
+    const std::int64_t beside = rest ? row_tiles * 2 * kTileRows * 4 + blocks * 4 + rest_bytes : groups + cols * (wide ? 4 : 2);
+    return row_tiles * tile_bytes() + blocks * kTileRows * 2 * (rest ? kPbLlmParams : kBillmParams) + beside;
   }
   if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
   if (form != Form::tiles) return rows * cols * 2;
@@ -321,6 +378,7 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * threads);
   if (group == 0 || tokens == 0) return workers;
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
+  if (group == 2) return workers + Scratch::rounded(activation_bytes(1, cols, kMaskedGroup, 1));
   if (group == 1) return workers + Scratch::rounded(ordered_bytes(tokens, cols));
   if (group == kBilevelGroup)
     return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens))) +
@@ -359,6 +417,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     case Form::bfloat16: return void(std::transform(halves, halves + m.cols, out, bfloat_to_float));
     case Form::planes: return decode_planes(m.planes(), row, 0, m.cols, static_cast<const float*>(m.scales)[row], out);
     case Form::bilevel: return decode_bilevel(m, row, out);
+    case Form::masked: return decode_masked(m, row, out);
     case Form::tiles: break;
   }
   const std::int64_t tile = row / kTileRows, lane = row % kTileRows;
