@@ -142,7 +142,7 @@ def _for_tensor(tensor: TensorSpec, spec: str) -> str:
         return "float32"
     if tensor.role in ("embedding", "head") and isinstance(codec(spec), BitPlaneCodec | SpqrCodec):
         return "float16"  # as their papers have it: of planes, because activations of the head stay whole then
-    if tensor.role in ("embedding", "head") and _bits(spec) < MIN_EMBEDDING_BITS:
+    if tensor.role in ("embedding", "head") and (_bits(spec) < MIN_EMBEDDING_BITS or codec(spec).method):
         return f"int{MIN_EMBEDDING_BITS}-g64"
     return spec
 
