@@ -17,6 +17,8 @@ METHODS: dict[str, str] = {
     "awq": "memwall.compress.awq:Awq",
     "smoothquant": "memwall.compress.smoothquant:SmoothQuant",
     "spqr": "memwall.compress.spqr:Spqr",
+    "billm": "memwall.compress.billm:Billm",
+    "pb-llm": "memwall.compress.pb_llm:PbLlm",
 }
 
 __all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]
