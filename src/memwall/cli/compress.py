@@ -28,7 +28,7 @@ def compress(
         typer.Option(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
             "for spqr the bits of a code, 3 or 4; for pb-llm as its paper counts, 1.7 or 2. "
-            "Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, billm 1.1, pb-llm 1.7.",
+            "Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, billm 1.1, pb-llm 1.7, db-llm 2.",
             metavar="BITS",
         ),
     ] = None,
@@ -37,9 +37,10 @@ def compress(
         typer.Option(
             help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
             "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers), "
-            "billm (signs, salient columns twice) or pb-llm (signs, salient weights in 8 bits).",
+            "billm (signs, salient columns twice), pb-llm (signs, salient weights in 8 bits) or "
+            "db-llm (two binary matrices).",
             metavar="METHOD",
-            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr", "billm", "pb-llm"],
+            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr", "billm", "pb-llm", "db-llm"],
         ),
     ] = "gptq",
     setting: Annotated[
