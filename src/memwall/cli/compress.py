@@ -27,8 +27,8 @@ def compress(
         str | None,
         typer.Option(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
-            "for spqr the bits of a code, 3 or 4; for pb-llm as its paper counts, 1.7 or 2. "
-            "Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, billm 1.1, pb-llm 1.7, db-llm 2.",
+            "for spqr and quip the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2. "
+            "Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, billm 1.1, pb-llm 1.7, db-llm and quip 2.",
             metavar="BITS",
         ),
     ] = None,
@@ -37,10 +37,10 @@ def compress(
         typer.Option(
             help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
             "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers), "
-            "billm (signs, salient columns twice), pb-llm (signs, salient weights in 8 bits) or "
-            "db-llm (two binary matrices).",
+            "billm (signs, salient columns twice), pb-llm (signs, salient weights in 8 bits), "
+            "db-llm (two binary matrices) or quip (turned at random, one scale).",
             metavar="METHOD",
-            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr", "billm", "pb-llm", "db-llm"],
+            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr", "billm", "pb-llm", "db-llm", "quip"],
         ),
     ] = "gptq",
     setting: Annotated[

@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "smoothquant": "memwall.compress.smoothquant:SmoothQuant",
     "spqr": "memwall.compress.spqr:Spqr",
     "billm": "memwall.compress.billm:Billm",
+    "quip": "memwall.compress.quip:Quip",
     "db-llm": "memwall.compress.db_llm:DbLlm",
     "pb-llm": "memwall.compress.pb_llm:PbLlm",
 }

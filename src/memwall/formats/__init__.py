@@ -30,6 +30,7 @@ CODECS: dict[str, str] = {
     "dual": "memwall.formats.db_llm:DualBinaryCodec",
     "billm": "memwall.formats.sign_mask:BillmCodec",
     "pbllm": "memwall.formats.sign_mask:PbLlmCodec",
+    "quip": "memwall.formats.quip:QuipCodec",
     "spqr": "memwall.formats.spqr:SpqrCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }

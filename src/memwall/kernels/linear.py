@@ -15,6 +15,7 @@ from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
+from memwall.formats.quip import QuipCodec
 from memwall.formats.sign_mask import SignMaskCodec
 from memwall.formats.sign_mask import check as check_masks
 from memwall.formats.spqr import GROUP, SpqrCodec
@@ -54,6 +55,8 @@ def matrix(packed: Packed) -> Matrix:
         return _native.bilevel_matrix(
             form.spec, *packed.shape, form.bits, halves["codes"], halves["statistics"], halves.get("order"), *outliers
         )
+    if isinstance(form, QuipCodec):
+        return _turned_matrix(form, packed)
     if isinstance(form, SignMaskCodec):
         check_masks(packed)
         return _native.masked_matrix(form.spec, *packed.shape, **{n: _as_read(b) for n, b in packed.buffers.items()})
@@ -74,6 +77,22 @@ def _level_matrix(form: LevelCodec, packed: Packed) -> Matrix:
         form.scale,
         halves["scales"],
         extra,
+    )
+
+
+def _turned_matrix(form: QuipCodec, packed: Packed) -> Matrix:
+    buffers = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
+    rows, cols = form.turns(packed.shape, int(buffers["seed"][0]))
+    return _native.turned_matrix(
+        form.spec,
+        *packed.shape,
+        form.bits,
+        buffers["codes"],
+        native_levels(form.inner),
+        (cols.order, cols.left, np.ascontiguousarray(cols.right.T)),
+        (rows.order, np.ascontiguousarray(rows.left.T), rows.right),
+        buffers["columns"],
+        float(buffers["scale"][0]),
     )
 
 
@@ -118,6 +137,8 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
     form = codec(spec)
     if isinstance(form, SpqrCodec):
         return (() if exact else (GROUP,)) + ((1,) if form.ordered else ())
+    if isinstance(form, QuipCodec):
+        return (4 if exact else 3,)
     if isinstance(form, SignMaskCodec):
         return (() if exact else (2,)) + ((1,) if "order" in form.buffers((1, 1)) else ())
     return () if exact else (_rounding(form),)
@@ -131,7 +152,8 @@ def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: i
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
     group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
-    which round no activations; 16 for bilevel weights; 2 for signs and masks; 1 where columns are put in order. Weights
+    which round no activations; 16 for bilevel weights; 2 for signs and masks; 3 (exact: 4) for turned
+    weights; 1 where columns are put in order. Weights
     of several groups keep one piece each; the widest input and the largest number of tokens of a run count. threads:
     None for those in use.
     """

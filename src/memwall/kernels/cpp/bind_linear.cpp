@@ -32,7 +32,7 @@ void require(bool condition, const std::string& message) {
 struct PyMatrix {
   mw::Matrix view;
   std::string spec;
-  nb::object owners[6];  // the arrays behind view
+  nb::object owners[9];  // the arrays behind view
   std::shared_ptr<mw::Levels> levels;
 };
 
@@ -259,6 +259,35 @@ PyMatrix level_matrix(const std::string& spec, std::int64_t rows, std::int64_t c
   return m;
 }
 
+// A turn's factors as the kernels read them: `order`, then `left` and `right` of one token laid out as [p, q].
+mw::Turn turn_of(PyMatrix& m, int owner, nb::object order, nb::object left, nb::object right, std::int64_t size) {
+  mw::Turn turn;
+  turn.p = static_cast<std::int64_t>(nb::len(left));
+  turn.q = static_cast<std::int64_t>(nb::len(right));
+  require(turn.size() == size, "the factors of a turn must have as many numbers together as it turns");
+  turn.order = part_of<std::int32_t, 1>(m, owner, order, {size}, "order");
+  turn.left = part_of<float, 2>(m, owner + 1, left, {turn.p, turn.p}, "left factors");
+  turn.right = part_of<float, 2>(m, owner + 2, right, {turn.q, turn.q}, "right factors");
+  for (std::int64_t i = 0; i < size; ++i) require(turn.order[i] >= 0 && turn.order[i] < size, "the order of a turn points outside of it");
+  return turn;
+}
+
+// Tiles of levels without scales, read through turns: into and back are (order, left, right).
+PyMatrix turned_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, Codes codes, const PyLevels& levels,
+                       nb::tuple into, nb::tuple back, nb::object columns, float scale) {
+  require(bits >= 1 && bits <= 8 && nb::len(into) == 3 && nb::len(back) == 3, "turned tiles hold 1 to 8 bits, turns have three parts");
+  PyMatrix m = codes_matrix(spec, rows, cols, bits, mw::kMaskedGroup, codes);
+  m.levels = levels.levels;
+  m.view.levels = m.levels.get();
+  m.view.scale_form = mw::ScaleForm::one;
+  m.view.turned = true;
+  m.view.into = turn_of(m, 1, into[0], into[1], into[2], cols);
+  m.view.back = turn_of(m, 4, back[0], back[1], back[2], rows);
+  m.view.columns = part_of<std::uint16_t, 1>(m, 7, columns, {cols}, "columns");
+  m.view.scale = scale;
+  return m;
+}
+
 void set_dynamic_levels(Table<float> values) {
   require(values.shape(0) == 256, "there are 256 dynamic levels");
   for (int i = 0; i < 256; ++i) mw::dynamic_levels[i] = values.data()[i];
@@ -310,6 +339,7 @@ mw::Step linear(Rows<const float> x, nb::sequence matrices, nb::sequence outs, b
 }
 
 void gather_rows(const PyMatrix& m, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> ids, Rows<float> out) {
+  require(!m.view.turned, "gather_rows: a row of " + m.spec + " cannot be had without all others");
   require(out.shape(0) == ids.shape(0) && static_cast<std::int64_t>(out.shape(1)) == m.view.cols, "gather_rows: out must be [ids, cols]");
   for (std::size_t i = 0; i < ids.shape(0); ++i)
     require(ids.data()[i] >= 0 && ids.data()[i] < m.view.rows,
@@ -402,6 +432,8 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
           "shift"_a, "mask"_a, "unit"_a, "Says how the codes become float16: see mw::Levels");
   m.def("level_matrix", &level_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "levels"_a, "scale_form"_a,
         "scales"_a, "extra"_a);
+  m.def("turned_matrix", &turned_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a.noconvert(), "levels"_a, "into"_a, "back"_a,
+        "columns"_a, "scale"_a);
   m.def("set_dynamic_levels", &set_dynamic_levels, "values"_a);
   m.def("encode_levels", &encode_levels, "values"_a, "bits"_a, "group"_a, "inverses"_a.noconvert(), "thresholds"_a.noconvert(),
         "level_codes"_a.noconvert(), "zero_code"_a, "codes"_a.noconvert());

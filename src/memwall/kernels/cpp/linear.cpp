@@ -40,7 +40,7 @@ class Scratch {
 };
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
-Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_workers;
+Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers;
 std::int64_t g_products = 0;
 
 // Below this a call runs on its own thread: waking another costs about as much.
@@ -106,7 +106,7 @@ void round_to_planes(Input& input, int bits) {
 
 // Whether two such matrices read one input: columns in one order, as those that read the same input mostly do.
 bool same_order(const Matrix& a, const Matrix& b) {
-  if (a.form != b.form) return false;
+  if (a.form != b.form || a.turned || b.turned) return false;
   if (a.order == b.order) return true;
   if (a.order == nullptr || b.order == nullptr || a.wide != b.wide) return false;
   return std::memcmp(a.order, b.order, static_cast<std::size_t>(a.cols) * (a.wide ? 4 : 2)) == 0;
@@ -133,10 +133,48 @@ void turn(Input& input) {
 }
 
 // Whether a matrix reads the input in an order of its own, or rounded by groups that no other form has.
-bool reads_its_own(const Matrix& m) { return m.form == Form::bilevel || (m.form == Form::masked && m.order != nullptr); }
+bool reads_its_own(const Matrix& m) { return m.form == Form::bilevel || (m.form == Form::masked && m.order != nullptr) || m.turned; }
+
+// Room of each thread for turns of up to n numbers.
+std::size_t turning_bytes(std::int64_t n, int threads) { return Scratch::rounded(static_cast<std::size_t>(2 * n) * sizeof(float)) * threads; }
+
+// f(token, room) for all tokens, each thread with room for a turn of n numbers.
+template <class F>
+void for_turns(std::int64_t tokens, std::int64_t n, F&& f) {
+  char* room = g_turning.at_least(turning_bytes(n, num_threads()));
+  const std::size_t each = turning_bytes(n, 1), grain = std::max<std::int64_t>(1, (1 << 12) / (n + 1));
+  parallel_for(static_cast<std::size_t>(tokens), grain, [&](std::size_t begin, std::size_t end, int worker) {
+    for (auto t = static_cast<std::int64_t>(begin); t < static_cast<std::int64_t>(end); ++t) f(t, reinterpret_cast<float*>(room + worker * each));
+  });
+}
+
+// The input as turned tiles read it.
+Input turned_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
+  Input input = plain;
+  auto* turned = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
+  for_turns(plain.tokens, plain.cols, [&](std::int64_t t, float* room) {
+    kernels.turn(m.into, plain.x + t * plain.cols, m.columns, turned + t * plain.cols, room);
+  });
+  input.x = turned;
+  if (rounded) input.coded = quantize(kernels, input, m.group, g_activations[3]);
+  return input;
+}
+
+// What turned tiles gave, turned back and written where it belongs. Overwrites `found`.
+void turn_output_back(const LinearKernels& kernels, const Matrix& m, float* found, std::int64_t tokens, const Output& out) {
+  for_turns(tokens, m.rows, [&](std::int64_t t, float* room) {
+    float *values = found + t * m.rows, *to = out.data + t * m.rows;
+    kernels.turn_back(m.back, values, m.scale, values, room);
+    for (std::int64_t r = 0; r < m.rows; ++r) {
+      const float value = out.bias ? values[r] + out.bias[r] : values[r];
+      to[r] = out.accumulate ? to[r] + value : value;
+    }
+  });
+}
 
 // The input as such a matrix reads it: columns in its order, and rounded beside that; of several tokens by columns too.
 Input own_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
+  if (m.turned) return turned_input(kernels, plain, m, rounded);
   Input input = plain;
   if (m.order != nullptr) {
     auto* ordered = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
@@ -193,13 +231,17 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   double seconds = 0;
   std::int64_t strips = 0;
   std::size_t num_jobs = 0;
+  Output turned_output;  // of `in_order`, where that is turned
+  const auto run_waiting = [&] {
+    if (num_jobs > 0) run_jobs(jobs, num_jobs, seconds);
+    if (num_jobs > 0 && in_order != nullptr && in_order->turned)
+      turn_output_back(kernels, *in_order, reinterpret_cast<float*>(g_turned.at_least(0)), plain.tokens, turned_output);
+    num_jobs = 0, strips = 0, seconds = 0;
+  };
   for (std::size_t i = 0; i < count; ++i) {
     const Matrix& m = *products[i].matrix;
     if (reads_its_own(m) && (in_order == nullptr || !same_order(*in_order, m))) {
-      if (in_order != nullptr) {  // what waits reads the input in another order
-        run_jobs(jobs, num_jobs, seconds);
-        num_jobs = 0, strips = 0, seconds = 0;
-      }
+      if (in_order != nullptr) run_waiting();  // what waits reads the input in another order
       own = own_input(kernels, plain, m, !exact);
       in_order = &m;
     }
@@ -218,6 +260,11 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     } else if (m.form == Form::bilevel) {
       job.input = &own;
       job.kernel = exact ? kernels.bilevel_exact : one ? kernels.bilevel_one : kernels.bilevel_many;
+    } else if (m.turned) {
+      turned_output = job.output;
+      job.output = {reinterpret_cast<float*>(g_turned.at_least(ordered_bytes(plain.tokens, m.rows))), m.rows, nullptr, false};
+      job.input = &own;
+      job.kernel = exact ? kernels.tiles_exact : one ? kernels.tiles_one : kernels.tiles_many;
     } else if (m.form == Form::masked) {
       const bool rounded = one && !exact;
       if (rounded && m.order == nullptr && inputs[2].coded.codes == nullptr) inputs[2].coded = quantize(kernels, plain, kMaskedGroup, g_activations[2]);
@@ -240,7 +287,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     strips += job.num_strips;
     seconds += strip_seconds(m, strip_rows, plain.tokens) * static_cast<double>(job.num_strips);
   }
-  run_jobs(jobs, num_jobs, seconds);
+  run_waiting();
 }
 
 // A scale or minimum of a row and group; group_scale() in tiles.h is the same for vectors.
@@ -248,6 +295,7 @@ float scale_at(const Matrix& m, std::int64_t tile, std::int64_t g, std::int64_t 
   const std::int64_t at = (tile * m.groups + g) * kTileRows + row;
   switch (m.scale_form) {
     case ScaleForm::half: return half_to_float(static_cast<const std::uint16_t*>(m.scales)[at]);
+    case ScaleForm::one: return 1.0f;
     case ScaleForm::single: return static_cast<const float*>(m.scales)[at];
     case ScaleForm::exponent: {
       const int byte = static_cast<const std::uint8_t*>(m.scales)[at];
@@ -360,6 +408,7 @@ std::int64_t Matrix::nbytes() const {
   }
   if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
   if (form != Form::tiles) return rows * cols * 2;
+  if (turned) return row_tiles * tile_bytes() + 2 * cols + 12;
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
   const std::int64_t nested_bytes = nested ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups + 1) : 0;
   return row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0)) + nested_bytes);
@@ -369,7 +418,7 @@ std::size_t linear_scratch_bytes() {
   std::lock_guard<std::mutex> guard(g_mutex);
   std::size_t bytes = g_workers.bytes();
   for (const auto& scratch : g_activations) bytes += scratch.bytes();
-  bytes += g_ordered.bytes() + g_columns.bytes();
+  bytes += g_ordered.bytes() + g_columns.bytes() + g_turned.bytes() + g_turning.bytes();
   for (const auto& scratch : g_planes) bytes += scratch.bytes();
   return bytes;
 }
@@ -378,6 +427,9 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * threads);
   if (group == 0 || tokens == 0) return workers;
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
+  if (group == 3 || group == 4)  // outputs are taken to be as wide as inputs can be
+    return workers + 2 * Scratch::rounded(ordered_bytes(tokens, cols)) + turning_bytes(cols, threads) +
+           (group == 3 ? Scratch::rounded(activation_bytes(tokens, cols, kMaskedGroup, tokens_together(linear_kernels_in_use(), tokens))) : 0);
   if (group == 2) return workers + Scratch::rounded(activation_bytes(1, cols, kMaskedGroup, 1));
   if (group == 1) return workers + Scratch::rounded(ordered_bytes(tokens, cols));
   if (group == kBilevelGroup)

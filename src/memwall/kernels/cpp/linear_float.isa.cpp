@@ -259,6 +259,8 @@ const LinearKernels linear_kernels = {
     bilevel_one,
     bilevel_many,
     panels_of<bilevel_panel>,
+    turn_token,
+    turn_token_back,
     masked_one,
     panels_of<masked_panel>,
 };
