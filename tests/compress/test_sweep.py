@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwall.compress.sweep import Factor, IntegerColumns, factor, sweep
+from memwall.compress.sweep import ColumnQuantizer, Factor, IntegerColumns, factor, sweep
 from memwall.errors import InputError
-from memwall.formats import codec
+from memwall.formats import Packed, codec
 from memwall.formats.integer import IntegerCodec
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -149,3 +149,37 @@ def test_an_arranged_factor_sweeps_columns_put_in_order_beforehand() -> None:
     nearest = coder.decode(coder.encode(weight)) - weight
     change = back - weight
     assert np.trace(change @ hessian @ change.T) < np.trace(nearest @ hessian @ nearest.T)
+
+
+class Looking(ColumnQuantizer):
+    """Rounds nothing, but keeps what groups are entered with and loses `lost` of its first group."""
+
+    group, inside, foresees = 4, False, True
+
+    def __init__(self, lost: np.ndarray) -> None:
+        self.entered: list[np.ndarray] = []
+        self._lost, self._now = lost, np.empty(0)
+
+    def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
+        self.entered.append(columns.copy())
+        self._now = columns - self._lost if index == 0 else columns
+
+    def quantize(self, column: int, values: np.ndarray) -> np.ndarray:
+        return np.asarray(self._now[column % 4])
+
+    def finish(self) -> Packed:
+        return codec("float32").encode(np.zeros((1, 1), np.float32))
+
+
+def test_groups_are_entered_with_what_makes_up_best_for_those_before() -> None:
+    """With the first four columns' errors given, later ones are the least-squares answer for all of them together."""
+    random = np.random.default_rng(3)
+    x, weight = correlated(64, 8, 1), random.standard_normal((5, 8)).astype(np.float32)
+    hessian = x.T @ x
+    lost = random.standard_normal((4, 5)).astype(np.float32)
+    looking = Looking(lost)
+    sweep(weight, Factor.of(hessian, 1e-6), looking)
+    np.testing.assert_allclose(looking.entered[0], weight[:, :4].T, atol=1e-5)
+    # minimize |e_first H.. + move|: the change of the others is H_oo^-1 H_of times what the first have lost
+    wanted = weight[:, 4:] + (np.linalg.solve(hessian[4:, 4:].astype(np.float64), hessian[4:, :4]) @ lost).T
+    np.testing.assert_allclose(looking.entered[1].T, wanted, rtol=2e-3, atol=2e-3)

@@ -29,7 +29,7 @@ SPECS += [
     "bfp8",
 ]
 SPECS += ["bipolar1-g32", "bipolar2", "bipolar3-g128", "bipolar4", "bipolar5", "bipolar7", "bipolar8", "ternary"]
-SPECS += ["binary", "binary2", "binary2-g32"]
+SPECS += ["binary", "binary2", "binary2-g32", "dual2-g32", "dual2-g64", "dual2-g128"]
 SHAPES = [(1, 1), (16, 64), (37, 100), (129, 544)]  # most divide by nothing
 EXACT_AS_INTEGERS = {
     "fp4",

@@ -12,6 +12,10 @@ from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run import parse_budget
 from memwall.errors import InputError
 
+METHOD_NAMES = (
+    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "billm", "pb-llm", "db-llm", "quip", "xr-npe",
+)  # fmt: skip
+
 
 def register(app: typer.Typer) -> None:
     add_command(app, "compress", compress)
@@ -27,8 +31,9 @@ def compress(
         str | None,
         typer.Option(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
-            "for spqr the bits of a code, 3 or 4. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, "
-            "xr-npe the bytes of 18 % of the layers in 8 bits.",
+            "for spqr and quip the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2. Default: 4.25; "
+            "awq int4-g128-asym, smoothquant int8, spqr 4, billm 1.1, pb-llm 1.7, db-llm, quip and vptq 2, xr-npe the "
+            "bytes of 18 % of the layers in 8 bits.",
             metavar="BITS",
         ),
     ] = None,
@@ -36,10 +41,12 @@ def compress(
         str,
         typer.Option(
             help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
-            "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers) or xr-npe "
-            "(4-bit floats, 4 and 8-bit posits by layer; needs torch).",
+            "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers), "
+            "vptq (codebooks of vectors), billm (signs, salient columns twice), pb-llm (signs, salient weights in 8 "
+            "bits), db-llm (two binary matrices), quip (turned at random, one scale) or xr-npe (4-bit floats, 4 and "
+            "8-bit posits by layer; needs torch).",
             metavar="METHOD",
-            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr", "xr-npe"],
+            autocompletion=lambda: list(METHOD_NAMES),
         ),
     ] = "gptq",
     setting: Annotated[

@@ -17,6 +17,10 @@ METHODS: dict[str, str] = {
     "awq": "memwall.compress.awq:Awq",
     "smoothquant": "memwall.compress.smoothquant:SmoothQuant",
     "spqr": "memwall.compress.spqr:Spqr",
+    "billm": "memwall.compress.billm:Billm",
+    "quip": "memwall.compress.quip:Quip",
+    "db-llm": "memwall.compress.db_llm:DbLlm",
+    "pb-llm": "memwall.compress.pb_llm:PbLlm",
     "vptq": "memwall.compress.vptq:Vptq",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
 }

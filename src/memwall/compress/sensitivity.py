@@ -64,6 +64,8 @@ def relative_error(weight: np.ndarray, packed: Packed, statistics: Statistics | 
     whole = output_error(rows, statistics)
     if not whole > 0:
         return 0.0
+    if not codec(packed.spec).rows_apart:
+        return output_error(codec(packed.spec).decode(packed)[_sampled(len(weight))] - rows, statistics) / whole
     decoded = np.empty_like(rows)  # these rows alone: the whole matrix in floats would be the most this run holds
     kernels.gather_rows(kernels.matrix(packed), _sampled(len(weight)), decoded)
     return output_error(decoded - rows, statistics) / whole

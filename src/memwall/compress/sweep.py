@@ -19,13 +19,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from memwall.errors import InputError
 from memwall.formats import Packed
 from memwall.formats.integer import IntegerCodec
+
+if TYPE_CHECKING:
+    from memwall.compress.base import Statistics
 
 # above this the factor is made in float32: the damping is far above its rounding, and float64 would take gigabytes
 _FLOAT64_COLUMNS = 4096
@@ -37,6 +40,11 @@ class ColumnQuantizer(ABC):
     """Rounds columns and keeps their codes. `group` columns share parameters that are found at the group's entry."""
 
     group: int
+    inside: bool = True
+    """Whether a column takes in the errors of those before it in its own group; else groups are rounded whole."""
+    foresees: bool = False
+    """Whether groups are entered with what their columns would become were none of them rounded, which is what the
+    least error asks of them together; else with what each would become were it the first."""
 
     @abstractmethod
     def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
@@ -196,6 +204,15 @@ class Factor:
         return Factor(np.arange(len(self.order)), self.feedback, self.pivots)
 
 
+def factor_for(statistics: Statistics | None, num_columns: int, damping: float, activation_order: bool) -> Factor:
+    """The factor of a layer's statistics, of H = I where there are none; InputError where they are of another layer."""
+    if statistics is None:
+        return Factor.of(np.eye(num_columns, dtype=np.float32), damping, activation_order)
+    if statistics.hessian.shape != (num_columns, num_columns):
+        raise InputError(f"statistics of {len(statistics.hessian)} inputs do not fit a matrix of {num_columns}")
+    return statistics.factor(damping, activation_order)
+
+
 def sweep(
     weight: np.ndarray, factored: Factor, quantizer: ColumnQuantizer, *, outliers: OutlierRule | None = None
 ) -> Packed:
@@ -230,7 +247,10 @@ def sweep_columns(
         taken_in = np.ascontiguousarray(feedback[:stop, start:stop].T)
         targets = original + taken_in[:, :start] @ errors[:start]
         if in_order:
-            quantizer.enter_group(start // quantizer.group, targets, pivots[start:stop])
+            expected = _unrounded(original, targets, taken_in[:, start:stop]) if quantizer.foresees else targets
+            quantizer.enter_group(start // quantizer.group, expected, pivots[start:stop])
+            if not quantizer.inside:
+                targets = expected
         _sweep_group(
             members,
             original,
@@ -240,6 +260,16 @@ def sweep_columns(
             quantizer,
             None if outliers is None else (outliers, pivots[start:stop]),
         )
+
+
+def _unrounded(original: np.ndarray, targets: np.ndarray, feedback: np.ndarray) -> np.ndarray:
+    """What a group's columns become when each takes in what those before it have moved by, and none is rounded.
+
+    t_j = targets_j + sum over i < j of feedback_ji (original_i - t_i): a triangular system.
+    """
+    before = np.tril(feedback, -1)
+    moved = before + np.eye(len(before), dtype=np.float32)
+    return np.ascontiguousarray(np.linalg.solve(moved, targets + before @ original), np.float32)
 
 
 def _sweep_group(
@@ -256,7 +286,7 @@ def _sweep_group(
     feedback [members, members]: row j weighs the errors that column j takes in.
     """
     for j, column in enumerate(members):
-        if j:
+        if j and quantizer.inside:
             targets[j] += feedback[j, :j] @ errors[:j]
         rounded = quantizer.quantize(int(column), targets[j])
         if outliers is not None:

@@ -27,6 +27,7 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.formats import codec
+from memwall.formats.quip import Factors
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
 
@@ -155,6 +156,25 @@ class Rotate(Map):
         if self.count % heads:
             raise InputError("a rotation of values must stay inside each head")
         return Rotate(self.matrix, self.count * repeats)
+
+
+@dataclass(frozen=True)
+class Turn(Map):
+    """A turn made of two small factors in a random order. It has no place between tensors, as it does not stay inside
+    heads or under gates: a form that is read through one turns activations as they come (`formats.quip`).
+    """
+
+    factors: Factors
+    kinds = frozenset[str]()
+
+    def width(self) -> int:
+        return len(self.factors.order)
+
+    def read(self, columns: np.ndarray) -> np.ndarray:
+        return self.factors.turn(columns)
+
+    def produce(self, rows: np.ndarray) -> np.ndarray:
+        return self.factors.turn(rows)  # as of every orthogonal map
 
 
 def hadamard(size: int) -> np.ndarray:

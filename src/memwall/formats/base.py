@@ -79,6 +79,9 @@ class Codec(ABC):
     method: ClassVar[str | None] = None
     """The compression method that alone makes this form of a model; None where loading can encode on the way."""
 
+    rows_apart: ClassVar[bool] = True
+    """Whether one row can be decoded without the others."""
+
     @classmethod
     @abstractmethod
     def parse(cls, spec: str) -> Codec:

@@ -71,6 +71,9 @@ class LevelCodec(Codec):
         *("bipolar1", "bipolar2", "bipolar3", "bipolar5-g32", "bipolar7", "bipolar8", "ternary"),
     )
 
+    encodes_natively: ClassVar[bool] = True
+    """Whether codes are given by the levels' thresholds alone, as compiled code wants it."""
+
     name: str
     group: int
     scale: str
@@ -347,6 +350,10 @@ class ResidualBinaryCodec(LevelCodec):
 
     def dequantize(self, codes: np.ndarray, scales: Scales) -> np.ndarray:
         return _signed(codes & 1 == 1, scales[0]) + _signed(codes >> 1 == 1, scales[1])
+
+    def pair_counts(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """By code, less an offset that both share: how often each of the two scales counts."""
+        return np.asarray([0, 2, 0, 2], np.uint8), np.asarray([0, 0, 2, 2], np.uint8), 1
 
     def scale_tiles(self, scales: Scales) -> dict[str, np.ndarray]:
         first, second = (statistic_tiles(one.astype(np.float16)) for one in scales)

@@ -54,6 +54,8 @@ def _encode_native(form: object, values: np.ndarray, out: Mapping[str, np.ndarra
     name = values.dtype.name
     if isinstance(form, BitPlaneCodec):
         return _encode_planes(values, out)
+    if isinstance(form, LevelCodec) and not form.encodes_natively:
+        return False
     if isinstance(form, LevelCodec):
         return _encode_levels(form, values, out)
     if not isinstance(form, IntegerCodec) or form.layout != "tiles" or name not in ("float32", "float16", "bfloat16"):

@@ -93,15 +93,15 @@ def native_levels(form: LevelCodec) -> _native.Levels:
     """The tables of a format as the compiled code wants them; made once per format."""
     _native.set_dynamic_levels(dynamic8().values)
     if isinstance(form, ResidualBinaryCodec):
-        low, high = np.asarray([0, 2, 0, 2], np.uint8), np.asarray([0, 0, 2, 2], np.uint8)
+        low, high, offset = form.pair_counts()
         return _native.Levels(
-            values=low.astype(np.float32) - 1,
-            second=high.astype(np.float32) - 1,
+            values=low.astype(np.float32) - offset,
+            second=high.astype(np.float32) - offset,
             low=low,
             high=high,
             unit=1.0,
-            low_offset=1,
-            high_offset=1,
+            low_offset=offset,
+            high_offset=offset,
             bytes=2,
             pairs=True,
         )

@@ -15,6 +15,9 @@ from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
+from memwall.formats.quip import QuipCodec
+from memwall.formats.sign_mask import SignMaskCodec
+from memwall.formats.sign_mask import check as check_masks
 from memwall.formats.spqr import GROUP, SpqrCodec
 from memwall.formats.spqr import check as check_bilevel
 from memwall.formats.vptq import VptqCodec
@@ -27,8 +30,8 @@ __all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes",
 def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
-    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `vptq` and, in tiles,
-    `int{2..8}` and all level formats make of [rows, cols].
+    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `vptq`, `billm`,
+    `pbllm-s{n}`, `quip{n}` and, in tiles, `int{2..8}` and all level formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -56,6 +59,11 @@ def matrix(packed: Packed) -> Matrix:
         )
     if isinstance(form, VptqCodec):
         return _codebook_matrix(form, packed)
+    if isinstance(form, QuipCodec):
+        return _turned_matrix(form, packed)
+    if isinstance(form, SignMaskCodec):
+        check_masks(packed)
+        return _native.masked_matrix(form.spec, *packed.shape, **{n: _as_read(b) for n, b in packed.buffers.items()})
     values = np.ascontiguousarray(packed.buffers[PLAIN_BUFFER])
     return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
 
@@ -94,6 +102,22 @@ def _codebook_matrix(form: VptqCodec, packed: Packed) -> Matrix:
         held.get("outlier_centroids"),
         held.get("order"),
         held.get("scale_and_offset"),
+    )
+
+
+def _turned_matrix(form: QuipCodec, packed: Packed) -> Matrix:
+    buffers = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
+    rows, cols = form.turns(packed.shape, int(buffers["seed"][0]))
+    return _native.turned_matrix(
+        form.spec,
+        *packed.shape,
+        form.bits,
+        buffers["codes"],
+        native_levels(form.inner),
+        (cols.order, cols.left, np.ascontiguousarray(cols.right.T)),
+        (rows.order, np.ascontiguousarray(rows.left.T), rows.right),
+        buffers["columns"],
+        float(buffers["scale"][0]),
     )
 
 
@@ -140,6 +164,10 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
         return (() if exact else (GROUP,)) + ((1,) if form.ordered else ())
     if isinstance(form, VptqCodec):
         return (1,) if form.ordered or form.norm else ()
+    if isinstance(form, QuipCodec):
+        return (4 if exact else 3,)
+    if isinstance(form, SignMaskCodec):
+        return (() if exact else (2,)) + ((1,) if "order" in form.buffers((1, 1)) else ())
     return () if exact else (_rounding(form),)
 
 
@@ -151,7 +179,8 @@ def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: i
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
     group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
-    which round no activations; 16 for bilevel weights; 1 where columns are put in order or scaled. Weights of several groups keep
-    one piece each; the widest input and the largest number of tokens of a run count. threads: None for those in use.
+    which round no activations; 16 for bilevel weights; 2 for signs and masks; 3 (exact: 4) for turned weights; 1 where
+    columns are put in order or scaled. Weights of several groups keep one piece each; the widest input and the largest
+    number of tokens of a run count. threads: None for those in use.
     """
     return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

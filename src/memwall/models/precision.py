@@ -49,6 +49,8 @@ WIDE_SHARE = 0.18
 # Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between
 # thousands of near-equal logits: neither goes below this.
 MIN_EMBEDDING_BITS = 4
+FLOAT_ENDS = ("spqr", "vptq")
+"""Methods whose papers leave embedding and head in half precision; those of other methods' forms get integers."""
 
 ALIGNMENT_BYTES = 64
 MATRIX_ROLES = frozenset({"embedding", "head", "linear", "expert"})
@@ -152,11 +154,11 @@ def code_bits(spec: str) -> int:
 def _for_tensor(tensor: TensorSpec, spec: str) -> str:
     if not is_matrix(tensor):
         return "float32"
-    if tensor.role in ("embedding", "head") and (isinstance(codec(spec), BitPlaneCodec) or codec(spec).method):
+    if tensor.role in ("embedding", "head") and (isinstance(codec(spec), BitPlaneCodec) or codec(spec).method in FLOAT_ENDS):
         # as their papers have it: of planes, because activations of the head stay whole then; of a method's own forms,
         # because calibration is what they are good for
         return "float16"
-    if tensor.role in ("embedding", "head") and code_bits(spec) < MIN_EMBEDDING_BITS:
+    if tensor.role in ("embedding", "head") and (code_bits(spec) < MIN_EMBEDDING_BITS or codec(spec).method):
         return f"int{MIN_EMBEDDING_BITS}-g64"
     return spec
 

@@ -32,7 +32,7 @@ void require(bool condition, const std::string& message) {
 struct PyMatrix {
   mw::Matrix view;
   std::string spec;
-  nb::object owners[8];  // the arrays behind view
+  nb::object owners[9];  // the arrays behind view
   std::shared_ptr<mw::Levels> levels;
   std::shared_ptr<mw::CodebookMatrix> codebooks;
 };
@@ -206,6 +206,28 @@ PyMatrix codebook_matrix(const std::string& spec, std::int64_t rows, std::int64_
   return m;
 }
 
+// Signs and masks: either salient columns and an order, or steps, starts and low bits; the caller has checked what they point at.
+PyMatrix masked_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, Codes codes, nb::object params, nb::object salient,
+                       nb::object order, nb::object steps, nb::object starts, nb::object rest) {
+  PyMatrix m = codes_matrix(spec, rows, cols, 2, mw::kMaskedGroup, codes);
+  mw::Matrix& view = m.view;
+  view.form = mw::Form::masked;
+  view.wide = cols > 65536;
+  const std::int64_t num_params = rest.is_none() ? mw::kBillmParams : mw::kPbLlmParams;
+  view.scales = part_of<std::uint16_t, 4>(m, 1, params, {view.row_tiles, view.groups, num_params, mw::kTileRows}, "params");
+  if (rest.is_none()) {
+    view.salient = part_of<std::uint8_t, 1>(m, 2, salient, {view.groups}, "salient columns");
+    if (view.wide) view.order = part_of<std::uint32_t, 1>(m, 3, order, {cols}, "order");
+    else view.order = part_of<std::uint16_t, 1>(m, 3, order, {cols}, "order");
+    return m;
+  }
+  view.steps = part_of<float, 3>(m, 2, steps, {view.row_tiles, 2, mw::kTileRows}, "steps");
+  view.starts = part_of<std::uint32_t, 2>(m, 3, starts, {view.row_tiles, view.groups}, "starts");
+  view.rest = part_of<std::uint8_t, 1>(m, 4, rest, {}, "low bits");
+  view.rest_bytes = static_cast<std::int64_t>(nb::len(rest));
+  return m;
+}
+
 template <class T>
 using Table = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -285,6 +307,35 @@ PyMatrix level_matrix(const std::string& spec, std::int64_t rows, std::int64_t c
   return m;
 }
 
+// A turn's factors as the kernels read them: `order`, then `left` and `right` of one token laid out as [p, q].
+mw::Turn turn_of(PyMatrix& m, int owner, nb::object order, nb::object left, nb::object right, std::int64_t size) {
+  mw::Turn turn;
+  turn.p = static_cast<std::int64_t>(nb::len(left));
+  turn.q = static_cast<std::int64_t>(nb::len(right));
+  require(turn.size() == size, "the factors of a turn must have as many numbers together as it turns");
+  turn.order = part_of<std::int32_t, 1>(m, owner, order, {size}, "order");
+  turn.left = part_of<float, 2>(m, owner + 1, left, {turn.p, turn.p}, "left factors");
+  turn.right = part_of<float, 2>(m, owner + 2, right, {turn.q, turn.q}, "right factors");
+  for (std::int64_t i = 0; i < size; ++i) require(turn.order[i] >= 0 && turn.order[i] < size, "the order of a turn points outside of it");
+  return turn;
+}
+
+// Tiles of levels without scales, read through turns: into and back are (order, left, right).
+PyMatrix turned_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, Codes codes, const PyLevels& levels,
+                       nb::tuple into, nb::tuple back, nb::object columns, float scale) {
+  require(bits >= 1 && bits <= 8 && nb::len(into) == 3 && nb::len(back) == 3, "turned tiles hold 1 to 8 bits, turns have three parts");
+  PyMatrix m = codes_matrix(spec, rows, cols, bits, mw::kMaskedGroup, codes);
+  m.levels = levels.levels;
+  m.view.levels = m.levels.get();
+  m.view.scale_form = mw::ScaleForm::one;
+  m.view.turned = true;
+  m.view.into = turn_of(m, 1, into[0], into[1], into[2], cols);
+  m.view.back = turn_of(m, 4, back[0], back[1], back[2], rows);
+  m.view.columns = part_of<std::uint16_t, 1>(m, 7, columns, {cols}, "columns");
+  m.view.scale = scale;
+  return m;
+}
+
 void set_dynamic_levels(Table<float> values) {
   require(values.shape(0) == 256, "there are 256 dynamic levels");
   for (int i = 0; i < 256; ++i) mw::dynamic_levels[i] = values.data()[i];
@@ -336,6 +387,7 @@ mw::Step linear(Rows<const float> x, nb::sequence matrices, nb::sequence outs, b
 }
 
 void gather_rows(const PyMatrix& m, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> ids, Rows<float> out) {
+  require(!m.view.turned, "gather_rows: a row of " + m.spec + " cannot be had without all others");
   require(out.shape(0) == ids.shape(0) && static_cast<std::int64_t>(out.shape(1)) == m.view.cols, "gather_rows: out must be [ids, cols]");
   for (std::size_t i = 0; i < ids.shape(0); ++i)
     require(ids.data()[i] >= 0 && ids.data()[i] < m.view.rows,
@@ -397,6 +449,8 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   m.def("codebook_matrix", &codebook_matrix, "spec"_a, "rows"_a, "cols"_a, "sizes"_a, "indices"_a, "centroids"_a, "residuals"_a = nb::none(),
         "outliers"_a = 0, "outlier_sizes"_a = nb::make_tuple(), "outlier_indices"_a = nb::none(), "outlier_centroids"_a = nb::none(),
         "order"_a = nb::none(), "scale_and_offset"_a = nb::none());
+  m.def("masked_matrix", &masked_matrix, "spec"_a, "rows"_a, "cols"_a, "codes"_a.noconvert(), "params"_a, "salient"_a = nb::none(),
+        "order"_a = nb::none(), "steps"_a = nb::none(), "starts"_a = nb::none(), "rest"_a = nb::none());
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
   nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")
@@ -429,6 +483,8 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
           "shift"_a, "mask"_a, "unit"_a, "Says how the codes become float16: see mw::Levels");
   m.def("level_matrix", &level_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "levels"_a, "scale_form"_a,
         "scales"_a, "extra"_a);
+  m.def("turned_matrix", &turned_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a.noconvert(), "levels"_a, "into"_a, "back"_a,
+        "columns"_a, "scale"_a);
   m.def("set_dynamic_levels", &set_dynamic_levels, "values"_a);
   m.def("encode_levels", &encode_levels, "values"_a, "bits"_a, "group"_a, "inverses"_a.noconvert(), "thresholds"_a.noconvert(),
         "level_codes"_a.noconvert(), "zero_code"_a, "codes"_a.noconvert());

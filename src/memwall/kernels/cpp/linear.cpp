@@ -40,7 +40,7 @@ class Scratch {
 };
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
-Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_workers;
+Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers;
 std::int64_t g_products = 0;
 
 // Below this a call runs on its own thread: waking another costs about as much.
@@ -106,9 +106,9 @@ void round_to_planes(Input& input, int bits) {
   pack_planes(input.x, input.tokens, input.cols, bits, words, scales);
 }
 
-// Whether two bilevel or codebook matrices read the input alike: as those that have it in common mostly do, in one order.
+// Whether two such matrices read one input: columns in one order, as those that read the same input mostly do.
 bool same_order(const Matrix& a, const Matrix& b) {
-  if (a.form != b.form || (a.codebooks && (a.codebooks->scale || b.codebooks->scale))) return false;
+  if (a.form != b.form || a.turned || b.turned || (a.codebooks && (a.codebooks->scale || b.codebooks->scale))) return false;
   if (a.order == b.order) return true;
   if (a.order == nullptr || b.order == nullptr || a.wide != b.wide) return false;
   return std::memcmp(a.order, b.order, static_cast<std::size_t>(a.cols) * (a.wide ? 4 : 2)) == 0;
@@ -135,8 +135,51 @@ void turn(Input& input) {
   });
 }
 
-// The input as a bilevel matrix reads it: columns in its order, and rounded beside that; of several tokens by columns too.
-Input bilevel_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
+// Whether a matrix reads the input in an order of its own, or rounded by groups that no other form has.
+bool reads_its_own(const Matrix& m) {
+  return m.form == Form::bilevel || m.form == Form::codebook || (m.form == Form::masked && m.order != nullptr) || m.turned;
+}
+
+// Room of each thread for turns of up to n numbers.
+std::size_t turning_bytes(std::int64_t n, int threads) { return Scratch::rounded(static_cast<std::size_t>(2 * n) * sizeof(float)) * threads; }
+
+// f(token, room) for all tokens, each thread with room for a turn of n numbers.
+template <class F>
+void for_turns(std::int64_t tokens, std::int64_t n, F&& f) {
+  char* room = g_turning.at_least(turning_bytes(n, num_threads()));
+  const std::size_t each = turning_bytes(n, 1), grain = std::max<std::int64_t>(1, (1 << 12) / (n + 1));
+  parallel_for(static_cast<std::size_t>(tokens), grain, [&](std::size_t begin, std::size_t end, int worker) {
+    for (auto t = static_cast<std::int64_t>(begin); t < static_cast<std::int64_t>(end); ++t) f(t, reinterpret_cast<float*>(room + worker * each));
+  });
+}
+
+// The input as turned tiles read it.
+Input turned_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
+  Input input = plain;
+  auto* turned = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
+  for_turns(plain.tokens, plain.cols, [&](std::int64_t t, float* room) {
+    kernels.turn(m.into, plain.x + t * plain.cols, m.columns, turned + t * plain.cols, room);
+  });
+  input.x = turned;
+  if (rounded) input.coded = quantize(kernels, input, m.group, g_activations[3]);
+  return input;
+}
+
+// What turned tiles gave, turned back and written where it belongs. Overwrites `found`.
+void turn_output_back(const LinearKernels& kernels, const Matrix& m, float* found, std::int64_t tokens, const Output& out) {
+  for_turns(tokens, m.rows, [&](std::int64_t t, float* room) {
+    float *values = found + t * m.rows, *to = out.data + t * m.rows;
+    kernels.turn_back(m.back, values, m.scale, values, room);
+    for (std::int64_t r = 0; r < m.rows; ++r) {
+      const float value = out.bias ? values[r] + out.bias[r] : values[r];
+      to[r] = out.accumulate ? to[r] + value : value;
+    }
+  });
+}
+
+// The input as such a matrix reads it: columns in its order, and rounded beside that; of several tokens by columns too.
+Input own_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
+  if (m.turned) return turned_input(kernels, plain, m, rounded);
   Input input = plain;
   if (m.order != nullptr) {
     auto* ordered = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
@@ -147,7 +190,9 @@ Input bilevel_input(const LinearKernels& kernels, const Input& plain, const Matr
     });
     input.x = ordered;
   }
-  if (rounded) input.coded = quantize(kernels, input, kBilevelGroup, g_activations[3]);
+  const bool bilevel = m.form == Form::bilevel;
+  if (!bilevel && input.tokens > 1) return input;
+  if (rounded) input.coded = quantize(kernels, input, bilevel ? kBilevelGroup : kMaskedGroup, g_activations[3]);
   if (rounded && input.tokens > 1) turn(input);
   return input;
 }
@@ -211,20 +256,24 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   const bool one = plain.tokens == 1;
   Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
   Input in_planes[kMaxPlanes];                     // by bits of activations
-  Input ordered;                                   // as `in_order` reads it
+  Input own;                                       // as `in_order` reads it
   const Matrix* in_order = nullptr;
   Job jobs[kMaxJobs];
   double seconds = 0;
   std::int64_t strips = 0;
   std::size_t num_jobs = 0;
+  Output turned_output;  // of `in_order`, where that is turned
+  const auto run_waiting = [&] {
+    if (num_jobs > 0) run_jobs(jobs, num_jobs, seconds);
+    if (num_jobs > 0 && in_order != nullptr && in_order->turned)
+      turn_output_back(kernels, *in_order, reinterpret_cast<float*>(g_turned.at_least(0)), plain.tokens, turned_output);
+    num_jobs = 0, strips = 0, seconds = 0;
+  };
   for (std::size_t i = 0; i < count; ++i) {
     const Matrix& m = *products[i].matrix;
-    if ((m.form == Form::bilevel || m.form == Form::codebook) && (in_order == nullptr || !same_order(*in_order, m))) {
-      if (in_order != nullptr) {  // what waits reads the input in another order
-        run_jobs(jobs, num_jobs, seconds);
-        num_jobs = 0, strips = 0, seconds = 0;
-      }
-      ordered = m.form == Form::bilevel ? bilevel_input(kernels, plain, m, !exact) : codebook_input(plain, m);
+    if (reads_its_own(m) && (in_order == nullptr || !same_order(*in_order, m))) {
+      if (in_order != nullptr) run_waiting();  // what waits reads the input in another order
+      own = m.form == Form::codebook ? codebook_input(plain, m) : own_input(kernels, plain, m, !exact);
       in_order = &m;
     }
     Job& job = jobs[num_jobs++];
@@ -240,10 +289,20 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     } else if (m.form == Form::planes) {
       job.kernel = kernels.planes_exact;
     } else if (m.form == Form::bilevel) {
-      job.input = &ordered;
+      job.input = &own;
       job.kernel = exact ? kernels.bilevel_exact : one ? kernels.bilevel_one : kernels.bilevel_many;
+    } else if (m.turned) {
+      turned_output = job.output;
+      job.output = {reinterpret_cast<float*>(g_turned.at_least(ordered_bytes(plain.tokens, m.rows))), m.rows, nullptr, false};
+      job.input = &own;
+      job.kernel = exact ? kernels.tiles_exact : one ? kernels.tiles_one : kernels.tiles_many;
+    } else if (m.form == Form::masked) {
+      const bool rounded = one && !exact;
+      if (rounded && m.order == nullptr && inputs[2].coded.codes == nullptr) inputs[2].coded = quantize(kernels, plain, kMaskedGroup, g_activations[2]);
+      job.input = m.order ? &own : &inputs[rounded ? 2 : 3];
+      job.kernel = rounded ? kernels.masked_one : kernels.masked_exact;
     } else if (m.form == Form::codebook) {
-      job.input = &ordered;
+      job.input = &own;
       job.kernel = one ? kernels.codebook_one : kernels.codebook_many;
     } else if (m.form != Form::tiles) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
@@ -255,7 +314,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.input = &inputs[slot];
       job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
     }
-    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel));
+    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel || m.form == Form::masked));
     std::int64_t strip_rows = kTileRows * (single_tile ? 1 : kernels.strip_tiles);
     if (one && m.form == Form::codebook) strip_rows = kVectorsTogether * m.codebooks->rest.vector;
     job.first_strip = strips;
@@ -263,7 +322,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     strips += job.num_strips;
     seconds += strip_seconds(m, strip_rows, plain.tokens) * static_cast<double>(job.num_strips);
   }
-  run_jobs(jobs, num_jobs, seconds);
+  run_waiting();
 }
 
 // A scale or minimum of a row and group; group_scale() in tiles.h is the same for vectors.
@@ -271,6 +330,7 @@ float scale_at(const Matrix& m, std::int64_t tile, std::int64_t g, std::int64_t 
   const std::int64_t at = (tile * m.groups + g) * kTileRows + row;
   switch (m.scale_form) {
     case ScaleForm::half: return half_to_float(static_cast<const std::uint16_t*>(m.scales)[at]);
+    case ScaleForm::one: return 1.0f;
     case ScaleForm::single: return static_cast<const float*>(m.scales)[at];
     case ScaleForm::exponent: {
       const int byte = static_cast<const std::uint8_t*>(m.scales)[at];
@@ -345,6 +405,47 @@ void decode_codebook(const Matrix& m, std::int64_t row, float* out) {
   }
 }
 
+// Low bits of the row's salient weights in one group, by walking the bytes of its tile in the order they are stored in.
+void low_bits(const Matrix& m, std::int64_t row, std::int64_t g, std::uint8_t* low) {
+  const std::int64_t tile = row / kTileRows, lane = row % kTileRows;
+  const std::uint8_t* at = m.rest + m.starts[tile * m.groups + g];
+  const std::uint8_t* codes = m.tile(tile) + g * m.group_bytes();
+  for (int c = 0; c < kMaskedGroup; c += 4) {
+    const std::uint8_t* bytes = codes + c / 16 * kLaneVectorBytes;
+    for (int byte = 0; byte < kLaneVectorBytes; ++byte)
+      if (bytes[byte] >> (c % 16 / 2 + 1) & 1) {
+        if (byte / 4 == lane) low[c + byte % 4] = *at;
+        ++at;
+      }
+  }
+}
+
+// A row of a matrix of signs and masks.
+void decode_masked(const Matrix& m, std::int64_t row, float* out) {
+  const std::int64_t tile = row / kTileRows, lane = row % kTileRows;
+  float params[kBillmParams];
+  std::uint8_t low[kMaskedGroup];
+  const auto around = [](float mean, float scale, bool above) { return above ? mean + scale : mean - scale; };
+  for (std::int64_t place = 0; place < m.cols; ++place) {
+    const std::int64_t g = place / kMaskedGroup, within = place % kMaskedGroup;
+    if (within == 0) {
+      for (int i = 0; i < (m.rest ? kPbLlmParams : kBillmParams); ++i) params[i] = half_to_float(m.masked_params(tile, g)[i * kTileRows + lane]);
+      if (m.rest) low_bits(m, row, g, low);
+    }
+    const int code = tile_code(m, row, place);
+    const bool sign = code & 1, mask = code & 2;
+    float& value = out[m.column_at(place)];
+    if (m.rest && mask) {
+      const float* steps = m.masked_steps(tile) + lane;
+      value = steps[0] * (static_cast<float>(low[within] | (sign ? 128 : 0)) - steps[kTileRows]);
+    } else if (!m.rest && within < m.salient[g]) {
+      value = around(around(params[4], params[5], sign), params[6], mask);
+    } else {
+      value = mask ? around(params[2], params[3], sign) : around(params[0], params[1], sign);
+    }
+  }
+}
+
 }  // namespace
 
 float dynamic_levels[256];
@@ -356,8 +457,14 @@ std::int64_t Matrix::nbytes() const {
     return row_tiles * groups * (std::int64_t{64} * bits + 2 * kBilevelStatisticBytes) + (order ? cols * index : 0) + outliers;
   }
   if (form == Form::codebook) return codebooks->nbytes(cols) + (order ? cols * (wide ? 4 : 2) : 0);
+  if (form == Form::masked) {
+    const std::int64_t blocks = row_tiles * groups;
+    const std::int64_t beside = rest ? row_tiles * 2 * kTileRows * 4 + blocks * 4 + rest_bytes : groups + cols * (wide ? 4 : 2);
+    return row_tiles * tile_bytes() + blocks * kTileRows * 2 * (rest ? kPbLlmParams : kBillmParams) + beside;
+  }
   if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
   if (form != Form::tiles) return rows * cols * 2;
+  if (turned) return row_tiles * tile_bytes() + 2 * cols + 12;
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
   const std::int64_t nested_bytes = nested ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups + 1) : 0;
   return row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0)) + nested_bytes);
@@ -367,7 +474,7 @@ std::size_t linear_scratch_bytes() {
   std::lock_guard<std::mutex> guard(g_mutex);
   std::size_t bytes = g_workers.bytes();
   for (const auto& scratch : g_activations) bytes += scratch.bytes();
-  bytes += g_ordered.bytes() + g_columns.bytes();
+  bytes += g_ordered.bytes() + g_columns.bytes() + g_turned.bytes() + g_turning.bytes();
   for (const auto& scratch : g_planes) bytes += scratch.bytes();
   return bytes;
 }
@@ -376,6 +483,10 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * threads);
   if (group == 0 || tokens == 0) return workers;
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
+  if (group == 3 || group == 4)  // outputs are taken to be as wide as inputs can be
+    return workers + 2 * Scratch::rounded(ordered_bytes(tokens, cols)) + turning_bytes(cols, threads) +
+           (group == 3 ? Scratch::rounded(activation_bytes(tokens, cols, kMaskedGroup, tokens_together(linear_kernels_in_use(), tokens))) : 0);
+  if (group == 2) return workers + Scratch::rounded(activation_bytes(1, cols, kMaskedGroup, 1));
   if (group == 1) return workers + Scratch::rounded(ordered_bytes(tokens, cols));
   if (group == kBilevelGroup)
     return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens))) +
@@ -415,6 +526,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     case Form::planes: return decode_planes(m.planes(), row, 0, m.cols, static_cast<const float*>(m.scales)[row], out);
     case Form::bilevel: return decode_bilevel(m, row, out);
     case Form::codebook: return decode_codebook(m, row, out);
+    case Form::masked: return decode_masked(m, row, out);
     case Form::tiles: break;
   }
   const std::int64_t tile = row / kTileRows, lane = row % kTileRows;

@@ -18,11 +18,11 @@ constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
-enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook };
+enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook, masked };
 
 // How the scales of tiles are stored (formats/scales.py): in the last two forms a byte is a power of two, or an index of
-// dynamic levels that one float per 256 scales and an offset per row tile make a scale of.
-enum class ScaleForm : int { half, single, exponent, nested };
+// dynamic levels that one float per 256 scales and an offset per row tile make a scale of; the last has no scales.
+enum class ScaleForm : int { half, single, exponent, nested, one };
 
 // What codes mean where they are not integers. Exact products read `values`; products with 8-bit activations the bytes: a code
 // stands for (low - low_offset) units, or with two bytes for (low - low_offset) + 256 * (high - high_offset) of them. Where
@@ -49,6 +49,18 @@ struct Levels {
 // and four float16; the codes lie as in tiles of 32 columns.
 constexpr int kColumnTokens = 16;  // tokens of one column that outliers are multiplied with at once
 constexpr int kBilevelGroup = 16, kBilevelCodeBytes = 6, kBilevelStatisticBytes = 20;
+// Weights of a sign and a mask bit (formats/sign_mask.py defines them): parameters per row and block of 128 columns.
+constexpr int kMaskedGroup = 128, kBillmParams = 7, kPbLlmParams = 2;
+
+// A turn of n = p * q numbers (formats/quip.py): what lies at `order` is laid out as p x q, multiplied by left [p, p] from the left
+// and by right [q, q] from the right; a turn back does it the other way round.
+struct Turn {
+  std::int64_t p = 0, q = 0;
+  const float *left = nullptr, *right = nullptr;
+  const std::int32_t* order = nullptr;
+
+  std::int64_t size() const { return p * q; }
+};
 
 // Borrowed pointers; the Python object Matrix keeps the arrays alive.
 struct Matrix {
@@ -74,6 +86,19 @@ struct Matrix {
   const void* outlier_columns = nullptr;          // stored places
   const std::uint16_t* outlier_values = nullptr;  // float16
   bool wide = false;                              // order and outlier_columns have 32 bits, not 16
+  // masked only, beside data, groups of 128 columns, `scales` (the parameters) and `order`: the columns of each group that are
+  // salient, or the low bits of single weights, where those of each tile and group start, and their steps
+  const std::uint8_t* salient = nullptr;
+  const std::uint8_t* rest = nullptr;
+  const std::uint32_t* starts = nullptr;
+  const float* steps = nullptr;
+  std::int64_t rest_bytes = 0;
+
+  // turned tiles only: inputs are multiplied by `columns` (float16) and turned, outputs are turned back and multiplied by `scale`
+  bool turned = false;
+  Turn into, back;
+  const std::uint16_t* columns = nullptr;
+  float scale = 1.0f;
 
   std::int64_t group_bytes() const { return std::int64_t{2} * bits * group; }
   std::int64_t tile_bytes() const { return groups * group_bytes(); }
@@ -85,6 +110,10 @@ struct Matrix {
     if (order == nullptr) return place;
     return wide ? static_cast<const std::uint32_t*>(order)[place] : static_cast<const std::uint16_t*>(order)[place];
   }
+  const std::uint16_t* masked_params(std::int64_t tile, std::int64_t g) const {
+    return static_cast<const std::uint16_t*>(scales) + (tile * groups + g) * kTileRows * (rest ? kPbLlmParams : kBillmParams);
+  }
+  const float* masked_steps(std::int64_t tile) const { return steps + tile * 2 * kTileRows; }
   int bytes() const { return levels ? levels->bytes : 0; }
   Planes planes() const { return {static_cast<const std::uint64_t*>(data), rows, cols, bits}; }
   // what is taken off a code, or off its low byte
@@ -142,12 +171,16 @@ struct LinearKernels {
   StripKernel planes, planes_exact;
   StripKernel bilevel_one, bilevel_many, bilevel_exact;
   StripKernel codebook_one, codebook_many;
+  // one token: to [n] from x [n], with room for n floats; out: results to be multiplied by scale instead
+  void (*turn)(const Turn&, const float* x, const std::uint16_t* columns, float* to, float* room);
+  void (*turn_back)(const Turn&, const float* x, float scale, float* to, float* room);
+  StripKernel masked_one, masked_exact;  // several tokens take the exact one: a panel of floats costs less than their rounding gains
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.
 std::size_t linear_scratch_bytes();
 // What it would hold after products of `tokens` tokens of `cols` columns with weights in groups of `group` (0: dense weights; -m:
-// bit planes with activations of m bits; 16: bilevel tiles; 1: columns put in order).
+// bit planes with activations of m bits; 16: bilevel tiles; 2: signs and masks; 1: columns put in order; 3 or, exact, 4: turned tiles).
 std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads);
 
 struct Product {

@@ -228,12 +228,17 @@ void tiles_exact(const Matrix& m, const Input& input, std::int64_t begin, std::i
   });
 }
 
-void bilevel_exact(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+namespace {
+
+using TilePanel = void (*)(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
+
+template <TilePanel Fill>
+void panels_of(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
   FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
   panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
     for (int slot = 0; slot < kStripTiles; ++slot) {
       const std::int64_t tile = strip * kStripTiles + slot;
-      if (tile < m.row_tiles) bilevel_panel(m, tile, first_col, num_cols, panel.weights[0] + slot * kTileRows, kStripRows);
+      if (tile < m.row_tiles) Fill(m, tile, first_col, num_cols, panel.weights[0] + slot * kTileRows, kStripRows);
     }
   });
 }
@@ -244,6 +249,8 @@ void codebook_many(const Matrix& m, const Input& input, std::int64_t begin, std:
     codebook_panel(m, strip * kStripRows, first_col, num_cols, panel.weights[0]);
   });
 }
+
+}  // namespace
 
 extern const LinearKernels linear_kernels;
 const LinearKernels linear_kernels = {
@@ -259,9 +266,13 @@ const LinearKernels linear_kernels = {
     planes_exact,
     bilevel_one,
     bilevel_many,
-    bilevel_exact,
+    panels_of<bilevel_panel>,
     codebook_one,
     codebook_many,
+    turn_token,
+    turn_token_back,
+    masked_one,
+    panels_of<masked_panel>,
 };
 
 }  // namespace mw::MW_ISA

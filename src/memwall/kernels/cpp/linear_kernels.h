@@ -31,6 +31,11 @@ void bilevel_many(const Matrix&, const Input&, std::int64_t begin, std::int64_t 
 void codebook_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void codebook_panel(const Matrix&, std::int64_t first_row, std::int64_t first_col, int num_cols, float* panel);
 
+void turn_token(const Turn&, const float* x, const std::uint16_t* columns, float* to, float* room);
+void turn_token_back(const Turn&, const float* x, float scale, float* to, float* room);
+
+void masked_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void masked_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
 void bilevel_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
 
 }  // namespace mw::MW_ISA

@@ -91,6 +91,7 @@ MW_INLINE Vf group_scale(const Matrix& m, std::int64_t tile, std::int64_t g, int
       const Vi bits = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at) << 23, least = splat(0x00400000);
       return (Vf)(bits > least ? bits : least);
     }
+    case ScaleForm::one: return splat(1.0f);
     default: {
       const Vi bytes = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at);
       const float most = m.nested[tile * ((m.groups + kNestedGroups - 1) / kNestedGroups) + g / kNestedGroups];
