@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "awq": "memwall.compress.awq:Awq",
     "smoothquant": "memwall.compress.smoothquant:SmoothQuant",
     "spqr": "memwall.compress.spqr:Spqr",
+    "bitstack": "memwall.compress.bitstack:BitStack",
 }
 
 __all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]

@@ -28,6 +28,7 @@ CODECS: dict[str, str] = {
     "ternary": "memwall.formats.leveled:LevelCodec",
     "binary": "memwall.formats.leveled:ResidualBinaryCodec",
     "spqr": "memwall.formats.spqr:SpqrCodec",
+    "bitstack": "memwall.formats.bitstack:BitStackCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }
 

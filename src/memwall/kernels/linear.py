@@ -13,6 +13,7 @@ from memwall.errors import InputError
 from memwall.formats import Codec, Packed, codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.base import PLAIN_BUFFER
+from memwall.formats.bitstack import BitStackCodec
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
 from memwall.formats.spqr import GROUP, SpqrCodec
@@ -25,8 +26,8 @@ __all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes",
 def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
-    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}` and, in tiles, `int{2..8}`
-    and all level formats make of [rows, cols].
+    Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `bitstack` and, in tiles,
+    `int{2..8}` and all level formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -52,6 +53,9 @@ def matrix(packed: Packed) -> Matrix:
         return _native.bilevel_matrix(
             form.spec, *packed.shape, form.bits, halves["codes"], halves["statistics"], halves.get("order"), *outliers
         )
+    if isinstance(form, BitStackCodec):
+        blocks = [np.ascontiguousarray(block) for block in packed.buffers.values()]
+        return _native.stacked_matrix(form.spec, *packed.shape, form.rank, blocks)
     values = np.ascontiguousarray(packed.buffers[PLAIN_BUFFER])
     return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
 
@@ -113,6 +117,8 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
     form = codec(spec)
     if isinstance(form, SpqrCodec):
         return (() if exact else (GROUP,)) + ((1,) if form.ordered else ())
+    if isinstance(form, BitStackCodec):
+        return ()
     return () if exact else (_rounding(form),)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
+from memwall.formats.bitstack import BitStackCodec
 from memwall.formats.leveled import LevelCodec
 from memwall.formats.spqr import SpqrCodec
 from memwall.models.checkpoint import Checkpoint
@@ -140,7 +141,7 @@ def _bits(spec: str) -> int:
 def _for_tensor(tensor: TensorSpec, spec: str) -> str:
     if not is_matrix(tensor):
         return "float32"
-    if tensor.role in ("embedding", "head") and isinstance(codec(spec), BitPlaneCodec | SpqrCodec):
+    if tensor.role in ("embedding", "head") and isinstance(codec(spec), BitPlaneCodec | SpqrCodec | BitStackCodec):
         return "float16"  # as their papers have it: of planes, because activations of the head stay whole then
     if tensor.role in ("embedding", "head") and _bits(spec) < MIN_EMBEDDING_BITS:
         return f"int{MIN_EMBEDDING_BITS}-g64"

@@ -34,6 +34,9 @@ struct PyMatrix {
   std::string spec;
   nb::object owners[6];  // the arrays behind view
   std::shared_ptr<mw::Levels> levels;
+  // of stacks: the blocks' arrays, and where they lie
+  std::vector<nb::object> block_owners;
+  std::shared_ptr<std::vector<const std::uint8_t*>> blocks;
 };
 
 PyMatrix dense_matrix(const std::string& spec, nb::object array) {
@@ -155,6 +158,30 @@ PyMatrix bilevel_matrix(const std::string& spec, std::int64_t rows, std::int64_t
     view.outlier_columns = indices(4, columns, count, "columns of outliers");
     view.outlier_values = part_of<std::uint16_t, 1>(m, 5, values, {count}, "values of outliers");
   }
+  return m;
+}
+
+// Sign blocks in turn, each in bytes.
+PyMatrix stacked_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int rank, nb::sequence blocks) {
+  require(rows >= 0 && cols >= 0 && rank >= 1 && nb::len(blocks) >= 1, "a stack has at least one block of rank 1 or more");
+  PyMatrix m;
+  m.spec = spec;
+  m.blocks = std::make_shared<std::vector<const std::uint8_t*>>();
+  for (const nb::handle each : blocks) {
+    const auto bytes = nb::cast<nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(each, false);
+    require(static_cast<std::int64_t>(bytes.shape(0)) == rows * ((cols + 7) / 8) + 2 * rank * (rows + cols),
+            "a block has another size than the matrix and its rank ask for");
+    require(reinterpret_cast<std::uintptr_t>(bytes.data()) % 2 == 0, "blocks must begin at an even address");
+    m.blocks->push_back(bytes.data());
+    m.block_owners.push_back(nb::borrow(each));
+  }
+  mw::Matrix& view = m.view;
+  view.form = mw::Form::stacked;
+  view.rows = rows;
+  view.cols = cols;
+  view.rank = rank;
+  view.num_blocks = static_cast<int>(m.blocks->size());
+  view.blocks = m.blocks->data();
   return m;
 }
 
@@ -346,6 +373,7 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   m.def("plane_matrix", &plane_matrix, "spec"_a, "cols"_a, "activation_bits"_a, "words"_a, "scales"_a);
   m.def("bilevel_matrix", &bilevel_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a, "statistics"_a, "order"_a = nb::none(),
         "row_offsets"_a = nb::none(), "columns"_a = nb::none(), "values"_a = nb::none());
+  m.def("stacked_matrix", &stacked_matrix, "spec"_a, "rows"_a, "cols"_a, "rank"_a, "blocks"_a);
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
   nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")

@@ -17,7 +17,7 @@ constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
-enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel };
+enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, stacked };
 
 // How the scales of tiles are stored (formats/scales.py): in the last two forms a byte is a power of two, or an index of
 // dynamic levels that one float per 256 scales and an offset per row tile make a scale of.
@@ -49,6 +49,11 @@ struct Levels {
 constexpr int kColumnTokens = 16;  // tokens of one column that outliers are multiplied with at once
 constexpr int kBilevelGroup = 16, kBilevelCodeBytes = 6, kBilevelStatisticBytes = 20;
 
+// Stacks of sign blocks (formats/bitstack.py defines them): a block is its factors as float16, [rows, rank] and [cols, rank], then
+// signs in panels of 64 columns, in a panel eight bytes per row (fewer in a last panel that is narrower).
+constexpr int kStackColumns = 64;
+constexpr std::int64_t kFewTokens = 4;  // up to so many, signed sums are looked up; with more, weights are decoded once for all
+
 // Borrowed pointers; the Python object Matrix keeps the arrays alive.
 struct Matrix {
   Form form = Form::float32;
@@ -72,6 +77,9 @@ struct Matrix {
   const void* outlier_columns = nullptr;          // stored places
   const std::uint16_t* outlier_values = nullptr;  // float16
   bool wide = false;                              // order and outlier_columns have 32 bits, not 16
+  // stacked only
+  const std::uint8_t* const* blocks = nullptr;
+  int num_blocks = 0, rank = 0;
 
   std::int64_t group_bytes() const { return std::int64_t{2} * bits * group; }
   std::int64_t tile_bytes() const { return groups * group_bytes(); }
@@ -83,6 +91,15 @@ struct Matrix {
     if (order == nullptr) return place;
     return wide ? static_cast<const std::uint32_t*>(order)[place] : static_cast<const std::uint16_t*>(order)[place];
   }
+  const std::uint16_t* left_factors(int block) const { return reinterpret_cast<const std::uint16_t*>(blocks[block]); }
+  const std::uint16_t* right_factors(int block) const { return left_factors(block) + rows * rank; }
+  // signs of a row in the panel that begins at column `first`, and how many bytes they are
+  int sign_bytes(std::int64_t first) const { return cols - first >= kStackColumns ? 8 : static_cast<int>((cols - first + 7) / 8); }
+  const std::uint8_t* signs(int block, std::int64_t row, std::int64_t first) const {
+    return reinterpret_cast<const std::uint8_t*>(right_factors(block) + cols * rank) + rows * (first / 8) + row * sign_bytes(first);
+  }
+  // rows whose products are looked up together: the tables are made once for them, and threads still find enough to share
+  std::int64_t stack_rows() const { return rows >= 2048 ? 256 : rows >= 512 ? 128 : 64; }
   int bytes() const { return levels ? levels->bytes : 0; }
   Planes planes() const { return {static_cast<const std::uint64_t*>(data), rows, cols, bits}; }
   // what is taken off a code, or off its low byte
@@ -138,6 +155,7 @@ struct LinearKernels {
   StripKernel float_one[3], float_many[3];  // by Form
   StripKernel planes, planes_exact;
   StripKernel bilevel_one, bilevel_many, bilevel_exact;
+  StripKernel stacked_few, stacked_many;  // strips of stack_rows() rows, and of strip_tiles; always in float
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.

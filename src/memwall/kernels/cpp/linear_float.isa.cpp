@@ -237,6 +237,14 @@ void bilevel_exact(const Matrix& m, const Input& input, std::int64_t begin, std:
   });
 }
 
+void stacked_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
+  panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
+    for (int c = 0; c < num_cols; c += kStackColumns)
+      stacked_panel(m, strip * kStripRows, first_col + c, num_cols - c < kStackColumns ? num_cols - c : kStackColumns, panel.weights + c);
+  });
+}
+
 extern const LinearKernels linear_kernels;
 const LinearKernels linear_kernels = {
     kTokenBlock,
@@ -252,6 +260,8 @@ const LinearKernels linear_kernels = {
     bilevel_one,
     bilevel_many,
     bilevel_exact,
+    stacked_few,
+    stacked_many,
 };
 
 }  // namespace mw::MW_ISA
