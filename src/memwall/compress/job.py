@@ -233,7 +233,7 @@ class Job:
             raise InputError(f"{message}; try --bits {np.ceil(10 * least) / 10:g}") from None
 
     def _overhead_bytes(self, size: FolderSize) -> int:
-        """At most what a folder of this size holds beside matrices: headers, manifest, vectors, files that are copied."""
+        """At most what a folder of this size holds beside matrices: headers, manifest, vectors, copied files."""
         parts = []
         for part in self._parts:
             specs = {

@@ -51,7 +51,7 @@ class FolderSize:
         """InputError where the most that there is to store stays far below what was asked."""
         if reached_bytes < LEAST_SHARE * self.nbytes:
             raise InputError(
-                f"size {self}: {what} of this model take {reached_bytes:,} bytes and no more; try --size {reached_bytes}"
+                f"size {self}: {what} of this model take {reached_bytes:,} bytes in all; try --size {reached_bytes}"
             )
 
 

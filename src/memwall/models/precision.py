@@ -1,9 +1,9 @@
 """Which tensor is stored in which format.
 
 A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a format (`nf4`), a full codec spec
-(`int4-g64-asym`), a mean number of bits (`mixed-3.70`), or `saved` for a directory that memwall compressed. `resolve`
-turns it into one codec spec per tensor, from the configuration alone, so that the planner, the loader and the ledger
-agree to the byte before any weight is read.
+(`int4-g64-asym`), a mean number of bits (`mixed-3.70`), `saved` for a directory that memwall compressed, or `stack-120`
+for so many blocks of one that holds a stack. `resolve` turns it into one codec spec per tensor, from the configuration
+alone, so that the planner, the loader and the ledger agree to the byte before any weight is read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from memwall.formats.leveled import LevelCodec
 from memwall.formats.spqr import SpqrCodec
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
+from memwall.models.stack_index import CHOICE as STACK_CHOICE
+from memwall.models.stack_index import StackIndex
 
 FLOAT_CHOICES = ("float32", "float16", "bfloat16")
 INT_CHOICES = ("int8", "int6", "int5", "int4", "int3", "int2")
@@ -68,6 +70,11 @@ def resolve(
     formats may be chosen then. Raises InputError for an unknown choice.
     """
     tensors = config.tensors()
+    if choice.startswith(STACK_CHOICE):
+        index = StackIndex.of(checkpoint) if checkpoint is not None else None
+        if index is None:
+            raise InputError(f"weights {choice!r} need a directory that `memwall compress --method bitstack` wrote")
+        return {**resolve(config, "saved", checkpoint), **index.specs(index.chosen(choice))}
     if choice == "saved":
         if checkpoint is None or checkpoint.manifest is None:
             raise InputError("weights 'saved' needs a directory that `memwall compress` wrote")
