@@ -17,7 +17,7 @@ import numpy as np
 from memwall import kernels
 from memwall.compress.calibration import LayerStream
 from memwall.formats import Packed
-from memwall.formats.bitstack import BitStackCodec, first_blocks
+from memwall.formats.bitstack import first_blocks
 
 LOGIT_ROWS = 64
 OWNER = "compress"
@@ -36,7 +36,7 @@ class StackOrder:
         self._forms = forms
         self._embedding = embedding
         self._head = kernels.matrix(head)
-        self.num_levels = 0
+        self._held: dict[int, dict[str, Packed]] = {}
 
     def level(self, blocks: int) -> dict[str, float]:
         """Mean loss in nats with each matrix alone at one block more than `blocks`, all others at `blocks`."""
@@ -45,21 +45,27 @@ class StackOrder:
         changed = stream.arena.allocate(OWNER, stream.hidden.shape, np.float32)
         try:
             for layer in range(stream.config.num_layers):
-                whole = self._forms(layer)
-                held = {name: first_blocks(packed, blocks) for name, packed in whole.items()}
-                for name, packed in whole.items():
+                held = self._at(layer, blocks)
+                for name, packed in self._forms(layer).items():
                     np.copyto(changed, stream.hidden)
                     stream.run_layer(layer, changed, {**held, name: first_blocks(packed, blocks + 1)})
                     losses[name] = self._finish(changed, layer + 1, blocks)
                 stream.run_layer(layer, stream.hidden, held)
         finally:
             stream.arena.free(changed)
+            self._held.clear()
         return losses
+
+    def _at(self, layer: int, blocks: int) -> dict[str, Packed]:
+        """A layer's matrices at so many blocks, on maps that stay open for the level."""
+        if layer not in self._held:
+            whole = self._forms(layer)
+            self._held[layer] = {name: first_blocks(packed, blocks) for name, packed in whole.items()}
+        return self._held[layer]
 
     def _finish(self, hidden: np.ndarray, first_layer: int, blocks: int) -> float:
         for layer in range(first_layer, self._stream.config.num_layers):
-            held = {name: first_blocks(packed, blocks) for name, packed in self._forms(layer).items()}
-            self._stream.run_layer(layer, hidden, held)
+            self._stream.run_layer(layer, hidden, self._at(layer, blocks))
         self._stream.norm(hidden)
         loss, count = 0.0, 0
         for states, tokens in zip(hidden, self._stream.tokens, strict=True):
@@ -111,8 +117,3 @@ def fitting(order: Sequence[str], sizes: Mapping[str, int], room_bytes: int) -> 
         else:
             full.add(name)
     return taken
-
-
-def most_blocks(packed: Packed) -> int:
-    """Blocks of a whole stack."""
-    return BitStackCodec.parse(packed.spec).blocks

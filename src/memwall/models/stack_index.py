@@ -59,7 +59,7 @@ class StackIndex:
             raise InputError(f"{source}: the order of the stack is damaged; compress the model again")
         found = cls(tensors=tuple(tensors or ()), order=tuple(order or ()), rank=rank)
         if any(found.order.count(at) >= MOST_BLOCKS for at in set(found.order)):
-            raise InputError(f"{source}: the stack has more than {MOST_BLOCKS} blocks of one matrix")
+            raise InputError(f"{source}: the order of the stack has more than {MOST_BLOCKS} blocks of one matrix")
         return found
 
     @property
