@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from memwall.engine import Sampling, Settings
 from memwall.engine.elastic import fill_budget, least_budget_bytes, watch_signals
 from memwall.errors import DoesNotFit
 from memwall.memory import Budget, resident_bytes
-from memwall.models import DEMO_DIRECTORY
+from memwall.models import DEMO_DIRECTORY, ModelConfig
 from memwall.models.block_stack import BlockStack
+from memwall.models.precision import resolve
+from memwall.models.stack_index import StackIndex
 from memwall.models.tokenizer import Tokenizer
-from memwall.plan import make_plan
+from memwall.plan.predict import ModelSpace
+from memwall.plan.search import Candidate, Goal, search
 from tests.compress.tiny_model import make_model, make_stack
 
 TOKENIZER = Tokenizer.from_directory(DEMO_DIRECTORY)
@@ -55,8 +59,9 @@ def test_the_budget_moves_blocks_and_is_never_passed(session: engine.Session) ->
     session.set_budget(whole)
     assert stack.num_blocks == most
     numbers = []
-    for share in (0.5, 0.1, 0.8, 0.0, 1.0):
-        budget = int(whole - (1 - share) * stack.nbytes_of(most) - 2_000_000 * (share < 1))
+    for share in (0.4, 0.0, 0.7, 0.0, 3.0):
+        # the least moves with the process; a quarter of a megabyte is for what a run adds to it
+        budget = min(least_budget_bytes(session) + int(share * stack.nbytes_of(most)) + 250_000, whole)
         session.set_budget(budget)
         assert resident_bytes(exact=True) <= budget
         list(session.generate(PROMPT, GREEDY))
@@ -64,7 +69,8 @@ def test_the_budget_moves_blocks_and_is_never_passed(session: engine.Session) ->
         assert resident_bytes(exact=True) <= budget
         session.reset()
         numbers.append(stack.num_blocks)
-    assert numbers[3] < numbers[1] < numbers[0] < numbers[2] < numbers[4] == most
+    assert numbers[3] < numbers[0] < numbers[2] <= numbers[4] == most
+    assert numbers[1] < numbers[0]
 
 
 def test_a_session_that_moved_says_what_a_fresh_one_does(session: engine.Session, folder: Path) -> None:
@@ -103,37 +109,49 @@ def test_signals_move_it_between_tokens(session: engine.Session) -> None:
     before = {name: signal.getsignal(name) for name in (signal.SIGUSR1, signal.SIGUSR2)}
     watch_signals(session)
     try:
-        seen = []
-        for count, _ in enumerate(session.generate(PROMPT, Sampling(max_new_tokens=40, ignore_eos=True))):
-            if count == 3:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            if count == 8:
-                os.kill(os.getpid(), signal.SIGUSR2)
+        seen, sent = [stack.num_blocks], 0
+        for _ in session.generate(PROMPT, Sampling(max_new_tokens=60, ignore_eos=True)):
             seen.append(stack.num_blocks)
+            for number, name in enumerate((signal.SIGUSR1, signal.SIGUSR2), 1):
+                if sent == number - 1 and len(session.last.tokens) > 12 * number:
+                    os.kill(os.getpid(), name)
+                    sent = number
+                    break
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-    assert seen[0] == seen[-1] == stack.most_blocks
+    assert seen[0] == stack.num_blocks == stack.most_blocks
     assert min(seen) < stack.most_blocks
     assert session.budget_bytes == first
 
 
-def test_a_plan_takes_as_many_blocks_as_fit(folder: Path) -> None:
-    """More memory, more blocks; the plan's bytes are what loading then holds."""
-    least = make_plan(folder, weights="stack-0", kv="float16", context=64, measure=False, profile=False)
-    whole = make_plan(folder, weights="saved", kv="float16", context=64, measure=False, profile=False)
-    low, high = least.peak_bytes["ram"], whole.peak_bytes["ram"]
-    found = []
-    for share in (0.02, 0.4, 0.7, 1.0):
-        budget = Budget(tiers={"ram": int(low + share * (high - low)) + 4096})
-        plan = make_plan(folder, budget=budget, kv="float16", context=64, measure=False, profile=False)
-        assert plan.peak_bytes["ram"] <= budget.tiers["ram"]
-        found.append(plan.choice.weights)
-    assert found[-1] == "saved"
-    numbers = [int(choice.removeprefix("stack-")) for choice in found[:-1]]
-    assert numbers == sorted(set(numbers))
+def test_a_plan_takes_as_many_blocks_as_fit() -> None:
+    """The demo model's shapes with a made-up order: each budget gets the longest first part that fits."""
+    config = ModelConfig.from_directory(DEMO_DIRECTORY)
+    names = [tensor.name for tensor in config.tensors() if tensor.role == "linear"]
+    random = np.random.default_rng(0)
+    order = [int(at) for _ in range(15) for at in random.permutation(len(names))]
+    stack = StackIndex.from_info({"tensors": names, "rank": 4, "order": order})
+    saved = {**resolve(config, "float16"), **stack.specs(len(order))}
+    space = ModelSpace(config, saved=saved, stack=stack, runtime_bytes=50_000_000)
+    goal = Goal(budget={}, kv="float16", context=64)
+
+    def peak(weights: str) -> int:
+        return space.peak_bytes(candidates(replace(goal, weights=weights))[0].choice)["ram"]
+
+    def candidates(asked: Goal) -> list[Candidate]:
+        return search(space, asked)
+
+    for blocks in (0, 1, 100, 555, len(order) - 1):
+        budget = {"ram": peak(f"stack-{blocks}")}
+        best = candidates(replace(goal, budget=budget))[0]
+        assert best.peak_bytes["ram"] <= budget["ram"]
+        number = int(best.choice.weights.removeprefix("stack-"))
+        assert number >= blocks
+        assert peak(f"stack-{number + 1}" if number + 1 < len(order) else "saved") > budget["ram"]
+    assert candidates(replace(goal, budget={"ram": peak("saved")}))[0].choice.weights == "saved"
     with pytest.raises(DoesNotFit, match="with weights stack-0"):
-        make_plan(folder, budget=Budget(tiers={"ram": low - 200_000}), context=64, measure=False, profile=False)
+        candidates(replace(goal, budget={"ram": peak("stack-0") - 1}))
 
 
 def test_what_the_plan_left_is_filled(folder: Path) -> None:

@@ -39,7 +39,8 @@ def test_blocks_follow_the_budget(starter: Starter, folder: Path) -> None:
     for one in threads:
         one.start()
     held = []
-    for budget in (least + 600_000, least + 1_400_000, least + 50_000):
+    for more in (900_000, 1_700_000, 300_000):  # beside the least, which moves with the process
+        budget = told()["least_bytes"] + more
         assert server.post("/v1/budget", {"memory": budget}).status_code == 200
         now = told()
         held.append(now["blocks"]["held"])
@@ -47,7 +48,7 @@ def test_blocks_follow_the_budget(starter: Starter, folder: Path) -> None:
     for one in threads:
         one.join()
     assert codes == [200] * 6
-    assert held[2] < held[0] < most
+    assert held[2] < held[1] <= most
     assert server.post("/v1/budget", {"memory": "160MB"}).status_code == 200
     assert server.post("/v1/completions", ASK).json()["choices"][0]["text"] == whole
     assert told()["blocks"]["held"] == most

@@ -24,8 +24,10 @@ STEP = 0.8
 
 
 def least_budget_bytes(session: Session) -> int:
-    """What the process needs with no block but the first of each matrix, and the cache as it is now."""
-    return _outside_bytes(session) + _fixed_bytes(session) + RUNTIME_HEADROOM_BYTES
+    """What the process needs to go on to its planned context, with no block but the first of each matrix."""
+    _native.give_back_freed_memory()
+    held = _outside_bytes(session) + _fixed_bytes(session)
+    return held + cache_growth_bytes(session) + RUNTIME_HEADROOM_BYTES
 
 
 def set_budget(session: Session, nbytes: int) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from memwall import kernels
 from memwall.formats import Packed, codec
 from memwall.formats.base import PLAIN_BUFFER
+from memwall.formats.bitstack import BitStackCodec
 from memwall.kernels import Matrix
 from memwall.memory import Arena, Region
 from memwall.memory.pages import HUGE_PAGE_BYTES, PAGE_BYTES, round_up
@@ -151,7 +152,10 @@ def loading_bytes(config: ModelConfig, specs: Mapping[str, str], source_itemsize
         owner = weight_owner(specs[tensor.name])
         used[owner] += tensor_bytes(tensor, specs[tensor.name])
         held = sum(_committed(used[each], sizes[each]) for each in sizes)
-        most = max(most, held + _piece_bytes(tensor, tensor.size * source_itemsize))
+        form = codec(specs[tensor.name])
+        # of a stack, first blocks come in pieces and the others straight to their place
+        blocks = form.nbytes(tensor.shape) // form.blocks if isinstance(form, BitStackCodec) else None
+        most = max(most, held + _piece_bytes(tensor, tensor.size * source_itemsize if blocks is None else blocks))
     return most - sum(round_up(size) for size in sizes.values())
 
 
