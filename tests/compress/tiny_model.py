@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from memwall.compress.calibration import CalibrationSettings
 from memwall.compress.job import Tuning
+from memwall.compress.model import compress_model
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 
 CONFIG: dict[str, Any] = {
@@ -43,6 +44,13 @@ def make_model(folder: Path, **changes: Any) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_DIRECTORY / name, folder / name)
     return folder
+
+
+def make_stack(source: Path, out: Path, *, blocks: int = 6, rank: int = 2) -> Path:
+    """The model as a BitStack folder."""
+    options = {"rank": str(rank), "blocks": str(blocks), "sort_tokens": "128"}
+    compress_model(source, out, method="bitstack", options=options, tuning=QUICK)
+    return out
 
 
 def contents(folder: Path) -> dict[str, bytes]:

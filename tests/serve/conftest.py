@@ -69,14 +69,14 @@ def starter() -> Iterator[Starter]:
     """starter("--memory", "200MB", ...) -> a running server; all are ended with the tests."""
     started: list[Running] = []
 
-    def start(*options: str, key: str | None = None) -> Running:
+    def start(*options: str, key: str | None = None, model: str = "demo") -> Running:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         command = [
             sys.executable,
             "-m",
             "memwall",
             "serve",
-            "demo",
+            model,
             "--port",
             "0",
             "--json",

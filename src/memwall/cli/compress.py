@@ -13,7 +13,7 @@ from memwall.cli.run import parse_budget
 from memwall.errors import InputError
 
 METHOD_NAMES = (
-    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "billm", "pb-llm", "db-llm", "quip", "xr-npe",
+    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "billm", "pb-llm", "db-llm", "quip", "bitstack", "xr-npe",
 )  # fmt: skip
 
 
@@ -37,14 +37,23 @@ def compress(
             metavar="BITS",
         ),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="What all files of OUT may take together, such as 1.31GB, in place of --bits: hit within 1 % and "
+            "under, by widths mixed over the matrices or, with bitstack, by the most valuable blocks.",
+            metavar="SIZE",
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
             help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
             "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers), "
             "vptq (codebooks of vectors), billm (signs, salient columns twice), pb-llm (signs, salient weights in 8 "
-            "bits), db-llm (two binary matrices), quip (turned at random, one scale) or xr-npe (4-bit floats, 4 and "
-            "8-bit posits by layer; needs torch).",
+            "bits), db-llm (two binary matrices), quip (turned at random, one scale), bitstack (blocks of signs "
+            "and low rank, of which any number can be loaded) or xr-npe (4-bit floats, 4 and 8-bit posits by layer; needs "
+            "torch).",
             metavar="METHOD",
             autocompletion=lambda: list(METHOD_NAMES),
         ),
@@ -75,8 +84,11 @@ def compress(
     A run that was interrupted goes on where it stopped when it is called again with the same settings.
     """
     from memwall.compress.model import compress_model
+    from memwall.hardware.units import format_bytes, parse_bytes
     from memwall.models import model_directory
 
+    if bits is not None and size is not None:
+        raise InputError(f"--bits {bits} and --size {size} are both given: leave one of them out")
     if threads is not None:
         from memwall import kernels
 
@@ -87,6 +99,7 @@ def compress(
             model_directory(model),
             out,
             bits=None if bits is None else parse_bits(bits),
+            size_bytes=None if size is None else parse_bytes(size),
             method=method,
             options=parse_settings(setting or []),
             calibration_text=calibration,
@@ -98,11 +111,10 @@ def compress(
     if json:
         print_json(report.to_dict())
         return
-    from memwall.hardware.units import format_bytes
-
     file, was, peak = map(format_bytes, (report.file_bytes, report.source_bytes, report.peak_resident_bytes))
     sizes = f"{report.bits_per_weight:.2f} bits per weight, {file} (was {was})"
-    note(f"{out}: {sizes}, {report.seconds:.0f} s, peak resident {peak}", quiet=quiet)
+    asked = "" if size is None else f", {report.folder_bytes:,} bytes in all of {size} asked"
+    note(f"{out}: {sizes}{asked}, {report.seconds:.0f} s, peak resident {peak}", quiet=quiet)
 
 
 def parse_settings(pairs: list[str]) -> dict[str, str]:

@@ -274,6 +274,7 @@ def start(
     what it will hold besides.
     """
     from memwall.engine import Settings, load
+    from memwall.engine.elastic import fill_budget, watch_signals
     from memwall.models import ModelConfig
     from memwall.plan import RUNTIME, make_plan, sampling_bytes
 
@@ -311,6 +312,9 @@ def start(
         if adapter is not None:
             wear(session, adapter)
         session.prepare(request.sampling)
+        if request.weights == "auto" and request.budget is not None and request.budget.ram is not None:
+            fill_budget(session)  # the plan allows for a larger program than this one may be
+        watch_signals(session)
     except BudgetExceeded as refused:
         raise DoesNotFit(_what_would_fit(request, plan, plan_for, refused)) from refused
     return session, plan

@@ -54,6 +54,26 @@ def cache_object(session: Session) -> dict[str, Any] | None:
     }
 
 
+def stack_object(session: Session) -> dict[str, Any] | None:
+    """Of a model that is a stack of blocks: how many are here now, of how many, and what was read of them so far."""
+    stack = session.decoder.weights.stack
+    if stack is None:
+        return None
+    sizes = {"bytes": stack.nbytes, "bytes_read": stack.bytes_read}
+    return {"blocks": stack.num_blocks, "most_blocks": stack.most_blocks, **sizes, "budget_bytes": session.budget_bytes}
+
+
+def stack_line(session: Session) -> list[str]:
+    """The same for a person."""
+    from memwall.hardware.units import format_bytes
+
+    told = stack_object(session)
+    if told is None:
+        return []
+    sizes = f"{format_bytes(told['bytes'])} of them, {format_bytes(told['bytes_read'])} read"
+    return [f"stack: {told['blocks']} of {told['most_blocks']} blocks beside the first ones, {sizes}"]
+
+
 def cache_line(session: Session) -> list[str]:
     """The same for a person; nothing for a float16 cache."""
     from memwall.hardware.units import format_bytes
@@ -87,6 +107,7 @@ def result_object(session: Session, plan: Plan) -> dict[str, Any]:
             "prefill_tokens_per_s": timings.prefill_tokens_per_s,
             "tokens_per_s": timings.decode_tokens_per_s,
         },
+        "stack": stack_object(session),
         "storage": session.cache.report() or None,
         "ledger": ledger_rows(session, plan),
         "cache": cache_object(session),
@@ -115,6 +136,7 @@ def summary(session: Session, plan: Plan, request: Request, *, verbose: bool) ->
         *([f"plan: {plan.choice.weights} weights, {plan.choice.kv} cache. {plan.explanation}"] if verbose else []),
         format_table(headers, rows, right=frozenset({2, 3})),
         *cache_line(session),
+        *stack_line(session),
         f"peak resident {format_bytes(peak)}{share}",
     ]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "pb-llm": "memwall.compress.pb_llm:PbLlm",
     "vptq": "memwall.compress.vptq:Vptq",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
+    "bitstack": "memwall.compress.bitstack:BitStack",
 }
 
 __all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]

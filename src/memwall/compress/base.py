@@ -116,6 +116,8 @@ class WeightMethod(ABC):
     """What is made unless bits are asked for."""
     transforms: ClassVar[bool] = False
     """Whether the model is first changed into an equal one by `transform`."""
+    stacks: ClassVar[bool] = False
+    """Whether matrices become blocks that are put in one order over the whole model (`stack_job`)."""
 
     ladder: ClassVar[tuple[str, ...]] = ()
     """Forms that are mixed to a mean number of bits, least first; () for those of `models.precision.LADDER`."""

@@ -215,6 +215,12 @@ class LayerStream:
         self.hidden = arena.allocate(OWNER, (num_sequences, length, config.hidden_size), np.float32)
         self._work = arena.allocate(OWNER, (length, config.hidden_size), np.float32)
 
+    def release(self) -> None:
+        """Gives the memory back; the stream is of no more use."""
+        self._decoder.release()
+        self.arena.free(self.hidden)
+        self.arena.free(self._work)
+
     def use(self, checkpoint: Checkpoint) -> None:
         """Go on with the weights of another checkpoint of the same shape."""
         self.checkpoint = checkpoint

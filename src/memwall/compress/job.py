@@ -33,9 +33,11 @@ from memwall.compress.calibration import (
 )
 from memwall.compress.parts import Part, model_parts
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
+from memwall.compress.sizes import FolderSize, head_bytes
 from memwall.compress.transforms import TRANSFORM_BYTES, Transformed
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.formats import Packed, codec
+from memwall.formats.floats import FloatCodec
 from memwall.memory import Arena, Charge
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
@@ -68,17 +70,22 @@ class Job:
         arena: Arena,
         *,
         bits: float | str | None,
+        size: FolderSize | None = None,
         method: str,
         options: Mapping[str, str] | None = None,
         group: int,
         tuning: Tuning,
         progress: Progress,
     ) -> None:
+        """size: of the whole folder, in place of bits."""
         self.config = config
         self.checkpoint = checkpoint
         self.arena = arena
         self.method = weight_method(method, options)
         self.tuning = tuning
+        self.size = size
+        self.info: dict[str, Any] = {}
+        """What the manifest is to say beside the settings."""
         self.specs: dict[str, str] = {}
         self.errors: dict[str, float] = {}
         self.tokens: np.ndarray | None = None
@@ -89,7 +96,7 @@ class Job:
         self._matrices = [tensor for part in self._parts for tensor in part.matrices]
         ladder = self.method.ladder or LADDER
         self._ladder = tuple(codec(spec.replace("-g64", f"-g{group}")).spec for spec in ladder)
-        self._bits = _parsed_bits(bits, self.method)
+        self._bits = _parsed_bits(bits, self.method) if size is None or self.method.stacks else _any_bits(self.method)
         self._text_sha256 = ""
         if isinstance(self._bits, str):
             self.specs = resolve(config, self._bits, method=self.method.name)
@@ -140,6 +147,7 @@ class Job:
             "method": self.method.name,
             "options": self.method.settings(),
             "bits": self._bits,
+            "size": None if self.size is None else self.size.nbytes,
             "ladder": list(self._ladder),
             "damping": self._damping,
             "activation_order": self.tuning.activation_order,
@@ -165,7 +173,7 @@ class Job:
         done = 0
         for index, part in enumerate(self._parts):
             self.settle()
-            name = f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"
+            name = self._part_name(index)
             if index >= len(work.parts):
                 self._make_part(part, work, name, stream, done)
             done += sum(tensor.size for tensor in part.matrices)
@@ -205,12 +213,13 @@ class Job:
         return sum(codec(specs[tensor.name]).nbytes(tensor.shape) for tensor in self._matrices)
 
     def _rungs(self, tensor: TensorSpec) -> list[str]:
-        """The forms that a matrix may take."""
+        """The forms that a matrix may take; where a size was asked for, floats too."""
         ends = tensor.role in ("embedding", "head")
         if ends and self.method.keeps_ends:
             return [source_spec(self.config)]
         at_least = MIN_EMBEDDING_BITS if ends else 0
-        return [spec for spec in self._ladder if code_bits(spec) >= at_least]
+        floats = [] if self.size is None else ["bfloat16" if self.config.dtype == "bfloat16" else "float16"]
+        return [*(spec for spec in self._ladder if code_bits(spec) >= at_least), *floats]
 
     def _subject(self, stage: str) -> Subject:
         assert self.tokens is not None
@@ -231,12 +240,41 @@ class Job:
         return {tensor.name: "float32" for part in self._parts for tensor in part.tensors}
 
     def _choose(self, table: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+        least_bytes, most_bytes = (sum(pick(c.nbytes for c in options) for options in table) for pick in (min, max))
+        overhead_bytes = 0 if self.size is None else self._overhead_bytes(self.size)
+        if self.size is not None:
+            self.size.check(most_bytes + overhead_bytes, "16-bit floats")
+        allowed = self._allowed_bytes if self.size is None else self.size.nbytes - overhead_bytes
         try:
-            return allocate(table, self._allowed_bytes)
+            return allocate(table, allowed)
         except DoesNotFit:
-            least = 8 * sum(min(c.nbytes for c in options) for options in table) / self._num_weights
+            if self.size is not None:
+                needed = least_bytes + overhead_bytes
+                raise InputError(
+                    f"size {self.size}: the least this model takes is {needed:,} bytes; try --size {needed}"
+                ) from None
+            least = 8 * least_bytes / self._num_weights
             message = f"bits {self._bits}: the least this model takes is {least:.2f} bits per weight, scales included"
             raise InputError(f"{message}; try --bits {np.ceil(10 * least) / 10:g}") from None
+
+    def _overhead_bytes(self, size: FolderSize) -> int:
+        """At most what a folder of this size holds beside matrices: headers, manifest, vectors, copied files."""
+        parts = []
+        for part in self._parts:
+            specs = {
+                t.name: max(self._rungs(t), key=len) if is_matrix(t) else self._stored_spec(t) for t in part.tensors
+            }
+            parts.append({t.name: (specs[t.name], t.shape) for t in part.tensors})
+        packed = {name: Packed(spec=s, shape=shape, buffers={}) for part in parts for name, (s, shape) in part.items()}
+        info = {"bits_per_weight": 1 / 3, **self.settings(), **self.info}
+        names = [self._part_name(index) for index in range(len(parts))]
+        vectors = sum(
+            codec(self._stored_spec(t)).nbytes(t.shape) for p in self._parts for t in p.tensors if not is_matrix(t)
+        )
+        return size.small_files_bytes(names, packed, info) + sum(map(head_bytes, parts)) + vectors
+
+    def _part_name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"
 
     def _measured_specs(self, stream: LayerStream | None) -> dict[str, str]:
         """Run the float model once, measure what every matrix loses in every form, and choose."""
@@ -344,6 +382,8 @@ class Job:
     def _compress(self, tensor: TensorSpec, statistics: Statistics | None) -> Packed:
         weight = self.checkpoint.alone(tensor.name)
         method, config = self._method_for(statistics), self._config(self.specs[tensor.name])
+        if isinstance(codec(config.spec), FloatCodec):
+            method = weight_method("rtn")  # nothing is lost, so there is nothing to make up for
         charge = self.arena.charge("compress", self._form_bytes(tensor, method))
         try:
             with _named(tensor.name):
@@ -485,6 +525,17 @@ def _parsed_bits(bits: float | str | None, method: WeightMethod) -> float | str:
     if not MIN_BITS <= mean <= MAX_BITS:
         raise InputError(f"bits {mean:g}: give a mean between {MIN_BITS:g} and {MAX_BITS:g}, or a format such as int4")
     return mean
+
+
+def _any_bits(method: WeightMethod) -> float:
+    """For a size, where widths are mixed to whatever mean it leaves."""
+    try:
+        mixes = method.form(MAX_BITS / 4) is None
+    except InputError:
+        mixes = False
+    if not mixes:
+        raise InputError(f"{method.name} does not mix widths to a size: use --method gptq, rtn, awq or bitstack")
+    return MAX_BITS
 
 
 def _tensor_work_bytes(tensor: TensorSpec, work_bytes: int) -> int:

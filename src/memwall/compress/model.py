@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from memwall import _native, kernels
+from memwall.compress import weight_method
 from memwall.compress.job import Job, Progress, Tuning
 from memwall.compress.saved import WorkDirectory, check_output
 from memwall.compress.sensitivity import relative_error
+from memwall.compress.sizes import FolderSize
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
 from memwall.memory import Arena, Charge, Ledger, measure_runtime, peak_resident_bytes
@@ -36,6 +38,7 @@ SPREAD_BYTES = 1 << 20
 class CompressReport:
     """What a run made.
 
+    file_bytes: of weight files; folder_bytes: of all files.
     errors: share of each matrix' squared output that its form loses over the calibration text (over all inputs alike
     where there is none), for the parts that this run made itself.
     """
@@ -45,6 +48,7 @@ class CompressReport:
     bits_per_weight: float
     source_bytes: int
     file_bytes: int
+    folder_bytes: int
     specs: Mapping[str, str]
     errors: Mapping[str, float]
     num_calibration_tokens: int
@@ -62,6 +66,7 @@ def compress_model(
     out_directory: str | Path,
     *,
     bits: float | str | None = None,
+    size_bytes: int | None = None,
     method: str = "gptq",
     options: Mapping[str, str] | None = None,
     calibration_text: Path | None = None,
@@ -75,7 +80,8 @@ def compress_model(
     """Write a compressed form of a float model to a new folder.
 
     bits: mean true bits per weight over all compressed matrices, scales included, such as 3.5; or one format for all,
-    such as "int4" or "int3-g32-asym"; None for the method's default. method: a name of `METHODS`, options: its settings
+    such as "int4" or "int3-g32-asym"; None for the method's default. size_bytes: instead of bits, what all files of the
+    new folder may take together, which is then used to 99 % or more. method: a name of `METHODS`, options: its settings
     as text (`WeightMethod.configured`). calibration_text: a UTF-8 file, None for the bundled
     one. group: weights per scale of mixed formats. arena: caps the memory held. budget_bytes: caps the resident
     memory of the whole process. force: replace an existing compressed model and forget an unfinished run. progress: see
@@ -91,11 +97,15 @@ def compress_model(
         if checkpoint.manifest is not None:
             raise InputError(f"{source}: is already compressed; give the float model it was made from")
         arena = arena or Arena(UNCAPPED_BYTES, Ledger())
-        job = Job(
+        if bits is not None and size_bytes is not None:
+            raise InputError("bits and a size are both given: leave one of them out")
+        size = None if size_bytes is None else FolderSize(nbytes=size_bytes, source=source, model_config=config.source)
+        job = job_class(method)(
             config,
             checkpoint,
             arena,
             bits=bits,
+            size=size,
             method=method,
             options=options,
             group=group,
@@ -110,13 +120,14 @@ def compress_model(
         with WorkDirectory(out, settings, force=force) as work:
             job.run(work)
             bits_per_weight = bits_of(config, job.specs)
-            work.finish(source, dict(config.source), {"bits_per_weight": bits_per_weight, **settings})
+            work.finish(source, dict(config.source), {"bits_per_weight": bits_per_weight, **settings, **job.info})
         return CompressReport(
             directory=str(out),
             method=method,
             bits_per_weight=bits_per_weight,
             source_bytes=checkpoint.nbytes,
             file_bytes=sum(part.bytes for part in work.parts),
+            folder_bytes=sum(path.stat().st_size for path in out.iterdir()),
             specs=job.specs,
             errors=job.errors,
             num_calibration_tokens=0 if job.tokens is None else job.tokens.size,
@@ -124,6 +135,15 @@ def compress_model(
             peak_resident_bytes=peak_resident_bytes(),
             seconds=time.perf_counter() - began,
         )
+
+
+def job_class(method: str) -> type[Job]:
+    """What carries a method out."""
+    if not weight_method(method).stacks:
+        return Job
+    from memwall.compress.stack_job import StackJob
+
+    return StackJob
 
 
 def _cap_process(budget_bytes: int, arena: Arena, job: Job) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class WorkDirectory:
         try:
             journal = self._read_journal(force)
             self.specs: dict[str, str] | None = journal.get("specs")
+            self.notes: dict[str, Any] = journal.get("notes") or {}
             self.parts = self._good_parts(journal.get("parts", []))
             self.num_resumed = len(self.parts)
             self._remove_leftovers()
@@ -77,6 +78,19 @@ class WorkDirectory:
         """Remember which tensor gets which codec."""
         self.specs = dict(specs)
         self._write_journal()
+
+    def note(self, name: str, value: Any) -> None:
+        """Remember something that was measured, as JSON, for a run that takes this one up."""
+        self.notes[name] = value
+        self._write_journal()
+
+    def keep(self, files: Sequence[str]) -> None:
+        """Forget all parts but those in `files`: they were steps on the way."""
+        dropped = [part for part in self.parts if part.file not in files]
+        self.parts = [part for part in self.parts if part.file in files]
+        self._write_journal()
+        for part in dropped:
+            (self.path / part.file).unlink(missing_ok=True)
 
     def writer(self, file: str, forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> PartWriter:
         """Writer of the next part; forms: tensor -> (codec spec, shape)."""
@@ -184,7 +198,7 @@ class WorkDirectory:
 
     def _write_journal(self) -> None:
         parts = [{"file": part.file, "bytes": part.bytes, "sha256": part.sha256} for part in self.parts]
-        document = {"settings": self._settings, "specs": self.specs, "parts": parts}
+        document = {"settings": self._settings, "specs": self.specs, "notes": self.notes, "parts": parts}
         with _disk_errors(self.path):
             write_file(self.path / JOURNAL_NAME, json.dumps(document, indent=1).encode())
 

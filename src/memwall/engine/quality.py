@@ -234,8 +234,8 @@ class Evaluator:
                 )
 
     def _specs(self, weights: str) -> Mapping[str, str]:
-        saved = self._saved if weights == "saved" else None
-        return saved or resolve(self.config, weights)
+        with Checkpoint(self.model, self.config) as checkpoint:
+            return resolve(self.config, weights, checkpoint)
 
     def _needed_bytes(self, specs: Mapping[str, str], kv: str) -> int:
         """The peak of the process: both models, one of the caches (they take turns) and what is compared."""

@@ -40,6 +40,8 @@ from memwall.models.weights import Progress
 POOL_OWNER = "kv/pages"
 LORA_SCRATCH = "adapters/scratch"
 MOST_LOGIT_ROWS = 16
+MOST_KEPT_CONTEXTS = 4
+"""Requests of the whole context whose pages a growing stack of blocks leaves room for."""
 LEAST_CONTEXT_TOKENS = 256
 """Where the context is left open and less than this fits, loading is refused."""
 MOST_PLACES = 1 << 31
@@ -130,6 +132,8 @@ class Serving:
         self._loaded = loaded
         self._outside = loaded.runtime_bytes
         self._most_adapter_pages = 0
+        self.stack = loaded.decoder.weights.stack
+        self._wanted_blocks = self.stack.num_blocks if self.stack is not None else 0
 
     @property
     def context_tokens(self) -> int:
@@ -180,21 +184,58 @@ class Serving:
         if self.budget_bytes is None:
             self.engine.wanted_pages = min(pool.most_pages, self._unlimited_pages())
             return
-        outside = max(resident_bytes() - self.arena.used_bytes, self._loaded.runtime_bytes)
-        fixed = outside + self.arena.used_bytes - pool.committed_bytes
+        self._grow_stack()
+        outside = self._outside_bytes()
+        fixed = outside + self.arena.used_bytes - pool.committed_bytes + self._missing_bytes()
         roomy = (self.budget_bytes - fixed - self.settings.headroom_bytes) // pool.page_bytes
         tight = (self.budget_bytes - fixed - self.settings.headroom_bytes // 2) // pool.page_bytes
         wanted = self.engine.wanted_pages
         # between the two nothing moves: the heap breathes
         wanted = max(min(max(wanted, roomy), tight), 0)
         self.engine.wanted_pages = min(wanted, pool.most_pages)
+        if self.stack is not None and self.engine.wanted_pages < self._least_pages():
+            self._fit_stack()  # the process grew elsewhere: blocks make room for requests
         cap = self.arena.used_bytes - pool.committed_bytes + self.engine.wanted_pages * pool.page_bytes
         self.arena.set_cap(max(cap, self.arena.used_bytes, 1))
 
+    def _outside_bytes(self) -> int:
+        return max(resident_bytes() - self.arena.used_bytes, self._loaded.runtime_bytes)
+
+    def _missing_bytes(self) -> int:
+        """What the stack is to take beside what it holds."""
+        return 0 if self.stack is None else max(self.stack.nbytes_of(self._wanted_blocks) - self.stack.nbytes, 0)
+
+    def _fit_stack(self) -> None:
+        """Gives a model of blocks what the budget leaves beside the pages of a few requests; it shrinks at once."""
+        if self.stack is None or self.budget_bytes is None:
+            return
+        held = self.arena.used_bytes - self.pool.committed_bytes - self.stack.nbytes
+        room = self.budget_bytes - self._outside_bytes() - held - self.settings.headroom_bytes
+        kept = min(MOST_KEPT_CONTEXTS * self._least_pages(), self.pool.most_pages) * self.pool.page_bytes
+        # where all of that does not fit, blocks and requests get half each, but one request always has its pages
+        kept = max(min(kept, room // 2), self._least_pages() * self.pool.page_bytes)
+        self._wanted_blocks = self.stack.longest(room - kept)
+        if self._wanted_blocks < self.stack.num_blocks:
+            self.stack.resize(self._wanted_blocks)
+
+    def _grow_stack(self) -> None:
+        """Reads the blocks that are wanted and that there is room for by now: requests may have to give way first."""
+        if self.stack is None or self.budget_bytes is None or not self._missing_bytes():
+            return
+        room = self.budget_bytes - self._outside_bytes() - self.arena.used_bytes - self.settings.headroom_bytes // 2
+        blocks = min(self.stack.longest(self.stack.nbytes + room), self._wanted_blocks)
+        if room > 0 and blocks > self.stack.num_blocks:
+            self.arena.set_cap(max(self.arena.cap_bytes, self.arena.used_bytes + self._missing_bytes()))
+            self.stack.resize(blocks)
+
+    def _least_pages(self) -> int:
+        return self.engine.limits.pages(self.context_tokens) + self._most_adapter_pages
+
     def least_budget_bytes(self) -> int:
         """The smallest budget in which one request of the whole context can run, with the largest adapter."""
-        pages = self.engine.limits.pages(self.context_tokens) + self._most_adapter_pages
-        held = max(resident_bytes() - self.pool.committed_bytes, 0)
+        pages = self._least_pages()
+        blocks = self.stack.nbytes if self.stack is not None else 0
+        held = max(resident_bytes() - self.pool.committed_bytes - blocks, 0)
         return held + pages * self.pool.page_bytes + self.settings.headroom_bytes
 
     def set_budget(self, nbytes: int) -> None:
@@ -206,6 +247,7 @@ class Serving:
                 f"{self.context_tokens:,} tokens; the smallest that does is {least:,} bytes ({format_bytes(least)})"
             )
         self.budget_bytes = nbytes
+        self._fit_stack()
 
     def settle(self) -> None:
         """Moves to a new budget while nothing runs; memory that the heap keeps is given back first."""
@@ -229,8 +271,7 @@ class Serving:
         self._loaded.weights.release()
 
     def _unlimited_pages(self) -> int:
-        each = self.engine.limits.pages(self.context_tokens) + self._most_adapter_pages
-        wanted = self.settings.max_sequences * each
+        wanted = self.settings.max_sequences * self._least_pages()
         return min(wanted, max(self.arena.cap_bytes - self.arena.used_bytes, 0) // self.pool.page_bytes + self._held())
 
     def _held(self) -> int:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memwall import kv
+from memwall.engine import elastic
 from memwall.engine.loading import Settings, cache_shape, load_decoder
 from memwall.engine.sampling import Sampler, Sampling, StopWatcher
-from memwall.errors import BudgetExceeded, InputError
+from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.kv import chunk_prefill
 from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
 from memwall.memory import Arena, Budget, Ledger, resident_bytes
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from memwall.kv.chunk_store import ChunkStore
     from memwall.kv.remote import RemoteCache
 
+log = logging.getLogger("memwall.engine")
 SAMPLING = "sampling"
 """Ledger owner of what drawing a token works in; greedy runs have none."""
 
@@ -94,6 +97,8 @@ class Session:
         self.load_seconds = load_seconds
         self.model = model
         self.budget_bytes: int | None = None
+        self.asked_bytes: int | None = None
+        """The budget last asked for; the session is on its way there."""
         self.last = Generation()
         self.held: list[int] = []
         """Ids of the tokens that the cache has taken in."""
@@ -108,6 +113,17 @@ class Session:
         if self._sampling_scratch is not None:
             self.arena.free(self._sampling_scratch)
             self._sampling_scratch = None
+
+    def set_budget(self, nbytes: int) -> None:
+        """A new budget for the whole process, at once; call it between two tokens. A model that is a stack of blocks
+        drops or reads some, without being loaded again. DoesNotFit, with nothing changed, where it is too small.
+        """
+        elastic.set_budget(self, nbytes)
+        self.asked_bytes = nbytes
+
+    def ask_budget(self, nbytes: int) -> None:
+        """The same before the next token, from any thread or signal handler; at least what can be kept to."""
+        self.asked_bytes = nbytes
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -173,6 +189,7 @@ class Session:
         logits = np.empty(0, np.float32)
         begin = 0
         for count in self.cache.begin_prompt(len(tokens), self.settings.segment_tokens):
+            self._take_up_budget()
             logits = self.decoder.forward(np.asarray(tokens[begin : begin + count]), self.cache)
             self.held += tokens[begin : begin + count]
             begin += count
@@ -242,6 +259,7 @@ class Session:
                 result.message = f"stopped at the context of {self.settings.context_tokens} tokens"
             else:
                 try:
+                    self._take_up_budget()
                     self._hold_budget()
                     logits = self.decoder.forward(np.asarray([token]), self.cache)
                     self.held.append(token)
@@ -260,12 +278,28 @@ class Session:
         if rest:
             yield rest
 
+    def _take_up_budget(self) -> None:
+        """A budget that was asked for meanwhile becomes the session's."""
+        asked = self.asked_bytes
+        if asked is not None and asked != self.budget_bytes:
+            try:
+                elastic.set_budget(self, asked)
+            except DoesNotFit:
+                least = elastic.least_budget_bytes(self)
+                log.warning("a budget of %d bytes is too small; the session keeps to %d", asked, least)
+                elastic.set_budget(self, least)
+            if self.asked_bytes == asked:
+                self.asked_bytes = self.budget_bytes
+
     def _hold_budget(self) -> None:
         """Lower the cap by what the process has come to hold outside the arena: the whole stays in budget."""
         if self.budget_bytes is None:
             return
         outside = resident_bytes() - self.arena.used_bytes
         cap = self.budget_bytes - outside - LEAST_HEADROOM_BYTES
+        stack = self.decoder.weights.stack
+        if cap < self.arena.used_bytes and stack is not None:  # its last blocks make room
+            stack.resize(min(stack.longest(stack.nbytes - (self.arena.used_bytes - cap)), stack.num_blocks))
         if cap < self.arena.cap_bytes:
             self.arena.set_cap(max(cap, self.arena.used_bytes))
 

@@ -272,13 +272,13 @@ class SafetensorsFile:
 
 
 def build_header(
-    specs: Sequence[tuple[str, Any, Sequence[int]]], metadata: Mapping[str, str]
+    specs: Sequence[tuple[str, Any, Sequence[int]]], metadata: Mapping[str, str], *, as_given: bool = False
 ) -> tuple[bytes, dict[str, TensorInfo]]:
     """First bytes of a file (length and header) and where each tensor will lie.
 
     Tensors are laid out by the largest power of two that divides their size, and the header is padded, so that every
     tensor starts on a multiple of that power (at most 64 bytes): a mapped file can be used by kernels as it is, and
-    there are no gaps.
+    there are no gaps. as_given: in the order of `specs` instead, wherever they then start.
     """
     sized = []
     for name, dtype, shape in specs:
@@ -287,7 +287,8 @@ def build_header(
         sized.append((name, kind, sizes, math.prod(sizes) * DTYPES[kind].itemsize))
     if len({name for name, *_ in sized}) != len(sized):
         raise InputError("two tensors of one file have the same name")
-    sized.sort(key=lambda item: -math.gcd(item[3], ALIGNMENT_BYTES))
+    if not as_given:
+        sized.sort(key=lambda item: -math.gcd(item[3], ALIGNMENT_BYTES))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, kind, sizes, nbytes in sized:
@@ -316,9 +317,12 @@ class SafetensorsWriter:
         path: str | Path,
         specs: Sequence[tuple[str, Any, Sequence[int]]],
         metadata: Mapping[str, str] | None = None,
+        *,
+        as_given: bool = False,
     ) -> None:
+        """as_given: see `build_header`."""
         self.path = Path(path)
-        head, self.infos = build_header(specs, metadata or {})
+        head, self.infos = build_header(specs, metadata or {}, as_given=as_given)
         self.nbytes = len(head) + sum(info.nbytes for info in self.infos.values())
         self.sha256: str | None = None
         self._written = dict.fromkeys(self.infos, 0)

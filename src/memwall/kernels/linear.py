@@ -13,6 +13,7 @@ from memwall.errors import InputError
 from memwall.formats import Codec, Packed, codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.base import PLAIN_BUFFER
+from memwall.formats.bitstack import BitStackCodec
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
 from memwall.formats.quip import QuipCodec
@@ -31,7 +32,7 @@ def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
     Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `vptq`, `billm`,
-    `pbllm-s{n}`, `quip{n}` and, in tiles, `int{2..8}` and all level formats make of [rows, cols].
+    `pbllm-s{n}`, `quip{n}`, `bitstack` and, in tiles, `int{2..8}` and all level formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -64,6 +65,9 @@ def matrix(packed: Packed) -> Matrix:
     if isinstance(form, SignMaskCodec):
         check_masks(packed)
         return _native.masked_matrix(form.spec, *packed.shape, **{n: _as_read(b) for n, b in packed.buffers.items()})
+    if isinstance(form, BitStackCodec):
+        blocks = [np.ascontiguousarray(block) for block in packed.buffers.values()]
+        return _native.stacked_matrix(form.spec, *packed.shape, form.rank, blocks)
     values = np.ascontiguousarray(packed.buffers[PLAIN_BUFFER])
     return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
 
@@ -168,6 +172,8 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
         return (4 if exact else 3,)
     if isinstance(form, SignMaskCodec):
         return (() if exact else (2,)) + ((1,) if "order" in form.buffers((1, 1)) else ())
+    if isinstance(form, BitStackCodec):
+        return ()
     return () if exact else (_rounding(form),)
 
 

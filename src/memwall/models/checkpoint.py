@@ -80,12 +80,20 @@ class Checkpoint:
         name = self._float_name(name)
         return self._file_of(name).pieces(name, most_bytes, multiple)
 
-    def packed_pieces(self, name: str, most_bytes: int) -> Iterator[tuple[str, int, np.ndarray]]:
-        """(buffer, first row, rows) over all buffers of a packed tensor, a few rows resident at a time."""
+    def place_of(self, name: str, buffer: str) -> tuple[Path, int]:
+        """The file that holds a buffer of a packed tensor, and the byte at which it begins there."""
+        part = buffer_tensor_name(self._resolve(name), buffer)
+        file = self._file_of(part)
+        return file.path, file.info(part).start
+
+    def packed_pieces(
+        self, name: str, most_bytes: int, buffers: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, int, np.ndarray]]:
+        """(buffer, first row, rows) over all buffers of a packed tensor, or some, a few rows resident at a time."""
         entry = self._packed_entry(self._resolve(name))
         if entry is None:
             raise InputError(f"{self.directory}: {name} is not stored packed")
-        for buffer in entry.buffers:
+        for buffer in entry.buffers if buffers is None else buffers:
             part = buffer_tensor_name(self._resolve(name), buffer)
             for first, rows in self._file_of(part).pieces(part, most_bytes):
                 yield buffer, first, rows

@@ -2,7 +2,7 @@
 
 A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a format (`nf4`), a full codec spec
 (`int4-g64-asym`), a mean number of bits (`mixed-3.70`), formats of one engine mixed by layer (`xr-npe`, `xr-npe-6.50`),
-or `saved` for a directory that memwall compressed. `resolve`
+`saved` for a directory that memwall compressed, or `stack-120` for so many blocks of one that holds a stack. `resolve`
 turns it into one codec spec per tensor, from the configuration alone, so that the planner, the loader and the ledger
 agree to the byte before any weight is read.
 """
@@ -15,9 +15,12 @@ from collections.abc import Mapping
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
+from memwall.formats.bitstack import BitStackCodec
 from memwall.formats.leveled import LevelCodec
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
+from memwall.models.stack_index import CHOICE as STACK_CHOICE
+from memwall.models.stack_index import StackIndex
 
 FLOAT_CHOICES = ("float32", "float16", "bfloat16")
 INT_CHOICES = ("int8", "int6", "int5", "int4", "int3", "int2")
@@ -49,7 +52,7 @@ WIDE_SHARE = 0.18
 # Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between
 # thousands of near-equal logits: neither goes below this.
 MIN_EMBEDDING_BITS = 4
-FLOAT_ENDS = ("spqr", "vptq")
+FLOAT_ENDS = ("spqr", "vptq", "bitstack")
 """Methods whose papers leave embedding and head in half precision; those of other methods' forms get integers."""
 
 ALIGNMENT_BYTES = 64
@@ -75,6 +78,11 @@ def resolve(
     formats may be chosen then. Raises InputError for an unknown choice.
     """
     tensors = config.tensors()
+    if choice.startswith(STACK_CHOICE):
+        index = StackIndex.of(checkpoint) if checkpoint is not None else None
+        if index is None:
+            raise InputError(f"weights {choice!r} need a directory that `memwall compress --method bitstack` wrote")
+        return {**resolve(config, "saved", checkpoint), **index.specs(index.chosen(choice))}
     if choice == "saved":
         if checkpoint is None or checkpoint.manifest is None:
             raise InputError("weights 'saved' needs a directory that `memwall compress` wrote")

@@ -16,12 +16,15 @@ import numpy as np
 from memwall import kernels
 from memwall.formats import Packed, codec
 from memwall.formats.base import PLAIN_BUFFER
+from memwall.formats.bitstack import BitStackCodec
 from memwall.kernels import Matrix
 from memwall.memory import Arena, Region
 from memwall.memory.pages import HUGE_PAGE_BYTES, PAGE_BYTES, round_up
+from memwall.models.block_stack import BlockStack
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, TensorSpec
 from memwall.models.precision import aligned, tensor_bytes, weight_bytes, weight_owner
+from memwall.models.stack_index import StackIndex
 
 # Source bytes read between two encodes. Large enough to keep all threads busy, small beside any budget.
 PIECE_BYTES = 2 << 20
@@ -43,6 +46,8 @@ class Weights:
     """Counts replacements: what was recorded of older matrices (`models.decode`) no longer holds."""
     regions: tuple[Region, ...] = ()
     """Where they lie, if the loader put them there."""
+    stack: BlockStack | None = None
+    """Blocks beside the first of each matrix, of a model that has them (BitStack)."""
 
     def release(self) -> None:
         """Gives the memory back; the tensors are of no more use."""
@@ -50,6 +55,8 @@ class Weights:
         self.vectors.clear()
         for region in self.regions:
             region.release()
+        if self.stack is not None:
+            self.stack.release()
 
     def replace(self, name: str, packed: Packed) -> None:
         """Put another form of one matrix in place (calibration swaps compressed layers in; not in the arena)."""
@@ -90,11 +97,15 @@ def load_weights(
     progress(done_bytes, total_bytes) counts source bytes. Raises BudgetExceeded before the arena's cap is crossed
     (nothing stays allocated then) and InputError for a damaged checkpoint.
     """
+    index = StackIndex.of(checkpoint)
+    num_blocks = index.length(specs) if index is not None else 0
+    whole, specs = specs, {**specs, **(index.specs(0) if index is not None else {})}
     pool = _Pool(arena, weight_bytes(config, specs))
     weights = Weights(matrices={}, vectors={}, specs=specs, regions=pool.regions)
     tensors = config.tensors()
     total = sum(checkpoint.stored_bytes(tensor.name) for tensor in tensors)
     done = 0
+    first: dict[str, np.ndarray] = {}
     source = arena.charge(LOADING, 0)
     try:
         for tensor in tensors:
@@ -104,7 +115,9 @@ def load_weights(
             }
             source.resize(_piece_bytes(tensor, checkpoint.stored_bytes(tensor.name)))
             _fill(tensor, specs[tensor.name], checkpoint, buffers)
-            if len(tensor.shape) == 2:
+            if index is not None and tensor.name in index.tensors:
+                first[tensor.name] = buffers["block0"]
+            elif len(tensor.shape) == 2:
                 packed = Packed(spec=specs[tensor.name], shape=tensor.shape, buffers=buffers)
                 weights.matrices[tensor.name] = kernels.matrix(packed)
             else:
@@ -112,6 +125,10 @@ def load_weights(
             done += checkpoint.stored_bytes(tensor.name)
             if progress is not None:
                 progress(done, total)
+        if index is not None:
+            weights.stack = BlockStack(index, checkpoint, arena, weights, first)
+            weights.stack.resize(num_blocks)
+            weights.specs = whole
     except BaseException:
         weights.release()
         raise
@@ -135,7 +152,10 @@ def loading_bytes(config: ModelConfig, specs: Mapping[str, str], source_itemsize
         owner = weight_owner(specs[tensor.name])
         used[owner] += tensor_bytes(tensor, specs[tensor.name])
         held = sum(_committed(used[each], sizes[each]) for each in sizes)
-        most = max(most, held + _piece_bytes(tensor, tensor.size * source_itemsize))
+        form = codec(specs[tensor.name])
+        # of a stack, first blocks come in pieces and the others straight to their place
+        blocks = form.nbytes(tensor.shape) // form.blocks if isinstance(form, BitStackCodec) else None
+        most = max(most, held + _piece_bytes(tensor, tensor.size * source_itemsize if blocks is None else blocks))
     return most - sum(round_up(size) for size in sizes.values())
 
 
@@ -159,8 +179,8 @@ def _rows(part: np.ndarray, rows: int, start: int, stop: int) -> np.ndarray:
 def _fill(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, buffers: dict[str, np.ndarray]) -> None:
     """Read a tensor piece by piece into its final buffers, encoding on the way where it is stored otherwise."""
     packed = checkpoint.packed(tensor.name)
-    if packed is not None and packed.spec == spec:
-        for name, first, rows in checkpoint.packed_pieces(tensor.name, PIECE_BYTES):
+    if packed is not None and (packed.spec == spec or set(packed.buffers) > set(buffers)):
+        for name, first, rows in checkpoint.packed_pieces(tensor.name, PIECE_BYTES, tuple(buffers)):
             np.copyto(buffers[name][first : first + len(rows)], rows)
         return
     plain = buffers.get(PLAIN_BUFFER)

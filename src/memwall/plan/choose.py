@@ -22,6 +22,7 @@ from memwall.memory import Budget
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.precision import resolve
+from memwall.models.stack_index import StackIndex
 from memwall.plan import store
 from memwall.plan.base import Choice, Option, Plan, Quality
 from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
@@ -71,6 +72,7 @@ class Planner:
         config = ModelConfig.from_directory(self.model)
         with Checkpoint(self.model, config) as checkpoint:
             saved = resolve(config, "saved", checkpoint) if checkpoint.manifest is not None else None
+            stack = StackIndex.of(checkpoint)
             self.fingerprint = checkpoint.fingerprint()
         self.elsewhere: Machine | None = load_machine(machine) if machine is not None else None
         self.machine_name = self.elsewhere.title if self.elsewhere is not None else "this machine"
@@ -79,6 +81,7 @@ class Planner:
         self.space = ModelSpace(
             config,
             saved=saved,
+            stack=stack,
             runtime_bytes=runtime_bytes or measured_runtime_bytes(self.model),
             device_tier=device_tier,
             host_tier=host_tier,

@@ -31,6 +31,8 @@ from memwall.models.config import ModelConfig
 from memwall.models.decoder import OWNER as ACTIVATIONS
 from memwall.models.decoder import SCRATCH, activation_shapes, scratch_bytes
 from memwall.models.precision import LADDER, bits_of, level_formats, resolve, source_spec, weight_bytes
+from memwall.models.stack_index import CHOICE as STACK_CHOICE
+from memwall.models.stack_index import StackIndex
 from memwall.models.weights import LOADING, loading_bytes
 from memwall.plan import store
 from memwall.plan.base import Choice, PlanRow
@@ -55,7 +57,7 @@ POLICIES = ("float16", "kivi(4bit)", "kivi(2bit)")
 
 class ModelSpace(Space):
     """One model on one machine, as the search sees it. saved: spec per tensor of a compressed folder, which is then
-    the only choice.
+    the only choice, unless it holds a stack of blocks, of which any number is one.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ModelSpace(Space):
         config: ModelConfig,
         *,
         saved: Mapping[str, str] | None = None,
+        stack: StackIndex | None = None,
         runtime_bytes: int = DEFAULT_RUNTIME_BYTES,
         headroom_bytes: int = RUNTIME_HEADROOM_BYTES + RUNTIME_SPREAD_BYTES,
         device_tier: str = "ram",
@@ -77,6 +80,7 @@ class ModelSpace(Space):
         self.device_tier = device_tier
         self.host_tier = host_tier
         self.saved = saved
+        self.stack = stack
         self.extra_bytes = dict(extra_bytes or {})
         self.runtime_bytes = runtime_bytes + self.extra_bytes.pop(RUNTIME, 0)
         self.headroom_bytes = headroom_bytes
@@ -91,11 +95,21 @@ class ModelSpace(Space):
         self.cache_rows = lru_cache(maxsize=512)(self._cache_rows)
         self.loading_bytes = lru_cache(maxsize=512)(self._loading_bytes)
         self.ceiling_bits = self.weight_bits(self.ceiling)
-        self.lowest_bits = self.weight_bits(LADDER[0]) if saved is None else self.ceiling_bits
+        self.lowest_bits = self.weight_bits(
+            self.rung(0) if stack is not None else LADDER[0] if saved is None else "saved"
+        )
+
+    def ladder(self) -> tuple[int, int]:
+        return super().ladder() if self.stack is None else (0, self.stack.num_blocks)
+
+    def rung(self, number: int) -> str:
+        return super().rung(number) if self.stack is None else f"{STACK_CHOICE}{number}"
 
     def _specs(self, weights: str) -> dict[str, str]:
         if weights == "saved" and self.saved is not None:
             return dict(self.saved)
+        if weights.startswith(STACK_CHOICE) and self.stack is not None and self.saved is not None:
+            return {**self.saved, **self.stack.specs(self.stack.chosen(weights))}
         return resolve(self.config, weights)
 
     def weight_bits(self, weights: str) -> float:

@@ -49,6 +49,14 @@ class Space(ABC):
     uniform: tuple[str, ...]
     policies: tuple[str, ...]
 
+    def ladder(self) -> tuple[int, int]:
+        """First and last of the graded choices of weights, by number: bytes and bits grow along them."""
+        return grid(self)
+
+    def rung(self, number: int) -> str:
+        """A graded choice of weights."""
+        return mixed(number)
+
     @abstractmethod
     def peak_bytes(self, choice: Choice) -> dict[str, int]:
         """Predicted peak per tier, load transients included."""
@@ -171,22 +179,23 @@ def most_weights(space: Space, choice: Choice, budget: Mapping[str, int]) -> str
     """The weights with the most bits that fit beside everything else in `choice`; None when the fewest bits do not."""
     if fits(space, replace(choice, weights=space.ceiling), budget):
         return space.ceiling
-    low, high = grid(space)
-    if not fits(space, replace(choice, weights=mixed(low)), budget):
+    low, high = space.ladder()
+    if not fits(space, replace(choice, weights=space.rung(low)), budget):
         return _best_uniform(space, choice, budget, at_least_bits=0.0)
     best = _largest(
-        lambda hundredths: fits(space, replace(choice, weights=mixed(hundredths)), budget),
+        lambda number: fits(space, replace(choice, weights=space.rung(number)), budget),
         low,
         high,
         _guess(space, choice, budget, low, high),
     )
     # a uniform format of the same size is preferred: one kernel, one look-up
-    return _best_uniform(space, choice, budget, at_least_bits=space.weight_bits(mixed(best))) or mixed(best)
+    least_bits = space.weight_bits(space.rung(best))
+    return _best_uniform(space, choice, budget, at_least_bits=least_bits) or space.rung(best)
 
 
 def _guess(space: Space, choice: Choice, budget: Mapping[str, int], low: int, high: int) -> int:
     """Where the budget would be used up if bytes grew evenly with bits, which they nearly do."""
-    least, most = (space.peak_bytes(replace(choice, weights=one)) for one in (mixed(low), space.ceiling))
+    least, most = (space.peak_bytes(replace(choice, weights=one)) for one in (space.rung(low), space.ceiling))
     shares = [
         (cap - least.get(tier, 0)) / (most[tier] - least.get(tier, 0))
         for tier, cap in budget.items()
@@ -231,7 +240,7 @@ def grid(space: Space) -> tuple[int, int]:
 def smallest(space: Space, goal: Goal) -> tuple[Choice, dict[str, int]]:
     """The choice that needs the least on the budget's tiers at the shortest context allowed, and its peak."""
     context = contexts(space, goal)[-1]
-    weights = [goal.weights] if goal.weights != AUTO else [mixed(grid(space)[0]), *space.uniform, space.ceiling]
+    weights = [goal.weights] if goal.weights != AUTO else [space.rung(space.ladder()[0]), *space.uniform, space.ceiling]
     policies = [goal.kv] if goal.kv != AUTO else list(space.policies)
     choices = [_choice(goal, one, kv, context, goal.batch or 1) for one in weights for kv in policies]
     peaks = [space.peak_bytes(choice) for choice in choices]

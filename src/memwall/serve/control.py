@@ -124,7 +124,9 @@ class Control:
 
     def _budget(self) -> dict[str, Any]:
         serving = self.service.serving
+        stack = serving.stack
         return {
+            "blocks": None if stack is None else {"held": stack.num_blocks, "most": stack.most_blocks},
             "budget_bytes": serving.budget_bytes,
             "least_bytes": serving.least_budget_bytes(),
             "resident_bytes": resident_bytes(),

@@ -35,6 +35,9 @@ struct PyMatrix {
   nb::object owners[9];  // the arrays behind view
   std::shared_ptr<mw::Levels> levels;
   std::shared_ptr<mw::CodebookMatrix> codebooks;
+  // of stacks: the blocks' arrays, and where they lie
+  std::vector<nb::object> block_owners;
+  std::shared_ptr<std::vector<const std::uint8_t*>> blocks;
 };
 
 PyMatrix dense_matrix(const std::string& spec, nb::object array) {
@@ -225,6 +228,30 @@ PyMatrix masked_matrix(const std::string& spec, std::int64_t rows, std::int64_t 
   view.starts = part_of<std::uint32_t, 2>(m, 3, starts, {view.row_tiles, view.groups}, "starts");
   view.rest = part_of<std::uint8_t, 1>(m, 4, rest, {}, "low bits");
   view.rest_bytes = static_cast<std::int64_t>(nb::len(rest));
+  return m;
+}
+
+// Sign blocks in turn, each in bytes.
+PyMatrix stacked_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int rank, nb::sequence blocks) {
+  require(rows >= 0 && cols >= 0 && rank >= 1 && nb::len(blocks) >= 1, "a stack has at least one block of rank 1 or more");
+  PyMatrix m;
+  m.spec = spec;
+  m.blocks = std::make_shared<std::vector<const std::uint8_t*>>();
+  for (const nb::handle each : blocks) {
+    const auto bytes = nb::cast<nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(each, false);
+    require(static_cast<std::int64_t>(bytes.shape(0)) == rows * ((cols + 7) / 8) + 2 * rank * (rows + cols),
+            "a block has another size than the matrix and its rank ask for");
+    require(reinterpret_cast<std::uintptr_t>(bytes.data()) % 2 == 0, "blocks must begin at an even address");
+    m.blocks->push_back(bytes.data());
+    m.block_owners.push_back(nb::borrow(each));
+  }
+  mw::Matrix& view = m.view;
+  view.form = mw::Form::stacked;
+  view.rows = rows;
+  view.cols = cols;
+  view.rank = rank;
+  view.num_blocks = static_cast<int>(m.blocks->size());
+  view.blocks = m.blocks->data();
   return m;
 }
 
@@ -451,6 +478,7 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
         "order"_a = nb::none(), "scale_and_offset"_a = nb::none());
   m.def("masked_matrix", &masked_matrix, "spec"_a, "rows"_a, "cols"_a, "codes"_a.noconvert(), "params"_a, "salient"_a = nb::none(),
         "order"_a = nb::none(), "steps"_a = nb::none(), "starts"_a = nb::none(), "rest"_a = nb::none());
+  m.def("stacked_matrix", &stacked_matrix, "spec"_a, "rows"_a, "cols"_a, "rank"_a, "blocks"_a);
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());
   nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")

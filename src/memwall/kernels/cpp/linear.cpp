@@ -59,6 +59,7 @@ double strip_seconds(const Matrix& m, std::int64_t strip_rows, std::int64_t toke
   double multiplies = static_cast<double>(m.cols) * static_cast<double>(tokens);
   if (m.form == Form::codebook) multiplies *= kMultipliesPerLookup / m.codebooks->rest.vector;
   if (m.form == Form::planes) multiplies *= m.bits * m.activation_bits / kBitsPerMultiply;
+  if (m.form == Form::stacked) multiplies *= m.num_blocks * m.rank * (tokens <= kFewTokens ? 1.0 : static_cast<double>(kFewTokens) / static_cast<double>(tokens));
   return static_cast<double>(strip_rows) * std::max(bytes / kBytesPerSecond, multiplies / kMultipliesPerSecond);
 }
 
@@ -253,7 +254,7 @@ void run_jobs(const Job* jobs, std::size_t count, double seconds) {
 // At most kMaxTokens tokens and kMaxJobs products.
 void linear_block(const Input& plain, const Product* products, std::size_t count, bool exact, std::int64_t first_token) {
   const LinearKernels& kernels = linear_kernels_in_use();
-  const bool one = plain.tokens == 1;
+  const bool one = plain.tokens == 1, few = plain.tokens <= kFewTokens;
   Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
   Input in_planes[kMaxPlanes];                     // by bits of activations
   Input own;                                       // as `in_order` reads it
@@ -304,6 +305,8 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     } else if (m.form == Form::codebook) {
       job.input = &own;
       job.kernel = one ? kernels.codebook_one : kernels.codebook_many;
+    } else if (m.form == Form::stacked) {
+      job.kernel = few ? kernels.stacked_few : kernels.stacked_many;
     } else if (m.form != Form::tiles) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
@@ -315,8 +318,9 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
     }
     const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel || m.form == Form::masked));
-    std::int64_t strip_rows = kTileRows * (single_tile ? 1 : kernels.strip_tiles);
+    std::int64_t strip_rows = kTileRows * (single_tile && m.form != Form::stacked ? 1 : kernels.strip_tiles);
     if (one && m.form == Form::codebook) strip_rows = kVectorsTogether * m.codebooks->rest.vector;
+    if (m.form == Form::stacked && few) strip_rows = m.stack_rows();
     job.first_strip = strips;
     job.num_strips = (m.rows + strip_rows - 1) / strip_rows;
     strips += job.num_strips;
@@ -446,6 +450,20 @@ void decode_masked(const Matrix& m, std::int64_t row, float* out) {
   }
 }
 
+void decode_stacked(const Matrix& m, std::int64_t row, float* out) {
+  std::fill(out, out + m.cols, 0.0f);
+  for (int b = 0; b < m.num_blocks; ++b) {
+    const std::uint16_t *left = m.left_factors(b) + row * m.rank, *right = m.right_factors(b);
+    for (std::int64_t col = 0; col < m.cols; ++col, right += m.rank) {
+      const std::int64_t first = col / kStackColumns * kStackColumns;
+      float magnitude = 0.0f;
+      for (int k = 0; k < m.rank; ++k) magnitude += half_to_float(left[k]) * half_to_float(right[k]);
+      const bool positive = m.signs(b, row, first)[(col - first) / 8] >> (col % 8) & 1;
+      out[col] += positive ? magnitude : -magnitude;
+    }
+  }
+}
+
 }  // namespace
 
 float dynamic_levels[256];
@@ -462,6 +480,7 @@ std::int64_t Matrix::nbytes() const {
     const std::int64_t beside = rest ? row_tiles * 2 * kTileRows * 4 + blocks * 4 + rest_bytes : groups + cols * (wide ? 4 : 2);
     return row_tiles * tile_bytes() + blocks * kTileRows * 2 * (rest ? kPbLlmParams : kBillmParams) + beside;
   }
+  if (form == Form::stacked) return num_blocks * (rows * ((cols + 7) / 8) + 2 * rank * (rows + cols));
   if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
   if (form != Form::tiles) return rows * cols * 2;
   if (turned) return row_tiles * tile_bytes() + 2 * cols + 12;
@@ -527,6 +546,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     case Form::bilevel: return decode_bilevel(m, row, out);
     case Form::codebook: return decode_codebook(m, row, out);
     case Form::masked: return decode_masked(m, row, out);
+    case Form::stacked: return decode_stacked(m, row, out);
     case Form::tiles: break;
   }
   const std::int64_t tile = row / kTileRows, lane = row % kTileRows;

@@ -18,7 +18,7 @@ constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
-enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook, masked };
+enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook, masked, stacked };
 
 // How the scales of tiles are stored (formats/scales.py): in the last two forms a byte is a power of two, or an index of
 // dynamic levels that one float per 256 scales and an offset per row tile make a scale of; the last has no scales.
@@ -62,6 +62,11 @@ struct Turn {
   std::int64_t size() const { return p * q; }
 };
 
+// Stacks of sign blocks (formats/bitstack.py defines them): a block is its factors as float16, [rows, rank] and [cols, rank], then
+// signs in panels of 64 columns, in a panel eight bytes per row (fewer in a last panel that is narrower).
+constexpr int kStackColumns = 64;
+constexpr std::int64_t kFewTokens = 4;  // up to so many, signed sums are looked up; with more, weights are decoded once for all
+
 // Borrowed pointers; the Python object Matrix keeps the arrays alive.
 struct Matrix {
   Form form = Form::float32;
@@ -99,6 +104,9 @@ struct Matrix {
   Turn into, back;
   const std::uint16_t* columns = nullptr;
   float scale = 1.0f;
+  // stacked only
+  const std::uint8_t* const* blocks = nullptr;
+  int num_blocks = 0, rank = 0;
 
   std::int64_t group_bytes() const { return std::int64_t{2} * bits * group; }
   std::int64_t tile_bytes() const { return groups * group_bytes(); }
@@ -114,6 +122,15 @@ struct Matrix {
     return static_cast<const std::uint16_t*>(scales) + (tile * groups + g) * kTileRows * (rest ? kPbLlmParams : kBillmParams);
   }
   const float* masked_steps(std::int64_t tile) const { return steps + tile * 2 * kTileRows; }
+  const std::uint16_t* left_factors(int block) const { return reinterpret_cast<const std::uint16_t*>(blocks[block]); }
+  const std::uint16_t* right_factors(int block) const { return left_factors(block) + rows * rank; }
+  // signs of a row in the panel that begins at column `first`, and how many bytes they are
+  int sign_bytes(std::int64_t first) const { return cols - first >= kStackColumns ? 8 : static_cast<int>((cols - first + 7) / 8); }
+  const std::uint8_t* signs(int block, std::int64_t row, std::int64_t first) const {
+    return reinterpret_cast<const std::uint8_t*>(right_factors(block) + cols * rank) + rows * (first / 8) + row * sign_bytes(first);
+  }
+  // rows whose products are looked up together: the tables are made once for them, and threads still find enough to share
+  std::int64_t stack_rows() const { return rows >= 2048 ? 256 : rows >= 512 ? 128 : 64; }
   int bytes() const { return levels ? levels->bytes : 0; }
   Planes planes() const { return {static_cast<const std::uint64_t*>(data), rows, cols, bits}; }
   // what is taken off a code, or off its low byte
@@ -175,6 +192,7 @@ struct LinearKernels {
   void (*turn)(const Turn&, const float* x, const std::uint16_t* columns, float* to, float* room);
   void (*turn_back)(const Turn&, const float* x, float scale, float* to, float* room);
   StripKernel masked_one, masked_exact;  // several tokens take the exact one: a panel of floats costs less than their rounding gains
+  StripKernel stacked_few, stacked_many;  // strips of stack_rows() rows, and of strip_tiles; always in float
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.

@@ -250,6 +250,14 @@ void codebook_many(const Matrix& m, const Input& input, std::int64_t begin, std:
   });
 }
 
+void stacked_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
+  panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
+    for (int c = 0; c < num_cols; c += kStackColumns)
+      stacked_panel(m, strip * kStripRows, first_col + c, num_cols - c < kStackColumns ? num_cols - c : kStackColumns, panel.weights + c);
+  });
+}
+
 }  // namespace
 
 extern const LinearKernels linear_kernels;
@@ -273,6 +281,8 @@ const LinearKernels linear_kernels = {
     turn_token_back,
     masked_one,
     panels_of<masked_panel>,
+    stacked_few,
+    stacked_many,
 };
 
 }  // namespace mw::MW_ISA

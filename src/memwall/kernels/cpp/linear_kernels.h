@@ -38,4 +38,8 @@ void masked_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t en
 void masked_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
 void bilevel_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
 
+void stacked_few(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+// Decodes kStripRows rows of some columns (at most a sign panel, which may end among them): panel[column][row].
+void stacked_panel(const Matrix&, std::int64_t first_row, std::int64_t first_col, int num_cols, float (*panel)[kStripRows]);
+
 }  // namespace mw::MW_ISA
