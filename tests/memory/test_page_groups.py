@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def check(groups: PageGroups, limit: int, used: set[int]) -> None:
     places = [page for start, length in (*runs, *tails) for page in range(start, start + length)]
     assert sorted([*places, *used]) == list(range(limit))
     assert groups.num_free == len(places)
-    assert all(one + length < other for (one, length), (other, _) in zip(runs, runs[1:]))
+    assert all(one + length < other for (one, length), (other, _) in itertools.pairwise(runs))
     assert sorted(groups._sizes) == groups._sizes == sorted((length, start) for start, length in runs)
 
 
