@@ -15,7 +15,8 @@ from memwall.engine.base import Costs
 from memwall.engine.executor import Entry
 from memwall.engine.kv_pages import digest_page
 from memwall.engine.sequence import Request
-from memwall.engine.serving import Serving, ServingSettings, SwitchSettings, load_engine
+from memwall.engine.serving import Serving, ServingSettings, load_engine
+from memwall.engine.switching import SwitchSettings
 from memwall.errors import InputError
 from memwall.kernels.attention import attend_paged, attend_paged_sequences
 from memwall.models import DEMO_DIRECTORY

@@ -75,8 +75,8 @@ class FastSwitch:
 @dataclass(slots=True)
 class _Plan:
     """A step in the making. running: those that go on; joining: swapped ones, and waiting ones with a beginning in the
-    swap area, that come in; fresh: waiting ones without. room: pages for those further down. hits_count: kept beginnings
-    take room like other pages.
+    swap area, that come in; fresh: waiting ones without. room: pages for those further down. hits_count: beginnings
+    that are kept take room like other pages.
     """
 
     state: State

@@ -122,6 +122,14 @@ class KVPages:
             self.forget(count - self.pool.free_pages)
         return self.pool.take(tenant, count, owner)
 
+    def forget_contents(self, pages: Sequence[int]) -> None:
+        """The pages will hold something else: nobody finds them by their beginning any more."""
+        for page in pages:
+            digest = self._digest_of.pop(page, None)
+            if digest is not None:
+                del self._page_of[digest]
+        self.version += 1
+
     def register(self, page: int, digest: bytes) -> None:
         """The page holds all the tokens that the digest names; others may share it from now on."""
         if self.keep_prefixes and digest not in self._page_of and page not in self._digest_of:

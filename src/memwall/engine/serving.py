@@ -26,9 +26,8 @@ from memwall.engine.priorities import Priorities
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
 from memwall.engine.session import SAMPLING
-from memwall.engine.stream import Link, ThreadStream
 from memwall.engine.swap import SwapArea
-from memwall.engine.switching import Switcher
+from memwall.engine.switching import Switcher, SwitchSettings
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.hardware.units import MIB, format_bytes
@@ -65,23 +64,6 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.most_rank <= 512:
             raise InputError(f"most_rank is {self.most_rank}; it must be 1 to 512")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwitchSettings:
-    """How pages are swapped. group_pages: those of one request lie in groups of so many, in memory and in the swap
-    area; 0 takes the lowest free ones. merge: neighbours are one copy. reuse: copies outlive the way back, and the
-    request where it is a turn of a conversation. link: emulates a slower way.
-    """
-
-    group_pages: int = 0
-    merge: bool = True
-    reuse: bool = False
-    link: Link | None = None
-
-    def __post_init__(self) -> None:
-        if self.group_pages < 0:
-            raise InputError(f"group_pages is {self.group_pages}; it must be 0 (no groups) or more, such as 60")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,8 +300,7 @@ def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> S
     area = SwapArea(
         pages.pool, room, arena=arena, folder=settings.swap_folder, group_pages=how.group_pages, merge=how.merge
     )
-    out, into = (ThreadStream(f"memwall swap {name}", how.link) for name in ("out", "in"))
-    return Switcher(pages, area, reuse=how.reuse, out=out, into=into)
+    return Switcher(pages, area, how)
 
 
 def _make_adapters(

@@ -15,9 +15,9 @@ from memwall.engine.executor import Entry, Output
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.priorities import Priorities
 from memwall.engine.sequence import Event, Request, Sequence
-from memwall.engine.stream import Link, VirtualStream
+from memwall.engine.stream import VirtualStream
 from memwall.engine.swap import Copies, SwapArea
-from memwall.engine.switching import Switcher
+from memwall.engine.switching import Switcher, SwitchSettings
 from memwall.memory import PagePool
 
 
@@ -71,23 +71,11 @@ class Arrival:
     request: Request
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedSwap:
-    """How pages are swapped on a virtual clock. pages: room; link: None moves them in no time; the others as in
-    `SwapArea`, `PagePool` and `Switcher`.
-    """
-
-    pages: int = 0
-    link: Link | None = None
-    group_pages: int = 0
-    merge: bool = True
-    reuse: bool = False
-
-    def switcher(self, pages: KVPages, clock: VirtualClock) -> Switcher:
-        """For these pages."""
-        area = SwapArea(pages.pool, self.pages, group_pages=self.group_pages, merge=self.merge)
-        out, into = (VirtualStream(clock, self.link.seconds if self.link else _no_time) for _ in range(2))
-        return Switcher(pages, area, reuse=self.reuse, out=out, into=into, clock=clock)
+def _virtual_switcher(pages: KVPages, swap_pages: int, settings: SwitchSettings, clock: VirtualClock) -> Switcher:
+    area = SwapArea(pages.pool, swap_pages, group_pages=settings.group_pages, merge=settings.merge)
+    seconds = settings.link.seconds if settings.link is not None else _no_time
+    out, into = (VirtualStream(clock, seconds) for _ in range(2))
+    return Switcher(pages, area, settings, out=out, into=into, clock=clock)
 
 
 def _no_time(copies: Copies) -> float:
@@ -101,7 +89,7 @@ def simulated_engine(
     page_bytes: int = 1,
     limits: Limits | None = None,
     context_tokens: int = 1 << 20,
-    swap: SimulatedSwap | None = None,
+    switch: SwitchSettings | None = None,
     swap_pages: int = 0,
     cost: StepCost | None = None,
     costs: Costs | None = None,
@@ -110,11 +98,11 @@ def simulated_engine(
 ) -> Engine:
     """An engine whose clock is virtual. costs: what the scheduler believes; by default what the cost model says.
 
-    swap: how pages are swapped; swap_pages: the same with nothing but room told.
+    swap_pages: room for what is swapped; switch: how it is, and over which link (None: in no time).
     """
     limits, clock, cost = limits or Limits(), VirtualClock(), cost or StepCost()
-    swap = swap or SimulatedSwap(pages=swap_pages)
-    pool = PagePool("kv/pages", page_bytes=page_bytes, most_pages=num_pages, group_pages=swap.group_pages)
+    switch = switch or SwitchSettings()
+    pool = PagePool("kv/pages", page_bytes=page_bytes, most_pages=num_pages, group_pages=switch.group_pages)
     pages = KVPages(pool, limits.page_tokens, keep_prefixes=keep_prefixes)
     return Engine(
         scheduler,
@@ -122,7 +110,7 @@ def simulated_engine(
         pages,
         limits=limits,
         context_tokens=context_tokens,
-        switch=swap.switcher(pages, clock),
+        switch=_virtual_switcher(pages, swap_pages, switch, clock),
         priorities=priorities,
         costs=costs or Costs(seconds_per_token=cost.seconds_per_token, seconds_per_page=cost.seconds_per_token),
         clock=clock,

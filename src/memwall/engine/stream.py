@@ -11,7 +11,7 @@ figures measured so must say that the link is emulated.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,7 +54,7 @@ class Task(Protocol):
 class Stream(Protocol):
     """Does tasks one after the other."""
 
-    def submit(self, copies: Copies, after: Task | None = None) -> Task:
+    def submit(self, copies: Copies, after: Sequence[Task] = ()) -> Task:
         """Returns at once. after: of another stream, which must be done before."""
 
     def stop(self) -> None:
@@ -80,10 +80,10 @@ class ThreadTask:
         assert self.future is not None
         self.future.result()
 
-    def run(self, link: Link | None, after: Task | None) -> None:
+    def run(self, link: Link | None, after: Sequence[Task]) -> None:
         """In the copying thread; copies hold no lock of the interpreter."""
-        if after is not None:
-            after.wait()
+        for task in after:
+            task.wait()
         began = time.perf_counter()
         try:
             self.copies.run()
@@ -102,7 +102,7 @@ class ThreadStream:
         self._name = name
         self._worker: ThreadPoolExecutor | None = None
 
-    def submit(self, copies: Copies, after: Task | None = None) -> ThreadTask:
+    def submit(self, copies: Copies, after: Sequence[Task] = ()) -> ThreadTask:
         """See `Stream`."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, self._name)
@@ -151,14 +151,15 @@ class VirtualStream:
         self._seconds = seconds
         self._free_at = 0.0
 
-    def submit(self, copies: Copies, after: Task | None = None) -> VirtualTask:
+    def submit(self, copies: Copies, after: Sequence[Task] = ()) -> VirtualTask:
         """See `Stream`."""
         error = None
         try:
             copies.run()
         except OSError as failure:
             error = failure
-        began = max(self.clock.now, self._free_at, after.end if isinstance(after, VirtualTask) else 0.0)
+        ends = [task.end for task in after if isinstance(task, VirtualTask)]
+        began = max(self.clock.now, self._free_at, *ends)
         seconds = self._seconds(copies)
         self._free_at = began + seconds
         return VirtualTask(copies, seconds, self._free_at, self.clock, error)

@@ -5,10 +5,11 @@ are `memory.page_groups`, the decisions `fastswitch`.
 
 A page that is copied out is held by its task until the copy is over, so every page is free, or a request's, or the
 source of a copy under way. When pages run short, `KVPages.take` waits for the oldest such task alone (a conflict).
-With `reuse` the copy outlives the way back and, for conversations, the request: the next swap-out copies only pages
-that have come since. A copy is found by the digests of its tokens, so a turn of another request finds it. Where the
-area is full, copies that are not the only one are overwritten from their ends, those of the lowest priority first
-(contaminated); what is left of them is the clean beginning, and the rest is copied again.
+Copies in wait for nobody: they may be given pages that are still being copied out, and then come after those copies.
+With `keep_turns` the pages of a conversation go out when a turn ends; they are found by the digests of their tokens,
+whichever request brings these. With `reuse` a copy outlives the way back: the next time only pages that have come since
+are copied. Where the area is full, copies that are not the only one are overwritten from their ends, those of the
+lowest priority first (contaminated); what is left of them is the clean beginning, and the rest is copied again.
 
 Everything here belongs to the engine's thread, except the copies themselves.
 """
@@ -24,11 +25,32 @@ from dataclasses import dataclass, field
 
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.sequence import HostCopy, Sequence
-from memwall.engine.stream import Stream, Task, ThreadStream
+from memwall.engine.stream import Link, Stream, Task, ThreadStream
 from memwall.engine.swap import SwapArea
+from memwall.errors import InputError
 from memwall.memory.page_groups import runs_of
 
 log = logging.getLogger("memwall.engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchSettings:
+    """How pages are swapped. group_pages: those of one request lie in groups of so many, in memory and in the swap
+    area; 0 takes the lowest free ones. merge: neighbours are one copy. keep_turns: pages of a conversation go out when
+    a turn ends, and come back for the next; overlap: no step waits for that. reuse: what is out already is not sent
+    again. link: emulates a slower way.
+    """
+
+    group_pages: int = 0
+    merge: bool = True
+    keep_turns: bool = False
+    reuse: bool = False
+    overlap: bool = True
+    link: Link | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_pages < 0:
+            raise InputError(f"group_pages is {self.group_pages}; it must be 0 (no groups) or more, such as 60")
 
 
 @dataclass(slots=True)
@@ -82,21 +104,21 @@ class Switcher:
         self,
         pages: KVPages,
         area: SwapArea,
+        settings: SwitchSettings | None = None,
         *,
-        reuse: bool = False,
         out: Stream | None = None,
         into: Stream | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pages = pages
         self.area = area
-        self.reuse = reuse
+        self.settings = settings or SwitchSettings()
         self.clock = clock
         self.counts = SwitchCounts()
         self.learn: Callable[[int, float], None] | None = None
         """Told of pages and the seconds that they took."""
-        self._out = out or ThreadStream("memwall swap out")
-        self._into = into or ThreadStream("memwall swap in")
+        self._out = out or ThreadStream("memwall swap out", self.settings.link)
+        self._into = into or ThreadStream("memwall swap in", self.settings.link)
         self._leaving: dict[Task, _Leaving] = {}
         self._leaving_pages: Counter[int] = Counter()
         self._coming: dict[Task, Sequence] = {}
@@ -157,8 +179,8 @@ class Switcher:
     def back(self, one: Sequence, count: int) -> None:
         """The `count` pages of a request that was swapped out begin to come in; `poll` tells when they are here."""
         assert one.copy is not None
-        one.pages = self.pages.take(count, owner=one.id)
-        self._receive(one, one.copy, one.copy.places[:count], one.pages)
+        one.pages, after = self._take(one, count)
+        self._receive(one, one.copy, one.copy.places[:count], one.pages, after)
 
     def admit(self, one: Sequence, hits: list[int], *, restore: bool) -> None:
         """A waiting request gets the pages of its beginning: `hits`, which it holds already, and what the area has of
@@ -170,25 +192,30 @@ class Switcher:
             return
         self._wake(copy, one, len(digests))
         if restore and len(digests) > len(hits):
-            fresh = self.pages.take(len(digests) - len(hits), owner=one.id)
+            fresh, after = self._take(one, len(digests) - len(hits))
             one.pages = hits + fresh
             self.counts.restored_tokens += len(fresh) * self.pages.page_tokens
-            self._receive(one, copy, copy.places[len(hits) : len(digests)], fresh)
+            self._receive(one, copy, copy.places[len(hits) : len(digests)], fresh, after)
+        elif not self.settings.reuse:
+            self._drop(copy)
 
     def over(self, one: Sequence, *, whole: bool) -> None:
-        """A request has ended. With `reuse` a conversation's copy stays, completed where the request ended by itself
-        (`whole`).
+        """A request has ended. With `keep_turns` a conversation's copy stays, completed where the request ended by
+        itself (`whole`).
         """
         self._stop_coming(one)
         pages, one.pages = one.pages, []
         copy, one.copy = one.copy, None
-        if self.reuse and one.request.session is not None and one.parent is None and not one.request.members:
+        alone = one.parent is None and not one.request.members
+        if self.settings.keep_turns and one.request.session is not None and alone:
             count = one.computed // self.pages.page_tokens
             if whole and pages and copy is None and count:
                 copy = self._new(one)
             if whole and pages and copy is not None and self._room(copy, count):
                 first, copy.clean = copy.clean, count
                 self._send(one, copy, pages, min(first, count), count)
+                if not self.settings.overlap and copy.writing is not None:
+                    self._wait(copy.writing)
                 pages = []
             if copy is not None and copy.clean:
                 self._rest(copy, one)
@@ -260,11 +287,26 @@ class Switcher:
         self.pages.pool.close(one.id)
         self.pages.version += 1
 
-    def _receive(self, one: Sequence, copy: HostCopy, places: list[int], pages: list[int]) -> None:
+    def _take(self, one: Sequence, count: int) -> tuple[list[int], list[Task]]:
+        """Pages to copy into, and the copies out of them that must be over before."""
+        free = sorted(page for page in self._leaving_pages if self.is_leaving(page))
+        runs = sorted(runs_of(free), key=lambda run: -run[1])  # the longest first: these were apart before
+        found = [page for start, length in runs for page in range(start, start + length)][:count]
+        given, after = set(found), []
+        for task, gone in self._leaving.items() if given else ():
+            kept = [page for page in gone.pages if page not in given]
+            if len(kept) < len(gone.pages):
+                gone.pages = kept
+                after.append(task)
+        self._leaving_pages -= Counter(found)
+        self.pages.forget_contents(found)
+        return found + self.pages.take(count - len(found), owner=one.id), after
+
+    def _receive(self, one: Sequence, copy: HostCopy, places: list[int], pages: list[int], after: list[Task]) -> None:
         copies = self.area.read(places, pages)
         self.counts.in_copies += copies.count
         self.counts.in_bytes += copies.nbytes
-        self._coming[self._into.submit(copies, copy.writing)] = one
+        self._coming[self._into.submit(copies, [*after, *([copy.writing] if copy.writing else [])])] = one
         copy.needed = True  # until it is here
         one.status = "arriving"
 
@@ -287,7 +329,7 @@ class Switcher:
             one.copy.needed = False
             if task.error is None:
                 self._told.arrived.append(one)
-                if not self.reuse:
+                if not self.settings.reuse:
                     self._drop(one.copy)
             else:
                 log.warning("pages could not be read from the swap area: %s", task.error)

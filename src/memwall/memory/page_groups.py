@@ -156,7 +156,8 @@ class PageGroups:
         start, length = self._tails.get(owner, (-1, 0)) if owner is not None else (-1, 0)
         if length:
             return start, length
-        want = need if owner is None else max(need, self.group_pages)
+        share = self._num_free // max(len(self._tails), 1)
+        want = need if owner is None else max(need, min(self.group_pages, need + share))
         if start in self._length:  # the pages after its last one are free: the group grows in place
             return self._carve(start, want)
         if self._sizes:
@@ -164,7 +165,7 @@ class PageGroups:
             return self._carve(self._sizes[min(at, len(self._sizes) - 1)][1], want)
         victim = max((one for one in self._tails if self._tails[one][1]), key=lambda one: self._tails[one][1])
         start, length = self._tails[victim]
-        half = (length + 1) // 2
+        half = min(max((length + 1) // 2, need), length)
         self._tails[victim] = (start, length - half)
         return start + length - half, half
 
