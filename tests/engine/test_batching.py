@@ -16,6 +16,7 @@ from memwall.engine.executor import Entry
 from memwall.engine.kv_pages import digest_page
 from memwall.engine.sequence import Request
 from memwall.engine.serving import Serving, ServingSettings, load_engine
+from memwall.engine.switching import SwitchSettings
 from memwall.errors import InputError
 from memwall.kernels.attention import attend_paged, attend_paged_sequences
 from memwall.models import DEMO_DIRECTORY
@@ -93,7 +94,7 @@ def test_a_disk_that_fails_costs_the_work_again_and_no_request(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return int(working(*arguments))
 
-    held = serving(swap_bytes=1 << 24)
+    held = serving(swap_bytes=1 << 24, switch=SwitchSettings(merge=False))
     held.engine.costs, held.engine._measures = Costs(seconds_per_token=1.0, seconds_per_page=1e-6), False
     monkeypatch.setattr(os, call, failing)
     assert run(held, requests(), num_pages=9) == alone("float32")

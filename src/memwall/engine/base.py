@@ -20,9 +20,11 @@ PreemptBy = Literal["recompute", "swap"]
 class RequestView:
     """A request as schedulers see it.
 
-    priority: lower goes first; equal ones by arrival, then id. pages: held (swapped out: to be taken back). freeable:
-    pages that setting it aside would free. hit: tokens of its beginning whose pages are kept from other requests;
-    hit_idle: how many of those pages count as free until it takes them.
+    priority: lower goes first; equal ones by level, which may change while it runs (see `priorities`), by arrival, then
+    id. pages: held (swapped out: to be taken back). freeable: pages that setting it aside would free. clean: pages of
+    which the swap area has a copy already. restorable: tokens of the beginning of a waiting one that are there.
+    hit: tokens of its beginning whose pages are kept from other requests; hit_idle: how many of those pages count as
+    free until it takes them.
     prefix: the request whose keys and values it goes on from, and base: after how many of its tokens; its own pages
     begin there. shares: of a prefix, how many requests that go on from it are not over; `most_tokens` then counts the
     largest of them with it. expected_tokens: what it will likely come to hold; 0 where nobody knows.
@@ -31,12 +33,15 @@ class RequestView:
     id: int
     arrival: float
     priority: int = 0
+    level: int = 0
     prompt: int
     known: int
     computed: int = 0
     most_tokens: int
     pages: int = 0
     freeable: int = 0
+    clean: int = 0
+    restorable: int = 0
     hit: int = 0
     hit_idle: int = 0
     session: str | None = None
@@ -59,9 +64,9 @@ class RequestView:
         return max(min(likely, self.most_tokens), self.known)
 
     @property
-    def rank(self) -> tuple[int, float, int]:
+    def rank(self) -> tuple[int, int, float, int]:
         """Who goes first, in the order of service."""
-        return (self.priority, self.arrival, self.id)
+        return (self.priority, self.level, self.arrival, self.id)
 
     @property
     def remaining(self) -> int:
@@ -89,10 +94,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What it takes to bring a request back: seconds to compute a token of it again, or to move a page one way."""
+    """What it takes to bring a request back: seconds to compute a token of it again, or to move a page one way; and how
+    long steps have lately been.
+    """
 
     seconds_per_token: float = 1e-3
     seconds_per_page: float = 1e-4
+    seconds_per_step: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,13 +127,15 @@ class Pace:
 class State:
     """Everything a decision may depend on. free_pages: free now, kept prefixes that nobody uses included; negative
     while the budget has shrunk below what is held. waiting: those that could start now. held: prefixes that are
-    computed and stay for requests that go on from them; setting one aside sends it back to the queue.
+    computed and stay for requests that go on from them; setting one aside sends it back to the queue. arriving: those
+    whose pages are on their way in, who can only be waited for.
     """
 
     running: tuple[RequestView, ...] = ()
     waiting: tuple[RequestView, ...] = ()
     swapped: tuple[RequestView, ...] = ()
     held: tuple[RequestView, ...] = ()
+    arriving: tuple[RequestView, ...] = ()
     free_pages: int
     total_pages: int
     swap_free_pages: int = 0
@@ -145,23 +155,30 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preempt:
-    """Set a running request aside: forget its keys and values, or write them to the swap area."""
+    """Set a running request aside: forget its keys and values, or write them to the swap area.
+
+    wait: no step before they are written; else its pages are free as soon as they are, or waited for where wanted.
+    """
 
     id: int
     by: PreemptBy
+    wait: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One step, carried out in this order: abort, set aside, bring back, admit, compute.
 
-    abort: waiting requests that end here. prefetch: adapters to read ahead, in order of need.
+    abort: waiting requests that end here. prefetch: adapters to read ahead, in order of need. resume: swapped out or
+    arriving ones, or waiting ones with a beginning that is restorable; the step waits for their pages. fetch: such ones
+    (not arriving) whose pages come in beside this step and the next ones.
     """
 
     abort: tuple[int, ...] = ()
     prefetch: tuple[str, ...] = ()
     preempt: tuple[Preempt, ...] = ()
     resume: tuple[int, ...] = ()
+    fetch: tuple[int, ...] = ()
     admit: tuple[int, ...] = ()
     work: tuple[Work, ...] = ()
 

@@ -13,12 +13,14 @@ from contextlib import suppress
 from dataclasses import replace
 
 from memwall.engine.adapters import Adapters
-from memwall.engine.base import AdapterView, Costs, Limits, Pace, RequestView, Scheduler, State, Step, Work
+from memwall.engine.base import AdapterView, Costs, Limits, Pace, Preempt, RequestView, Scheduler, State, Step, Work
 from memwall.engine.executor import Entry, Executor, Output, Totals
 from memwall.engine.kv_pages import KVPages
+from memwall.engine.priorities import Priorities, Ranking
 from memwall.engine.sequence import Event, FinishReason, Request, Sequence
 from memwall.engine.shared import SharedPrefixes, orphans
 from memwall.engine.swap import SwapArea
+from memwall.engine.switching import Switcher
 from memwall.errors import BudgetExceeded, InputError, MemwallError
 from memwall.memory import OutOfPages
 
@@ -41,19 +43,24 @@ class Engine:
         limits: Limits,
         context_tokens: int,
         eos: tuple[int, ...] = (),
-        swap: SwapArea | None = None,
+        switch: Switcher | None = None,
         costs: Costs | None = None,
         adapters: Adapters | None = None,
+        priorities: Priorities | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """costs: fixed ones; None measures them. adapters: what `Request.adapter` may name."""
+        """switch: None where nothing can be swapped out. costs: fixed ones; None measures them. adapters: what
+        `Request.adapter` may name. priorities: None for those of the requests alone.
+        """
         self.scheduler = scheduler
         self.executor = executor
         self.pages = pages
         self.limits = limits
         self.context_tokens = context_tokens
         self.eos = eos
-        self.swap = swap
+        self.switch = switch or Switcher(pages, SwapArea(pages.pool, 0))
+        self.switch.learn = self._learn_pages
+        self.priorities = Ranking(priorities)
         self.adapters = adapters
         self.pace = Pace()
         self._arrived = 0
@@ -70,6 +77,11 @@ class Engine:
         self._next_id = 0
 
     # ---- requests --------------------------------------------------------------------------------------------------
+
+    @property
+    def swap(self) -> SwapArea:
+        """Where requests that were set aside keep their pages."""
+        return self.switch.area
 
     @property
     def busy(self) -> bool:
@@ -105,6 +117,7 @@ class Engine:
         self._next_id = max(self._next_id, number) + 1
         self._arrived += 1
         self.waiting[sequence.id] = sequence
+        self.priorities.newcomers = True
         self.totals.prompt_tokens += 0 if request.members else sequence.num_prompt
         return sequence
 
@@ -117,7 +130,7 @@ class Engine:
 
     def abandon(self) -> list[Event]:
         """Ends all requests after a fault that nobody foresaw; what they held is free again."""
-        everyone = [*self.running.values(), *self.waiting.values(), *self.swapped.values()]
+        everyone = self._everyone()
         # members first: a prefix that ends before them sends them to the queue
         events = [self._finish(one, "error") for one in sorted(everyone, key=lambda one: one.request.members > 0)]
         for prefix in list(self.shared.held.values()):  # members that never came
@@ -129,8 +142,11 @@ class Engine:
     def step(self) -> list[Event]:
         """One decision and what follows from it."""
         now = self.clock()
-        events = self._expire(now)
+        events = self._expire(now) + self._land()
         self.fit_limit()
+        if self.priorities.update(self.totals.steps, self._everyone()):
+            for one in self.waiting.values():
+                one.view = None
         state = self.snapshot()
         step = self.scheduler.plan_step(state, now)
         if self.observer is not None:
@@ -145,6 +161,7 @@ class Engine:
             return events
         if not batch:
             return events
+        self.switch.counts.steps_during += self.switch.active
         began = self.clock()
         outputs = self.executor.run(batch)
         self._learn(batch, self.clock() - began)
@@ -169,11 +186,12 @@ class Engine:
         return State(
             running=tuple(self._view(one) for one in self.running.values()),
             waiting=tuple(self._waiting_view(one) for one in self.waiting.values() if one.ready),
-            swapped=tuple(self._view(one) for one in self.swapped.values()),
+            swapped=tuple(self._view(one) for one in self.swapped.values() if one.status == "swapped"),
+            arriving=tuple(self._view(one) for one in self.swapped.values() if one.status == "arriving"),
             held=tuple(self._view(one) for one in self.shared.held.values()),
             free_pages=self.pages.available_pages + min(short, 0),
             total_pages=self.wanted_pages,
-            swap_free_pages=self.swap.free_pages if self.swap is not None else 0,
+            swap_free_pages=self.switch.free_pages,
             limits=self.limits,
             costs=self.costs,
             adapters=self._adapter_views(),
@@ -183,22 +201,22 @@ class Engine:
     def _adapter_views(self) -> tuple[AdapterView, ...]:
         if self.adapters is None:
             return ()
-        groups = (self.running, self.waiting, self.swapped)
-        wanted = {one.request.adapter: None for group in groups for one in group.values()}
+        wanted = {one.request.adapter: None for one in self._everyone()}
         return tuple(self.adapters.view(key) for key in wanted if key is not None)
 
     def _view(self, one: Sequence) -> RequestView:
-        held = one.places or one.pages
         return RequestView(
             id=one.id,
             arrival=one.arrival,
             priority=one.request.priority,
+            level=one.level,
             prompt=one.num_prompt,
             known=len(one.tokens),
             computed=one.computed,
             most_tokens=min(one.most_tokens, self.context_tokens),
-            pages=len(held),
+            pages=len(one.pages) or self.limits.pages(one.computed - one.base),
             freeable=self.pages.freeable(one.pages),
+            clean=0 if one.copy is None else one.copy.clean,
             session=one.request.session,
             adapter=one.request.adapter,
             prefix=None if one.parent is None else one.parent.id,
@@ -210,9 +228,10 @@ class Engine:
     def _waiting_view(self, one: Sequence) -> RequestView:
         if one.view is None or one.version != self.pages.version:
             hits = self._hits(one)
-            idle = sum(self.pages.is_idle(page) for page in hits)
-            if one.view is None or (one.view.hit, one.view.hit_idle) != (len(hits) * self.pages.page_tokens, idle):
-                one.view = replace(self._view(one), hit=len(hits) * self.pages.page_tokens, hit_idle=idle)
+            idle, restorable = sum(self.pages.is_idle(page) for page in hits), self.switch.restorable(one)
+            found = (len(hits) * self.pages.page_tokens, idle, restorable)
+            if one.view is None or (one.view.hit, one.view.hit_idle, one.view.restorable) != found:
+                one.view = replace(self._view(one), hit=found[0], hit_idle=idle, restorable=restorable)
             one.version = self.pages.version
         return one.view
 
@@ -227,34 +246,43 @@ class Engine:
         pool = self.pages.pool
         if self.wanted_pages == pool.limit_pages:
             return
+        if pool.used_pages > self.wanted_pages:
+            self.switch.settle()
         self.pages.forget(pool.used_pages - self.wanted_pages)
         limit = max(self.wanted_pages, pool.used_pages)
         if limit != pool.limit_pages:
             if self.adapters is not None:
                 self.adapters.settle()
+            self.switch.settle()
             moves = pool.set_limit(limit)
             self.pages.moved(moves)
             self.shared.moved(moves)
             if self.adapters is not None:
                 self.adapters.moved(moves)
-            for one in self.running.values():
+            for one in (*self.running.values(), *self.swapped.values()):
                 one.pages = [moves.get(page, page) for page in one.pages]
 
     def _rearrange(self, state: State, step: Step, now: float) -> list[Event]:
         for preempt in step.preempt:
             held = preempt.id in self.shared.held
             one = self.shared.take_back(preempt.id) if held else self.running.pop(preempt.id)
-            self._set_aside(one, preempt.by)
+            self._set_aside(one, preempt)
         hits = {view.id: view.hit for view in state.waiting}
         for number in step.admit:  # beginnings first: pages taken below might be theirs
             self._admit(self.waiting.pop(number), hits[number], now)
+        for number in (*step.fetch, *step.resume):
+            self._bring_back(number, hits, now)
         for number in step.resume:
-            self._bring_back(self.swapped[number])
+            if number in self.swapped:  # else nothing of it was left to be read
+                self.switch.wait_for(self.swapped[number])
+        self.switch.counts.overlapped += len(step.fetch)
+        self.switch.counts.waited += len(step.resume)
         if step.admit:
             arrived = _blend(self.pace.arrived, self._arrived, PACE_SMOOTHING)
             admitted = _blend(self.pace.admitted, len(step.admit), PACE_SMOOTHING)
             self.pace, self._arrived = Pace(arrived=arrived, admitted=max(admitted, 1.0)), 0
-        events = [event for number in (*step.resume, *step.admit) if (event := self._hold_adapter(number)) is not None]
+        events = self._land()
+        events += [event for number in step.admit if (event := self._hold_adapter(number)) is not None]
         if self.adapters is not None:
             self.adapters.prefetch(step.prefetch)
         return events
@@ -283,68 +311,57 @@ class Engine:
             self.adapters.release(one.request.adapter)
             one.holds_adapter = False
 
-    def _set_aside(self, one: Sequence, by: str) -> None:
+    def _set_aside(self, one: Sequence, preempt: Preempt) -> None:
         one.preemptions += 1
         one.view = None
         self._let_adapter_go(one)
-        swapped = by == "swap" and self._swap_out(one)
-        self.totals.preempted["swap" if swapped else "recompute"] += 1
-        if not swapped:
-            self._start_over(one)
-            return
         one.status = "swapped"
-        self.swapped[one.id] = one
-        self.pages.release(one.pages)
-        one.pages = []
-
-    def _swap_out(self, one: Sequence) -> bool:
-        """Whether its pages are in the swap area now; a full disk costs the work again, and nothing else."""
-        assert self.swap is not None
-        began = self.clock()
-        try:
-            one.places = self.swap.write(one.pages)
-        except OutOfPages:
-            log.warning("request %d will be computed again", one.id, exc_info=True)
-            return False
-        self._learn_pages(len(one.pages), self.clock() - began)
-        return True
+        swapped = preempt.by == "swap" and self.switch.out(one, wait=preempt.wait)
+        self.totals.preempted["swap" if swapped else "recompute"] += 1
+        if swapped:
+            self.swapped[one.id] = one
+        else:
+            self._start_over(one)
 
     def _start_over(self, one: Sequence) -> None:
         """Back to the queue without keys and values."""
         self._let_adapter_go(one)
-        self.pages.release(one.pages)
-        one.pages, one.computed, one.registered = [], one.base, 0
+        self.switch.start_over(one)
+        one.computed, one.registered = one.base, 0
         one.status, one.view = "waiting", None
         self.waiting[one.id] = one
 
-    def _bring_back(self, one: Sequence) -> None:
-        assert self.swap is not None
-        one.pages = self.pages.take(len(one.places))
-        del self.swapped[one.id]
-        began = self.clock()
-        places, one.places, one.registered = one.places, [], 0
-        try:
-            self.swap.read(places, one.pages)
-        except OSError:
-            log.warning("request %d will be computed again", one.id, exc_info=True)
-            self.swap.drop(places)
-            self._start_over(one)
-            return
-        self._learn_pages(len(places), self.clock() - began)
-        one.status = "running"
-        self.running[one.id] = one
+    def _bring_back(self, number: int, hits: dict[int, int], now: float) -> None:
+        """Pages of one that was swapped out, or the beginning of one that waits, are on their way; unless they are."""
+        if number in self.waiting:
+            self._admit(self.waiting.pop(number), hits[number], now, restore=True)
+        elif self.swapped[number].status == "swapped":
+            one = self.swapped[number]
+            one.registered = 0
+            self.switch.back(one, self.limits.pages(one.computed - one.base))
 
-    def _admit(self, one: Sequence, hit: int, now: float) -> None:
+    def _land(self) -> list[Event]:
+        """Requests whose pages are here run from now on; those whose pages are lost begin anew."""
+        told = self.switch.poll()
+        for one in told.lost:
+            self.swapped.pop(one.id, None)
+            self._start_over(one)
+        for one in told.arrived:
+            self.running[one.id] = self.swapped.pop(one.id)
+            one.status = "running"
+        return [event for one in told.arrived if (event := self._hold_adapter(one.id)) is not None]
+
+    def _admit(self, one: Sequence, hit: int, now: float, *, restore: bool = False) -> None:
         pages = self._hits(one)[: hit // self.pages.page_tokens]
         self.pages.acquire(pages)
-        held = max(len(pages) * self.pages.page_tokens, one.base)
-        one.pages, one.computed, one.registered = pages, held, len(pages)
+        one.status, one.registered = "running", len(pages)
+        self.switch.admit(one, pages, restore=restore)
+        one.computed = max(len(one.pages) * self.pages.page_tokens, one.base)
         if one.admitted is None:
             one.admitted, one.cached = now, one.computed
             self.totals.prefix_queries += one.num_prompt
             self.totals.prefix_hits += one.computed
-        one.status = "running"
-        self.running[one.id] = one
+        (self.swapped if one.status == "arriving" else self.running)[one.id] = one
 
     def _entries(self, step: Step) -> list[Entry]:
         """Work of the step. One whose pages an adapter took, which its scheduler did not count, waits for the next."""
@@ -359,12 +376,13 @@ class Engine:
         one = self.running[work.id]
         end = one.computed + work.tokens
         assert 0 < work.tokens <= len(one.tokens) - one.computed
-        one.pages += self.pages.take(max(self.limits.pages(end - one.base) - len(one.pages), 0))
+        one.pages += self.pages.take(max(self.limits.pages(end - one.base) - len(one.pages), 0), owner=one.id)
         return Entry(one, one.computed, work.tokens, end == len(one.tokens) and not one.request.members)
 
     def _computed(self, entry: Entry, output: Output | None, now: float) -> Event | None:
         one = entry.sequence
         one.computed += entry.count
+        self.priorities.served(one, entry.first, output is not None)
         self._register(one)
         if one.request.members and one.computed == one.num_prompt:
             self.shared.hold(self.running.pop(one.id))
@@ -398,13 +416,10 @@ class Engine:
     def _finish(self, one: Sequence, why: FinishReason) -> Event:
         for group in (self.running, self.waiting, self.swapped):
             group.pop(one.id, None)
-        self.pages.release(one.pages)
+        self.switch.over(one, whole=one.status == "running" and why in ("stop", "length"))
         self._let_adapter_go(one)
         if self.adapters is not None and one.request.adapter is not None:
             self.adapters.close(one.request.adapter)
-        if one.places and self.swap is not None:
-            self.swap.drop(one.places)
-        one.pages, one.places = [], []
         one.status, one.finish, one.finished = "finished", why, self.clock()
         self.totals.finished[why] += 1
         self.executor.forget(one)
@@ -430,17 +445,17 @@ class Engine:
         prefix.pages, prefix.status = [], "finished"
         self.shared.forget(prefix)
 
+    def _everyone(self) -> list[Sequence]:
+        return [*self.running.values(), *self.waiting.values(), *self.swapped.values()]
+
     def _expire(self, now: float) -> list[Event]:
-        late = [
-            one
-            for group in (self.running, self.waiting, self.swapped)
-            for one in group.values()
-            if one.request.until is not None and one.request.until < now
-        ]
+        late = [one for one in self._everyone() if one.request.until is not None and one.request.until < now]
         return [self._finish(one, "cancelled") for one in late]
 
     def _learn(self, batch: list[Entry], seconds: float) -> None:
         tokens = sum(entry.count for entry in batch)
+        if self._measures:
+            self.costs = replace(self.costs, seconds_per_step=_blend(self.costs.seconds_per_step or seconds, seconds))
         if self._measures and tokens >= 2 * len(batch):  # a step that is mostly prompt tells what a prompt costs
             self.costs = replace(self.costs, seconds_per_token=_blend(self.costs.seconds_per_token, seconds / tokens))
 

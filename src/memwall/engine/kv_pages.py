@@ -41,6 +41,20 @@ class Lender(Protocol):
         """Frees at least `count` pages if there are so many; how many. wanted_soon: also those meant for what comes."""
 
 
+class Leaving(Protocol):
+    """Pages that are being copied out: free once that is done."""
+
+    @property
+    def leaving_pages(self) -> int:
+        """Pages that nobody else holds."""
+
+    def is_leaving(self, page: int) -> bool:
+        """Whether the page is one of them."""
+
+    def free_up(self, count: int) -> None:
+        """Waits until at least `count` of them are free or kept for their beginning alone, or none is left."""
+
+
 class KVPages:
     """Counted pages over a pool, with the beginnings that can be shared."""
 
@@ -49,6 +63,7 @@ class KVPages:
         self.page_tokens = page_tokens
         self.keep_prefixes = keep_prefixes
         self.lender: Lender | None = None
+        self.leaving: Leaving | None = None
         self.version = 0
         """Changes when what can be shared changes."""
         self._page_of: dict[bytes, int] = {}
@@ -63,11 +78,13 @@ class KVPages:
     @property
     def available_pages(self) -> int:
         """Pages that `take` can give."""
-        return self.pool.free_pages + len(self._idle) + (self.lender.idle_pages if self.lender is not None else 0)
+        lent = self.lender.idle_pages if self.lender is not None else 0
+        leaving = self.leaving.leaving_pages if self.leaving is not None else 0
+        return self.pool.free_pages + len(self._idle) + lent + leaving
 
     def is_idle(self, page: int) -> bool:
-        """Whether nobody but the index holds it."""
-        return page in self._idle
+        """Whether nobody but the index, or a copy on its way out, holds it."""
+        return page in self._idle or (self.leaving is not None and self.leaving.is_leaving(page))
 
     def freeable(self, pages: Sequence[int]) -> int:
         """How many of a sequence's pages no other sequence holds."""
@@ -92,12 +109,26 @@ class KVPages:
             else:
                 self.pool.share([page])
 
-    def take(self, count: int, tenant: str = TENANT) -> list[int]:
-        """Fresh pages; beginnings that nobody uses make room. OutOfPages when there are too few."""
+    def take(self, count: int, tenant: str = TENANT, owner: int | None = None) -> list[int]:
+        """Fresh pages; beginnings that nobody uses make room. OutOfPages when there are too few.
+
+        owner: the request that they should lie together for, in a pool of groups.
+        """
         if count > self.available_pages:
             raise OutOfPages(f"{count} pages wanted, {self.available_pages} of {self.pool.limit_pages} are free")
         self.forget(count - self.pool.free_pages)
-        return self.pool.take(tenant, count)
+        if count > self.pool.free_pages and self.leaving is not None:
+            self.leaving.free_up(count - self.pool.free_pages)
+            self.forget(count - self.pool.free_pages)
+        return self.pool.take(tenant, count, owner)
+
+    def forget_contents(self, pages: Sequence[int]) -> None:
+        """The pages will hold something else: nobody finds them by their beginning any more."""
+        for page in pages:
+            digest = self._digest_of.pop(page, None)
+            if digest is not None:
+                del self._page_of[digest]
+        self.version += 1
 
     def register(self, page: int, digest: bytes) -> None:
         """The page holds all the tokens that the digest names; others may share it from now on."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from memwall.engine.base import RequestView
 from memwall.engine.kv_pages import digest_page
 from memwall.engine.sampling import Sampling
 from memwall.errors import InputError
 
-Status = Literal["waiting", "running", "held", "swapped", "finished"]
+if TYPE_CHECKING:
+    from memwall.engine.stream import Task
+
+Status = Literal["waiting", "running", "held", "swapped", "arriving", "finished"]
 FinishReason = Literal["stop", "length", "cancelled", "aborted", "error"]
 
 
@@ -21,9 +24,11 @@ class Request:
 
     priority: lower goes first. logprobs: how many likeliest alternatives to tell with each token, 0 for the token's own
     alone, None for nothing. adapter: a key of the engine's adapters. salt: whose cached beginnings it may share.
-    until: a time of the engine's clock after which it is cancelled. members: of a prefix, how many requests will go on
-    from it; such a one makes no token. prefix and base: the id of the prefix that it goes on from, and after how many
-    tokens (see `shared`). expected_tokens: of prompt and answer together, where somebody can tell; 0 for nobody.
+    session: the conversation it is a turn of, whose pages are worth keeping when it ends. user: whom its tokens count
+    for where service is shared fairly. until: a time of the engine's clock after which it is cancelled. members: of a
+    prefix, how many requests will go on from it; such a one makes no token. prefix and base: the id of the prefix that
+    it goes on from, and after how many tokens (see `shared`). expected_tokens: of prompt and answer together, where
+    somebody can tell; 0 for nobody.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +36,7 @@ class Request:
     priority: int = 0
     logprobs: int | None = None
     session: str | None = None
+    user: str | None = None
     adapter: str | None = None
     salt: bytes = b""
     until: float | None = None
@@ -64,10 +70,30 @@ class Event:
 
 
 @dataclass(slots=True, eq=False)
+class HostCopy:
+    """Pages of one request, or of a conversation that rests, in the swap area (see `switching`).
+
+    places: of its pages in token order; clean: how many of the first hold what the request's pages hold. needed: there
+    is no other copy. digests: of the clean pages while it rests; rank: whose it was then. writing: the last copy out.
+    """
+
+    key: int
+    owner: Sequence | None
+    places: list[int] = field(default_factory=list)
+    clean: int = 0
+    needed: bool = False
+    digests: list[bytes] = field(default_factory=list)
+    rank: tuple[int, int] = (0, 0)
+    used: int = 0
+    writing: Task | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request in the engine. tokens: prompt and what was made; the first `computed` have keys and values.
 
-    parent: the prefix whose pages come before its own; left: of a prefix, members that are not over.
+    level: see `RequestView`. copy: what the swap area holds of it. parent: the prefix whose pages come before
+    its own; left: of a prefix, members that are not over.
     """
 
     id: int
@@ -79,7 +105,8 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     pages: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    copy: HostCopy | None = None
+    level: int = 0
     digests: list[bytes] = field(default_factory=list)
     registered: int = 0
     preemptions: int = 0

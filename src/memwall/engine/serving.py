@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,12 @@ from memwall.engine.core import Engine
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_decoder
+from memwall.engine.priorities import Priorities
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
 from memwall.engine.session import SAMPLING
 from memwall.engine.swap import SwapArea
+from memwall.engine.switching import Switcher, SwitchSettings
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.hardware.units import MIB, format_bytes
@@ -83,6 +85,7 @@ class ServingSettings:
     page_tokens: int = 16
     swap_bytes: int = 256 * MIB
     swap_folder: Path | None = None
+    switch: SwitchSettings = field(default_factory=SwitchSettings)
     headroom_bytes: int = 8 * MIB
     threads: int | None = None
     exact: bool = False
@@ -262,8 +265,7 @@ class Serving:
 
     def release(self) -> None:
         """Gives all memory back."""
-        if self.engine.swap is not None:
-            self.engine.swap.release()
+        self.engine.switch.release()
         if self.engine.adapters is not None:
             self.engine.adapters.stop()
         self.pool.release()
@@ -285,6 +287,7 @@ def load_engine(
     budget: Budget | None = None,
     tokenizer: Tokenizer | None = None,
     scheduler: Scheduler | None = None,
+    priorities: Priorities | None = None,
     progress: Progress | None = None,
     clock: Callable[[], float] | None = None,
 ) -> Serving:
@@ -323,13 +326,22 @@ def load_engine(
         limits=settings.limits,
         context_tokens=context,
         eos=tuple(config.eos_token_ids),
-        swap=SwapArea(pool, settings.swap_bytes // pool.page_bytes, arena=arena, folder=settings.swap_folder),
+        switch=_make_switcher(settings, pages, arena),
         adapters=adapters,
+        priorities=priorities,
         clock=clock or time.perf_counter,
     )
     serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
     serving.govern()
     return serving
+
+
+def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> Switcher:
+    how, room = settings.switch, settings.swap_bytes // pages.pool.page_bytes
+    area = SwapArea(
+        pages.pool, room, arena=arena, folder=settings.swap_folder, group_pages=how.group_pages, merge=how.merge
+    )
+    return Switcher(pages, area, how)
 
 
 def _make_adapters(
@@ -369,4 +381,12 @@ def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, 
     # address space for what the budget may become, not memory
     room = max(available_memory_bytes(), arena.cap_bytes if limited else 0)
     most = min(max(room // size, 1), MOST_PLACES // (2 * config.num_layers) - 1)
-    return PagePool(POOL_OWNER, page_bytes=size, most_pages=max(most, least), limit_pages=least, arena=arena), context
+    pool = PagePool(
+        POOL_OWNER,
+        page_bytes=size,
+        most_pages=max(most, least),
+        limit_pages=least,
+        arena=arena,
+        group_pages=settings.switch.group_pages,
+    )
+    return pool, context

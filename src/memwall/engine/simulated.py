@@ -13,8 +13,11 @@ from memwall.engine.base import Costs, Limits, Scheduler
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Output
 from memwall.engine.kv_pages import KVPages
+from memwall.engine.priorities import Priorities
 from memwall.engine.sequence import Event, Request, Sequence
-from memwall.engine.swap import SwapArea
+from memwall.engine.stream import VirtualStream
+from memwall.engine.swap import Copies, SwapArea
+from memwall.engine.switching import Switcher, SwitchSettings
 from memwall.memory import PagePool
 
 
@@ -68,6 +71,17 @@ class Arrival:
     request: Request
 
 
+def _virtual_switcher(pages: KVPages, swap_pages: int, settings: SwitchSettings, clock: VirtualClock) -> Switcher:
+    area = SwapArea(pages.pool, swap_pages, group_pages=settings.group_pages, merge=settings.merge)
+    seconds = settings.link.seconds if settings.link is not None else _no_time
+    out, into = (VirtualStream(clock, seconds) for _ in range(2))
+    return Switcher(pages, area, settings, out=out, into=into, clock=clock)
+
+
+def _no_time(copies: Copies) -> float:
+    return 0.0
+
+
 def simulated_engine(
     scheduler: Scheduler,
     *,
@@ -75,20 +89,29 @@ def simulated_engine(
     page_bytes: int = 1,
     limits: Limits | None = None,
     context_tokens: int = 1 << 20,
+    switch: SwitchSettings | None = None,
     swap_pages: int = 0,
     cost: StepCost | None = None,
     costs: Costs | None = None,
+    priorities: Priorities | None = None,
+    keep_prefixes: bool = True,
 ) -> Engine:
-    """An engine whose clock is virtual. costs: what the scheduler believes; by default what the cost model says."""
+    """An engine whose clock is virtual. costs: what the scheduler believes; by default what the cost model says.
+
+    swap_pages: room for what is swapped; switch: how it is, and over which link (None: in no time).
+    """
     limits, clock, cost = limits or Limits(), VirtualClock(), cost or StepCost()
-    pool = PagePool("kv/pages", page_bytes=page_bytes, most_pages=num_pages)
+    switch = switch or SwitchSettings()
+    pool = PagePool("kv/pages", page_bytes=page_bytes, most_pages=num_pages, group_pages=switch.group_pages)
+    pages = KVPages(pool, limits.page_tokens, keep_prefixes=keep_prefixes)
     return Engine(
         scheduler,
         SimulatedExecutor(clock, cost),
-        KVPages(pool, limits.page_tokens),
+        pages,
         limits=limits,
         context_tokens=context_tokens,
-        swap=SwapArea(pool, swap_pages),
+        switch=_virtual_switcher(pages, swap_pages, switch, clock),
+        priorities=priorities,
         costs=costs or Costs(seconds_per_token=cost.seconds_per_token, seconds_per_page=cost.seconds_per_token),
         clock=clock,
     )

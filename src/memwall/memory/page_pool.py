@@ -9,7 +9,6 @@ A pool without an arena only counts: the simulator decides over the same object 
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Iterable
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from memwall.errors import DoesNotFit
 from memwall.memory.arena import Arena, Charge
+from memwall.memory.page_groups import FreePages, LowestFirst, Owner, PageGroups
 
 
 class OutOfPages(DoesNotFit):
@@ -34,7 +34,9 @@ class PagePool:
         most_pages: int,
         limit_pages: int | None = None,
         arena: Arena | None = None,
+        group_pages: int = 0,
     ) -> None:
+        """group_pages: pages taken for one owner lie in contiguous groups of so many (`PageGroups`); 0 for none."""
         if min(page_bytes, most_pages) < 1:
             raise ValueError(f"{owner}: {most_pages} pages of {page_bytes} bytes; each must be at least 1")
         self.owner = owner
@@ -46,7 +48,7 @@ class PagePool:
         self._shared: set[int] = set()
         self._tenants: dict[int, str] = {}
         self._pins: Counter[int] = Counter()
-        self._free: list[int] = []  # a heap: the lowest page first, so that what is resident stays short
+        self._free: FreePages = PageGroups(self._limit, group_pages) if group_pages else LowestFirst(self._limit)
         self._next = 0  # pages from here on were never handed out
         self.peak_pages = 0
 
@@ -86,23 +88,33 @@ class PagePool:
         """How many of these pages have more than one reference."""
         return len(self._shared.intersection(pages)) if self._shared else 0
 
-    def take(self, tenant: str, count: int) -> list[int]:
+    def take(self, tenant: str, count: int, owner: Owner = None) -> list[int]:
         """Pages of one's own, with whatever was in them. OutOfPages, with nothing taken, when there are too few;
         BudgetExceeded when the arena has no room for pages that were never touched.
+
+        owner: whom they should lie together for, in a pool of groups; `close` it when it takes no more.
         """
         if count > self.free_pages:
             raise OutOfPages(f"{self.owner}: {count} pages wanted, {self.free_pages} of {self._limit} are free")
-        fresh = max(count - len(self._free), 0)
-        if fresh and self._region is not None:
-            self._region.commit((self._next + fresh) * self.page_bytes)
-        pages = [heapq.heappop(self._free) for _ in range(count - fresh)]
-        pages += range(self._next, self._next + fresh)
-        self._next += fresh
+        pages = self._free.take(count, owner)
+        end = max(pages, default=-1) + 1
+        if end > self._next:
+            try:
+                if self._region is not None:
+                    self._region.commit(end * self.page_bytes)
+            except BaseException:
+                self._free.reset(self._limit, self._uses)
+                raise
+            self._next = end
         for page in pages:
             self._uses[page] = 1
             self._tenants[page] = tenant
         self.peak_pages = max(self.peak_pages, len(self._uses))
         return pages
+
+    def close(self, owner: Owner) -> None:
+        """Nothing more is taken for this owner: what was kept beside its pages is for all."""
+        self._free.close(owner)
 
     def share(self, pages: Iterable[int]) -> None:
         """One more reference to each."""
@@ -112,17 +124,19 @@ class PagePool:
 
     def drop(self, pages: Iterable[int]) -> list[int]:
         """One reference less to each; gives those that became free."""
-        freed = []
-        for page in pages:
-            if self._uses[page] == 1 and self._pins[page]:
-                raise ValueError(f"{self.owner}: page {page} is pinned and cannot be given up")
-            self._uses[page] -= 1
-            if self._uses[page] == 1:
-                self._shared.discard(page)
-            if not self._uses[page]:
-                del self._uses[page], self._tenants[page]
-                heapq.heappush(self._free, page)
-                freed.append(page)
+        freed: list[int] = []
+        try:
+            for page in pages:
+                if self._uses[page] == 1 and self._pins[page]:
+                    raise ValueError(f"{self.owner}: page {page} is pinned and cannot be given up")
+                self._uses[page] -= 1
+                if self._uses[page] == 1:
+                    self._shared.discard(page)
+                if not self._uses[page]:
+                    del self._uses[page], self._tenants[page]
+                    freed.append(page)
+        finally:
+            self._free.give(freed)
         return freed
 
     def give_to(self, tenant: str, pages: Iterable[int]) -> None:
@@ -173,16 +187,19 @@ class PagePool:
         self._shared = {moves.get(page, page) for page in self._shared}
         self._limit = limit
         self._next = min(self._next, limit)
-        self._free = [page for page in holes if page not in self._uses]
-        heapq.heapify(self._free)
+        self._free.reset(limit, self._uses)
         if self._region is not None:
             self._region.shrink(self._next * self.page_bytes)
         return moves
 
     def page(self, page: int) -> np.ndarray:
         """The bytes of one page, uint8."""
+        return self.run(page, 1)
+
+    def run(self, page: int, count: int) -> np.ndarray:
+        """The bytes of `count` pages beside each other, uint8."""
         assert self._region is not None
-        return self._region.array(self.page_bytes, np.uint8, page * self.page_bytes)
+        return self._region.array(count * self.page_bytes, np.uint8, page * self.page_bytes)
 
     def array(self, row_shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """All resident whole pages as rows. Make it anew when `committed_bytes` has changed."""

@@ -76,7 +76,7 @@ def _row(one: Sequence, now: float) -> dict[str, Any]:
         "made_tokens": one.num_made,
         "computed_tokens": one.computed,
         "cached_tokens": one.cached,
-        "pages": len(one.pages) or len(one.places),
+        "pages": len(one.pages) or (len(one.copy.places) if one.copy is not None else 0),
         "preemptions": one.preemptions,
         "priority": one.request.priority,
         "adapter": one.request.adapter,
