@@ -67,6 +67,8 @@ class Engine:
         self.shared = SharedPrefixes(pages)
         self.wanted_pages = pages.pool.limit_pages
         self.observer: Callable[[State, Step], None] | None = None
+        self.wakes_at: float | None = None
+        """When something else comes up (the next arrival of a replay): no step waits beyond it."""
         self._next_id = 0
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -75,6 +77,18 @@ class Engine:
     def busy(self) -> bool:
         """Whether a request is not over."""
         return bool(self.running or self.waiting or self.swapped)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether something is being computed between two steps."""
+        return False
+
+    def wake(self) -> None:
+        """Ends the wait of a step that goes on; any thread may."""
+
+    def drain(self) -> list[Event]:
+        """Waits until nothing is computed between steps."""
+        return []
 
     @property
     def num_requests(self) -> int:
@@ -431,13 +445,16 @@ class Engine:
         self.shared.forget(prefix)
 
     def _expire(self, now: float) -> list[Event]:
-        late = [
+        return [self._finish(one, "cancelled") for one in self._late(now)]
+
+    def _late(self, now: float) -> list[Sequence]:
+        """Those whose time is up."""
+        return [
             one
             for group in (self.running, self.waiting, self.swapped)
             for one in group.values()
             if one.request.until is not None and one.request.until < now
         ]
-        return [self._finish(one, "cancelled") for one in late]
 
     def _learn(self, batch: list[Entry], seconds: float) -> None:
         tokens = sum(entry.count for entry in batch)
