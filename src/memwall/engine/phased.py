@@ -20,7 +20,7 @@ from memwall.engine.sequence import Event, FinishReason, Request, Sequence
 from memwall.errors import BudgetExceeded, InputError
 
 KEPT_WINDOWS = 12
-WINDOW_ITERATIONS = 64
+WINDOW_ITERATIONS = 128
 """Iterations of both workers together after which a window closes. Neither paper tells its own."""
 
 

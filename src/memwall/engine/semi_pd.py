@@ -14,8 +14,9 @@ Units and shapes: shares x, y in percent of the compute, x + y at most `cap` (ab
 
 Differs from the paper: without two different shares in the windows a line has no slope, and then the queue's own is
 taken (a1 = 100 l100, a2 from the last point). A step that by the model would make the other objective missed is not
-taken (`guard`), else a load that can just be served makes shares swing. When pages run out, whoever came last is set
-aside. On the CPU a share is a quota of processor time.
+taken (`guard`), else a load that can just be served makes shares swing. Prompts that wait for sequences or pages that
+decoding holds, while the prefill worker rests, are helped by decoding faster (`blocked`). When pages run out, whoever
+came last is set aside. On the CPU a share is a quota of processor time.
 
 Cost: one more set of activations per worker, and while shares change two more workers; no bytes moved.
 
@@ -25,6 +26,7 @@ told in the paper; these are ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +36,7 @@ from memwall.errors import InputError
 
 RELEASED = Shares(prefill=80, decode=100)
 """The released code's shares at the start."""
+BLOCKED_BUSY, BLOCKED_TIMES = 0.6, 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,7 @@ class SemiPD:
     cap: int = 200
     step: int = 10
     most_steps: int = 4
-    least_requests: int = 3
+    least_requests: int = 5
     spare_pages: int = 1
     guard: bool = True
 
@@ -116,13 +119,25 @@ class SemiPD:
         late: tuple[bool, bool] = (first > self.first_seconds, token > self.token_seconds)
         if late[0] == late[1]:
             return None
-        phase: Phase = "prefill" if late[0] else "decode"
-        found = self._search(lanes.shares, phase, self.fit(windows))
+        if late[0] and self.blocked(last):
+            found = self.moved(lanes.shares, "decode")
+        else:
+            found = self._search(lanes.shares, "prefill" if late[0] else "decode", self.fit(windows))
         return None if found == lanes.shares else found
 
     def observed(self, window: Window) -> tuple[float, float]:
         """The percentiles of a window; zero where nobody tells."""
         return percentile(window.first, self.percentile), percentile(window.token, self.percentile)
+
+    def blocked(self, window: Window) -> bool:
+        """Whether prompts wait for room that decoding holds rather than for compute: the prefill worker rested, and
+        still they waited far longer than its queue explains (the wait of M/M/1 is exponential).
+        """
+        busy = window.prefill_seconds / window.seconds if window.seconds > 0 else 1.0
+        if busy > BLOCKED_BUSY or not window.prompts:
+            return False
+        explained = window.prefill_seconds / window.prompts / (1 - busy) * math.log(10)
+        return percentile(window.first, self.percentile) > BLOCKED_TIMES * explained
 
     def fit(self, windows: Sequence[Window]) -> Models:
         """Least squares over the windows; theta from the newest that tell a rate and a prompt's work."""

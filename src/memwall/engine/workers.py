@@ -306,29 +306,33 @@ class ForkedWorkers:
         return self._unseen if self._resident else 0
 
     def measure(self) -> dict[str, int]:
-        """Bytes of all processes: `held` in all, each page counted once; `own` of the workers and the resident one."""
+        """Bytes of all processes: `held` in all, each page counted once; `own` of the workers and the resident one;
+        `engine`: what the engine's process shows. Libraries are files that all of them map, and the engine counts them.
+        """
         mine = _memory(os.getpid())
         others = {pid: _memory(pid) for pid in self.pids}
-        held = mine["Pss"] + sum(one["Pss"] for one in others.values())
-        self._unseen = max(held - mine["Rss"], 0)
+        shares = sum(one["Pss_Anon"] + one["Pss_Shmem"] for one in (mine, *others.values()))
+        self._unseen = max(shares - mine["Anonymous"] - mine["RssShmem"], 0)
         self._measured = time.perf_counter()
         private = [others[process.pid]["Private"] for process in self._process.values()]
         self.reserve_bytes = sum(private) if self.fresh and not self._next else 0
         if self._ledger is not None:
             self._ledger.put(OWNER, "ram", self._unseen)
+        held = mine["Rss"] + self._unseen
         return {"held": held, "own": sum(one["Private"] for one in others.values()), "engine": mine["Rss"]}
 
 
 def _memory(pid: int) -> dict[str, int]:
-    """Rss, Pss and Private bytes of a process; zeros where it is gone."""
-    found = dict.fromkeys(("Rss", "Pss", "Private"), 0)
+    """Resident bytes of a process by kind; zeros where it is gone. Pss: a page that n processes map is 1 / n."""
+    names = ("Rss", "Anonymous", "Pss_Anon", "Pss_Shmem", "RssShmem")
+    found = dict.fromkeys((*names, "Private"), 0)
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        text = "".join(Path(f"/proc/{pid}/{name}").read_text() for name in ("smaps_rollup", "status"))
     except OSError:
         return found
-    for line in lines:
+    for line in text.splitlines():
         name, _, rest = line.partition(":")
-        if name in ("Rss", "Pss"):
+        if name in names:
             found[name] = int(rest.split()[0]) * KIB
         elif name in ("Private_Clean", "Private_Dirty"):
             found["Private"] += int(rest.split()[0]) * KIB
