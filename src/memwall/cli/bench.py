@@ -15,6 +15,7 @@ import typer
 from memwall.cli import bench_trace
 from memwall.cli.command import AsJson, Debug, Memory, Quiet, Threads, Weights, add_command, complete_model
 from memwall.cli.printing import format_table, note, print_json
+from memwall.cli.schedulers import SchedulerName, SchedulerOption
 from memwall.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def serve(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, half less to half more.", min=1)] = 64,
     output_tokens: Annotated[int, typer.Option(help="Tokens of an answer, half less to half more.", min=1)] = 64,
     shared_tokens: Annotated[int, typer.Option(help="Tokens that all prompts begin with alike.", min=0)] = 0,
+    scheduler: SchedulerOption = SchedulerName.fcfs,
     slo_first: Annotated[float, typer.Option(help="Objective: seconds to the first token.", min=0)] = 1.0,
     slo_token: Annotated[float, typer.Option(help="Objective: seconds per further token.", min=0)] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of arrivals, lengths and prompts.", min=0)] = 0,
@@ -84,6 +86,8 @@ def serve(
     counts = _counts(concurrency, loads)
     config = ModelConfig.from_directory(model_directory(model))
     options = [] if memory is None else ["--memory", memory]
+    if scheduler is not SchedulerName.fcfs:
+        options += ["--scheduler", scheduler.value, "--slo-first", str(slo_first), "--slo-token", str(slo_token)]
     options += ["--weights", weights, *([] if threads is None else ["--threads", str(threads)])]
     with _server(model, url, options, requests, quiet=quiet) as where:
         runs = [

@@ -12,6 +12,7 @@ from memwall.cli.command import Debug, Memory, Model, Quiet, Threads, Weights, a
 from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, LoraOption, MostRank, read_loras
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
+from memwall.cli.schedulers import SchedulerName, SchedulerOption, SloFirst, SloToken, describe, options_of
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ def serve(
     max_lora_rank: MostRank = 64,
     lora_batch: LoraBatch = None,
     first_token_limit: FirstToken = None,
+    scheduler: SchedulerOption = SchedulerName.fcfs,
+    slo_first: SloFirst = None,
+    slo_token: SloToken = None,
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print address and ledger as JSON at the start.")] = False,
     quiet: Quiet = False,
@@ -95,6 +99,7 @@ def serve(
         "swap_bytes": _swap_bytes(swap),
     }  # fmt: skip
     options |= _lora_options(loras, path, lora_batch, first_token_limit)
+    options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
     settings = ServerSettings(
@@ -195,6 +200,7 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
                 "budget_bytes": serving.budget_bytes,
                 "kv_tokens": tokens,
                 "adapters": adapters,
+                "shares": describe(serving),
                 "ledger": serving.ledger.to_json(),
             }
         )
@@ -206,4 +212,7 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
     note(f"{name}: {serving.settings.weights} weights, context {serving.context_tokens:,}, {room}", quiet=quiet)
     if serving.adapters is not None:
         note(f"{len(adapters):,} adapters in the same pages, read when they are asked for", quiet=quiet)
+    if serving.workers is not None:
+        shares = serving.workers.shares
+        note(f"prompts and tokens in two processes: {shares.prefill} and {shares.decode} % of the cores", quiet=quiet)
     note(f"memwall: listening on {where} (page of memory at /, OpenAI routes under /v1)", quiet=quiet)

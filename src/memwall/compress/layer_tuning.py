@@ -92,7 +92,9 @@ def tuned(stream: LayerStream, layer: int, made: Mapping[str, Packed], schedule:
     def loss() -> float:
         with torch.no_grad():
             pairs = zip(hidden.split(BATCH_SEQUENCES), wanted.split(BATCH_SEQUENCES), strict=True)
-            return float(sum(functional.mse_loss(outputs(part), want) * len(part) for part, want in pairs)) / len(hidden)
+            return float(sum(functional.mse_loss(outputs(part), want) * len(part) for part, want in pairs)) / len(
+                hidden
+            )
 
     learning = [parameter for matrix in matrices.values() for parameter in matrix.parameters()] + list(norms.values())
     before = loss()
@@ -152,7 +154,8 @@ class _LookedUp:
             if coded.residual is not None:
                 stages.append(("residuals", coded.codes >> np.uint32(part.main_bits), part.residual_bits))
             places = [
-                (prefix + name, torch.from_numpy((group << bits) + labels.astype(np.int64))) for name, labels, bits in stages
+                (prefix + name, torch.from_numpy((group << bits) + labels.astype(np.int64)))
+                for name, labels, bits in stages
             ]
             self._fetched.append((part.vector, places))
 

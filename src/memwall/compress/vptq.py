@@ -109,7 +109,9 @@ class Vptq(WeightMethod):
 
     def check(self, spec: str) -> None:
         if not isinstance(codec(spec), VptqCodec):
-            raise InputError(f"vptq makes its own formats, not {spec}: give --bits 2.25, or --bits vptq-v8-k256-ordered")
+            raise InputError(
+                f"vptq makes its own formats, not {spec}: give --bits 2.25, or --bits vptq-v8-k256-ordered"
+            )
 
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:
         coder = codec(config.spec)

@@ -13,7 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from memwall.errors import InputError
+
 PreemptBy = Literal["recompute", "swap"]
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,11 +128,66 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """Percent of the machine's compute that prefill and decode may take. Above 100 together they compete: then each
+    gets in proportion while both run, and up to its own share while the other rests.
+    """
+
+    prefill: int
+    decode: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.prefill <= 100 and 1 <= self.decode <= 100):
+            raise InputError(f"shares of {self.prefill} and {self.decode} percent; each must be 1 to 100")
+
+    def of(self, phase: Phase) -> int:
+        """The share of one phase."""
+        return self.prefill if phase == "prefill" else self.decode
+
+    def effective(self, phase: Phase) -> float:
+        """Percent that a phase has while the other runs too."""
+        return self.of(phase) * min(1.0, 100 / (self.prefill + self.decode))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """What was observed over some iterations under one pair of shares.
+
+    first: seconds to the first token of requests that got it; token: mean seconds between tokens, a request each.
+    arrived: requests that came; prompts: that were computed, in prefill_seconds of the prefill worker's time.
+    """
+
+    shares: Shares
+    seconds: float
+    arrived: int = 0
+    prompts: int = 0
+    prefill_seconds: float = 0.0
+    first: tuple[float, ...] = ()
+    token: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lanes:
+    """Two workers, one for each phase, that run beside each other over the same pages.
+
+    idle: those that can begin now. flying: work under way, which must be left alone. preparing: shares of workers that
+    are being made. windows: the last ones, the newest at the end; fresh: it closed since the last decision.
+    """
+
+    idle: tuple[Phase, ...] = PHASES
+    flying: tuple[Work, ...] = ()
+    shares: Shares
+    preparing: Shares | None = None
+    windows: tuple[Window, ...] = ()
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """Everything a decision may depend on. free_pages: free now, kept prefixes that nobody uses included; negative
     while the budget has shrunk below what is held. waiting: those that could start now. held: prefixes that are
     computed and stay for requests that go on from them; setting one aside sends it back to the queue. arriving: those
-    whose pages are on their way in, who can only be waited for.
+    whose pages are on their way in, who can only be waited for. lanes: None where one worker does all.
     """
 
     running: tuple[RequestView, ...] = ()
@@ -143,6 +202,7 @@ class State:
     costs: Costs = field(default_factory=Costs)
     adapters: tuple[AdapterView, ...] = ()
     pace: Pace = field(default_factory=Pace)
+    lanes: Lanes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +231,8 @@ class Step:
 
     abort: waiting requests that end here. prefetch: adapters to read ahead, in order of need. resume: swapped out or
     arriving ones, or waiting ones with a beginning that is restorable; the step waits for their pages. fetch: such ones
-    (not arriving) whose pages come in beside this step and the next ones.
+    (not arriving) whose pages come in beside this step and the next ones. shares: what the workers of both phases shall
+    have from now on; None leaves them.
     """
 
     abort: tuple[int, ...] = ()
@@ -181,6 +242,7 @@ class Step:
     fetch: tuple[int, ...] = ()
     admit: tuple[int, ...] = ()
     work: tuple[Work, ...] = ()
+    shares: Shares | None = None
 
     @property
     def tokens(self) -> int:

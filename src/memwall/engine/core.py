@@ -74,6 +74,8 @@ class Engine:
         self.shared = SharedPrefixes(pages)
         self.wanted_pages = pages.pool.limit_pages
         self.observer: Callable[[State, Step], None] | None = None
+        self.wakes_at: float | None = None
+        """When something else comes up (the next arrival of a replay): no step waits beyond it."""
         self._next_id = 0
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -87,6 +89,18 @@ class Engine:
     def busy(self) -> bool:
         """Whether a request is not over."""
         return bool(self.running or self.waiting or self.swapped)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether something is being computed between two steps."""
+        return False
+
+    def wake(self) -> None:
+        """Ends the wait of a step that goes on; any thread may."""
+
+    def drain(self) -> list[Event]:
+        """Waits until nothing is computed between steps."""
+        return []
 
     @property
     def num_requests(self) -> int:
@@ -449,8 +463,11 @@ class Engine:
         return [*self.running.values(), *self.waiting.values(), *self.swapped.values()]
 
     def _expire(self, now: float) -> list[Event]:
-        late = [one for one in self._everyone() if one.request.until is not None and one.request.until < now]
-        return [self._finish(one, "cancelled") for one in late]
+        return [self._finish(one, "cancelled") for one in self._late(now)]
+
+    def _late(self, now: float) -> list[Sequence]:
+        """Those whose time is up."""
+        return [one for one in self._everyone() if one.request.until is not None and one.request.until < now]
 
     def _learn(self, batch: list[Entry], seconds: float) -> None:
         tokens = sum(entry.count for entry in batch)

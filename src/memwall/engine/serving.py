@@ -11,23 +11,30 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from memwall import _native
+from memwall import _native, kernels
 from memwall.engine.adapters import Adapters, check_room
-from memwall.engine.base import Limits, Scheduler
+from memwall.engine.base import Limits, Scheduler, Shares
 from memwall.engine.batch import ModelExecutor, lora_room, page_bytes
 from memwall.engine.core import Engine
+from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_decoder
+from memwall.engine.phased import WINDOW_ITERATIONS, PhasedEngine
+from memwall.engine.phases import Split
 from memwall.engine.priorities import Priorities
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
+from memwall.engine.sequence import Request
+from memwall.engine.sequence import Sequence as Running
 from memwall.engine.session import SAMPLING
 from memwall.engine.swap import SwapArea
 from memwall.engine.switching import Switcher, SwitchSettings
+from memwall.engine.workers import ForkedWorkers
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.hardware.units import MIB, format_bytes
@@ -69,13 +76,25 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSettings:
+    """Prompts and tokens are computed by two processes. shares: theirs at the start; fresh: new shares come with new
+    processes. window: iterations after which the scheduler sees what was observed.
+    """
+
+    shares: Shares
+    fresh: bool = True
+    window: int = WINDOW_ITERATIONS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingSettings:
     """How a model serves.
 
     weights: as for a session. context_tokens: longest request, prompt and answer; None for the model's positions.
     token_budget: tokens computed in one step. swap_bytes: disk for requests set aside. headroom_bytes: kept free for
     what the process comes to hold outside the arena. exact: float arithmetic on packed weights. lora: None where
-    requests have no adapters. shared_prefixes: room for requests that go on from prefixes (see `shared`).
+    requests have no adapters. shared_prefixes: room for requests that go on from prefixes (see `shared`). phases: None
+    where one worker computes prompts and tokens together.
     """
 
     weights: str = "float16"
@@ -92,6 +111,7 @@ class ServingSettings:
     keep_prefixes: bool = True
     lora: LoraSettings | None = None
     shared_prefixes: bool = False
+    phases: PhaseSettings | None = None
 
     @property
     def limits(self) -> Limits:
@@ -107,6 +127,8 @@ class ServingSettings:
                 f"a step of {self.token_budget} tokens cannot give one to each of {self.max_sequences} sequences; "
                 f"raise it to {self.max_sequences} or more"
             )
+        if self.phases is not None and self.lora is not None:
+            raise InputError("adapters are served by one worker; leave them out, or choose the scheduler fcfs")
         if self.page_tokens < 16 or self.page_tokens & (self.page_tokens - 1):
             raise InputError(f"page_tokens is {self.page_tokens}; it must be 16, 32, 64 or another power of two")
 
@@ -137,6 +159,7 @@ class Serving:
         self._most_adapter_pages = 0
         self.stack = loaded.decoder.weights.stack
         self._wanted_blocks = self.stack.num_blocks if self.stack is not None else 0
+        self.workers: ForkedWorkers | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -188,7 +211,8 @@ class Serving:
             self.engine.wanted_pages = min(pool.most_pages, self._unlimited_pages())
             return
         self._grow_stack()
-        outside = self._outside_bytes()
+        # where workers change, there is room for two more of them before they are made
+        outside = self._outside_bytes() + self._reserve_bytes()
         fixed = outside + self.arena.used_bytes - pool.committed_bytes + self._missing_bytes()
         roomy = (self.budget_bytes - fixed - self.settings.headroom_bytes) // pool.page_bytes
         tight = (self.budget_bytes - fixed - self.settings.headroom_bytes // 2) // pool.page_bytes
@@ -238,7 +262,7 @@ class Serving:
         """The smallest budget in which one request of the whole context can run, with the largest adapter."""
         pages = self._least_pages()
         blocks = self.stack.nbytes if self.stack is not None else 0
-        held = max(resident_bytes() - self.pool.committed_bytes - blocks, 0)
+        held = max(resident_bytes() - self.pool.committed_bytes - blocks, 0) + self._reserve_bytes()
         return held + pages * self.pool.page_bytes + self.settings.headroom_bytes
 
     def set_budget(self, nbytes: int) -> None:
@@ -265,6 +289,8 @@ class Serving:
 
     def release(self) -> None:
         """Gives all memory back."""
+        if self.workers is not None:
+            self.workers.release()
         self.engine.switch.release()
         if self.engine.adapters is not None:
             self.engine.adapters.stop()
@@ -275,6 +301,9 @@ class Serving:
     def _unlimited_pages(self) -> int:
         wanted = self.settings.max_sequences * self._least_pages()
         return min(wanted, max(self.arena.cap_bytes - self.arena.used_bytes, 0) // self.pool.page_bytes + self._held())
+
+    def _reserve_bytes(self) -> int:
+        return self.workers.reserve_bytes if self.workers is not None else 0
 
     def _held(self) -> int:
         return self.pool.committed_bytes // self.pool.page_bytes
@@ -319,20 +348,31 @@ def load_engine(
     if settings.lora is not None:
         adapters, lora = _make_adapters(settings, settings.lora, pages, arena, lora_room(shape, settings.page_tokens))
         scheduler = scheduler or SLora()
-    engine = Engine(
-        scheduler or FirstComeFirstServed(),
-        ModelExecutor(loaded.decoder, shape, pages, logit_rows=rows, scratch=scratch, adapters=adapters, lora=lora),
-        pages,
-        limits=settings.limits,
-        context_tokens=context,
-        eos=tuple(config.eos_token_ids),
-        switch=_make_switcher(settings, pages, arena),
-        adapters=adapters,
-        priorities=priorities,
-        clock=clock or time.perf_counter,
+    executor = ModelExecutor(
+        loaded.decoder, shape, pages, logit_rows=rows, scratch=scratch, adapters=adapters, lora=lora
     )
-    serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
-    serving.govern()
+    common: dict[str, Any] = {
+        "limits": settings.limits,
+        "context_tokens": context,
+        "eos": tuple(config.eos_token_ids),
+        "switch": _make_switcher(settings, pages, arena),
+        "priorities": priorities,
+        "clock": clock or time.perf_counter,
+    }
+    if settings.phases is None:
+        engine = Engine(scheduler or FirstComeFirstServed(), executor, pages, adapters=adapters, **common)
+        serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
+        serving.govern()
+        return serving
+    workers = _make_workers(settings, settings.phases, executor, pool, arena.ledger)
+    try:
+        engine = PhasedEngine(scheduler or Split(), workers, pages, window=settings.phases.window, **common)
+        serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
+        serving.workers = workers
+        _begin_phases(serving, workers)
+    except BaseException:
+        workers.release()
+        raise
     return serving
 
 
@@ -342,6 +382,31 @@ def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> S
         pages.pool, room, arena=arena, folder=settings.swap_folder, group_pages=how.group_pages, merge=how.merge
     )
     return Switcher(pages, area, how)
+
+
+def _make_workers(
+    settings: ServingSettings, phases: PhaseSettings, executor: ModelExecutor, pool: PagePool, ledger: Ledger
+) -> ForkedWorkers:
+    return ForkedWorkers(
+        executor, pool, phases.shares, page_tokens=settings.page_tokens, cores=kernels.num_threads(),
+        fresh=phases.fresh, ledger=ledger,
+    )  # fmt: skip
+
+
+def _begin_phases(serving: Serving, workers: ForkedWorkers) -> None:
+    """A batch in each worker brings what they need into memory, and then it is seen whether all of it fits."""
+    engine, limits = serving.engine, serving.engine.limits
+    for phase, tokens in (("decode", limits.max_sequences), ("prefill", limits.token_budget)):
+        count = max(min(tokens, engine.context_tokens - 1), 1)
+        one = Running(id=-1, request=Request(prompt=(0,) * count), arrival=0.0, eos=())
+        one.pages = engine.pages.take(limits.pages(count))
+        workers.run_as("prefill" if phase == "prefill" else "decode", [Entry(one, 0, count, True)])
+        engine.pages.release(one.pages)
+    workers.measure()
+    serving.govern()
+    if serving.budget_bytes is not None and serving.budget_bytes < serving.least_budget_bytes():
+        short = serving.least_budget_bytes() - serving.budget_bytes
+        raise BudgetExceeded("workers", short, 0, serving.budget_bytes)
 
 
 def _make_adapters(
@@ -388,5 +453,6 @@ def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, 
         limit_pages=least,
         arena=arena,
         group_pages=settings.switch.group_pages,
+        shared=settings.phases is not None,
     )
     return pool, context

@@ -131,7 +131,8 @@ def replay(engine: Engine, clock: VirtualClock, arrivals: Arrivals[Arrival], *, 
             arrival = coming.pop(0)
             engine.submit(arrival.request, arrival.at)
         steps = engine.totals.steps
+        engine.wakes_at = coming[0].at if coming else None
         events += engine.step()
-        if engine.totals.steps == steps:
+        if engine.totals.steps == steps and not engine.in_flight:
             clock.now += idle_step
     return events

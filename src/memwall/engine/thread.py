@@ -85,6 +85,7 @@ class EngineThread:
         with self._wake:
             self._calls.append(call)
             self._wake.notify()
+        self.engine.wake()
 
     def _enter(self, request: Request, arrival: float, number: int) -> None:
         try:
@@ -114,6 +115,7 @@ class EngineThread:
                 self._deliver(self.engine.abandon())
                 with self._wake:
                     self._calls.extendleft(reversed(calls))
+        self._deliver(self.engine.drain())
         self._deliver([event for number in self._left() if (event := self.engine.cancel(number)) is not None])
 
     def _left(self) -> list[int]:
@@ -128,7 +130,7 @@ class EngineThread:
         events = self.engine.step()
         if events:
             self._deliver(events)
-        if self.engine.totals.steps == before:  # the budget has no room for anyone now
+        if self.engine.totals.steps == before and not self.engine.in_flight:  # the budget has no room for anyone now
             with self._wake:
                 if not self._calls:
                     self._wake.wait(STALLED_SECONDS)

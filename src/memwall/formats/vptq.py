@@ -146,7 +146,9 @@ class VptqCodec(Codec):
         if self.bits and not 0.5 <= self.bits <= 8:
             raise InputError(f"{self.spec}: vptq takes 0.5 to 8 bits per weight, codebooks included, such as vptq2.25")
         if self.groups > 4096 or not 0 <= self.outlier_permille <= 500:
-            raise InputError(f"{self.spec}: at most 4096 groups, and at most 500 thousandths of the columns as outliers")
+            raise InputError(
+                f"{self.spec}: at most 4096 groups, and at most 500 thousandths of the columns as outliers"
+            )
         if self.outlier_permille and not (self.outlier_vector and self.outlier_codebook):
             raise InputError(f"{self.spec}: outlier columns need vectors and a codebook of their own: -o10v4k256")
 

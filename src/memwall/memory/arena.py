@@ -79,12 +79,17 @@ class Region:
         self._charge = charge
         self._pages: Pages | None = pages
         self._lent = 0
+        self._followed: int | None = None
         self._lock = threading.Lock()
 
     @property
     def committed_bytes(self) -> int:
         """Bytes that are resident, in whole pages."""
-        return self._charge.nbytes + self._lent
+        return self._charge.nbytes + self._lent if self._followed is None else self._followed
+
+    def follow(self, committed_bytes: int) -> None:
+        """In a forked process, over shared pages: so many are resident by now, says the process that owns them."""
+        self._followed = committed_bytes
 
     def lend(self, charge: Charge, nbytes: int) -> None:
         """Counts `nbytes` of what is committed under another owner; a negative number takes them back."""
@@ -265,14 +270,15 @@ class Arena:
         finally:
             self.free(array)
 
-    def reserve(self, owner: str, capacity_bytes: int, *, huge: bool | None = None) -> Region:
+    def reserve(self, owner: str, capacity_bytes: int, *, huge: bool | None = None, shared: bool = False) -> Region:
         """A contiguous address range that costs nothing until `commit`. It may be larger than the cap.
 
-        huge: whether to use 2 MiB pages where whole ones are committed (None: for ranges of 8 MiB and more).
+        huge: whether to use 2 MiB pages where whole ones are committed (None: for ranges of 8 MiB and more). shared:
+        forked processes see the same bytes (see `Region.follow`).
         """
         if capacity_bytes <= 0:
             raise ValueError(f"{owner}: cannot reserve {capacity_bytes} bytes; must be more than zero")
-        pages = Pages(capacity_bytes, huge=_wants_huge(capacity_bytes, huge))
+        pages = Pages(capacity_bytes, huge=_wants_huge(capacity_bytes, huge), shared=shared)
         return Region(owner, capacity_bytes, self.charge(owner, 0), pages)
 
     def charge(self, owner: str, nbytes: int) -> Charge:

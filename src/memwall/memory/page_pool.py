@@ -35,15 +35,18 @@ class PagePool:
         limit_pages: int | None = None,
         arena: Arena | None = None,
         group_pages: int = 0,
+        shared: bool = False,
     ) -> None:
-        """group_pages: pages taken for one owner lie in contiguous groups of so many (`PageGroups`); 0 for none."""
+        """group_pages: pages taken for one owner lie in contiguous groups of so many (`PageGroups`); 0 for none. shared:
+        forked processes see the same pages (see `follow`).
+        """
         if min(page_bytes, most_pages) < 1:
             raise ValueError(f"{owner}: {most_pages} pages of {page_bytes} bytes; each must be at least 1")
         self.owner = owner
         self.page_bytes = page_bytes
         self.most_pages = most_pages
         self._limit = min(most_pages if limit_pages is None else limit_pages, most_pages)
-        self._region = arena.reserve(owner, page_bytes * most_pages) if arena is not None else None
+        self._region = arena.reserve(owner, page_bytes * most_pages, shared=shared) if arena is not None else None
         self._uses: dict[int, int] = {}
         self._shared: set[int] = set()
         self._tenants: dict[int, str] = {}
@@ -71,6 +74,11 @@ class PagePool:
     def committed_bytes(self) -> int:
         """Resident bytes; those of a pool without an arena are what its pages would take."""
         return self._region.committed_bytes if self._region is not None else self._next * self.page_bytes
+
+    def follow(self, committed_bytes: int) -> None:
+        """In a forked process: what the owner of a shared pool has made resident by now. It only looks."""
+        assert self._region is not None
+        self._region.follow(committed_bytes)
 
     def usage(self) -> dict[str, int]:
         """Pages in use by tenant."""

@@ -24,6 +24,7 @@ _LINUX = sys.platform.startswith("linux")
 # Not named in the mmap module of every Python this runs on; values from the kernels' headers.
 _NORESERVE = 0x4000 if _LINUX else 0x40 if sys.platform == "darwin" else 0
 _POPULATE_WRITE = 23
+_REMOVE = 9  # shared pages are the mapping's own: to let go of them here alone frees nothing
 _HUGE, _NO_HUGE = 14, 15
 
 
@@ -39,14 +40,15 @@ class Pages:
     still look at them read zeros instead of crashing.
     """
 
-    def __init__(self, capacity_bytes: int, *, huge: bool) -> None:
+    def __init__(self, capacity_bytes: int, *, huge: bool, shared: bool = False) -> None:
+        """shared: a process that is forked from this one sees the same bytes, not a copy of them."""
         self.capacity_bytes = round_up(capacity_bytes)
-        self._huge = huge and _LINUX
+        self._huge = huge and _LINUX and not shared
+        self._given_back = _REMOVE if shared and _LINUX else mmap.MADV_DONTNEED if _LINUX else mmap.MADV_FREE
         slack = HUGE_PAGE_BYTES if self._huge else 0
         try:
-            self._map = mmap.mmap(
-                -1, self.capacity_bytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-            )
+            kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+            self._map = mmap.mmap(-1, self.capacity_bytes + slack, flags=kind | mmap.MAP_ANONYMOUS | _NORESERVE)
         except (OSError, OverflowError, ValueError) as error:
             raise MemoryError(f"the system gave no address range of {capacity_bytes:,} bytes: {error}") from error
         self._bytes = np.frombuffer(self._map, np.uint8)
@@ -87,7 +89,7 @@ class Pages:
         if self._huge:
             kept = begin // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
             _madvise(self._address + kept, self.capacity_bytes - kept, _NO_HUGE)
-        _madvise(self._address + begin, end - begin, mmap.MADV_DONTNEED if _LINUX else mmap.MADV_FREE)
+        _madvise(self._address + begin, end - begin, self._given_back)
 
 
 def _load_madvise() -> Any:

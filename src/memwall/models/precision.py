@@ -162,7 +162,9 @@ def code_bits(spec: str) -> int:
 def _for_tensor(tensor: TensorSpec, spec: str) -> str:
     if not is_matrix(tensor):
         return "float32"
-    if tensor.role in ("embedding", "head") and (isinstance(codec(spec), BitPlaneCodec) or codec(spec).method in FLOAT_ENDS):
+    if tensor.role in ("embedding", "head") and (
+        isinstance(codec(spec), BitPlaneCodec) or codec(spec).method in FLOAT_ENDS
+    ):
         # as their papers have it: of planes, because activations of the head stay whole then; of a method's own forms,
         # because calibration is what they are good for
         return "float16"

@@ -1,0 +1,64 @@
+"""`--scheduler` of the verbs that serve: who decides what runs when, and what that takes."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memwall.errors import InputError
+
+if TYPE_CHECKING:
+    from memwall.engine.serving import Serving
+
+FIRST_SECONDS, TOKEN_SECONDS = 1.0, 0.1
+"""Objectives where none are given."""
+
+
+class SchedulerName(StrEnum):
+    """Schedulers of a server."""
+
+    fcfs = "fcfs"
+    semi_pd = "semi-pd"
+
+
+SchedulerOption = Annotated[
+    SchedulerName,
+    typer.Option(
+        help="fcfs: one worker, prompts in chunks beside tokens. semi-pd: prompts and tokens in two processes over one "
+        "memory, with shares of the cores that follow --slo-first and --slo-token."
+    ),
+]
+SloFirst = Annotated[
+    float | None, typer.Option(help="Objective: seconds to the first token (semi-pd; default 1).", show_default=False)
+]
+SloToken = Annotated[
+    float | None, typer.Option(help="Objective: seconds per further token (semi-pd; default 0.1).", show_default=False)
+]
+
+
+def options_of(name: SchedulerName, first: float | None, token: float | None, *, adapters: bool) -> dict[str, Any]:
+    """What `ServingSettings` and `load_engine` get for a scheduler."""
+    if name is SchedulerName.fcfs:
+        if first is not None or token is not None:
+            raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
+        return {}
+    if adapters:
+        raise InputError(f"--scheduler {name.value} serves no adapters; leave --lora out, or choose fcfs")
+    from memwall.engine.semi_pd import SemiPD
+    from memwall.engine.serving import PhaseSettings
+
+    scheduler = SemiPD(
+        first_seconds=FIRST_SECONDS if first is None else first, token_seconds=TOKEN_SECONDS if token is None else token
+    )
+    return {"scheduler": scheduler, "phases": PhaseSettings(shares=scheduler.start)}
+
+
+def describe(serving: Serving) -> dict[str, Any] | None:
+    """Shares and processes, for the start; None where one worker does all."""
+    workers = serving.workers
+    if workers is None:
+        return None
+    shares = workers.shares
+    return {"prefill": shares.prefill, "decode": shares.decode, "processes": list(workers.pids)}

@@ -1,0 +1,216 @@
+"""The processes behind two workers: one that holds the weights and never computes, and those that it forks.
+
+The resident process is forked from the engine's once everything is loaded, while there is one thread; it lives as long
+as the engine and forks a worker whenever it is asked to. So a worker sees the weights and the shared pages where they
+lie, begins in milliseconds, and nothing is read or copied. What it writes itself (activations) becomes its own.
+
+Messages are JSON behind their length (4 bytes); a worker ends when its socket is closed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from memwall.engine.batch import BatchCache, ModelExecutor
+from memwall.engine.executor import Entry, Output
+from memwall.engine.pacing import Pacer, be_nice
+from memwall.engine.sampling import Sampler, Sampling
+from memwall.engine.sequence import Request, Sequence
+from memwall.memory import PagePool
+
+LENGTH = struct.Struct("<I")
+MOST_ORDER_BYTES = 4096
+
+
+def send(connection: socket.socket, message: Any) -> None:
+    """One message."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    connection.sendall(LENGTH.pack(len(body)) + body)
+
+
+def receive(connection: socket.socket) -> Any:
+    """One message; None where the other end is gone."""
+    head = _read(connection, LENGTH.size)
+    body = None if head is None else _read(connection, LENGTH.unpack(head)[0])
+    return None if body is None else json.loads(body)
+
+
+def _read(connection: socket.socket, count: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < count:
+        try:
+            piece = connection.recv(count - len(parts))
+        except ConnectionError:
+            return None
+        if not piece:
+            return None
+        parts += piece
+    return bytes(parts)
+
+
+def entry_message(entry: Entry, draw: float | None) -> dict[str, Any]:
+    """What a worker must know of an entry. Pages go by their numbers."""
+    one = entry.sequence
+    told: dict[str, Any] = {
+        "id": one.id,
+        "first": entry.first,
+        "pages": one.pages,
+        "tokens": one.tokens[entry.first : entry.first + entry.count],
+    }
+    if entry.sample:
+        asked = one.request.sampling
+        told |= {"t": asked.temperature, "k": asked.top_k, "p": asked.top_p, "draw": draw, "lp": one.request.logprobs}
+    return told
+
+
+class Worker:
+    """A process that computes batches of one phase."""
+
+    def __init__(self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor, pool: PagePool):
+        be_nice(order["nice"])
+        self.connection = connection
+        self.pacer = Pacer(order["percent"], order["cores"])
+        self.pool = pool
+        self.executor = DrawingExecutor(
+            executor, PacedCache(executor.cache.shape, pool, order["page_tokens"], self.pacer)
+        )
+
+    def serve(self) -> None:
+        """Answers until the other end is gone."""
+        send(self.connection, {"ready": os.getpid()})
+        while (job := receive(self.connection)) is not None:
+            try:
+                answer = self._run(job)
+            except Exception as error:  # the engine hears of it and decides
+                traceback.print_exc()
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            send(self.connection, answer)
+
+    def _run(self, job: dict[str, Any]) -> dict[str, Any]:
+        began, used = time.perf_counter(), time.process_time()
+        self.pool.follow(job["committed"])
+        if job["percent"] != self.pacer.percent:
+            self.pacer.set(job["percent"])
+        outputs = self.executor.run([_entry(told) for told in job["entries"]])
+        self.pacer.pace()
+        return {
+            "outputs": [None if out is None else [out.token, _logprobs(out)] for out in outputs],
+            "span": [began, time.perf_counter()],
+            "cpu": time.process_time() - used,
+        }
+
+
+class PacedCache(BatchCache):
+    """Rests between the parts of a layer, as far as the share asks for it."""
+
+    def __init__(self, shape: Any, pool: PagePool, page_tokens: int, pacer: Pacer) -> None:
+        super().__init__(shape, pool, page_tokens)
+        self.pacer = pacer
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
+        """See `BatchCache`."""
+        super().append(layer, k, v, positions)
+        self.pacer.pace()
+
+    def settle(self, layer: int) -> None:
+        """See `BatchCache`."""
+        super().settle(layer)
+        self.pacer.pace()
+
+
+class DrawingExecutor(ModelExecutor):
+    """Draws with the random numbers that come with the job, so that it does not matter which worker draws."""
+
+    def __init__(self, made: ModelExecutor, cache: BatchCache) -> None:
+        self.decoder, self.adapters, self.lora = made.decoder, None, None
+        self.cache = cache
+        self._logit_rows, self._scratch = made._logit_rows, made._scratch
+
+    def _draw(self, sequence: Sequence, logits: np.ndarray) -> Output:
+        draw = sequence.arrival  # of a sequence that is told to a worker: see `_entry`
+        token = Sampler(sequence.request.sampling, self._scratch).pick(logits, draw)
+        wanted = sequence.request.logprobs
+        return Output(token, None if wanted is None else self._logprobs(logits, token, wanted))
+
+
+def _entry(told: dict[str, Any]) -> Entry:
+    first, tokens, sample = told["first"], told["tokens"], "t" in told
+    sampling = Sampling(temperature=told["t"], top_k=told["k"], top_p=told["p"]) if sample else Sampling()
+    request = Request(prompt=(0,), sampling=sampling, logprobs=told.get("lp"))
+    one = Sequence(id=told["id"], request=request, arrival=told.get("draw") or 0.0, eos=())
+    one.tokens, one.pages = [0] * first + tokens, told["pages"]
+    return Entry(one, first, len(tokens), sample)
+
+
+def _logprobs(output: Output) -> Any:
+    found = output.logprobs
+    return None if found is None else [found.own, [list(pair) for pair in found.top]]
+
+
+def fork_resident(executor: ModelExecutor, pool: PagePool) -> tuple[int, socket.socket]:
+    """Forks the resident process; its number, and the socket that asks it for workers."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sys.stdout.flush()
+    number = os.fork()
+    if number:
+        theirs.close()
+        return number, ours
+    _forever(lambda: _resident(theirs, executor, pool), theirs.fileno())
+    raise AssertionError
+
+
+def _resident(orders: socket.socket, executor: ModelExecutor, pool: PagePool) -> None:
+    gc.freeze()  # a collection would write to every object, and so copy their pages
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        body, files, _, _ = socket.recv_fds(orders, MOST_ORDER_BYTES, 1)
+        if not body:
+            return
+        if os.fork() == 0:
+            worker = partial(_work, files[0], json.loads(body), executor, pool)
+            _forever(worker, files[0])
+        os.close(files[0])
+
+
+def _work(file: int, order: dict[str, Any], executor: ModelExecutor, pool: PagePool) -> None:
+    Worker(socket.socket(fileno=file), order, executor, pool).serve()
+
+
+def order_worker(orders: socket.socket, order: dict[str, Any]) -> socket.socket:
+    """Asks for a worker; the socket to it. Its first message says that it is ready."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        socket.send_fds(orders, [json.dumps(order).encode()], [theirs.fileno()])
+    return ours
+
+
+def _forever(work: Callable[[], None], keep: int) -> None:
+    """Does a forked process's work and ends it; nothing of the parent's is run or closed twice."""
+    status = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # they are for the engine's process; sockets tell when to end
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 0)
+        os.dup2(nothing, 1)
+        os.closerange(3, keep)
+        os.closerange(keep + 1, 1 << 20)
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)

@@ -1,0 +1,218 @@
+"""semi-PD: prefill and decode computed apart by two workers, over one copy of the weights and one store of keys and
+values, with shares of the compute that follow latency objectives.
+
+Source: semi-PD: Towards Efficient LLM Serving via Phase-Wise Disaggregated Computation and Unified Storage, Hong 2025,
+arXiv 2504.19867: unified memory manager 4.2, low-overhead switching 4.3, latency models and adjustment 4.4.
+
+Idea: a prompt's wait and work follow a queue, TTFT(x) = a1 / (x - theta) + b1 with theta = 100 r l100 (r requests per
+second, l100 seconds of prefill at the whole device), a token's time TPOT(y) = a2 / y + b2. Both are fitted to what was
+observed under recent shares. When one objective is missed and the other is met, shares move a step at a time until the
+model says that it will be met; when both are missed there is no room, and nothing moves.
+
+Units and shapes: shares x, y in percent of the compute, x + y at most `cap` (above 100 they compete: x' = 100 x /
+(x + y)); seconds. State in, step out; what was observed comes with the state (`Window`).
+
+Differs from the paper: without two different shares in the windows a line has no slope, and then the queue's own is
+taken (a1 = 100 l100, a2 from the last point). A step that by the model would make the other objective missed is not
+taken (`guard`), else a load that can just be served makes shares swing. Prompts that wait for sequences or pages that
+decoding holds, while the prefill worker rests, are helped by decoding faster (`blocked`). When pages run out, whoever
+came last is set aside. On the CPU a share is a quota of processor time.
+
+Cost: one more set of activations per worker, and while shares change two more workers; no bytes moved.
+
+Holds when: there are objectives to meet, and load stays alike for some windows. window, step and most_steps are not
+told in the paper; these are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memwall.engine.base import Lanes, Phase, Shares, State, Step, Window
+from memwall.engine.phases import plan_phases, with_shares
+from memwall.errors import InputError
+
+RELEASED = Shares(prefill=80, decode=100)
+"""The released code's shares at the start."""
+BLOCKED_BUSY, BLOCKED_TIMES = 0.6, 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """latency = slope * feature + floor, seconds. error: mean distance of what it was fitted to."""
+
+    slope: float
+    floor: float
+    error: float = 0.0
+
+    def at(self, feature: float) -> float:
+        """Predicted seconds."""
+        return self.slope * feature + self.floor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """What the windows tell: TTFT over 1 / (x - theta), TPOT over 1 / y."""
+
+    first: Line
+    token: Line
+    theta: float
+
+    def first_seconds(self, percent: float) -> float:
+        """Time to the first token when prefill has so much; infinite where prompts would pile up."""
+        return self.first.at(1 / (percent - self.theta)) if percent > self.theta else float("inf")
+
+    def token_seconds(self, percent: float) -> float:
+        """Time per token when decode has so much."""
+        return self.token.at(1 / percent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SemiPD:
+    """first_seconds, token_seconds: objectives that `percentile` of the requests shall meet. start: shares at the
+    start. cap: the most of both together. step, most_steps: percent and steps of one adjustment. least_requests: a
+    window is judged from so many on.
+    """
+
+    first_seconds: float = 1.0
+    token_seconds: float = 0.1
+    percentile: float = 90.0
+    start: Shares = RELEASED
+    cap: int = 200
+    step: int = 10
+    most_steps: int = 4
+    least_requests: int = 5
+    spare_pages: int = 1
+    guard: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.first_seconds > 0 and self.token_seconds > 0):
+            raise InputError(
+                f"objectives of {self.first_seconds} s and {self.token_seconds} s; both must be above zero"
+            )
+        if not 0 < self.percentile <= 100:
+            raise InputError(f"the percentile is {self.percentile}; it must be above 0 and at most 100")
+        if not 1 <= self.step <= 50 or self.most_steps < 1:
+            raise InputError(f"{self.most_steps} steps of {self.step} percent; take at least 1 step of 1 to 50")
+        if not self.start.prefill + self.start.decode <= self.cap <= 200:
+            raise InputError(
+                f"shares of {self.start.prefill} and {self.start.decode} percent with a cap of {self.cap}; the cap "
+                f"must be at least their sum and at most 200"
+            )
+
+    def plan_step(self, state: State, now: float) -> Step:
+        """See `Scheduler`."""
+        assert state.lanes is not None
+        return with_shares(plan_phases(state, self.spare_pages), self.adjust(state.lanes))
+
+    def adjust(self, lanes: Lanes) -> Shares | None:
+        """New shares, where one objective is missed and the other is met (section 4.4); one switch at a time."""
+        windows = [window for window in lanes.windows if window.first or window.token]
+        if not lanes.fresh or lanes.preparing is not None or not lanes.windows:
+            return None
+        last = lanes.windows[-1]
+        if last.shares != lanes.shares or len(last.first) + len(last.token) < self.least_requests:
+            return None
+        first, token = self.observed(last)
+        late: tuple[bool, bool] = (first > self.first_seconds, token > self.token_seconds)
+        if late[0] == late[1]:
+            return None
+        if late[0] and self.blocked(last):
+            found = self.moved(lanes.shares, "decode")
+        else:
+            found = self._search(lanes.shares, "prefill" if late[0] else "decode", self.fit(windows))
+        return None if found == lanes.shares else found
+
+    def observed(self, window: Window) -> tuple[float, float]:
+        """The percentiles of a window; zero where nobody tells."""
+        return percentile(window.first, self.percentile), percentile(window.token, self.percentile)
+
+    def blocked(self, window: Window) -> bool:
+        """Whether prompts wait for room that decoding holds rather than for compute: the prefill worker rested, and
+        still they waited far longer than its queue explains (the wait of M/M/1 is exponential).
+        """
+        busy = window.prefill_seconds / window.seconds if window.seconds > 0 else 1.0
+        if busy > BLOCKED_BUSY or not window.prompts:
+            return False
+        explained = window.prefill_seconds / window.prompts / (1 - busy) * math.log(10)
+        return percentile(window.first, self.percentile) > BLOCKED_TIMES * explained
+
+    def fit(self, windows: Sequence[Window]) -> Models:
+        """Least squares over the windows; theta from the newest that tell a rate and a prompt's work."""
+        theta, work = self._theta(windows)
+        first = [
+            (1 / max(window.shares.effective("prefill") - theta, 1.0), percentile(window.first, self.percentile))
+            for window in windows
+            if window.first
+        ]
+        token = [
+            (1 / window.shares.effective("decode"), percentile(window.token, self.percentile))
+            for window in windows
+            if window.token
+        ]
+        own = token[-1][1] / token[-1][0] if token else 0.0
+        return Models(first=fit_line(first, slope=100 * work), token=fit_line(token, slope=own), theta=theta)
+
+    def _theta(self, windows: Sequence[Window]) -> tuple[float, float]:
+        """theta = 100 r l100 in percent, and l100 in seconds."""
+        prompts = sum(window.prompts for window in windows)
+        seconds = sum(window.seconds for window in windows)
+        if not prompts or seconds <= 0:
+            return 0.0, 0.0
+        work = sum(window.prefill_seconds * window.shares.effective("prefill") / 100 for window in windows) / prompts
+        recent = windows[-4:]
+        rate = sum(window.arrived for window in recent) / sum(window.seconds for window in recent)
+        return min(100 * rate * work, 95.0), work
+
+    def _search(self, shares: Shares, phase: Phase, models: Models) -> Shares:
+        """Steps towards one phase until the model says that its objective is met."""
+        found = shares
+        for _ in range(self.most_steps):
+            moved = self.moved(found, phase)
+            if moved == found:
+                break
+            x, y = moved.effective("prefill"), moved.effective("decode")
+            other = models.token_seconds(y) if phase == "prefill" else models.first_seconds(x)
+            if self.guard and other > (self.token_seconds if phase == "prefill" else self.first_seconds):
+                break
+            found = moved
+            own = models.first_seconds(x) if phase == "prefill" else models.token_seconds(y)
+            if own <= (self.first_seconds if phase == "prefill" else self.token_seconds):
+                break
+        return found
+
+    def moved(self, shares: Shares, phase: Phase) -> Shares:
+        """One step towards a phase; the other gives way where its own share is whole or both would pass the cap."""
+        own, other = shares.of(phase), shares.of("decode" if phase == "prefill" else "prefill")
+        if own < 100:
+            own = min(own + self.step, 100)
+            other = max(min(other, self.cap - own), min(other, self.step))
+        else:
+            other = max(other - self.step, min(other, self.step))
+        if own + other > self.cap:  # the other keeps its last step
+            return shares
+        return Shares(prefill=own, decode=other) if phase == "prefill" else Shares(prefill=other, decode=own)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that so many percent do not exceed; 0 of nothing."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return ordered[min(max(int(-(-len(ordered) * percent // 100)) - 1, 0), len(ordered) - 1)]
+
+
+def fit_line(points: Sequence[tuple[float, float]], *, slope: float) -> Line:
+    """Least squares; with one feature only, or a slope that falls, the given slope through the mean."""
+    if not points:
+        return Line(slope=slope, floor=0.0)
+    x, y = sum(p[0] for p in points) / len(points), sum(p[1] for p in points) / len(points)
+    spread = sum((p[0] - x) ** 2 for p in points)
+    if spread > 1e-12 * x * x:
+        fitted = sum((p[0] - x) * (p[1] - y) for p in points) / spread
+        slope = fitted if fitted > 0 else slope
+    line = Line(slope=slope, floor=y - slope * x)
+    error = sum(abs(line.at(p[0]) - p[1]) for p in points) / len(points)
+    return Line(slope=line.slope, floor=line.floor, error=error)

@@ -1,0 +1,298 @@
+"""Worker processes over one memory: the same tokens as one process, hand-over without a copy, switches, losses."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memwall.engine.base import PHASES, Costs, Phase, Shares, State, Step
+from memwall.engine.executor import Entry, Output
+from memwall.engine.pacing import Pacer, niceness
+from memwall.engine.phase_device import VirtualWorkers
+from memwall.engine.phased import Done, PhasedEngine
+from memwall.engine.sampling import Sampling
+from memwall.engine.semi_pd import SemiPD
+from memwall.engine.sequence import Event, Request, Sequence
+from memwall.engine.serving import LoraSettings, PhaseSettings, Serving, ServingSettings, load_engine
+from memwall.engine.simulated import VirtualClock, replay
+from memwall.engine.thread import EngineThread
+from memwall.errors import BudgetExceeded, InputError
+from memwall.memory import Budget
+from memwall.models import DEMO_DIRECTORY
+from tests.engine.phased_loads import DEVICE, HALVES, LIMITS, SIZE, load
+from tests.engine.phased_loads import engine as virtual
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+
+
+def start(phases: PhaseSettings | None, **told: Any) -> Serving:
+    budget = told.pop("budget", None)
+    chosen = {"weights": "int8", "context_tokens": 400, "token_budget": 64, "max_sequences": 8, "threads": 2, **told}
+    return load_engine(DEMO_DIRECTORY, ServingSettings(phases=phases, **chosen), budget=budget)
+
+
+def requests(count: int = 10) -> list[Request]:
+    draw, found = random.Random(5), []
+    for number in range(count):
+        prompt = tuple(draw.randrange(3, 4000) for _ in range(draw.randint(4, 150)))
+        sampling = Sampling(
+            max_new_tokens=draw.randint(8, 40), temperature=0.9 * (number % 2), top_p=0.9, seed=number, ignore_eos=True
+        )
+        found.append(Request(prompt=prompt, sampling=sampling, logprobs=2 if number % 3 == 0 else None))
+    return found
+
+
+def tokens_of(serving: Serving, watch: Any = None, count: int = 10) -> list[tuple[int, ...]]:
+    engine = serving.engine
+    sequences = [engine.submit(request) for request in requests(count)]
+    steps = 0
+    while engine.busy:
+        serving.govern()
+        engine.step()
+        steps += 1
+        if watch is not None:
+            watch(steps)
+    assert all(one.finish == "length" for one in sequences)
+    return [tuple(one.made) for one in sequences]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple[int, ...]]:
+    alone = start(None)
+    found = tokens_of(alone)
+    alone.release()
+    return found
+
+
+@pytest.fixture
+def serving() -> Iterator[Serving]:
+    made = start(PhaseSettings(shares=HALVES))
+    yield made
+    made.release()
+
+
+def phased(serving: Serving) -> PhasedEngine:
+    assert isinstance(serving.engine, PhasedEngine)
+    assert serving.workers is not None
+    return serving.engine
+
+
+def test_tokens_are_those_of_one_process_and_a_hand_over_copies_nothing(
+    serving: Serving, expected: list[tuple[int, ...]]
+) -> None:
+    engine, pages, seen = phased(serving), {}, []  # type: ignore[var-annotated]
+
+    def watch(done: Done) -> None:
+        seen.append(done)
+        for entry in done.batch:
+            before = pages.setdefault(entry.sequence.id, [])
+            if entry.sequence.status == "running":
+                assert entry.sequence.pages[: len(before)] == before
+                pages[entry.sequence.id] = list(entry.sequence.pages)
+
+    engine.on_done = watch
+    assert tokens_of(serving) == expected
+    assert {done.phase for done in seen} == set(PHASES)
+    assert all(done.cpu_seconds > 0 and done.ended > done.began for done in seen)
+    overlaps = sum(a.began < b.ended and b.began < a.ended for a in seen for b in seen if a.phase < b.phase)
+    assert overlaps > 0
+    assert serving.engine.swap is not None
+    assert serving.engine.swap.written_bytes == 0
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_tokens_stay_the_same_across_switches(fresh: bool, expected: list[tuple[int, ...]]) -> None:
+    made = start(PhaseSettings(shares=Shares(prefill=80, decode=100) if fresh else HALVES, fresh=fresh))
+    engine, others = phased(made), iter([Shares(prefill=30, decode=70), Shares(prefill=70, decode=30)])
+    first = set(made.workers.pids)  # type: ignore[union-attr]
+
+    def watch(steps: int) -> None:
+        if steps % 12 == 0 and engine.workers.preparing is None and (shares := next(others, None)) is not None:
+            engine.workers.switch(shares)
+
+    assert tokens_of(made, watch) == expected
+    while engine.workers.preparing is not None:
+        engine.workers.collect(wait=False)
+    assert engine.workers.shares == Shares(prefill=70, decode=30)
+    new = set(made.workers.pids)  # type: ignore[union-attr]
+    assert len(new) == 3
+    assert len(first & new) == (1 if fresh else 3)  # the resident process stays
+    made.release()
+
+
+def mapped(pid: int, address: int) -> tuple[int, int]:
+    """Private and resident kB of the mapping at an address."""
+    inside, found = False, {"Rss": 0, "Private_Clean": 0, "Private_Dirty": 0}
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if "-" in line.split()[0]:
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = begin <= address < end
+        elif inside and name in found:
+            found[name] += int(rest.split()[0])
+    return found["Private_Clean"] + found["Private_Dirty"], found["Rss"]
+
+
+def test_one_copy_of_the_weights(serving: Serving) -> None:
+    tokens_of(serving)
+    assert serving.workers is not None
+    for region in (*serving._loaded.weights.regions, serving.pool._region):
+        assert region is not None
+        assert region._pages is not None
+        for pid in serving.workers.pids:
+            own, held = mapped(pid, region._pages._address)
+            assert own <= 0.02 * held  # nothing of it became a copy
+            assert held > 0 or pid == serving.workers.pids[0]  # the first of them computes nothing
+    serving.workers.measure()
+    row = next(row for row in serving.ledger.rows() if row.owner == "workers")
+    assert row.nbytes == serving.workers.unseen_bytes > 0
+
+
+def test_a_lost_worker_is_replaced_and_its_batch_done_again(serving: Serving, expected: list[tuple[int, ...]]) -> None:
+    workers = serving.workers
+    assert workers is not None
+
+    def watch(steps: int) -> None:
+        if steps in (5, 20):
+            os.kill(workers.pids[1 + (steps == 20)], signal.SIGKILL)
+
+    assert tokens_of(serving, watch) == expected
+    assert workers.lost == 2
+
+
+def test_cancelled_while_it_is_computed(serving: Serving) -> None:
+    engine = phased(serving)
+    sequences = [engine.submit(request) for request in requests(6)]
+    events: list[Event] = []
+    while engine.busy:
+        events += engine.step()
+        for one in sequences[::2]:
+            if one.status == "running" and one.num_made >= 3:
+                event = engine.cancel(one.id)
+                events += [event] if event is not None else []
+    ends = {event.id: event.finish for event in events if event.finish is not None}
+    assert [ends[one.id] for one in sequences] == ["cancelled", "length"] * 3
+    assert serving.pool.used_pages == engine.pages.idle_pages
+
+
+def test_the_pool_shrinks_and_grows_while_both_work(serving: Serving, expected: list[tuple[int, ...]]) -> None:
+    engine = phased(serving)
+    govern, wanted = serving.govern, [26, 400, 30, 400]
+    serving.govern = lambda: None  # type: ignore[method-assign]
+
+    def watch(steps: int) -> None:
+        if steps % 15 == 0 and wanted:
+            engine.wanted_pages = wanted.pop(0)
+
+    assert [len(made) for made in tokens_of(serving, watch)] == [len(made) for made in expected]
+    serving.govern = govern  # type: ignore[method-assign]
+
+
+def test_a_thread_wakes_the_wait(serving: Serving) -> None:
+    ended, events = threading.Event(), []  # type: ignore[var-annotated]
+
+    def deliver(some: list[Event]) -> None:
+        events.extend(some)
+        if sum(event.finish is not None for event in events) == 6:
+            ended.set()
+
+    thread = EngineThread(serving, deliver)
+    thread.start()
+    for request in requests(6):
+        thread.submit(request)
+        time.sleep(0.01)
+    assert ended.wait(60)
+    assert thread.stop(drain_seconds=5)
+    assert not serving.engine.in_flight
+
+
+class Both:
+    """Time as the virtual workers say, arithmetic by real ones."""
+
+    def __init__(self, time: VirtualWorkers, real: Any) -> None:
+        self._time, self._real = time, real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._time, name)
+
+    def start(self, phase: Phase, batch: list[Entry]) -> None:
+        self._real.run_as(phase, batch)
+        self._time.start(phase, batch)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._real.forget(sequence)
+
+
+def decisions(engine: PhasedEngine) -> list[tuple[State, Step]]:
+    seen: list[tuple[State, Step]] = []
+    engine.observer = lambda state, step: seen.append((state, step))
+    assert isinstance(engine.clock, VirtualClock)
+    replay(engine, engine.clock, load(24, 60.0, prompt=40, output=60))
+    return seen
+
+
+def test_engine_and_simulator_decide_alike() -> None:
+    clock, shares = VirtualClock(), Shares(prefill=30, decode=70)
+    scheduler = SemiPD(first_seconds=0.05, token_seconds=0.5, cap=100, start=shares)
+    settings = ServingSettings(
+        weights="int4", context_tokens=400, max_sequences=8, token_budget=64, threads=1, swap_bytes=1,
+        phases=PhaseSettings(shares=shares, window=24),
+    )  # fmt: skip
+    made = load_engine(DEMO_DIRECTORY, settings, scheduler=scheduler, clock=clock)
+    real = phased(made)
+    costs = Costs(seconds_per_token=1e-4, seconds_per_page=1e-4)
+    real.executor = real.workers = Both(VirtualWorkers(clock, DEVICE, SIZE, shares, prepare_seconds=0.02), made.workers)
+    real.costs, real._measures = costs, False
+    real.wanted_pages = 25
+    real.fit_limit()
+    told = virtual(
+        scheduler, pages=25, shares=shares, window=24, prepare_seconds=0.02, costs=costs, context_tokens=400,
+        page_bytes=made.pool.page_bytes,
+    )  # fmt: skip
+    assert real.limits == told.limits == LIMITS
+    seen, predicted = decisions(real), decisions(told)
+    assert [step for _, step in seen] == [step for _, step in predicted]
+    assert [state for state, _ in seen] == [state for state, _ in predicted]
+    assert sum(len(step.preempt) for _, step in seen) > 0
+    assert sum(step.shares is not None for _, step in seen) > 0
+    assert real.totals == told.totals
+    made.release()
+
+
+def test_bad_input_and_budgets_that_do_not_hold_two_workers() -> None:
+    with pytest.raises(InputError, match="adapters are served by one worker"):
+        ServingSettings(phases=PhaseSettings(shares=HALVES), lora=LoraSettings())
+    made = start(PhaseSettings(shares=HALVES))
+    least, own = made.least_budget_bytes(), made.workers.reserve_bytes  # type: ignore[union-attr]
+    made.release()
+    with pytest.raises(BudgetExceeded, match="workers"):
+        start(PhaseSettings(shares=HALVES), budget=Budget(tiers={"ram": least - own // 2}))
+
+
+def test_a_quota_is_kept_and_weights_follow_shares() -> None:
+    pacer = Pacer(50, 1)
+    wall, used = time.monotonic(), time.process_time()
+    while time.process_time() - used < 0.15:
+        sum(range(1000))
+        pacer.pace()
+    assert pacer.rested > 0
+    assert time.monotonic() - wall >= 0.2  # never sooner, however loaded the machine is
+    assert niceness(Shares(prefill=50, decode=50)) == (0, 0)
+    assert niceness(Shares(prefill=80, decode=100)) == (1, 0)
+    assert niceness(Shares(prefill=100, decode=50)) == (0, 3)
+
+
+def test_forgets_what_is_over(serving: Serving) -> None:
+    tokens_of(serving)
+    assert serving.workers is not None
+    assert not serving.workers._random
+    assert not serving.workers._draws
+    assert isinstance(Output(1), Output)
