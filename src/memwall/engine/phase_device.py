@@ -20,7 +20,6 @@ from memwall.engine.kv_pages import KVPages
 from memwall.engine.phased import WINDOW_ITERATIONS, Done, PhasedEngine
 from memwall.engine.sequence import Sequence as EngineSequence
 from memwall.engine.simulated import VirtualClock
-from memwall.engine.swap import SwapArea
 from memwall.errors import InputError
 from memwall.hardware.units import GB, TB
 from memwall.memory import PagePool
@@ -261,7 +260,6 @@ def virtual_engine(
         limits=limits,
         context_tokens=context_tokens,
         window=window,
-        swap=SwapArea(pool, 0),
         costs=costs or Costs(seconds_per_token=seconds, seconds_per_page=seconds),
         clock=clock,
     )

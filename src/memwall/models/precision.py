@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
-from memwall.formats.bitstack import BitStackCodec
 from memwall.formats.leveled import LevelCodec
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
