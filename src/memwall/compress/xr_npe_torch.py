@@ -323,11 +323,11 @@ def _weights(model: TorchDecoder, names: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
-def _samples(tokens: np.ndarray) -> Tensor:
-    """At most `MOST_SAMPLES` short sequences, evenly spread over the text."""
+def _samples(tokens: np.ndarray, most: int = MOST_SAMPLES) -> Tensor:
+    """At most so many short sequences, evenly spread over the text."""
     length = min(SAMPLE_TOKENS, tokens.shape[1])
     pieces = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
-    chosen = np.linspace(0, len(pieces) - 1, min(len(pieces), MOST_SAMPLES)).astype(np.int64)
+    chosen = np.linspace(0, len(pieces) - 1, min(len(pieces), most)).astype(np.int64)
     return torch.from_numpy(pieces[chosen])
 
 
@@ -390,7 +390,7 @@ def trained_decoder(
             owner, _, field = name.rpartition(".")
             student.get_parameter(name).requires_grad_(True)
             parametrize.register_parametrization(student.get_submodule(owner), field, RoundedGroups(specs[name]))
-        _distil(student, teacher, _samples(subject.tokens), steps, rate, seed, subject.progress)
+        _distil(student, teacher, _samples(subject.tokens, subject.tokens.size), steps, rate, seed, subject.progress)
         trained = {name: _unrounded(student, name).detach().numpy().copy() for name in names}
     return Trained(subject.checkpoint, trained)
 
