@@ -56,7 +56,7 @@ class Sizes:
 
     seeds: int = 3
     epochs: tuple[int, int, int] = (24, 4, 16)
-    flights: int = 3000
+    flights: int = 2000
     dots: int = 400
     qat_steps: int = 80
     held_out_tokens: int = 4096

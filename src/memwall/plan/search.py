@@ -39,8 +39,10 @@ class Space(ABC):
 
     max_context: positions the model can address. ceiling: the dtype the weights come in. uniform: codec specs worth
     trying, any order. lowest_bits, ceiling_bits: true bits per weight of the lowest mixed choice and of the ceiling.
-    policies: cache policies worth trying.
+    policies: cache policies worth trying. mixes: what mixed choices begin with: it names the formats that they mix.
     """
+
+    mixes: str = "mixed"
 
     max_context: int
     ceiling: str
@@ -99,6 +101,11 @@ class Candidate:
 
 Measure = Callable[[Choice], Quality | None]
 Survey = Callable[[list["Candidate"]], list["Candidate"]]
+
+
+def is_open(weights: str) -> bool:
+    """Whether weights are left to the search: `auto`, or `auto(...)` with formats to mix."""
+    return weights.partition("(")[0] == AUTO
 
 
 def fits(space: Space, choice: Choice, budget: Mapping[str, int]) -> bool:
@@ -172,21 +179,23 @@ def most_weights(space: Space, choice: Choice, budget: Mapping[str, int]) -> str
     if fits(space, replace(choice, weights=space.ceiling), budget):
         return space.ceiling
     low, high = grid(space)
-    if not fits(space, replace(choice, weights=mixed(low)), budget):
+    if not fits(space, replace(choice, weights=mixed(space, low)), budget):
         return _best_uniform(space, choice, budget, at_least_bits=0.0)
     best = _largest(
-        lambda hundredths: fits(space, replace(choice, weights=mixed(hundredths)), budget),
+        lambda hundredths: fits(space, replace(choice, weights=mixed(space, hundredths)), budget),
         low,
         high,
         _guess(space, choice, budget, low, high),
     )
     # a uniform format of the same size is preferred: one kernel, one look-up
-    return _best_uniform(space, choice, budget, at_least_bits=space.weight_bits(mixed(best))) or mixed(best)
+    return _best_uniform(space, choice, budget, at_least_bits=space.weight_bits(mixed(space, best))) or mixed(
+        space, best
+    )
 
 
 def _guess(space: Space, choice: Choice, budget: Mapping[str, int], low: int, high: int) -> int:
     """Where the budget would be used up if bytes grew evenly with bits, which they nearly do."""
-    least, most = (space.peak_bytes(replace(choice, weights=one)) for one in (mixed(low), space.ceiling))
+    least, most = (space.peak_bytes(replace(choice, weights=one)) for one in (mixed(space, low), space.ceiling))
     shares = [
         (cap - least.get(tier, 0)) / (most[tier] - least.get(tier, 0))
         for tier, cap in budget.items()
@@ -217,9 +226,9 @@ def _largest(holds: Callable[[int], bool], low: int, high: int, guess: int) -> i
     return low
 
 
-def mixed(hundredths: int) -> str:
+def mixed(space: Space, hundredths: int) -> str:
     """The mixed choice of so many hundredths of a bit per weight."""
-    return f"mixed-{hundredths / 100:.2f}"
+    return f"{space.mixes}-{hundredths / 100:.2f}"
 
 
 def grid(space: Space) -> tuple[int, int]:
@@ -231,7 +240,7 @@ def grid(space: Space) -> tuple[int, int]:
 def smallest(space: Space, goal: Goal) -> tuple[Choice, dict[str, int]]:
     """The choice that needs the least on the budget's tiers at the shortest context allowed, and its peak."""
     context = contexts(space, goal)[-1]
-    weights = [goal.weights] if goal.weights != AUTO else [mixed(grid(space)[0]), *space.uniform, space.ceiling]
+    weights = [goal.weights] if goal.weights != AUTO else [mixed(space, grid(space)[0]), *space.uniform, space.ceiling]
     policies = [goal.kv] if goal.kv != AUTO else list(space.policies)
     choices = [_choice(goal, one, kv, context, goal.batch or 1) for one in weights for kv in policies]
     peaks = [space.peak_bytes(choice) for choice in choices]
