@@ -60,6 +60,7 @@ def test_weight_bytes_add_up_by_owner() -> None:
     "choice",
     [
         *("int9", "int4-g63", "float8", "", "mixed-x", "mixed-0.5", "mixed-2.0", "saved", "../x"),
+        *("mixed(nf4)-5", "mixed(nf4,int8)", "mixed(nf4,int8)-3.0", "mixed(nf4,what)-5", "xr-npe(1)"),
         *("nf4-flat", "e4m3-raw", "int4-g64-rows", "nf5", "e9m9", "posit99"),
     ],
 )

@@ -54,6 +54,20 @@ def test_bits_grow_with_the_budget_and_use_it() -> None:
             assert plan.peak_bytes["ram"] >= 0.95 * plan.budget["ram"]
 
 
+def test_named_formats_are_mixed_to_fill_the_budget() -> None:
+    budget = between(0.4)
+    plan = planned(budget, weights="auto(e2m1,posit8)", kv="float16")
+    assert plan.choice.weights.startswith("mixed(e2m1,posit8)-")
+    assert 0.95 * budget <= plan.peak_bytes["ram"] <= budget
+    assert {row.owner for row in plan.rows} >= {"weights/e2m1-g64", "weights/posit8es0-g64"}
+    again = planned(None, weights=plan.choice.weights, kv="float16")
+    assert again.peak_bytes == plan.peak_bytes
+    assert planned(budget, kv="float16").choice.weights.startswith(("mixed-", "int"))
+    for wrong, says in (("auto(nf4)", "two formats"), ("auto(nf4,spqr3)", "compress alone"), ("auto(x,y)", "unknown")):
+        with pytest.raises(InputError, match=says):
+            planned(budget, weights=wrong)
+
+
 def test_smallest_budget_works_and_one_byte_less_does_not() -> None:
     with pytest.raises(DoesNotFit) as refused:
         planned(RUNTIME + 1)

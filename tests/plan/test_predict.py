@@ -107,11 +107,27 @@ def test_batch_multiplies_cache_and_activations_but_not_weights() -> None:
 def test_bits_rise_along_the_grid() -> None:
     space = ModelSpace(CONFIG)
     low, high = grid(space)
-    bits = [space.weight_bits(mixed(k)) for k in range(low, high + 1, 25)]
+    bits = [space.weight_bits(mixed(space, k)) for k in range(low, high + 1, 25)]
     assert bits == sorted(bits)
-    sizes = [sum(space.weight_rows(mixed(k)).values()) for k in range(low, high + 1, 25)]
+    sizes = [sum(space.weight_rows(mixed(space, k)).values()) for k in range(low, high + 1, 25)]
     assert sizes == sorted(sizes)
-    assert all(abs(space.weight_bits(mixed(k)) - k / 100) < 0.2 for k in range(low, 825, 25))
+    assert all(abs(space.weight_bits(mixed(space, k)) - k / 100) < 0.2 for k in range(low, 825, 25))
+
+
+@pytest.mark.parametrize("formats", ["(e2m1,posit8)", "(posit8,nf4,e2m1)", "(int3,nf4,e4m3)"])
+def test_other_formats_are_mixed_on_the_same_grid(formats: str) -> None:
+    space = ModelSpace(CONFIG)
+    integers = space.uniform
+    space.mix(formats)
+    low, high = grid(space)
+    bits = [space.weight_bits(mixed(space, k)) for k in range(low, high + 1, 50)]
+    assert bits == sorted(bits)
+    used = set(space.specs(mixed(space, (low + high) // 2)).values()) - {"float32"}
+    assert used <= {*space.uniform, space.ceiling, "int4-g64"}
+    assert any(not spec.startswith("int") for spec in used)
+    space.mix(None)
+    assert space.uniform == integers
+    assert mixed(space, 400) == "mixed-4.00"
 
 
 def test_stored_bits_leave_the_tail_out() -> None:

@@ -73,7 +73,7 @@ spaces = st.builds(
 
 def everything(space: ToySpace, context: int) -> list[Choice]:
     low, high = grid(space)
-    weights = [mixed(k) for k in range(low, high + 1)] + [*space.uniform, space.ceiling]
+    weights = [mixed(space, k) for k in range(low, high + 1)] + [*space.uniform, space.ceiling]
     return [Choice(weights=w, kv=kv, context=context) for w, kv in itertools.product(weights, space.policies)]
 
 

@@ -161,7 +161,7 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         help="Format of the weights: float16, bfloat16, int8 to int2, nf4, mxfp4, e4m3, posit8 and others "
-        "(docs/number-formats.md), or auto (the best that fits).",
+        "(docs/number-formats.md), or auto (the best that fits; auto(e2m1,posit8) mixes these by layer).",
         metavar="FORMAT",
         autocompletion=complete_weights,
     ),

@@ -95,12 +95,17 @@ def _parse_array(text: str, axi_bytes: int) -> UnitArray:
     return UnitArray(rows=int(rows), columns=int(columns), axi_bytes=axi_bytes)
 
 
-def _unit(quire_bits: int) -> Any:
+def _require(quire_bits: int) -> None:
+    """What every use of the design needs: a width that it can have, and Amaranth."""
     from memwall.formats.xr_npe import Quire
     from memwall.simulate.hdl import require_amaranth
 
-    Quire(bits=quire_bits)  # refuses widths that the unit cannot have
+    Quire(bits=quire_bits)
     require_amaranth()
+
+
+def _unit(quire_bits: int) -> Any:
+    _require(quire_bits)
     from memwall.simulate.xr_npe_hdl import MultiplyAdd
 
     return MultiplyAdd(quire_bits)
@@ -128,7 +133,7 @@ def _check(quire_bits: int, *, exhaustive: bool, quiet: bool) -> list[dict[str, 
 
     from memwall.simulate.xr_npe_check import check
 
-    _unit(quire_bits)
+    _require(quire_bits)
     with progress_bar("checking", quiet=quiet) as bar:
         return [asdict(row) for row in check(quire_bits=quire_bits, exhaustive=exhaustive, progress=bar.labelled)]
 

@@ -62,14 +62,14 @@ class _Levels:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, x: Tensor, scale: Tensor, levels: _Levels) -> Tensor:  # type: ignore[override]
+    def forward(context: Any, x: Tensor, scale: Tensor, levels: _Levels) -> Tensor:
         inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
         scaled = x * inverse
         context.save_for_backward(scaled.abs() <= levels.largest * (1 + 1e-6))
         return levels.nearest(scaled) * scale
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = context.saved_tensors
         return gradient * inside, None, None
 
@@ -317,17 +317,17 @@ def loaded(subject: Subject) -> Iterator[TorchDecoder]:
 
 def _weights(model: TorchDecoder, names: Sequence[str]) -> dict[str, Tensor]:
     """Weights by name, ready for gradients."""
-    found = {name: model.get_parameter(name) for name in names}
+    found: dict[str, Tensor] = {name: model.get_parameter(name) for name in names}
     for weight in found.values():
         weight.requires_grad_(True)
     return found
 
 
-def _samples(tokens: np.ndarray) -> Tensor:
-    """At most `MOST_SAMPLES` short sequences, evenly spread over the text."""
+def _samples(tokens: np.ndarray, most: int = MOST_SAMPLES) -> Tensor:
+    """At most so many short sequences, evenly spread over the text."""
     length = min(SAMPLE_TOKENS, tokens.shape[1])
     pieces = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
-    chosen = np.linspace(0, len(pieces) - 1, min(len(pieces), MOST_SAMPLES)).astype(np.int64)
+    chosen = np.linspace(0, len(pieces) - 1, min(len(pieces), most)).astype(np.int64)
     return torch.from_numpy(pieces[chosen])
 
 
@@ -390,13 +390,15 @@ def trained_decoder(
             owner, _, field = name.rpartition(".")
             student.get_parameter(name).requires_grad_(True)
             parametrize.register_parametrization(student.get_submodule(owner), field, RoundedGroups(specs[name]))
-        _distil(student, teacher, _samples(subject.tokens), steps, rate, seed, subject.progress)
-        trained = {}
-        for name in names:
-            owner, _, field = name.rpartition(".")
-            kept = student.get_submodule(owner).parametrizations[field].original
-            trained[name] = kept.detach().numpy().copy()
+        _distil(student, teacher, _samples(subject.tokens, subject.tokens.size), steps, rate, seed, subject.progress)
+        trained = {name: _unrounded(student, name).detach().numpy().copy() for name in names}
     return Trained(subject.checkpoint, trained)
+
+
+def _unrounded(model: nn.Module, name: str) -> Tensor:
+    """The weight behind its rounding."""
+    owner, _, field = name.rpartition(".")
+    return model.get_parameter(f"{owner}.parametrizations.{field}.original")
 
 
 def _distil(

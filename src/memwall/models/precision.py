@@ -1,15 +1,16 @@
 """Which tensor is stored in which format.
 
 A *choice* is what a user writes: a dtype (`float16`), a width (`int4`), a format (`nf4`), a full codec spec
-(`int4-g64-asym`), a mean number of bits (`mixed-3.70`), formats of one engine mixed by layer (`xr-npe`, `xr-npe-6.50`),
-`saved` for a directory that memwall compressed, or `stack-120` for so many blocks of one that holds a stack. `resolve`
-turns it into one codec spec per tensor, from the configuration alone, so that the planner, the loader and the ledger
-agree to the byte before any weight is read.
+(`int4-g64-asym`), a mean number of bits (`mixed-3.70`), also over formats of one's own (`mixed(e2m1,posit8)-5.20`),
+those of one engine mixed by layer (`xr-npe`, `xr-npe-6.50`), `saved` for a directory that memwall compressed, or
+`stack-120` for so many blocks of one that holds a stack. `resolve` turns it into one codec spec per tensor, from the
+configuration alone, so that the planner, the loader and the ledger agree to the byte before any weight is read.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from memwall.errors import InputError
@@ -89,6 +90,8 @@ def resolve(
     ceiling = source_spec(config)
     if choice == LAYER_ADAPTIVE:
         return _layer_adaptive(tensors, ceiling)
+    if match := re.fullmatch(r"mixed(\([^()]*\))-(.*)", choice):
+        return _mixed(tensors, _parse_mean_bits(choice), (*parse_ladder(match[1]), ceiling))
     if choice.startswith(("mixed-", f"{LAYER_ADAPTIVE}-")):
         mean = _parse_mean_bits(choice)
         if choice.startswith("mixed-"):
@@ -184,6 +187,18 @@ def _parse_mean_bits(choice: str) -> float:
             f"mixed-3.70 or {LAYER_ADAPTIVE}-6.50"
         )
     return bits
+
+
+def parse_ladder(text: str) -> tuple[str, ...]:
+    """Formats between brackets, such as (e2m1,posit8), as specs from the fewest bits up."""
+    names = [name.strip() for name in text.strip("()").split(",")]
+    specs = sorted({_canonical(name) for name in names if name}, key=lambda spec: codec(spec).nbytes((1024, 1024)))
+    if len(specs) < 2:
+        raise InputError(f"{text}: name two formats or more to mix, such as (e2m1,nf4,posit8)")
+    needs = [spec for spec in specs if codec(spec).method is not None]
+    if needs:
+        raise InputError(f"{text}: {needs[0]} is made by memwall compress alone and cannot be mixed")
+    return tuple(specs)
 
 
 def _start(tensors: list[TensorSpec], spec: str, ends: str | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import resources
@@ -27,7 +28,18 @@ from memwall.plan import store
 from memwall.plan.base import Choice, Option, Plan, Quality
 from memwall.plan.predict import ModelSpace, check_policy, check_weights, measured_runtime_bytes
 from memwall.plan.profile import KernelProfile, load_profile
-from memwall.plan.search import AUTO, Candidate, Goal, candidate_of, check, contexts, fits, search, segment_tokens
+from memwall.plan.search import (
+    AUTO,
+    Candidate,
+    Goal,
+    candidate_of,
+    check,
+    contexts,
+    fits,
+    is_open,
+    search,
+    segment_tokens,
+)
 from memwall.plan.speed import Speed, arithmetic_elsewhere, arithmetic_here, predict_elsewhere, predict_here
 from memwall.plan.survey import caches_for, survey
 
@@ -131,7 +143,7 @@ class Planner:
     def exact(self, goal: Goal, *, measure: bool = False) -> Plan:
         """The plan of settings that are all given, whether or not they fit (`Plan.fits` says)."""
         goal = self._complete(goal)
-        if AUTO in (goal.weights, goal.kv):
+        if is_open(goal.weights) or goal.kv == AUTO:
             raise InputError("exact planning needs weights and cache named; leave neither to auto")
         check_weights(self.space, goal.weights)
         check_policy(self.space, goal.kv)
@@ -220,6 +232,11 @@ class Planner:
         """Fill in what the machine implies: its device, and its capacities where another one is planned for without
         a budget.
         """
+        if match := re.fullmatch(r"auto(\([^()]*\))", goal.weights):
+            self.space.mix(match[1].replace(" ", ""))
+            goal = replace(goal, weights=AUTO)
+        elif goal.weights == AUTO:
+            self.space.mix(None)
         if self.elsewhere is None or goal.budget:
             return replace(goal, device=self.device)
         tiers = dict.fromkeys((self.space.device_tier, self.space.host_tier))
@@ -350,7 +367,7 @@ def make_plan(
         prompt_tokens=prompt_tokens, batch=batch,
         threads=threads or default_threads(), max_kl=max_kl,
     )  # fmt: skip
-    if AUTO not in (weights, kv) and max_kl is None and not search_kv:
+    if not is_open(weights) and kv != AUTO and max_kl is None and not search_kv:
         return planner.exact(goal, measure=measure)
     return planner.plan(goal, measure=measure)
 

@@ -30,7 +30,15 @@ from memwall.models import model_directory
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import OWNER as ACTIVATIONS
 from memwall.models.decoder import SCRATCH, activation_shapes, scratch_bytes
-from memwall.models.precision import LADDER, bits_of, level_formats, resolve, source_spec, weight_bytes
+from memwall.models.precision import (
+    LADDER,
+    bits_of,
+    level_formats,
+    parse_ladder,
+    resolve,
+    source_spec,
+    weight_bytes,
+)
 from memwall.models.stack_index import CHOICE as STACK_CHOICE
 from memwall.models.stack_index import StackIndex
 from memwall.models.weights import LOADING, loading_bytes
@@ -88,22 +96,31 @@ class ModelSpace(Space):
         self.max_context = config.max_position
         self.policies = POLICIES
         self.ceiling = source_spec(config) if saved is None else "saved"
-        self.uniform = LADDER if saved is None else ("saved",)
         self.specs = lru_cache(maxsize=512)(self._specs)
         self._bits = lru_cache(maxsize=512)(self._weight_bits)
         self.weight_rows = lru_cache(maxsize=512)(self._weight_rows)
         self.cache_rows = lru_cache(maxsize=512)(self._cache_rows)
         self.loading_bytes = lru_cache(maxsize=512)(self._loading_bytes)
         self.ceiling_bits = self.weight_bits(self.ceiling)
-        self.lowest_bits = self.weight_bits(
-            self.rung(0) if stack is not None else LADDER[0] if saved is None else "saved"
-        )
+        self.mix(None)
 
     def ladder(self) -> tuple[int, int]:
         return super().ladder() if self.stack is None else (0, self.stack.num_blocks)
 
     def rung(self, number: int) -> str:
         return super().rung(number) if self.stack is None else f"{STACK_CHOICE}{number}"
+
+    def mix(self, formats: str | None) -> None:
+        """Let the search mix these formats, such as (e2m1,posit8); None for integers."""
+        if self.saved is not None:
+            if formats is not None:
+                raise InputError(f"auto{formats}: this model is compressed already; its formats are fixed")
+            self.uniform = ("saved",)
+            self.lowest_bits = self.ceiling_bits if self.stack is None else self.weight_bits(self.rung(0))
+            return
+        self.uniform = LADDER if formats is None else parse_ladder(formats)
+        self.mixes = f"mixed{formats or ''}"
+        self.lowest_bits = self.weight_bits(self.uniform[0])
 
     def _specs(self, weights: str) -> dict[str, str]:
         if weights == "saved" and self.saved is not None:

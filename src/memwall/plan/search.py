@@ -39,8 +39,10 @@ class Space(ABC):
 
     max_context: positions the model can address. ceiling: the dtype the weights come in. uniform: codec specs worth
     trying, any order. lowest_bits, ceiling_bits: true bits per weight of the lowest mixed choice and of the ceiling.
-    policies: cache policies worth trying.
+    policies: cache policies worth trying. mixes: what mixed choices begin with: it names the formats that they mix.
     """
+
+    mixes: str = "mixed"
 
     max_context: int
     ceiling: str
@@ -55,7 +57,7 @@ class Space(ABC):
 
     def rung(self, number: int) -> str:
         """A graded choice of weights."""
-        return mixed(number)
+        return mixed(self, number)
 
     @abstractmethod
     def peak_bytes(self, choice: Choice) -> dict[str, int]:
@@ -107,6 +109,11 @@ class Candidate:
 
 Measure = Callable[[Choice], Quality | None]
 Survey = Callable[[list["Candidate"]], list["Candidate"]]
+
+
+def is_open(weights: str) -> bool:
+    """Whether weights are left to the search: `auto`, or `auto(...)` with formats to mix."""
+    return weights.partition("(")[0] == AUTO
 
 
 def fits(space: Space, choice: Choice, budget: Mapping[str, int]) -> bool:
@@ -226,9 +233,9 @@ def _largest(holds: Callable[[int], bool], low: int, high: int, guess: int) -> i
     return low
 
 
-def mixed(hundredths: int) -> str:
+def mixed(space: Space, hundredths: int) -> str:
     """The mixed choice of so many hundredths of a bit per weight."""
-    return f"mixed-{hundredths / 100:.2f}"
+    return f"{space.mixes}-{hundredths / 100:.2f}"
 
 
 def grid(space: Space) -> tuple[int, int]:

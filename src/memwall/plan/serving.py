@@ -19,14 +19,14 @@ from memwall.memory import Budget, resident_bytes
 from memwall.models.config import ModelConfig
 from memwall.plan.choose import make_plan
 from memwall.plan.predict import RUNTIME, measured_runtime_bytes, sampling_bytes
-from memwall.plan.search import AUTO
+from memwall.plan.search import is_open
 
 CONTEXTS_AT_ONCE = (4, 2, 1)
 
 
 def choose(model: Path, budget: Budget | None, settings: ServingSettings) -> ServingSettings:
     """The settings with weights and context filled in. Call it with the server's libraries loaded: they count."""
-    if settings.weights != AUTO:
+    if not is_open(settings.weights):
         return settings  # the context is then what fits
     config = ModelConfig.from_directory(model)
     rows = min(settings.max_sequences, MOST_LOGIT_ROWS)

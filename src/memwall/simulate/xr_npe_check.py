@@ -25,7 +25,7 @@ from memwall.simulate.hdl import find_yosys, require_amaranth
 
 Progress = Callable[[int, int, str], None]
 _SLICE = 1024
-_RANDOM_SUMS = 2048
+_RANDOM_SUMS = 1024
 _LARGEST_SUM = 8
 
 

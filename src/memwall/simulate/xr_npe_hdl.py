@@ -11,7 +11,8 @@ lane by lane; products are shifted to units squared and all added to the quire i
 Units and shapes: `a` and `b` words [16] with lane 0 in the low bits, `mode` and `out_mode` as `LaneFormat.mode`;
 `quire` in units squared; `out` a code of `out_mode` in its low bits.
 Differs from the paper: blocks of 2 x 2 bits, the quire's width (a parameter) and four stages are ours; the paper gives
-none of them. Gating is operand isolation: blocks at rest see zeros, and `blocks` says which ones work.
+none of them. Gating is operand isolation: blocks and adders that a format does not use see zeros, and `blocks` says
+which blocks work; `gated=False` builds the unit without it.
 Cost: four cycles from `last` to `out_valid`, one word a cycle; cells by `hdl.cell_counts`.
 Holds when: operands of one sum share a mode.
 """
@@ -349,8 +350,8 @@ class MultiplyAdd(wiring.Component):
 
     def _encode(self, m: Module, control: dict[str, Signal]) -> None:
         m.submodules.encoder = encoder = OutputEncoder(self.quire_bits)
-        ends = Signal()  # between the ends of sums the encoder rests, if blocks at rest do
-        m.d.comb += ends.eq(control["valid"] & control["last"] if self.gated else 1)
+        ends = Signal()  # between the ends of sums the encoder rests
+        m.d.comb += ends.eq(control["valid"] & control["last"])
         narrow = self.quire[: min(self.quire_bits, NARROW_QUIRE_BITS)].as_signed()
         with m.If(ends):
             m.d.comb += encoder.quire.eq(Mux(control["mode"] == POSIT16.mode, self.quire, narrow))
