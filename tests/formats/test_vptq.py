@@ -146,7 +146,7 @@ def test_numbers_that_do_not_fit(spec: str) -> None:
     weight = np.ones((8, 8), np.float32)
     for wrong in (np.nan, np.inf, 1e6):
         weight[3, 3] = wrong
-        with pytest.raises(InputError, match="NaN|float16"):
+        with pytest.raises(InputError, match=r"NaN|float16"):
             codec(spec).encode(weight)
 
 

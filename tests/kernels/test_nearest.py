@@ -8,7 +8,9 @@ import pytest
 from memwall.kernels.nearest import Nearest
 
 
-@pytest.mark.parametrize(("points", "centroids", "size"), [(1, 1, 1), (7, 3, 2), (100, 17, 5), (33, 256, 8), (9, 40, 16)])
+@pytest.mark.parametrize(
+    ("points", "centroids", "size"), [(1, 1, 1), (7, 3, 2), (100, 17, 5), (33, 256, 8), (9, 40, 16)]
+)
 def test_nearest(points: int, centroids: int, size: int, isa: str, threads: int) -> None:
     random = np.random.default_rng(size)
     x = random.standard_normal((points, size)).astype(np.float32)

@@ -27,7 +27,8 @@ def compress(
         str | None,
         typer.Option(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
-            "for spqr the bits of a code, 3 or 4. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4.",
+            "for spqr the bits of a code, 3 or 4; for vptq the most bits of any matrix, codebooks included. "
+            "Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, vptq 2.25.",
             metavar="BITS",
         ),
     ] = None,
@@ -35,9 +36,10 @@ def compress(
         str,
         typer.Option(
             help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
-            "smoothquant (activations' outliers moved to weights) or spqr (two-level scales, sparse outliers).",
+            "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers) or "
+            "vptq (codebooks of vectors, for about 2 bits).",
             metavar="METHOD",
-            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr"],
+            autocompletion=lambda: ["gptq", "rtn", "awq", "smoothquant", "spqr", "vptq"],
         ),
     ] = "gptq",
     setting: Annotated[

@@ -1,4 +1,4 @@
-"""VPTQ's stored form: an index for several rows of a column, codebooks per group of columns, residuals, outlier columns.
+"""VPTQ's stored form: an index for several rows of a column, codebooks per group of columns, residuals, outliers.
 
 Source: "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models" (Yifei Liu, 2024, arXiv
 2409.17066), sections 3 and 4; official code: github.com/microsoft/VPTQ. `compress.vptq` finds what is stored here.
@@ -137,8 +137,10 @@ class VptqCodec(Codec):
             if not 0 <= length <= MOST_VECTOR:
                 raise InputError(f"{self.spec}: {name} of {length} rows; it takes 1 to {MOST_VECTOR}")
         for name, count in (
-            ("codebook", self.codebook), ("residual codebook", self.residual), ("outlier codebook", self.outlier_codebook)
-        ):  # fmt: skip
+            ("codebook", self.codebook),
+            ("residual codebook", self.residual),
+            ("outlier codebook", self.outlier_codebook),
+        ):
             if count & (count - 1) or count > 1 << MOST_INDEX_BITS or (count == 1 and name != "residual codebook"):
                 raise InputError(f"{self.spec}: {name} of {count}; take a power of two, 2 to {1 << MOST_INDEX_BITS}")
         if not self.bits and not (self.vector and self.codebook):
@@ -146,7 +148,9 @@ class VptqCodec(Codec):
         if self.bits and not 0.5 <= self.bits <= 8:
             raise InputError(f"{self.spec}: vptq takes 0.5 to 8 bits per weight, codebooks included, such as vptq2.25")
         if self.groups > 4096 or not 0 <= self.outlier_permille <= 500:
-            raise InputError(f"{self.spec}: at most 4096 groups, and at most 500 thousandths of the columns as outliers")
+            raise InputError(
+                f"{self.spec}: at most 4096 groups, and at most 500 thousandths of the columns as outliers"
+            )
         if self.outlier_permille and not (self.outlier_vector and self.outlier_codebook):
             raise InputError(f"{self.spec}: outlier columns need vectors and a codebook of their own: -o10v4k256")
 
