@@ -20,7 +20,8 @@ from memwall.compress.vector_columns import Books, Training, VectorColumns, lear
 from memwall.compress.vptq import Vptq, scales
 from memwall.errors import InputError
 from memwall.formats import codec
-from memwall.formats.vptq import VptqCodec, looked_up, unpack
+from memwall.formats.vector_parts import looked_up
+from memwall.formats.vptq import VptqCodec, unpack
 from memwall.memory import Arena, Ledger
 from memwall.models import Checkpoint, ModelConfig
 from memwall.models.decoder import Decoder

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
-from memwall.formats.vptq import Coded, VptqCodec, check, pack, unpack
+from memwall.formats.vector_parts import Coded
+from memwall.formats.vptq import VptqCodec, check, pack, unpack
 from tests.kernels.codebooks import random_codebooks
 
 

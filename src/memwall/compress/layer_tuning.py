@@ -21,7 +21,8 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
-from memwall.formats.vptq import BOOK_TAIL, VptqCodec, checked_halves, unpack
+from memwall.formats.vector_parts import BOOK_TAIL, checked_halves
+from memwall.formats.vptq import VptqCodec, unpack
 
 if TYPE_CHECKING:
     from memwall.compress.calibration import LayerStream

@@ -35,7 +35,8 @@ from memwall.compress.layer_tuning import Schedule, require_torch, tuned
 from memwall.compress.vector_columns import Books, Training, VectorColumns, learned
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
-from memwall.formats.vptq import VptqCodec, checked_halves, ranges
+from memwall.formats.vector_parts import checked_halves
+from memwall.formats.vptq import VptqCodec, ranges
 
 if TYPE_CHECKING:
     from memwall.compress.calibration import LayerStream
