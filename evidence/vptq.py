@@ -60,17 +60,16 @@ WINDOW = 512
 # hidden, feed-forward and key widths of a model of 973 million weights in 16 layers
 SHAPES_1B = ((2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192))
 SPEC_1B = "vptq-v8-k4096-r16-ordered"
-PLAIN = Vptq(refine=0)  # the paper's mechanism alone
 
 Compress = Callable[[np.ndarray, Statistics], Packed]
 
 
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     """Measures and judges."""
-    study = Study(data, 2048 if quick else 16_384, 1024 if quick else 8192, 2 if quick else 1 << 30)
+    study = Study(data, quick)
     steps: list[tuple[str, Callable[[], list[Claim]]]] = [
         ("parts of the mechanism", lambda: parts(study)),
-        ("length of vectors", lambda: lengths(study, 6 if not quick else 5)),
+        ("length of vectors", lambda: lengths(study, 5 if quick else 6)),
         ("vectors of columns", lambda: of_columns(study)),
         ("perplexity", lambda: perplexities(study)),
         ("fine-tuning", lambda: tuning(study, quick)),
@@ -105,7 +104,10 @@ class Result:
 class Study:
     """The demo model, calibration and held-out tokens; only its first layers are compressed where fewer are asked."""
 
-    def __init__(self, data: Path | None, calibration_tokens: int, scored_tokens: int, most_layers: int) -> None:
+    def __init__(self, data: Path | None, quick: bool) -> None:
+        # the paper's mechanism alone, and with the fit that is added to it
+        self.plain = Vptq(refine=0, iterations=15 if quick else 50)
+        self.fitted = replace(self.plain, refine=Vptq().refine)
         self.folder = model_directory("demo")
         self.config = ModelConfig.from_directory(self.folder)
         self.checkpoint = Checkpoint(self.folder, self.config)
@@ -115,11 +117,11 @@ class Study:
         else:
             text = data.read_text(encoding="utf-8")
             calibration, scored, name = text[: len(text) // 2], text[len(text) // 2 :], str(data)
-        read = CalibrationSettings(max_tokens=calibration_tokens, sequence_tokens=WINDOW)
+        read = CalibrationSettings(max_tokens=2048 if quick else 16_384, sequence_tokens=WINDOW)
         self.calibration = token_sequences(calibration, tokenizer, self.config, read, name)
-        read = CalibrationSettings(max_tokens=scored_tokens, sequence_tokens=WINDOW)
+        read = CalibrationSettings(max_tokens=1024 if quick else 8192, sequence_tokens=WINDOW)
         self.scored = token_sequences(scored, tokenizer, self.config, read, name)
-        self.num_layers = min(self.config.num_layers, most_layers)
+        self.num_layers = 1 if quick else self.config.num_layers
         self.linears = [t for t in self.config.tensors() if t.role == "linear" and (t.layer or 0) < self.num_layers]
         self._layers: list[tuple[np.ndarray, Statistics]] = []
         self.float = self.perplexity({})
@@ -165,7 +167,7 @@ class Study:
         return Result(self.perplexity(made, norms), bits_of(list(made.values())))
 
     def layers(self) -> list[tuple[np.ndarray, Statistics]]:
-        """Weight and input statistics of every linear layer of the float model, for comparisons of output errors."""
+        """Weights and input statistics of every other layer of the float model, for comparisons of output errors."""
         if not self._layers:
             stream = LayerStream(self.config, self.checkpoint, self.calibration, Arena(1 << 40, Ledger()))
             stream.embed()
@@ -174,12 +176,13 @@ class Study:
                 held = stream.collect(layer, names, advance=True).finish()
                 copies = {name: Statistics(each.hessian.copy(), each.num_tokens) for name, each in held.items()}
                 self._layers += [
-                    (self.checkpoint.alone(name).astype(np.float32), copies[shared_input(name)]) for name in names
+                    (self.checkpoint.alone(name).astype(np.float32), copies[shared_input(name)])
+                    for name in (names if layer % 2 == 0 else ())
                 ]
         return self._layers
 
     def lost(self, compress: Callable[[np.ndarray, Statistics], Packed | np.ndarray]) -> tuple[float, float]:
-        """Mean share of outputs lost over all linear layers, and bits per weight (0 for plain values)."""
+        """Mean share of outputs lost over the matrices of `layers`, and bits per weight (0 for plain values)."""
         shares, forms = [], []
         for weight, statistics in self.layers():
             form = compress(weight, statistics)
@@ -204,14 +207,14 @@ def gptq(spec: str) -> Compress:
     return lambda weight, statistics: Gptq().compress(weight, statistics, form)
 
 
-def vptq(spec: str, method: Vptq = PLAIN) -> Compress:
+def vptq(spec: str, method: Vptq) -> Compress:
     form = MethodConfig(spec=spec, damping=Vptq.damping)
     return lambda weight, statistics: method.compress(weight, statistics, form)
 
 
-def without_sweep(spec: str, *, weighted: bool) -> Compress:
+def without_sweep(spec: str, method: Vptq, *, weighted: bool) -> Compress:
     """The same with H's diagonal alone, under which no column makes up for another; or with all inputs alike."""
-    inner = vptq(spec)
+    inner = vptq(spec, method)
 
     def compress(weight: np.ndarray, statistics: Statistics) -> Packed:
         diagonal = statistics.hessian.diagonal() if weighted else np.ones(len(statistics.hessian), np.float32)
@@ -225,11 +228,11 @@ def without_sweep(spec: str, *, weighted: bool) -> Compress:
 
 def parts(study: Study) -> list[Claim]:
     variants = {
-        "k-means": without_sweep("vptq-v4-k256-ordered", weighted=False),
-        "weighted by inputs": without_sweep("vptq-v4-k256-ordered", weighted=True),
-        "and swept": vptq("vptq-v4-k256-ordered"),
-        "with residuals": vptq("vptq-v8-k256-r256-ordered"),
-        "fitted too": vptq("vptq-v8-k256-r256-ordered", Vptq()),
+        "k-means": without_sweep("vptq-v4-k256-ordered", study.plain, weighted=False),
+        "weighted by inputs": without_sweep("vptq-v4-k256-ordered", study.plain, weighted=True),
+        "and swept": vptq("vptq-v4-k256-ordered", study.plain),
+        "with residuals": vptq("vptq-v8-k256-r256-ordered", study.plain),
+        "fitted too": vptq("vptq-v8-k256-r256-ordered", study.fitted),
     }
     found = {name: study.lost(compress) for name, compress in variants.items()}
     shown = ", ".join(f"{name} {lost:.4f} ({bits:.2f} bits)" for name, (lost, bits) in found.items())
@@ -252,7 +255,7 @@ def parts(study: Study) -> list[Claim]:
 
 def lengths(study: Study, longest: int) -> list[Claim]:
     """The loss at 2 index bits by vector length; and what it is worth at 6.02 dB per bit of all that is stored."""
-    found = {v: study.lost(vptq(f"vptq-v{v}-k{4**v}-ordered")) for v in range(1, longest + 1)}
+    found = {v: study.lost(vptq(f"vptq-v{v}-k{4**v}-ordered", study.plain)) for v in range(1, longest + 1)}
     worth = {v: lost * 4**bits for v, (lost, bits) in found.items()}
     best = min(worth, key=lambda v: worth[v])
     shown = ", ".join(f"{v}: {lost:.4f} at {bits:.2f} bits" for v, (lost, bits) in found.items())
@@ -267,7 +270,9 @@ def lengths(study: Study, longest: int) -> list[Claim]:
     ]
 
 
-def together(weight: np.ndarray, statistics: Statistics, vector: int, codebook: int) -> np.ndarray:
+def together(
+    weight: np.ndarray, statistics: Statistics, vector: int, codebook: int, iterations: int = 50
+) -> np.ndarray:
     """Vectors of `vector` columns of one row, as GPTVQ has them: none of them makes up for another of its own vector.
 
     The same order of columns, damping and k-means as ours; a vector's nearest centroid is in the metric of the sweep,
@@ -282,7 +287,11 @@ def together(weight: np.ndarray, statistics: Statistics, vector: int, codebook: 
         return values[:count].reshape(-1, vector, values.shape[1]).transpose(0, 2, 1).reshape(-1, vector)
 
     costs = np.repeat(diagonal[:count].reshape(-1, vector).mean(axis=1), columns.shape[1])
-    centroids = kmeans(grouped(columns), codebook, weights=costs).centroids.astype(np.float16).astype(np.float32)
+    centroids = (
+        kmeans(grouped(columns), codebook, weights=costs, iterations=iterations)
+        .centroids.astype(np.float16)
+        .astype(np.float32)
+    )
     errors, decoded = np.zeros_like(columns), np.empty_like(columns)
     for start in range(0, len(columns), vector):
         stop = min(start + vector, len(columns))
@@ -300,10 +309,10 @@ def together(weight: np.ndarray, statistics: Statistics, vector: int, codebook: 
 def of_columns(study: Study) -> list[Claim]:
     ratios, shown = {}, []
     for vector, codebook in ((2, 8), (4, 64), (6, 512)):
-        ours, _ = study.lost(vptq(f"vptq-v{vector}-k{codebook}-ordered"))
+        ours, _ = study.lost(vptq(f"vptq-v{vector}-k{codebook}-ordered", study.plain))
 
         def others(weight: np.ndarray, statistics: Statistics, v: int = vector, k: int = codebook) -> np.ndarray:
-            return together(weight, statistics, v, k)
+            return together(weight, statistics, v, k, study.plain.iterations)
 
         other, _ = study.lost(others)
         ratios[vector] = other / ours
@@ -325,9 +334,9 @@ def perplexities(study: Study) -> list[Claim]:
     target = "vptq2.25-ordered"
     rounded = study.score(nearest("int2-g64-asym"))
     swept = study.score(gptq("int2-g64-asym"))
-    plain = study.score(without_sweep(target, weighted=True))
-    ours = study.score(vptq(target))
-    fitted = study.score(vptq(target, Vptq()))
+    plain = study.score(without_sweep(target, study.plain, weighted=True))
+    ours = study.score(vptq(target, study.plain))
+    fitted = study.score(vptq(target, study.fitted))
     shown = (
         f"float {study.float:.2f}; rounding {rounded}; GPTQ {swept}; vectors without a sweep {plain}; VPTQ {ours}, "
         f"with fitted centroids {fitted}"
@@ -356,9 +365,8 @@ def tuning(study: Study, quick: bool) -> list[Claim]:
     if importlib.util.find_spec("torch") is None:
         return [not_run(claim, required, "torch")]
     steps = 20 if quick else 100
-    plain, tuned = Vptq(), Vptq(tune=steps, tune_rate=1e-4)
-    before = study.score(vptq("vptq2-ordered", plain))
-    after = study.score(vptq("vptq2-ordered", tuned), tuned)
+    before = study.score(vptq("vptq2-ordered", study.fitted))
+    after = study.score(vptq("vptq2-ordered", study.fitted), replace(study.fitted, tune=steps, tune_rate=1e-4))
     return [
         Claim(
             claim=claim,
@@ -375,7 +383,7 @@ def tuning(study: Study, quick: bool) -> list[Claim]:
 def files(study: Study) -> list[Claim]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        compress_model(study.folder, out, bits=2.25, method="vptq", options={"iterations": "10", "refine": "0"})
+        compress_model(study.folder, out, bits=2.25, method="vptq", options={"iterations": "3", "refine": "0"})
         with Checkpoint(out, study.config) as saved:
             saved.verify(digests=True)
             stored, formula, weights, read = 0, 0.0, 0, 0
