@@ -58,6 +58,7 @@ def test_compress_and_run(memwall: Any, small: Path, text: Path, tmp_path: Path,
         ("spqr", ("--bits", "3", "--set", "outlier-threshold=0.4"), "weights/spqr3"),
         ("awq", ("--set", "clip=no"), "weights/int4-g128-asym"),
         ("smoothquant", (), "weights/int8-g64"),
+        ("vptq", ("--bits", "2.5", "--set", "iterations=5", "--set", "refine=2"), "weights/vptq"),
     ],
 )
 def test_methods_with_settings(
@@ -81,6 +82,9 @@ def test_methods_with_settings(
         (("--method", "spqr", "--set", "threshold=1"), "it has outlier_threshold, simplified, order"),
         (("--method", "spqr", "--bits", "3.5"), "--bits 3 or 4"),
         (("--method", "gptq", "--bits", "spqr3"), "--method spqr"),
+        (("--method", "gptq", "--bits", "vptq2.25"), "--method vptq"),
+        (("--method", "vptq", "--bits", "1", "--set", "vector=1", "--set", "codebook=4"), "takes at least 2"),
+        (("--method", "vptq", "--set", "codebook=100"), "power of two"),
         (("--method", "awq", "--bits", "nf4"), "int4-g128-asym"),
     ],
 )

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
-from memwall.formats.vptq import Coded, VptqCodec, check, pack, unpack
+from memwall.formats.vector_parts import Coded
+from memwall.formats.vptq import VptqCodec, check, pack, unpack
 from tests.kernels.codebooks import random_codebooks
 
 
@@ -146,7 +147,7 @@ def test_numbers_that_do_not_fit(spec: str) -> None:
     weight = np.ones((8, 8), np.float32)
     for wrong in (np.nan, np.inf, 1e6):
         weight[3, 3] = wrong
-        with pytest.raises(InputError, match="NaN|float16"):
+        with pytest.raises(InputError, match=r"NaN|float16"):
             codec(spec).encode(weight)
 
 

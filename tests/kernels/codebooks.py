@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from memwall.formats import Packed, codec
-from memwall.formats.vptq import BOOK_TAIL, INDEX_TAIL, Coded, VptqCodec, pack
+from memwall.formats.vector_parts import BOOK_TAIL, INDEX_TAIL, Coded
+from memwall.formats.vptq import VptqCodec, pack
 
 
 def random_codebooks(spec: str, shape: tuple[int, int], seed: int = 0) -> Packed:

@@ -72,6 +72,7 @@ def test_a_profile_measures_each_figure_once() -> None:
         "e2m1-g64",
         "binary2-g64",
         "spqr3-ordered",
+        "vptq-v8-k256-r64-ordered",
     ],
 )
 def test_random_matrices_are_whole_and_usable(spec: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from memwall.compress.base import Statistics
 from memwall.compress.vector_columns import Books, VectorColumns
-from memwall.formats.vptq import Part, checked_halves
+from memwall.formats.vector_parts import Part, checked_halves
 
 
 @dataclass(frozen=True, slots=True)

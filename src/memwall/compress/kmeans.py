@@ -69,11 +69,11 @@ def kmeans(
         centroids = _spread(points, num_clusters, weights, random)
     else:
         centroids = points[_drawn(weights, num_clusters, random)]
-    lengths = np.einsum("nd,nd->n", points, points, dtype=np.float64)
     best: Clusters | None = None
     for _ in range(max(iterations, 1)):
-        labels, scores = Nearest(centroids).search(points)
-        costs = np.maximum(lengths + 2.0 * scores, 0) * weights
+        labels = Nearest(centroids).labels(points)
+        missed = points - centroids[labels]
+        costs = np.einsum("nd,nd->n", missed, missed, dtype=np.float64) * weights
         loss = float(costs.sum())
         losses = (*(best.losses if best else ()), loss)
         if best is not None and loss > best.losses[-1]:

@@ -21,12 +21,15 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
-from memwall.formats.vptq import BOOK_TAIL, VptqCodec, checked_halves, unpack
+from memwall.formats.vector_parts import BOOK_TAIL, checked_halves
+from memwall.formats.vptq import VptqCodec, unpack
 
 if TYPE_CHECKING:
     from memwall.compress.calibration import LayerStream
 
 BATCH_SEQUENCES = 4
+LOOK_STEPS = 10
+"""Steps after which it is seen whether they gained anything."""
 _BOOKS = ("centroids", "residuals", "outlier_centroids", "scale_and_offset")
 
 
@@ -56,75 +59,101 @@ def tuned(stream: LayerStream, layer: int, made: Mapping[str, Packed], schedule:
     """
     require_torch("tune")
     import torch
-    from torch import nn
     from torch.nn import functional
 
-    from memwall.models.rope import inverse_frequencies
-    from memwall.models.torch_decoder import Context, Layer
-
-    config, prefix = stream.config, f"model.layers.{layer}."
-    module = Layer(config, layer).requires_grad_(False)
-    values = {name: _floats(stream, name).reshape(each.shape) for name, each in made.items()}
-    module.load_state_dict({name.removeprefix(prefix): torch.from_numpy(each) for name, each in values.items()})
     hidden = torch.from_numpy(np.array(stream.hidden, np.float32))
-    frequencies = torch.from_numpy(inverse_frequencies(config.rope, config.head_dim).copy())
-    positions = torch.arange(hidden.shape[1])
-
-    def context() -> Context:
-        return Context(frequencies, config.rope.attention_factor, positions, None, is_start=True)
-
+    layers = _TwoLayers(stream, layer, made)
     with torch.no_grad():
-        wanted = torch.cat([module(part, context()) for part in hidden.split(BATCH_SEQUENCES)])
-    matrices = {name: _LookedUp(made[name]) for name in made if isinstance(codec(made[name].spec), VptqCodec)}
-    norms: dict[str, Any] = {}
-    for name, packed in made.items():
-        if name not in matrices:
-            floats = torch.from_numpy(np.array(codec(packed.spec).decode(packed), np.float32))
-            if len(packed.shape) == 1 and "norm" in name:
-                norms[name] = floats = nn.Parameter(floats)
-            values[name] = floats
-
-    def outputs(part: Any) -> Any:
-        weights = {name: matrix() for name, matrix in matrices.items()}
-        held = {name.removeprefix(prefix): weights.get(name, values[name]) for name in made}
-        return torch.func.functional_call(module, held, (part, context()))
+        wanted = torch.cat([layers.float_output(part) for part in hidden.split(BATCH_SEQUENCES)])
 
     def loss() -> float:
         with torch.no_grad():
             pairs = zip(hidden.split(BATCH_SEQUENCES), wanted.split(BATCH_SEQUENCES), strict=True)
-            return float(sum(functional.mse_loss(outputs(part), want) * len(part) for part, want in pairs)) / len(
-                hidden
-            )
+            losses = [functional.mse_loss(layers.output(part), want) * len(part) for part, want in pairs]
+        return float(sum(losses)) / len(hidden)
 
-    learning = [parameter for matrix in matrices.values() for parameter in matrix.parameters()] + list(norms.values())
-    before = loss()
-    best, kept = before, [parameter.detach().clone() for parameter in learning]
-    optimizer = torch.optim.Adam(learning, lr=schedule.rate)
+    before = best = loss()
+    kept = layers.state()
+    optimizer = torch.optim.Adam(layers.learning, lr=schedule.rate)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / schedule.steps))
     random = np.random.default_rng(schedule.seed)
     for step in range(schedule.steps):
         taken = torch.from_numpy(random.permutation(len(hidden))[:BATCH_SEQUENCES])
         optimizer.zero_grad()
-        functional.mse_loss(outputs(hidden[taken]), wanted[taken]).backward()  # type: ignore[no-untyped-call]
+        functional.mse_loss(layers.output(hidden[taken]), wanted[taken]).backward()
         optimizer.step()
         falling.step()
-        if (step + 1) % 10 == 0 or step + 1 == schedule.steps:
+        if (step + 1) % LOOK_STEPS == 0 or step + 1 == schedule.steps:
             now = loss()
             if now < best:
-                best, kept = now, [parameter.detach().clone() for parameter in learning]
-    if not best < before:
-        return dict(made)
-    for parameter, state in zip(learning, kept, strict=True):
-        parameter.data.copy_(state)
-    found = dict(made)
-    found.update({name: matrix.packed() for name, matrix in matrices.items()})
-    for name, norm in norms.items():
-        found[name] = codec("float32").encode(norm.detach().numpy().copy())
-    return found
+                best, kept = now, layers.state()
+    return layers.packed(kept) if best < before else dict(made)
 
 
-def _floats(stream: LayerStream, name: str) -> np.ndarray:
-    return np.array(stream.checkpoint.alone(name), np.float32)
+class _TwoLayers:
+    """A layer in floats, and the same with its compressed tensors, of which the codebooks and norms learn."""
+
+    def __init__(self, stream: LayerStream, layer: int, made: Mapping[str, Packed]) -> None:
+        import torch
+        from torch import nn
+
+        from memwall.models.rope import inverse_frequencies
+        from memwall.models.torch_decoder import Layer
+
+        config, self._prefix = stream.config, f"model.layers.{layer}."
+        self._made = made
+        self._float = Layer(config, layer).requires_grad_(False)
+        values = {name: torch.from_numpy(np.array(stream.checkpoint.alone(name), np.float32)) for name in made}
+        self._float.load_state_dict({name.removeprefix(self._prefix): each for name, each in values.items()})
+        self._rotation = torch.from_numpy(inverse_frequencies(config.rope, config.head_dim).copy())
+        self._factor = config.rope.attention_factor
+        self._matrices: dict[str, _LookedUp] = {}
+        self._norms: dict[str, Any] = {}
+        self._fixed: dict[str, Any] = {}
+        for name, packed in made.items():
+            if isinstance(codec(packed.spec), VptqCodec):
+                self._matrices[name] = _LookedUp(packed)
+                continue
+            floats = torch.from_numpy(np.array(codec(packed.spec).decode(packed), np.float32))
+            if len(packed.shape) == 1 and "norm" in name:
+                self._norms[name] = nn.Parameter(floats)
+            else:
+                self._fixed[name] = floats
+        self.learning = [each for matrix in self._matrices.values() for each in matrix.parameters()]
+        self.learning += list(self._norms.values())
+
+    def _context(self, part: Any) -> Any:
+        import torch
+
+        from memwall.models.torch_decoder import Context
+
+        positions = torch.arange(part.shape[1])
+        return Context(self._rotation, self._factor, positions, None, is_start=True)
+
+    def float_output(self, part: Any) -> Any:
+        """What the float layer makes of hidden states [sequences, tokens, hidden]."""
+        return self._float(part, self._context(part))
+
+    def output(self, part: Any) -> Any:
+        """What the compressed layer makes of them."""
+        import torch
+
+        looked_up = {name: matrix() for name, matrix in self._matrices.items()}
+        held = {name.removeprefix(self._prefix): each for name, each in (looked_up | self._norms | self._fixed).items()}
+        return torch.func.functional_call(self._float, held, (part, self._context(part)))
+
+    def state(self) -> list[Any]:
+        return [parameter.detach().clone() for parameter in self.learning]
+
+    def packed(self, state: list[Any]) -> dict[str, Packed]:
+        """All tensors of the layer, what learned as it is in `state`."""
+        for parameter, values in zip(self.learning, state, strict=True):
+            parameter.data.copy_(values)
+        found = dict(self._made)
+        found.update({name: matrix.packed() for name, matrix in self._matrices.items()})
+        for name, norm in self._norms.items():
+            found[name] = codec("float32").encode(norm.detach().numpy().copy())
+        return found
 
 
 class _LookedUp:

@@ -15,7 +15,8 @@ import numpy as np
 from memwall.compress.kmeans import kmeans, sample
 from memwall.compress.sweep import ColumnQuantizer
 from memwall.formats import Packed
-from memwall.formats.vptq import Coded, Part, VptqCodec, checked_halves, pack, vectors_of
+from memwall.formats.vector_parts import Coded, Part, checked_halves, vectors_of
+from memwall.formats.vptq import VptqCodec, pack
 from memwall.kernels.nearest import Nearest
 
 # more points per centroid hardly change it; they would only take longer

@@ -15,8 +15,8 @@ scaled, a vector's weight in k-means is diag H times the squared scale, as that 
 added: the centroids for fixed indices that lose least under the whole of H (`codebook_fit`), in place of gradient steps
 per matrix. Fine-tuning by blocks is `layer_tuning`.
 Cost: k-means of rows * cols * k operations a round (at most 256 k^2 v), two sweeps where there are residuals, each that
-of GPTQ and rows * cols * k for the search; resident beside weight and H, that of GPTQ and 20 bytes per weight.
-Holds when: as GPTQ; matrices are large enough for their codebooks to be a small part (`memwall compress` says the bits).
+of GPTQ and rows * cols * k for the search; resident beside weight and H: as GPTQ, 24 bytes a weight, 8 cols^2.
+Holds when: as GPTQ; matrices are so large that codebooks are a small part of them (`memwall compress` says the bits).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from memwall.compress.layer_tuning import Schedule, require_torch, tuned
 from memwall.compress.vector_columns import Books, Training, VectorColumns, learned
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
-from memwall.formats.vptq import VptqCodec, checked_halves, ranges
+from memwall.formats.vector_parts import checked_halves
+from memwall.formats.vptq import VptqCodec, ranges
 
 if TYPE_CHECKING:
     from memwall.compress.calibration import LayerStream
@@ -47,8 +48,8 @@ NORMS = ("none", "range", "deviation")
 class Vptq(WeightMethod):
     """The compensated sweep over vectors of rows.
 
-    vector, codebook, residual: rows of a vector, centroids of its two stages (residual 1: one stage); groups: of columns,
-    with codebooks of their own; 0: chosen for the bits. outliers: percent of the columns, those that meet the
+    vector, codebook, residual: rows of a vector, centroids of its two stages (residual 1: one stage); groups: of
+    columns, with codebooks of their own; 0: chosen for the bits. outliers: percent of the columns, those that meet the
     largest inputs, that have a codebook of outlier_codebook vectors of outlier_vector rows. order: columns with the
     largest inputs go first. norm: scale columns by their `range` or `deviation`, or not (`none`). init, iterations,
     seed: of k-means. refine: steps that fit the centroids to H once indices are fixed. tune: steps of fine-tuning
@@ -117,7 +118,7 @@ class Vptq(WeightMethod):
         coder = codec(config.spec)
         if not isinstance(coder, VptqCodec):
             return kernels.encode(config.spec, weight)  # embedding and head stay floats
-        num_rows, num_columns = weight.shape
+        num_columns = weight.shape[1]
         if statistics is None:
             statistics = Statistics.identity(num_columns)
         if statistics.hessian.shape != (num_columns, num_columns):

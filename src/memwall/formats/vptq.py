@@ -1,4 +1,4 @@
-"""VPTQ's stored form: an index for several rows of a column, codebooks per group of columns, residuals, outlier columns.
+"""VPTQ's stored form: an index for several rows of a column, codebooks per group of columns, residuals, outliers.
 
 Source: "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models" (Yifei Liu, 2024, arXiv
 2409.17066), sections 3 and 4; official code: github.com/microsoft/VPTQ. `compress.vptq` finds what is stored here.
@@ -40,9 +40,17 @@ import numpy as np
 from memwall.errors import InputError
 from memwall.formats.base import Codec, Packed
 from memwall.formats.bitpack import matrix_shape
-from memwall.formats.streams import pack_stream, stream_words, unpack_stream
+from memwall.formats.streams import pack_stream, unpack_stream
+from memwall.formats.vector_parts import (
+    BOOK_TAIL,
+    INDEX_TAIL,
+    Coded,
+    Part,
+    checked_halves,
+    looked_up,
+    vectors_of,
+)
 
-INDEX_TAIL, BOOK_TAIL = 16, 16
 MOST_VECTOR, MOST_INDEX_BITS = 16, 16
 _NARROW_COLUMNS = 1 << 16
 _SPEC = re.compile(
@@ -55,52 +63,6 @@ _SPEC = re.compile(
 _SCALAR_LOSS_DB, _STAGE_LOSS_DB, _GROUPS_GAIN_DB, _BIT_DB = 2.74, 1.0, 0.2, 6.02
 _GROUPS = (1, 2, 4, 8, 16)
 _MOST_CHOSEN_BITS = 12  # larger codebooks leave the caches; they have to be asked for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Some neighbouring places, in groups that have a codebook each."""
-
-    first: int
-    columns: int
-    groups: int
-    vector: int
-    main_bits: int
-    residual_bits: int
-
-    @property
-    def bits(self) -> int:
-        """Of an index."""
-        return self.main_bits + self.residual_bits
-
-    def members(self, group: int) -> slice:
-        """Places of a group."""
-        begin, end = (self.first + each * self.columns // self.groups for each in (group, group + 1))
-        return slice(begin, end)
-
-    def vector_rows(self, num_rows: int) -> int:
-        return -(-num_rows // self.vector)
-
-    @property
-    def words(self) -> int:
-        """32-bit words of a stream."""
-        return stream_words(-(-self.columns // self.groups), self.bits)
-
-    def stored_bits(self, num_rows: int) -> int:
-        numbers = (
-            self.groups * self.vector * ((1 << self.main_bits) + (1 << self.residual_bits if self.residual_bits else 0))
-        )
-        tails = 32 * INDEX_TAIL + 16 * BOOK_TAIL * (2 if self.residual_bits else 1)
-        return 32 * self.groups * self.vector_rows(num_rows) * self.words + 16 * numbers + tails
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coded:
-    """A part's content. codes uint32 [rows of vectors, columns]; main, residual float16 [groups, k, vector]."""
-
-    codes: np.ndarray
-    main: np.ndarray
-    residual: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +99,10 @@ class VptqCodec(Codec):
             if not 0 <= length <= MOST_VECTOR:
                 raise InputError(f"{self.spec}: {name} of {length} rows; it takes 1 to {MOST_VECTOR}")
         for name, count in (
-            ("codebook", self.codebook), ("residual codebook", self.residual), ("outlier codebook", self.outlier_codebook)
-        ):  # fmt: skip
+            ("codebook", self.codebook),
+            ("residual codebook", self.residual),
+            ("outlier codebook", self.outlier_codebook),
+        ):
             if count & (count - 1) or count > 1 << MOST_INDEX_BITS or (count == 1 and name != "residual codebook"):
                 raise InputError(f"{self.spec}: {name} of {count}; take a power of two, 2 to {1 << MOST_INDEX_BITS}")
         if not self.bits and not (self.vector and self.codebook):
@@ -311,23 +275,6 @@ def ranges(values: np.ndarray) -> np.ndarray:
     return checked_halves(np.stack([np.where(high > low, high - low, 1), low]), "a scale")
 
 
-def checked_halves(values: np.ndarray, what: str) -> np.ndarray:
-    """float16, without minus zero; InputError where numbers do not fit."""
-    with np.errstate(over="ignore"):
-        halves = values.astype(np.float16) + np.float16(0)
-    if not np.isfinite(halves).all():
-        raise InputError(f"vptq: {what} is NaN, infinite or beyond float16 (65504); leave this matrix as it is")
-    return halves
-
-
-def vectors_of(part: Part, values: np.ndarray, group: int) -> np.ndarray:
-    """Vectors [rows of vectors, columns of the group, vector] of values [rows, all places], zeros past the last row."""
-    members = values[:, part.members(group)]
-    short = part.vector_rows(len(members)) * part.vector - len(members)
-    padded = np.concatenate([members, np.zeros((short, members.shape[1]), members.dtype)]) if short else members
-    return padded.reshape(part.vector_rows(len(members)), part.vector, members.shape[1]).transpose(0, 2, 1)
-
-
 def _encoded(part: Part, values: np.ndarray, spec: str) -> Coded:
     if not np.isfinite(values).all():
         raise InputError(f"{spec} cannot hold NaN or infinite values")
@@ -351,18 +298,6 @@ def _nearest(points: np.ndarray, centroids: np.ndarray, slab: int = 1 << 10) -> 
     lengths = np.einsum("kv,kv->k", centroids, centroids) / 2
     pieces = [points[start : start + slab] for start in range(0, len(points), slab)]
     return np.concatenate([(lengths - piece @ centroids.T).argmin(axis=1) for piece in pieces])
-
-
-def looked_up(part: Part, coded: Coded, rows: int) -> np.ndarray:
-    """What a part's codes stand for, float32 [rows, columns]."""
-    main = coded.main.astype(np.float32)
-    group = np.repeat(
-        np.arange(part.groups), [part.members(g).stop - part.members(g).start for g in range(part.groups)]
-    )
-    values = main[group, (coded.codes & np.uint32((1 << part.main_bits) - 1)).astype(np.int64)]
-    if coded.residual is not None:
-        values += coded.residual.astype(np.float32)[group, (coded.codes >> np.uint32(part.main_bits)).astype(np.int64)]
-    return np.ascontiguousarray(values.transpose(0, 2, 1)).reshape(len(values) * part.vector, part.columns)[:rows]
 
 
 def pack(
