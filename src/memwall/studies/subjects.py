@@ -33,7 +33,15 @@ SEGMENT_TOKENS = 1024
 class StudyModel:
     """One loaded model that all of memwall's subjects share: float arithmetic, weights as they are unless asked."""
 
-    def __init__(self, directory: Path, weights: str, context_tokens: int = SEGMENT_TOKENS) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        weights: str,
+        context_tokens: int = SEGMENT_TOKENS,
+        *,
+        exact: bool = True,
+        logit_rows: int = 1,
+    ) -> None:
         self.directory = directory
         self.config = ModelConfig.from_directory(directory)
         self.context_tokens = min(context_tokens, self.config.max_position)
@@ -44,7 +52,9 @@ class StudyModel:
             self.fingerprint = checkpoint.fingerprint()
             held = load_weights(self.config, checkpoint, resolve(self.config, weights, checkpoint), self.arena)
         self.tokenizer = Tokenizer.from_directory(directory)
-        self.decoder = Decoder(self.config, held, self.arena, segment_tokens=self.context_tokens, exact=True)
+        self.decoder = Decoder(
+            self.config, held, self.arena, segment_tokens=self.context_tokens, logit_rows=logit_rows, exact=exact
+        )
         self.behind = kv.CacheModel(config=self.config, weights=held, directory=directory)
 
     def encode(self, text: str) -> list[int]:

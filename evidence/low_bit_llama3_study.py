@@ -1,0 +1,426 @@
+"""The low-bit study's claims: which method loses less than which, at how many true bits, and what is stored and read.
+
+The model is the bundled demo model. Methods compress it layer by layer, each layer calibrated on what the compressed
+ones before it hand on; the same held-out tokens are scored in exact arithmetic, so differences are those of the
+weights (SmoothQuant's rows round activations too). Outliers are planted by an equivalent transform: some channels of
+every layer's inputs are many times larger and the model's outputs are what they were. Bits are the bytes of the stored
+form over the weights of the linear layers.
+
+Text: `--data` a UTF-8 file (its first half calibrates, the second is scored); the bundled calibration text and the
+planner's held-out text otherwise.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from memwall import kernels
+from memwall.claims import Claim, Progress, main, not_run
+from memwall.compress import sweep, weight_method
+from memwall.compress.base import MethodConfig, Statistics
+from memwall.compress.calibration import (
+    BUNDLED_TEXT,
+    CalibrationSettings,
+    LayerStream,
+    PromptCache,
+    shared_input,
+    token_sequences,
+)
+from memwall.compress.gptq import Gptq
+from memwall.compress.job import Tuning
+from memwall.compress.model import compress_model
+from memwall.compress.transforms import Scale, Transform, Transformed, sites
+from memwall.engine.quality import log_softmax
+from memwall.formats import Packed, codec
+from memwall.formats.integer import IntegerCodec
+from memwall.memory import Arena, Ledger
+from memwall.models import model_directory
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.decoder import Decoder
+from memwall.models.precision import resolve
+from memwall.models.tokenizer import Tokenizer
+from memwall.models.weights import load_weights
+from memwall.plan.choose import held_out_text
+
+WINDOW = 512
+TIMES, SHARE = 100.0, 0.02
+"""How much larger planted channels are, and how many there are."""
+FAR_LESS = 0.25
+"""The study's "much better": at most a quarter of the other's loss over float."""
+WITHOUT_GROUPS = 1024
+"""Columns of a group that no row of the model reaches: one scale a row."""
+# name, method, what it is asked for
+STORED = (("billm", "billm"), ("pb-llm", "pbllm-s100"), ("db-llm", "dual2-g128"), ("quip", "quip2"))
+
+Compress = Callable[[np.ndarray, Statistics], Packed]
+
+
+def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
+    """Measures and judges."""
+    bench = Bench(data, 2048 if quick else 16_384, 1024 if quick else 8192, 2 if quick else 1 << 30)
+    steps: list[tuple[str, Callable[[], list[Claim]]]] = [
+        ("GPTQ and rounding", lambda: gptq_and_rounding(bench)),
+        ("no groups", lambda: no_groups(bench)),
+        ("below two bits", lambda: below_two_bits(bench)),
+        ("two bits", lambda: two_bits(bench)),
+        ("identities", identities),
+        ("planted outliers", lambda: outliers(bench, quick)),
+        ("files", lambda: files(bench)),
+    ]
+    claims: list[Claim] = []
+    for index, (name, step) in enumerate(steps):
+        if progress is not None:
+            progress(index, len(steps), name)
+        claims += step()
+    return [*claims, *later()]
+
+
+def later() -> list[Claim]:
+    """What cannot be judged here, and why."""
+    return [
+        not_run("IR-QLoRA's codes have more entropy than NF4's, and its loss starts no higher than QLoRA's",
+                "entropy above, loss at most", "fine-tuning on a quantized base, which memwall does not have yet"),
+        not_run("the relative loss at 3 bits grows with training tokens per parameter", "rising over checkpoints",
+                "checkpoints of one model after more and more tokens"),
+        not_run("GPTQ's codes equal those of gptqmodel, AWQ's scales those of llm-awq", "equal", "those libraries"),
+        not_run("an open model of 1 to 8 billion weights orders the methods as published", "the published order"),
+    ]  # fmt: skip
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """Perplexity, and bits per weight of the linear layers as stored."""
+
+    perplexity: float
+    bits: float
+
+    def __str__(self) -> str:
+        return f"{self.perplexity:.2f} at {self.bits:.2f} bits"
+
+
+class Bench:
+    """The demo model, calibration and held-out tokens; only its first layers are compressed where fewer are asked."""
+
+    def __init__(self, data: Path | None, calibration_tokens: int, scored_tokens: int, most_layers: int) -> None:
+        self.folder = model_directory("demo")
+        self.config = ModelConfig.from_directory(self.folder)
+        self.checkpoint = Checkpoint(self.folder, self.config)
+        tokenizer = Tokenizer.from_directory(self.folder, self.config.vocab_size)
+        if data is None:
+            calibration, scored, name = BUNDLED_TEXT.read_text(encoding="utf-8"), held_out_text(), "the bundled text"
+        else:
+            text = data.read_text(encoding="utf-8")
+            calibration, scored, name = text[: len(text) // 2], text[len(text) // 2 :], str(data)
+        self.text = calibration
+        self.reading = CalibrationSettings(max_tokens=calibration_tokens, sequence_tokens=WINDOW)
+        self.calibration = token_sequences(calibration, tokenizer, self.config, self.reading, name)
+        read = CalibrationSettings(max_tokens=scored_tokens, sequence_tokens=WINDOW)
+        self.scored = token_sequences(scored, tokenizer, self.config, read, name)
+        self.num_layers = min(self.config.num_layers, most_layers)
+        self.linears = [t for t in self.config.tensors() if t.role == "linear" and (t.layer or 0) < self.num_layers]
+        self._known: dict[str, Result] = {}
+        self.float = self.perplexity(self.folder, "float16")
+
+    def perplexity(
+        self, folder: Path, choice: str, packed: dict[str, Packed] | None = None, *, exact: bool = True
+    ) -> float:
+        """Of the held-out tokens, with these matrices in place of the folder's."""
+        config, arena = ModelConfig.from_directory(folder), Arena(1 << 40, Ledger())
+        with Checkpoint(folder, config) as checkpoint:
+            weights = load_weights(config, checkpoint, resolve(config, choice, checkpoint), arena)
+        for name, form in (packed or {}).items():
+            weights.replace(name, readable(form))
+        decoder = Decoder(config, weights, arena, segment_tokens=WINDOW, logit_rows=WINDOW, exact=exact)
+        loss, count = 0.0, 0
+        for window in self.scored:
+            logits = decoder.forward(window[:-1], PromptCache(config), all_logits=True)
+            loss -= float(log_softmax(logits)[np.arange(len(window) - 1), window[1:]].sum(dtype=np.float64))
+            count += len(window) - 1
+        decoder.release()
+        weights.release()
+        return float(np.exp(loss / count))
+
+    def score(self, name: str, compress: Compress) -> Result:
+        """All linear layers in turn, each seeing what the compressed ones before it make of the text; then scored."""
+        if name in self._known:
+            return self._known[name]
+        stream = LayerStream(self.config, self.checkpoint, self.calibration, Arena(1 << 40, Ledger()))
+        stream.embed()
+        made: dict[str, Packed] = {}
+        for layer in range(self.num_layers):
+            names = [t.name for t in self.linears if t.layer == layer]
+            collector = stream.collect(layer, names)
+            statistics = collector.finish()
+            forms = {n: compress(self.checkpoint.alone(n), statistics[shared_input(n)]) for n in names}
+            collector.release()
+            stream.advance(layer, {each: readable(form) for each, form in forms.items()})
+            made.update(forms)
+        bits = 8 * sum(form.nbytes for form in made.values()) / sum(form.size for form in made.values())
+        self._known[name] = Result(self.perplexity(self.folder, "float16", made), bits)
+        return self._known[name]
+
+    def by(self, method: str, spec: str, **options: str) -> Result:
+        """A method of the table, as `memwall compress` calls it."""
+        chosen = weight_method(method, options)
+        form = MethodConfig(spec=spec, damping=chosen.damping, activation_order=Tuning().activation_order)
+        name = " ".join([method, spec, *(f"{key}={value}" for key, value in options.items())])
+        return self.score(name, lambda weight, statistics: chosen.compress(weight, statistics, form))
+
+
+def readable(form: Packed) -> Packed:
+    """The form itself where kernels read it, else its values: groups that no tile has, for comparison."""
+    if form.spec.endswith("-rows"):
+        return codec("float32").encode(codec(form.spec).decode(form))
+    return form
+
+
+# ---- orders of perplexity ------------------------------------------------------------------------------------------
+
+
+def gptq_and_rounding(bench: Bench) -> list[Claim]:
+    found = []
+    for bits in (3, 2):
+        spec = f"int{bits}-g128-asym"
+        rounded, swept = bench.by("rtn", spec), bench.by("gptq", spec)
+        found.append(
+            Claim(
+                claim=f"at {bits} bits GPTQ has a lower perplexity than rounding",
+                measured=f"{swept} against {rounded}, float {bench.float:.2f}",
+                required="below",
+                passed=swept.perplexity < rounded.perplexity,
+            )
+        )
+    return found
+
+
+def no_groups(bench: Bench) -> list[Claim]:
+    spec = f"int2-g{WITHOUT_GROUPS}-asym-rows"
+    rounded, swept, turned = bench.by("rtn", spec), bench.by("gptq", spec), bench.by("quip", "quip2")
+    hadamard = bench.by("quip", "quip2-hadamard", turns="hadamard")
+    return [
+        Claim(
+            claim="QuIP is the best of rounding, GPTQ and QuIP at 2 bits without groups",
+            measured=f"rounding {rounded}, GPTQ {swept}, QuIP {turned}, with Hadamard factors {hadamard}",
+            required="lowest perplexity",
+            passed=turned.perplexity < min(rounded.perplexity, swept.perplexity),
+        )
+    ]
+
+
+def below_two_bits(bench: Bench) -> list[Claim]:
+    one, two, billm = bench.by("pb-llm", "pbllm-s100"), bench.by("pb-llm", "pbllm-s143"), bench.by("billm", "billm")
+    plain = bench.by("billm", "billm", order="identity")
+    published = bench.by("pb-llm", "pbllm-s100", means="published")
+    sign = bench.by("rtn", "binary-g128")
+    return [
+        Claim(
+            claim="BiLLM (1.1 bits as its paper counts) is between PB-LLM at 1.7 and at 2, or better",
+            measured=f"BiLLM {billm} ({plain} with columns as they stand), PB-LLM {one} and {two}",
+            required="perplexity at most that of PB-LLM at 1.7",
+            passed=billm.perplexity <= one.perplexity,
+        ),
+        Claim(
+            claim="BiLLM and PB-LLM are usable where one sign and scale a group are not",
+            measured=f"rounding to signs {sign}; BiLLM {billm}, PB-LLM {one}; float {bench.float:.2f}",
+            required="loss over float at most a quarter of rounding's",
+            passed=max(billm.perplexity, one.perplexity)
+            <= bench.float * (sign.perplexity / bench.float) ** FAR_LESS,
+        ),
+        Claim(
+            claim="PB-LLM's means over the weights that are binarized are better than the published code's",
+            measured=f"{one} against {published}",
+            required="below",
+            passed=one.perplexity < published.perplexity,
+        ),
+    ]  # fmt: skip
+
+
+def two_bits(bench: Bench) -> list[Claim]:
+    ours = bench.by("db-llm", "dual2-g128")
+    others = {
+        "rounding": bench.by("rtn", "int2-g128-asym"),
+        "GPTQ": bench.by("gptq", "int2-g128-asym"),
+        "QuIP": bench.by("quip", "quip2"),
+    }
+    shown = ", ".join(f"{name} {result}" for name, result in others.items())
+    return [
+        Claim(
+            claim="DB-LLM's free scales beat two-bit integers at equal bytes, without training",
+            measured=f"DB-LLM {ours}; {shown}",
+            required="below rounding's and GPTQ's perplexity",
+            passed=ours.perplexity < min(others["rounding"].perplexity, others["GPTQ"].perplexity),
+        ),
+        not_run("DB-LLM, trained, is the best at 2 bits", "lowest perplexity",
+                "DB-LLM's training, which memwall does not have yet"),
+    ]  # fmt: skip
+
+
+# ---- identities ----------------------------------------------------------------------------------------------------
+
+
+def identities() -> list[Claim]:
+    random = np.random.default_rng(0)
+    inputs = random.standard_normal((512, 64)) @ random.standard_normal((64, 64))
+    weight = random.standard_normal((48, 64)).astype(np.float32)
+    statistics = Statistics((inputs.T @ inputs).astype(np.float32), 512)
+    nearest = codec("int3-g64-asym").encode(weight)
+    same = {}
+    for name, held, damping in (("H = I", Statistics.identity(64), 0.01), ("endless damping", statistics, 1e6)):
+        form = MethodConfig(spec="int3-g64-asym", damping=damping)
+        made = Gptq().compress(weight, held, form)
+        same[name] = float((made.buffers["codes"] == nearest.buffers["codes"]).mean())
+    agree = ldlq_agreement(weight, statistics)
+    return [
+        Claim(
+            claim="GPTQ is rounding where H is the identity, and where the damping has no end",
+            measured=", ".join(f"{name}: {share:.4%} of code bytes equal" for name, share in same.items()),
+            required="all; all but ties",
+            passed=same["H = I"] == 1 and same["endless damping"] > 0.999,
+        ),
+        Claim(
+            claim="QuIP's LDLQ with the columns reversed is GPTQ",
+            measured=f"{agree:.4%} of codes equal",
+            required="all but ties",
+            passed=agree > 0.999,
+        ),
+    ]
+
+
+class FixedStep(sweep.IntegerColumns):
+    """Integers of one step for the whole matrix, wide enough that none is clipped."""
+
+    def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
+        self._scales[index] = 0.25
+        self._prepared.pop(index, None)
+
+
+def ldlq_agreement(weight: np.ndarray, statistics: Statistics) -> float:
+    """Share of equal codes between the sweep and LDLQ as its paper has it, on H = L D L^T, columns last to first."""
+    form = codec("int8-g64")
+    assert isinstance(form, IntegerCodec)
+    factored = sweep.Factor.of(statistics.hessian)
+    swept = codec("int8-g64").decode(sweep.sweep(weight, factored, FixedStep(form, *weight.shape))) / 0.25
+    hessian = statistics.hessian.astype(np.float64)
+    hessian += 0.01 * np.diagonal(hessian).mean() * np.eye(len(hessian))
+    reverse = np.arange(len(hessian))[::-1]
+    lower = np.linalg.cholesky(hessian[np.ix_(reverse, reverse)])
+    unit, given = lower / np.diagonal(lower), weight[:, reverse].astype(np.float64)
+    found = np.zeros_like(given)
+    for i in range(given.shape[1] - 1, -1, -1):
+        target = given[:, i] + (given[:, i + 1 :] - found[:, i + 1 :]) @ unit[i + 1 :, i]
+        found[:, i] = 0.25 * np.rint(target / 0.25)
+    return float((np.rint(found[:, reverse] / 0.25) == np.rint(swept)).mean())
+
+
+# ---- planted outliers ----------------------------------------------------------------------------------------------
+
+
+def plant(bench: Bench, folder: Path) -> Path:
+    """The model with some channels of every layer's inputs `TIMES` larger, and its outputs the same."""
+    shutil.copytree(bench.folder, folder)
+    random, transform = np.random.default_rng(0), Transform()
+    for layer in range(bench.config.num_layers):
+        for site in sites(bench.config, layer):
+            large = random.random(site.width) < SHARE
+            if site.kind in ("attention", "mlp"):
+                transform.put(site, Scale(np.where(large, 1 / TIMES, 1).astype(np.float32)))
+    seen = Transformed(bench.checkpoint, transform)
+    save_file({name: np.array(seen.alone(name)) for name in bench.checkpoint.names()}, folder / "model.safetensors")
+    return folder
+
+
+def outliers(bench: Bench, quick: bool) -> list[Claim]:
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        planted = plant(bench, folder / "planted")
+        (folder / "calibration.txt").write_text(bench.text, encoding="utf-8")
+        plain = bench.perplexity(planted, "float32")
+
+        def made(method: str, bits: str, *, exact: bool = True) -> float:
+            out = folder / f"{method}-{bits}"
+            compress_model(
+                planted, out, bits=bits, method=method, calibration_text=folder / "calibration.txt",
+                tuning=Tuning(calibration=bench.reading),
+            )  # fmt: skip
+            return bench.perplexity(out, "saved", exact=exact)
+
+        title = f"with {SHARE:.0%} of the channels {TIMES:g} times larger"
+        for bits in (3,) if quick else (4, 3):
+            scaled, rounded = (made(method, f"int{bits}-g128-asym") for method in ("awq", "rtn"))
+            found.append(
+                Claim(
+                    claim=f"{title} AWQ has a lower perplexity than rounding at {bits} bits",
+                    measured=f"{scaled:.2f} against {rounded:.2f}, float {plain:.2f}",
+                    required="below",
+                    passed=scaled < rounded,
+                )
+            )
+        smooth, rounded = (made(method, "int8", exact=False) for method in ("smoothquant", "rtn"))
+        gaps = [np.log(each / plain) for each in (smooth, rounded)]
+        found.append(
+            Claim(
+                claim=f"{title} SmoothQuant is far better than rounding where weights and activations have 8 bits",
+                measured=f"{smooth:.2f} against {rounded:.2f}, float {plain:.2f}; {gaps[0]:+.4f}, {gaps[1]:+.4f} nats",
+                required=f"loss over float at most {FAR_LESS:g} of rounding's",
+                passed=gaps[0] <= FAR_LESS * gaps[1],
+            )
+        )
+    return found
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def files(bench: Bench) -> list[Claim]:
+    """Every form of these methods comes back from its file, and its products read the file's bytes and no others."""
+    shown, right, dense = [], True, 2 * sum(tensor.size for tensor in bench.linears)
+    with tempfile.TemporaryDirectory() as folder:
+        for method, _ in STORED:
+            out = Path(folder) / method
+            quick = Tuning(calibration=CalibrationSettings(max_tokens=1024, sequence_tokens=WINDOW))
+            compress_model(bench.folder, out, method=method, tuning=quick)
+            with Checkpoint(out, bench.config) as saved:
+                saved.verify(digests=True)
+                stored = read = 0
+                for tensor in bench.linears:
+                    packed = saved.packed(tensor.name)
+                    assert packed is not None
+                    stored += saved.stored_bytes(tensor.name)
+                    read += kernels.matrix(packed).nbytes
+                    again = product(kernels.matrix(packed), tensor.shape[1])
+                    wanted = codec(packed.spec).decode(packed).sum(axis=1)
+                    right &= bool(np.abs(again - wanted).max() <= 1e-3 * np.abs(wanted).max())
+            right &= stored == read
+            shown.append(f"{method} {stored:,} stored, {read:,} read, {stored / dense:.3f} of 16 bits")
+    return [
+        Claim(
+            claim="files of BiLLM, PB-LLM, DB-LLM and QuIP hold what products read: no dense matrix beside it",
+            measured="; ".join(shown),
+            required="equal, and products of the reloaded form those of its decoded weights",
+            passed=right,
+        )
+    ]
+
+
+def product(matrix: kernels.Matrix, columns: int) -> np.ndarray:
+    """Row sums, by the exact product."""
+    out = np.empty((1, matrix.rows), np.float32)
+    kernels.linear(np.ones((1, columns), np.float32), [matrix], [out], exact=True)
+    return out[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main("low-bit-llama3-study", sys.modules[__name__]))
