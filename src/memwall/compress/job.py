@@ -31,8 +31,9 @@ from memwall.compress.calibration import (
     shared_input,
     token_sequences,
 )
+from memwall.compress.parts import Part, parts_of
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
-from memwall.compress.sizes import FolderSize, head_bytes
+from memwall.compress.sizes import FolderSize
 from memwall.compress.transforms import TRANSFORM_BYTES, Transformed
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.formats import Packed, codec
@@ -57,18 +58,6 @@ class Tuning:
     damping: float | None = None
     activation_order: bool = True
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """The tensors of one file: the embedding, one layer, or what comes after the layers."""
-
-    tensors: tuple[TensorSpec, ...]
-    layer: int | None = None
-
-    @property
-    def matrices(self) -> list[TensorSpec]:
-        return [tensor for tensor in self.tensors if is_matrix(tensor)]
 
 
 class Job:
@@ -103,7 +92,7 @@ class Job:
         self._progress = progress
         self.settle: Callable[[], object] = _nothing
         """Called where the process may have grown beside the arena, to count that against its cap."""
-        self._parts = _parts(config)
+        self._parts = parts_of(config)
         self._matrices = [tensor for part in self._parts for tensor in part.matrices]
         self._ladder = tuple(codec(spec.replace("-g64", f"-g{group}")).spec for spec in LADDER)
         self._bits = _parsed_bits(bits, self.method) if size is None or self.method.stacks else _any_bits(self.method)
@@ -233,20 +222,15 @@ class Job:
             raise InputError(f"{message}; try --bits {np.ceil(10 * least) / 10:g}") from None
 
     def _overhead_bytes(self, size: FolderSize) -> int:
-        """At most what a folder of this size holds beside matrices: headers, manifest, vectors, copied files."""
-        parts = []
-        for part in self._parts:
-            specs = {
-                t.name: max(self._rungs(t), key=len) if is_matrix(t) else self._stored_spec(t) for t in part.tensors
-            }
-            parts.append({t.name: (specs[t.name], t.shape) for t in part.tensors})
-        packed = {name: Packed(spec=s, shape=shape, buffers={}) for part in parts for name, (s, shape) in part.items()}
-        info = {"bits_per_weight": 1 / 3, **self.settings(), **self.info}
-        names = [self._part_name(index) for index in range(len(parts))]
-        vectors = sum(
-            codec(self._stored_spec(t)).nbytes(t.shape) for p in self._parts for t in p.tensors if not is_matrix(t)
-        )
-        return size.small_files_bytes(names, packed, info) + sum(map(head_bytes, parts)) + vectors
+        """At most what a folder of this size holds beside matrices."""
+        forms = [
+            {t.name: max(self._rungs(t), key=len) if is_matrix(t) else self._stored_spec(t) for t in part.tensors}
+            for part in self._parts
+        ]
+        names = [self._part_name(index) for index in range(len(forms))]
+        # what is not yet read or known counts as long as it can be
+        longest = {"bits_per_weight": 1 / 3, "calibration_sha256": "0" * 64, "calibration_shape": [1 << 40] * 2}
+        return size.overhead_bytes(names, self._parts, forms, {**self.settings(), **longest, "size": 1 << 60})
 
     def _part_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"
@@ -482,16 +466,6 @@ class Job:
 
 def _nothing() -> None:
     """Memory that nobody watches settles by itself."""
-
-
-def _parts(config: ModelConfig) -> list[Part]:
-    tensors = config.tensors()
-    layers = [
-        Part(tensors=tuple(t for t in tensors if t.layer == layer), layer=layer) for layer in range(config.num_layers)
-    ]
-    first = Part(tensors=tuple(t for t in tensors if t.name == EMBEDDING))
-    last = Part(tensors=tuple(t for t in tensors if t.layer is None and t.name != EMBEDDING))
-    return [first, *layers, last]
 
 
 def _parsed_bits(bits: float | str | None, method: WeightMethod) -> float | str:

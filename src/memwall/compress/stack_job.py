@@ -152,7 +152,7 @@ class StackJob(Job):
         base, stack, described = self._layout(forms, kept)
         heads = [len(build_header(base, _metadata(described))[0]), len(build_header(stack, {}, as_given=True)[0])]
         data = sum(forms[name].buffers[buffer].nbytes for name, buffer in self._places(forms, kept))
-        info = {"bits_per_weight": 1 / 3, **self.settings(), "stack": self._stack_info(forms, kept)}
+        info = {"bits_per_weight": 1 / 3, **self.settings(), "size": 1 << 60, "stack": self._stack_info(forms, kept)}
         packed = {
             name: Packed(spec=each["spec"], shape=tuple(each["shape"]), buffers={}) for name, each in described.items()
         }
