@@ -276,7 +276,7 @@ def parts(study: Study) -> list[Claim]:
     mean = np.mean(margins, axis=0)
     return [
         Claim(claim="absolute value decomposition leaves a smaller residual than singular vectors of equal bytes",
-              measured=f"{len(margins)} cases up to {depth} blocks, mean {mean[0]:.3f} against {mean[1]:.3f} of weights",
+              measured=f"{len(margins)} cases up to {depth} blocks, mean {mean[0]:.3f} against {mean[1]:.3f}",
               required="in every one", passed=lower),
         scaling(study),
     ]  # fmt: skip

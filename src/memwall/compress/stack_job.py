@@ -38,6 +38,7 @@ class StackJob(Job):
     method: BitStack
 
     def run(self, work: WorkDirectory) -> None:
+        self._check_size()
         if [part.file for part in work.parts] != list(FILES):
             self._take_apart(work)
             order = self._order(work)
@@ -125,6 +126,23 @@ class StackJob(Job):
 
     def _is_stacked(self, tensor: TensorSpec) -> bool:
         return isinstance(codec(self.specs[tensor.name]), BitStackCodec)
+
+    def _check_size(self) -> None:
+        """InputError, before any work, for a size that nothing can have; headers are seen to later."""
+        if self.size is None:
+            return
+        forms = {tensor: codec(self._stored_spec(tensor)) for part in self._parts for tensor in part.tensors}
+        whole = {tensor: form.nbytes(tensor.shape) for tensor, form in forms.items()}
+        first = {t: n // form.blocks if isinstance(form := forms[t], BitStackCodec) else n for t, n in whole.items()}
+        least = sum(first.values())
+        if self.size.nbytes < least:
+            raise InputError(
+                f"size {self.size}: the first blocks of all matrices and what stays floats take {least:,} bytes and "
+                f"headers; try --size {least + least // 50}"
+            )
+        # what names and small files may add to all blocks is a little
+        most = sum(whole.values()) + self.size.small_files_bytes(FILES, {}, self.settings())
+        self.size.check(most + 256 * self.method.blocks * len(forms), "all blocks")
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
