@@ -230,6 +230,19 @@ def test_sizes_that_cannot_be(source: Path, whole: Path, tmp_path: Path) -> None
         compress(source, tmp_path / "small", 300_000)
     with pytest.raises(InputError, match="all blocks of this model take"):
         compress(source, tmp_path / "large", 2 * folder_bytes(whole))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run_serves_another_size(source: Path, whole: Path, tmp_path: Path) -> None:
+    """Blocks and their order are the same whatever the size; only what is kept of them differs."""
+    root = str(Path(__file__).resolve().parents[2])
+    script = KILLED.format(root=root, stage="sort", share=1.0, source=str(source), out=str(tmp_path / "out"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    asked = folder_bytes(whole) - 20_000
+    report = compress(source, tmp_path / "out", asked)
+    assert report.num_resumed_parts == 4
+    assert 0.99 * asked <= report.folder_bytes <= asked
 
 
 @pytest.mark.parametrize("bits", [3.5, "int4"])

@@ -21,6 +21,7 @@ from memwall.compress.calibration import LayerStream
 from memwall.compress.job import Job
 from memwall.compress.saved import Part as File
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
+from memwall.compress.sizes import LEAST_SHARE
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.base import tensor_name
@@ -37,9 +38,21 @@ class StackJob(Job):
 
     method: BitStack
 
-    def run(self, work: WorkDirectory) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._check_size()
-        if [part.file for part in work.parts] != list(FILES):
+
+    def settings(self) -> dict[str, Any]:
+        """All but the size: a run that is taken up for another one has its blocks and their order already."""
+        return {name: value for name, value in super().settings().items() if name != "size"}
+
+    def run(self, work: WorkDirectory) -> None:
+        asked = None if self.size is None else self.size.nbytes
+        finished = [part.file for part in work.parts] == list(FILES)
+        if finished and work.notes.get("size") != asked:
+            raise InputError(f"{work.path}: was about to be finished at another size; pass --force to start over")
+        self.info["size"] = asked
+        if not finished:
             self._take_apart(work)
             order = self._order(work)
             forms = self._forms(work)
@@ -142,7 +155,8 @@ class StackJob(Job):
             )
         # what names and small files may add to all blocks is a little
         most = sum(whole.values()) + self.size.small_files_bytes(FILES, {}, self.settings())
-        self.size.check(most + 256 * self.method.blocks * len(forms), "all blocks")
+        if most + 256 * self.method.blocks * len(forms) < LEAST_SHARE * self.size.nbytes:
+            self.size.check(most, "all blocks")
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -205,6 +219,7 @@ class StackJob(Job):
     def _write(self, work: WorkDirectory, forms: Mapping[str, Packed], kept: Sequence[str]) -> None:
         base, stack, described = self._layout(forms, kept)
         work.note("stack", self._stack_info(forms, kept))
+        work.note("size", self.info["size"])
         first = self._places(forms, [])
         for file, specs, places, metadata in (
             (FILES[0], base, first, _metadata(described)),
