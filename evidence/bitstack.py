@@ -1,4 +1,4 @@
-"""BitStack's claims: a curve of quality over size from one stored stack, what its parts are worth, and a budget that moves.
+"""BitStack's claims: quality over size from one stored stack, what its parts are worth, and a budget that moves.
 
 The bundled demo model is compressed once into a stack (rank 4: its matrices are a few hundred wide, and at the paper's
 rank 16 factors would outweigh signs), then scored at many sizes on held-out text in exact arithmetic. Sizes of weights
@@ -101,11 +101,11 @@ class Study:
         scored, name = (held_out_text(), "bundled") if text is None else (text[len(text) // 2 :], str(data))
         self.scored = token_sequences(scored, tokenizer, self.config, read, name)
         self.tuning = Tuning(
-            calibration=CalibrationSettings(max_tokens=2048 if quick else 16_384, sequence_tokens=WINDOW)
+            calibration=CalibrationSettings(max_tokens=1024 if quick else 16_384, sequence_tokens=WINDOW)
         )
         calibration = (self.calibration_text or BUNDLED_TEXT).read_text(encoding="utf-8")
         self.calibration = token_sequences(calibration, tokenizer, self.config, self.tuning.calibration, "calibration")
-        self.blocks = 4 if quick else 16
+        self.blocks = 3 if quick else 16
         self.options = {"rank": str(RANK), "blocks": str(self.blocks), "sort_tokens": "512" if quick else "1024"}
         self.stack = folder / "stack"
         self.compress("bitstack", self.stack, self.options)
@@ -181,7 +181,7 @@ def curve(study: Study) -> list[Claim]:
     wanted = len(found) if study.quick else 100
     top = Claim(
         claim="with all blocks perplexity is within 0.5 % of the float model's",
-        measured=f"{found[-1]:.3f} against {study.float:.3f} ({found[-1] / study.float - 1:+.2%}), {study.blocks} blocks",
+        measured=f"{found[-1]:.3f} against {study.float:.3f} ({found[-1] / study.float - 1:+.2%})",
         required="at most +0.5 %", passed=found[-1] <= 1.005 * study.float,
     )  # fmt: skip
     if study.quick:
@@ -199,7 +199,7 @@ def curve(study: Study) -> list[Claim]:
 def equal_bytes(study: Study) -> list[Claim]:
     """Widths of integers against as large a part of the stack, and the singular vectors of the same scaled matrices."""
     rows = {}
-    for spec in ("int2-g64-asym", "int3-g64-asym", "int4-g64"):
+    for spec in ("int2-g64-asym", "int4-g64") if study.quick else ("int2-g64-asym", "int3-g64-asym", "int4-g64"):
         rounded = {
             t.name: RoundToNearest().compress(source_weight(study, t.name), None, MethodConfig(spec=spec))
             for t in study.linears
@@ -226,9 +226,10 @@ def equal_bytes(study: Study) -> list[Claim]:
     return [
         Claim(claim="at 2.5 bits a stack beats rounding to nearest in as many bytes", measured=shown("int2-g64-asym"),
               required="lower perplexity in at most its bytes", passed=two[2] < two[0] and two[4] <= two[3]),
+        not_run("at 2.5 bits it beats HQQ's 2-bit form in as many bytes", "lower perplexity", "the library hqq"),
         Claim(claim="up to 2.5 bits it beats the singular vectors of as many bytes by a wide margin", measured=low,
               required="at most half their perplexity at each size", passed=all(o <= s / 2 for o, s in small.values())),
-        Claim(claim="beside GPTQ at 2, 3 and 4 bits (reported: the paper's claim is of large models at extreme sizes)",
+        Claim(claim="beside GPTQ in as many bytes (reported: the paper's claim is of large models at extreme sizes)",
               measured="; ".join(map(shown, rows)), required="none", passed=None),
     ]  # fmt: skip
 
@@ -276,7 +277,7 @@ def parts(study: Study) -> list[Claim]:
     mean = np.mean(margins, axis=0)
     return [
         Claim(claim="absolute value decomposition leaves a smaller residual than singular vectors of equal bytes",
-              measured=f"{len(margins)} cases of {depth} blocks at most, mean {mean[0]:.3f} against {mean[1]:.3f} of the weight",
+              measured=f"{len(margins)} cases up to {depth} blocks, mean {mean[0]:.3f} against {mean[1]:.3f}",
               required="in every one", passed=lower),
         scaling(study),
     ]  # fmt: skip
@@ -337,11 +338,12 @@ def order(study: Study) -> list[Claim]:
     logs = {name: float(np.mean(np.log(values))) for name, values in found.items()}
     worst = max(ours / other for name in found for ours, other in zip(found["sorted"], found[name], strict=True))
     shown = "; ".join(f"{name} {np.exp(value):.2f}" for name, value in logs.items())
+    least = all(logs["sorted"] < value for name, value in logs.items() if name != "sorted")
     return [
         Claim(claim="blocks in the measured order are worth more than in that of layers or in random ones",
               measured=f"mean over {len(budgets)} sizes: {shown}; at worst {worst - 1:+.2%} at one size",
               required="the least mean of all, at no size more than 1 % above another order",
-              passed=all(logs["sorted"] < value for name, value in logs.items() if name != "sorted") and worst <= TOLERANCE),
+              passed=least and worst <= TOLERANCE),
     ]  # fmt: skip
 
 
@@ -395,14 +397,16 @@ def moving_budget(study: Study) -> list[Claim]:
     reload = time.perf_counter() - began
     return [
         Claim(claim="when blocks are added or dropped, bytes read are those of the difference, and none for less",
-              measured=f"{len(steps)} steps between 0 and {depth} blocks, {'each equal' if equal else 'not equal'}; resident bytes "
-              f"{'follow' if held else 'do not follow'}", required="equal at every step, pages given back", passed=equal and held),
+              measured=f"{len(steps)} steps between 0 and {depth} blocks, {'each equal' if equal else 'not equal'}; "
+              f"resident bytes {'follow' if held else 'do not follow'}",
+              required="equal at every step, pages given back", passed=equal and held),
         Claim(claim="a model that shrank or grew computes what one loaded at that size does, bit for bit",
               measured="equal at every step" if exact else "different", required="equal", passed=exact),
         Claim(claim="the first token after a change waits for the transfer only",
-              measured=f"transfers {1e3 * np.median(transfers):.1f} ms (at most {1e3 * max(transfers):.1f}), with the token "
-              f"{1e3 * np.median(delays):.1f} ms; loading a 4-bit file instead {1e3 * reload:.0f} ms",
-              required="transfer and token in less time than loading another file", passed=bool(np.median(delays) < reload)),
+              measured=f"transfers {1e3 * np.median(transfers):.1f} ms (at most {1e3 * max(transfers):.1f}), with the "
+              f"token {1e3 * np.median(delays):.1f} ms; loading a 4-bit file instead {1e3 * reload:.0f} ms",
+              required="transfer and token in less time than loading another file",
+              passed=bool(np.median(delays) < reload)),
     ]  # fmt: skip
 
 
@@ -414,11 +418,12 @@ def live_server(study: Study) -> list[Claim]:
     )
     try:
         with Server(study.stack, 130_000_000) as server:
-            least = server.get("/v1/budget")["least_bytes"]
             shares = (0.5, 0.0, 1.0, 0.3) if study.quick else (0.5, 0.1, 0.8, 0.0, 1.0, 0.3, 0.6, 0.05, 1.0)
+            whole = study.index.counts(study.index.num_blocks)
             over, blocks, answers = [], [], 0
             for share in shares:
-                budget = int(least * 1.01 + share * 13_000_000)
+                # the least moves with what the process holds; a megabyte is for what it may gain until then
+                budget = server.get("/v1/budget")["least_bytes"] + 1_000_000 + int(share * study.nbytes(whole))
                 answer = server.post("/v1/budget", {"memory": budget})
                 worst, count = server.busy_for(1.0 if study.quick else 2.0)
                 over.append(worst / budget)
@@ -427,7 +432,8 @@ def live_server(study: Study) -> list[Claim]:
     except MissingDependency as error:
         return [Claim(claim=claim, measured=f"not run: {error}", required=required, passed=None)]
     return [
-        Claim(claim=claim, measured=f"{len(shares)} budgets, {answers} answers, blocks held {blocks}; at most {max(over):.1%} of the budget",
+        Claim(claim=claim, measured=f"{len(shares)} budgets, {answers} answers, blocks held {blocks}; "
+              f"at most {max(over):.1%} of the budget",
               required=required + ", blocks move both ways",
               passed=max(over) <= 1 and answers > 0 and len(set(blocks)) > 2),
     ]  # fmt: skip

@@ -200,7 +200,8 @@ def test_a_killed_run_goes_on(source: Path, whole: Path, tmp_path: Path, stage: 
     root = str(Path(__file__).resolve().parents[2])
     script = KILLED.format(root=root, stage=stage, share=share, source=str(source), out=str(tmp_path / "out"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
     journal = json.loads((tmp_path / "out.partial" / "progress.json").read_text())
     assert journal["parts"]
     assert bool(journal["notes"].get("levels")) == (stage == "sort")
@@ -225,10 +226,23 @@ def test_a_size_is_hit_and_never_passed(source: Path, whole: Path, tmp_path: Pat
 
 
 def test_sizes_that_cannot_be(source: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="first blocks of all matrices take [0-9,]+ bytes; try --size"):
+    with pytest.raises(InputError, match=r"first blocks of all matrices [a-z ]*take [0-9,]+ bytes.* try --size [0-9]+"):
         compress(source, tmp_path / "small", 300_000)
     with pytest.raises(InputError, match="all blocks of this model take"):
         compress(source, tmp_path / "large", 2 * folder_bytes(whole))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run_serves_another_size(source: Path, whole: Path, tmp_path: Path) -> None:
+    """Blocks and their order are the same whatever the size; only what is kept of them differs."""
+    root = str(Path(__file__).resolve().parents[2])
+    script = KILLED.format(root=root, stage="sort", share=1.0, source=str(source), out=str(tmp_path / "out"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    asked = folder_bytes(whole) - 20_000
+    report = compress(source, tmp_path / "out", asked)
+    assert report.num_resumed_parts == 4
+    assert 0.99 * asked <= report.folder_bytes <= asked
 
 
 @pytest.mark.parametrize("bits", [3.5, "int4"])

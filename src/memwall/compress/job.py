@@ -33,7 +33,7 @@ from memwall.compress.calibration import (
 )
 from memwall.compress.parts import Part, model_parts
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
-from memwall.compress.sizes import FolderSize, head_bytes
+from memwall.compress.sizes import FolderSize
 from memwall.compress.transforms import TRANSFORM_BYTES, Transformed
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.formats import Packed, codec
@@ -258,20 +258,15 @@ class Job:
             raise InputError(f"{message}; try --bits {np.ceil(10 * least) / 10:g}") from None
 
     def _overhead_bytes(self, size: FolderSize) -> int:
-        """At most what a folder of this size holds beside matrices: headers, manifest, vectors, copied files."""
-        parts = []
-        for part in self._parts:
-            specs = {
-                t.name: max(self._rungs(t), key=len) if is_matrix(t) else self._stored_spec(t) for t in part.tensors
-            }
-            parts.append({t.name: (specs[t.name], t.shape) for t in part.tensors})
-        packed = {name: Packed(spec=s, shape=shape, buffers={}) for part in parts for name, (s, shape) in part.items()}
-        info = {"bits_per_weight": 1 / 3, **self.settings(), **self.info}
-        names = [self._part_name(index) for index in range(len(parts))]
-        vectors = sum(
-            codec(self._stored_spec(t)).nbytes(t.shape) for p in self._parts for t in p.tensors if not is_matrix(t)
-        )
-        return size.small_files_bytes(names, packed, info) + sum(map(head_bytes, parts)) + vectors
+        """At most what a folder of this size holds beside matrices."""
+        forms = [
+            {t.name: max(self._rungs(t), key=len) if is_matrix(t) else self._stored_spec(t) for t in part.tensors}
+            for part in self._parts
+        ]
+        names = [self._part_name(index) for index in range(len(forms))]
+        # what is not yet read or known counts as long as it can be
+        longest = {"bits_per_weight": 1 / 3, "calibration_sha256": "0" * 64, "calibration_shape": [1 << 40] * 2}
+        return size.overhead_bytes(names, self._parts, forms, {**self.settings(), **longest, "size": 1 << 60})
 
     def _part_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"

@@ -97,15 +97,12 @@ def compress_model(
         if checkpoint.manifest is not None:
             raise InputError(f"{source}: is already compressed; give the float model it was made from")
         arena = arena or Arena(UNCAPPED_BYTES, Ledger())
-        if bits is not None and size_bytes is not None:
-            raise InputError("bits and a size are both given: leave one of them out")
-        size = None if size_bytes is None else FolderSize(nbytes=size_bytes, source=source, model_config=config.source)
         job = job_class(method)(
             config,
             checkpoint,
             arena,
             bits=bits,
-            size=size,
+            size=_size(size_bytes, bits, source, config),
             method=method,
             options=options,
             group=group,
@@ -135,6 +132,12 @@ def compress_model(
             peak_resident_bytes=peak_resident_bytes(),
             seconds=time.perf_counter() - began,
         )
+
+
+def _size(nbytes: int | None, bits: float | str | None, source: Path, config: ModelConfig) -> FolderSize | None:
+    if nbytes is not None and bits is not None:
+        raise InputError("bits and a size are both given: leave one of them out")
+    return None if nbytes is None else FolderSize(nbytes=nbytes, source=source, model_config=config.source)
 
 
 def job_class(method: str) -> type[Job]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memwall.compress.parts import Part
 from memwall.compress.saved import COPIED_NAMES
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.manifest import FileEntry, Manifest, PackedEntry
 from memwall.formats.safetensors_file import build_header
 from memwall.hardware.units import format_bytes
+from memwall.models.precision import is_matrix
 
 LEAST_SHARE = 0.99
 """How near a size is hit: from here on, and never above."""
@@ -46,6 +48,20 @@ class FolderSize:
         }
         manifest = Manifest(model_config=self.model_config, files=entries, tensors=packed, info=info)
         return len(manifest.to_json().encode()) + sum(sizes.values())
+
+    def overhead_bytes(
+        self, files: Sequence[str], parts: Sequence[Part], forms: Sequence[Mapping[str, str]], info: Mapping[str, Any]
+    ) -> int:
+        """At most what such a folder holds beside matrices: headers, manifest, vectors, files that are copied.
+
+        forms: of each part's tensors; for matrices the longest spec that they may get.
+        """
+        tensors = [tensor for part in parts for tensor in part.tensors]
+        specs = {name: spec for part in forms for name, spec in part.items()}
+        shaped = [{t.name: (specs[t.name], t.shape) for t in part.tensors} for part in parts]
+        packed = {t.name: Packed(spec=specs[t.name], shape=t.shape, buffers={}) for t in tensors}
+        vectors = sum(codec(specs[t.name]).nbytes(t.shape) for t in tensors if not is_matrix(t))
+        return self.small_files_bytes(files, packed, info) + sum(map(head_bytes, shaped)) + vectors
 
     def check(self, reached_bytes: int, what: str) -> None:
         """InputError where the most that there is to store stays far below what was asked."""

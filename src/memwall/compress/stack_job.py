@@ -21,6 +21,7 @@ from memwall.compress.calibration import LayerStream
 from memwall.compress.job import Job
 from memwall.compress.saved import Part as File
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
+from memwall.compress.sizes import LEAST_SHARE
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.base import tensor_name
@@ -37,8 +38,21 @@ class StackJob(Job):
 
     method: BitStack
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._check_size()
+
+    def settings(self) -> dict[str, Any]:
+        """All but the size: a run that is taken up for another one has its blocks and their order already."""
+        return {name: value for name, value in super().settings().items() if name != "size"}
+
     def run(self, work: WorkDirectory) -> None:
-        if [part.file for part in work.parts] != list(FILES):
+        asked = None if self.size is None else self.size.nbytes
+        finished = [part.file for part in work.parts] == list(FILES)
+        if finished and work.notes.get("size") != asked:
+            raise InputError(f"{work.path}: was about to be finished at another size; pass --force to start over")
+        self.info["size"] = asked
+        if not finished:
             self._take_apart(work)
             order = self._order(work)
             forms = self._forms(work)
@@ -126,6 +140,24 @@ class StackJob(Job):
     def _is_stacked(self, tensor: TensorSpec) -> bool:
         return isinstance(codec(self.specs[tensor.name]), BitStackCodec)
 
+    def _check_size(self) -> None:
+        """InputError, before any work, for a size that nothing can have; headers are seen to later."""
+        if self.size is None:
+            return
+        forms = {tensor: codec(self._stored_spec(tensor)) for part in self._parts for tensor in part.tensors}
+        whole = {tensor: form.nbytes(tensor.shape) for tensor, form in forms.items()}
+        first = {t: n // form.blocks if isinstance(form := forms[t], BitStackCodec) else n for t, n in whole.items()}
+        least = sum(first.values())
+        if self.size.nbytes < least:
+            raise InputError(
+                f"size {self.size}: the first blocks of all matrices and what stays floats take {least:,} bytes and "
+                f"headers; try --size {least + least // 50}"
+            )
+        # what names and small files may add to all blocks is a little
+        most = sum(whole.values()) + self.size.small_files_bytes(FILES, {}, self.settings())
+        if most + 256 * self.method.blocks * len(forms) < LEAST_SHARE * self.size.nbytes:
+            self.size.check(most, "all blocks")
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def _kept(self, order: Sequence[str], forms: Mapping[str, Packed]) -> list[str]:
@@ -152,7 +184,7 @@ class StackJob(Job):
         base, stack, described = self._layout(forms, kept)
         heads = [len(build_header(base, _metadata(described))[0]), len(build_header(stack, {}, as_given=True)[0])]
         data = sum(forms[name].buffers[buffer].nbytes for name, buffer in self._places(forms, kept))
-        info = {"bits_per_weight": 1 / 3, **self.settings(), "stack": self._stack_info(forms, kept)}
+        info = {"bits_per_weight": 1 / 3, **self.settings(), "size": 1 << 60, "stack": self._stack_info(forms, kept)}
         packed = {
             name: Packed(spec=each["spec"], shape=tuple(each["shape"]), buffers={}) for name, each in described.items()
         }
@@ -187,6 +219,7 @@ class StackJob(Job):
     def _write(self, work: WorkDirectory, forms: Mapping[str, Packed], kept: Sequence[str]) -> None:
         base, stack, described = self._layout(forms, kept)
         work.note("stack", self._stack_info(forms, kept))
+        work.note("size", self.info["size"])
         first = self._places(forms, [])
         for file, specs, places, metadata in (
             (FILES[0], base, first, _metadata(described)),
