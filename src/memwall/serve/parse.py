@@ -17,10 +17,11 @@ from memwall.serve.settings import ServerSettings
 if TYPE_CHECKING:
     from memwall.engine.adapters import Adapters
 
-IGNORED = ("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier")
+IGNORED = ("metadata", "store", "service_tier", "safety_identifier")
 SHARED = (
     "model", "stream", "stream_options", "n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
-    "frequency_penalty", "presence_penalty", "logit_bias", "ignore_eos", "priority", "cache_salt", *IGNORED,
+    "frequency_penalty", "presence_penalty", "logit_bias", "ignore_eos", "priority", "cache_salt", "user",
+    "prompt_cache_key", *IGNORED,
 )  # fmt: skip
 COMPLETION = (*SHARED, "prompt", "echo", "best_of", "suffix")
 CHAT = (
@@ -196,6 +197,7 @@ class Parser:
         sampling = self._sampling(fields, new)
         salt = (fields.text("cache_salt") or "").encode("utf-8", "surrogatepass")
         priority = fields.integer("priority", 0, -(1 << 31), 1 << 31)
+        user, session = fields.text("user"), fields.text("prompt_cache_key")
         requests = []
         for prompt in prompts:
             for choice in range(choices):
@@ -208,6 +210,8 @@ class Parser:
                         adapter=model[1],
                         salt=salt,
                         priority=priority,
+                        user=user,
+                        session=session,
                     )
                 )
         return Asked(
