@@ -61,7 +61,7 @@ class Sizes:
     layers: int = 12
     hidden: int = 768
     intermediate: int = 2048
-    chats: int = 36
+    chats: int = 30
     virtual_chats: int = 150
     frequencies: tuple[float, ...] = (0.01, 0.03, 0.1)
     repeats: int = 7
@@ -442,7 +442,7 @@ def real_claims(data: Path | None, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
         page = held.pool.page_bytes
         slower = step / STEP_SECONDS
         link = Link(bytes_per_s=page / (PAGE_SECONDS * slower), seconds_per_copy=LAUNCH_SECONDS * slower)
-        chats = draw_chats(sizes.chats, rate_per_s=0.1 / step, lengths=lengths_of(data, 120), most_tokens=500, seed=2,
+        chats = draw_chats(sizes.chats, rate_per_s=0.12 / step, lengths=lengths_of(data, 64), most_tokens=500, seed=2,
                            think_seconds=10 * step, turns_mean=4.0)  # fmt: skip
         tick("real engine: demand")
         demand = hold(held, chats, None).peak_pages

@@ -21,7 +21,7 @@ IGNORED = ("metadata", "store", "service_tier", "safety_identifier")
 SHARED = (
     "model", "stream", "stream_options", "n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
     "frequency_penalty", "presence_penalty", "logit_bias", "ignore_eos", "priority", "cache_salt", "user",
-    "prompt_cache_key", *IGNORED,
+    "prompt_cache_key", "return_token_ids", *IGNORED,
 )  # fmt: skip
 COMPLETION = (*SHARED, "prompt", "echo", "best_of", "suffix")
 CHAT = (
@@ -34,7 +34,7 @@ LARGEST_SEED = (1 << 63) - 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What a body asks for. model: as it was named. requests: one per choice, those of one prompt in a row; stop: texts
-    that end a choice.
+    that end a choice. token_ids: the answer tells ids of its tokens (a parameter of vLLM's).
     """
 
     model: str
@@ -44,6 +44,7 @@ class Asked:
     stream: bool
     usage: bool
     echo: tuple[str, ...] = ()
+    token_ids: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -222,6 +223,7 @@ class Parser:
             stream=fields.boolean("stream"),
             usage=_usage(fields),
             echo=echo,
+            token_ids=fields.boolean("return_token_ids"),
         )
 
     def _sampling(self, fields: Fields, new: int) -> Sampling:
