@@ -91,6 +91,7 @@ def serve(
 
     path = checked_directory(model_directory(model))
     budget = parse_budget(memory, None)
+    fair = fair_options(scheduler, priorities, priority_updates, adapters=bool(lora or lora_dir))
     loras = read_loras(lora, lora_dir, max_lora_rank, path, name or path.name, quiet=quiet)
     tokenizer, template = Tokenizer.from_directory(path), ChatTemplate.from_directory(path)
     template.render([{"role": "user", "content": "hello"}])  # what it brings into the process counts from the start
@@ -98,7 +99,7 @@ def serve(
         "max_sequences": max_sequences, "token_budget": max(step_tokens, max_sequences), "threads": threads,
         "swap_bytes": _swap_bytes(swap),
     }  # fmt: skip
-    options |= fair_options(scheduler, priorities, priority_updates, adapters=bool(lora or lora_dir))
+    options |= fair
     options |= _lora_options(loras, path, lora_batch, first_token_limit)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
