@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from memwall.cli import app
-from memwall.engine.arrivals import Load
+from memwall.engine.arrivals import Load, joined
 from memwall.errors import InputError
 from memwall.serve.bench import Outcome, Target, measure, report
 from tests.serve.conftest import Running
@@ -45,6 +45,47 @@ def test_a_server_that_is_started_for_it_and_one_that_cannot_be() -> None:
     small = invoke("demo", "--memory", "20MB", "--requests", "3")
     assert small.exit_code == 1
     assert "--memory" in small.stderr or "budget" in small.stderr
+
+
+def test_conversations_with_priorities_that_change() -> None:
+    options = ("--weights", "int8", "--scheduler", "fastswitch", "--priorities", "random", "--turns", "3", "--json")
+    lengths = ("--requests", "9", "--prompt-tokens", "40", "--output-tokens", "20", "--concurrency", "3")
+    done = invoke("demo", "--memory", "140MB", *options, *lengths)
+    assert done.exit_code == 0, done.stderr
+    (run,) = json.loads(done.stdout)["runs"]
+    assert (run["requests"], run["failed"]) == (9, 0)
+    assert run["switches"]["kept"] >= 6
+    assert run["switches"]["out_bytes"] > 0
+    assert run["switches"]["clean_bytes"] > 0  # the second turn does not send the first one again
+    assert run["resident_peak_bytes"] <= run["budget_bytes"]
+
+
+def test_turns_hold_what_was_said_and_follow_each_other() -> None:
+    loads = joined([Load(at=float(i), prompt_tokens=10, output_tokens=5) for i in range(5)], 2)
+    assert [load.prompt_tokens for load in loads] == [10, 25, 10, 25, 10]
+    assert [load.at for load in loads] == [0.0, None, 2.0, None, 4.0]
+    assert len({load.session for load in loads}) == 3
+    with pytest.raises(InputError, match="at least 1"):
+        joined(loads, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--priorities", "fair"), "need --scheduler fastswitch"),
+        (("--scheduler", "fastswitch", "--priorities", "fixed", "--priority-updates", "0.1"), "do not change"),
+        (("--scheduler", "fastswitch", "--priority-updates", "3"), "at most 1"),
+        (("--scheduler", "fastswitch", "--lora-dir", "adapters"), "serves no adapters"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: tuple[str, ...], words: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "demo", *options], prog_name="memwall")
+    assert done.exit_code == 2, done.output
+    assert words in " ".join(done.output.split())
+    if "--lora-dir" not in options:
+        done = invoke("demo", "--url", "http://127.0.0.1:1", *options)
+        assert done.exit_code == 2
+        assert "leave --url out" in " ".join(done.output.split())
 
 
 def test_refusals_count_as_failures(server: Running) -> None:

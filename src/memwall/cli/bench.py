@@ -14,6 +14,7 @@ import typer
 
 from memwall.cli import bench_trace
 from memwall.cli.command import AsJson, Debug, Memory, Quiet, Threads, Weights, add_command, complete_model
+from memwall.cli.fair import PrioritiesOption, SchedulerOption, ServeScheduler, UpdatesOption
 from memwall.cli.printing import format_table, note, print_json
 from memwall.cli.schedulers import SchedulerName, SchedulerOption
 from memwall.errors import DoesNotFit, InputError
@@ -66,6 +67,12 @@ def serve(
     scale: Annotated[float, typer.Option(help="How many times as dense the trace's arrivals come.")] = 1.0,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, half less to half more.", min=1)] = 64,
     output_tokens: Annotated[int, typer.Option(help="Tokens of an answer, half less to half more.", min=1)] = 64,
+    turns: Annotated[
+        int, typer.Option(help="Turns of a conversation: each prompt holds all that was said before.", min=1, max=1000)
+    ] = 1,
+    scheduler: SchedulerOption = ServeScheduler.fcfs,
+    priorities: PrioritiesOption = None,
+    priority_updates: UpdatesOption = None,
     shared_tokens: Annotated[int, typer.Option(help="Tokens that all prompts begin with alike.", min=0)] = 0,
     scheduler: SchedulerOption = SchedulerName.fcfs,
     slo_first: Annotated[float, typer.Option(help="Objective: seconds to the first token.", min=0)] = 1.0,
@@ -79,16 +86,19 @@ def serve(
 
     Open loop with --rate or a --trace that has times (requests come when they come), else closed loop.
     """
+    from memwall.engine.arrivals import joined
     from memwall.models import model_directory
     from memwall.models.config import ModelConfig
 
     loads = _loads(trace, requests, prompt_tokens, output_tokens, rate, variation, scale, seed)
+    loads = joined(loads, turns) if turns > 1 else loads
     counts = _counts(concurrency, loads)
     config = ModelConfig.from_directory(model_directory(model))
     options = [] if memory is None else ["--memory", memory]
     if scheduler is not SchedulerName.fcfs:
         options += ["--scheduler", scheduler.value, "--slo-first", str(slo_first), "--slo-token", str(slo_token)]
     options += ["--weights", weights, *([] if threads is None else ["--threads", str(threads)])]
+    options += _scheduling(scheduler, priorities, priority_updates, url)
     with _server(model, url, options, requests, quiet=quiet) as where:
         runs = [
             _measure(where, api_key, config.vocab_size, loads, count, seed, shared_tokens, (slo_first, slo_token))
@@ -101,6 +111,15 @@ def serve(
     for run in runs:
         for error in run["errors"]:
             note(f"memwall: {error}", quiet=quiet)
+
+
+def _scheduling(scheduler: ServeScheduler, priorities: str | None, updates: float | None, url: str | None) -> list[str]:
+    """Options of the server that is started."""
+    told: dict[str, object] = {"--priorities": priorities, "--priority-updates": updates}
+    given = [part for name, value in told.items() if value is not None for part in (name, str(value))]
+    if url is not None and (given or scheduler is not ServeScheduler.fcfs):
+        raise InputError("--scheduler and --priorities are for a server that is started here; leave --url out")
+    return ["--scheduler", scheduler.value, *given]
 
 
 def _loads(
@@ -116,10 +135,21 @@ def _loads(
     return scaled(loads, scale)
 
 
+def _timed(loads: list[Load]) -> bool:
+    """Whether all have times, but for turns that follow others."""
+    sessions: set[str] = set()
+    for load in loads:
+        if load.at is None and load.session not in sessions:
+            return False
+        if load.session is not None:
+            sessions.add(load.session)
+    return True
+
+
 def _counts(concurrency: str | None, loads: list[Load]) -> list[int | None]:
     """What to run: None for an open loop, else counts for closed ones."""
     if concurrency is None:
-        return [None] if all(load.at is not None for load in loads) else [8]
+        return [None] if loads[0].at is not None and _timed(loads) else [8]
     try:
         counts = [int(part) for part in concurrency.split(",")]
     except ValueError:
@@ -187,7 +217,11 @@ def _measure(
         except (InputError, ValueError):
             return {}  # another project's server
         names = ("budget_bytes", "resident_peak_bytes")
-        return {**{name: held[name] for name in names}, "preempted": held["totals"]["preempted"]}
+        return {
+            **{name: held[name] for name in names},
+            "preempted": held["totals"]["preempted"],
+            "switches": held["totals"].get("switches"),
+        }
 
     try:
         return asyncio.run(run())
@@ -213,6 +247,13 @@ def _bursts(index: dict[str, float] | None) -> str:
     return f"{index['cv']:.2f} / {index['fano']:.2f} / {index['peak']:.2f}" if index else "-"
 
 
+def _switches(counts: dict[str, float] | None) -> str:
+    if not counts or not counts["out_copies"] + counts["in_copies"]:
+        return "-"
+    moved = (counts["out_bytes"] + counts["in_bytes"]) / 1e6
+    return f"{counts['out_copies'] + counts['in_copies']:,} / {moved:,.0f} / {counts['stall_seconds']:.2f}"
+
+
 def _table(runs: list[dict[str, Any]]) -> str:
     from memwall.hardware.units import format_bytes
 
@@ -231,6 +272,7 @@ def _table(runs: list[dict[str, Any]]) -> str:
         ("between tokens, ms", [milliseconds(run["between_tokens_seconds"]) for run in runs]),
         ("whole answer, ms", [milliseconds(run["whole_seconds"]) for run in runs]),
         ("sent late by, ms", [milliseconds(run["send_lag_seconds"]) for run in runs]),
+        ("swaps: copies / MB / s stalled", [_switches(run.get("switches")) for run in runs]),
         (
             "peak resident",
             [format_bytes(run["resident_peak_bytes"]) if "resident_peak_bytes" in run else "-" for run in runs],

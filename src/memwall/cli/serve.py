@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memwall.cli.command import Debug, Memory, Model, Quiet, Threads, Weights, add_command
+from memwall.cli.fair import PrioritiesOption, SchedulerOption, ServeScheduler, UpdatesOption, fair_options
 from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, LoraOption, MostRank, read_loras
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
@@ -41,6 +42,9 @@ def serve(
     step_tokens: Annotated[
         int, typer.Option(help="Tokens computed in one step: long prompts come in chunks of it.", min=16, max=8192)
     ] = 256,
+    scheduler: SchedulerOption = ServeScheduler.fcfs,
+    priorities: PrioritiesOption = None,
+    priority_updates: UpdatesOption = None,
     swap: Annotated[str, typer.Option(help="Disk for requests set aside, such as 1GB; 0 for none.")] = "256MB",
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback are open to the network.")] = (
         "127.0.0.1"
@@ -91,6 +95,7 @@ def serve(
 
     path = checked_directory(model_directory(model))
     budget = parse_budget(memory, None)
+    fair = fair_options(scheduler, priorities, priority_updates, adapters=bool(lora or lora_dir))
     loras = read_loras(lora, lora_dir, max_lora_rank, path, name or path.name, quiet=quiet)
     tokenizer, template = Tokenizer.from_directory(path), ChatTemplate.from_directory(path)
     template.render([{"role": "user", "content": "hello"}])  # what it brings into the process counts from the start
@@ -98,6 +103,7 @@ def serve(
         "max_sequences": max_sequences, "token_budget": max(step_tokens, max_sequences), "threads": threads,
         "swap_bytes": _swap_bytes(swap),
     }  # fmt: skip
+    options |= fair
     options |= _lora_options(loras, path, lora_batch, first_token_limit)
     options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
@@ -136,13 +142,14 @@ def start(
     from memwall.engine.serving import ServingSettings, load_engine
     from memwall.plan.serving import choose
 
-    scheduler = options.pop("scheduler", None)
+    scheduler, priorities = options.pop("scheduler", None), options.pop("priorities", None)
     settings = choose(path, budget, ServingSettings(weights=weights, context_tokens=context, **options))
     try:
         with progress_bar("loading", quiet=quiet) as bar:
             return load_engine(
-                path, settings, budget=budget, tokenizer=tokenizer, scheduler=scheduler, progress=bar.counted
-            )
+                path, settings, budget=budget, tokenizer=tokenizer, scheduler=scheduler, priorities=priorities,
+                progress=bar.counted,
+            )  # fmt: skip
     except BudgetExceeded as refused:
         raise DoesNotFit(_advice(settings, budget, refused)) from refused
 

@@ -20,11 +20,14 @@ MOST_LINE_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """One request to come. at: None where a trace tells no times."""
+    """One request to come. at: None where a trace tells no times. session: the conversation it is a turn of; its prompt
+    then begins with what was said before.
+    """
 
     at: float | None
     prompt_tokens: int
     output_tokens: int
+    session: str | None = None
 
 
 def gamma_gaps(rate_per_s: float, cv: float, count: int, seed: int) -> list[float]:
@@ -84,6 +87,24 @@ def scaled(loads: Sequence[Load], factor: float) -> list[Load]:
     return [replace(load, at=None if load.at is None else load.at / factor) for load in loads]
 
 
+def joined(loads: Sequence[Load], turns: int) -> list[Load]:
+    """Every `turns` requests become a conversation: prompts are what is new of each turn, and then hold all before.
+
+    The first keeps its time, the others come when the answer before is there.
+    """
+    if turns < 1:
+        raise InputError(f"turns is {turns}; it must be at least 1")
+    found: list[Load] = []
+    history = 0
+    for number, load in enumerate(loads):
+        first = number % turns == 0
+        prompt = load.prompt_tokens + (0 if first else history)
+        history = prompt + load.output_tokens
+        at = load.at if first else None
+        found.append(replace(load, at=at, prompt_tokens=prompt, session=f"conversation {number // turns}"))
+    return found
+
+
 def clipped(loads: Sequence[Load], context_tokens: int) -> list[Load]:
     """Lengths that a context can hold: the answer is cut to half of it at most, then the prompt to what is left."""
     found = []
@@ -96,6 +117,7 @@ def clipped(loads: Sequence[Load], context_tokens: int) -> list[Load]:
 
 
 NANOSECONDS = 1000**3
+NO_SESSION = ("", "nan", "-")
 PROMPT_NAMES = ("contexttokens", "num_prefill_tokens", "request tokens", "input_length", "prompt_tokens")
 OUTPUT_NAMES = ("generatedtokens", "num_decode_tokens", "response tokens", "output_length", "output_tokens")
 
@@ -127,7 +149,13 @@ def _load(path: Path, number: int, row: dict[str, object]) -> Load:
         at = offset / NANOSECONDS  # apex_plus
     if at is not None and path.suffix == ".jsonl":
         at /= 1000  # Mooncake counts milliseconds
-    return Load(at=at, prompt_tokens=length(PROMPT_NAMES), output_tokens=length(OUTPUT_NAMES))
+    session = str(row.get("session id") or "").strip()
+    return Load(
+        at=at,
+        prompt_tokens=length(PROMPT_NAMES),
+        output_tokens=length(OUTPUT_NAMES),
+        session=session if session not in NO_SESSION else None,
+    )
 
 
 def seconds_of(value: object) -> float | None:

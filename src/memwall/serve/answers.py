@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +70,8 @@ class Form:
         told = self._logprobs(index, piece.logprobs)
         if self.chat:
             delta = {"content": piece.text} if piece.text or not piece.finish else {}
-            return self._chunk([self._delta(index, delta, told, piece.finish)])
-        return self._chunk([self._text(index, piece.text, told, piece.finish)])
+            return self._chunk([{**self._delta(index, delta, told, piece.finish), **self._ids(piece.ids)}])
+        return self._chunk([{**self._text(index, piece.text, told, piece.finish), **self._ids(piece.ids)}])
 
     def closing(self, choices: list[Choice]) -> dict[str, Any] | None:
         """The last piece, with the usage, where it was asked for."""
@@ -80,9 +81,10 @@ class Form:
         told = self._logprobs(index, tuple(choice.logprobs))
         text = "".join(choice.text)
         if not self.chat:
-            return self._text(index, self._echo(index) + text, told, choice.finish)
+            return {**self._text(index, self._echo(index) + text, told, choice.finish), **self._ids(choice.ids)}
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": told, "finish_reason": choice.finish}
+        found = {"index": index, "message": message, "logprobs": told, "finish_reason": choice.finish}
+        return {**found, **self._ids(choice.ids)}
 
     def _logprobs(self, index: int, told: tuple[Any, ...]) -> dict[str, Any] | None:
         if self.asked.requests[index].logprobs is None:
@@ -91,6 +93,9 @@ class Form:
             return chat_logprobs(self.tokenizer, told)
         found, self.offsets[index] = completion_logprobs(self.tokenizer, told, self.offsets.get(index, 0))
         return found
+
+    def _ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(ids)} if self.asked.token_ids else {}
 
     def _echo(self, index: int) -> str:
         return self.asked.echo[index // self.asked.choices] if self.asked.echo else ""

@@ -45,6 +45,7 @@ class Outcome:
     tokens: int = 0
     error: str | None = None
     gaps: list[float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
 
 
 async def measure(
@@ -52,7 +53,8 @@ async def measure(
 ) -> list[Outcome]:
     """Sends all; concurrency: closed loop with so many at a time, None: open loop by the loads' times.
 
-    shared_tokens: how many tokens all prompts begin with alike.
+    shared_tokens: how many tokens all prompts begin with alike. A turn of a conversation is sent when the one before it
+    is answered, or later.
     """
     draw = random.Random(seed)
     opening = [draw.randrange(8, target.vocabulary) for _ in range(shared_tokens)]
@@ -64,10 +66,16 @@ async def measure(
     began = time.perf_counter()
     slots = asyncio.Semaphore(concurrency if concurrency is not None else len(loads) or 1)
 
-    async def one(outcome: Outcome, prompt: list[int]) -> None:
+    async def one(outcome: Outcome, prompt: list[int], before: asyncio.Task[list[int]] | None) -> list[int]:
+        """All that was said in the end."""
+        if before is not None:
+            history = await before
+            prompt = (history + prompt)[: outcome.load.prompt_tokens]
+            outcome.due = time.perf_counter()
         if concurrency is None:
-            assert outcome.load.at is not None
-            outcome.due = began + outcome.load.at
+            at = outcome.load.at
+            assert at is not None or before is not None
+            outcome.due = max(outcome.due, began + at if at is not None else 0.0)
             await asyncio.sleep(max(outcome.due - time.perf_counter(), 0))
         async with slots:
             outcome.sent = time.perf_counter()
@@ -78,8 +86,16 @@ async def measure(
                     await _ask(target, prompt, outcome)
             except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as error:
                 outcome.error = str(error)[:200] or type(error).__name__
+        return prompt + outcome.ids
 
-    await asyncio.gather(*(one(outcome, prompt) for outcome, prompt in zip(outcomes, prompts)))
+    last: dict[str | None, asyncio.Task[list[int]]] = {}
+    tasks = []
+    for outcome, prompt in zip(outcomes, prompts):
+        session = outcome.load.session
+        tasks.append(asyncio.create_task(one(outcome, prompt, last.get(session))))
+        if session is not None:
+            last[session] = tasks[-1]
+    await asyncio.gather(*tasks)
     return outcomes
 
 
@@ -109,6 +125,8 @@ async def _ask(target: Target, prompt: list[int], outcome: Outcome) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if outcome.load.session is not None:
+        asked |= {"prompt_cache_key": outcome.load.session, "return_token_ids": True}
     reader, writer = await _connect(target)
     try:
         await _send(writer, target, "POST", "/v1/completions", json.dumps(asked).encode())
@@ -127,6 +145,7 @@ async def _ask(target: Target, prompt: list[int], outcome: Outcome) -> None:
                 now = time.perf_counter()
                 if outcome.last is not None:
                     outcome.gaps.append(now - outcome.last)
+                outcome.ids += piece["choices"][0].get("token_ids") or []
                 outcome.first = outcome.first if outcome.first is not None else now
                 outcome.last = now
         if not outcome.tokens:

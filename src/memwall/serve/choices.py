@@ -14,10 +14,13 @@ REASONS = {"stop": "stop", "length": "length", "cancelled": "length", "aborted":
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """New text of a choice, and its tokens with log-probabilities where they were asked for."""
+    """New text of a choice, its tokens' log-probabilities where they were asked for, and ids of the tokens since the
+    last piece that says something.
+    """
 
     text: str = ""
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
+    ids: tuple[int, ...] = ()
     finish: str | None = None
 
 
@@ -34,6 +37,8 @@ class Choice:
     aborted: bool = False
     text: list[str] = field(default_factory=list)
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    told_ids: int = 0
 
     def __post_init__(self) -> None:
         self._stream = self.tokenizer.stream()
@@ -51,6 +56,7 @@ class Choice:
         told: tuple[tuple[int, TokenLogprobs], ...] = ()
         if event.token is not None:
             self.tokens += 1
+            self.ids.append(event.token)
             shown, met = self._watcher.push(self._stream.push(event.token))
             told = ((event.token, event.logprobs),) if event.logprobs is not None else ()
         if met:
@@ -63,7 +69,10 @@ class Choice:
             self.finish = "stop" if met else REASONS[event.finish]
         self.text.append(shown)
         self.logprobs += told
-        return Piece(text=shown, logprobs=told, finish=self.finish)
+        ids: tuple[int, ...] = ()
+        if shown or told or self.finish:
+            ids, self.told_ids = tuple(self.ids[self.told_ids :]), len(self.ids)
+        return Piece(text=shown, logprobs=told, ids=ids, finish=self.finish)
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -62,6 +62,7 @@ def memory_map(service: Service) -> dict[str, Any]:
             "computed_tokens": engine.totals.computed_tokens,
             "prefix_hits": engine.totals.prefix_hits,
             "preempted": dict(engine.totals.preempted),
+            "switches": asdict(engine.switch.counts),
             "finished": dict(engine.totals.finished),
         },
         "latency": latencies(service),
@@ -79,6 +80,7 @@ def _row(one: Sequence, now: float) -> dict[str, Any]:
         "pages": len(one.pages) or (len(one.copy.places) if one.copy is not None else 0),
         "preemptions": one.preemptions,
         "priority": one.request.priority,
+        "level": one.level,
         "adapter": one.request.adapter,
         "seconds": now - one.arrival,
     }

@@ -5,7 +5,7 @@ Beyond those: resident bytes by owner and tier, the budget, and how far the plan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from memwall.memory import ledger_error, peak_resident_bytes, resident_bytes
 
 if TYPE_CHECKING:
+    from memwall.engine.switching import SwitchCounts
     from memwall.serve.service import Service
 
 FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -71,6 +72,7 @@ class EngineMetrics:
         yield counter("prefix_cache_hits", "Tokens found there.", totals.prefix_hits)
         yield counter("num_preemptions", "Requests set aside.", sum(totals.preempted.values()))
         yield counter("client_cancellations", "Requests whose client went away.", service.cancelled_by_clients)
+        yield from _switches(engine.switch.counts, counter)
         finished = CounterMetricFamily(
             PREFIX + "request_success", "Requests that ended.", labels=["model_name", "finished_reason"]
         )
@@ -114,6 +116,16 @@ class EngineMetrics:
         facts = {"block_size": limits.page_tokens, "page_bytes": pool.page_bytes, "num_gpu_blocks": pool.limit_pages}
         info.add_metric([], {name: str(value) for name, value in facts.items()})
         yield info
+
+
+def _switches(counts: SwitchCounts, counter: Callable[[str, str, float], CounterMetricFamily]) -> Iterator[Any]:
+    """Context switches: what was moved, in how many copies, and what it held up."""
+    yield counter("swap_out_bytes", "Bytes copied out.", counts.out_bytes)
+    yield counter("swap_in_bytes", "Bytes copied back.", counts.in_bytes)
+    yield counter("swap_copies", "Copies either way.", counts.out_copies + counts.in_copies)
+    yield counter("swap_reused_bytes", "Bytes not copied out again.", counts.clean_bytes)
+    yield counter("swap_stall_seconds", "Seconds that steps waited for copies.", counts.stall_seconds)
+    yield counter("swap_conflicts", "Times that pages were wanted while being copied out.", counts.conflicts)
 
 
 def exposition(service: Service, *, alias: bool = False) -> bytes:

@@ -17,10 +17,11 @@ from memwall.serve.settings import ServerSettings
 if TYPE_CHECKING:
     from memwall.engine.adapters import Adapters
 
-IGNORED = ("user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier")
+IGNORED = ("metadata", "store", "service_tier", "safety_identifier")
 SHARED = (
     "model", "stream", "stream_options", "n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
-    "frequency_penalty", "presence_penalty", "logit_bias", "ignore_eos", "priority", "cache_salt", *IGNORED,
+    "frequency_penalty", "presence_penalty", "logit_bias", "ignore_eos", "priority", "cache_salt", "user",
+    "prompt_cache_key", "return_token_ids", *IGNORED,
 )  # fmt: skip
 COMPLETION = (*SHARED, "prompt", "echo", "best_of", "suffix")
 CHAT = (
@@ -35,7 +36,7 @@ LARGEST_SEED = (1 << 63) - 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What a body asks for. model: as it was named. requests: one per choice, those of one prompt in a row; stop: texts
-    that end a choice.
+    that end a choice. token_ids: the answer tells ids of its tokens (a parameter of vLLM's).
     """
 
     model: str
@@ -45,6 +46,7 @@ class Asked:
     stream: bool
     usage: bool
     echo: tuple[str, ...] = ()
+    token_ids: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -201,6 +203,7 @@ class Parser:
         sampling = self._sampling(fields, new)
         salt = (fields.text("cache_salt") or "").encode("utf-8", "surrogatepass")
         priority = fields.integer("priority", 0, -(1 << 31), 1 << 31)
+        user, session = fields.text("user"), fields.text("prompt_cache_key")
         requests = []
         for prompt in prompts:
             for choice in range(choices):
@@ -213,6 +216,8 @@ class Parser:
                         adapter=model[1],
                         salt=salt,
                         priority=priority,
+                        user=user,
+                        session=session,
                     )
                 )
         return Asked(
@@ -223,6 +228,7 @@ class Parser:
             stream=fields.boolean("stream"),
             usage=_usage(fields),
             echo=echo,
+            token_ids=fields.boolean("return_token_ids"),
         )
 
     def _sampling(self, fields: Fields, new: int) -> Sampling:
