@@ -37,6 +37,7 @@ from memwall.errors import InputError
 RELEASED = Shares(prefill=80, decode=100)
 """The released code's shares at the start."""
 BLOCKED_BUSY, BLOCKED_TIMES = 0.6, 3.0
+MOST_THETA = 95.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +141,13 @@ class SemiPD:
         return percentile(window.first, self.percentile) > BLOCKED_TIMES * explained
 
     def fit(self, windows: Sequence[Window]) -> Models:
-        """Least squares over the windows; theta from the newest that tell a rate and a prompt's work."""
-        theta, work = self._theta(windows)
+        """Least squares over the windows, each with the theta of its own rate; the newest two tell the rate to come."""
+        work = _work_seconds(windows)
         first = [
-            (1 / max(window.shares.effective("prefill") - theta, 1.0), percentile(window.first, self.percentile))
+            (
+                1 / max(window.shares.effective("prefill") - _theta([window], work), 1.0),
+                percentile(window.first, self.percentile),
+            )
             for window in windows
             if window.first
         ]
@@ -153,18 +157,9 @@ class SemiPD:
             if window.token
         ]
         own = token[-1][1] / token[-1][0] if token else 0.0
-        return Models(first=fit_line(first, slope=100 * work), token=fit_line(token, slope=own), theta=theta)
-
-    def _theta(self, windows: Sequence[Window]) -> tuple[float, float]:
-        """theta = 100 r l100 in percent, and l100 in seconds."""
-        prompts = sum(window.prompts for window in windows)
-        seconds = sum(window.seconds for window in windows)
-        if not prompts or seconds <= 0:
-            return 0.0, 0.0
-        work = sum(window.prefill_seconds * window.shares.effective("prefill") / 100 for window in windows) / prompts
-        recent = windows[-4:]
-        rate = sum(window.arrived for window in recent) / sum(window.seconds for window in recent)
-        return min(100 * rate * work, 95.0), work
+        return Models(
+            first=fit_line(first, slope=100 * work), token=fit_line(token, slope=own), theta=_theta(windows[-2:], work)
+        )
 
     def _search(self, shares: Shares, phase: Phase, models: Models) -> Shares:
         """Steps towards one phase until the model says that its objective is met."""
@@ -194,6 +189,19 @@ class SemiPD:
         if own + other > self.cap:  # the other keeps its last step
             return shares
         return Shares(prefill=own, decode=other) if phase == "prefill" else Shares(prefill=other, decode=own)
+
+
+def _work_seconds(windows: Sequence[Window]) -> float:
+    """l100: a prompt's seconds at the whole device."""
+    prompts = sum(window.prompts for window in windows)
+    used = sum(window.prefill_seconds * window.shares.effective("prefill") / 100 for window in windows)
+    return used / prompts if prompts else 0.0
+
+
+def _theta(windows: Sequence[Window], work: float) -> float:
+    """theta = 100 r l100, percent."""
+    seconds = sum(window.seconds for window in windows)
+    return min(100 * sum(window.arrived for window in windows) / seconds * work, MOST_THETA) if seconds > 0 else 0.0
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
