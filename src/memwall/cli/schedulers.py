@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 FIRST_SECONDS, TOKEN_SECONDS = 1.0, 0.1
 """Objectives where none are given."""
+DECODE_SLACK = 2.0
+"""Nexus' beta here. The paper's 1.1 is for devices on which decode is as fast with half of the compute; a quota of time
+slows it down in proportion, and prefill would be left with a tenth.
+"""
 
 
 class SchedulerName(StrEnum):
@@ -42,9 +46,8 @@ SloToken = Annotated[
 
 def options_of(name: SchedulerName, first: float | None, token: float | None, *, adapters: bool) -> dict[str, Any]:
     """What `ServingSettings` and `load_engine` get for a scheduler."""
-    if name is not SchedulerName.semi_pd:
-        if first is not None or token is not None:
-            raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
+    if name is not SchedulerName.semi_pd and (first is not None or token is not None):
+        raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
     if name is SchedulerName.fcfs:
         return {}
     if adapters:
@@ -67,9 +70,9 @@ def finish(name: SchedulerName, serving: Serving) -> None:
     if name is not SchedulerName.nexus:
         return
     from memwall.engine.nexus import Nexus
-    from memwall.engine.phase_profile import profile_serving
+    from memwall.engine.phase_profile import SHARES, profile_serving
 
-    serving.engine.scheduler = Nexus(costs=profile_serving(serving))
+    serving.engine.scheduler = Nexus(costs=profile_serving(serving), beta=DECODE_SLACK, least=SHARES[0])
 
 
 def describe(serving: Serving) -> dict[str, Any] | None:

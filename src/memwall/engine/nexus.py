@@ -11,7 +11,7 @@ and moves percent by percent. Prompts go shortest first, and older ones gain on 
 Units and shapes: shares in percent that sum to 100, seconds, tokens. State in, step out.
 
 Differs from the paper: `delta`, which it does not tell, is 5 points. Where no share meets the slack the favoured phase
-keeps 1 percent, the bound. On the CPU a share is a quota of processor time that is changed in a running worker.
+keeps `least`, the bound. On the CPU a share is a quota of processor time that is changed in a running worker.
 
 Cost: 2 to 4 evaluations of the model where little changed, each some tens of operations; no bytes moved.
 
@@ -32,7 +32,7 @@ from memwall.errors import InputError
 class Nexus:
     """beta, alpha: how many times as long decode and prefill may take as alone. kv_switch: the share of pages in use
     from which decode is favoured. delta: percent that shares must differ by to be changed. gamma: tokens that a second
-    of age is worth.
+    of age is worth. least: percent that either keeps, such as the smallest share at which costs were measured.
     """
 
     costs: Costs
@@ -41,6 +41,7 @@ class Nexus:
     kv_switch: float = 0.7
     delta: int = 5
     gamma: float = 15.0
+    least: int = 1
     spare_pages: int = 1
 
     def __post_init__(self) -> None:
@@ -50,6 +51,9 @@ class Nexus:
             raise InputError(f"kv_switch is {self.kv_switch}; it must be 0 to 1")
         if self.delta < 0 or self.gamma < 0:
             raise InputError(f"delta {self.delta} and gamma {self.gamma}: neither may be negative")
+
+        if not 1 <= self.least <= 50:
+            raise InputError(f"least is {self.least} percent; it must be 1 to 50")
 
     def plan_step(self, state: State, now: float) -> Step:
         """See `Scheduler`."""
@@ -76,7 +80,7 @@ class Nexus:
 
     def search(self, favoured: Phase, start: int, demand: Demand) -> tuple[int, int]:
         """The favoured phase's largest percent that leaves the other one within its slack, found from `start`; and how
-        often the model was asked. At least 1, at most 99.
+        often the model was asked. Both keep `least`.
         """
         slack = self.beta if favoured == "prefill" else self.alpha
         asked = 1
@@ -87,12 +91,13 @@ class Nexus:
             asked += 1
             return self.seconds(favoured, own, demand) <= limit
 
-        own = min(max(start, 1), 99)
-        while own > 1 and not fits(own):
+        most = 100 - self.least
+        own = min(max(start, self.least), most)
+        while own > self.least and not fits(own):
             own -= 1
         if own < start:
             return own, asked
-        while own < 99 and fits(own + 1):
+        while own < most and fits(own + 1):
             own += 1
         return own, asked
 

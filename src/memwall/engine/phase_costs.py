@@ -106,7 +106,7 @@ class Costs:
         part = self.attention_part(demand, share)
         keys = self.contention * demand.prefill_kv * self.size.kv_bytes
         weights = self.contention * self.size.weight_bytes
-        return part * mine / (mine + keys) + (1 - part) * mine / (mine + weights)
+        return min(part * mine / (mine + keys) + (1 - part) * mine / (mine + weights), 1.0)
 
     def decode(self, demand: Demand, share: float, prefill_share: float | None = None) -> float:
         """Seconds of the decode iteration. prefill_share: what prefill has beside it; None for what is left."""
