@@ -65,7 +65,14 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    layers=6, hidden=512, intermediate=1536, requests=12, virtual_requests=80, operations=100_000, cycles=1, seconds=40.0
+    layers=6,
+    hidden=512,
+    intermediate=1536,
+    requests=12,
+    virtual_requests=80,
+    operations=100_000,
+    cycles=1,
+    seconds=40.0,
 )
 
 # ---- a real model --------------------------------------------------------------------------------------------------
