@@ -633,14 +633,14 @@ def shifting(sizes: Sizes) -> list[Arrival]:
     found: list[Arrival] = []
     reading, writing = Lengths(prompt=(3000, 3300), output=(20, 24)), Lengths(prompt=(100, 120), output=(400, 450))
     for number in range(2 * sizes.cycles):
-        kind, rate = ((reading, 1.8), (writing, 10.0))[number % 2]
+        kind, rate = ((reading, 2.1), (writing, 14.0))[number % 2]
         count = round(rate * sizes.seconds)
         found += arrivals([(kind, 1.0)], rate, count, 20 + number, at=number * sizes.seconds)
     return found
 
 
 def controller_claims(sizes: Sizes, tick: Tick) -> Iterator[Claim]:
-    coming, limits = shifting(sizes), (2.0, 0.025)
+    coming, limits = shifting(sizes), (3.0, 0.025)
     met = {}
     for share in (20, 30, 40, 50, 60, 70, 80, 90):
         tick(f"fixed at {share} %")

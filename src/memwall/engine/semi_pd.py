@@ -74,7 +74,7 @@ class Models:
 class SemiPD:
     """first_seconds, token_seconds: objectives that `percentile` of the requests shall meet. start: shares at the
     start. cap: the most of both together. step, most_steps: percent and steps of one adjustment. least_requests: a
-    window is judged from so many on.
+    window is judged from so many on. recent: windows that the models are fitted to.
     """
 
     first_seconds: float = 1.0
@@ -85,6 +85,7 @@ class SemiPD:
     step: int = 10
     most_steps: int = 4
     least_requests: int = 5
+    recent: int = 4
     spare_pages: int = 1
     guard: bool = True
 
@@ -95,6 +96,8 @@ class SemiPD:
             )
         if not 0 < self.percentile <= 100:
             raise InputError(f"the percentile is {self.percentile}; it must be above 0 and at most 100")
+        if self.recent < 1:
+            raise InputError(f"models are fitted to {self.recent} windows; take at least 1")
         if not 1 <= self.step <= 50 or self.most_steps < 1:
             raise InputError(f"{self.most_steps} steps of {self.step} percent; take at least 1 step of 1 to 50")
         if not self.start.prefill + self.start.decode <= self.cap <= 200:
@@ -110,7 +113,7 @@ class SemiPD:
 
     def adjust(self, lanes: Lanes) -> Shares | None:
         """New shares, where one objective is missed and the other is met (section 4.4); one switch at a time."""
-        windows = [window for window in lanes.windows if window.first or window.token]
+        windows = [window for window in lanes.windows if window.first or window.token][-self.recent :]
         if not lanes.fresh or lanes.preparing is not None or not lanes.windows:
             return None
         last = lanes.windows[-1]
@@ -142,10 +145,9 @@ class SemiPD:
 
     def fit(self, windows: Sequence[Window]) -> Models:
         """Least squares over the windows, each with the theta of its own rate; the newest two tell the rate to come."""
-        work = _work_seconds(windows)
         first = [
             (
-                1 / max(window.shares.effective("prefill") - _theta([window], work), 1.0),
+                1 / max(window.shares.effective("prefill") - _theta([window]), 1.0),
                 percentile(window.first, self.percentile),
             )
             for window in windows
@@ -158,7 +160,9 @@ class SemiPD:
         ]
         own = token[-1][1] / token[-1][0] if token else 0.0
         return Models(
-            first=fit_line(first, slope=100 * work), token=fit_line(token, slope=own), theta=_theta(windows[-2:], work)
+            first=fit_line(first, slope=100 * _work_seconds(windows[-2:])),
+            token=fit_line(token, slope=own),
+            theta=_theta(windows[-2:]),
         )
 
     def _search(self, shares: Shares, phase: Phase, models: Models) -> Shares:
@@ -198,10 +202,11 @@ def _work_seconds(windows: Sequence[Window]) -> float:
     return used / prompts if prompts else 0.0
 
 
-def _theta(windows: Sequence[Window], work: float) -> float:
+def _theta(windows: Sequence[Window]) -> float:
     """theta = 100 r l100, percent."""
     seconds = sum(window.seconds for window in windows)
-    return min(100 * sum(window.arrived for window in windows) / seconds * work, MOST_THETA) if seconds > 0 else 0.0
+    rate = sum(window.arrived for window in windows) / seconds if seconds > 0 else 0.0
+    return min(100 * rate * _work_seconds(windows), MOST_THETA)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
