@@ -57,9 +57,10 @@ class Sizes:
     requests: int = 200
     trials: int = 60
     steps: int = 4
+    splits: tuple[int, ...] = (30, 40, 50, 60, 70, 80)
 
 
-FULL, QUICK = Sizes(), Sizes(requests=40, trials=15, steps=2)
+FULL, QUICK = Sizes(), Sizes(requests=40, trials=15, steps=2, splits=(40, 60, 70))
 
 
 def semi_pd() -> ModuleType:
@@ -297,7 +298,7 @@ def shift_claims(costs: Costs, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
         coming += arrivals([(kind, 1.0)], rate, round(40 * rate), 20 + number, at=40.0 * number)
     limits = (3.0, 0.025)
     met = {}
-    for share in (30, 40, 50, 60, 70, 80):
+    for share in sizes.splits:
         tick(f"static {share} %")
         pair = Shares(prefill=share, decode=100 - share)
         met[share] = serve_all(virtual(Split(shares=pair), pair), coming).attained(*limits)
