@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from memwall.engine.base import PHASES, Costs, Phase, Shares, State, Step
+from memwall.engine.base import PHASES, Costs, Phase, Scheduler, Shares, State, Step
 from memwall.engine.executor import Entry, Output
+from memwall.engine.nexus import Nexus
 from memwall.engine.pacing import Pacer, niceness
+from memwall.engine.phase_costs import Costs as PhaseCosts
+from memwall.engine.phase_costs import Operator
 from memwall.engine.phase_device import VirtualWorkers
 from memwall.engine.phased import Done, PhasedEngine
 from memwall.engine.sampling import Sampling
@@ -239,9 +242,18 @@ def decisions(engine: PhasedEngine) -> list[tuple[State, Step]]:
     return seen
 
 
-def test_engine_and_simulator_decide_alike() -> None:
+PREDICTED = Operator(seconds_per_flop=5e-14, seconds_per_byte=2.5e-12, saturation=0.7, decay=0.3, reach=0.35)
+COSTS = PhaseCosts(
+    size=SIZE, prefill_dense=PREDICTED, prefill_attention=PREDICTED, decode_dense=PREDICTED, decode_attention=PREDICTED
+)
+
+
+@pytest.mark.parametrize("name", ["semi-pd", "nexus"])
+def test_engine_and_simulator_decide_alike(name: str) -> None:
     clock, shares = VirtualClock(), Shares(prefill=30, decode=70)
-    scheduler = SemiPD(first_seconds=0.05, token_seconds=0.5, cap=100, start=shares)
+    scheduler: Scheduler = SemiPD(first_seconds=0.05, token_seconds=0.5, cap=100, start=shares)
+    if name == "nexus":
+        scheduler = Nexus(costs=COSTS)
     settings = ServingSettings(
         weights="int4", context_tokens=400, max_sequences=8, token_budget=64, threads=1, swap_bytes=1,
         phases=PhaseSettings(shares=shares, window=24),

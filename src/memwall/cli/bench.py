@@ -96,7 +96,9 @@ def serve(
     config = ModelConfig.from_directory(model_directory(model))
     options = [] if memory is None else ["--memory", memory]
     if scheduler is not SchedulerName.fcfs:
-        options += ["--scheduler", scheduler.value, "--slo-first", str(slo_first), "--slo-token", str(slo_token)]
+        options += ["--scheduler", scheduler.value]
+    if scheduler is SchedulerName.semi_pd:
+        options += ["--slo-first", str(slo_first), "--slo-token", str(slo_token)]
     options += ["--weights", weights, *([] if threads is None else ["--threads", str(threads)])]
     options += _scheduling(scheduler, priorities, priority_updates, url)
     with _server(model, url, options, requests, quiet=quiet) as where:

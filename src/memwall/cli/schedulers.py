@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 FIRST_SECONDS, TOKEN_SECONDS = 1.0, 0.1
 """Objectives where none are given."""
+DECODE_SLACK = 2.0
+"""Nexus' beta here. The paper's 1.1 is for devices on which decode is as fast with half of the compute; a quota of time
+slows it down in proportion, and prefill would be left with a tenth.
+"""
 
 
 class SchedulerName(StrEnum):
@@ -21,13 +25,15 @@ class SchedulerName(StrEnum):
 
     fcfs = "fcfs"
     semi_pd = "semi-pd"
+    nexus = "nexus"
 
 
 SchedulerOption = Annotated[
     SchedulerName,
     typer.Option(
         help="fcfs: one worker, prompts in chunks beside tokens. semi-pd: prompts and tokens in two processes over one "
-        "memory, with shares of the cores that follow --slo-first and --slo-token."
+        "memory, with shares of the cores that follow --slo-first and --slo-token. nexus: the same, with shares chosen "
+        "ahead by what each phase was measured to cost."
     ),
 ]
 SloFirst = Annotated[
@@ -40,19 +46,33 @@ SloToken = Annotated[
 
 def options_of(name: SchedulerName, first: float | None, token: float | None, *, adapters: bool) -> dict[str, Any]:
     """What `ServingSettings` and `load_engine` get for a scheduler."""
+    if name is not SchedulerName.semi_pd and (first is not None or token is not None):
+        raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
     if name is SchedulerName.fcfs:
-        if first is not None or token is not None:
-            raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
         return {}
     if adapters:
         raise InputError(f"--scheduler {name.value} serves no adapters; leave --lora out, or choose fcfs")
+    from memwall.engine.phases import FIRST_SHARES
     from memwall.engine.semi_pd import SemiPD
     from memwall.engine.serving import PhaseSettings
 
+    if name is SchedulerName.nexus:
+        # a quota is changed in a worker that runs; who decides comes once costs were measured (`finish`)
+        return {"phases": PhaseSettings(shares=FIRST_SHARES, fresh=False)}
     scheduler = SemiPD(
         first_seconds=FIRST_SECONDS if first is None else first, token_seconds=TOKEN_SECONDS if token is None else token
     )
     return {"scheduler": scheduler, "phases": PhaseSettings(shares=scheduler.start)}
+
+
+def finish(name: SchedulerName, serving: Serving) -> None:
+    """What a scheduler needs of a loaded engine: Nexus measures what both phases cost here."""
+    if name is not SchedulerName.nexus:
+        return
+    from memwall.engine.nexus import Nexus
+    from memwall.engine.phase_profile import SHARES, profile_serving
+
+    serving.engine.scheduler = Nexus(costs=profile_serving(serving), beta=DECODE_SLACK, least=SHARES[0])
 
 
 def describe(serving: Serving) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from memwall.cli.fair import PrioritiesOption, SchedulerOption, ServeScheduler, 
 from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, LoraOption, MostRank, read_loras
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
-from memwall.cli.schedulers import SchedulerName, SchedulerOption, SloFirst, SloToken, describe, options_of
+from memwall.cli.schedulers import SchedulerName, SchedulerOption, SloFirst, SloToken, describe, finish, options_of
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def serve(
     options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
+    finish(scheduler, serving)
     settings = ServerSettings(
         name=name or path.name,
         host=host,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from memwall.engine.base import Costs, Limits, Phase, Scheduler, Shares
+from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Output
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.phased import WINDOW_ITERATIONS, Done, PhasedEngine
@@ -261,5 +262,49 @@ def virtual_engine(
         context_tokens=context_tokens,
         window=window,
         costs=costs or Costs(seconds_per_token=seconds, seconds_per_page=seconds),
+        clock=clock,
+    )
+
+
+@dataclass(slots=True)
+class OneWorker:
+    """The same device with one worker that computes prompts and tokens together: what two are compared with."""
+
+    clock: VirtualClock
+    device: Device
+    size: ModelSize
+    token: int = 0
+
+    def run(self, batch: list[Entry]) -> list[Output | None]:
+        """See `Executor`."""
+        parts = segments(self.size, [(entry.first, entry.count) for entry in batch])
+        self.clock.now += self.device.alone_seconds(parts, 100)
+        return [Output(self.token) if entry.sample else None for entry in batch]
+
+    def forget(self, sequence: EngineSequence) -> None:
+        """See `Executor`."""
+
+
+def colocated_engine(
+    scheduler: Scheduler,
+    *,
+    device: Device,
+    size: ModelSize,
+    num_pages: int,
+    limits: Limits,
+    context_tokens: int = 1 << 20,
+) -> Engine:
+    """An engine with one worker on that device."""
+    clock = VirtualClock()
+    pool = PagePool("kv/pages", page_bytes=1, most_pages=num_pages)
+    seconds = 2.0 * size.parameters / device.flop_per_s
+    return Engine(
+        scheduler,
+        OneWorker(clock, device, size),
+        KVPages(pool, limits.page_tokens),
+        limits=limits,
+        context_tokens=context_tokens,
+        swap=SwapArea(pool, 0),
+        costs=Costs(seconds_per_token=seconds, seconds_per_page=seconds),
         clock=clock,
     )

@@ -210,6 +210,8 @@ def _forever(work: Callable[[], None], keep: int) -> None:
         os.closerange(keep + 1, 1 << 20)
         work()
         status = 0
+    except ConnectionError:
+        status = 0  # nobody waits any more
     except BaseException:
         traceback.print_exc()
     finally:

@@ -58,6 +58,7 @@ class PhasedPlan(Plan):
     """A step of two workers in the making."""
 
     flying: frozenset[int] = field(default_factory=frozenset)
+    gone: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         super(PhasedPlan, self).__post_init__()
@@ -73,10 +74,10 @@ class PhasedPlan(Plan):
         """A token for everyone who decodes. Those that were swapped out come back while nobody waits for room."""
         short = False
         for view in [view for view in self.running if view.decodes and view.id not in self.flying]:
-            if view not in self.running:
+            if view.id in self.gone:
                 continue
             need = self._pages_more(view, 1)
-            if not self._make_room(need, view):
+            if need > self.free and not self._make_room(need, view):
                 short = True
                 continue
             self.free -= need
@@ -95,7 +96,7 @@ class PhasedPlan(Plan):
             if self.budget < 1 or (whole and self.work_of("prefill") and view.remaining - view.hit > self.budget):
                 return
             if view.id in begun:
-                if view in self.running:
+                if view.id not in self.gone:
                     self._go_on(view)
             elif not closed:
                 closed = not self._begin(view, spare_pages, back=view.id in swapped)
@@ -155,7 +156,7 @@ class PhasedPlan(Plan):
             self._drop(last)
         if need > self.free and len(self.running) == 1 and not self.flying and view.decodes:
             self._drop(view)
-        return need <= self.free and view in self.running
+        return need <= self.free and view.id not in self.gone
 
     def _last_after(self, view: RequestView | None) -> RequestView | None:
         for last in reversed(self.running):
@@ -166,7 +167,8 @@ class PhasedPlan(Plan):
         return None
 
     def _drop(self, view: RequestView) -> None:
-        self.running.remove(view)
+        self.running = [one for one in self.running if one.id != view.id]
+        self.gone.add(view.id)
         self._set_aside(view)
 
 

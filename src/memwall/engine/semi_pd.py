@@ -37,6 +37,7 @@ from memwall.errors import InputError
 RELEASED = Shares(prefill=80, decode=100)
 """The released code's shares at the start."""
 BLOCKED_BUSY, BLOCKED_TIMES = 0.6, 3.0
+MOST_THETA = 95.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ class Models:
 class SemiPD:
     """first_seconds, token_seconds: objectives that `percentile` of the requests shall meet. start: shares at the
     start. cap: the most of both together. step, most_steps: percent and steps of one adjustment. least_requests: a
-    window is judged from so many on.
+    window is judged from so many on. recent: windows that the models are fitted to.
     """
 
     first_seconds: float = 1.0
@@ -84,6 +85,7 @@ class SemiPD:
     step: int = 10
     most_steps: int = 4
     least_requests: int = 5
+    recent: int = 4
     spare_pages: int = 1
     guard: bool = True
 
@@ -94,6 +96,8 @@ class SemiPD:
             )
         if not 0 < self.percentile <= 100:
             raise InputError(f"the percentile is {self.percentile}; it must be above 0 and at most 100")
+        if self.recent < 1:
+            raise InputError(f"models are fitted to {self.recent} windows; take at least 1")
         if not 1 <= self.step <= 50 or self.most_steps < 1:
             raise InputError(f"{self.most_steps} steps of {self.step} percent; take at least 1 step of 1 to 50")
         if not self.start.prefill + self.start.decode <= self.cap <= 200:
@@ -109,7 +113,7 @@ class SemiPD:
 
     def adjust(self, lanes: Lanes) -> Shares | None:
         """New shares, where one objective is missed and the other is met (section 4.4); one switch at a time."""
-        windows = [window for window in lanes.windows if window.first or window.token]
+        windows = [window for window in lanes.windows if window.first or window.token][-self.recent :]
         if not lanes.fresh or lanes.preparing is not None or not lanes.windows:
             return None
         last = lanes.windows[-1]
@@ -140,10 +144,12 @@ class SemiPD:
         return percentile(window.first, self.percentile) > BLOCKED_TIMES * explained
 
     def fit(self, windows: Sequence[Window]) -> Models:
-        """Least squares over the windows; theta from the newest that tell a rate and a prompt's work."""
-        theta, work = self._theta(windows)
+        """Least squares over the windows, each with the theta of its own rate; the newest two tell the rate to come."""
         first = [
-            (1 / max(window.shares.effective("prefill") - theta, 1.0), percentile(window.first, self.percentile))
+            (
+                1 / max(window.shares.effective("prefill") - _theta([window]), 1.0),
+                percentile(window.first, self.percentile),
+            )
             for window in windows
             if window.first
         ]
@@ -153,18 +159,11 @@ class SemiPD:
             if window.token
         ]
         own = token[-1][1] / token[-1][0] if token else 0.0
-        return Models(first=fit_line(first, slope=100 * work), token=fit_line(token, slope=own), theta=theta)
-
-    def _theta(self, windows: Sequence[Window]) -> tuple[float, float]:
-        """theta = 100 r l100 in percent, and l100 in seconds."""
-        prompts = sum(window.prompts for window in windows)
-        seconds = sum(window.seconds for window in windows)
-        if not prompts or seconds <= 0:
-            return 0.0, 0.0
-        work = sum(window.prefill_seconds * window.shares.effective("prefill") / 100 for window in windows) / prompts
-        recent = windows[-4:]
-        rate = sum(window.arrived for window in recent) / sum(window.seconds for window in recent)
-        return min(100 * rate * work, 95.0), work
+        return Models(
+            first=fit_line(first, slope=100 * _work_seconds(windows[-2:])),
+            token=fit_line(token, slope=own),
+            theta=_theta(windows[-2:]),
+        )
 
     def _search(self, shares: Shares, phase: Phase, models: Models) -> Shares:
         """Steps towards one phase until the model says that its objective is met."""
@@ -194,6 +193,20 @@ class SemiPD:
         if own + other > self.cap:  # the other keeps its last step
             return shares
         return Shares(prefill=own, decode=other) if phase == "prefill" else Shares(prefill=other, decode=own)
+
+
+def _work_seconds(windows: Sequence[Window]) -> float:
+    """l100: a prompt's seconds at the whole device."""
+    prompts = sum(window.prompts for window in windows)
+    used = sum(window.prefill_seconds * window.shares.effective("prefill") / 100 for window in windows)
+    return used / prompts if prompts else 0.0
+
+
+def _theta(windows: Sequence[Window]) -> float:
+    """theta = 100 r l100, percent."""
+    seconds = sum(window.seconds for window in windows)
+    rate = sum(window.arrived for window in windows) / seconds if seconds > 0 else 0.0
+    return min(100 * rate * _work_seconds(windows), MOST_THETA)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
