@@ -26,6 +26,7 @@ from memwall.cli import (
     stream,
     study,
     systems,
+    tune,
 )
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for verb in (run, serve, batch, plan, compress, convert, fit, stream, eval, study, probe, bench, systems, evidence):
+for verb in (run, serve, batch, plan, compress, convert, tune, fit, stream, eval, study, probe, bench, systems, evidence):
     verb.register(app)
 
 
