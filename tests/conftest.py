@@ -15,6 +15,8 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
+# torch's threads are to sleep when they wait: the products' own threads want the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

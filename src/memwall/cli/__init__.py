@@ -28,6 +28,7 @@ from memwall.cli import (
     stream,
     study,
     systems,
+    tune,
 )
 
 app = typer.Typer(
@@ -43,7 +44,8 @@ app = typer.Typer(
 )
 
 for verb in (
-    run, serve, batch, plan, compress, convert, fit, stream, eval, study, simulate, hdl, probe, bench, systems, evidence,
+    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, study, simulate, hdl, probe, bench, systems,
+    evidence,
 ):  # fmt: skip
     verb.register(app)
 

@@ -130,11 +130,7 @@ class WeightMethod(ABC):
     def configured(cls, options: Mapping[str, str]) -> Self:
         """The method with settings as they are written, such as {"outlier_threshold": "0.1"}; others keep theirs."""
         known: dict[str, Any] = {each.name: each.default for each in fields(cls)} if is_dataclass(cls) else {}
-        for name in options:
-            if name not in known:
-                has = f"has {', '.join(known)}" if known else "has none"
-                raise InputError(f"method {cls.name} has no setting {name!r}; it {has}")
-        return cls(**{name: _as_type_of(name, known[name], text) for name, text in options.items()})
+        return cls(**parsed_settings(cls.name, known, options))
 
     def settings(self) -> dict[str, Any]:
         """Its settings, for the journal and the manifest of what it made."""
@@ -185,6 +181,15 @@ class WeightMethod(ABC):
     @abstractmethod
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         """Most bytes that `compress` holds beside the weight, the statistics and the result."""
+
+
+def parsed_settings(method: str, known: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, Any]:
+    """Settings from their texts, of the types of the defaults in `known`; InputError for one that `method` lacks."""
+    for name in options:
+        if name not in known:
+            has = f"has {', '.join(known)}" if known else "has none"
+            raise InputError(f"method {method} has no setting {name!r}; it {has}")
+    return {name: _as_type_of(name, known[name], text) for name, text in options.items()}
 
 
 def _as_type_of(name: str, default: Any, text: str) -> Any:

@@ -58,20 +58,20 @@ def shared_input(name: str) -> str:
     return f"{head}.{_SHARED.get(last, last)}.weight" if head else name
 
 
-def read_text(path: Path) -> str:
-    """A calibration text; refuses what is missing, empty or not text."""
+def read_text(path: Path, what: str = "calibration text") -> str:
+    """A calibration text; refuses what is missing, empty or not text, in the name of `what`."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"calibration text {path}: cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{what} {path}: cannot be read: {error.strerror or error}") from None
     if not data.strip():
-        raise InputError(f"calibration text {path} is empty; give some pages of the kind of text the model will read")
+        raise InputError(f"{what} {path} is empty; give some pages of the kind of text the model will read")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"calibration text {path} is not text: byte {error.start} is not UTF-8") from None
+        raise InputError(f"{what} {path} is not text: byte {error.start} is not UTF-8") from None
     if "\0" in text:
-        raise InputError(f"calibration text {path} is binary: it holds NUL characters")
+        raise InputError(f"{what} {path} is binary: it holds NUL characters")
     return text
 
 

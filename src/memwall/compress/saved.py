@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from memwall.errors import DoesNotFit, InputError
 from memwall.formats import Packed, checked_json, codec
@@ -56,11 +56,15 @@ class Part:
 class WorkDirectory:
     """The folder `OUT.partial` of one run. Use it as a context manager: it is locked against a second run meanwhile."""
 
+    mark: ClassVar[str] = MANIFEST_NAME
+    """The file that a finished folder has, and without which none is replaced."""
+    what: ClassVar[str] = "compressed model"
+
     def __init__(self, out: Path, settings: Mapping[str, Any], *, force: bool = False) -> None:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self._settings = json.loads(json.dumps(settings))
-        check_output(out, force=force)
+        check_output(out, force=force, mark=self.mark, what=self.what)
         self._lock = self._take_lock(force)
         try:
             journal = self._read_journal(force)
@@ -108,7 +112,7 @@ class WorkDirectory:
         for part in self.parts:
             with SafetensorsFile(self.path / part.file) as file:
                 tensors.update(_packed_entries(file))
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             for name in COPIED_NAMES:
                 if (source / name).is_file():
                     data = (source / name).read_bytes()
@@ -133,7 +137,7 @@ class WorkDirectory:
     def _take_lock(self, force: bool) -> int:
         if self.path.is_file() or (self.path.is_dir() and not self._is_ours() and any(self.path.iterdir())):
             raise InputError(f"{self.path}: is in the way and no work of memwall; move it or choose another name")
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self.path.mkdir(exist_ok=True)
             lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -191,15 +195,19 @@ class WorkDirectory:
 
     def _remove_leftovers(self) -> None:
         """Files of a killed run that its journal does not know: a half-written part, or parts after a damaged one."""
-        known = {JOURNAL_NAME, LOCK_NAME, *(part.file for part in self.parts)}
+        known = {JOURNAL_NAME, LOCK_NAME, *self._kept_names(), *(part.file for part in self.parts)}
         for item in self.path.iterdir():
             if item.name not in known and item.is_file():
                 item.unlink()
 
+    def _kept_names(self) -> set[str]:
+        """Files that stay although the journal does not know them."""
+        return set()
+
     def _write_journal(self) -> None:
         parts = [{"file": part.file, "bytes": part.bytes, "sha256": part.sha256} for part in self.parts]
         document = {"settings": self._settings, "specs": self.specs, "notes": self.notes, "parts": parts}
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             write_file(self.path / JOURNAL_NAME, json.dumps(document, indent=1).encode())
 
     def _rename(self) -> None:
@@ -259,8 +267,10 @@ def read_part(path: Path) -> dict[str, Packed]:
     }
 
 
-def check_output(out: Path, *, force: bool) -> None:
-    """Refuses an output folder that exists (with `force`: one that is no compressed model of ours)."""
+def check_output(
+    out: Path, *, force: bool, mark: str = MANIFEST_NAME, what: str = "compressed model"
+) -> None:
+    """Refuses an output folder that exists (with `force`: one that is no `what` of ours, which has the file `mark`)."""
     if not out.name:
         raise InputError(f"{out}: give the name of a folder to be made")
     if not out.parent.is_dir():
@@ -271,8 +281,8 @@ def check_output(out: Path, *, force: bool) -> None:
         raise InputError(f"{out}: is a file; give the name of a folder to be made")
     if not force:
         raise InputError(f"{out}: exists already; choose another name, or pass --force to replace it")
-    if any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
-        raise InputError(f"{out}: is not a compressed model, so --force does not replace it; choose another name")
+    if any(out.iterdir()) and not (out / mark).is_file():
+        raise InputError(f"{out}: is not a {what}, so --force does not replace it; choose another name")
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -318,7 +328,8 @@ def _packed_entries(file: SafetensorsFile) -> Iterable[tuple[str, PackedEntry]]:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Errors of the system while writing, in words."""
     try:
         yield
     except OSError as error:

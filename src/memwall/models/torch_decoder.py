@@ -224,7 +224,8 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # not drawn at random, which for tensors without memory brings in torch's compiler, 150 MB of it
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
 

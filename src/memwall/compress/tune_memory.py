@@ -1,0 +1,72 @@
+"""What fine-tuning will hold, by owner, known before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from memwall.compress.adamw import OWNER as OPTIMIZER
+from memwall.compress.adamw import moment_bytes
+from memwall.compress.tuning import TuneMethod
+from memwall.memory.arena import allocated_bytes
+from memwall.memory.pages import round_up
+from memwall.models.config import ModelConfig
+from memwall.models.decoder import scratch_bytes
+from memwall.models.precision import weight_bytes
+
+ACTIVATIONS, SCRATCH = "activations", "scratch"
+LOGIT_VALUES = 1 << 20
+"""Logits that are made at once."""
+SLAB_BYTES = 1 << 20
+"""What decodes a packed matrix on the way back."""
+
+
+def adapter_shapes(config: ModelConfig, method: TuneMethod) -> list[tuple[int, ...]]:
+    """Shapes of all that is trained, layer by layer."""
+    one: list[tuple[int, ...]] = []
+    for inputs, outputs in method.shapes(config).values():
+        one += [(method.rank, inputs), (outputs, method.rank), *method.extra_shapes((inputs, outputs))]
+    return one * config.num_layers
+
+
+def tune_bytes(
+    config: ModelConfig, specs: Mapping[str, str], method: TuneMethod, *, paged: bool, held_out: bool = True
+) -> dict[str, int]:
+    """Bytes of each ledger owner while steps are worked; `runtime` is not among them."""
+    shapes = adapter_shapes(config, method)
+    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
+    weights = sum(allocated_bytes(4 * size) for size in sizes)
+    found = {owner: round_up(size) for owner, size in weight_bytes(config, specs).items()}
+    found |= {"adapters/weights": weights, "adapters/gradients": weights}
+    if method.keep_best and held_out:
+        found["adapters/best"] = weights
+    found[OPTIMIZER] = moment_bytes(sizes, paged=paged) if paged else sum(allocated_bytes(8 * size) for size in sizes)
+    tokens = method.micro_batch * (method.context - 1)
+    found[SCRATCH] = SLAB_BYTES + scratch_bytes(config, specs, tokens, exact=True)
+    found[ACTIVATIONS] = activation_bytes(config, method)
+    return found
+
+
+def activation_bytes(config: ModelConfig, method: TuneMethod) -> int:
+    """The most that a step holds beside what has an owner: hidden states between layers, the insides of one, logits.
+
+    Counted from the torch form: what its operations keep for the way back, and the gradients that are alive with them.
+    Attention keeps no scores: its kernel makes them again.
+    """
+    hidden, wide = config.hidden_size, config.intermediate_size * max(config.num_experts_per_token, 1)
+    heads = config.query_size + 2 * config.kv_size
+    length = method.context - 1
+    tokens = method.micro_batch * length
+    targets = method.shapes(config)
+    # dropout keeps its input scaled, and a byte of mask each; without it an adapter keeps its input itself
+    kept = sum(inputs for inputs, _ in targets.values()) * (5 if method.dropout else 1)
+    between = 4 * tokens * hidden * (config.num_layers + 2)
+    inside = tokens * (4 * (12 * hidden + 6 * heads + 7 * wide) + kept)
+    logits = 4 * 4 * max(LOGIT_VALUES, config.vocab_size)
+    return between + max(inside, logits + 4 * 3 * tokens * hidden)
+
+
+def logit_rows(config: ModelConfig) -> int:
+    """Rows of logits made at once."""
+    return max(LOGIT_VALUES // config.vocab_size, 1)

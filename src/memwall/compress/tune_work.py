@@ -1,0 +1,110 @@
+"""What fine-tuning reads and writes: the text as windows of tokens, progress that a killed run goes on from, the result.
+
+A run works in `OUT.partial` (see `saved.WorkDirectory`): one safetensors file holds everything that the next step
+depends on, each newer one written whole before the older one goes. At the end the folder is an adapter in PEFT's form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from memwall.compress.calibration import read_text
+from memwall.compress.saved import Part, WorkDirectory, disk_errors
+from memwall.errors import InputError
+from memwall.formats import checked_json
+from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+from memwall.models.config import ModelConfig
+from memwall.models.lora import CONFIG, write_lora
+from memwall.models.tokenizer import Tokenizer
+
+MOMENTS_NAME, TEACHER_NAME = "moments.bin", "teacher.bin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """tokens: int64 [windows, context], each begun as a text is begun; the first num_train are trained on."""
+
+    tokens: np.ndarray
+    num_train: int
+
+    @property
+    def held_out(self) -> range:
+        """Windows that are only measured."""
+        return range(self.num_train, len(self.tokens))
+
+    @staticmethod
+    def read(path: Path, tokenizer: Tokenizer, config: ModelConfig, context: int, held_out: float) -> Windows:
+        """InputError for a text that cannot be used; what is left after the last whole window is not read."""
+        if context > config.max_position:
+            raise InputError(f"setting context={context}: the model knows at most {config.max_position} positions")
+        ids = tokenizer.encode(read_text(path, "text"), add_bos=False)
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        length = context - len(begin)
+        num_windows = len(ids) // length
+        if num_windows < 1 + (held_out > 0):
+            raise InputError(
+                f"text {path} has {len(ids)} tokens, less than {1 + (held_out > 0)} windows of {context}: give more "
+                f"text, or --set context={max(len(ids) // 2, 2)}"
+            )
+        body = np.array(ids[: num_windows * length], np.int64).reshape(num_windows, length)
+        start = np.broadcast_to(np.array(begin, np.int64), (num_windows, len(begin)))
+        measured = max(int(num_windows * held_out), 1) if held_out else 0
+        return Windows(tokens=np.concatenate([start, body], axis=1), num_train=num_windows - measured)
+
+
+class TuneWork(WorkDirectory):
+    """The folder of one run, locked while it is open."""
+
+    mark: ClassVar[str] = CONFIG
+    what: ClassVar[str] = "adapter"
+
+    def _kept_names(self) -> set[str]:
+        # a teacher's answers stay good for a run with the same settings, even where no step was saved yet
+        return set() if self.started_over else {TEACHER_NAME}
+
+    def _read_journal(self, force: bool) -> dict[str, Any]:
+        journal = super()._read_journal(force)
+        self.started_over = journal.get("settings") != self._settings
+        return journal
+
+    def save(self, step: int, tensors: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> None:
+        """Everything that the rest of the run depends on. told: plain data."""
+        file = f"step-{step}.safetensors"
+        specs = [(name, array.dtype, array.shape) for name, array in tensors.items()]
+        with disk_errors(self.path):
+            with SafetensorsWriter(self.path / file, specs, {"told": json.dumps(dict(told))}) as writer:
+                for name, array in tensors.items():
+                    writer.write(name, array)
+            assert writer.sha256 is not None
+            older, self.parts = self.parts, [Part(file=file, bytes=writer.nbytes, sha256=writer.sha256)]
+            self._write_journal()
+            for part in older:
+                if part.file != file:
+                    (self.path / part.file).unlink(missing_ok=True)
+
+    def restore(self, tensors: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+        """Copy the last saved numbers into `tensors` and give what was told; None where nothing was saved."""
+        if not self.parts:
+            return None
+        with SafetensorsFile(self.path / self.parts[-1].file) as file:
+            for name, array in tensors.items():
+                np.copyto(array, file.tensor(name).reshape(array.shape))
+                file.drop_pages(name)
+            told = checked_json.parse(file.metadata["told"].encode(), str(file.path))
+            assert isinstance(told, dict)
+            return told
+
+    def finish_adapter(self, factors: Mapping[str, np.ndarray], **told: Any) -> int:
+        """Write the adapter, drop what was kept for going on, give the folder its name; bytes of the adapter."""
+        with disk_errors(self.path):
+            write_lora(self.path, factors, **told)
+            for name in (MOMENTS_NAME, TEACHER_NAME, *(part.file for part in self.parts)):
+                (self.path / name).unlink(missing_ok=True)
+        self._rename()
+        return sum(array.nbytes for array in factors.values())

@@ -1,0 +1,119 @@
+"""Low-rank adapters in torch: beside every adapted product y = x W^T stands scale * B (A dropout(x)).
+
+Source: LoRA (Edward Hu, 2021, arXiv 2106.09685), section 4.1; initialisation as in PEFT: A uniform within 1 / sqrt(in)
+(Kaiming with a = sqrt 5), B zero, so that training starts at the base. Numbers are float32; `factors` gives them under
+PEFT's names for `models.lora.write_lora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from memwall.errors import InputError
+from memwall.models.lora import LoraWeights, tensor_name
+from memwall.models.torch_decoder import TorchDecoder
+
+Place = Callable[[tuple[int, ...]], Tensor]
+"""Where the numbers of a trained tensor of that shape are to lie (zeros)."""
+
+
+class LoraLinear(nn.Module):
+    """A frozen product and what is trained beside it. lora_A [rank, in], lora_B [out, rank]."""
+
+    def __init__(
+        self, base: nn.Module, shape: tuple[int, int], rank: int, scale: float, dropout: float, place: Place
+    ) -> None:
+        """shape: (inputs, outputs) of the product."""
+        super().__init__()
+        self.base = base
+        self.scale, self.dropout = scale, dropout
+        self.lora_A = nn.Parameter(place((rank, shape[0])))
+        self.lora_B = nn.Parameter(place((shape[1], rank)))
+
+    def start(self, generator: torch.Generator) -> None:
+        """First values."""
+        bound = self.lora_A.shape[1] ** -0.5
+        with torch.no_grad():
+            self.lora_A.uniform_(-bound, bound, generator=generator)
+            self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = functional.dropout(x, self.dropout) if self.training and self.dropout else x
+        out: Tensor = self.base(x) + self.scale * self.low_rank(kept)
+        return out
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """What is added, less the scale. x [..., in] -> [..., out]."""
+        return (x @ self.lora_A.T) @ self.lora_B.T
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """A and B of a plain adapter that does the same."""
+        return self.lora_A.detach(), self.lora_B.detach()
+
+
+class Adapted:
+    """A decoder with an adapter in every target of every layer. Trained tensors come in a fixed order with names."""
+
+    def __init__(self, decoder: TorchDecoder, layers: dict[tuple[int, str], LoraLinear]) -> None:
+        self.decoder = decoder
+        self.layers = layers
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that is trained."""
+        for (layer, target), module in self.layers.items():
+            for name, parameter in module.named_parameters(recurse=False):
+                yield f"{layer}.{target}.{name}", parameter
+
+    def factors(self) -> dict[str, np.ndarray]:
+        """A and B of every target as float16, under PEFT's names. InputError where a number has left that range."""
+        found = {}
+        for (layer, target), module in self.layers.items():
+            for part, factor in zip("AB", module.merged(), strict=True):
+                half = factor.numpy().astype(np.float16)
+                if not np.isfinite(half).all():
+                    raise InputError(f"the adapter of layer {layer} {target} outgrew float16: lower the learning rate")
+                found[tensor_name(layer, target, part)] = half
+        return found
+
+    def load(self, weights: LoraWeights) -> None:
+        """Begin from a saved adapter of the same rank; targets that it lacks keep their start."""
+        for (layer, target), module in self.layers.items():
+            factors = weights.factors(layer, target)
+            if factors is None:
+                continue
+            if factors[0].shape != tuple(module.lora_A.shape):
+                raise InputError(f"{weights.path}: has rank {weights.rank}; set rank={weights.rank} to go on from it")
+            with torch.no_grad():
+                module.lora_A.copy_(torch.from_numpy(factors[0]))
+                # the scale that it was trained with stays in the numbers
+                module.lora_B.copy_(torch.from_numpy(factors[1] * (weights.scale / module.scale)))
+
+
+def adapt(
+    decoder: TorchDecoder,
+    shapes: dict[str, tuple[int, int]],
+    make: Callable[[nn.Module, tuple[int, int]], LoraLinear],
+    *,
+    seed: int = 0,
+) -> Adapted:
+    """Put an adapter beside every projection named in `shapes`, which has their (inputs, outputs)."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for index, layer in enumerate(decoder.model.layers):
+        for target in shapes:
+            owner = layer.self_attn if hasattr(layer.self_attn, target) else layer.mlp
+            module = make(getattr(owner, target), shapes[target])
+            module.start(generator)
+            setattr(owner, target, module)
+            layers[index, target] = module
+    return Adapted(decoder, layers)
+
+
+def parameter_shapes(shapes: Sequence[tuple[int, int]], rank: int) -> list[tuple[int, int]]:
+    """Shapes of A and B of each product of (inputs, outputs)."""
+    return [each for inputs, outputs in shapes for each in ((rank, inputs), (outputs, rank))]

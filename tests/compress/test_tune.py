@@ -1,0 +1,262 @@
+"""Fine-tuning: gradients, going on after a kill, budgets, refusals, and the adapter in the CPU engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memwall.compress.tune import HEADROOM_BYTES, tune_model
+from memwall.compress.tune_work import Windows
+from memwall.compress.tuning import METHODS, CrossEntropy, tune_method
+from memwall.engine import Settings, load
+from memwall.engine.lone_lora import wear
+from memwall.errors import DoesNotFit, InputError
+from memwall.memory import Arena, Ledger
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.lora import LoraWeights
+from memwall.models.precision import resolve
+from memwall.models.tokenizer import Tokenizer
+from memwall.models.torch_frozen import frozen_decoder
+from memwall.models.torch_lora import Adapted, adapt
+from memwall.models.weights import load_weights
+from tests.compress.tiny_model import contents, make_model
+
+TEXT = "".join(f"A city of {n} lies on a river, and the river comes down from hill {n * 7 % 13}. " for n in range(120))
+QUICK = {"rank": "4", "context": "64", "batch": "4", "save_every": "2", "steps": "4", "held_out": "0.1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def adapted(model: Path, spec: str, method: str = "qlora", **options: str) -> Adapted:
+    config = ModelConfig.from_directory(model)
+    with Checkpoint(model, config) as checkpoint:
+        weights = load_weights(config, checkpoint, resolve(config, spec), Arena(1 << 40, Ledger()))
+    chosen = tune_method(method, {"rank": "4", "dropout": "0", **options})
+    made = adapt(
+        frozen_decoder(config, weights),
+        chosen.shapes(config),
+        lambda base, shape: chosen.linear(base, shape, torch.zeros),
+    )
+    random = torch.Generator().manual_seed(5)
+    for _, parameter in made.parameters():  # away from the start, where A has no gradient
+        parameter.data.add_(torch.randn(parameter.shape, generator=random), alpha=0.05)
+    return made
+
+
+def trained(model: Path, text: Path, out: Path, **options: Any) -> Any:
+    return tune_model(model, text, out, options={**QUICK, **options.pop("options", {})}, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_against_finite_differences_and_by_hand(model: Path, method: str) -> None:
+    """The trainer's layer-by-layer gradient is autograd's over the whole model, and the slope that differences show."""
+    from memwall.compress.torch_tuning import Trainer
+
+    made = adapted(model, "nf4-dq", method)
+    tokens = np.random.default_rng(0).integers(3, 4000, (2, 40))
+    chosen = tune_method(method, {"rank": "4", "dropout": "0", "batch": "2", "held_out": "0", "micro_batch": "2"})
+    names = [name for name, _ in made.parameters()]
+    trainer = Trainer(
+        made, chosen, Windows(tokens=tokens, num_train=2), CrossEntropy(), _Nowhere(), Arena(1 << 40, Ledger())
+    )
+
+    def loss() -> torch.Tensor:
+        logits = made.decoder(torch.from_numpy(tokens[:, :-1]))
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(tokens[:, 1:]).flatten())
+
+    whole = torch.autograd.grad(loss(), [parameter for _, parameter in made.parameters()])
+    before = [parameter.detach().clone() for _, parameter in made.parameters()]
+    assert trainer.train_step() == pytest.approx(loss_at(made, before, loss), rel=1e-4)
+    largest = max(each.abs().max().item() for each in whole)
+    for name, expected, gradient in zip(names, whole, trainer._gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected.numpy(), rtol=1e-3, atol=1e-5 * largest, err_msg=name)
+    random = torch.Generator().manual_seed(1)
+    along = [torch.randn(each.shape, generator=random) for each in whole]
+    ends = [
+        loss_at(made, [b + sign * 3e-3 * a for b, a in zip(before, along, strict=True)], loss) for sign in (1, -1)
+    ]
+    slope = sum((a * g).sum().item() for a, g in zip(along, whole, strict=True))
+    assert slope == pytest.approx((ends[0] - ends[1]) / 6e-3, rel=0.03)
+
+
+class _Nowhere:
+    """A work folder for a trainer that saves nothing."""
+
+    path = Path()
+
+
+def loss_at(made: Adapted, values: list[torch.Tensor], loss: Any) -> float:
+    with torch.no_grad():
+        for (_, parameter), value in zip(made.parameters(), values, strict=True):
+            parameter.copy_(value)
+        return float(loss())
+
+
+@pytest.mark.parametrize("spec", ["nf4-dq", "int2", "int4-g64"])
+def test_gradients_are_those_of_a_dense_float_base(model: Path, spec: str) -> None:
+    made, dense = adapted(model, spec), adapted(model, spec)
+    config = made.decoder.config
+    for name in list(dense.decoder.linears()):
+        owner, _, field = name.removesuffix(".weight").rpartition(".")
+        parent = dense.decoder.get_submodule(owner)
+        held = getattr(parent, field)
+        frozen = held.base if hasattr(held, "base") else held
+        eye = torch.eye(frozen.matrix.cols)
+        plain = torch.nn.Linear(frozen.matrix.cols, frozen.matrix.rows, bias=False)
+        plain.weight.data.copy_(frozen(eye).T)
+        if hasattr(held, "base"):
+            held.base = plain.requires_grad_(False)
+        else:
+            setattr(parent, field, plain.requires_grad_(False))
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, config.vocab_size, (2, 50)))
+    found = []
+    for each in (made, dense):
+        logits = each.decoder(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        found.append(torch.autograd.grad(loss, [parameter for _, parameter in each.parameters()]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_adapter_runs_in_the_engine_with_the_same_logits(model: Path, text: Path, tmp_path: Path) -> None:
+    report = trained(model, text, tmp_path / "out", options={"learning_rate": "0.01"})
+    losses = [each["held_out"] for each in report.history]
+    assert losses[-1] < losses[0]
+    assert report.adapter_bytes == 2 * report.trained_parameters
+    assert set(contents(tmp_path / "out")) == {"adapter_config.json", "adapter_model.safetensors"}
+    config = ModelConfig.from_directory(model)
+    weights = LoraWeights.read(tmp_path / "out", config)
+    made = adapted(model, "nf4-dq", alpha="16")
+    made.load(weights)
+    tokens = np.arange(5, 60)
+    expected = made.decoder(torch.from_numpy(tokens)).detach().numpy()
+    session = load(model, Settings(weights="nf4-dq", kv="float32", context_tokens=64, exact=True, logit_rows=64))
+    plain = session.decoder.forward(tokens, session.cache, all_logits=True).copy()
+    session.reset()
+    wear(session, weights)
+    logits = session.decoder.forward(tokens, session.cache, all_logits=True)
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=2e-4 * np.abs(expected).max())
+    assert np.abs(plain - logits).max() > 100 * np.abs(logits - expected).max()
+
+
+def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    settings = [part for name, value in QUICK.items() for part in ("--set", f"{name}={value}")]
+    return [sys.executable, "-m", "memwall", "tune", str(model), str(text), str(out), *settings, "--threads", "1", *more]
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(model: Path, text: Path, tmp_path: Path) -> None:
+    more = ("--set", "steps=40", "--set", "dropout=0.2")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(model, text, whole, *more), check=True, capture_output=True)
+    process = subprocess.Popen(command(model, text, killed, *more), stderr=subprocess.PIPE)
+    partial = tmp_path / "killed.partial"
+    while process.poll() is None and not list(partial.glob("step-*")):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert partial.is_dir()
+    other = subprocess.run(
+        command(model, text, killed, *more, "--set", "rank=8"), check=False, capture_output=True, text=True
+    )
+    assert other.returncode == 2
+    assert "rank: 4 then, 8 now" in other.stderr
+    done = subprocess.run(
+        command(model, text, killed, *more, "--json"), check=True, capture_output=True, text=True
+    )
+    import json
+
+    report = json.loads(done.stdout)
+    assert 0 < report["resumed_from"] < 40
+    ours, theirs = contents(killed), contents(whole)
+    assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
+    assert not partial.exists()
+
+
+def test_budget_is_kept_and_paging_moments_helps(model: Path, text: Path, tmp_path: Path) -> None:
+    import json
+
+    asked = {"rank": "128", "context": "128"}
+    more = [part for name, value in asked.items() for part in ("--set", f"{name}={value}")]
+    out = tmp_path / "out"
+    refused = subprocess.run(
+        command(model, text, out, *more, "--memory", "150MB"), check=False, capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert "try --memory" in refused.stderr
+    assert not out.exists()
+    needed = int(refused.stderr.split("--memory ")[1].split(",")[0])
+    done = subprocess.run(
+        command(model, text, out, *more, "--memory", str(needed + (2 << 20)), "--json"),
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert report["peak_resident_bytes"] <= needed + (2 << 20)
+    rows = {row["owner"]: row["bytes"] for row in report["rows"]}
+    predicted = report["predicted"]
+    assert rows["optimizer"] == predicted["optimizer"] < predicted["adapters/weights"]  # paged: one tensor at a time
+    assert all(rows[owner] == predicted[owner] for owner in predicted if owner.startswith(("adapters", "weights")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": "0"}, "rank=0"),
+        ({"ranks": "4"}, "no setting 'ranks'"),
+        ({"targets": "q_proj,x_proj"}, "'x_proj' is no target"),
+        ({"optimizer": "sgd"}, "adamw, paged"),
+        ({"context": "100000"}, "at most 256 positions"),
+        ({"learning_rate": "fast"}, "expected a number"),
+    ],
+)
+def test_bad_settings(model: Path, text: Path, tmp_path: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tune_model(model, text, tmp_path / "out", options=options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_inputs(model: Path, text: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("A few words.")
+    with pytest.raises(InputError, match="less than 2 windows of 64"):
+        trained(model, short, tmp_path / "out")
+    with pytest.raises(InputError, match="text .*cannot be read"):
+        trained(model, tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(InputError, match="known are"):
+        trained(model, text, tmp_path / "out", method="zlora")
+    with pytest.raises(InputError, match="no teacher"):
+        trained(model, text, tmp_path / "out", teacher=model)
+    with pytest.raises(DoesNotFit):
+        trained(model, text, tmp_path / "out", budget_bytes=HEADROOM_BYTES)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        trained(model, text, tmp_path / "out")
+
+
+def test_windows_are_of_the_text_in_order(model: Path, text: Path) -> None:
+    config = ModelConfig.from_directory(model)
+    tokenizer = Tokenizer.from_directory(model, config.vocab_size)
+    windows = Windows.read(text, tokenizer, config, 64, 0.1)
+    ids = tokenizer.encode(TEXT, add_bos=False)
+    assert (windows.tokens[:, 0] == tokenizer.bos_token_id).all()
+    np.testing.assert_array_equal(windows.tokens[:, 1:].reshape(-1), ids[: windows.tokens[:, 1:].size])
+    assert len(windows.held_out) == max(int(len(windows.tokens) * 0.1), 1)
