@@ -92,9 +92,7 @@ def test_gradients_against_finite_differences_and_by_hand(model: Path, method: s
         np.testing.assert_allclose(gradient, expected.numpy(), rtol=1e-3, atol=1e-5 * largest, err_msg=name)
     random = torch.Generator().manual_seed(1)
     along = [torch.randn(each.shape, generator=random) for each in whole]
-    ends = [
-        loss_at(made, [b + sign * 3e-3 * a for b, a in zip(before, along, strict=True)], loss) for sign in (1, -1)
-    ]
+    ends = [loss_at(made, [b + sign * 3e-3 * a for b, a in zip(before, along, strict=True)], loss) for sign in (1, -1)]
     slope = sum((a * g).sum().item() for a, g in zip(along, whole, strict=True))
     assert slope == pytest.approx((ends[0] - ends[1]) / 6e-3, rel=0.03)
 
@@ -161,7 +159,19 @@ def test_adapter_runs_in_the_engine_with_the_same_logits(model: Path, text: Path
 
 def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     settings = [part for name, value in QUICK.items() for part in ("--set", f"{name}={value}")]
-    return [sys.executable, "-m", "memwall", "tune", str(model), str(text), str(out), *settings, "--threads", "1", *more]
+    return [
+        sys.executable,
+        "-m",
+        "memwall",
+        "tune",
+        str(model),
+        str(text),
+        str(out),
+        *settings,
+        "--threads",
+        "1",
+        *more,
+    ]
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(model: Path, text: Path, tmp_path: Path) -> None:
@@ -180,9 +190,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(model: Path, text: Path, tmp_path
     )
     assert other.returncode == 2
     assert "rank: 4 then, 8 now" in other.stderr
-    done = subprocess.run(
-        command(model, text, killed, *more, "--json"), check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(command(model, text, killed, *more, "--json"), check=True, capture_output=True, text=True)
     import json
 
     report = json.loads(done.stdout)

@@ -14,7 +14,7 @@ import typer
 
 from memwall.cli import bench_trace
 from memwall.cli.command import AsJson, Debug, Memory, Quiet, Threads, Weights, add_command, complete_model
-from memwall.cli.fair import PrioritiesOption, SchedulerOption, ServeScheduler, UpdatesOption
+from memwall.cli.fair import PrioritiesOption, UpdatesOption
 from memwall.cli.printing import format_table, note, print_json
 from memwall.cli.schedulers import SchedulerName, SchedulerOption
 from memwall.errors import DoesNotFit, InputError
@@ -70,11 +70,10 @@ def serve(
     turns: Annotated[
         int, typer.Option(help="Turns of a conversation: each prompt holds all that was said before.", min=1, max=1000)
     ] = 1,
-    scheduler: SchedulerOption = ServeScheduler.fcfs,
+    scheduler: SchedulerOption = SchedulerName.fcfs,
     priorities: PrioritiesOption = None,
     priority_updates: UpdatesOption = None,
     shared_tokens: Annotated[int, typer.Option(help="Tokens that all prompts begin with alike.", min=0)] = 0,
-    scheduler: SchedulerOption = SchedulerName.fcfs,
     slo_first: Annotated[float, typer.Option(help="Objective: seconds to the first token.", min=0)] = 1.0,
     slo_token: Annotated[float, typer.Option(help="Objective: seconds per further token.", min=0)] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of arrivals, lengths and prompts.", min=0)] = 0,
@@ -95,8 +94,6 @@ def serve(
     counts = _counts(concurrency, loads)
     config = ModelConfig.from_directory(model_directory(model))
     options = [] if memory is None else ["--memory", memory]
-    if scheduler is not SchedulerName.fcfs:
-        options += ["--scheduler", scheduler.value]
     if scheduler is SchedulerName.semi_pd:
         options += ["--slo-first", str(slo_first), "--slo-token", str(slo_token)]
     options += ["--weights", weights, *([] if threads is None else ["--threads", str(threads)])]
@@ -115,11 +112,11 @@ def serve(
             note(f"memwall: {error}", quiet=quiet)
 
 
-def _scheduling(scheduler: ServeScheduler, priorities: str | None, updates: float | None, url: str | None) -> list[str]:
+def _scheduling(scheduler: SchedulerName, priorities: str | None, updates: float | None, url: str | None) -> list[str]:
     """Options of the server that is started."""
     told: dict[str, object] = {"--priorities": priorities, "--priority-updates": updates}
     given = [part for name, value in told.items() if value is not None for part in (name, str(value))]
-    if url is not None and (given or scheduler is not ServeScheduler.fcfs):
+    if url is not None and (given or scheduler is not SchedulerName.fcfs):
         raise InputError("--scheduler and --priorities are for a server that is started here; leave --url out")
     return ["--scheduler", scheduler.value, *given]
 

@@ -7,17 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from memwall.cli.schedulers import SchedulerName
 from memwall.errors import InputError
 
 GROUP_PAGES = 60
 """Of the paper, for pages of 16 tokens."""
-
-
-class ServeScheduler(StrEnum):
-    """Who of many requests runs."""
-
-    fcfs = "fcfs"
-    fastswitch = "fastswitch"
 
 
 class PrioritiesName(StrEnum):
@@ -29,14 +23,6 @@ class PrioritiesName(StrEnum):
     fixed = "fixed"
 
 
-SchedulerOption = Annotated[
-    ServeScheduler,
-    typer.Option(
-        "--scheduler",
-        help="fcfs: first come, first served; fastswitch: by priorities that may change while requests run, whose "
-        "pages are then swapped beside the steps of others.",
-    ),
-]
 PrioritiesOption = Annotated[
     PrioritiesName | None,
     typer.Option(
@@ -57,10 +43,10 @@ UpdatesOption = Annotated[
 
 
 def fair_options(
-    scheduler: ServeScheduler, priorities: PrioritiesName | None, updates: float | None, *, adapters: bool
+    scheduler: SchedulerName, priorities: PrioritiesName | None, updates: float | None, *, adapters: bool
 ) -> dict[str, Any]:
     """Settings of the engine. InputError where options do not go together."""
-    if scheduler is ServeScheduler.fcfs:
+    if scheduler is not SchedulerName.fastswitch:
         if priorities is not None or updates is not None:
             raise InputError("--priorities and --priority-updates need --scheduler fastswitch")
         return {}

@@ -24,6 +24,7 @@ class SchedulerName(StrEnum):
     """Schedulers of a server."""
 
     fcfs = "fcfs"
+    fastswitch = "fastswitch"
     semi_pd = "semi-pd"
     nexus = "nexus"
 
@@ -31,9 +32,11 @@ class SchedulerName(StrEnum):
 SchedulerOption = Annotated[
     SchedulerName,
     typer.Option(
-        help="fcfs: one worker, prompts in chunks beside tokens. semi-pd: prompts and tokens in two processes over one "
+        "--scheduler",
+        help="fcfs: first come, first served; one worker, prompts in chunks beside tokens. fastswitch: by priorities that "
+        "may change while requests run, whose pages are then swapped beside the steps of others. semi-pd: prompts and tokens in two processes over one "
         "memory, with shares of the cores that follow --slo-first and --slo-token. nexus: the same, with shares chosen "
-        "ahead by what each phase was measured to cost."
+        "ahead by what each phase was measured to cost.",
     ),
 ]
 SloFirst = Annotated[
@@ -48,7 +51,7 @@ def options_of(name: SchedulerName, first: float | None, token: float | None, *,
     """What `ServingSettings` and `load_engine` get for a scheduler."""
     if name is not SchedulerName.semi_pd and (first is not None or token is not None):
         raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
-    if name is SchedulerName.fcfs:
+    if name in (SchedulerName.fcfs, SchedulerName.fastswitch):
         return {}
     if adapters:
         raise InputError(f"--scheduler {name.value} serves no adapters; leave --lora out, or choose fcfs")

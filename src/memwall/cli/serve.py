@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memwall.cli.command import Debug, Memory, Model, Quiet, Threads, Weights, add_command
-from memwall.cli.fair import PrioritiesOption, SchedulerOption, ServeScheduler, UpdatesOption, fair_options
+from memwall.cli.fair import PrioritiesOption, UpdatesOption, fair_options
 from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, LoraOption, MostRank, read_loras
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
@@ -42,7 +42,7 @@ def serve(
     step_tokens: Annotated[
         int, typer.Option(help="Tokens computed in one step: long prompts come in chunks of it.", min=16, max=8192)
     ] = 256,
-    scheduler: SchedulerOption = ServeScheduler.fcfs,
+    scheduler: SchedulerOption = SchedulerName.fcfs,
     priorities: PrioritiesOption = None,
     priority_updates: UpdatesOption = None,
     swap: Annotated[str, typer.Option(help="Disk for requests set aside, such as 1GB; 0 for none.")] = "256MB",
@@ -68,7 +68,6 @@ def serve(
     max_lora_rank: MostRank = 64,
     lora_batch: LoraBatch = None,
     first_token_limit: FirstToken = None,
-    scheduler: SchedulerOption = SchedulerName.fcfs,
     slo_first: SloFirst = None,
     slo_token: SloToken = None,
     threads: Threads = None,

@@ -53,7 +53,9 @@ def tune(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="A setting of the method, such as rank=16 or steps=200; may be repeated.", metavar="NAME=VALUE"
+            "--set",
+            help="A setting of the method, such as rank=16 or steps=200; may be repeated.",
+            metavar="NAME=VALUE",
         ),
     ] = None,
     memory: Memory = None,

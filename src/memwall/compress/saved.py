@@ -267,9 +267,7 @@ def read_part(path: Path) -> dict[str, Packed]:
     }
 
 
-def check_output(
-    out: Path, *, force: bool, mark: str = MANIFEST_NAME, what: str = "compressed model"
-) -> None:
+def check_output(out: Path, *, force: bool, mark: str = MANIFEST_NAME, what: str = "compressed model") -> None:
     """Refuses an output folder that exists (with `force`: one that is no `what` of ours, which has the file `mark`)."""
     if not out.name:
         raise InputError(f"{out}: give the name of a folder to be made")

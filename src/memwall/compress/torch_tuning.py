@@ -111,9 +111,7 @@ class Trainer:
         length = math.sqrt(sum(float(np.vdot(each, each)) for each in self._gradients))
         if math.isfinite(loss) and math.isfinite(length):
             limit = self.method.max_grad_norm
-            self._optimizer.step(
-                self._values, self._gradients, limit / length if limit and length > limit else 1.0
-            )
+            self._optimizer.step(self._values, self._gradients, limit / length if limit and length > limit else 1.0)
         else:
             self.skipped += 1
         self.step += 1

@@ -194,9 +194,7 @@ class _Run:
         )
         if asked.start is not None:
             adapted.load(asked.start)
-        trainer = Trainer(
-            adapted, method, asked.windows, objective, self.work, self.arena, paged=self.paged
-        )
+        trainer = Trainer(adapted, method, asked.windows, objective, self.work, self.arena, paged=self.paged)
         trainer.run(self.progress, settle=self._check)
         rows = self.ledger.to_json()
         num_bytes = self.work.finish_adapter(
