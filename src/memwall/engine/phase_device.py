@@ -304,7 +304,6 @@ def colocated_engine(
         KVPages(pool, limits.page_tokens),
         limits=limits,
         context_tokens=context_tokens,
-        swap=SwapArea(pool, 0),
         costs=Costs(seconds_per_token=seconds, seconds_per_page=seconds),
         clock=clock,
     )
