@@ -382,23 +382,27 @@ def trained_decoder(
     """The model trained with its matrices rounded to `specs`, to predict what the float model predicts.
 
     Loss: divergence from the float model over the calibration text (the paper trains on its task; a text this short
-    would be learned by heart). AdamW, cosine. Only rounded matrices are trained. Deterministic for a seed.
+    would be learned by heart). AdamW, cosine. All tensors are trained, those that stay floats too. Deterministic for a
+    seed.
     """
     with loaded(subject) as teacher, loaded(subject) as student:
         names = [name for name in specs if isinstance(codec(specs[name]), LevelCodec) and specs[name] != "float32"]
+        tensors = [tensor.name for tensor in subject.checkpoint.config.tensors()]
+        student.requires_grad_(True)
         for name in names:
             owner, _, field = name.rpartition(".")
-            student.get_parameter(name).requires_grad_(True)
             parametrize.register_parametrization(student.get_submodule(owner), field, RoundedGroups(specs[name]))
         _distil(student, teacher, _samples(subject.tokens, subject.tokens.size), steps, rate, seed, subject.progress)
-        trained = {name: _unrounded(student, name).detach().numpy().copy() for name in names}
+        trained = {name: _unrounded(student, name).detach().numpy().copy() for name in tensors}
     return Trained(subject.checkpoint, trained)
 
 
 def _unrounded(model: nn.Module, name: str) -> Tensor:
     """The weight behind its rounding."""
     owner, _, field = name.rpartition(".")
-    return model.get_parameter(f"{owner}.parametrizations.{field}.original")
+    if parametrize.is_parametrized(model.get_submodule(owner)):
+        return model.get_parameter(f"{owner}.parametrizations.{field}.original")
+    return model.get_parameter(name)
 
 
 def _distil(
