@@ -23,6 +23,7 @@ from memwall.cli import (
     probe,
     run,
     serve,
+    simulate,
     stream,
     study,
     systems,
@@ -40,7 +41,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for verb in (run, serve, batch, plan, compress, convert, fit, stream, eval, study, probe, bench, systems, evidence):
+VERBS = (
+    run, serve, batch, plan, compress, convert, fit, stream, eval, study, simulate, probe, bench, systems, evidence,
+)  # fmt: skip
+for verb in VERBS:
     verb.register(app)
 
 

@@ -24,10 +24,12 @@ from memwall.hardware.units import (
     BytesPerSecond,
     FlopPerSecond,
     Seconds,
+    Watts,
     parse_bytes,
     parse_flop_rate,
     parse_rate,
     parse_seconds,
+    parse_watts,
 )
 
 DTYPES = ("float64", "float32", "tfloat32", "bfloat16", "float16", "float8", "int8", "int4")
@@ -89,13 +91,15 @@ class Link:
 class Compute:
     """A processor: peak operations per second by number type (dense, no sparsity), working on the bytes of one tier.
 
-    Where `count` is more than one the figures are those of one of them.
+    Where `count` is more than one the figures are those of one of them. watts: what it may draw at most, memory on its
+    board included.
     """
 
     unit: str
     tier: str
     flop_per_s: Mapping[str, FlopPerSecond]
     count: int = 1
+    watts: Watts | None = None
     reference: str
     derived: tuple[str, ...] = ()
     unsure: tuple[str, ...] = ()
@@ -108,7 +112,7 @@ class Compute:
         for dtype in self.flop_per_s:
             if dtype not in DTYPES:
                 raise InputError(f"{what}: unknown number type {dtype!r}; known are {', '.join(DTYPES)}")
-        _check_positive(what, count=self.count, **self.flop_per_s)
+        _check_positive(what, count=self.count, power=self.watts, **self.flop_per_s)
         _check_reference(what, self.reference)
         object.__setattr__(self, "flop_per_s", MappingProxyType(dict(self.flop_per_s)))
 
@@ -296,12 +300,13 @@ def _read_link(machine: str, row: Mapping[str, Any]) -> Link:
 
 def _read_compute(machine: str, row: Mapping[str, Any]) -> Compute:
     where = f"machine {machine}, compute {row.get('unit', '?')}"
-    _known_keys(where, row, {"unit", "tier", "count", "source", "derived", "unsure", *DTYPES})
+    _known_keys(where, row, {"unit", "tier", "count", "power", "source", "derived", "unsure", *DTYPES})
     return Compute(
         unit=_text(where, row, "unit"),
         tier=_text(where, row, "tier"),
         flop_per_s={dtype: _parsed(where, row, dtype, parse_flop_rate) for dtype in DTYPES if dtype in row},
         count=_count(where, row),
+        watts=_parsed(where, row, "power", parse_watts) if "power" in row else None,
         reference=_text(where, row, "source"),
         derived=_fields_named(where, row, "derived"),
         unsure=_fields_named(where, row, "unsure"),

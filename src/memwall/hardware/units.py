@@ -15,6 +15,7 @@ from memwall.errors import InputError
 
 Bytes = NewType("Bytes", int)
 Seconds = NewType("Seconds", float)
+Watts = NewType("Watts", float)
 BytesPerSecond = NewType("BytesPerSecond", float)
 FlopPerSecond = NewType("FlopPerSecond", float)
 """Operations per second, a multiply and an add counted as two, whatever the number type."""
@@ -119,6 +120,15 @@ def parse_seconds(text: str) -> Seconds:
     if unit not in _SECONDS:
         raise InputError(f"{text[:60]!r} is not a duration: write 110ns, 45us, 1.2ms or 3s")
     return Seconds(float(number * _SECONDS[unit]))
+
+
+def parse_watts(text: str) -> Watts:
+    """`700W`, `450 mW` or `1.2kW` to watts."""
+    number, unit = _split(text, "power", "such as 700W, 450mW or 1.2kW")
+    scales = {"W": Fraction(1), "mW": Fraction(1, KB), "kW": Fraction(KB)}
+    if unit not in scales:
+        raise InputError(f"{text[:60]!r} is not a power: write 700W, 450mW or 1.2kW")
+    return Watts(float(number * scales[unit]))
 
 
 def format_seconds(seconds: float) -> str:

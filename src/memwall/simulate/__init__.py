@@ -1,1 +1,20 @@
-"""Simulators: what serving would do on machines that are not here."""
+"""What something will cost before it runs: simulators on a virtual clock, and cost models of operations.
+
+base: the seam (`Operation`, `CostModel`, the roofline). Serving on clusters: serving_model (blocks of cells), cluster
+(devices and links), tables (measured times), plans (all ways to spread a model), blocks (a block's operations),
+iterations (the engine's schedulers on a virtual clock), metrics, and apex, which searches.
+"""
+
+from memwall.simulate.apex import Case as Case
+from memwall.simulate.apex import search as search
+from memwall.simulate.apex import simulate as simulate
+from memwall.simulate.base import CostModel as CostModel
+from memwall.simulate.base import Device as Device
+from memwall.simulate.base import Operation as Operation
+from memwall.simulate.base import Roofline as Roofline
+from memwall.simulate.cluster import Cluster as Cluster
+from memwall.simulate.plans import ServingPlan as ServingPlan
+from memwall.simulate.plans import enumerate_plans as enumerate_plans
+from memwall.simulate.serving_model import Formats as Formats
+from memwall.simulate.serving_model import ServedModel as ServedModel
+from memwall.simulate.tables import read_tables as read_tables
