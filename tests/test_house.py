@@ -29,6 +29,7 @@ LONGER: dict[str, str] = {
     "cli/compress.py:compress": "the same",
     "cli/serve.py:serve": "the same",
     "cli/bench.py:serve": "the same",
+    "cli/simulate.py:serving": "the same",
 }
 
 SKIPPED_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -41,7 +41,11 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is planned for: a model on a cluster under a load. tables: measured times, asked before the roofline."""
+    """What is planned for: a model on a cluster under a load. tables: measured times, asked before the roofline.
+
+    kv_tokens: what an attention replica may cache, all stages' requests together, where that is known and need not be
+    worked out from the devices' memory.
+    """
 
     model: ServedModel
     cluster: Cluster
@@ -50,6 +54,7 @@ class Case:
     roofline: Roofline | None = None
     batching: Batching = field(default_factory=Batching)
     objectives: Objectives = field(default_factory=Objectives)
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.loads:
@@ -61,6 +66,11 @@ class Case:
         longest = max(load.prompt_tokens + load.output_tokens for load in self.loads)
         page = self.batching.limits.page_tokens
         return -(-longest // page) * page
+
+    def room(self, plan: ServingPlan) -> Room:
+        """What a plan leaves for keys and values."""
+        room = room_of(plan, self.model, self.cluster.device.capacity_bytes)
+        return room if self.kv_tokens is None else replace(room, kv_tokens=self.kv_tokens)
 
     def price(self) -> Priced:
         """Measured times first, then the roofline and the links' rates."""
@@ -130,7 +140,7 @@ class Search:
 
 def simulate(case: Case, plan: ServingPlan, *, give_up_after: float | None = None) -> Result | None:
     """Serves the case's load by one plan; None where it was given up. DoesNotFit where the weights leave no room."""
-    room = room_of(plan, case.model, case.cluster.device.capacity_bytes)
+    room = case.room(plan)
     if room.kv_tokens // plan.stages < case.longest_tokens:
         raise DoesNotFit(
             f"{plan.name}: weights of {room.parameter_bytes:,} bytes a device leave room for {room.kv_tokens:,} cached "
@@ -268,7 +278,7 @@ def static_estimate(case: Case, plan: ServingPlan) -> Estimate:
     arrivals = [load.at or 0.0 for load in loads]
     span = max(arrivals) - min(arrivals)
     engines = plan.replicas * plan.stages * plan.cells[0].replicas
-    room = room_of(plan, case.model, case.cluster.device.capacity_bytes)
+    room = case.room(plan)
     most = min(room.kv_tokens / plan.stages / (prompt + output), case.batching.limits.max_sequences)
     most = max(min(most, len(loads) / engines), 1.0)
     rate = len(loads) / engines / span if span else float("inf")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from memwall.errors import InputError
 from memwall.models.config import HEAD
 from memwall.models.decoder import BLOCK_ROWS, Layer
 from memwall.simulate.serving_model import Formats
-from memwall.simulate.tables import AttentionTable, along
+from memwall.simulate.tables import AttentionTable, Curve, along
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 CONTEXTS = (32, 128, 512, 1024)
@@ -255,18 +256,40 @@ class _Work:
     # ---- whole steps -------------------------------------------------------------------------------------------
 
     def steps(self) -> None:
-        """What the operations above leave unexplained of the engine's steps, by tokens."""
-        for name in ("passes", "embedding"):
-            self.pass_rows.append((name, 1, 0.0))
+        """What the operations leave unexplained: of a block, and of the step around all blocks, by tokens."""
+        self.pass_rows.append(("embedding", 1, 0.0))
         most = min(self.engine.limits.max_sequences, self.most_tokens)
         for batch in [n for n in TOKENS if n <= most]:
-            self.pass_rows.append(("step", batch, max(self._decode_step(batch), 0.0)))
-        for tokens in [n for n in (128, 256) if most < n <= min(self.most_tokens, self.most_context - 1)]:
-            self.pass_rows.append(("step", tokens, max(self._prompt_step(tokens), 0.0)))
-        self.engine.pages.forget(self.engine.pages.idle_pages)
+            self._split(batch, *self._decode_step(batch))
+        for tokens in [n for n in (64, 128, 256) if most < n <= min(self.most_tokens, self.most_context - 1)]:
+            self._split(tokens, *self._prompt_step(tokens))
 
-    def _decode_step(self, batch: int) -> float:
-        """Seconds beyond the operations of a step in which `batch` requests decode."""
+    def _split(self, tokens: int, blocks: float, rest: float) -> None:
+        self.pass_rows.append(("passes", tokens, max(blocks / self.config.num_layers, 0.0)))
+        self.pass_rows.append(("step", tokens, max(rest, 0.0)))
+
+    def _timed_step(self) -> tuple[float, float]:
+        """(seconds of a step, of it in the blocks)."""
+        inside, plain = 0.0, self.decoder.batch
+
+        def timed(*arguments: Any) -> np.ndarray:
+            nonlocal inside
+            began = time.perf_counter()
+            found = plain(*arguments)
+            inside += time.perf_counter() - began
+            return found
+
+        self.decoder.batch = timed  # type: ignore[method-assign,assignment]
+        try:
+            began = time.perf_counter()
+            self.serving.govern()
+            self.engine.step()
+            return time.perf_counter() - began, inside
+        finally:
+            del self.decoder.batch
+
+    def _decode_step(self, batch: int) -> tuple[float, float]:
+        """Seconds of the blocks beyond their operations, and of the rest of the step, while `batch` requests decode."""
         length, made = 8, self.rounds + 3
         for _ in range(batch):
             self._submit(length, made)
@@ -275,29 +298,27 @@ class _Work:
             self.engine.step()
         found = []
         while self.engine.busy:
-            keys = [len(one.tokens) for one in self.engine.running.values()]
-            began = time.perf_counter()
-            self.serving.govern()
-            self.engine.step()
-            taken = time.perf_counter() - began
-            if len(keys) == batch:
-                found.append(taken)
-        decode = self._table(batch, 1, length + made // 2)
-        return median(found) - self._operations(batch, batch) - decode * self.config.num_layers
+            whole = len(self.engine.running) == batch
+            taken = self._timed_step()
+            found += [taken] if whole else []
+        return self._unexplained(found, batch, batch, self._table(batch, 1, length + made // 2))
 
-    def _prompt_step(self, tokens: int) -> float:
-        """Seconds beyond the operations of a step that computes a prompt whole."""
+    def _prompt_step(self, tokens: int) -> tuple[float, float]:
+        """The same of a step that computes a prompt whole."""
         found = []
         for _ in range(self.rounds):
             self._submit(tokens, 1)
-            began = time.perf_counter()
-            self.serving.govern()
-            self.engine.step()
-            found.append(time.perf_counter() - began)
+            found.append(self._timed_step())
             while self.engine.busy:
                 self.engine.step()
-        prompt = self._table(1, tokens, tokens)
-        return median(found) - self._operations(tokens, 1) - prompt * self.config.num_layers
+        return self._unexplained(found, tokens, 1, self._table(1, tokens, tokens))
+
+    def _unexplained(
+        self, found: list[tuple[float, float]], tokens: int, sampled: int, attention: float
+    ) -> tuple[float, float]:
+        products, head = self._operations(tokens, sampled)
+        blocks = median(inside for _, inside in found) - products - attention * self.config.num_layers
+        return blocks, median(whole - inside for whole, inside in found) - head
 
     def _views(self) -> list[RequestView]:
         state = self.engine.snapshot()
@@ -311,18 +332,17 @@ class _Work:
             Request(prompt=tuple(map(int, tokens)), sampling=Sampling(max_new_tokens=made, ignore_eos=True))
         )
 
-    def _operations(self, tokens: int, sampled: int) -> float:
-        """Products and sampling of a step, from the rows measured."""
-        curves: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    def _operations(self, tokens: int, sampled: int) -> tuple[float, float]:
+        """Seconds of all blocks' products, and of head and sampling, from the rows measured."""
+        curves: dict[tuple[int, int], Curve] = {}
         for m, k, n, seconds in self.gemm_rows:
-            curves.setdefault((m, k), []).append((float(n), seconds))
-        total = 0.0
-        for key, points in curves.items():
-            curve = ([x for x, _ in points], [y for _, y in points])
-            head = key == (self.config.vocab_size, self.config.hidden_size)
-            total += along(curve, sampled) if head else self.config.num_layers * along(curve, tokens)
+            xs, ys = curves.setdefault((m, k), ([], []))
+            xs.append(float(n))
+            ys.append(seconds)
+        head = along(curves.pop((self.config.vocab_size, self.config.hidden_size)), sampled)
         picks = [(float(n), seconds) for name, n, seconds in self.pass_rows if name == "sample"]
-        return total + along(([x for x, _ in picks], [y for _, y in picks]), sampled)
+        head += along(([x for x, _ in picks], [y for _, y in picks]), sampled)
+        return self.config.num_layers * sum(along(curve, tokens) for curve in curves.values()), head
 
     def _table(self, batch: int, queries: int, keys: int) -> float:
         table = AttentionTable()

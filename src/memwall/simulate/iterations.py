@@ -60,7 +60,9 @@ class Batching:
 
 @dataclass(slots=True)
 class Served:
-    """What became of one request; seconds of the virtual clock. first and last: when its tokens were there."""
+    """What became of one request; seconds from the start. first and last: when its tokens were there. made: these,
+    where they were really made.
+    """
 
     arrival: float
     prompt: int
@@ -69,6 +71,7 @@ class Served:
     last: float = 0.0
     tokens: int = 0
     preemptions: int = 0
+    made: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

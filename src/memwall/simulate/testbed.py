@@ -1,0 +1,368 @@
+"""Plans carried out for real, by two processes of one thread each on this machine, so that predictions can be held
+against measurements.
+
+- data: two whole models; requests are dealt in turn;
+- tensor: each process holds half of the heads, of the filters and of the head's rows; partial sums are added through
+  shared memory after attention and after the feed-forward network, and the first process schedules;
+- pipeline: each holds half of the blocks; two flights of requests, each with a scheduler of its own in the first
+  process, follow one another through both.
+
+The engine, its schedulers, pages and kernels are those of `memwall serve`; what is cut is the model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memwall import kernels
+from memwall.engine.arrivals import Load
+from memwall.engine.batch import ModelExecutor, batch_order
+from memwall.engine.core import Engine
+from memwall.engine.executor import Entry, Output
+from memwall.engine.fcfs import FirstComeFirstServed
+from memwall.engine.kv_pages import KVPages
+from memwall.engine.loading import cache_shape
+from memwall.engine.sampling import Sampler
+from memwall.engine.sequence import Request
+from memwall.engine.sequence import Sequence as Running
+from memwall.engine.serving import MOST_LOGIT_ROWS, Serving, ServingSettings, load_engine
+from memwall.formats import codec
+from memwall.memory import PagePool
+from memwall.models.checkpoint import Checkpoint
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig
+from memwall.models.decoder import Decoder
+from memwall.simulate.host import Profile, profile_engine
+from memwall.simulate.iterations import Served
+from memwall.simulate.parts import RANKS, Kind, StageDecoder, TensorDecoder, Wire, serve_loads
+
+START_SECONDS = 0.3
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How a plan is carried out. num_pages: of each process (pipeline: of both flights together)."""
+
+    kind: Kind
+    folders: tuple[Path, Path]
+    settings: ServingSettings
+    num_pages: int
+    wire: Path
+
+    @property
+    def most_values(self) -> int:
+        """Numbers of one message."""
+        config = ModelConfig.from_directory(self.folders[0])
+        rows = max(self.settings.token_budget, MOST_LOGIT_ROWS)
+        return max(rows * config.hidden_size, MOST_LOGIT_ROWS * config.vocab_size)
+
+
+class TwoProcesses:
+    """Two processes that hold their parts of a model. Use it with `with`."""
+
+    def __init__(self, setting: Setting) -> None:
+        context = get_context("spawn")
+        self.setting, self._pipes, self._workers = setting, [], []
+        between = [context.Pipe() for _ in range(RANKS)]
+        for rank in range(RANKS):
+            ours, theirs = context.Pipe()
+            others = tuple(pair[rank] for pair in between)
+            worker = context.Process(target=_work, args=(rank, setting, theirs, others), daemon=True)
+            worker.start()
+            self._pipes.append(ours)
+            self._workers.append(worker)
+        self._answers()
+
+    def __enter__(self) -> TwoProcesses:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pipe, worker in zip(self._pipes, self._workers):
+            pipe.send(("stop", None))
+            worker.join(20)
+
+    def profile(self) -> list[Profile]:
+        """Both processes' tables, measured at the same time (data, pipeline), each of the part it holds."""
+        return self._ask("profile", [None] * RANKS)
+
+    def serve(self, loads: Sequence[Load]) -> list[Served]:
+        """Serves the loads on the real clock; requests in order of arrival."""
+        parts: list[list[Load]] = [list(loads), []]
+        if self.setting.kind == "data":
+            parts = [list(loads[rank::RANKS]) for rank in range(RANKS)]
+        began = time.time() + START_SECONDS
+        found = self._ask("serve", [(part, began) for part in parts])
+        return sorted((one for part in found for one in part), key=lambda one: one.arrival)
+
+    def messages(self, sizes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:
+        """((bytes, seconds) of an exchange of so many bytes and their sum, seconds of a short message by a pipe)."""
+        exchanged, piped = self._ask("messages", [sizes] * RANKS)[0]
+        return exchanged, piped
+
+    def _ask(self, what: str, arguments: Sequence[Any]) -> list[Any]:
+        for pipe, argument in zip(self._pipes, arguments):
+            pipe.send((what, argument))
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
+        found = []
+        for pipe in self._pipes:
+            kind, value = pipe.recv()
+            if kind == "error":
+                raise RuntimeError(value)
+            found.append(value)
+        return found
+
+
+def _work(rank: int, setting: Setting, pipe: Connection, others: tuple[Connection, ...]) -> None:
+    """A process of the testbed."""
+    import traceback
+
+    try:
+        part = _PARTS[setting.kind](rank, setting, others)
+        pipe.send(("ready", None))
+        while True:
+            what, argument = pipe.recv()
+            if what == "stop":
+                return
+            pipe.send(("done", getattr(part, what)(argument)))
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+
+
+class _Part:
+    """What all kinds have in common: a model loaded with one thread."""
+
+    def __init__(self, rank: int, setting: Setting, others: tuple[Connection, ...]) -> None:
+        self.rank, self.setting, self.others = rank, setting, others
+        settings = replace(setting.settings, threads=1)
+        self.serving: Serving = load_engine(setting.folders[rank], settings, scheduler=FirstComeFirstServed())
+        self.config, self.engine = self.serving.config, self.serving.engine
+        executor = self.engine.executor
+        assert isinstance(executor, ModelExecutor)
+        self.executor = executor
+        self.executor.decoder.observer = lambda name, x: None  # all kinds alike: none records its steps
+        self.wire = Wire(setting.wire, setting.most_values, rank)
+
+    def profile(self, _: object) -> Profile:
+        return profile_engine(self.serving)
+
+    def messages(self, sizes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:
+        found, trips = [], []
+        for size in sizes:
+            x, times = np.zeros(max(size // 4, 1), np.float32), []
+            for _ in range(40):
+                began = time.perf_counter()
+                x += self.wire.exchange(x)
+                times.append(time.perf_counter() - began)
+            found.append((size, float(np.median(times))))
+        told = [(0, 1, True, list(range(16)), [0])] * 8
+        for _ in range(40):
+            began = time.perf_counter()
+            if self.rank == 0:
+                self.others[0].send(told)
+                self.others[0].recv()
+            else:
+                self.others[0].send(self.others[0].recv())
+            trips.append(time.perf_counter() - began)
+        return found, float(np.median(trips)) / 2
+
+    def serve(self, argument: tuple[Sequence[Load], float]) -> list[Served]:
+        loads, began = argument
+        self.engine.wanted_pages = self.setting.num_pages
+        return serve_loads(self.engine, loads, began, self.config.vocab_size)
+
+    def rebuild(self, kind: type[Decoder]) -> Any:
+        """A decoder of another class over the same weights."""
+        old, settings = self.executor.decoder, self.serving.settings
+        old.release()
+        self.executor.decoder = kind(
+            self.config, old.weights, self.serving.arena, segment_tokens=settings.token_budget,
+            logit_rows=min(settings.max_sequences, MOST_LOGIT_ROWS), exact=settings.exact,
+            sequences=settings.max_sequences,
+        )  # fmt: skip
+        return self.executor.decoder
+
+
+class _Data(_Part):
+    pass
+
+
+class _Tensor(_Part):
+    """The first process schedules and tells the second what each step works on."""
+
+    def __init__(self, rank: int, setting: Setting, others: tuple[Connection, ...]) -> None:
+        super().__init__(rank, setting, others)
+        self._joined = False
+
+    def profile(self, argument: object) -> Profile:
+        assert not self._joined, "profile before the parts are joined"
+        return super().profile(argument)
+
+    def serve(self, argument: tuple[Sequence[Load], float]) -> list[Served]:
+        if not self._joined:
+            self._join()
+        if self.rank == 0:
+            plain, pipe = self.executor.run, self.others[0]
+
+            def run(batch: list[Entry]) -> list[Output | None]:
+                pipe.send(_told(batch))
+                return plain(batch)
+
+            self.executor.run = run  # type: ignore[method-assign]
+            try:
+                return super().serve(argument)
+            finally:
+                del self.executor.run
+                pipe.send(None)
+        while (told := self.others[0].recv()) is not None:
+            self.executor.run(_entries(told))
+        return []
+
+    def _join(self) -> None:
+        with Checkpoint(self.setting.folders[self.rank], self.config) as checkpoint:
+            rows = self.config.vocab_size // RANKS
+            values = checkpoint.tensor(EMBEDDING)[self.rank * rows : (self.rank + 1) * rows].astype(np.float32)
+        spec = self.executor.decoder.weights.matrices[HEAD].spec
+        decoder = self.rebuild(TensorDecoder)
+        decoder.join(self.wire, kernels.matrix(codec(spec).encode(values)), rows)
+        if self.rank == 1:
+            _hold_all(self.engine, self.setting.num_pages)
+        self._joined = True
+
+
+class _Pipeline(_Part):
+    """The first process holds the schedulers of both flights, each in a thread; the second works what comes."""
+
+    def profile(self, argument: object) -> Profile:
+        return super().profile(argument)
+
+    def serve(self, argument: tuple[Sequence[Load], float]) -> list[Served]:
+        decoder = self.executor.decoder
+        if not isinstance(decoder, StageDecoder):
+            decoder = self.rebuild(StageDecoder)
+            self._flights = [self._flight(number) for number in range(RANKS)]
+        return self._lead(decoder, *argument) if self.rank == 0 else self._follow(decoder)
+
+    def _flight(self, number: int) -> tuple[Engine, ModelExecutor]:
+        settings, pages = self.serving.settings, self.setting.num_pages // RANKS
+        pool = PagePool(
+            f"kv/flight {number}", page_bytes=self.engine.pages.pool.page_bytes, most_pages=pages,
+            arena=self.serving.arena,
+        )  # fmt: skip
+        held = KVPages(pool, settings.page_tokens, keep_prefixes=False)
+        executor = ModelExecutor(
+            self.executor.decoder, cache_shape(self.config), held,
+            logit_rows=min(settings.max_sequences, MOST_LOGIT_ROWS),
+            scratch=np.empty(Sampler.scratch_shape(self.config.vocab_size), np.float32),
+        )  # fmt: skip
+        engine = Engine(
+            FirstComeFirstServed(), executor, held, limits=settings.limits, context_tokens=self.serving.context_tokens
+        )
+        if self.rank == 1:
+            _hold_all(engine, pages)
+        return engine, executor
+
+    def _lead(self, decoder: StageDecoder, loads: Sequence[Load], began: float) -> list[Served]:
+        lock = threading.Lock()
+        found: list[list[Served]] = [[], []]
+
+        def flight(number: int) -> None:
+            engine, executor = self._flights[number]
+            area, pipe, hidden_size = self.wire.area(number), self.others[number], self.config.hidden_size
+
+            def run(batch: list[Entry]) -> list[Output | None]:
+                order = sorted(range(len(batch)), key=lambda i: batch_order(batch[i]))
+                entries = [batch[i] for i in order]
+                with lock:
+                    positions = executor.cache.begin(entries)
+                    hidden = decoder.enter(_tokens(entries))
+                    decoder.go_on(hidden, positions, executor.cache, last=False)
+                    area[: len(hidden) * hidden_size] = hidden.ravel()
+                pipe.send(_told(entries))
+                outputs: list[Output | None] = [None] * len(batch)
+                for place, token in zip(order, pipe.recv()):
+                    outputs[place] = None if token is None else Output(token)
+                return outputs
+
+            executor.run = run  # type: ignore[method-assign]
+            found[number] = serve_loads(engine, loads[number::RANKS], began, self.config.vocab_size)
+            pipe.send(None)
+
+        threads = [threading.Thread(target=flight, args=(number,)) for number in range(RANKS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [*found[0], *found[1]]
+
+    def _follow(self, decoder: StageDecoder) -> list[Served]:
+        live: dict[Any, int] = {pipe: number for number, pipe in enumerate(self.others)}
+        while live:
+            ready: list[Any] = wait(list(live))
+            for pipe in ready:
+                number = live[pipe]
+                told = pipe.recv()
+                if told is None:
+                    del live[pipe]
+                    continue
+                executor, entries = self._flights[number][1], _entries(told)
+                positions = executor.cache.begin(entries)
+                area = self.wire.area(number)[: len(positions) * self.config.hidden_size]
+                hidden = decoder.go_on(area.reshape(len(positions), -1).copy(), positions, executor.cache, last=True)
+                pipe.send(self._draw(decoder, hidden, entries))
+        return []
+
+    def _draw(self, decoder: StageDecoder, hidden: np.ndarray, entries: list[Entry]) -> list[int | None]:
+        lasts = np.cumsum([entry.count for entry in entries]) - 1
+        asking = [place for place, entry in enumerate(entries) if entry.sample]
+        tokens: list[int | None] = [None] * len(entries)
+        rows = min(self.serving.settings.max_sequences, MOST_LOGIT_ROWS)
+        for begin in range(0, len(asking), rows):
+            some = asking[begin : begin + rows]
+            logits = decoder.logits(np.ascontiguousarray(hidden[lasts[some]]))
+            for place, row in zip(some, logits):
+                tokens[place] = int(row.argmax())
+        return tokens
+
+
+_PARTS: dict[str, type[_Part]] = {"data": _Data, "tensor": _Tensor, "pipeline": _Pipeline}
+
+
+def _hold_all(engine: Engine, num_pages: int) -> None:
+    """Makes all pages resident: the other process says which ones a request has."""
+    engine.wanted_pages = num_pages
+    engine.fit_limit()
+    engine.pages.take(num_pages)
+
+
+def _tokens(entries: Sequence[Entry]) -> np.ndarray:
+    return np.array([t for one in entries for t in one.sequence.tokens[one.first : one.first + one.count]], np.int64)
+
+
+def _told(batch: Sequence[Entry]) -> list[tuple[int, int, bool, list[int], list[int]]]:
+    """A step as the other process needs it: pages and tokens of each entry."""
+    return [
+        (one.first, one.count, one.sample, one.sequence.pages, one.sequence.tokens[one.first : one.first + one.count])
+        for one in batch
+    ]
+
+
+def _entries(told: Sequence[tuple[int, int, bool, list[int], list[int]]]) -> list[Entry]:
+    entries = []
+    for number, (first, count, sample, pages, tokens) in enumerate(told):
+        one = Running(id=number, request=Request(prompt=(0,)), arrival=0.0, eos=())
+        one.pages, one.tokens = pages, [0] * first + tokens
+        entries.append(Entry(one, first, count, sample))
+    return entries

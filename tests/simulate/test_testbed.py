@@ -1,0 +1,80 @@
+"""Plans carried out by two processes make the tokens that one engine makes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memwall.engine.arrivals import Load
+from memwall.engine.serving import ServingSettings, load_engine
+from memwall.formats.safetensors_file import SafetensorsWriter
+from memwall.models.config import ModelConfig
+from memwall.simulate.parts import Kind, cut_model, serve_loads
+from memwall.simulate.testbed import Setting, TwoProcesses
+
+SETTINGS = ServingSettings(
+    weights="float32", context_tokens=128, token_budget=32, max_sequences=4, keep_prefixes=False, swap_bytes=0,
+    exact=True, threads=1,
+)  # fmt: skip
+LOADS = [Load(at=0.0, prompt_tokens=20 + 9 * i, output_tokens=6) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    told = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 64,
+        "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 300, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True, "dtype": "float16", "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(told))
+    config, draw = ModelConfig.from_directory(folder), np.random.default_rng(0)
+    rows = [(tensor.name, np.float16, tensor.shape) for tensor in config.tensors()]
+    with SafetensorsWriter(folder / "model.safetensors", rows) as writer:
+        for tensor in config.tensors():
+            values = draw.standard_normal(tensor.shape) / np.sqrt(tensor.shape[-1])
+            writer.write(tensor.name, (np.ones(tensor.shape) if len(tensor.shape) == 1 else values).astype(np.float16))
+    return folder
+
+
+def alone(model: Path, loads: list[Load]) -> list[tuple[int, ...]]:
+    serving = load_engine(model, SETTINGS)
+    try:
+        served = serve_loads(serving.engine, loads, time.time(), serving.config.vocab_size)
+    finally:
+        serving.release()
+    return [one.made for one in served]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data", "tensor", "pipeline"])
+def test_a_cut_model_makes_the_tokens_of_the_whole(model: Path, kind: Kind, tmp_path: Path) -> None:
+    folders = (model, model) if kind == "data" else tuple(
+        cut_model(model, tmp_path / str(rank), kind, rank) for rank in range(2)
+    )  # fmt: skip
+    setting = Setting(kind=kind, folders=folders, settings=SETTINGS, num_pages=64, wire=tmp_path / "wire")  # type: ignore[arg-type]
+    with TwoProcesses(setting) as testbed:
+        served = testbed.serve(LOADS)
+        again = testbed.serve(LOADS)
+    # each scheduler draws the prompts of its own loads from one seed
+    parts = [LOADS] if kind == "tensor" else [LOADS[0::2], LOADS[1::2]]
+    expected = sorted(made for part in parts for made in alone(model, part))
+    assert sorted(one.made for one in served) == expected
+    assert sorted(one.made for one in again) == expected
+    assert all(one.tokens == 6 for one in served)
+
+
+def test_parts_of_a_model_hold_all_of_it(model: Path, tmp_path: Path) -> None:
+    whole = ModelConfig.from_directory(model)
+    halves = [ModelConfig.from_directory(cut_model(model, tmp_path / f"t{r}", "tensor", r)) for r in range(2)]
+    stages = [ModelConfig.from_directory(cut_model(model, tmp_path / f"p{r}", "pipeline", r)) for r in range(2)]
+    matrices = sum(t.size for t in whole.tensors() if t.layer is not None and len(t.shape) == 2)
+    for parts in (halves, stages):
+        assert sum(t.size for p in parts for t in p.tensors() if t.layer is not None and len(t.shape) == 2) == matrices
+    assert halves[0].hidden_size == whole.hidden_size
+    assert stages[0].num_layers == 2
