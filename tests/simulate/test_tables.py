@@ -15,7 +15,7 @@ from memwall.simulate.base import Operation
 from memwall.simulate.tables import GemmTable, Tables, along, grow, read_tables, rounded_tokens
 from tests.simulate.test_cluster import DEVICE
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "profiles"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "profiles"
 GEMM = "gpu,dtype,m,k,n,time(us),energy(uJ)\n"
 
 

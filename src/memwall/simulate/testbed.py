@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -45,6 +46,8 @@ from memwall.simulate.iterations import Served
 from memwall.simulate.parts import RANKS, Kind, StageDecoder, TensorDecoder, Wire, serve_loads
 
 START_SECONDS = 0.3
+LEAST_VALUES = 1 << 18
+"""Room for messages whose time is measured."""
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -65,7 +68,7 @@ class Setting:
         """Numbers of one message."""
         config = ModelConfig.from_directory(self.folders[0])
         rows = max(self.settings.token_budget, MOST_LOGIT_ROWS)
-        return max(rows * config.hidden_size, MOST_LOGIT_ROWS * config.vocab_size)
+        return max(rows * config.hidden_size, MOST_LOGIT_ROWS * config.vocab_size, LEAST_VALUES)
 
 
 class TwoProcesses:
@@ -89,8 +92,12 @@ class TwoProcesses:
 
     def __exit__(self, *error: object) -> None:
         for pipe, worker in zip(self._pipes, self._workers):
-            pipe.send(("stop", None))
-            worker.join(20)
+            with suppress(OSError):
+                pipe.send(("stop", None))
+            worker.join(0 if error[0] is not None else 20)
+            if worker.is_alive():  # it waits for the other one, which failed
+                worker.kill()
+                worker.join()
 
     def profile(self) -> list[Profile]:
         """Both processes' tables, measured at the same time (data, pipeline), each of the part it holds."""
@@ -116,13 +123,18 @@ class TwoProcesses:
         return self._answers()
 
     def _answers(self) -> list[Any]:
-        found = []
-        for pipe in self._pipes:
-            kind, value = pipe.recv()
-            if kind == "error":
-                raise RuntimeError(value)
-            found.append(value)
-        return found
+        found: dict[int, Any] = {}
+        while len(found) < RANKS:
+            ready: list[Any] = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in found])
+            for pipe in ready:
+                try:
+                    kind, value = pipe.recv()
+                except EOFError:
+                    kind, value = "error", "a process of the testbed has ended"
+                if kind == "error":
+                    raise RuntimeError(value)
+                found[self._pipes.index(pipe)] = value
+        return [found[rank] for rank in range(RANKS)]
 
 
 def _work(rank: int, setting: Setting, pipe: Connection, others: tuple[Connection, ...]) -> None:

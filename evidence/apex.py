@@ -1,0 +1,718 @@
+"""APEX's claims: what it predicts against what this machine's engine then does, plans against plans carried out by two
+processes, and the search against published examples.
+
+The model is random (100 million weights, int8). Its operations are profiled first, alone for one engine, in both
+processes at once for two; then the same loads are served on the real clock and simulated. Loads: all requests at once,
+and arrivals at 80 % of what the engine was predicted to do. Runs are repeated and medians count.
+
+`--data`: a folder that holds `profiles` (collectives of apex_plus, A100 latencies of DistServe) and `traces` (Azure's
+conversations); by default `../shared/data` beside a source checkout. Claims that need them are not run without.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from memwall import kernels
+from memwall.claims import Claim, Progress, main, not_run
+from memwall.engine.arrivals import Load, clipped, drawn_lengths, gamma_gaps, read_trace, timed
+from memwall.engine.base import Limits, Scheduler, State, Step
+from memwall.engine.batchllm import BatchLLM
+from memwall.engine.fcfs import FirstComeFirstServed
+from memwall.engine.serving import Serving, ServingSettings, load_engine
+from memwall.formats.safetensors_file import SafetensorsWriter
+from memwall.hardware import load_machine
+from memwall.models.config import ModelConfig
+from memwall.simulate.apex import Case, Result, heuristic_plan, search, simulate, static_estimate
+from memwall.simulate.base import Device, Roofline
+from memwall.simulate.blocks import BatchShape, StepTimer
+from memwall.simulate.cluster import Cluster
+from memwall.simulate.host import Profile, profile_engine
+from memwall.simulate.iterations import Batching, Served
+from memwall.simulate.parts import Kind, cut_model, serve_loads
+from memwall.simulate.plans import ServingPlan, enumerate_plans, fitting_plans, room_of
+from memwall.simulate.serving_model import Attention, Experts, FeedForward, Formats, ServedModel
+from memwall.simulate.tables import Tables, read_tables
+from memwall.simulate.testbed import Setting, TwoProcesses
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CONTEXT, PAGE, TOKENS, SEQUENCES = 1024, 16, 256, 64
+MANY_PAGES = 2048
+LOAD_SHARE = 0.8
+THROUGHPUT_ERROR, MEAN_ERROR, TIE = 0.15, 0.20, 0.05
+MESSAGE_BYTES = (256, 3072, 12288, 49152, 196608, 786432)
+MOST_SEARCH_SECONDS = 900.0
+Tick = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    filters: int
+    vocabulary: int
+    requests: int
+    rounds: int
+    plan_requests: int
+    large_nodes: int
+    large_requests: int
+
+
+FULL = Sizes(
+    layers=12, hidden=768, heads=12, kv_heads=4, filters=2048, vocabulary=32000, requests=48, rounds=3,
+    plan_requests=32, large_nodes=4, large_requests=48,
+)  # fmt: skip
+QUICK = Sizes(
+    layers=4, hidden=512, heads=8, kv_heads=4, filters=1024, vocabulary=8000, requests=24, rounds=1, plan_requests=16,
+    large_nodes=4, large_requests=4,
+)  # fmt: skip
+
+
+# ---- the model, and runs of it -------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path, sizes: Sizes) -> ModelConfig:
+    """A random Llama with tied embeddings."""
+    told = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.filters, "num_hidden_layers": sizes.layers, "vocab_size": sizes.vocabulary,
+        "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, "head_dim": 64,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float16",
+        "bos_token_id": 0, "eos_token_id": 1, "rope_theta": 10000.0,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(told))
+    config, draw = ModelConfig.from_directory(folder), np.random.default_rng(0)
+    tensors = config.tensors()
+    with SafetensorsWriter(folder / "model.safetensors", [(t.name, np.float16, t.shape) for t in tensors]) as writer:
+        for tensor in tensors:
+            values = draw.standard_normal(tensor.shape, np.float32) / np.sqrt(tensor.shape[-1])
+            writer.write(tensor.name, (np.ones(tensor.shape) if len(tensor.shape) == 1 else values).astype(np.float16))
+    return config
+
+
+def settings(threads: int | None = None) -> ServingSettings:
+    return ServingSettings(
+        weights="int8", context_tokens=CONTEXT, token_budget=TOKENS, max_sequences=SEQUENCES, page_tokens=PAGE,
+        keep_prefixes=False, swap_bytes=0, threads=threads,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Seconds in all, to the first token, per token and to the whole answer (means), and tokens made per second."""
+
+    total: float
+    first: float
+    per: float
+    whole: float
+    rate: float
+
+    @staticmethod
+    def of(served: Sequence[Served]) -> Outcome:
+        total = max(one.last for one in served) - min(one.arrival for one in served)
+        return Outcome(
+            total=total,
+            first=statistics.mean(one.first - one.arrival for one in served),
+            per=statistics.mean((one.last - one.first) / (one.tokens - 1) for one in served if one.tokens > 1),
+            whole=statistics.mean(one.last - one.arrival for one in served),
+            rate=sum(one.tokens for one in served) / total,
+        )
+
+    @staticmethod
+    def simulated(result: Result) -> Outcome:
+        one = result.figures
+        return Outcome(
+            total=one.seconds, first=one.first_token["mean"], per=one.per_token["mean"], whole=one.completion["mean"],
+            rate=one.output_tokens_per_s,
+        )  # fmt: skip
+
+    @staticmethod
+    def median(outcomes: Sequence[Outcome]) -> Outcome:
+        names = [field.name for field in dataclasses.fields(Outcome)]
+        return Outcome(**{name: statistics.median(getattr(one, name) for one in outcomes) for name in names})
+
+    def errors(self, measured: Outcome) -> list[float]:
+        """Relative errors of total, first token and per token."""
+        return [getattr(self, name) / getattr(measured, name) - 1 for name in ("total", "first", "per")]
+
+
+def percent(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:+.0%}" for value in values)
+
+
+def mean_error(values: Sequence[float]) -> float:
+    return statistics.mean(abs(value) for value in values)
+
+
+def misordered(measured: Sequence[float], predicted: Sequence[float]) -> list[tuple[int, int]]:
+    """Pairs in another order than measured; what differs by no more than `TIE` has no order."""
+    return [
+        (a, b)
+        for a, b in itertools.combinations(range(len(measured)), 2)
+        if abs(measured[a] / measured[b] - 1) > TIE and (measured[a] < measured[b]) != (predicted[a] < predicted[b])
+    ]
+
+
+# ---- one engine ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A scheduler, its limits, and pages it may use."""
+
+    name: str
+    scheduler: type[Scheduler]
+    limits: Limits
+    pages: int = MANY_PAGES
+
+
+def ways() -> list[Way]:
+    def limits(tokens: int, sequences: int) -> Limits:
+        return Limits(token_budget=tokens, max_sequences=sequences, page_tokens=PAGE)
+
+    return [
+        Way(name="16 requests, 256 tokens a step", scheduler=FirstComeFirstServed, limits=limits(256, 16)),
+        Way(name="16 requests, 32 tokens a step", scheduler=FirstComeFirstServed, limits=limits(32, 16)),
+        Way(name="4 requests, 256 tokens a step", scheduler=FirstComeFirstServed, limits=limits(256, 4)),
+        Way(name="16 requests, few pages", scheduler=FirstComeFirstServed, limits=limits(256, 16), pages=64),
+        Way(name="BatchLLM", scheduler=BatchLLM, limits=limits(256, SEQUENCES)),
+    ]
+
+
+@dataclasses.dataclass(slots=True)
+class Host:
+    """The engine here, its profile, and both ways to serve a load."""
+
+    serving: Serving
+    tables: Tables
+    profile: Profile
+
+    @staticmethod
+    def load(folder: Path, work: Path) -> Host:
+        serving = load_engine(folder, settings())
+        profile = profile_engine(serving)
+        profile.write(work / "alone")
+        device = Device.of(load_machine("cloud-2core"))
+        return Host(serving, read_tables(work / "alone", device), profile)
+
+    def measured(self, way: Way, loads: Sequence[Load]) -> tuple[Outcome, Counter[int], int]:
+        """(outcome, iterations by requests in them, how often one was set aside)."""
+        engine, sizes = self.serving.engine, Counter[int]()
+        engine.scheduler, engine.limits, engine.wanted_pages = way.scheduler(), way.limits, way.pages
+
+        def note(state: State, step: Step) -> None:
+            if step.work:
+                sizes[len(step.work)] += 1
+
+        engine.observer = note
+        before = sum(engine.totals.preempted.values())
+        served = serve_loads(engine, loads, time.time() + 0.05, self.serving.config.vocab_size)
+        engine.observer = None
+        return Outcome.of(served), sizes, sum(engine.totals.preempted.values()) - before
+
+    def case(self, way: Way, loads: Sequence[Load]) -> Case:
+        return Case(
+            model=ServedModel.of(self.serving.config, "random", self.profile.formats),
+            cluster=Cluster(device=self.tables.device),
+            loads=tuple(loads),
+            tables=self.tables,
+            batching=Batching(scheduler=way.scheduler, limits=way.limits),
+            kv_tokens=way.pages * PAGE,
+        )
+
+    def simulated(self, way: Way, loads: Sequence[Load]) -> Result:
+        case = self.case(way, loads)
+        found = simulate(case, next(enumerate_plans(case.model, 1)))
+        assert found is not None
+        return found
+
+
+def at_once(sizes: Sizes, count: int) -> list[Load]:
+    return [dataclasses.replace(load, at=0.0) for load in drawn_lengths(128, 64, count, 0)]
+
+
+def engine_claims(host: Host, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
+    burst = at_once(sizes, sizes.requests)
+    chosen = ways()
+    measured, predicted, exact, told = [], [], [], []
+    for way in chosen:
+        tick(way.name)
+        runs = [host.measured(way, burst) for _ in range(sizes.rounds)]
+        result = host.simulated(way, burst)
+        measured.append(Outcome.median([run[0] for run in runs]))
+        predicted.append(Outcome.simulated(result))
+        same = all(dict(run[1]) == result.batches and run[2] == result.figures.preempted for run in runs)
+        exact.append((same, result.iterations, result.figures.preempted))
+        told.append(f"{way.name} {predicted[-1].rate:.0f} for {measured[-1].rate:.0f}")
+    yield Claim(
+        claim="batches and preemptions are those of the engine, iteration by iteration",
+        measured=f"{sum(same for same, _, _ in exact)} of {len(exact)} ways to schedule have the same histogram of "
+        f"batch sizes and as many preemptions; {sum(n for _, n, _ in exact):,} iterations, "
+        f"{sum(n for _, _, n in exact)} preemptions",
+        required="all, and at least one preemption among them",
+        passed=all(same for same, _, _ in exact) and any(count for _, _, count in exact),
+    )
+    errors = [p.rate / m.rate - 1 for p, m in zip(predicted, measured)]
+    yield Claim(
+        claim="throughput of the engine is predicted for other limits and schedulers than were profiled",
+        measured=f"tokens/s predicted for measured: {'; '.join(told)}; errors {percent(errors)}",
+        required=f"each within {THROUGHPUT_ERROR:.0%}",
+        passed=max(abs(error) for error in errors) <= THROUGHPUT_ERROR,
+    )
+    wrong = {
+        name: misordered([getattr(m, name) for m in measured], [getattr(p, name) for p in predicted])
+        for name in ("rate", "first", "whole")
+    }
+    yield Claim(
+        claim="schedulers and limits come in the order that is measured",
+        measured=", ".join(
+            f"{name}: {len(pairs)} of {len(chosen) * (len(chosen) - 1) // 2} pairs in another order"
+            for name, pairs in (
+                ("throughput", wrong["rate"]),
+                ("first token", wrong["first"]),
+                ("whole answer", wrong["whole"]),
+            )
+        ),
+        required=f"none, but for pairs measured within {TIE:.0%}",
+        passed=not any(wrong.values()),
+    )
+    tick("arrivals")
+    rate = LOAD_SHARE * sizes.requests / predicted[0].total
+    steady = timed(drawn_lengths(128, 64, sizes.requests, 1), gamma_gaps(rate, 1.0, sizes.requests, 1))
+    runs = [host.measured(chosen[0], steady)[0] for _ in range(sizes.rounds)]
+    measured.append(Outcome.median(runs))
+    predicted.append(Outcome.simulated(host.simulated(chosen[0], steady)))
+    apart = [p.errors(m) for p, m in zip(predicted, measured)]
+    means = [mean_error([one[at] for one in apart]) for at in range(3)]
+    yield Claim(
+        claim="total time, time to the first token and per token of the engine are predicted",
+        measured=f"mean absolute errors over {len(apart)} runs: total {means[0]:.1%}, first token {means[1]:.1%}, per "
+        f"token {means[2]:.1%}; at {LOAD_SHARE:.0%} load: {percent(apart[-1])}",
+        required=f"{MEAN_ERROR:.0%} at most over all",
+        passed=statistics.mean(means) <= MEAN_ERROR,
+    )
+
+
+def bursty_loads(data: Path | None, sizes: Sizes, rate: float) -> tuple[str, list[Load]]:
+    """Azure's conversations a quarter as long, or Gamma arrivals, at this mean rate."""
+    path = None if data is None else data / "traces" / "azure-llm-2023-conv.csv"
+    if path is None or not path.is_file():
+        lengths = drawn_lengths(128, 64, sizes.requests, 2)
+        return "Gamma arrivals of variation 4", timed(lengths, gamma_gaps(rate, 4.0, sizes.requests, 2))
+    shrunk = [
+        dataclasses.replace(load, prompt_tokens=-(-load.prompt_tokens // 4), output_tokens=-(-load.output_tokens // 4))
+        for load in read_trace(path, sizes.requests)
+    ]
+    loads = clipped(shrunk, CONTEXT)
+    span = max(load.at or 0.0 for load in loads)
+    return "Azure's conversations, a quarter as long", timed(
+        loads, [(load.at or 0.0) * len(loads) / rate / span for load in loads]
+    )
+
+
+def burst_claim(host: Host, data: Path | None, sizes: Sizes, tick: Tick) -> Claim:
+    tick("bursts")
+    way = ways()[0]
+    _, probe = bursty_loads(data, sizes, 1.0)
+    capacity = len(probe) / host.simulated(way, [dataclasses.replace(one, at=0.0) for one in probe]).figures.seconds
+    name, loads = bursty_loads(data, sizes, LOAD_SHARE * capacity)
+    measured = Outcome.median([host.measured(way, loads)[0] for _ in range(sizes.rounds)])
+    simulated = Outcome.simulated(host.simulated(way, loads)).errors(measured)
+    case = host.case(way, loads)
+    told = static_estimate(case, next(enumerate_plans(case.model, 1)))
+    static = [
+        told.seconds / measured.total - 1, told.first_token / measured.first - 1, told.per_token / measured.per - 1
+    ]  # fmt: skip
+    return Claim(
+        claim="an estimator of mean lengths and a steady batch errs more on a bursty trace",
+        measured=f"{name}, {len(loads)} requests: total, first token and per token off by {percent(static)} against "
+        f"{percent(simulated)}; mean {mean_error(static):.1%} against {mean_error(simulated):.1%}",
+        required="more than iteration by iteration, on average",
+        passed=mean_error(static) > mean_error(simulated),
+    )
+
+
+# ---- plans carried out by two processes ----------------------------------------------------------------------------
+
+KINDS: tuple[Kind, ...] = ("data", "tensor", "pipeline")
+NAMES = {"data": "DP2", "tensor": "TP2", "pipeline": "PP2"}
+
+
+def merged(profiles: Sequence[Profile]) -> Profile:
+    """Rows of both processes; the reader takes their means."""
+    one, other = profiles
+    return dataclasses.replace(
+        one,
+        gemm=one.gemm + other.gemm,
+        attention=one.attention + other.attention,
+        passes=one.passes + other.passes,
+    )
+
+
+def write_messages(folder: Path, kind: Kind, found: Sequence[tuple[int, float]], pipe: float) -> None:
+    """A sum over both processes, or a message to the other one and its answer."""
+    name, extra = ("sendrecv", 2 * pipe) if kind == "pipeline" else ("all_reduce", 0.0)
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("gpu", "num_nodes", "num_gpus_per_node", "dtype", "size(kb)", "time(us)"))
+        for size, seconds in found:
+            writer.writerow(("host", 1, 2, "half", size / 1024, 1e6 * (seconds + extra)))
+
+
+def two_processes(
+    source: Path, work: Path, kind: Kind, loads: dict[str, list[Load]], sizes: Sizes
+) -> dict[str, tuple[Outcome, Outcome]]:
+    """(measured, predicted) of each load."""
+    folders = [source if kind == "data" else cut_model(source, work / f"{kind}{rank}", kind, rank) for rank in (0, 1)]
+    setting = Setting(
+        kind=kind, folders=(folders[0], folders[1]), settings=dataclasses.replace(settings(1), max_sequences=16),
+        num_pages=MANY_PAGES // 2, wire=work / f"wire {kind}",
+    )  # fmt: skip
+    with TwoProcesses(setting) as both:
+        profile = merged(both.profile())
+        tables = work / f"tables {kind}"
+        profile.write(tables)
+        write_messages(tables, kind, *both.messages(MESSAGE_BYTES))
+        measured = {
+            name: Outcome.median([Outcome.of(both.serve(load)) for _ in range(sizes.rounds)])
+            for name, load in loads.items()
+        }
+    config = ModelConfig.from_directory(source)
+    device = Device.of(load_machine("cloud-2core"))
+    model = ServedModel.of(config, "random", profile.formats)
+    cluster = Cluster(device=device, per_node=2, link_bytes_per_s=device.bytes_per_s)
+    plan = next(one for one in enumerate_plans(model, 2) if one.name == NAMES[kind])
+    found = {}
+    for name, load in loads.items():
+        case = Case(
+            model=model, cluster=cluster, loads=tuple(load), tables=read_tables(tables, device),
+            batching=Batching(limits=setting.settings.limits), kv_tokens=setting.num_pages * PAGE,
+        )  # fmt: skip
+        result = simulate(case, plan)
+        assert result is not None
+        found[name] = (measured[name], Outcome.simulated(result))
+    return found
+
+
+def plan_claims(source: Path, work: Path, sizes: Sizes, host: Host, tick: Tick) -> Iterator[Claim]:
+    count = sizes.plan_requests
+    rate = 0.5 * sizes.requests / host.simulated(ways()[0], at_once(sizes, sizes.requests)).figures.seconds
+    loads = {
+        "all at once": at_once(sizes, count),
+        "arrivals": timed(drawn_lengths(128, 64, count, 3), gamma_gaps(rate, 1.0, count, 3)),
+    }
+    runs = {}
+    for kind in KINDS:
+        tick(f"{NAMES[kind]} by two processes")
+        runs[kind] = two_processes(source, work, kind, loads, sizes)
+    wrong, told = [], []
+    for name, load in loads.items():
+        del load
+        for figure in ("total", "whole"):
+            measured = [getattr(runs[kind][name][0], figure) for kind in KINDS]
+            predicted = [getattr(runs[kind][name][1], figure) for kind in KINDS]
+            wrong += misordered(measured, predicted)
+            told.append(
+                f"{name}, {figure}: " + ", ".join(
+                    f"{NAMES[kind]} {p:.2f} for {m:.2f} s" for kind, m, p in zip(KINDS, measured, predicted)
+                )
+            )  # fmt: skip
+    yield Claim(
+        claim="plans carried out by two processes rank as predicted",
+        measured="; ".join(told),
+        required=f"no pair in another order, but for those measured within {TIE:.0%}",
+        passed=not wrong,
+    )
+    apart = {kind: [p.errors(m) for m, p in runs[kind].values()] for kind in KINDS}
+    means = [mean_error([one[at] for errors in apart.values() for one in errors]) for at in range(3)]
+    yield Claim(
+        claim="total time, time to the first token and per token of these plans are predicted",
+        measured=f"mean absolute errors: total {means[0]:.1%}, first token {means[1]:.1%}, per token {means[2]:.1%}; "
+        + "; ".join(f"{NAMES[kind]} {' / '.join(percent(one) for one in errors)}" for kind, errors in apart.items()),
+        required=f"{MEAN_ERROR:.0%} at most over all",
+        passed=statistics.mean(means) <= MEAN_ERROR,
+    )
+
+
+# ---- the search, and published figures -----------------------------------------------------------------------------
+
+
+def llama_70b(formats: Formats | None = None) -> ServedModel:
+    return ServedModel(
+        name="Llama3-70B", hidden=8192, vocabulary=128256, blocks=80, formats=formats or Formats(),
+        cells=(Attention(hidden=8192, heads=64, kv_heads=8, head_size=128), FeedForward(hidden=8192, filters=28672)),
+    )  # fmt: skip
+
+
+def trillion() -> ServedModel:
+    """1.0e12 weights in 128 experts of 64 blocks, 8-bit floats."""
+    return ServedModel(
+        name="1T", hidden=7168, vocabulary=128000, blocks=64,
+        formats=Formats(weights="float8", kv="float8", activations="float8"),
+        cells=(
+            Attention(hidden=7168, heads=64, kv_heads=8, head_size=128),
+            Experts(hidden=7168, filters=5632, experts=128, chosen=8),
+        ),
+    )  # fmt: skip
+
+
+def creation(count: int) -> list[Load]:
+    """Short prompts, long answers, half a request a second."""
+    return timed(drawn_lengths(256, 640, count, 5), gamma_gaps(0.5, 1.0, count, 5))
+
+
+def search_claims(data: Path | None, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
+    tick("search")
+    machine = load_machine("h100-sxm")
+    pair = Cluster.of(machine, per_node=2)
+    fit, _ = fitting_plans(llama_70b(), 2, pair.device.capacity_bytes, 2176)
+    names = {plan.name for plan in fit}
+    yield Claim(
+        claim="for Llama3-70B on two devices of 80 GiB there are exactly the three published plans",
+        measured=", ".join(sorted(names)),
+        required="TP2; attention in two replicas with its feed-forward network cut in two; PP2",
+        passed=names == {"TP2", "PP2", "attention DP2 ffn TP2"},
+    )
+    yield depth_claim()
+    tick("a trillion weights")
+    yield large_claim(sizes)
+    tick("energy")
+    yield energy_claim(sizes)
+    tables = None if data is None else data / "profiles" / "comm" / "H100-SXM-80GB"
+    order = "the published example's plans come in the published order"
+    if tables is None or not tables.is_dir():
+        yield not_run(order, "TP2, then attention DP2 ffn TP2, then PP2", "the published profiles, see --data")
+        return
+    loads = tuple(creation(24 if sizes is FULL else 8))
+    case = Case(model=llama_70b(), cluster=pair, loads=loads, tables=read_tables(tables, pair.device))
+    found = search(case, goal="time", keep_all=True)
+    yield Claim(
+        claim=order,
+        measured=", ".join(
+            f"{one.plan.name} {one.figures.seconds:.1f} s, {one.figures.output_tokens_per_s:.0f} tokens/s"
+            for one in found.results
+        )
+        + f" ({len(loads)} requests of about 256 tokens in and 640 out, one in two seconds; the published run took "
+        "62.1, 85.9 and 128 s, with a trace that is not at hand)",
+        required="TP2, then attention DP2 ffn TP2, then PP2",
+        passed=[one.plan.name for one in found.results] == ["TP2", "attention DP2 ffn TP2", "PP2"],
+    )
+
+
+def depth_claim() -> Claim:
+    cluster = Cluster.of(load_machine("h100-sxm"), per_node=8)
+    loads = tuple(Load(at=0.0, prompt_tokens=64, output_tokens=4) for _ in range(8))
+    counts = []
+    for blocks in (16, 64, 256):
+        model = dataclasses.replace(llama_70b(Formats(weights="int4")), blocks=blocks)
+        model = dataclasses.replace(model, cells=(
+            Attention(hidden=2048, heads=32, kv_heads=8, head_size=64), FeedForward(hidden=2048, filters=4096)
+        ), hidden=2048)  # fmt: skip
+        counts.append(len(search(Case(model=model, cluster=cluster, loads=loads), keep_all=True).results))
+    return Claim(
+        claim="as many plans are simulated for a deep model as for a shallow one",
+        measured=f"16, 64 and 256 blocks on 8 devices: {', '.join(map(str, counts))} plans",
+        required="equal",
+        passed=len(set(counts)) == 1,
+    )
+
+
+def large_claim(sizes: Sizes) -> Claim:
+    model = trillion()
+    cluster = Cluster.of(load_machine("h200-sxm"), nodes=sizes.large_nodes, per_node=8, network_bytes_per_s=50e9)
+    count = sizes.large_requests
+    loads = tuple(timed(drawn_lengths(1024, 64, count, 6), gamma_gaps(8.0, 1.0, count, 6)))
+    began = time.perf_counter()
+    found = search(Case(model=model, cluster=cluster, loads=loads), goal="latency", jobs=2)
+    seconds = time.perf_counter() - began
+    usual = simulate_usual(Case(model=model, cluster=cluster, loads=loads))
+    gain = (
+        ""
+        if usual is None
+        else f"; the usual plan takes {usual / found.best.figures.completion['mean']:.2f} times as long"
+    )
+    return Claim(
+        claim="a model of a trillion weights is planned in minutes on two cores",
+        measured=f"{model.parameters / 1e12:.2f}e12 weights on {cluster.devices} devices, {count} requests: "
+        f"{len(found.results) + len(found.given_up)} plans simulated in {seconds:.0f} s ({len(found.misfits)} do not "
+        f"fit); {found.best.plan.name} answers first{gain}",
+        required=f"below {MOST_SEARCH_SECONDS / 60:.0f} minutes",
+        passed=seconds < MOST_SEARCH_SECONDS,
+    )
+
+
+def simulate_usual(case: Case) -> float | None:
+    plan = heuristic_plan(case.model, case.cluster)
+    if plan is None or case.room(plan).kv_tokens // plan.stages < case.longest_tokens:
+        return None
+    result = simulate(case, plan)
+    return None if result is None else result.figures.completion["mean"]
+
+
+def energy_claim(sizes: Sizes) -> Claim:
+    cluster = Cluster.of(load_machine("h100-sxm"), per_node=4)
+    count = 32 if sizes is FULL else 8
+    loads = tuple(timed(drawn_lengths(512, 64, count, 7), gamma_gaps(1.0, 1.0, count, 7)))
+    case = Case(model=llama_70b(), cluster=cluster, loads=loads)
+    clocks = (1.0, 0.4)  # 1980 and 810 MHz, as the paper profiled
+    fast, frugal = (search(case, goal=goal, clocks=clocks, keep_all=True).best for goal in ("latency", "energy"))  # type: ignore[arg-type]
+    longer = frugal.figures.completion["mean"] / fast.figures.completion["mean"]
+    saved = 1 - (frugal.figures.joules or 0.0) / (fast.figures.joules or 1.0)
+    return Claim(
+        claim="the plan of least energy takes less of it than the fastest one (power by a model, not measured)",
+        measured=f"{frugal.plan.name} at {frugal.clock:.0%} of the clock takes {saved:.0%} less energy than "
+        f"{fast.plan.name} at {fast.clock:.0%}, and {longer:.2f} times as long (the paper: up to 45 %)",
+        required="less",
+        passed=saved > 0,
+    )
+
+
+OPT = {
+    "facebook/opt-13b": (40, 5120, 40, 20480),
+    "facebook/opt-66b": (64, 9216, 72, 36864),
+}
+
+
+def opt(name: str) -> ServedModel:
+    blocks, hidden, heads, filters = OPT[name]
+    return ServedModel(
+        name=name, hidden=hidden, vocabulary=50272, blocks=blocks, tied=True,
+        cells=(
+            Attention(hidden=hidden, heads=heads, kv_heads=heads, head_size=hidden // heads),
+            FeedForward(hidden=hidden, filters=filters, matrices=2),
+        ),
+    )  # fmt: skip
+
+
+def tensor_timer(model: ServedModel, devices: int) -> tuple[StepTimer, ServingPlan]:
+    cluster = Cluster.of(load_machine("a100-80gb"), per_node=8)
+    case = Case(model=model, cluster=cluster, loads=(Load(at=0.0, prompt_tokens=1, output_tokens=1),),
+                roofline=Roofline(device=cluster.device))  # fmt: skip
+    plan = next(
+        one for one in enumerate_plans(model, devices)
+        if one.replicas == one.stages == 1 and all(cell.replicas == 1 for cell in one.cells)
+    )  # fmt: skip
+    return case.timer(plan), plan
+
+
+def published_claims(data: Path | None) -> Iterator[Claim]:
+    order = "a roofline puts published latencies of an A100 in order, by model, tensor parallelism and batch"
+    room = "cached tokens that a plan leaves are those published"
+    folder = None if data is None else data / "profiles" / "a100-80g"
+    if folder is None or not folder.is_dir():
+        yield not_run(order, "every pair", "the published profiles, see --data")
+        yield not_run(room, "within 15 % on average", "the published profiles, see --data")
+        return
+    profiles = json.loads((folder / "profiler-a100-80g.distserve.json").read_text())
+    measured, predicted, names = [], [], []
+    for name, by_devices in profiles.items():
+        for devices, fitted in by_devices.items():
+            if opt(name).cells[0].heads % int(devices):  # type: ignore[union-attr]
+                continue
+            timer, _ = tensor_timer(opt(name), int(devices))
+            a, b, c = fitted["prefill"]
+            for tokens in (512, 2048):
+                shape = BatchShape(prompts=1, prompt_tokens=tokens, prompt_keys=tokens * (tokens + 1) / 2,
+                                   last_keys=tokens, sampled=1)  # fmt: skip
+                measured.append((a + b * tokens + c * tokens * tokens) / 1e3)
+                predicted.append(timer.step([shape]).stages[0])
+                names.append(f"{name} TP{devices} prefill {tokens}")
+            for batch in (16, 64):
+                a, b, c = fitted["decoding_smallbs"]
+                cached = 512 * batch
+                measured.append((a + b * cached + c * batch) / 1e3)
+                predicted.append(timer.step([BatchShape(decodes=batch, cached=cached, sampled=batch)]).stages[0])
+                names.append(f"{name} TP{devices} decode {batch}")
+    kinds = ("prefill 512", "prefill 2048", "decode 16", "decode 64")
+    per_kind = [(what, [at for at, name in enumerate(names) if what in name]) for what in kinds]
+    wrong = sum(len(misordered([measured[i] for i in at], [predicted[i] for i in at])) for _, at in per_kind)
+    pairs = sum(len(at) * (len(at) - 1) // 2 for _, at in per_kind)
+    errors = [p / m - 1 for m, p in zip(measured, predicted)]
+    yield Claim(
+        claim=order,
+        measured=f"{wrong} of {pairs} pairs of models and plans in another order; times {mean_error(errors):.0%} off "
+        f"on average, {min(errors):+.0%} to {max(errors):+.0%}",
+        required=f"none, but for pairs within {TIE:.0%}",
+        passed=wrong == 0,
+    )
+    apart = []
+    with (folder / "max_num_tokens.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["model"] in OPT:
+                model, tp, pp = opt(row["model"]), int(row["tp"]), int(row["pp"])
+                if model.cells[0].heads % tp or model.blocks % pp:  # type: ignore[union-attr]
+                    continue
+                plan = next(
+                    one
+                    for one in enumerate_plans(model, tp * pp)
+                    if one.replicas == 1 and one.stages == pp and all(cell.replicas == 1 for cell in one.cells)
+                )
+                told = room_of(plan, model, load_machine("a100-80gb").tier("gpu").capacity_bytes).kv_tokens
+                apart.append(told / int(row["max_num_tokens"]) - 1)
+    yield Claim(
+        claim=room,
+        measured=f"{len(apart)} plans of OPT-13B and OPT-66B: {mean_error(apart):.1%} off on average, "
+        f"{min(apart):+.0%} to {max(apart):+.0%}",
+        required="within 15 % on average",
+        passed=mean_error(apart) <= 0.15,
+    )
+
+
+def absent_claims() -> Iterator[Claim]:
+    yield not_run(
+        "times of vLLM and SGLang on 8 H100 are predicted", "as the paper shows", "8 H100 and their tables of products"
+    )
+    for peer in ("vidur", "llm_analysis"):
+        if importlib.util.find_spec(peer) is None:
+            yield not_run(f"a static estimate of {peer} errs more than the simulation", "more", peer)
+
+
+def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
+    """See `memwall.claims`."""
+    sizes = QUICK if quick else FULL
+    data = data if data is not None else (SHARED if SHARED.is_dir() else None)
+    whole, done, threads = len(ways()) + 9, 0, kernels.num_threads()
+
+    def tick(what: str) -> None:
+        nonlocal done
+        if progress is not None:
+            progress(min(done, whole), whole, what)
+        done += 1
+
+    claims: list[Claim] = []
+    with tempfile.TemporaryDirectory() as place:
+        work = Path(place)
+        tick("model")
+        write_model(work / "model", sizes)
+        host = Host.load(work / "model", work)
+        try:
+            claims += engine_claims(host, sizes, tick)
+            claims.append(burst_claim(host, data, sizes, tick))
+        finally:
+            host.serving.release()
+        claims += plan_claims(work / "model", work, sizes, host, tick)
+    kernels.set_num_threads(threads)
+    claims += search_claims(data, sizes, tick)
+    claims += published_claims(data)
+    claims += absent_claims()
+    return claims
+
+
+if __name__ == "__main__":
+    sys.exit(main("apex", sys.modules[__name__]))
