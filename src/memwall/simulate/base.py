@@ -22,12 +22,12 @@ from memwall.hardware import Machine
 Kind = Literal["gemm", "attention", "pass", "all_reduce", "all_gather", "reduce_scatter", "alltoall", "sendrecv"]
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "alltoall", "sendrecv")
 
-COMPUTE_EFFICIENCY = 0.8
-MEMORY_EFFICIENCY = 0.65
+COMPUTE_EFFICIENCY = 0.66
+MEMORY_EFFICIENCY = 0.70
 """Shares of a data sheet's rates that kernels reach (model; fitted to the A100 figures that DistServe publishes for
-OPT-13B on one device, see `evidence/apex.py`, which tries them on the other models and plans of that file)."""
+OPT-13B on one device, see `evidence/apex.py`, which tries the fit on the other models and plans of that file)."""
 LAUNCH_SECONDS = 5e-6
-"""Least time of a kernel (model)."""
+"""Least time of a kernel (model; engines that launch each kernel from Python take more, 16 us in that fit)."""
 IDLE_SHARE = 0.15
 """Share of its power that a device draws while it waits (model)."""
 WIDER = {"int4": "int8", "float8": "float16", "int8": "float16", "float16": "bfloat16", "bfloat16": "float32"}

@@ -199,8 +199,9 @@ class StepTimer:
             yield self.gemm("head", rows, self.model.hidden, sampled)
             logits = sampled * rows * FLOAT32_BYTES
             yield Operation(name="sample", kind="pass", dtype="float32", shape=(float(sampled),), tier_bytes=logits)
-        # what the loop around the model takes, where a profile tells it
-        yield Operation(name="step", kind="pass", dtype="float32", shape=(float(max(one.tokens for one in batches)),))
+        # what the loop around the model takes, where a profile tells it: it goes by requests more than by tokens
+        requests = max(one.prompts + one.decodes for one in batches)
+        yield Operation(name="step", kind="pass", dtype="float32", shape=(float(requests),))
 
     def send(self, batches: Sequence[BatchShape]) -> Iterator[Operation]:
         """Hidden states to the next stage: each attention replica's devices send their own requests' rows."""

@@ -3,7 +3,7 @@
 The model is loaded as it will be served, and its operations are timed one by one, layer after layer, so that weights
 come from where they come from in a real step: products for 1 to 128 tokens, attention over pages for batches that
 decode and for prompts, sampling. Then whole steps of the engine are timed for as many tokens; what the operations do
-not explain (norms, the step loop, Python) is the row `step` of `pass.csv`.
+not explain (norms, the step loop, Python) are the rows `passes`, `step` and `embedding` of `pass.csv`.
 
 Medians of a few rounds: a run meets the machine as it usually is.
 """
@@ -256,17 +256,21 @@ class _Work:
     # ---- whole steps -------------------------------------------------------------------------------------------
 
     def steps(self) -> None:
-        """What the operations leave unexplained: of a block, and of the step around all blocks, by tokens."""
+        """What the operations leave unexplained: of a block by tokens, of the step around all blocks by requests and,
+        for prompts, by tokens (in the row `embedding`, whose look-up it holds).
+        """
         self.pass_rows.append(("embedding", 1, 0.0))
-        most = min(self.engine.limits.max_sequences, self.most_tokens)
+        most, around = min(self.engine.limits.max_sequences, self.most_tokens), 0.0
         for batch in [n for n in TOKENS if n <= most]:
-            self._split(batch, *self._decode_step(batch))
-        for tokens in [n for n in (64, 128, 256) if most < n <= min(self.most_tokens, self.most_context - 1)]:
-            self._split(tokens, *self._prompt_step(tokens))
-
-    def _split(self, tokens: int, blocks: float, rest: float) -> None:
-        self.pass_rows.append(("passes", tokens, max(blocks / self.config.num_layers, 0.0)))
-        self.pass_rows.append(("step", tokens, max(rest, 0.0)))
+            blocks, rest = self._decode_step(batch)
+            around = max(rest, 0.0) if batch == 1 else around
+            self.pass_rows.append(("passes", batch, max(blocks / self.config.num_layers, 0.0)))
+            self.pass_rows.append(("step", batch, max(rest, 0.0)))
+        for tokens in [n for n in (16, 64, 128, 256) if n <= min(self.most_tokens, self.most_context - 1)]:
+            blocks, rest = self._prompt_step(tokens)
+            self.pass_rows.append(("passes", tokens, max(blocks / self.config.num_layers, 0.0)))
+            # what a prompt's tokens add to the step of one request
+            self.pass_rows.append(("embedding", tokens, max(rest - around, 0.0)))
 
     def _timed_step(self) -> tuple[float, float]:
         """(seconds of a step, of it in the blocks)."""
