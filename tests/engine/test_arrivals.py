@@ -34,6 +34,7 @@ TRACES = {
     "7,GPT-4,374,44,418,API log\n11.314579,GPT-4,396,109,505,API log\n",
     "mooncake.jsonl": '{"timestamp": 1000, "input_length": 374, "output_length": 44, "hash_ids": [0]}\n'
     '{"timestamp": 5314.579, "input_length": 396, "output_length": 109, "hash_ids": [0]}\n',
+    "apex.csv": "StartTimeOffset,ContextTokens,GeneratedTokens,RequestID\n2000000000,374,44,a\n6314579000,396,109,b\n",
     "lengths.csv": "num_prefill_tokens,num_decode_tokens,pd_ratio\n374.0,44.0,8\n396,109,4\n",
 }
 

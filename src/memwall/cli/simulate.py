@@ -70,7 +70,9 @@ def serving(
     activations: Annotated[str, typer.Option(help="Format of activations.", metavar="FORMAT")] = "float16",
     trace: Annotated[
         Path | None,
-        typer.Option(help="Lengths and times from a trace: Azure, BurstGPT, Mooncake, or columns of lengths."),
+        typer.Option(
+            help="Lengths and times from a trace: Azure, BurstGPT, apex_plus, Mooncake, or columns of lengths."
+        ),
     ] = None,
     requests: Annotated[int, typer.Option(help="Requests to serve.", min=1, max=1_000_000)] = 256,
     rate: Annotated[

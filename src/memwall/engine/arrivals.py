@@ -52,7 +52,7 @@ def drawn_lengths(prompt: int, output: int, count: int, seed: int) -> list[Load]
 
 
 def read_trace(path: Path, count: int) -> list[Load]:
-    """The first `count` requests of a trace: Azure's or BurstGPT's CSV, Mooncake's JSON lines, or columns of lengths.
+    """The first `count` requests of a trace: Azure's, BurstGPT's or apex_plus' CSV, Mooncake's JSON lines, or lengths.
 
     Rows without an answer (failures) are left out.
     """
@@ -95,6 +95,7 @@ def clipped(loads: Sequence[Load], context_tokens: int) -> list[Load]:
     return found
 
 
+NANOSECONDS = 1000**3
 PROMPT_NAMES = ("contexttokens", "num_prefill_tokens", "request tokens", "input_length", "prompt_tokens")
 OUTPUT_NAMES = ("generatedtokens", "num_decode_tokens", "response tokens", "output_length", "output_tokens")
 
@@ -122,6 +123,8 @@ def _load(path: Path, number: int, row: dict[str, object]) -> Load:
         raise InputError(f"{path}: no column of lengths; known are {', '.join(names)}")
 
     at = seconds_of(row.get("timestamp"))
+    if at is None and (offset := seconds_of(row.get("starttimeoffset"))) is not None:
+        at = offset / NANOSECONDS  # apex_plus
     if at is not None and path.suffix == ".jsonl":
         at /= 1000  # Mooncake counts milliseconds
     return Load(at=at, prompt_tokens=length(PROMPT_NAMES), output_tokens=length(OUTPUT_NAMES))
