@@ -686,7 +686,8 @@ def published_claims(data: Path | None) -> Iterator[Claim]:
         claim=order,
         measured=f"{plans[0]} of {plans[1]} pairs in another order ({models[0]} of {models[1]} where plans of both "
         f"models are compared too); fit: {line.compute_efficiency:.0%} of arithmetic, "
-        f"{line.memory_efficiency:.0%} of memory, {line.launch_seconds * 1e6:.0f} us a kernel; times {mean_error(errors):.0%} off on average, "
+        f"{line.memory_efficiency:.0%} of memory, {line.launch_seconds * 1e6:.0f} us a kernel; "
+        f"times {mean_error(errors):.0%} off on average, "
         f"{min(errors):+.0%} to {max(errors):+.0%}",
         required=f"no pair, but for those within {TIE:.0%}",
         passed=plans[0] == 0,

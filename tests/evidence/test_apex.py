@@ -61,6 +61,7 @@ def test_without_the_published_files_nothing_is_judged(experiment: ModuleType, t
     assert [claim.verdict for claim in claims] == ["not run"] * 4
 
 
+@pytest.mark.slow
 def test_claims_without_a_clock_hold(experiment: ModuleType) -> None:
     assert experiment.depth_claim().passed
     assert experiment.energy_claim(experiment.QUICK).passed
