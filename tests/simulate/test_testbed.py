@@ -78,3 +78,11 @@ def test_parts_of_a_model_hold_all_of_it(model: Path, tmp_path: Path) -> None:
         assert sum(t.size for p in parts for t in p.tensors() if t.layer is not None and len(t.shape) == 2) == matrices
     assert halves[0].hidden_size == whole.hidden_size
     assert stages[0].num_layers == 2
+
+
+def test_a_process_that_fails_says_why_and_both_end(model: Path, tmp_path: Path) -> None:
+    setting = Setting(
+        kind="data", folders=(model, tmp_path / "nothing"), settings=SETTINGS, num_pages=8, wire=tmp_path / "wire"
+    )
+    with pytest.raises(RuntimeError, match="no such folder"), TwoProcesses(setting):
+        pass

@@ -85,17 +85,24 @@ class TwoProcesses:
             worker.start()
             self._pipes.append(ours)
             self._workers.append(worker)
-        self._answers()
+        try:
+            self._answers()
+        except BaseException:
+            self._end(at_once=True)
+            raise
 
     def __enter__(self) -> TwoProcesses:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._end(at_once=error[0] is not None)
+
+    def _end(self, *, at_once: bool) -> None:
         for pipe, worker in zip(self._pipes, self._workers):
             with suppress(OSError):
                 pipe.send(("stop", None))
-            worker.join(0 if error[0] is not None else 20)
-            if worker.is_alive():  # it waits for the other one, which failed
+            worker.join(0 if at_once else 20)
+            if worker.is_alive():  # it may wait for the other one, which failed
                 worker.kill()
                 worker.join()
 
