@@ -2,7 +2,9 @@
 
 base: the seam (`Operation`, `CostModel`, the roofline). Serving on clusters: serving_model (blocks of cells), cluster
 (devices and links), tables (measured times), plans (all ways to spread a model), blocks (a block's operations),
-iterations (the engine's schedulers on a virtual clock), metrics, and apex, which searches.
+iterations (the engine's schedulers on a virtual clock), metrics, report, and apex, which searches. host measures this
+machine's tables; parts and testbed carry plans out by two processes, to hold predictions against. Phases apart:
+distserve over phase_instances and phase_latency.
 """
 
 from memwall.simulate.apex import Case as Case
