@@ -53,6 +53,28 @@ def test_energy_and_formats(memwall: Memwall, mixtral: Path) -> None:
     assert best["clock"] in (1.0, 0.5)
 
 
+def test_formats_are_tried_beside_plans(memwall: Memwall, mixtral: Path) -> None:
+    options = (
+        "--weights",
+        "float32,float16,int4",
+        "--devices",
+        "2",
+        "--goal",
+        "slo",
+        "--slo-first",
+        "5",
+        "--slo-token",
+        "1",
+    )
+    done = memwall("simulate", "serving", mixtral, *SMALL, *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    everything = [told["best"], *told["runners_up"]]
+    # 187 GB at 32 bits do not fit two devices
+    assert {one["weights"] for one in everything} == {"float16", "int4"}
+    assert everything[0]["both_met"] == max(one["both_met"] for one in everything)
+
+
 def test_tables_of_this_machine(memwall: Memwall, tmp_path: Path) -> None:
     out = tmp_path / "tables"
     done = memwall(
@@ -76,7 +98,7 @@ def test_tables_of_this_machine(memwall: Memwall, tmp_path: Path) -> None:
     [
         (("--devices", "1"), 1, "does not fit 1 devices"),
         (("--nodes", "2"), 2, "--network"),
-        (("--goal", "cost"), 2, "it is one of time, latency, energy"),
+        (("--goal", "cost"), 2, "it is one of latency, time, energy, slo"),
         (("--scheduler", "lifo"), 2, "fcfs, batchllm"),
         (("--clocks", "fast"), 2, "shares of the full clock"),
         (("--clocks", "0"), 2, "above 0"),

@@ -43,10 +43,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for verb in (
+VERBS = (
     run, serve, batch, plan, compress, convert, tune, fit, stream, eval, study, simulate, hdl, probe, bench, systems,
     evidence,
-):  # fmt: skip
+)  # fmt: skip
+for verb in VERBS:
     verb.register(app)
 
 

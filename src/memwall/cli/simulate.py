@@ -13,7 +13,7 @@ from memwall.cli.bench import _loads
 from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_command, complete_weights
 from memwall.cli.plan import _complete_machine
 from memwall.cli.printing import format_table, note, print_json, progress_bar
-from memwall.errors import InputError
+from memwall.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
     from memwall.engine.arrivals import Load
@@ -37,7 +37,14 @@ MachineName = Annotated[
         autocompletion=_complete_machine,
     ),
 ]
-Format = Annotated[str, typer.Option(help="Format of the weights.", metavar="FORMAT", autocompletion=complete_weights)]
+WeightFormats = Annotated[
+    str,
+    typer.Option(
+        help="Format of the weights; several between commas are all tried.",
+        metavar="FORMATS",
+        autocompletion=complete_weights,
+    ),
+]
 Profiles = Annotated[
     Path | None,
     typer.Option(
@@ -65,7 +72,7 @@ def serving(
         typer.Option(help="What each device gets of the network between machines, such as 400Gbit/s."),
     ] = None,
     profiles: Profiles = None,
-    weights: Format = "float16",
+    weights: WeightFormats = "float16",
     kv: Annotated[str, typer.Option(help="Format of keys and values.", metavar="FORMAT")] = "float16",
     activations: Annotated[str, typer.Option(help="Format of activations.", metavar="FORMAT")] = "float16",
     trace: Annotated[
@@ -88,7 +95,7 @@ def serving(
     step_tokens: Annotated[int, typer.Option(help="Most tokens of one iteration.", min=1)] = 65536,
     max_batch: Annotated[int, typer.Option(help="Most requests of one iteration (default: no cap).", min=1)] = 1 << 20,
     goal: Annotated[
-        str, typer.Option(help="What the best plan has least of: latency (mean), time (of the whole load), energy.")
+        str, typer.Option(help="What the best plan has least of: latency, time (of all), energy, slo (late ones).")
     ] = "latency",
     clocks: Clocks = "1",
     slo_first: Annotated[float, typer.Option(help="Objective: seconds to the first token.")] = 0.01,
@@ -110,6 +117,8 @@ def serving(
     block by itself) that fits their memory is simulated iteration by iteration, with the scheduler of `memwall serve`
     on a virtual clock. MODEL needs no more than a config.json.
     """
+    from dataclasses import replace
+
     from memwall.engine.base import Limits
     from memwall.hardware import load_machine, usable_processors
     from memwall.models import model_directory
@@ -126,10 +135,11 @@ def serving(
     if html is not None:
         report.check_page(html)
     cluster = _cluster(load_machine(machine), nodes, devices, link, network)
-    formats = Formats(weights=weights, kv=kv, activations=activations)
+    formats = [Formats(weights=one.strip(), kv=kv, activations=activations) for one in weights.split(",")]
+    config = ModelConfig.from_directory(model_directory(model))
     loads = _loads(trace, requests, prompt_tokens, output_tokens, rate, variation, scale, seed)
     case = Case(
-        model=ServedModel.of(ModelConfig.from_directory(model_directory(model)), model, formats),
+        model=ServedModel.of(config, model, formats[0]),
         cluster=cluster,
         loads=tuple(_started(loads)),
         tables=None if profiles is None else read_tables(profiles, cluster.device),
@@ -143,8 +153,9 @@ def serving(
         "devices": cluster.devices, "weights": weights, "kv": kv, "activations": activations, "requests": len(loads),
         "scheduler": scheduler, "seed": seed,
     }  # fmt: skip
+    cases = [replace(case, model=replace(case.model, formats=one)) for one in formats]
     with progress_bar("plans", quiet=quiet) as bar:
-        found = _search(case, goal, clocks, only, everything, jobs or usable_processors(), bar.labelled)
+        found = _search(cases, goal, clocks, only, everything, jobs or usable_processors(), bar.labelled)
     if html is not None:
         note(f"memwall: wrote {report.write_page(found, told, html)}", quiet=quiet)
     if json:
@@ -176,10 +187,14 @@ def _started(loads: list[Load]) -> list[Load]:
     return [load if load.at is not None else replace(load, at=0.0) for load in loads]
 
 
-def _search(case: Case, goal: str, clocks: str, only: str | None, everything: bool, jobs: int, progress: Any) -> Any:
-    from memwall.simulate.apex import GOALS, Search, search, simulate
+def _search(
+    cases: list[Case], goal: str, clocks: str, only: str | None, everything: bool, jobs: int, progress: Any
+) -> Any:
+    """The search for each case (they differ in the weights' format), joined; formats that do not fit are left out."""
+    from memwall.simulate.apex import GOALS, Search, join, search, simulate
     from memwall.simulate.plans import enumerate_plans
 
+    case = cases[0]
     if goal not in GOALS:
         raise InputError(f"--goal {goal}: it is one of {', '.join(GOALS)}")
     try:
@@ -188,14 +203,23 @@ def _search(case: Case, goal: str, clocks: str, only: str | None, everything: bo
         raise InputError(f"--clocks {clocks}: write shares of the full clock, such as 1,0.6") from None
     if goal == "energy" and case.cluster.device.watts is None:
         raise InputError(f"{case.cluster.device.name} states no power, so energy is not known; choose another --goal")
-    if only is None:
-        return search(case, goal=goal, clocks=shares, keep_all=everything, jobs=jobs, progress=progress)
     plans = {plan.name: plan for plan in enumerate_plans(case.model, case.cluster.devices)}
-    if only not in plans:
+    if only is not None and only not in plans:
         raise InputError(f"--plan {only}: plans for {case.cluster.devices} devices are {', '.join(plans)}")
-    result = simulate(case, plans[only])
-    assert result is not None
-    return Search(goal=goal, results=(result,), given_up=(), misfits=())
+    found, misfits = [], []
+    for one in cases:
+        try:
+            if only is None:
+                found.append(search(one, goal=goal, clocks=shares, keep_all=everything, jobs=jobs, progress=progress))
+            else:
+                result = simulate(one, plans[only])
+                assert result is not None
+                found.append(Search(goal=goal, results=(result,), given_up=(), misfits=()))
+        except DoesNotFit as error:
+            misfits.append(error)
+    if not found:
+        raise misfits[-1]
+    return join(found)
 
 
 def profile(

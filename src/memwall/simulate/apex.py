@@ -7,7 +7,7 @@ each is simulated with the batches that iteration-level scheduling makes of the 
 iteration's time being the sum of its operations (`blocks`) as measured or by a roofline (`tables`, `base`, `cluster`).
 *Units and shapes*: seconds, bytes, tokens, joules; a load is a list of `engine.arrivals.Load`.
 *Differs from the paper*: see `blocks` and `iterations`; here too a plan whose clock passes `SLACK` times the
-fastest plan's end is given up (not where energy is sought, nor with `keep_all`).
+fastest plan's end is given up (not where energy or objectives count, nor with `keep_all`).
 *Cost*: every plan costs one simulation, about 10 us for each token made and 0.1 ms for each iteration; memory is that
 of the load.
 *Holds when*: blocks are alike, links are not shared with others, and the time of an operation does not depend on what
@@ -33,8 +33,8 @@ from memwall.simulate.plans import Room, ServingPlan, enumerate_plans, fitting_p
 from memwall.simulate.serving_model import ServedModel
 from memwall.simulate.tables import Tables
 
-Goal = Literal["time", "latency", "energy"]
-GOALS: tuple[Goal, ...] = ("time", "latency", "energy")
+Goal = Literal["latency", "time", "energy", "slo"]
+GOALS: tuple[Goal, ...] = ("latency", "time", "energy", "slo")
 SLACK = 3.0
 Progress = Callable[[int, int, str], None]
 
@@ -93,6 +93,7 @@ class Result:
     plan: ServingPlan
     room: Room
     figures: Figures
+    weights: str
     clock: float
     seconds_by_operator: dict[str, float]
     sources: dict[str, float]
@@ -103,6 +104,7 @@ class Result:
         """For JSON."""
         return {
             "plan": self.plan.to_dict(),
+            "weights": self.weights,
             "clock": self.clock,
             "parameter_bytes_per_device": self.room.parameter_bytes,
             "kv_tokens_per_attention_replica": self.room.kv_tokens,
@@ -119,7 +121,13 @@ class Result:
             if self.figures.joules is None:
                 raise InputError("the machine states no power, so energy is not known; add power to its [[compute]]")
             return self.figures.joules
+        if goal == "slo":
+            return 1 - self.figures.both_met
         return self.figures.seconds if goal == "time" else self.figures.completion["mean"]
+
+    def rank(self, goal: Goal) -> tuple[float, float]:
+        """What results are sorted by: the goal, and among equals the mean time of an answer."""
+        return self.worth(goal), self.figures.completion["mean"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +167,7 @@ def simulate(case: Case, plan: ServingPlan, *, give_up_after: float | None = Non
         plan=plan,
         room=room,
         figures=replace(figures, **used),
+        weights=case.model.formats.weights,
         clock=case.cluster.device.clock,
         seconds_by_operator=dict(run.by_operator),
         sources={source: seconds / told for source, seconds in timer.price.seconds_by_source.items()},
@@ -193,7 +202,7 @@ def search(
 
     def limit() -> float | None:
         best = min((one.figures.seconds for one in results), default=None)
-        return None if best is None or keep_all or goal == "energy" else began + SLACK * best
+        return None if best is None or keep_all or goal in ("energy", "slo") else began + SLACK * best
 
     for number, (plan, found) in enumerate(_each(tries, limit, jobs)):
         if progress is not None:
@@ -202,7 +211,7 @@ def search(
             given_up.append(plan)
         else:
             results.append(found)
-    results.sort(key=lambda one: one.worth(goal))
+    results.sort(key=lambda one: one.rank(goal))
     usual = heuristic_plan(case.model, cluster)
     return Search(
         goal=goal,
@@ -210,6 +219,19 @@ def search(
         given_up=tuple(given_up),
         misfits=tuple(misfits),
         heuristic=next((one for one in results if one.plan == usual and one.clock == max(clocks)), None),
+    )
+
+
+def join(searches: Sequence[Search]) -> Search:
+    """One search out of several with the same goal, such as one for each format of the weights."""
+    goal = searches[0].goal
+    results = sorted((one for each in searches for one in each.results), key=lambda one: one.rank(goal))
+    return Search(
+        goal=goal,
+        results=tuple(results),
+        given_up=tuple(plan for each in searches for plan in each.given_up),
+        misfits=tuple(plan for each in searches for plan in each.misfits),
+        heuristic=next((each.heuristic for each in searches if each.heuristic is not None), None),
     )
 
 

@@ -15,11 +15,14 @@ from memwall.hardware.units import format_bytes
 from memwall.simulate.apex import Result, Search
 
 COLUMNS = (
-    "plan", "total s", "tokens/s", "first token s", "per token ms", "p95 between ms", "completion s", "in time",
-    "weights/device", "MFU", "MBU", "idle", "kJ", "J/token",
+    "plan", "weights", "total s", "tokens/s", "first token s", "per token ms", "p95 between ms", "completion s",
+    "in time", "weights/device", "MFU", "MBU", "idle", "kJ", "J/token",
 )  # fmt: skip
 COLOURS = ("#2f6db3", "#d98324", "#5a9e5f", "#8a6bb1", "#b0413e", "#8c8c8c", "#4aa3a2", "#c4a000", "#7f5f3f", "#555555")
 WIDTH, ROW_HEIGHT, LABEL_WIDTH = 860, 22, 300
+
+
+_MEANINGS = {"latency": "latency", "time": "time", "energy": "energy", "slo": "share of requests that are late"}
 
 
 def cells(result: Result) -> list[str]:
@@ -31,6 +34,7 @@ def cells(result: Result) -> list[str]:
     clock = "" if result.clock == 1.0 else f" at {result.clock:.0%} clock"
     return [
         result.plan.name + clock,
+        result.weights,
         f"{one.seconds:,.2f}",
         f"{one.output_tokens_per_s:,.0f}",
         f"{one.first_token['mean']:.3f}",
@@ -51,11 +55,11 @@ def remarks(search: Search) -> list[str]:
     best = search.best
     told = ", ".join(f"{share:.0%} {source}" for source, share in sorted(best.sources.items(), key=lambda one: -one[1]))
     found = [f"times of {best.plan.name}: {told}"]
-    if search.heuristic is not None:
+    if search.heuristic is not None and best.worth(search.goal) > 0:
         ratio = search.heuristic.worth(search.goal) / best.worth(search.goal)
         found.append(
             f"the usual plan without a search is {search.heuristic.plan.name}: "
-            f"{ratio:.2f} times the best's {search.goal}"
+            f"{ratio:.2f} times the best's {_MEANINGS[search.goal]}"
         )
     if search.given_up:
         found.append(f"{len(search.given_up)} plans were given up, being far slower")
