@@ -21,6 +21,7 @@ from memwall.formats import Packed, codec
 if TYPE_CHECKING:
     from memwall.compress.calibration import LayerStream
     from memwall.compress.transforms import Transform
+    from memwall.models.checkpoint import Checkpoint
 
 
 @dataclass(slots=True)
@@ -141,6 +142,15 @@ class WeightMethod(ABC):
         stream: the hidden states that come into the layer; they stay where they are.
         """
         return made
+
+    def finish_model(
+        self, checkpoint: Checkpoint, tokens: np.ndarray, made: Callable[[], dict[str, Packed]]
+    ) -> dict[str, Packed]:
+        """What of a whole compressed model shall be stored otherwise, in files already written; here nothing.
+
+        checkpoint: the float model. tokens [sequences, tokens]: the calibration text. made: reads all its tensors.
+        """
+        return {}
 
     @abstractmethod
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
