@@ -332,14 +332,15 @@ def of_columns(study: Study) -> list[Claim]:
 
 def perplexities(study: Study) -> list[Claim]:
     target = "vptq2.25-ordered"
-    rounded = study.score(nearest("int2-g64-asym"))
-    swept = study.score(gptq("int2-g64-asym"))
+    rounded = study.score(nearest("int2-g64"))
+    swept = study.score(gptq("int2-g64"))  # of the forms with 2-bit codes the best here, and the smallest
+    beside = {spec: study.score(gptq(spec)) for spec in ("int2-g128-asym", "int2-g64-asym")}
     plain = study.score(without_sweep(target, study.plain, weighted=True))
     ours = study.score(vptq(target, study.plain))
     fitted = study.score(vptq(target, study.fitted))
     shown = (
         f"float {study.float:.2f}; rounding {rounded}; GPTQ {swept}; vectors without a sweep {plain}; VPTQ {ours}, "
-        f"with fitted centroids {fitted}"
+        f"with fitted centroids {fitted}; beside them GPTQ " + ", ".join(f"{s} {r}" for s, r in beside.items())
     )
     order = swept.perplexity > plain.perplexity > ours.perplexity
     return [
@@ -354,8 +355,9 @@ def perplexities(study: Study) -> list[Claim]:
         Claim(
             claim="VPTQ is better than GPTQ at 2 bits, as it compresses unless told otherwise",
             measured=f"{fitted} against {swept}",
-            required="lower at no more bits",
-            passed=fitted.perplexity < swept.perplexity and fitted.bits <= swept.bits,
+            required="lower than each of GPTQ's forms, at no more bits than the smallest",
+            passed=all(fitted.perplexity < each.perplexity for each in (swept, *beside.values()))
+            and fitted.bits <= swept.bits,
         ),
     ]
 

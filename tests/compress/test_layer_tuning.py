@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memwall.compress.calibration import LayerStream
-from memwall.compress.layer_tuning import Schedule, _LookedUp, tuned
+from memwall.compress.layer_tuning import LookedUp, Schedule, tuned
 from memwall.compress.model import compress_model
 from memwall.formats import Packed, codec
 from memwall.memory import Arena, Ledger
@@ -22,7 +22,7 @@ SPECS = ["vptq-v4-k16", "vptq-v3-k16-r8-g2-o100v5k4-ordered-norm"]
 @pytest.mark.parametrize("spec", SPECS)
 def test_looked_up_is_decoded_and_packs_again(spec: str) -> None:
     packed = random_codebooks(spec, (37, 41))
-    matrix = _LookedUp(packed)
+    matrix = LookedUp(packed)
     np.testing.assert_array_equal(matrix().detach().numpy(), codec(spec).decode(packed))
     again = matrix.packed()
     assert all(np.array_equal(again.buffers[name], each) for name, each in packed.buffers.items())

@@ -178,6 +178,15 @@ class WeightMethod(ABC):
         """
         return made
 
+    def finish_model(
+        self, checkpoint: Checkpoint, tokens: np.ndarray, made: Callable[[], dict[str, Packed]]
+    ) -> dict[str, Packed]:
+        """What of a whole compressed model shall be stored otherwise, in files already written; here nothing.
+
+        checkpoint: the float model. tokens [sequences, tokens]: the calibration text. made: reads all its tensors.
+        """
+        return {}
+
     @abstractmethod
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         """Most bytes that `compress` holds beside the weight, the statistics and the result."""

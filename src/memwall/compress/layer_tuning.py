@@ -107,12 +107,12 @@ class _TwoLayers:
         self._float.load_state_dict({name.removeprefix(self._prefix): each for name, each in values.items()})
         self._rotation = torch.from_numpy(inverse_frequencies(config.rope, config.head_dim).copy())
         self._factor = config.rope.attention_factor
-        self._matrices: dict[str, _LookedUp] = {}
+        self._matrices: dict[str, LookedUp] = {}
         self._norms: dict[str, Any] = {}
         self._fixed: dict[str, Any] = {}
         for name, packed in made.items():
             if isinstance(codec(packed.spec), VptqCodec):
-                self._matrices[name] = _LookedUp(packed)
+                self._matrices[name] = LookedUp(packed)
                 continue
             floats = torch.from_numpy(np.array(codec(packed.spec).decode(packed), np.float32))
             if len(packed.shape) == 1 and "norm" in name:
@@ -156,7 +156,7 @@ class _TwoLayers:
         return found
 
 
-class _LookedUp:
+class LookedUp:
     """The weights of a packed matrix as a differentiable function of its codebooks."""
 
     def __init__(self, packed: Packed) -> None:

@@ -101,8 +101,12 @@ class WorkDirectory:
         return PartWriter(self, file, forms)
 
     def add(self, part: Part) -> None:
-        """A part is done."""
-        self.parts.append(part)
+        """A part is done, or done anew."""
+        names = [each.file for each in self.parts]
+        if part.file in names:
+            self.parts[names.index(part.file)] = part
+        else:
+            self.parts.append(part)
         self._write_journal()
 
     def finish(self, source: Path, model_config: Mapping[str, Any], info: Mapping[str, Any]) -> None:

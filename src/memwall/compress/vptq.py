@@ -13,7 +13,7 @@ Differs from the paper: a number of bits is a bound on all that is stored, codeb
 from it and the matrix' shape (`formats.vptq`); codebooks learn from at most 256 vectors a centroid; where columns are
 scaled, a vector's weight in k-means is diag H times the squared scale, as that is what its error costs. `refine` is
 added: the centroids for fixed indices that lose least under the whole of H (`codebook_fit`), in place of gradient steps
-per matrix. Fine-tuning by blocks is `layer_tuning`.
+per matrix, and sweeps with those centroids. Fine-tuning by blocks is `layer_tuning`, of the whole `model_tuning`.
 Cost: k-means of rows * cols * k operations a round (at most 256 k^2 v), two sweeps where there are residuals, each that
 of GPTQ and rows * cols * k for the search; resident beside weight and H: as GPTQ, 24 bytes a weight, 8 cols^2.
 Holds when: as GPTQ; matrices are so large that codebooks are a small part of them (`memwall compress` says the bits).
@@ -21,6 +21,7 @@ Holds when: as GPTQ; matrices are so large that codebooks are a small part of th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -32,6 +33,7 @@ from memwall.compress.base import MethodConfig, Statistics, WeightMethod
 from memwall.compress.codebook_fit import fitted
 from memwall.compress.kmeans import INITS
 from memwall.compress.layer_tuning import Schedule, require_torch, tuned
+from memwall.compress.model_tuning import tuned_model
 from memwall.compress.vector_columns import Books, Training, VectorColumns, learned
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
@@ -39,7 +41,10 @@ from memwall.formats.vector_parts import checked_halves
 from memwall.formats.vptq import VptqCodec, ranges
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memwall.compress.calibration import LayerStream
+    from memwall.models.checkpoint import Checkpoint
 
 NORMS = ("none", "range", "deviation")
 
@@ -52,8 +57,9 @@ class Vptq(WeightMethod):
     columns, with codebooks of their own; 0: chosen for the bits. outliers: percent of the columns, those that meet the
     largest inputs, that have a codebook of outlier_codebook vectors of outlier_vector rows. order: columns with the
     largest inputs go first. norm: scale columns by their `range` or `deviation`, or not (`none`). init, iterations,
-    seed: of k-means. refine: steps that fit the centroids to H once indices are fixed. tune: steps of fine-tuning
-    by whole layers, which needs torch, with learning rate tune_rate.
+    seed: of k-means. refine: steps that fit the centroids to H once indices are fixed; rounds: so often, with a sweep
+    in between. tune: steps of fine-tuning
+    by whole layers, tune_model: by the whole model, both with learning rate tune_rate; they need torch.
     """
 
     name: ClassVar[str] = "vptq"
@@ -75,7 +81,9 @@ class Vptq(WeightMethod):
     iterations: int = 100
     seed: int = 0
     refine: int = 20
+    rounds: int = 3
     tune: int = 0
+    tune_model: int = 0
     tune_rate: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -84,10 +92,16 @@ class Vptq(WeightMethod):
                 raise InputError(f"{name} {value!r}: choose one of {', '.join(known)}")
         if not 0 <= self.outliers <= 50:
             raise InputError(f"outliers is {self.outliers:g}; it is a percentage of the columns, 0 to 50, such as 1")
-        if self.iterations < 1 or self.refine < 0 or self.tune < 0 or not 0 < self.tune_rate < 1:
-            raise InputError("iterations must be at least 1, refine and tune at least 0, tune_rate between 0 and 1")
-        if self.tune:
-            require_torch("tune")
+        if (
+            min(self.iterations, self.rounds) < 1
+            or min(self.refine, self.tune, self.tune_model) < 0
+            or not 0 < self.tune_rate < 1
+        ):
+            raise InputError(
+                "iterations and rounds must be at least 1, refine and tune at least 0, tune_rate between 0 and 1"
+            )
+        if self.tune or self.tune_model:
+            require_torch("tune" if self.tune else "tune_model")
         self._wanted(8)  # settings that fit no layout are refused before any text is read
 
     def _wanted(self, bits: float) -> VptqCodec:
@@ -129,14 +143,30 @@ class Vptq(WeightMethod):
         costs = statistics.hessian.diagonal()[factored.order].astype(np.float64)
         ordered[:, costs == 0] = 0  # what never fires need not be stored well
         columns = self._swept(form, ordered, costs, factored)
-        if self.refine:
+        best, least = columns.finish(), math.inf
+        for index in range(self.rounds if self.refine else 0):
+            if index:
+                columns = VectorColumns(form, columns.shape, columns.books, order=columns.order, norm=columns.norm)
+                sweep.sweep_columns(ordered, factored.arranged(), columns)
             columns.books = fitted(columns, ordered, statistics, factored.order, config.damping, self.refine)
-        return columns.finish()
+            packed = columns.finish()
+            lost = statistics.error(codec(packed.spec).decode(packed) - weight)
+            if lost < least:
+                best, least = packed, lost
+        return best
 
     def finish_layer(self, stream: LayerStream, layer: int, made: dict[str, Packed]) -> dict[str, Packed]:
         if not self.tune:
             return made
         return tuned(stream, layer, made, Schedule(steps=self.tune, rate=self.tune_rate, seed=self.seed))
+
+    def finish_model(
+        self, checkpoint: Checkpoint, tokens: np.ndarray, made: Callable[[], dict[str, Packed]]
+    ) -> dict[str, Packed]:
+        if not self.tune_model:
+            return {}
+        schedule = Schedule(steps=self.tune_model, rate=self.tune_rate, seed=self.seed)
+        return tuned_model(checkpoint, tokens, made(), schedule)
 
     def _swept(self, form: VptqCodec, ordered: np.ndarray, costs: np.ndarray, factored: sweep.Factor) -> VectorColumns:
         """Codebooks and indices of a matrix whose columns are in order."""

@@ -60,7 +60,7 @@ _SPEC = re.compile(
 # What coding Gaussian vectors loses against the limit of 6.02 dB a bit: the scalar quantizer's loss at 2 bits, which
 # falls about with the cube root of the length (9.7, 10.2 and 10.7 dB of 12 at lengths 2, 4 and 8); and what two stages
 # lose against one of as many bits, and twice as many groups gain (both measured on the demo model).
-_SCALAR_LOSS_DB, _STAGE_LOSS_DB, _GROUPS_GAIN_DB, _BIT_DB = 2.74, 1.0, 0.2, 6.02
+_SCALAR_LOSS_DB, _STAGE_LOSS_DB, _GROUPS_GAIN_DB, _BIT_DB = 2.74, 1.0, 0.05, 6.02
 _GROUPS = (1, 2, 4, 8, 16)
 _MOST_CHOSEN_BITS = 12  # larger codebooks leave the caches; they have to be asked for
 
