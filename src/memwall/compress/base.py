@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -21,6 +22,10 @@ from memwall.formats import Packed, codec
 if TYPE_CHECKING:
     from memwall.compress.calibration import LayerStream
     from memwall.compress.transforms import Transform
+
+
+Trained = Callable[[int, int], None]
+"""progress(done, total) of training."""
 
 
 @dataclass(slots=True)
@@ -129,6 +134,15 @@ class WeightMethod(ABC):
         stream: the model over the calibration text, at no layer yet; it may be moved to the end. form_of: matrix -> the
         spec it is meant to take, as far as is known.
         """
+        raise NotImplementedError
+
+    @property
+    def tunes(self) -> bool:
+        """Whether what was made of the whole model is trained by `tune` at the end."""
+        return False
+
+    def tune(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
+        """Tensors of the same forms with other numbers. source: the float model; made: all of the compressed one."""
         raise NotImplementedError
 
     @abstractmethod

@@ -33,6 +33,7 @@ from memwall.compress.calibration import (
 )
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
 from memwall.compress.transforms import TRANSFORM_BYTES, Transformed
+from memwall.compress.tuned import tune_parts
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.formats import Packed, codec
 from memwall.memory import Arena, Charge
@@ -43,7 +44,7 @@ from memwall.models.precision import LADDER, MIN_EMBEDDING_BITS, is_matrix, reso
 from memwall.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total): `stage` is "measure" or "compress"; done and total count weights."""
+"""progress(stage, done, total): `stage` is "measure" or "compress", which count weights, or "train", in steps."""
 
 MIN_BITS, MAX_BITS = 2.0, 16.0
 
@@ -182,6 +183,8 @@ class Job:
                 packed = read_part(work.path / name)
                 self.specs.update({name: form.spec for name, form in packed.items()})
                 self._hand_on(part, packed, stream)
+        if self.method.tunes:
+            tune_parts(work, self.method, self.checkpoint.directory, lambda *at: self._progress("train", *at))
 
     def _transform(self, stream: LayerStream) -> None:
         """Change the model into an equal one that loses less; done again, alike, where a run is taken up."""
