@@ -68,7 +68,7 @@ Compress = Callable[[np.ndarray, Statistics], Packed]
 
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     """Measures and judges."""
-    bench = Bench(data, 2048 if quick else 16_384, 1024 if quick else 8192, 2 if quick else 1 << 30)
+    bench = Bench(data, 1024 if quick else 16_384, 1024 if quick else 8192, 2 if quick else 1 << 30)
     steps: list[tuple[str, Callable[[], list[Claim]]]] = [
         ("GPTQ and rounding", lambda: gptq_and_rounding(bench)),
         ("no groups", lambda: no_groups(bench, quick)),
@@ -126,9 +126,10 @@ class Bench:
             text = data.read_text(encoding="utf-8")
             calibration, scored, name = text[: len(text) // 2], text[len(text) // 2 :], str(data)
         self.text = calibration
-        self.reading = CalibrationSettings(max_tokens=calibration_tokens, sequence_tokens=WINDOW)
+        window = min(WINDOW, calibration_tokens // 4)
+        self.reading = CalibrationSettings(max_tokens=calibration_tokens, sequence_tokens=window)
         self.calibration = token_sequences(calibration, tokenizer, self.config, self.reading, name)
-        read = CalibrationSettings(max_tokens=scored_tokens, sequence_tokens=WINDOW)
+        read = CalibrationSettings(max_tokens=scored_tokens, sequence_tokens=window)
         self.scored = token_sequences(scored, tokenizer, self.config, read, name)
         self.num_layers = min(self.config.num_layers, most_layers)
         self.linears = [t for t in self.config.tensors() if t.role == "linear" and (t.layer or 0) < self.num_layers]
