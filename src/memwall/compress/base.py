@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from memwall.compress.transforms import Transform
     from memwall.memory import Arena
     from memwall.models.checkpoint import Checkpoint
+
+
+Trained = Callable[[int, int], None]
+"""progress(done, total) of training."""
 
 
 @dataclass(slots=True)
@@ -166,6 +171,15 @@ class WeightMethod(ABC):
     def prepare(self, subject: Subject, specs: Mapping[str, str]) -> Checkpoint:
         """The model whose matrices are compressed, the forms being known: the same, or one trained for them."""
         return subject.checkpoint
+
+    @property
+    def tunes(self) -> bool:
+        """Whether what was made of the whole model is trained by `tune` at the end."""
+        return False
+
+    def tune(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
+        """Tensors of the same forms with other numbers. source: the float model; made: all of the compressed one."""
+        raise NotImplementedError
 
     @abstractmethod
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:

@@ -19,14 +19,16 @@ Holds when: two bits; with tuning, where text of the model's own making resemble
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from memwall import kernels
 from memwall.compress import sweep
-from memwall.compress.base import MethodConfig, Statistics, WeightMethod
+from memwall.compress.base import MethodConfig, Statistics, Trained, WeightMethod
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.bitpack import TILE_ROWS, pack_tiles
@@ -35,11 +37,35 @@ from memwall.formats.db_llm import DualBinaryCodec, dual_scales, nearest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DbLlm(WeightMethod):
-    """Scales and bits of every matrix by the sweep."""
+    """Scales and bits of every matrix by the sweep, then scales by training (see `db_llm_tuning.Recipe`).
+
+    tokens: of text that the float model writes to train on, 0 for no training; passes over them; rate at first; gamma:
+    how much tokens count at which the float model is unsure.
+    """
 
     name: ClassVar[str] = "db-llm"
     needs_statistics: ClassVar[bool] = True
     default_bits: ClassVar[str] = "dual2-g128"
+
+    tokens: int = 0
+    passes: int = 4
+    rate: float = 0.01
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        for what in ("tokens", "passes", "rate", "gamma"):
+            if not 0 <= getattr(self, what) < 1e12:
+                raise InputError(f"{what} is {getattr(self, what):g}; it must be 0 or more")
+
+    @property
+    def tunes(self) -> bool:
+        return self.tokens > 0
+
+    def tune(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
+        from memwall.compress.db_llm_tuning import Recipe, tune
+
+        recipe = Recipe(tokens=self.tokens, passes=self.passes, rate=self.rate, gamma=self.gamma)
+        return tune(source, made, recipe, progress)
 
     def form(self, bits: float | str) -> str | None:
         if isinstance(bits, str):

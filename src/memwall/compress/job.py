@@ -35,6 +35,7 @@ from memwall.compress.parts import Part, model_parts
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
 from memwall.compress.sizes import FolderSize
 from memwall.compress.transforms import TRANSFORM_BYTES, Transformed
+from memwall.compress.tuned import tune_parts
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.formats import Packed, codec
 from memwall.formats.floats import FloatCodec
@@ -46,7 +47,7 @@ from memwall.models.precision import LADDER, MIN_EMBEDDING_BITS, code_bits, is_m
 from memwall.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total): `stage` is "measure" or "compress"; done and total count weights."""
+"""progress(stage, done, total): `stage` is "measure" or "compress", which count weights, or "train", in steps."""
 
 MIN_BITS, MAX_BITS = 2.0, 16.0
 
@@ -182,6 +183,8 @@ class Job:
                 packed = read_part(work.path / name)
                 self.specs.update({name: form.spec for name, form in packed.items()})
                 self._hand_on(part, packed, stream)
+        if self.method.tunes:
+            tune_parts(work, self.method, self.checkpoint.directory, lambda *at: self._progress("train", *at))
 
         if self.tokens is not None:
             self._finish_model(work)

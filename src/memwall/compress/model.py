@@ -110,6 +110,10 @@ def compress_model(
             progress=progress or _silent,
         )
         job.read_text(source, calibration_text)
+        if budget_bytes is not None and job.method.tunes:
+            raise InputError(
+                f"{method}'s training is done by torch, which no budget caps: leave out --memory, or training"
+            )
         if budget_bytes is not None:
             _cap_process(budget_bytes, arena, job)
         job.limit_text()

@@ -27,6 +27,8 @@ from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 
 JOURNAL_NAME = "progress.json"
 LOCK_NAME = "lock"
+TUNED_NAME = "tuned.safetensors"
+"""What training has changed, until every part has it."""
 # the files of a model folder that a reader of the compressed one needs too
 COPIED_NAMES = (
     "config.json",
@@ -199,7 +201,7 @@ class WorkDirectory:
 
     def _remove_leftovers(self) -> None:
         """Files of a killed run that its journal does not know: a half-written part, or parts after a damaged one."""
-        known = {JOURNAL_NAME, LOCK_NAME, *self._kept_names(), *(part.file for part in self.parts)}
+        known = {JOURNAL_NAME, LOCK_NAME, TUNED_NAME, *self._kept_names(), *(part.file for part in self.parts)}
         for item in self.path.iterdir():
             if item.name not in known and item.is_file():
                 item.unlink()
@@ -225,6 +227,7 @@ class WorkDirectory:
         # only now: were they removed before, a crash in between would leave a folder that nobody can take up
         (self.out / JOURNAL_NAME).unlink(missing_ok=True)
         (self.out / LOCK_NAME).unlink(missing_ok=True)
+        (self.out / TUNED_NAME).unlink(missing_ok=True)
         if old.exists():
             shutil.rmtree(old)
 
