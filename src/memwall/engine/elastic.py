@@ -8,6 +8,7 @@ asked for from a signal's handler or another thread at any time.
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from memwall import _native, kv
@@ -54,7 +55,8 @@ def set_budget(session: Session, nbytes: int) -> None:
 def fill_budget(session: Session) -> None:
     """Takes as many blocks as the budget really has room for, where a model is a stack of them."""
     if session.decoder.weights.stack is not None and session.budget_bytes is not None:
-        set_budget(session, session.budget_bytes)
+        with suppress(DoesNotFit):  # as it was loaded, then: near the least there is nothing to fill
+            set_budget(session, session.budget_bytes)
 
 
 def cache_growth_bytes(session: Session) -> int:

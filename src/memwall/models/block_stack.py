@@ -144,3 +144,4 @@ class BlockStack:
             spec = BitStackCodec(rank=self.index.rank, blocks=len(blocks)).spec
             buffers = {f"block{index}": block for index, block in enumerate(blocks)}
             self._weights.replace(name, Packed(spec=spec, shape=self._shapes[name], buffers=buffers))
+        self._weights.specs = {**self._weights.specs, **self.specs}

@@ -99,7 +99,7 @@ def load_weights(
     """
     index = StackIndex.of(checkpoint)
     num_blocks = index.length(specs) if index is not None else 0
-    whole, specs = specs, {**specs, **(index.specs(0) if index is not None else {})}
+    specs = {**specs, **(index.specs(0) if index is not None else {})}
     pool = _Pool(arena, weight_bytes(config, specs))
     weights = Weights(matrices={}, vectors={}, specs=specs, regions=pool.regions)
     tensors = config.tensors()
@@ -128,7 +128,6 @@ def load_weights(
         if index is not None:
             weights.stack = BlockStack(index, checkpoint, arena, weights, first)
             weights.stack.resize(num_blocks)
-            weights.specs = whole
     except BaseException:
         weights.release()
         raise
