@@ -16,8 +16,8 @@ from memwall.serve.replay import VARIANTS, chats_of, replay_loads
 
 def loads() -> list[Load]:
     return [
-        Load(at=0.3 * number, prompt_tokens=120 + 90 * (number // 6), output_tokens=60 + number % 3, session=f"s{number % 6}")
-        for number in range(18)
+        Load(at=0.3 * n, prompt_tokens=120 + 90 * (n // 6), output_tokens=60 + n % 3, session=f"s{n % 6}")
+        for n in range(18)
     ]
 
 
@@ -44,7 +44,7 @@ def test_every_scheduler_answers_all_and_parts_lower_the_bill() -> None:
 
 
 def test_too_few_pages_are_refused_with_what_would_do() -> None:
-    with pytest.raises(InputError, match="one conversation comes to .*give"):
+    with pytest.raises(InputError, match=r"one conversation comes to .*give"):
         replay_loads(loads(), num_pages=10)
 
 
