@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memwall.cli.command import AsJson, Debug, Quiet
-from memwall.cli.printing import format_table, note, print_json
+from memwall.cli.fair import PrioritiesOption, UpdatesOption
+from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.errors import InputError
+from memwall.hardware.units import GB
 
 if TYPE_CHECKING:
     from memwall.serve.traces import Trace
@@ -45,6 +47,17 @@ def trace(
         int | None,
         typer.Option(help="New requests begin conversations of at most so many tokens, whose prompts hold history."),
     ] = None,
+    replay: Annotated[
+        int | None,
+        typer.Option(
+            help="Replay the trace on a virtual clock with so many pages of 16 tokens: what context switches cost.",
+            metavar="PAGES",
+            min=1,
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Of the replay: the first so many answered ones.", min=1)] = 500,
+    priorities: PrioritiesOption = None,
+    priority_updates: UpdatesOption = None,
     seed: Annotated[int, typer.Option(help="Seed of all that is drawn.", min=0)] = 0,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -54,7 +67,6 @@ def trace(
 
     `memwall bench serve --trace OUT.csv` replays it. Scaling keeps the shape of bursts; thinning does not.
     """
-    from memwall.serve import burstgpt
     from memwall.serve.traces import read_columns, write_columns
 
     found = read_columns(path)
@@ -63,21 +75,66 @@ def trace(
     found = found.thin(thin, seed) if thin is not None else found
     report = describe(found, window)
     if generate is not None:
-        answered = found.answered()
-        if not len(answered):
-            raise InputError(f"{path}: every request failed; there are no answers to draw lengths from")
-        drawn = burstgpt.JointLengths(answered) if lengths is LengthsName.joint else burstgpt.ZipfLengths()
-        made = burstgpt.generate(burstgpt.windows(found.at, window), drawn, seed, scale)
-        if conversations is not None:
-            made = burstgpt.Conversations.of(found).unfold(made, seed, conversations)
+        made = _another(found, path, window, lengths, scale, conversations, seed)
         write_columns(made, generate)
         report["generated"] = {"path": str(generate), "provenance": list(made.provenance), **describe(made, window)}
+    if replay is not None:
+        report["replay"] = _replay(generate or path, requests, replay, priorities, priority_updates, quiet=quiet)
+    elif priorities is not None or priority_updates is not None:
+        raise InputError("--priorities and --priority-updates are for a replay: give --replay PAGES")
     if json:
         print_json(report)
         return
     typer.echo(_table(report))
+    if replay is not None:
+        typer.echo(_replay_table(report["replay"]))
     if generate is not None:
         note(f"memwall: {report['generated']['requests']:,} requests are in {generate}", quiet=quiet)
+
+
+def _another(
+    found: Trace, path: Path, window: float, lengths: LengthsName, scale: float, conversations: int | None, seed: int
+) -> Trace:
+    """A new trace of the same kind."""
+    from memwall.serve import burstgpt
+
+    answered = found.answered()
+    if not len(answered):
+        raise InputError(f"{path}: every request failed; there are no answers to draw lengths from")
+    drawn = burstgpt.JointLengths(answered) if lengths is LengthsName.joint else burstgpt.ZipfLengths()
+    made = burstgpt.generate(burstgpt.windows(found.at, window), drawn, seed, scale)
+    return made if conversations is None else burstgpt.Conversations.of(found).unfold(made, seed, conversations)
+
+
+def _replay(
+    path: Path, count: int, pages: int, priorities: str | None, updates: float | None, *, quiet: bool
+) -> list[dict[str, Any]]:
+    from memwall.engine.arrivals import read_trace
+    from memwall.engine.priorities import FREQUENCY
+    from memwall.serve.replay import replay_loads
+
+    with progress_bar("replaying", quiet=quiet) as bar:
+        return replay_loads(
+            read_trace(path, count), num_pages=pages, priorities=priorities or "markov",
+            frequency=FREQUENCY if updates is None else updates, progress=bar.counted,
+        )  # fmt: skip
+
+
+def _replay_table(runs: list[dict[str, Any]]) -> str:
+    def milliseconds(figures: dict[str, float]) -> str:
+        return " / ".join(f"{1e3 * figures[name]:,.0f}" for name in ("p50", "p90", "p99")) if figures else "-"
+
+    rows = [
+        ("first token, ms p50 / p90 / p99", [milliseconds(run["first_token_seconds"]) for run in runs]),
+        ("between tokens, ms", [milliseconds(run["between_tokens_seconds"]) for run in runs]),
+        ("set aside", [f"{sum(run['preempted'].values()):,}" for run in runs]),
+        ("copies", [f"{run['copies']:,}" for run in runs]),
+        ("moved, GB", [f"{run['moved_bytes'] / GB:,.1f}" for run in runs]),
+        ("not moved again, GB", [f"{run['reused_bytes'] / GB:,.1f}" for run in runs]),
+        ("stalled, s", [f"{run['stall_seconds']:,.1f}" for run in runs]),
+    ]
+    heads = ("virtual clock", *(run["scheduler"] for run in runs))
+    return format_table(heads, [(name, *cells) for name, cells in rows], right=frozenset(range(1, len(heads))))
 
 
 def describe(found: Trace, window: float) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 One conversation: `load(model, Settings(...), budget=...)` gives a `Session`; `Session.generate` streams text.
 Many requests: base is the scheduler seam, core the step loop over it, kv_pages the pages with shared beginnings, batch
 the executor with a model, simulated the one with a virtual clock, serving loads a model for many inside one budget.
+Swaps: swap is the file, stream runs copies beside the steps, switching decides what is copied and kept, fastswitch who
+runs and what is waited for, priorities who goes first, chats holds conversations with an engine.
 Offline batches: prefix_tree finds what prompts share, batchllm plans and schedules, shared holds prefixes, offline
 runs a plan.
 """

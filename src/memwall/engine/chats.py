@@ -25,12 +25,15 @@ TURNS_MEAN = 5.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """A conversation. turns: (new tokens of the prompt, tokens of the answer) of each."""
+    """A conversation. turns: (new tokens of the prompt, tokens of the answer) of each. times: before which none of them
+    comes, where a trace tells them.
+    """
 
     start: float
     turns: tuple[tuple[int, int], ...]
     think_seconds: float = 1.0
     user: str | None = None
+    times: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -116,7 +119,7 @@ def hold_chats(
             told.append(one)
         steps = engine.totals.steps
         for event in engine.step():
-            _note(event, under_way, chats, texts, due, clock())
+            _note(event, under_way, chats, texts, due, started, clock())
         if engine.totals.steps == steps and engine.busy:
             _pass(clock, clock() + idle_step)
     return told
@@ -128,6 +131,7 @@ def _note(
     chats: Sequence[Chat],
     texts: list[list[int]],
     due: list[tuple[float, int, int]],
+    started: float,
     now: float,
 ) -> None:
     one = under_way[event.id]
@@ -138,8 +142,10 @@ def _note(
         one.finish = event.finish
         del under_way[event.id]
         texts[one.chat] += one.made
-        if one.turn + 1 < len(chats[one.chat].turns):
-            heapq.heappush(due, (now + chats[one.chat].think_seconds, one.chat, one.turn + 1))
+        chat, turn = chats[one.chat], one.turn + 1
+        if turn < len(chat.turns):
+            earliest = started + chat.times[turn] if chat.times else now
+            heapq.heappush(due, (max(now + chat.think_seconds, earliest), one.chat, turn))
 
 
 def _pass(clock: Callable[[], float], until: float) -> None:
