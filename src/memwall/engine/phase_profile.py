@@ -48,7 +48,8 @@ class Probe:
         """Seconds of an iteration by itself: the mean of so many that a quota's saved time has no part in it."""
         workers, batch, clock = self.engine.workers, self._batch(spec), self.engine.clock
         workers.switch(Shares(prefill=percent, decode=percent))
-        began, ends = clock(), []
+        ends: list[float] = []
+        began = clock()
         while len(ends) < 1 + REPEATS or ends[-1] - began < LEAST_SECONDS:
             workers.start(phase, batch)
             self._next()

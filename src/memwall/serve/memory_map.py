@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from memwall.engine.adapters import TENANT
+from memwall.engine.phased import PhasedEngine
 from memwall.engine.sequence import Sequence
 from memwall.memory import peak_resident_bytes, resident_bytes
 
@@ -54,6 +55,7 @@ def memory_map(service: Service) -> dict[str, Any]:
             "most_sequences": engine.limits.max_sequences,
         },
         "adapters": _adapters(service),
+        "phases": phases(service),
         "requests": [_row(one, now) for one in requests[:MOST_ROWS]],
         "totals": {
             "steps": engine.totals.steps,
@@ -83,6 +85,21 @@ def _row(one: Sequence, now: float) -> dict[str, Any]:
         "level": one.level,
         "adapter": one.request.adapter,
         "seconds": now - one.arrival,
+    }
+
+
+def phases(service: Service) -> dict[str, Any] | None:
+    """Shares of the two workers and their processes; None where one worker does all."""
+    engine, workers = service.serving.engine, service.serving.workers
+    if workers is None or not isinstance(engine, PhasedEngine):
+        return None
+    return {
+        "prefill_percent": workers.shares.prefill,
+        "decode_percent": workers.shares.decode,
+        "preparing": workers.preparing is not None,
+        "switches": engine.switches,
+        "lost": workers.lost,
+        "processes": list(workers.pids),
     }
 
 

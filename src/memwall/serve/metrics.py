@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
 from memwall.memory import ledger_error, peak_resident_bytes, resident_bytes
+from memwall.serve.memory_map import phases
 
 if TYPE_CHECKING:
     from memwall.engine.switching import SwitchCounts
@@ -87,6 +88,13 @@ class EngineMetrics:
             yield counter("lora_adapter_stalls", "Steps that waited for an adapter.", counts.stalls)
             yield counter("lora_adapter_stall_seconds", "Seconds they waited.", counts.stall_seconds)
             yield counter("lora_adapter_loads", "Adapters read.", counts.loads)
+        if (told := phases(service)) is not None:
+            shares = GaugeMetricFamily(PREFIX + "phase_share_percent", "Of the compute.", labels=["phase"])
+            for name in ("prefill", "decode"):
+                shares.add_metric([name], told[f"{name}_percent"])
+            yield shares
+            yield counter("phase_switches", "Changes of shares.", told["switches"])
+            yield counter("phase_workers_lost", "Workers that were replaced.", told["lost"])
         yield from self._memory()
 
     def _memory(self) -> Iterator[Any]:
