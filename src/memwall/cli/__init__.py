@@ -41,7 +41,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for verb in (run, serve, batch, plan, compress, convert, tune, fit, stream, eval, study, probe, bench, systems, evidence):
+for verb in (
+    run,
+    serve,
+    batch,
+    plan,
+    compress,
+    convert,
+    tune,
+    fit,
+    stream,
+    eval,
+    study,
+    probe,
+    bench,
+    systems,
+    evidence,
+):
     verb.register(app)
 
 

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from memwall.errors import DoesNotFit, InputError
 from memwall.formats import Packed, checked_json, codec
@@ -114,7 +114,7 @@ class WorkDirectory:
             os.close(self._lock)
             self._lock = -1
 
-    def __enter__(self) -> WorkDirectory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -253,9 +253,7 @@ def read_part(path: Path) -> dict[str, Packed]:
     }
 
 
-def check_output(
-    out: Path, *, force: bool, mark: str = MANIFEST_NAME, what: str = "compressed model"
-) -> None:
+def check_output(out: Path, *, force: bool, mark: str = MANIFEST_NAME, what: str = "compressed model") -> None:
     """Refuses an output folder that exists (with `force`: one that is no `what` of ours, which has the file `mark`)."""
     if not out.name:
         raise InputError(f"{out}: give the name of a folder to be made")
