@@ -12,7 +12,7 @@ from memwall.cli.compress import parse_settings
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run import parse_budget
 
-METHODS = ("qlora", "int2-1")
+METHODS = ("qlora", "ir-qlora", "int2-1")
 
 
 def register(app: typer.Typer) -> None:
@@ -30,8 +30,8 @@ def tune(
     method: Annotated[
         str,
         typer.Option(
-            help="qlora (adapters over 4-bit NormalFloat with scales quantized twice) or int2-1 (over integers; with "
-            "--teacher a correction of what they lost).",
+            help="qlora (adapters over 4-bit NormalFloat with scales quantized twice), ir-qlora (the same with an "
+            "elastic connection) or int2-1 (over integers; with --teacher a correction of what they lost).",
             metavar="METHOD",
             autocompletion=lambda: list(METHODS),
         ),

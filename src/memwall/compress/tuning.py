@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, str] = {
     "qlora": "memwall.compress.qlora:QLora",
+    "ir-qlora": "memwall.compress.ir_qlora:IrQLora",
     "int2-1": "memwall.compress.int2_1:MemoryFrugal",
 }
 OPTIMIZERS = ("adamw", "paged")
