@@ -27,6 +27,7 @@ BOUNDS_OF_COUNTS = {"models/config.py"}
 LONGER: dict[str, str] = {
     "cli/run.py:run": "its parameters are the options of the command, one to three lines each",
     "cli/compress.py:compress": "the same",
+    "cli/tune.py:tune": "the same",
     "cli/serve.py:serve": "the same",
     "cli/bench.py:serve": "the same",
     "cli/simulate.py:serving": "the same",

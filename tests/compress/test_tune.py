@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from memwall import kernels
 from memwall.compress.tune import HEADROOM_BYTES, tune_model
 from memwall.compress.tune_work import Windows
 from memwall.compress.tuning import METHODS, CrossEntropy, tune_method
@@ -92,9 +94,9 @@ def test_gradients_against_finite_differences_and_by_hand(model: Path, method: s
         np.testing.assert_allclose(gradient, expected.numpy(), rtol=1e-3, atol=1e-5 * largest, err_msg=name)
     random = torch.Generator().manual_seed(1)
     along = [torch.randn(each.shape, generator=random) for each in whole]
-    ends = [loss_at(made, [b + sign * 3e-3 * a for b, a in zip(before, along, strict=True)], loss) for sign in (1, -1)]
+    ends = [loss_at(made, [b + sign * 5e-4 * a for b, a in zip(before, along, strict=True)], loss) for sign in (1, -1)]
     slope = sum((a * g).sum().item() for a, g in zip(along, whole, strict=True))
-    assert slope == pytest.approx((ends[0] - ends[1]) / 6e-3, rel=0.03)
+    assert slope == pytest.approx((ends[0] - ends[1]) / 1e-3, rel=0.02)
 
 
 class _Nowhere:
@@ -175,34 +177,31 @@ def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(model: Path, text: Path, tmp_path: Path) -> None:
-    more = ("--set", "steps=40", "--set", "dropout=0.2")
+    options = {"steps": "24", "dropout": "0.2", "targets": "q_proj,down_proj"}
+    more = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(model, text, whole, *more), check=True, capture_output=True)
     process = subprocess.Popen(command(model, text, killed, *more), stderr=subprocess.PIPE)
     partial = tmp_path / "killed.partial"
-    while process.poll() is None and not list(partial.glob("step-*")):
+    journal = partial / "progress.json"
+    while process.poll() is None and not (journal.is_file() and "step-" in journal.read_text()):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert partial.is_dir()
-    other = subprocess.run(
-        command(model, text, killed, *more, "--set", "rank=8"), check=False, capture_output=True, text=True
-    )
-    assert other.returncode == 2
-    assert "rank: 4 then, 8 now" in other.stderr
-    done = subprocess.run(command(model, text, killed, *more, "--json"), check=True, capture_output=True, text=True)
-    import json
-
-    report = json.loads(done.stdout)
-    assert 0 < report["resumed_from"] < 40
-    ours, theirs = contents(killed), contents(whole)
-    assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
+    threads = kernels.num_threads()
+    kernels.set_num_threads(1)
+    try:
+        trained(model, text, whole, options=options)
+        with pytest.raises(InputError, match="rank: 4 then, 8 now"):
+            trained(model, text, killed, options={**options, "rank": "8"})
+        report = trained(model, text, killed, options=options)
+    finally:
+        kernels.set_num_threads(threads)
+    assert 0 < report.resumed_from < 24
+    assert contents(killed)["adapter_model.safetensors"] == contents(whole)["adapter_model.safetensors"]
     assert not partial.exists()
 
 
 def test_budget_is_kept_and_paging_moments_helps(model: Path, text: Path, tmp_path: Path) -> None:
-    import json
-
     asked = {"rank": "128", "context": "128"}
     more = [part for name, value in asked.items() for part in ("--set", f"{name}={value}")]
     out = tmp_path / "out"
@@ -247,7 +246,7 @@ def test_bad_inputs(model: Path, text: Path, tmp_path: Path) -> None:
     short.write_text("A few words.")
     with pytest.raises(InputError, match="less than 2 windows of 64"):
         trained(model, short, tmp_path / "out")
-    with pytest.raises(InputError, match="text .*cannot be read"):
+    with pytest.raises(InputError, match=r"text .*cannot be read"):
         trained(model, tmp_path / "absent", tmp_path / "out")
     with pytest.raises(InputError, match="known are"):
         trained(model, text, tmp_path / "out", method="zlora")

@@ -60,6 +60,9 @@ def evaluate(
     budget: BudgetOption = None,
     weights: Weights = "float32",
     kv: Cache = None,
+    lora: Annotated[
+        Path | None, typer.Option("--lora", help="An adapter that the form under test wears.", metavar="DIR")
+    ] = None,
     prompt_tokens: PromptTokens = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many tokens of the text.", min=2)] = None,
     threads: Threads = None,
@@ -90,6 +93,7 @@ def evaluate(
             prompt_tokens=prompt_tokens,
             threads=threads,
             budget=parse_budget(memory, budget),
+            lora=lora,
             progress=bar.counted,
         )
     keys = (

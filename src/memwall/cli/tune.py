@@ -12,7 +12,7 @@ from memwall.cli.compress import parse_settings
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run import parse_budget
 
-METHODS = ("qlora",)
+METHODS = ("qlora", "ir-qlora", "int2-1")
 
 
 def register(app: typer.Typer) -> None:
@@ -23,13 +23,15 @@ def tune(
     model: Model,
     data: Annotated[Path, typer.Argument(help="Text file (UTF-8) to learn from.", metavar="DATA")],
     out: Annotated[
-        Path, typer.Argument(help="Directory of the adapter to write; it must not exist yet (see --force).")
+        Path,
+        typer.Argument(help="Directory of the adapter to write; it must not exist yet (see --force).", metavar="OUT"),
     ],
     *,
     method: Annotated[
         str,
         typer.Option(
-            help="qlora (adapters over 4-bit NormalFloat with scales quantized twice).",
+            help="qlora (adapters over 4-bit NormalFloat with scales quantized twice), ir-qlora (the same with an "
+            "elastic connection) or int2-1 (over integers; with --teacher a correction of what they lost).",
             metavar="METHOD",
             autocompletion=lambda: list(METHODS),
         ),
@@ -38,7 +40,7 @@ def tune(
         str | None,
         typer.Option(
             "--weights",
-            help="Form of the base, as `memwall run` takes it (default: that of a compressed MODEL, else the method's).",
+            help="Form of the base, as `memwall run` takes it (default: a compressed MODEL's own, else the method's).",
             metavar="FORMAT",
             autocompletion=complete_weights,
         ),

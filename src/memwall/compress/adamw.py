@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from memwall.memory import Arena
+from memwall.memory.arena import allocated_bytes
+from memwall.memory.pages import round_up
 
 _PIECE_VALUES = 1 << 16
 OWNER = "optimizer"
@@ -39,11 +41,9 @@ class Moments(ABC):
     def get(self, index: int) -> np.ndarray:
         """Those of one tensor, to be read and written."""
 
+    @abstractmethod
     def done(self, index: int) -> None:
         """They are not needed again in this step."""
-
-    def close(self) -> None:
-        """They are of no more use."""
 
 
 class HeldMoments(Moments):
@@ -56,6 +56,9 @@ class HeldMoments(Moments):
 
     def get(self, index: int) -> np.ndarray:
         return self._held[index]
+
+    def done(self, index: int) -> None:
+        """They stay."""
 
 
 class PagedMoments(Moments):
@@ -83,14 +86,12 @@ class PagedMoments(Moments):
         if self._sizes[index]:
             self._map.madvise(mmap.MADV_DONTNEED, start, self._starts[index + 1] - start)
 
-    def close(self) -> None:
-        self._charge.release()
-
 
 def moment_bytes(sizes: Sequence[int], *, paged: bool) -> int:
     """Bytes that moments hold in memory."""
-    each = [-(-8 * size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]
-    return max(each, default=0) if paged else sum(each)
+    if paged:
+        return max((round_up(8 * size) for size in sizes), default=0)
+    return sum(allocated_bytes(8 * size) for size in sizes)
 
 
 class AdamW:

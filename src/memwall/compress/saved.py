@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from memwall.errors import DoesNotFit, InputError
 from memwall.formats import Packed, checked_json, codec
@@ -134,7 +134,7 @@ class WorkDirectory:
             os.close(self._lock)
             self._lock = -1
 
-    def __enter__(self) -> WorkDirectory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

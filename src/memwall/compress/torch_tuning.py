@@ -2,8 +2,9 @@
 
 A step works its batch window by window (or `micro_batch` of them): layers are run without keeping their insides and run
 again, the last one first, with the gradient that comes back (gradient checkpointing, by hand: torch's own brings in its
-compiler, 150 MB of it); logits are made and judged a few rows at a time, and only adapters have gradients. So what a step holds is the packed base, the adapters four times over (numbers, gradients, two
-moments), one hidden state per layer, and the insides of one layer.
+compiler, 150 MB of it); logits are made and judged a few rows at a time, and only adapters have gradients. So what a
+step holds is the packed base, the adapters four times over (numbers, gradients, two moments), one hidden state per
+layer, and the insides of one layer.
 
 Every step depends on the settings, the text and the step's number alone (order of windows, dropout), so a run that goes
 on from saved progress makes the same numbers as one that was never interrupted, on the same number of threads.
@@ -25,8 +26,8 @@ from memwall.compress.adamw import AdamSettings, AdamW, HeldMoments, Moments, Pa
 from memwall.compress.tune_memory import logit_rows
 from memwall.compress.tune_work import MOMENTS_NAME, TuneWork, Windows
 from memwall.compress.tuning import Objective, Share, TuneMethod
-from memwall.memory import Arena
 from memwall.kernels.torch_frozen import FrozenLinear
+from memwall.memory import Arena
 from memwall.models.config import ModelConfig
 from memwall.models.torch_decoder import Context, Layer
 from memwall.models.torch_lora import Adapted, LoraLinear
@@ -67,9 +68,8 @@ class Trainer:
             learning_rate=method.learning_rate, weight_decay=method.weight_decay, beta2=method.beta2
         )
         self._optimizer = AdamW(settings, self._moments)
-        self._best = [arena.allocate("adapters/best", value.shape, np.float32) for value in self._values] * (
-            method.keep_best and bool(windows.held_out)
-        )
+        kept = self._values if method.keep_best and windows.held_out else []
+        self._best = [arena.allocate("adapters/best", value.shape, np.float32) for value in kept]
         self.step = self.resumed_from = self.skipped = self.best_step = 0
         self.best = math.inf
         self.history: list[dict[str, float]] = []
@@ -201,8 +201,9 @@ class Trainer:
 
     def _save(self) -> None:
         told = {
-            "step": self.step, "adam_steps": self._optimizer.steps, "skipped": self.skipped, "best_step": self.best_step,
-            "best": self.best if math.isfinite(self.best) else None, "history": self.history,
+            "step": self.step, "adam_steps": self._optimizer.steps, "skipped": self.skipped,
+            "best_step": self.best_step, "best": self.best if math.isfinite(self.best) else None,
+            "history": self.history,
         }  # fmt: skip
         self._work.save(self.step, self._state(), told)
         for index in range(len(self._values)):

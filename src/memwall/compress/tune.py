@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from memwall import kernels
 from memwall.compress.saved import check_disk, file_sha256
+from memwall.compress.teacher import Teacher, teacher_config
 from memwall.compress.tune_memory import ACTIVATIONS, SCRATCH, adapter_shapes, tune_bytes
-from memwall.compress.tune_work import TuneWork, Windows
+from memwall.compress.tune_work import TEACHER_NAME, TuneWork, Windows
 from memwall.compress.tuning import TuneMethod, tune_method
-from memwall.errors import DoesNotFit, InputError, MissingDependency
+from memwall.errors import BudgetExceeded, DoesNotFit, MissingDependency
 from memwall.formats import codec
 from memwall.hardware import available_memory_bytes
 from memwall.hardware.units import format_bytes
@@ -129,6 +130,8 @@ def tune_model(
         raise MissingDependency("torch", "torch")
     chosen = tune_method(method, options, teacher=teacher is not None)
     config = ModelConfig.from_directory(model)
+    if teacher is not None:
+        teacher_config(teacher, config.vocab_size)
     with Checkpoint(model, config) as checkpoint:
         checkpoint.verify_once()
         choice = weights or ("saved" if checkpoint.manifest is not None else chosen.base)
@@ -182,7 +185,7 @@ class _Run:
 
         asked, method = self.asked, self.asked.method
         reset_peak_resident()
-        objective = method.objective(None)
+        objective = method.objective(self._ask_teacher())
         loaded = load_weights(asked.config, self.checkpoint, asked.specs, self.arena)
         charges = [self.arena.charge(owner, self.predicted[owner]) for owner in (SCRATCH, ACTIVATIONS)]
         place = self._place
@@ -209,6 +212,19 @@ class _Run:
             charge.release()
         return self._report(trainer, num_bytes, rows)
 
+    def _ask_teacher(self) -> Teacher | None:
+        """All answers of the teacher, made before the student is there."""
+        asked = self.asked
+        if asked.teacher is None:
+            return None
+        top = int(asked.method.settings()["teacher_top"])
+        teacher = Teacher(self.work.path / TEACHER_NAME, asked.config.vocab_size, asked.method.context - 1, top)
+        try:
+            teacher.fill(asked.teacher, asked.windows.tokens, self.arena, self.progress)
+        except BudgetExceeded as refused:
+            raise DoesNotFit(f"the teacher does not fit the budget, and is not packed: {refused}") from refused
+        return teacher
+
     def _place(self, shape: tuple[int, ...]) -> Any:
         import numpy as np
         import torch
@@ -230,9 +246,9 @@ class _Run:
         largest = max(predicted, key=lambda owner: predicted[owner])
         smaller = f"--set context={max(asked.method.context // 2, 2)}" if largest == ACTIVATIONS else "--weights int2"
         raise DoesNotFit(
-            f"tuning needs {format_bytes(needed)} of memory, {format_bytes(self.runtime.nbytes)} of it for this program "
-            f"with torch and {format_bytes(predicted[largest])} for {largest}, and the budget is {format_bytes(cap)}: "
-            f"try --memory {needed}, or {smaller}"
+            f"tuning needs {format_bytes(needed)} of memory, {format_bytes(self.runtime.nbytes)} of it for this "
+            f"program with torch and {format_bytes(predicted[largest])} for {largest}, and the "
+            f"budget is {format_bytes(cap)}: try --memory {needed}, or {smaller}"
         )
 
     def _check(self) -> None:
@@ -301,13 +317,3 @@ def _import_torch() -> None:
 
     torch.set_num_threads(kernels.num_threads())
     warm_up()
-
-
-def check_teacher(config: ModelConfig, teacher: Path) -> ModelConfig:
-    """The configuration of a teacher. InputError where it speaks other tokens, or is compressed."""
-    found = ModelConfig.from_directory(teacher)
-    if found.vocab_size != config.vocab_size:
-        raise InputError(
-            f"teacher {teacher} has {found.vocab_size} tokens and the model {config.vocab_size}: they must be the same"
-        )
-    return found

@@ -41,7 +41,7 @@ def tune_bytes(
     found |= {"adapters/weights": weights, "adapters/gradients": weights}
     if method.keep_best and held_out:
         found["adapters/best"] = weights
-    found[OPTIMIZER] = moment_bytes(sizes, paged=paged) if paged else sum(allocated_bytes(8 * size) for size in sizes)
+    found[OPTIMIZER] = moment_bytes(sizes, paged=paged)
     tokens = method.micro_batch * (method.context - 1)
     found[SCRATCH] = SLAB_BYTES + scratch_bytes(config, specs, tokens, exact=True)
     found[ACTIVATIONS] = activation_bytes(config, method)

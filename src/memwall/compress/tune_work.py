@@ -1,4 +1,5 @@
-"""What fine-tuning reads and writes: the text as windows of tokens, progress that a killed run goes on from, the result.
+"""What fine-tuning reads and writes: the text as windows of tokens, progress that a killed run goes on from, and the
+result.
 
 A run works in `OUT.partial` (see `saved.WorkDirectory`): one safetensors file holds everything that the next step
 depends on, each newer one written whole before the older one goes. At the end the folder is an adapter in PEFT's form.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, str] = {
     "qlora": "memwall.compress.qlora:QLora",
+    "ir-qlora": "memwall.compress.ir_qlora:IrQLora",
+    "int2-1": "memwall.compress.int2_1:MemoryFrugal",
 }
 OPTIMIZERS = ("adamw", "paged")
 
@@ -108,7 +110,7 @@ class TuneMethod(ABC):
             ("rank", 1, MOST_RANK), ("context", 2, 1 << 24), ("batch", 1, 1 << 20), ("micro_batch", 1, self.batch),
             ("epochs", 1, 1 << 20), ("steps", 0, 1 << 40), ("save_every", 1, 1 << 40), ("seed", 0, 1 << 62),
             ("dropout", 0, 0.99), ("held_out", 0, 0.9), ("alpha", -1e6, 1e6), ("weight_decay", 0, 1),
-            ("learning_rate", 1e-12, 10), ("beta2", 0.5, 1 - 1e-9), ("max_grad_norm", 0, 1e9),
+            ("learning_rate", 1e-12, 10), ("beta2", 0.5, 1 - 1e-9), ("max_grad_norm", 0, 1e8),
         ):  # fmt: skip
             value = getattr(self, name)
             if not least <= value <= most:

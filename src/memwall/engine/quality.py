@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from memwall.engine.loading import RUNTIME_HEADROOM_BYTES, Settings, cache_shape, warm_up
+from memwall.engine.lone_lora import lone_bytes, wear
 from memwall.engine.session import Session, load
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
@@ -29,6 +30,7 @@ from memwall.memory.pages import round_up
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import activation_bytes, scratch_bytes
+from memwall.models.lora import LoraWeights
 from memwall.models.precision import bits_of, resolve, source_spec, weight_bytes
 from memwall.models.tokenizer import Tokenizer
 
@@ -125,12 +127,13 @@ class Evaluator:
         prompt_tokens: int | None = None,
         threads: int | None = None,
         budget: Budget | None = None,
+        lora: Path | None = None,
     ) -> None:
         """text: itself, or the file that holds it; limit_tokens: how much of it is used, None for all. prompt_tokens:
         of each window, where a cache is decoded through; None is PROMPT_SHARE.
 
         reference: folder of the float model, needed only where `model` holds compressed weights. budget: cap for this
-        process.
+        process. lora: an adapter that the forms under test wear, in PEFT's form; the float model does not.
         """
         self.model = model
         self.config = ModelConfig.from_directory(model)
@@ -149,6 +152,7 @@ class Evaluator:
             )
         self._prompt_tokens = prompt_tokens
         self._threads, self._budget = threads, budget
+        self._lora = None if lora is None else LoraWeights.read(lora, self.config)
         self._source = reference or (model if self._saved is None else None)
         self._reference: Session | None = None
         warm_up({})  # or code that comes in at its first call, megabytes at a time, would be missing below
@@ -173,6 +177,8 @@ class Evaluator:
         if self._reference is None and self._source is not None:
             self._reference = self._load(self._source, source_spec(self.config), "float32", exact=True)
         tested = self._load(self.model, weights, kv or "float32", exact=False)
+        if self._lora is not None:
+            wear(tested, self._lora)
         cache_bits: float | None = None
         cache_bytes: int | None = None
         try:
@@ -255,6 +261,8 @@ class Evaluator:
             for _, policy, _ in forms
             for held, prompt in ((window, prompts[1]), (prompts[0], prompts[0]))
         )
+        if self._lora is not None:
+            held += sum(round_up(size) for size in lone_bytes(self._lora, self.config).values())
         return self._runtime_bytes + held + cache + 12 * self.config.vocab_size + 2 * RUNTIME_HEADROOM_BYTES
 
     @property
@@ -285,6 +293,7 @@ def evaluate(
     prompt_tokens: int | None = None,
     threads: int | None = None,
     budget: Budget | None = None,
+    lora: Path | None = None,
     progress: Progress | None = None,
 ) -> Figures:
     """Quality of one stored form over a text (or text file); see the module's words. InputError for a text that
@@ -298,6 +307,7 @@ def evaluate(
         prompt_tokens=prompt_tokens,
         threads=threads,
         budget=budget,
+        lora=lora,
     )
     return evaluator.score(weights, kv, progress=progress)
 

@@ -1,8 +1,8 @@
 """Frozen packed matrices inside torch's autograd: the gradient passes through them, and no float copy of them exists.
 
 Forward is the CPU engine's own product, which decodes a panel at a time; backward decodes a few rows at a time into one
-slab and multiplies the gradient with it. Neither pass saves the input or any weight: what autograd keeps of such a layer
-is a reference to the packed matrix. There is no gradient for the weights.
+slab and multiplies the gradient with it. Neither pass saves the input or any weight: what autograd keeps of such a
+layer is a reference to the packed matrix. There is no gradient for the weights.
 
 Source: "INT2.1: Towards Fine-Tunable Quantized LLMs with Error Correction through Low-Rank Adaptation" (Yuji Chai,
 2023, arXiv 2306.08162), section 3.1 (EMEF).
