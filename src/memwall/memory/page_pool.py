@@ -37,8 +37,8 @@ class PagePool:
         group_pages: int = 0,
         shared: bool = False,
     ) -> None:
-        """group_pages: pages taken for one owner lie in contiguous groups of so many (`PageGroups`); 0 for none. shared:
-        forked processes see the same pages (see `follow`).
+        """group_pages: pages taken for one owner lie in contiguous groups of so many (`PageGroups`); 0 for none.
+        shared: forked processes see the same pages (see `follow`).
         """
         if min(page_bytes, most_pages) < 1:
             raise ValueError(f"{owner}: {most_pages} pages of {page_bytes} bytes; each must be at least 1")
