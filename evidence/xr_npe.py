@@ -624,7 +624,7 @@ def model_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
             return
         tick("demo model: training")
         narrow = {**prior, **dict.fromkeys(sizes_of, "e2m1-g64")}
-        trained = side.trained_decoder(subject, narrow, steps=sizes.qat_steps, rate=2e-4)
+        trained = side.trained_decoder(subject, narrow, steps=sizes.qat_steps, rate=3e-4)
         after = divergence(uniform["e2m1"], trained)
     yield recovered_claim("demo model", 0.0, errors["fp4"], after)
 
