@@ -180,7 +180,11 @@ def hardware_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim
     from memwall.simulate.xr_npe_check import check
     from memwall.simulate.xr_npe_hdl import MultiplyAdd
 
-    rows = check(exhaustive=sizes.clocked, progress=lambda done, whole, label: tick(label))
+    rows = check(
+        exhaustive=sizes.clocked,
+        num_random=1024 if sizes.clocked else 256,
+        progress=lambda done, whole, label: tick(label),
+    )
     shown = []
     for model in ("design", "gates"):
         held = [row for row in rows if row.model == model]
@@ -201,15 +205,15 @@ def hardware_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim
         return
     tick("cells")
     cells = cell_counts(MultiplyAdd(), "xr_npe")
-    yield gate_claim(cells, tick)
+    yield gate_claim(cells, (True, False) if sizes.clocked else (True,), tick)
 
 
-def gate_claim(cells: Any, tick: Callable[[str], None]) -> Claim:
+def gate_claim(cells: Any, again: tuple[bool, ...], tick: Callable[[str], None]) -> Claim:
     from memwall.simulate.xr_npe_array import CHANGES, PARTS, energy_per_product
     from memwall.simulate.xr_npe_check import Gates
 
     off = []
-    for gated in (True, False):
+    for gated in again:
         tick(f"switching, {'gated' if gated else 'not gated'}")
         gates = Gates(gated=gated)
         off += [abs(gates.changes_per_word(f, 64, 256) / CHANGES[gated][f.name] - 1) for f in FORMATS]
@@ -624,7 +628,7 @@ def model_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
             return
         tick("demo model: training")
         narrow = {**prior, **dict.fromkeys(sizes_of, "e2m1-g64")}
-        trained = side.trained_decoder(subject, narrow, steps=sizes.qat_steps, rate=2e-4)
+        trained = side.trained_decoder(subject, narrow, steps=sizes.qat_steps, rate=3e-4)
         after = divergence(uniform["e2m1"], trained)
     yield recovered_claim("demo model", 0.0, errors["fp4"], after)
 

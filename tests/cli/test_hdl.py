@@ -74,7 +74,9 @@ def test_verilog_is_written(tmp_path: Path) -> None:
 def test_a_mismatch_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("amaranth", reason="needs amaranth: pip install 'memwall[hdl]'")
     monkeypatch.setattr(xr_npe_check, "find_yosys", lambda: None)
-    monkeypatch.setattr(xr_npe_check, "streams", lambda: [("pairs", xr_npe_check.random_sums(FP4, POSIT4, 8))])
+    monkeypatch.setattr(
+        xr_npe_check, "streams", lambda num_random: [("pairs", xr_npe_check.random_sums(FP4, POSIT4, 8))]
+    )
     assert run("--check", "--quick").exit_code == 0
     true_sums = xr_npe_check.clocked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from memwall.compress import xr_npe_torch as side  # noqa: E402
+from memwall.compress.base import Subject  # noqa: E402
 from memwall.errors import InputError  # noqa: E402
 from memwall.formats import codec  # noqa: E402
 from memwall.formats.xr_npe import FORMATS, FP4, POSIT4, POSIT8, POSIT16, LaneFormat, integers, matmul  # noqa: E402
+from memwall.memory import Arena, Ledger  # noqa: E402
+from memwall.models import Checkpoint  # noqa: E402
+from tests.compress.tiny_model import make_model  # noqa: E402
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -170,3 +175,29 @@ def test_decoders_are_trained_on_what_will_be_stored(spec: str) -> None:
     np.testing.assert_allclose(side.RoundedGroups(spec)(weight).numpy(), stored, atol=1e-6)
     with pytest.raises(InputError, match="float16 scales"):
         side.RoundedGroups("int4-g64")
+
+
+def test_a_trained_decoder_is_nearer_to_the_float_one(tmp_path: Path) -> None:
+    """After rounding, over the text it was trained on; norms and embedding change too, and come out as float32."""
+    random = np.random.default_rng(0)
+    with Checkpoint(make_model(tmp_path / "model", vocab_size=256)) as checkpoint:
+        tokens = random.integers(0, 256, (8, 32))
+        arena = Arena(1 << 40, Ledger())
+        subject = Subject(checkpoint=checkpoint, tokens=tokens, arena=arena, progress=lambda done, total: None)
+        specs = {t.name: "e2m1-g64" if t.role == "linear" else "float32" for t in checkpoint.config.tensors()}
+        trained = side.trained_decoder(subject, specs, steps=25, rate=3e-4)
+        assert arena.used_bytes == 0
+        assert trained.source_dtype("model.norm.weight") == "float32"
+        assert trained.stored_bytes("model.norm.weight") == 4 * 128
+        float_model = side.TorchDecoder.from_checkpoint(checkpoint, dtype=torch.float32)
+
+        def divergence(source: Checkpoint) -> float:
+            model = side.TorchDecoder.from_checkpoint(source, dtype=torch.float32)
+            for name in (name for name, spec in specs.items() if spec == "e2m1-g64"):
+                weight = model.get_parameter(name)
+                weight.data = side.RoundedGroups("e2m1-g64")(weight.data)
+            text = torch.from_numpy(tokens)
+            wanted, found = (each(text).log_softmax(-1) for each in (float_model, model))
+            return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+        assert divergence(trained) < 0.5 * divergence(checkpoint)

@@ -55,7 +55,7 @@ class XrNpe(WeightMethod):
     sensitivity: str = "fisher"
     share: float = WIDE_SHARE
     qat_steps: int = 0
-    rate: float = 1e-4
+    rate: float = 3e-4
 
     def __post_init__(self) -> None:
         if self.sensitivity not in SENSITIVITIES:

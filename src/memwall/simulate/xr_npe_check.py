@@ -25,7 +25,7 @@ from memwall.simulate.hdl import find_yosys, require_amaranth
 
 Progress = Callable[[int, int, str], None]
 _SLICE = 1024
-_RANDOM_SUMS = 1024
+_RANDOM_WORDS = 1024
 _LARGEST_SUM = 8
 
 
@@ -209,7 +209,7 @@ def compare(model: str, what: str, stream: Stream, found: Sequence[Result], quir
     )
 
 
-def streams(num_random: int = _RANDOM_SUMS) -> Iterator[tuple[str, Stream]]:
+def streams(num_random: int = _RANDOM_WORDS) -> Iterator[tuple[str, Stream]]:
     """All pairs of 4 and 8 bits, rounded to their own format; random sums of each format, rounded to every format."""
     for found in FORMATS:
         if found.bits <= 8:
@@ -221,19 +221,24 @@ def streams(num_random: int = _RANDOM_SUMS) -> Iterator[tuple[str, Stream]]:
 
 
 def check(
-    *, quire_bits: int = DEFAULT_QUIRE_BITS, exhaustive: bool = True, progress: Progress | None = None
+    *,
+    quire_bits: int = DEFAULT_QUIRE_BITS,
+    exhaustive: bool = True,
+    num_random: int = _RANDOM_WORDS,
+    progress: Progress | None = None,
 ) -> list[Compared]:
     """Both models over `streams`. The gates take part where Yosys is there.
 
-    exhaustive: the design too sees all pairs of 8 bits, clock by clock (a minute); the gates always do.
+    num_random: words of each random stream. exhaustive: the design too sees all pairs of 8 bits, clock by clock (a
+    minute); the gates always do.
     """
     gates = Gates(quire_bits) if find_yosys() is not None else None
-    cases = list(streams())
+    cases = list(streams(num_random))
     results = []
     for number, (what, stream) in enumerate(cases):
         if progress is not None:
             progress(number, len(cases), what)
-        if exhaustive or len(stream.a) <= _RANDOM_SUMS:
+        if exhaustive or len(stream.a) <= max(num_random, 256):
             results.append(compare("design", what, stream, clocked(stream, quire_bits), quire_bits))
         if gates is not None:
             results.append(compare("gates", what, stream, gates.sums(stream), quire_bits))
