@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memwall.cli.command import AsJson, Debug, ModelOrDemo, Quiet, Threads
 from memwall.cli.printing import format_table, note, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from memwall.studies.low_bit_llama3_study import Study
 
 DEMO = "demo"
 
@@ -92,14 +95,20 @@ def low_bit(
     if out is not None:
         for path in low_bit_report.write(study, out):
             note(f"wrote {path}", quiet=quiet)
-    if json:
-        print_json(low_bit_report.to_dict(study))
+    _show(study, as_json=json, quiet=quiet)
+
+
+def _show(study: Study, *, as_json: bool, quiet: bool) -> None:
+    from memwall.studies.low_bit_report import COLUMNS, LEGEND, RIGHT, lines, remarks, to_dict
+
+    if as_json:
+        print_json(to_dict(study))
         return
-    typer.echo(format_table(low_bit_report.COLUMNS, low_bit_report.lines(study), right=low_bit_report.RIGHT))
+    typer.echo(format_table(COLUMNS, lines(study), right=RIGHT))
     typer.echo()
-    for remark in low_bit_report.remarks(study):
+    for remark in remarks(study):
         typer.echo(remark)
-    note("\n" + low_bit_report.LEGEND, quiet=quiet)
+    note("\n" + LEGEND, quiet=quiet)
 
 
 def _names(text: str | None) -> list[str] | None:
