@@ -168,6 +168,20 @@ def test_the_folder_holds_the_blocks_in_their_order(whole: Path) -> None:
     assert not [name for name in contents(whole) if name.startswith(("part-", ".")) or name == "progress.json"]
 
 
+def test_levels_that_are_not_measured_repeat_the_last(source: Path, tmp_path: Path) -> None:
+    stages: list[tuple[str, int, int]] = []
+    compress_model(
+        source, tmp_path / "out", method="bitstack", options={**OPTIONS, "blocks": "4", "sort_levels": "1"},
+        tuning=QUICK, progress=lambda *step: stages.append(step),
+    )  # fmt: skip
+    with Checkpoint(tmp_path / "out") as checkpoint:
+        index = StackIndex.of(checkpoint)
+    assert index is not None
+    count = len(index.tensors)
+    assert index.order[:count] == index.order[count : 2 * count] == index.order[2 * count :]
+    assert [step for step in stages if step[0] == "sort"] == [("sort", 1, 1)]
+
+
 def test_all_blocks_are_near_the_model(source: Path, tmp_path: Path) -> None:
     compress(source, tmp_path / "out", rank="8", blocks="12")
     config = ModelConfig.from_directory(source)
@@ -251,7 +265,9 @@ def test_bits_are_not_for_stacks(source: Path, tmp_path: Path, bits: float | str
         compress_model(source, tmp_path / "out", bits=bits, method="bitstack", tuning=QUICK)
 
 
-@pytest.mark.parametrize("setting", [{"rank": "0"}, {"blocks": "17"}, {"sort_tokens": "0"}, {"depth": "3"}])
+@pytest.mark.parametrize(
+    "setting", [{"rank": "0"}, {"blocks": "17"}, {"sort_tokens": "0"}, {"sort_levels": "0"}, {"depth": "3"}]
+)
 def test_settings_out_of_range(setting: dict[str, str]) -> None:
     with pytest.raises(InputError):
         weight_method("bitstack", setting)

@@ -173,11 +173,11 @@ class WeightMethod(ABC):
         return subject.checkpoint
 
     @property
-    def tunes(self) -> bool:
-        """Whether what was made of the whole model is trained by `tune` at the end."""
+    def trains(self) -> bool:
+        """Whether what was made of the whole model is trained by `train` at the end."""
         return False
 
-    def tune(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
+    def train(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
         """Tensors of the same forms with other numbers. source: the float model; made: all of the compressed one."""
         raise NotImplementedError
 

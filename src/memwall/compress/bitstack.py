@@ -43,6 +43,8 @@ class BitStack(WeightMethod):
     """rank: of the magnitudes of a block; blocks: of each matrix; scale: by activations.
 
     sort_tokens: calibration tokens that the order of blocks is measured on, in sequences of the calibration's length.
+    sort_levels: levels that are measured, which takes as many runs of the model as there are matrices each; later ones
+    take the order of the last.
     """
 
     name: ClassVar[str] = "bitstack"
@@ -55,11 +57,13 @@ class BitStack(WeightMethod):
     blocks: int = MOST_BLOCKS
     scale: bool = True
     sort_tokens: int = 2048
+    sort_levels: int = MOST_BLOCKS - 1
 
     def __post_init__(self) -> None:
         BitStackCodec(rank=self.rank, blocks=self.blocks)
-        if self.sort_tokens < 1:
-            raise InputError(f"sort_tokens is {self.sort_tokens}; it must be at least 1, such as 2048")
+        for name, usual in (("sort_tokens", 2048), ("sort_levels", MOST_BLOCKS - 1)):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1, such as {usual}")
 
     def form(self, bits: float | str) -> str | None:
         if isinstance(bits, str) and not isinstance(codec(bits), BitStackCodec):

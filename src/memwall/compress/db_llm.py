@@ -58,10 +58,10 @@ class DbLlm(WeightMethod):
                 raise InputError(f"{what} is {getattr(self, what):g}; it must be 0 or more")
 
     @property
-    def tunes(self) -> bool:
+    def trains(self) -> bool:
         return self.tokens > 0
 
-    def tune(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
+    def train(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
         from memwall.compress.db_llm_tuning import Recipe, tune
 
         recipe = Recipe(tokens=self.tokens, passes=self.passes, rate=self.rate, gamma=self.gamma)

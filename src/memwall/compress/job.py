@@ -183,7 +183,7 @@ class Job:
                 packed = read_part(work.path / name)
                 self.specs.update({name: form.spec for name, form in packed.items()})
                 self._hand_on(part, packed, stream)
-        if self.method.tunes:
+        if self.method.trains:
             tune_parts(work, self.method, self.checkpoint.directory, lambda *at: self._progress("train", *at))
 
         if self.tokens is not None:

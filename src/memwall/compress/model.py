@@ -110,7 +110,7 @@ def compress_model(
             progress=progress or _silent,
         )
         job.read_text(source, calibration_text)
-        if budget_bytes is not None and job.method.tunes:
+        if budget_bytes is not None and job.method.trains:
             raise InputError(
                 f"{method}'s training is done by torch, which no budget caps: leave out --memory, or training"
             )

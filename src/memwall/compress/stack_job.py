@@ -114,7 +114,8 @@ class StackJob(Job):
         length = self.tokens.shape[1]
         tokens = self.tokens[: max(self.method.sort_tokens // length, 1)]
         names = [tensor.name for tensor in self.config.tensors() if self._is_stacked(tensor)]
-        if len(levels) < self.method.blocks - 1:
+        measured = min(self.method.sort_levels, self.method.blocks - 1)
+        if len(levels) < measured:
             first = self._part_name(0)
             vectors = read_part(work.path / first)
             embedding = vectors[EMBEDDING]
@@ -122,14 +123,14 @@ class StackJob(Job):
             head = embedding if self.config.tie_word_embeddings else last[HEAD]
             stream = LayerStream(self.config, self.checkpoint, tokens, self.arena, self.specs)
             order = stack_order.StackOrder(stream, lambda layer: self._layer_forms(work, layer), embedding, head)
-            for level in range(len(levels) + 1, self.method.blocks):
+            for level in range(len(levels) + 1, measured + 1):
                 self.settle()
                 levels.append(order.level(level))
                 work.note("levels", [{n: x if isfinite(x) else None for n, x in one.items()} for one in levels])
-                self._progress("sort", level, self.method.blocks - 1)
+                self._progress("sort", level, measured)
             stream.release()
         assert set(names) == set(levels[0] if levels else names)
-        return stack_order.in_order(levels)
+        return stack_order.in_order(levels + levels[-1:] * (self.method.blocks - 1 - len(levels)))
 
     def _layer_forms(self, work: WorkDirectory, layer: int) -> dict[str, Packed]:
         index = next(i for i, part in enumerate(self._parts) if part.layer == layer)

@@ -26,7 +26,7 @@ def tune_parts(work: WorkDirectory, method: WeightMethod, source: Path, progress
         made: dict[str, Packed] = {}
         for part in work.parts:
             made |= read_part(work.path / part.file)
-        _keep(path, method.tune(source, made, progress), made)
+        _keep(path, method.train(source, made, progress), made)
     with SafetensorsFile(path) as file:
         buffers = {name: np.array(file.tensor(name)) for name in file.names()}
     for part in list(work.parts):

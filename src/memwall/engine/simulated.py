@@ -71,7 +71,11 @@ class Arrival:
     request: Request
 
 
-def _virtual_switcher(pages: KVPages, swap_pages: int, settings: SwitchSettings, clock: VirtualClock) -> Switcher:
+def virtual_switcher(
+    pages: KVPages, swap_pages: int, clock: VirtualClock, settings: SwitchSettings | None = None
+) -> Switcher:
+    """Swaps on a virtual clock: with room for so many pages, in the time that the settings' link takes (None: none)."""
+    settings = settings or SwitchSettings()
     area = SwapArea(pages.pool, swap_pages, group_pages=settings.group_pages, merge=settings.merge)
     seconds = settings.link.seconds if settings.link is not None else _no_time
     out, into = (VirtualStream(clock, seconds) for _ in range(2))
@@ -110,7 +114,7 @@ def simulated_engine(
         pages,
         limits=limits,
         context_tokens=context_tokens,
-        switch=_virtual_switcher(pages, swap_pages, switch, clock),
+        switch=virtual_switcher(pages, swap_pages, clock, switch),
         priorities=priorities,
         costs=costs or Costs(seconds_per_token=cost.seconds_per_token, seconds_per_page=cost.seconds_per_token),
         clock=clock,

@@ -32,8 +32,7 @@ from memwall.engine.kv_pages import KVPages
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Event, Request
 from memwall.engine.sequence import Sequence as Running
-from memwall.engine.simulated import VirtualClock
-from memwall.engine.swap import SwapArea
+from memwall.engine.simulated import VirtualClock, virtual_switcher
 from memwall.errors import InputError
 from memwall.memory import PagePool
 from memwall.simulate.blocks import BatchShape, StageTimes, StepTimer
@@ -130,14 +129,15 @@ class Flight:
         self._dealt = 0
         for notes in self._notes:
             pool = PagePool("kv/pages", page_bytes=1, most_pages=max(num_pages, 1))
+            pages = KVPages(pool, batching.limits.page_tokens, keep_prefixes=False)
             self.engines.append(
                 Engine(
                     batching.scheduler(),
                     notes,
-                    KVPages(pool, batching.limits.page_tokens, keep_prefixes=False),
+                    pages,
                     limits=batching.limits,
                     context_tokens=NO_CAP,
-                    swap=SwapArea(pool, batching.swap_pages),
+                    switch=virtual_switcher(pages, batching.swap_pages, self.clock),
                     costs=batching.costs,
                     clock=self.clock,
                 )
