@@ -63,12 +63,15 @@ class Sizes:
     intermediate: int = 2048
     chats: int = 30
     virtual_chats: int = 150
+    loads: int = 3
     frequencies: tuple[float, ...] = (0.01, 0.03, 0.1)
     repeats: int = 7
 
 
 FULL = Sizes()
-QUICK = Sizes(layers=4, hidden=256, intermediate=688, chats=10, virtual_chats=24, frequencies=(0.02, 0.1), repeats=3)
+QUICK = Sizes(
+    layers=4, hidden=256, intermediate=688, chats=10, virtual_chats=24, loads=1, frequencies=(0.02, 0.1), repeats=3
+)
 
 
 def settings_of(variant: int, link: Link | None = None) -> SwitchSettings:
@@ -272,6 +275,21 @@ def figures_of(engine: Engine, told: Sequence[Told], seconds: float) -> Figures:
     )
 
 
+def pooled(loads: Sequence[Sequence[Chat]], variant: int, pattern: str, frequency: float, pages: int) -> Figures:
+    """Several loads, each with an engine of its own, as one."""
+    found = [virtual(chats, variant, pattern, frequency, pages) for chats in loads]
+    names = [each.name for each in dataclasses.fields(SwitchCounts)]
+    return Figures(
+        first=[one for each in found for one in each.first],
+        gaps=[one for each in found for one in each.gaps],
+        counts=SwitchCounts(**{name: sum(getattr(each.counts, name) for each in found) for name in names}),
+        made=[one for each in found for one in each.made],
+        seconds=sum(each.seconds for each in found),
+        peak_pages=max(each.peak_pages for each in found),
+        page_bytes=found[0].page_bytes,
+    )
+
+
 def virtual(chats: Sequence[Chat], variant: int, pattern: str, frequency: float, pages: int) -> Figures:
     """A load on the virtual clock, with the paper's link."""
     size = 2 * 32 * 16 * 8 * 128 * 2
@@ -306,16 +324,21 @@ def order_claim(found: Sequence[Figures], where: str, name: str, what: str) -> C
 
 
 def virtual_claims(data: Path | None, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
-    chats = draw_chats(sizes.virtual_chats, rate_per_s=2.5, lengths=lengths_of(data, 600), most_tokens=2000, seed=1,
-                       think_seconds=3.0)  # fmt: skip
+    lengths = lengths_of(data, 600)
+    loads = [
+        draw_chats(
+            sizes.virtual_chats, rate_per_s=2.5, lengths=lengths, most_tokens=2000, seed=1 + number, think_seconds=3.0
+        )
+        for number in range(sizes.loads)
+    ]
     tick("demand")
-    demand = virtual(chats, 3, "random", FREQUENCY, 100_000).peak_pages
+    demand = virtual(loads[0], 3, "random", FREQUENCY, 100_000).peak_pages
     pages, by_pattern = demand // 2, {}
     for pattern in PATTERNS:
         found = []
         for variant, name in enumerate(VARIANTS):
             tick(f"{pattern}: {name}")
-            found.append(virtual(chats, variant, pattern, FREQUENCY, pages))
+            found.append(pooled(loads, variant, pattern, FREQUENCY, pages))
         by_pattern[pattern] = found
         where = f"{pattern} priorities, {len(found[0].first)} turns, virtual clock, {pages} of {demand} pages"
         yield order_claim(found, where, "gaps", "time between tokens")
@@ -323,7 +346,7 @@ def virtual_claims(data: Path | None, sizes: Sizes, tick: Tick) -> Iterator[Clai
     gains = []
     for frequency in sizes.frequencies:
         tick(f"{frequency:g} updates a step")
-        first, last = (virtual(chats, variant, "random", frequency, pages) for variant in (0, 3))
+        first, last = (pooled(loads, variant, "random", frequency, pages) for variant in (0, 3))
         gains.append(tuple(first.at("gaps", share) / last.at("gaps", share) for share in (0.99, 0.5)))
     told = ", ".join(
         f"f = {f:g}: {tail:.1f} times at P99, {middle:.2f} at P50"
@@ -335,7 +358,7 @@ def virtual_claims(data: Path | None, sizes: Sizes, tick: Tick) -> Iterator[Clai
         required="P99 gain grows with f and is above that of P50 for each",
         passed=all(one[0] < other[0] for one, other in itertools.pairwise(gains)) and all(t > m for t, m in gains),
     )
-    yield bytes_claim(by_pattern["random"], chats)
+    yield bytes_claim(by_pattern["random"], [chat for chats in loads for chat in chats])
     one, waiting = by_pattern["random"][3].counts, by_pattern["random"][1].counts.stall_seconds
     yield Claim(
         claim="copies run beside steps, not before them",

@@ -190,6 +190,18 @@ def test_a_disk_that_fails_beside_steps_costs_no_request(
     held.release()
 
 
+def test_a_disk_budget_below_the_area_costs_no_request() -> None:
+    requests = [asked(prompt, 30) for prompt in prompts(8)]
+    wanted = alone(requests)
+    held = serving()
+    held.arena.beside("disk").set_cap(5 * held.pool.page_bytes)
+    assert finish(held, requests) == wanted
+    assert held.arena.beside("disk").used_bytes <= 5 * held.pool.page_bytes
+    assert held.engine.totals.preempted["recompute"] > 0
+    assert held.pool.used_pages == 0
+    held.release()
+
+
 class Timed:
     """A real executor whose steps take the time that the cost model says; see test_simulated."""
 

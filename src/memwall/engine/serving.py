@@ -279,6 +279,7 @@ class Serving:
     def settle(self) -> None:
         """Moves to a new budget while nothing runs; memory that the heap keeps is given back first."""
         _native.give_back_freed_memory()
+        self.engine.switch.poll()  # pages of turns that ended are free once they are copied
         self.govern()
         if not self.engine.busy:
             self.engine.fit_limit()

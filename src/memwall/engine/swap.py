@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memwall.errors import InputError
+from memwall.errors import BudgetExceeded, InputError
 from memwall.memory import Arena, OutOfPages, PagePool
 from memwall.memory.page_groups import FreePages, LowestFirst, Owner, PageGroups, paired_runs
 
@@ -69,14 +69,19 @@ class SwapArea:
         return self.capacity_pages - len(self._used)
 
     def take(self, count: int, owner: Owner = None) -> list[int]:
-        """Places for so many pages. OutOfPages, with none taken, when there are too few."""
+        """Places for so many pages. OutOfPages, with none taken, when there are too few or the disk's budget is less."""
         if count > self.free_pages:
             raise OutOfPages(f"{OWNER}: {count} pages wanted, {self.free_pages} of {self.capacity_pages} are free")
         places = self._free.take(count, owner)
+        end = max(self._end, max(places, default=-1) + 1)
+        try:
+            if self._charge is not None:
+                self._charge.resize(end * self.pool.page_bytes)
+        except BudgetExceeded as error:
+            self._free.give(places)
+            raise OutOfPages(f"{OWNER}: {error}") from error
         self._used.update(places)
-        self._end = max(self._end, max(places, default=-1) + 1)
-        if self._charge is not None:
-            self._charge.resize(self._end * self.pool.page_bytes)
+        self._end = end
         return places
 
     def drop(self, places: Sequence[int]) -> None:

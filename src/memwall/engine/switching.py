@@ -21,6 +21,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from memwall.engine.kv_pages import KVPages
@@ -28,6 +29,7 @@ from memwall.engine.sequence import HostCopy, Sequence
 from memwall.engine.stream import Link, Stream, Task, ThreadStream
 from memwall.engine.swap import SwapArea
 from memwall.errors import InputError
+from memwall.memory import OutOfPages
 from memwall.memory.page_groups import runs_of
 
 log = logging.getLogger("memwall.engine")
@@ -384,7 +386,8 @@ class Switcher:
             others = [one for one in self._copies.values() if one is not copy and _spare(one)]
             if need <= self.area.free_pages + sum(len(one.places) for one in others):
                 self._contaminate(need - self.area.free_pages, others)
-                copy.places += self.area.take(need, copy.key)
+                with suppress(OutOfPages):  # the budget of the disk may be less than the area
+                    copy.places += self.area.take(need, copy.key)
         if len(copy.places) >= count:
             return True
         if not copy.places:
