@@ -54,7 +54,7 @@ Tick = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    requests: int = 200
+    requests: int = 150
     trials: int = 60
     steps: int = 4
     splits: tuple[int, ...] = (30, 40, 50, 60, 70, 80)
