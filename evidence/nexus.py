@@ -60,7 +60,7 @@ class Sizes:
     splits: tuple[int, ...] = (30, 40, 50, 60, 70, 80)
 
 
-FULL, QUICK = Sizes(), Sizes(requests=40, trials=15, steps=2, splits=(40, 60, 70))
+FULL, QUICK = Sizes(), Sizes(requests=80, trials=15, steps=2, splits=(40, 60, 70))
 
 
 def semi_pd() -> ModuleType:
