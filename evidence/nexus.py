@@ -54,13 +54,13 @@ Tick = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    requests: int = 200
+    requests: int = 150
     trials: int = 60
     steps: int = 4
     splits: tuple[int, ...] = (30, 40, 50, 60, 70, 80)
 
 
-FULL, QUICK = Sizes(), Sizes(requests=40, trials=15, steps=2, splits=(40, 60, 70))
+FULL, QUICK = Sizes(), Sizes(requests=80, trials=15, steps=2, splits=(40, 60, 70))
 
 
 def semi_pd() -> ModuleType:

@@ -57,10 +57,10 @@ class Sizes:
     hidden: int = 768
     intermediate: int = 2048
     requests: int = 40
-    virtual_requests: int = 300
+    virtual_requests: int = 240
     operations: int = 1_000_000
-    cycles: int = 3
-    seconds: float = 60.0
+    cycles: int = 2
+    seconds: float = 40.0
     splits: tuple[int, ...] = (20, 30, 40, 50, 60, 70, 80)
 
 
@@ -576,7 +576,7 @@ def model_claims(sizes: Sizes, tick: Tick) -> Iterator[Claim]:
     for share in shares:
         tick(f"models at {share} %")
         pair = Shares(prefill=share, decode=100 - share)
-        coming = exponential(rate, 5 * sizes.virtual_requests, 4)
+        coming = exponential(rate, 3 * sizes.virtual_requests, 4)
         linear = dataclasses.replace(DEVICE, compute_saturation=1.0, memory_saturation=1.0)
         made = virtual_engine(
             Split(), device=linear, size=LLAMA, shares=pair, num_pages=10 * PAGES,

@@ -390,7 +390,9 @@ class Engine:
         one = self.running[work.id]
         end = one.computed + work.tokens
         assert 0 < work.tokens <= len(one.tokens) - one.computed
-        one.pages += self.pages.take(max(self.limits.pages(end - one.base) - len(one.pages), 0), owner=one.id)
+        more = self.limits.pages(end - one.base) - len(one.pages)
+        if more > 0:
+            one.pages += self.pages.take(more, owner=one.id)
         return Entry(one, one.computed, work.tokens, end == len(one.tokens) and not one.request.members)
 
     def _computed(self, entry: Entry, output: Output | None, now: float) -> Event | None:
