@@ -35,8 +35,8 @@ SchedulerOption = Annotated[
         "--scheduler",
         help="fcfs: first come, first served; one worker, prompts in chunks beside tokens. fastswitch: by priorities "
         "that may change while requests run, whose pages are then swapped beside the steps of others. semi-pd: prompts "
-        "and tokens in two processes over one memory, with shares of the cores that follow --slo-first and --slo-token. "
-        "nexus: the same, with shares chosen ahead by what each phase was measured to cost.",
+        "and tokens in two processes over one memory, with shares of the cores that follow --slo-first and "
+        "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost.",
     ),
 ]
 SloFirst = Annotated[

@@ -110,10 +110,6 @@ def compress_model(
             progress=progress or _silent,
         )
         job.read_text(source, calibration_text)
-        if budget_bytes is not None and job.method.trains:
-            raise InputError(
-                f"{method}'s training is done by torch, which no budget caps: leave out --memory, or training"
-            )
         if budget_bytes is not None:
             _cap_process(budget_bytes, arena, job)
         job.limit_text()
@@ -155,6 +151,10 @@ def job_class(method: str) -> type[Job]:
 
 def _cap_process(budget_bytes: int, arena: Arena, job: Job) -> None:
     """From here on the arena's cap holds for the whole process: what no array explains is a row of it."""
+    if job.method.trains:
+        raise InputError(
+            f"{job.method.name}'s training is done by torch, which no budget caps: leave out --memory, or training"
+        )
     kernels.num_threads()
     # code comes in at its first call, up to 2 MiB at a time: before it is measured
     tile = np.ones((16, 128), np.float32)

@@ -349,9 +349,8 @@ def load_engine(
     if settings.lora is not None:
         adapters, lora = _make_adapters(settings, settings.lora, pages, arena, lora_room(shape, settings.page_tokens))
         scheduler = scheduler or SLora()
-    executor = ModelExecutor(
-        loaded.decoder, shape, pages, logit_rows=rows, scratch=scratch, adapters=adapters, lora=lora
-    )
+    own = {"logit_rows": rows, "scratch": scratch, "adapters": adapters, "lora": lora}
+    executor = ModelExecutor(loaded.decoder, shape, pages, **own)
     common: dict[str, Any] = {
         "limits": settings.limits,
         "context_tokens": context,
