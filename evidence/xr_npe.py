@@ -396,15 +396,20 @@ class Trained:
         self.side.train(network, batches, self.task.loss, phase)
 
     def _choose(self) -> dict[str, LaneFormat]:
-        """By Fisher information and greedy steps, in the bytes of 18 % of the weights in 8 bits."""
+        """By Fisher information, of weights and of inputs, which share their format, and greedy steps, in the bytes of
+        18 % of the weights in 8 bits."""
         from memwall.compress.allocate import Candidate
 
         side, x, y = self.side, *self.task.train
         layers = side.layers_of(self.network)
         weights = {name: layers[name].weight for name in self.inner}
-        losses = (self.task.loss(self.network(x[i : i + 8]), y[i : i + 8]) for i in range(0, min(len(x), 800), 8))
-        fisher = side.fisher_of(losses, weights)
-        table = side.layer_sensitivity(weights, fisher, [FP4, POSIT4, POSIT8])
+
+        def losses() -> Iterator[Any]:
+            return (self.task.loss(self.network(x[i : i + 8]), y[i : i + 8]) for i in range(0, min(len(x), 800), 8))
+
+        of_weights = side.layer_sensitivity(weights, side.fisher_of(losses(), weights), [FP4, POSIT4, POSIT8])
+        of_inputs = side.input_sensitivity(self.network, losses(), self.inner, [FP4, POSIT4, POSIT8])
+        table = {n: {f: loss + of_inputs[n][f] for f, loss in row.items()} for n, row in of_weights.items()}
         options = [
             [
                 Candidate(spec=f.name, nbytes=weights[name].numel() * f.bits // 8, loss=table[name][f.name])

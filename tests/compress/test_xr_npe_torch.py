@@ -133,6 +133,18 @@ def test_sensitivity_is_of_the_loss_not_of_the_outputs() -> None:
     assert wrong["shift"]["fp4"] > wrong["matters"]["fp4"]
 
 
+def test_inputs_count_by_their_gradients() -> None:
+    """y = w x with loss y^2 / 2: the gradient of x is w^2 x."""
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[2.0, 0.0]])
+    model, x = nn.Sequential(layer), torch.tensor([[0.9, 6.0]])
+    found = side.input_sensitivity(model, (0.5 * model(x).square().sum() for _ in range(3)), ["0"], [FP4, POSIT4])
+    # in FP4 of scale 1: 1.0; in Posit(4,1) of scale 1.5 (its dense levels end at 4): 0.75
+    assert found["0"]["fp4"] == pytest.approx(0.5 * (4 * 0.9) ** 2 * 0.1**2, rel=1e-4)
+    assert found["0"]["posit4_1"] == pytest.approx(0.5 * (4 * 0.9) ** 2 * 0.15**2, rel=1e-4)
+    assert not layer._forward_pre_hooks
+
+
 def test_phases_train_and_bits_are_counted() -> None:
     model = small()
     x = torch.randn(128, 8)

@@ -201,6 +201,45 @@ def layer_sensitivity(
     }
 
 
+def input_sensitivity(
+    model: nn.Module, losses: Iterable[Tensor], names: Sequence[str], formats: Sequence[LaneFormat]
+) -> dict[str, dict[str, float]]:
+    """For each layer and format half the mean of the sum of g^2 (x - Q(x))^2 over its inputs x, g their gradients.
+
+    A unit's operands share a format: what rounding its inputs costs a layer belongs to its choice. losses are worked
+    out one by one while the layers' inputs are looked at.
+    """
+    found = {name: {each.name: 0.0 for each in formats} for name in names}
+    seen: dict[str, Tensor] = {}
+    count = 0
+
+    def look(name: str) -> Callable[[nn.Module, Any], tuple[Any, ...]]:
+        def hook(module: nn.Module, inputs: Any) -> tuple[Any, ...]:
+            x = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_(True)
+            seen[name] = x
+            return (x, *inputs[1:])
+
+        return hook
+
+    layers = layers_of(model)
+    handles = [layers[name].register_forward_pre_hook(look(name)) for name in names]
+    try:
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, [seen[name] for name in names])
+            for name, gradient in zip(names, gradients, strict=True):
+                x = seen[name].detach()
+                for each in formats:
+                    levels = _Levels(engine_levels(each))
+                    scale = x.abs().max().clamp_min(1e-30) / levels.largest
+                    error = levels.nearest(x / scale) * scale - x
+                    found[name][each.name] += 0.5 * float((gradient**2 * error**2).sum())
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: {key: value / max(count, 1) for key, value in row.items()} for name, row in found.items()}
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 
