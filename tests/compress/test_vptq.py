@@ -300,6 +300,14 @@ def test_saved_resumed_loaded(source: Path, tmp_path: Path) -> None:
         assert Decoder(model, weights, arena, segment_tokens=4)
 
 
+def test_torch_keeps_no_budget(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    for setting in ("tune", "tune_model"):
+        with pytest.raises(InputError, match="which no budget holds"):
+            compress(source, tmp_path / "out", options={setting: "5"}, budget_bytes=1 << 30)
+    assert not (tmp_path / "out").exists()
+
+
 def test_within_its_budget(source: Path, tmp_path: Path) -> None:
     arena = Arena(14 << 20, Ledger())
     assert compress(source, tmp_path / "out", arena=arena).num_calibration_tokens > 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +100,34 @@ def test_biases_and_sums(isa: str) -> None:
 def test_scratch_is_what_was_predicted() -> None:
     assert kernels.roundings("vptq-v8-k256") == ()
     assert kernels.roundings("vptq-v8-k256-ordered") == kernels.roundings("vptq-v8-k256-norm", exact=True) == (1,)
+
+
+def test_the_process_holds_the_stored_bytes_and_no_more() -> None:
+    """A matrix of 134 MB in floats: what products add to the process is their scratch, as predicted."""
+    program = """
+import numpy as np
+from memwall import kernels
+from memwall.formats import codec
+from memwall.memory import resident_bytes
+from memwall.plan.profile import random_packed
+shape, spec = (8192, 4096), "vptq-v8-k256-ordered"
+pool = np.zeros(codec(spec).nbytes(shape) + 256, np.uint8)
+small = random_packed(spec, (64, 64), pool, np.random.default_rng(0))
+kernels.linear(np.ones((5, 64), np.float32), [kernels.matrix(small)], [np.empty((5, 64), np.float32)])
+packed = random_packed(spec, shape, pool, np.random.default_rng(0))
+inputs = [np.ones((tokens, shape[1]), np.float32) for tokens in (1, 40)]
+outs = [np.zeros((len(x), shape[0]), np.float32) for x in inputs]
+before = resident_bytes()
+matrix = kernels.matrix(packed)
+for x, out in zip(inputs, outs):
+    kernels.linear(x, [matrix], [out])
+grown = resident_bytes() - before
+scratch = kernels.predict_scratch_bytes(40, shape[1], group=1)
+assert kernels.scratch_bytes() == scratch, (kernels.scratch_bytes(), scratch)
+assert matrix.nbytes == packed.nbytes < 0.13 * shape[0] * shape[1]
+assert grown < scratch + (4 << 20), (grown, scratch)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_arrays_of_other_shapes_are_refused() -> None:

@@ -201,6 +201,11 @@ class WeightMethod(ABC):
         """
         return {}
 
+    @property
+    def keeps_budgets(self) -> bool:
+        """Whether all it holds is counted by `work_bytes`, so that the process can be kept under a budget."""
+        return True
+
     @abstractmethod
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
         """Most bytes that `compress` holds beside the weight, the statistics and the result."""

@@ -109,6 +109,10 @@ def compress_model(
             tuning=tuning or Tuning(),
             progress=progress or _silent,
         )
+        if budget_bytes is not None and not job.method.keeps_budgets:
+            raise InputError(
+                f"--memory: {method} with these settings works in torch, which no budget holds; leave one out"
+            )
         job.read_text(source, calibration_text)
         if budget_bytes is not None:
             _cap_process(budget_bytes, arena, job)

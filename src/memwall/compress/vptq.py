@@ -104,6 +104,10 @@ class Vptq(WeightMethod):
             require_torch("tune" if self.tune else "tune_model")
         self._wanted(8)  # settings that fit no layout are refused before any text is read
 
+    @property
+    def keeps_budgets(self) -> bool:
+        return not (self.tune or self.tune_model)  # nobody counts what torch holds
+
     def _wanted(self, bits: float) -> VptqCodec:
         permille = round(10 * self.outliers)
         return VptqCodec(
