@@ -70,7 +70,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    layers=4, hidden=256, intermediate=688, chats=10, virtual_chats=24, loads=1, frequencies=(0.02, 0.1), repeats=3
+    layers=6, hidden=512, intermediate=1376, chats=10, virtual_chats=24, loads=1, frequencies=(0.02, 0.1), repeats=3
 )
 
 

@@ -69,7 +69,7 @@ class SwapArea:
         return self.capacity_pages - len(self._used)
 
     def take(self, count: int, owner: Owner = None) -> list[int]:
-        """Places for so many pages. OutOfPages, with none taken, when there are too few or the disk's budget is less."""
+        """Places for so many pages. OutOfPages, with none taken, where there are too few or the disk has less."""
         if count > self.free_pages:
             raise OutOfPages(f"{OWNER}: {count} pages wanted, {self.free_pages} of {self.capacity_pages} are free")
         places = self._free.take(count, owner)

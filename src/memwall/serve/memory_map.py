@@ -127,7 +127,7 @@ def _cells(service: Service, stride: int) -> list[list[int]]:
     engine = service.serving.engine
     pool = service.serving.pool
     holder: dict[int, int] = {}
-    for one in engine.running.values():
+    for one in (*engine.running.values(), *engine.swapped.values()):
         for page in one.pages:
             holder[page] = -3 if page in holder else one.id
     runs: list[list[int]] = []
