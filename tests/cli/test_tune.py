@@ -10,7 +10,11 @@ import pytest
 
 from tests.compress.tiny_model import make_model
 
-SMALL = [part for pair in ("rank=2", "context=32", "batch=2", "steps=1", "targets=q_proj", "learning_rate=0.05") for part in ("--set", pair)]
+SMALL = [
+    part
+    for pair in ("rank=2", "context=32", "batch=2", "steps=1", "targets=q_proj", "learning_rate=0.05")
+    for part in ("--set", pair)
+]
 
 
 @pytest.fixture
