@@ -10,7 +10,11 @@ import pytest
 
 from tests.compress.tiny_model import make_model
 
-SMALL = [part for pair in ("rank=2", "context=32", "batch=2", "steps=1", "targets=q_proj") for part in ("--set", pair)]
+SMALL = [
+    part
+    for pair in ("rank=2", "context=32", "batch=2", "steps=1", "targets=q_proj", "learning_rate=0.05")
+    for part in ("--set", pair)
+]
 
 
 @pytest.fixture
@@ -29,6 +33,9 @@ def test_tune_and_run(memwall: Any, text: Path, tmp_path: Path) -> None:
     assert report["steps"] == 1
     run = memwall(*report["run_with"].split()[1:], "A city", "--max-new-tokens", "2", "--ignore-eos", "--json")
     assert run.exit_code == 0, run.stderr
+    words = ("eval", model, text, "--weights", "int4", "--limit", "100", "--json")
+    figures = [json.loads(memwall(*words, *more).stdout) for more in ((), ("--lora", out))]
+    assert figures[0]["perplexity"] != figures[1]["perplexity"]
     again = memwall("tune", model, text, out, *SMALL, "--weights", "int4")
     assert again.exit_code == 2
     assert "--force" in again.stderr

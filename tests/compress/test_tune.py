@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from memwall import kernels
+from memwall.compress import tune
 from memwall.compress.tune import HEADROOM_BYTES, tune_model
 from memwall.compress.tune_work import Windows
 from memwall.compress.tuning import METHODS, CrossEntropy, tune_method
@@ -199,6 +200,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(model: Path, text: Path, tmp_path
     assert 0 < report.resumed_from < 24
     assert contents(killed)["adapter_model.safetensors"] == contents(whole)["adapter_model.safetensors"]
     assert not partial.exists()
+
+
+def test_paged_moments_give_the_same_bits(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(model, text, tmp_path / "held")
+    plan = tune._Run._plan
+    monkeypatch.setattr(tune._Run, "_plan", lambda self, cap: (True, plan(self, cap)[1]))
+    report = trained(model, text, tmp_path / "paged")
+    assert (
+        contents(tmp_path / "held")["adapter_model.safetensors"]
+        == (contents(tmp_path / "paged")["adapter_model.safetensors"])
+    )
+    rows = {row["owner"]: int(row["bytes"]) for row in report.rows}
+    assert rows["optimizer"] < rows["adapters/weights"] / 4
 
 
 def test_budget_is_kept_and_paging_moments_helps(model: Path, text: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -61,6 +60,7 @@ class Trainer:
             parameter.grad = torch.from_numpy(gradient)
             self._gradients.append(gradient)
         sizes = [value.size for value in self._values]
+        self._places = {name: index for index, name in enumerate(self.names)}
         self._moments: Moments = (
             PagedMoments(sizes, work.path / MOMENTS_NAME, arena) if paged else HeldMoments(sizes, arena)
         )
@@ -205,12 +205,10 @@ class Trainer:
             "best_step": self.best_step, "best": self.best if math.isfinite(self.best) else None,
             "history": self.history,
         }  # fmt: skip
-        self._work.save(self.step, self._state(), told)
-        for index in range(len(self._values)):
-            self._moments.done(index)
+        self._work.save(self.step, self._state(), told, self._dealt_with)
 
     def _restore(self) -> None:
-        told = self._work.restore(self._state())
+        told = self._work.restore(self._state(), self._dealt_with)
         if told is None:
             return
         self.step = self.resumed_from = told["step"]
@@ -223,9 +221,11 @@ class Trainer:
         found |= {f"moments.{name}": self._moments.get(index) for index, name in enumerate(self.names)}
         return found | {f"best.{name}": best for name, best in zip(self.names, self._best)}
 
-    def set_rate(self, learning_rate: float) -> None:
-        """Another rate from the next step on."""
-        self._optimizer.settings = replace(self._optimizer.settings, learning_rate=learning_rate)
+    def _dealt_with(self, name: str) -> None:
+        """A tensor of the state was read or written: paged moments leave memory one by one."""
+        kind, _, owner = name.partition(".")
+        if kind == "moments":
+            self._moments.done(self._places[owner])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ depends on, each newer one written whole before the older one goes. At the end t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,14 +74,17 @@ class TuneWork(WorkDirectory):
         self.started_over = journal.get("settings") != self._settings
         return journal
 
-    def save(self, step: int, tensors: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> None:
-        """Everything that the rest of the run depends on. told: plain data."""
+    def save(
+        self, step: int, tensors: Mapping[str, np.ndarray], told: Mapping[str, Any], done: Callable[[str], None]
+    ) -> None:
+        """Everything that the rest of the run depends on. told: plain data; done(name): a tensor is written."""
         file = f"step-{step}.safetensors"
         specs = [(name, array.dtype, array.shape) for name, array in tensors.items()]
         with disk_errors(self.path):
             with SafetensorsWriter(self.path / file, specs, {"told": json.dumps(dict(told))}) as writer:
                 for name, array in tensors.items():
                     writer.write(name, array)
+                    done(name)
             assert writer.sha256 is not None
             older, self.parts = self.parts, [Part(file=file, bytes=writer.nbytes, sha256=writer.sha256)]
             self._write_journal()
@@ -89,7 +92,7 @@ class TuneWork(WorkDirectory):
                 if part.file != file:
                     (self.path / part.file).unlink(missing_ok=True)
 
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+    def restore(self, tensors: Mapping[str, np.ndarray], done: Callable[[str], None]) -> dict[str, Any] | None:
         """Copy the last saved numbers into `tensors` and give what was told; None where nothing was saved."""
         if not self.parts:
             return None
@@ -97,6 +100,7 @@ class TuneWork(WorkDirectory):
             for name, array in tensors.items():
                 np.copyto(array, file.tensor(name).reshape(array.shape))
                 file.drop_pages(name)
+                done(name)
             told = checked_json.parse(file.metadata["told"].encode(), str(file.path))
             assert isinstance(told, dict)
             return told
