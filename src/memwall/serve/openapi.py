@@ -143,6 +143,9 @@ def _asked(settings: ServerSettings, vocab: int) -> Schema:
         "ignore_eos": FLAG,
         "priority": _within("integer", -(1 << 31), 1 << 31),
         "cache_salt": TEXT,
+        "user": TEXT,
+        "prompt_cache_key": TEXT,
+        "return_token_ids": FLAG,
         **{name: {} for name in IGNORED},
     }
     prompts = {
