@@ -101,11 +101,11 @@ class Study:
         scored, name = (held_out_text(), "bundled") if text is None else (text[len(text) // 2 :], str(data))
         self.scored = token_sequences(scored, tokenizer, self.config, read, name)
         self.tuning = Tuning(
-            calibration=CalibrationSettings(max_tokens=1024 if quick else 16_384, sequence_tokens=WINDOW)
+            calibration=CalibrationSettings(max_tokens=2048 if quick else 16_384, sequence_tokens=WINDOW)
         )
         calibration = (self.calibration_text or BUNDLED_TEXT).read_text(encoding="utf-8")
         self.calibration = token_sequences(calibration, tokenizer, self.config, self.tuning.calibration, "calibration")
-        self.blocks = 3 if quick else 16
+        self.blocks = 4 if quick else 16
         self.options = {"rank": str(RANK), "blocks": str(self.blocks), "sort_tokens": "512" if quick else "1024"}
         self.stack = folder / "stack"
         self.compress("bitstack", self.stack, self.options)
