@@ -87,7 +87,9 @@ def virtual(scheduler: Scheduler, shares: Shares = HALVES, **told: Any) -> Phase
 def real_claims(folder: Path, quick: bool) -> Iterator[Claim]:
     other = semi_pd()
     sizes = other.QUICK if quick else other.FULL
-    held = other.start(other.write_model(folder / "model", sizes), PhaseSettings(shares=HALVES, fresh=False))
+    held = other.start(
+        other.write_model(folder / "model", sizes), PhaseSettings(shares=HALVES, fresh=False, whole_threads=False)
+    )
     costs = profile_serving(held)
     probe = Probe(held.engine)
     half = {

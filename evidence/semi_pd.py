@@ -274,7 +274,8 @@ def interference_claim(model: Path, sizes: Sizes) -> Claim:
 
 def switch_claims(model: Path, sizes: Sizes) -> Iterator[Claim]:
     """Longest time without an iteration while shares change: in the background, and by stopping all."""
-    asked = real_load(dataclasses.replace(sizes, requests=24), 1000.0, 7)
+    # no more than run together: chunks of prompts then do not depend on when answers end
+    asked = real_load(dataclasses.replace(sizes, requests=16), 1000.0, 7)
     plain = start(model, PhaseSettings(shares=HALVES))
     want = tokens(phased(plain), asked, plain, lambda done: None)
     plain.release()
@@ -283,7 +284,7 @@ def switch_claims(model: Path, sizes: Sizes) -> Iterator[Claim]:
 
     def watch(done: Done) -> None:
         spans.append((done.began, done.ended, done.phase))
-        if len(spans) % 40 == 0 and engine.workers.preparing is None:
+        if len(spans) % 25 == 0 and engine.workers.preparing is None:
             engine.switches += 1
             engine.workers.switch(
                 Shares(prefill=70 - 20 * (engine.switches % 3), decode=30 + 20 * (engine.switches % 3))

@@ -308,3 +308,12 @@ def test_forgets_what_is_over(serving: Serving) -> None:
     assert not serving.workers._random
     assert not serving.workers._draws
     assert isinstance(Output(1), Output)
+
+
+def test_threads_stay_or_follow_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("memwall.engine.pacing.kernels.set_num_threads", seen.append)
+    Pacer(30, 4)
+    Pacer(30, 4, whole_threads=False)
+    Pacer(100, 4, whole_threads=False)
+    assert seen == [4, 2, 4]

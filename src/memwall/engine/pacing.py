@@ -1,9 +1,9 @@
 """A share of the processor for one process, kept while it computes: a quota of processor time, layer by layer.
 
-A share of the machine is so many cores' worth of time: on 2 cores, 60 percent are 1.2 cores. The process uses as many
-threads as that takes and rests, between two parts of a layer, whenever it has used more processor time than its share
-of the time that passed; what it did not use is kept for some milliseconds only. This is what the kernel's own quotas do
-(`cpu.max` of control groups), which need rights that a user's program has not.
+A share of the machine is so many cores' worth of time: on 2 cores, 60 percent are 1.2 cores. The process rests, between
+two parts of a layer, whenever it has used more processor time than its share of the time that passed; what it did not
+use is kept for some milliseconds only. This is what the kernel's own quotas do (`cpu.max` of control groups), which
+need rights that a user's program has not.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ NICE_STEP = 1.25
 
 
 class Pacer:
-    """Holds this process to `percent` of `cores`."""
+    """Holds this process to `percent` of `cores`.
 
-    def __init__(self, percent: int, cores: int) -> None:
+    whole_threads: always a thread per core, so that sums run in the same order at every share; else as many as the
+    share takes, which wastes less time on waiting for each other.
+    """
+
+    def __init__(self, percent: int, cores: int, *, whole_threads: bool = True) -> None:
         self.cores = cores
+        self.whole_threads = whole_threads
         self.rested = 0.0
         """Seconds that the quota made it wait."""
         self.set(percent)
@@ -34,7 +39,7 @@ class Pacer:
         """A new share from now on."""
         self.percent = percent
         self.rate = percent / 100 * self.cores
-        kernels.set_num_threads(max(math.ceil(self.rate - 1e-9), 1))
+        kernels.set_num_threads(self.cores if self.whole_threads else max(math.ceil(self.rate - 1e-9), 1))
         self._credit = 0.0
         self._wall, self._used = time.monotonic(), time.process_time()
 

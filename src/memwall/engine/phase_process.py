@@ -82,7 +82,7 @@ class Worker:
     def __init__(self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor, pool: PagePool):
         be_nice(order["nice"])
         self.connection = connection
-        self.pacer = Pacer(order["percent"], order["cores"])
+        self.pacer = Pacer(order["percent"], order["cores"], whole_threads=order["whole_threads"])
         self.pool = pool
         self.executor = DrawingExecutor(
             executor, PacedCache(executor.cache.shape, pool, order["page_tokens"], self.pacer)

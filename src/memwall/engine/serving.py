@@ -78,12 +78,13 @@ class LoraSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseSettings:
     """Prompts and tokens are computed by two processes. shares: theirs at the start; fresh: new shares come with new
-    processes. window: iterations after which the scheduler sees what was observed.
+    processes. window: iterations after which the scheduler sees what was observed. whole_threads: see `pacing.Pacer`.
     """
 
     shares: Shares
     fresh: bool = True
     window: int = WINDOW_ITERATIONS
+    whole_threads: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,7 +390,7 @@ def _make_workers(
 ) -> ForkedWorkers:
     return ForkedWorkers(
         executor, pool, phases.shares, page_tokens=settings.page_tokens, cores=kernels.num_threads(),
-        fresh=phases.fresh, ledger=ledger,
+        fresh=phases.fresh, whole_threads=phases.whole_threads, ledger=ledger,
     )  # fmt: skip
 
 

@@ -64,9 +64,10 @@ class ForkedWorkers:
         page_tokens: int,
         cores: int,
         fresh: bool = True,
+        whole_threads: bool = True,
         ledger: Ledger | None = None,
     ) -> None:
-        """cores: what 100 percent are. fresh: new shares come with new processes."""
+        """cores: what 100 percent are. fresh: new shares come with new processes. whole_threads: see `Pacer`."""
         if not sys.platform.startswith("linux"):
             raise InputError("two workers over one memory need Linux; choose the scheduler fcfs")
         self.shares = shares
@@ -76,6 +77,7 @@ class ForkedWorkers:
         self.cores = cores
         self.lost = 0
         self._page_tokens = page_tokens
+        self._whole_threads = whole_threads
         self._ledger = ledger
         self._busy: dict[Phase, tuple[list[Entry], float]] = {}
         self._losses: dict[Phase, int] = dict.fromkeys(PHASES, 0)
@@ -226,6 +228,7 @@ class ForkedWorkers:
         nice = niceness(shares)[PHASES.index(phase)] if self.fresh else 0
         order = {
             "percent": shares.of(phase), "cores": self.cores, "nice": nice, "page_tokens": self._page_tokens,
+            "whole_threads": self._whole_threads,
         }  # fmt: skip
         try:
             connection = order_worker(self._orders, order)
