@@ -41,6 +41,7 @@ class Scratch {
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
 Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers;
+float g_offsets[kMaxTokens];  // what offsets of columns make of each token
 std::int64_t g_products = 0;
 
 // Below this a call runs on its own thread: waking another costs about as much.
@@ -115,8 +116,7 @@ bool same_order(const Matrix& a, const Matrix& b) {
   return std::memcmp(a.order, b.order, static_cast<std::size_t>(a.cols) * (a.wide ? 4 : 2)) == 0;
 }
 
-// The input in another order, and a number per token.
-std::size_t ordered_bytes(std::int64_t tokens, std::int64_t cols) { return static_cast<std::size_t>(tokens * (cols + 1)) * sizeof(float); }
+std::size_t ordered_bytes(std::int64_t tokens, std::int64_t cols) { return static_cast<std::size_t>(tokens * cols) * sizeof(float); }
 
 std::int64_t column_stride(std::int64_t tokens) { return (tokens + kColumnTokens - 1) / kColumnTokens * kColumnTokens; }
 std::size_t column_bytes(std::int64_t tokens, std::int64_t cols) {
@@ -204,7 +204,6 @@ Input codebook_input(const Input& plain, const Matrix& m) {
   const std::uint16_t *scale = m.codebooks->scale, *offset = m.codebooks->offset;
   if (m.order == nullptr && scale == nullptr) return input;
   auto* ordered = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
-  float* offsets = ordered + plain.tokens * plain.cols;
   const std::size_t grain = std::max<std::int64_t>(1, (1 << 14) / (plain.cols + 1));
   parallel_for(static_cast<std::size_t>(plain.tokens), grain, [&](std::size_t begin, std::size_t end, int) {
     for (auto t = static_cast<std::int64_t>(begin); t < static_cast<std::int64_t>(end); ++t) {
@@ -216,11 +215,11 @@ Input codebook_input(const Input& plain, const Matrix& m) {
         to[c] = scale ? value * half_to_float(scale[c]) : value;
         if (offset) sum += static_cast<double>(value) * half_to_float(offset[c]);
       }
-      offsets[t] = static_cast<float>(sum);
+      g_offsets[t] = static_cast<float>(sum);
     }
   });
   input.x = ordered;
-  if (offset) input.offsets = offsets;
+  if (offset) input.offsets = g_offsets;
   return input;
 }
 
