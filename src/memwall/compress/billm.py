@@ -12,10 +12,10 @@ and scale. What a block has lost is made up for by the columns after it.
 Units and shapes: weight [rows, cols] float, H [cols, cols] -> Packed of `formats.sign_mask` (`billm`).
 Differs from the paper: columns are first put in the order of their inputs' sizes, as each one's place is stored anyway
 (`--set order=identity`: not); later blocks take in the least that can be left of errors before them (`sweep`), which
-the published code approximates; the searches look at no more than 256 rows; the split looks at |w| (`--set
+the published code approximates; the searches look at no more than 512 rows; the split looks at |w| (`--set
 split=scores`: at the score map, as the published code). `--set feedback=columns`, not in the paper, lets columns of a
 block make up for one another too. True size: 2.9 bits, see the format.
-Cost: that of GPTQ, and per block some 1,000 operations on 256 x 128 numbers; resident as GPTQ and 3 bytes a weight.
+Cost: that of GPTQ, and per block some 1,000 operations on 512 x 128 numbers; resident as GPTQ and 3 bytes a weight.
 Holds when: rows are many beside 128 columns' parameters; below two bits, where rounding to levels collapses.
 """
 

@@ -97,15 +97,12 @@ def _dual(form: DualBinaryCodec, packed: Packed, bias: Any) -> Any:
 
     class Dual(torch.nn.Module):
         codes: torch.Tensor
-        groups: torch.Tensor
         start: torch.Tensor
 
         def __init__(self) -> None:
             super().__init__()
             codes, scales = form.unpack(packed)
-            groups = np.arange(codes.shape[1]) // form.group
             self.register_buffer("codes", torch.from_numpy(np.ascontiguousarray(codes)))
-            self.register_buffer("groups", torch.from_numpy(groups))
             self.register_buffer("start", torch.from_numpy(np.stack(scales).astype(np.float32)))
             self.logarithm = torch.nn.Parameter(torch.zeros_like(self.start))
             self.bias = bias
@@ -114,7 +111,9 @@ def _dual(form: DualBinaryCodec, packed: Packed, bias: Any) -> Any:
             return self.start * self.logarithm.exp()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            first, second = self.scales()[:, :, self.groups]
+            # spread by a view, whose gradient is a sum; by indices it would be a scatter, a hundred times as long
+            spread = self.scales()[..., None].expand(-1, -1, -1, form.group).flatten(2)
+            first, second = spread[..., : self.codes.shape[1]]
             weight = first * (self.codes & 1) + second * (self.codes >> 1)
             return torch.nn.functional.linear(x, weight, self.bias)
 

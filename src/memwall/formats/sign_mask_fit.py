@@ -23,7 +23,7 @@ from memwall.formats.sign_mask import (
 )
 
 PERCENTILES = np.linspace(0.1, 0.9, 81)
-SEARCH_ROWS = 256
+SEARCH_ROWS = 512
 """Rows that stand for all where a block's split is searched: it is one number for all of them."""
 _TOP = 255
 
