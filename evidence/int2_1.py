@@ -40,6 +40,8 @@ from memwall.models.lora import target_shapes, tensor_name, write_lora
 from memwall.plan.choose import held_out_text
 
 RANK, ALPHA, CONTEXT = 8, 32.0, 256
+# 3e-4 was published for 7B models and for far more samples than this text has
+RATE = 1e-3
 DEMO = model_directory("demo")
 # hidden, feed-forward, layers of the random models whose steps are measured; the larger has 973 million weights
 SMALL, LARGE = (768, 2048, 8), (2048, 8192, 16)
@@ -95,7 +97,7 @@ class Study:
         self.learned, self.scored = self.folder / "learned.txt", self.folder / "scored.txt"
         self.learned.write_text(learned, encoding="utf-8")
         self.scored.write_text(scored, encoding="utf-8")
-        self.epochs = "1" if self.quick else "6"
+        self.epochs = "1" if self.quick else "20"  # the most that was published
 
     def base(self, method: str, bits: int) -> Path:
         """The demo model compressed to integers of so many bits."""
@@ -127,7 +129,8 @@ class Study:
         """A correction of `base` under these settings."""
         out = self.folder / f"lora-{base.name}-{name}"
         if name + base.name not in self.known:
-            asked = {"rank": RANK, "alpha": ALPHA, "context": CONTEXT, "epochs": self.epochs, **options}
+            asked = {"rank": RANK, "alpha": ALPHA, "context": CONTEXT, "epochs": self.epochs, "learning_rate": RATE}
+            asked |= {"save_every": 50, **options}
             settings = {key: str(value) for key, value in asked.items()}
             self.known[name + base.name] = tune_model(
                 base, self.learned, out, method="int2-1", options=settings, teacher=DEMO
