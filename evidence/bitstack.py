@@ -37,7 +37,7 @@ from memwall.compress.calibration import (
     shared_input,
     token_sequences,
 )
-from memwall.compress.job import Tuning
+from memwall.compress.job_plan import Tuning
 from memwall.compress.model import compress_model
 from memwall.compress.rtn import RoundToNearest
 from memwall.engine import Settings, load

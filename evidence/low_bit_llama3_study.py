@@ -35,7 +35,7 @@ from memwall.compress.calibration import (
     token_sequences,
 )
 from memwall.compress.gptq import Gptq
-from memwall.compress.job import Tuning
+from memwall.compress.job_plan import Tuning
 from memwall.compress.model import compress_model
 from memwall.compress.transforms import Scale, Transform, Transformed, sites
 from memwall.engine.quality import log_softmax

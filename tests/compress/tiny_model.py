@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from memwall.compress.calibration import CalibrationSettings
-from memwall.compress.job import Tuning
+from memwall.compress.job_plan import Tuning
 from memwall.compress.model import compress_model
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from memwall import _native, kernels
 from memwall.compress import weight_method
-from memwall.compress.job import Job, Progress, Tuning
+from memwall.compress.job import Job
+from memwall.compress.job_plan import Progress, Tuning
 from memwall.compress.saved import WorkDirectory, check_output
 from memwall.compress.sensitivity import relative_error
 from memwall.compress.sizes import FolderSize
@@ -117,8 +118,7 @@ def compress_model(
         if budget_bytes is not None:
             _cap_process(budget_bytes, arena, job)
         job.limit_text()
-        settings = job.settings()
-        with WorkDirectory(out, settings, force=force) as work:
+        with WorkDirectory(out, settings := job.settings(), force=force) as work:
             job.run(work)
             bits_per_weight = bits_of(config, job.specs)
             work.finish(source, dict(config.source), {"bits_per_weight": bits_per_weight, **settings, **job.info})

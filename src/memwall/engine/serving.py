@@ -350,7 +350,7 @@ def load_engine(
     if settings.lora is not None:
         adapters, lora = _make_adapters(settings, settings.lora, pages, arena, lora_room(shape, settings.page_tokens))
         scheduler = scheduler or SLora()
-    own = {"logit_rows": rows, "scratch": scratch, "adapters": adapters, "lora": lora}
+    own: dict[str, Any] = {"logit_rows": rows, "scratch": scratch, "adapters": adapters, "lora": lora}
     executor = ModelExecutor(loaded.decoder, shape, pages, **own)
     common: dict[str, Any] = {
         "limits": settings.limits,

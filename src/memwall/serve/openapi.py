@@ -60,7 +60,7 @@ def document(settings: ServerSettings, *, vocab: int, adapters: bool) -> Schema:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": {**_asked(settings, vocab), **_answers()}},
+        "components": {"schemas": {**_asked(settings, vocab), **_adapter_bodies(), **_answers()}},
     }
     if settings.api_key is not None:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -178,10 +178,16 @@ def _asked(settings: ServerSettings, vocab: int) -> Schema:
         "Tokenize": _body((), {"model": TEXT, "prompt": TEXT, "messages": _list(_ref("Message"), 1),
                                "add_special_tokens": FLAG}),
         "Detokenize": _body(("tokens",), {"model": TEXT, "tokens": ids}),
-        "LoadAdapter": _body(("lora_name", "lora_path"), {"lora_name": some_text, "lora_path": some_text,
-                                                          "lora_int_id": {}, "load_inplace": FLAG}),
-        "UnloadAdapter": _body(("lora_name",), {"lora_name": some_text, "lora_int_id": {}}),
     }  # fmt: skip
+
+
+def _adapter_bodies() -> Schema:
+    some_text = {"type": "string", "minLength": 1}
+    load = {"lora_name": some_text, "lora_path": some_text, "lora_int_id": {}, "load_inplace": FLAG}
+    return {
+        "LoadAdapter": _body(("lora_name", "lora_path"), load),
+        "UnloadAdapter": _body(("lora_name",), {"lora_name": some_text, "lora_int_id": {}}),
+    }
 
 
 def _body(required: tuple[str, ...], fields: Schema) -> Schema:

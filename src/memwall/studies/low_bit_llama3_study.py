@@ -31,7 +31,7 @@ import numpy as np
 from memwall import __version__
 from memwall.compress import METHODS
 from memwall.compress.calibration import BUNDLED_TEXT, CalibrationSettings
-from memwall.compress.job import Tuning
+from memwall.compress.job_plan import Tuning
 from memwall.compress.model import compress_model
 from memwall.errors import InputError
 from memwall.formats import codec
