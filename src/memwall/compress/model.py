@@ -97,11 +97,10 @@ def compress_model(
     with Checkpoint(source, config) as checkpoint:
         if checkpoint.manifest is not None:
             raise InputError(f"{source}: is already compressed; give the float model it was made from")
-        arena = arena or Arena(UNCAPPED_BYTES, Ledger())
         job = job_class(method)(
             config,
             checkpoint,
-            arena,
+            arena or Arena(UNCAPPED_BYTES, Ledger()),
             bits=bits,
             size=_size(size_bytes, bits, source, config),
             method=method,
@@ -116,7 +115,7 @@ def compress_model(
             )
         job.read_text(source, calibration_text)
         if budget_bytes is not None:
-            _cap_process(budget_bytes, arena, job)
+            _cap_process(budget_bytes, job.arena, job)
         job.limit_text()
         with WorkDirectory(out, settings := job.settings(), force=force) as work:
             job.run(work)
