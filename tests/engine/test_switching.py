@@ -124,7 +124,7 @@ def test_the_next_turn_copies_out_what_is_new_and_reads_the_rest_back() -> None:
     prompt = prompts(1)[0]
     (first,) = finish(held, [asked(prompt, 40, session="a")])
     counts = held.engine.switch.counts
-    held.engine.step()
+    held.engine.switch.settle()
     kept = (len(prompt) + 39) // PAGE
     assert counts.out_bytes == kept * held.pool.page_bytes
     assert held.pool.used_pages == 0
@@ -144,12 +144,12 @@ def test_copies_of_low_priority_go_first_and_are_sent_again() -> None:
     ones = prompts(3)
     first = finish(held, [asked(ones[0], 60, session="a", priority=1)])[0]
     finish(held, [asked(ones[1], 60, session="b")])
-    held.engine.step()
+    held.engine.switch.settle()
     counts = held.engine.switch.counts
     assert counts.kept == 2
     assert counts.contaminated_pages == 0
     finish(held, [asked(ones[2], 60, session="c")])
-    held.engine.step()
+    held.engine.switch.settle()
     assert counts.contaminated_pages > 0
     next_turn = (*ones[0], *first, 77)
     again = asked(next_turn, 20, session="a")

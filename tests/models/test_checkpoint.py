@@ -143,7 +143,7 @@ def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
             Checkpoint(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"no model\.safetensors .*convert the model"):
+    with pytest.raises(InputError, match=r"no model\.safetensors .*save it as safetensors"):
         Checkpoint(folder)
 
 

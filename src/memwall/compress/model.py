@@ -90,8 +90,7 @@ def compress_model(
 
     Raises InputError, DoesNotFit (budget or disk too small). The same call takes an unfinished run up again.
     """
-    began = time.perf_counter()
-    source, out = Path(model_directory), Path(out_directory)
+    began, source, out = time.perf_counter(), Path(model_directory), Path(out_directory)
     check_output(out, force=force)
     config = ModelConfig.from_directory(source)
     with Checkpoint(source, config) as checkpoint:
