@@ -153,6 +153,19 @@ def file_type_of(gguf, kind: str):
     return getattr(gguf.LlamaFileType, f"MOSTLY_{kind}", gguf.LlamaFileType.GUESSED)
 
 
+def with_words(directory: Path, shape: Shape) -> Path:
+    """A second directory of the same model whose tokenizer has a text for every id, as servers' clients need one."""
+    folder = Path(directory).with_name(Path(directory).name + "-words")
+    folder.mkdir(exist_ok=True)
+    for item in Path(directory).iterdir():
+        if item.name != "tokenizer.json" and not (folder / item.name).exists():
+            os.link(item, folder / item.name)
+    tokenizer = _byte_tokenizer()
+    tokenizer["model"]["vocab"] |= {f"w{number}": number for number in range(256, shape.vocab)}
+    _write_json(folder / "tokenizer.json", tokenizer)
+    return folder
+
+
 def read_tensor(directory: Path, name: str) -> np.ndarray:
     """A memory-mapped view of one tensor as bfloat16 bit patterns (uint16)."""
     path = Path(directory) / "model.safetensors"

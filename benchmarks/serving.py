@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 from decode import hardware, note, others_share, processor_seconds
-from random_models import SHAPES, Shape, make_directory
+from random_models import SHAPES, Shape, make_directory, with_words
 
 from memwall.engine.arrivals import Load, clipped, drawn_lengths, read_trace, scaled
 from memwall.serve.bench import Target, measure, report
@@ -132,7 +132,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def servers(shape: Shape, settings: Settings, arguments: argparse.Namespace) -> Iterator[dict[str, Running]]:
     """Both, started and warm."""
-    directory = make_directory(shape, arguments.work / f"llama-{shape.name}")
+    directory = with_words(make_directory(shape, arguments.work / f"llama-{shape.name}"), shape)
     command = [arguments.peer_python, HERE / "random_models.py", "gguf", shape.name, arguments.work, "--vocabulary"]
     subprocess.run(command, check=True)
     threads, ports = str(settings.threads), (free_port(), free_port())
