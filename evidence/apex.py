@@ -7,7 +7,7 @@ the real clock and simulated. Loads: all requests at once, and arrivals at a sha
 do. Runs are repeated and medians count.
 
 `--data`: a folder that holds `profiles` (collectives of apex_plus, A100 latencies of DistServe) and `traces` (Azure's
-conversations); by default `../shared/data` beside a source checkout. Claims that need them are not run without.
+conversations). Claims that need them are not run without.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ from memwall.simulate.serving_model import Attention, Experts, FeedForward, Form
 from memwall.simulate.tables import Tables, read_tables
 from memwall.simulate.testbed import Setting, TwoProcesses
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CONTEXT, PAGE, TOKENS, SEQUENCES = 1024, 16, 256, 64
 MANY_PAGES = 2048
 LOAD_SHARE = 0.8
@@ -722,7 +721,6 @@ def absent_claims() -> Iterator[Claim]:
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     """See `memwall.claims`."""
     sizes = QUICK if quick else FULL
-    data = data if data is not None else (SHARED if SHARED.is_dir() else None)
     whole, done, threads = len(ways()) + 9, 0, kernels.num_threads()
 
     def tick(what: str) -> None:

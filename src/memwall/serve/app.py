@@ -117,6 +117,7 @@ class Server:
             timeout_graceful_shutdown=int(self.settings.drain_seconds + HAND_BACK_SECONDS),
             h11_max_incomplete_event_size=32 * 1024,
         )
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # that a client left is no news
         self._uvicorn = server = _Uvicorn(config, self)
         announcing = asyncio.create_task(self._announce(server, announce))
         try:
