@@ -10,6 +10,7 @@ import pytest
 from memwall.compress.layer_tuning import Schedule
 from memwall.compress.model import compress_model
 from memwall.compress.model_tuning import tuned_model
+from memwall.compress.saved import Part, WorkDirectory
 from memwall.engine.quality import log_softmax
 from memwall.formats import Packed, codec
 from memwall.memory import Arena, Ledger
@@ -76,3 +77,30 @@ def test_whole_runs_write_their_files_again(source: Path, tmp_path: Path) -> Non
             forms.append({key: value.copy() for key, value in packed.buffers.items()})
     np.testing.assert_array_equal(forms[0]["indices"], forms[1]["indices"])
     assert (forms[0]["centroids"] != forms[1]["centroids"]).any()
+
+
+def test_a_run_cut_off_while_files_are_written_again_ends_as_a_whole_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"iterations": "3", "refine": "0", "tune_rate": "1e-3", "tune_model": "6"}
+
+    def run(out: str) -> bytes:
+        compress_model(source, tmp_path / out, method="vptq", bits=2.5, tuning=QUICK, options=options)
+        return b"".join(path.read_bytes() for path in sorted((tmp_path / out).glob("*.safetensors")))
+
+    whole, add, rewritten = run("whole"), WorkDirectory.add, []
+
+    def stop_at_the_second(work: WorkDirectory, part: Part) -> None:
+        if any(part.file == each.file for each in work.parts):
+            rewritten.append(part.file)
+            if len(rewritten) == 2:
+                raise KeyboardInterrupt
+        add(work, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "add", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    assert len(rewritten) == 2
+    monkeypatch.setattr("memwall.compress.vptq.tuned_model", lambda *_: pytest.fail("trained again"))
+    assert run("cut") == whole

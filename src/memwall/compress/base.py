@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -177,8 +176,13 @@ class WeightMethod(ABC):
         """Whether what was made of the whole model is trained by `train` at the end."""
         return False
 
-    def train(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
-        """Tensors of the same forms with other numbers. source: the float model; made: all of the compressed one."""
+    def train(
+        self, checkpoint: Checkpoint, tokens: np.ndarray, made: Mapping[str, Packed], progress: Trained
+    ) -> dict[str, Packed]:
+        """Tensors of the same forms with other numbers; those that stay may be left out.
+
+        checkpoint: the float model. tokens [sequences, tokens]: the calibration text. made: all of the compressed one.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -192,19 +196,10 @@ class WeightMethod(ABC):
         """
         return made
 
-    def finish_model(
-        self, checkpoint: Checkpoint, tokens: np.ndarray, made: Callable[[], dict[str, Packed]]
-    ) -> dict[str, Packed]:
-        """What of a whole compressed model shall be stored otherwise, in files already written; here nothing.
-
-        checkpoint: the float model. tokens [sequences, tokens]: the calibration text. made: reads all its tensors.
-        """
-        return {}
-
     @property
     def keeps_budgets(self) -> bool:
         """Whether all it holds is counted by `work_bytes`, so that the process can be kept under a budget."""
-        return True
+        return not self.trains  # nobody counts what torch holds
 
     @abstractmethod
     def work_bytes(self, num_rows: int, num_columns: int) -> int:

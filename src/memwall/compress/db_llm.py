@@ -21,8 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -33,6 +32,9 @@ from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.bitpack import TILE_ROWS, pack_tiles
 from memwall.formats.db_llm import DualBinaryCodec, dual_scales, nearest
+
+if TYPE_CHECKING:
+    from memwall.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +63,13 @@ class DbLlm(WeightMethod):
     def trains(self) -> bool:
         return self.tokens > 0
 
-    def train(self, source: Path, made: Mapping[str, Packed], progress: Trained) -> dict[str, Packed]:
+    def train(
+        self, checkpoint: Checkpoint, tokens: np.ndarray, made: Mapping[str, Packed], progress: Trained
+    ) -> dict[str, Packed]:
         from memwall.compress.db_llm_tuning import Recipe, tune
 
         recipe = Recipe(tokens=self.tokens, passes=self.passes, rate=self.rate, gamma=self.gamma)
-        return tune(source, made, recipe, progress)
+        return tune(checkpoint.directory, made, recipe, progress)
 
     def form(self, bits: float | str) -> str | None:
         if isinstance(bits, str):

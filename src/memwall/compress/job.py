@@ -65,26 +65,8 @@ class Job(JobPlan):
                 packed = read_part(work.path / name)
                 self.specs.update({name: form.spec for name, form in packed.items()})
                 self._hand_on(part, packed, stream)
-        if self.method.trains:
-            tune_parts(work, self.method, self.checkpoint.directory, lambda *at: self._progress("train", *at))
-        if self.tokens is not None:
-            self._finish_model(work)
-
-    def _finish_model(self, work: WorkDirectory) -> None:
-        """Write those parts again of which the method has something better once all are made."""
-
-        def made() -> dict[str, Packed]:
-            return {name: form for part in work.parts for name, form in read_part(work.path / part.file).items()}
-
-        assert self.tokens is not None
-        changed = self.method.finish_model(self.checkpoint, self.tokens, made)
-        for part in list(work.parts) if changed else ():
-            forms = {name: changed.get(name, form) for name, form in read_part(work.path / part.file).items()}
-            if not changed.keys().isdisjoint(forms):
-                declared = {name: (form.spec, form.shape) for name, form in forms.items()}
-                with work.writer(part.file, declared) as writer:
-                    for name, form in forms.items():
-                        writer.write(name, form)
+        if self.method.trains and self.tokens is not None:
+            tune_parts(work, self.method, self.checkpoint, self.tokens, lambda *at: self._progress("train", *at))
 
     def _transform(self, stream: LayerStream) -> None:
         """Change the model into an equal one that loses less; done again, alike, where a run is taken up."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from memwall.compress.base import Trained
 from memwall.compress.layer_tuning import LOOK_STEPS, LookedUp, Schedule, require_torch
 from memwall.formats import Packed, codec
 from memwall.formats.vptq import VptqCodec
@@ -28,7 +29,11 @@ KEPT_ASIDE = 8
 
 
 def tuned_model(
-    checkpoint: Checkpoint, tokens: np.ndarray, made: Mapping[str, Packed], schedule: Schedule
+    checkpoint: Checkpoint,
+    tokens: np.ndarray,
+    made: Mapping[str, Packed],
+    schedule: Schedule,
+    progress: Trained | None = None,
 ) -> dict[str, Packed]:
     """Those of `made` (all tensors of a model as they are stored) that changed; none where nothing was won.
 
@@ -76,6 +81,8 @@ def tuned_model(
         loss(read[torch.from_numpy(random.permutation(len(read))[:BATCH_SEQUENCES])]).backward()
         optimizer.step()
         falling.step()
+        if progress is not None:
+            progress(step + 1, schedule.steps)
         if (step + 1) % LOOK_STEPS == 0 or step + 1 == schedule.steps:
             now = judge()
             if now < best:

@@ -29,7 +29,7 @@ import numpy as np
 
 from memwall import kernels
 from memwall.compress import sweep
-from memwall.compress.base import MethodConfig, Statistics, WeightMethod
+from memwall.compress.base import MethodConfig, Statistics, Trained, WeightMethod
 from memwall.compress.codebook_fit import fitted
 from memwall.compress.kmeans import INITS
 from memwall.compress.layer_tuning import Schedule, require_torch, tuned
@@ -41,7 +41,7 @@ from memwall.formats.vector_parts import checked_halves
 from memwall.formats.vptq import VptqCodec, ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from memwall.compress.calibration import LayerStream
     from memwall.models.checkpoint import Checkpoint
@@ -106,7 +106,7 @@ class Vptq(WeightMethod):
 
     @property
     def keeps_budgets(self) -> bool:
-        return not (self.tune or self.tune_model)  # nobody counts what torch holds
+        return not (self.tune or self.trains)
 
     def _wanted(self, bits: float) -> VptqCodec:
         permille = round(10 * self.outliers)
@@ -164,13 +164,15 @@ class Vptq(WeightMethod):
             return made
         return tuned(stream, layer, made, Schedule(steps=self.tune, rate=self.tune_rate, seed=self.seed))
 
-    def finish_model(
-        self, checkpoint: Checkpoint, tokens: np.ndarray, made: Callable[[], dict[str, Packed]]
+    @property
+    def trains(self) -> bool:
+        return self.tune_model > 0
+
+    def train(
+        self, checkpoint: Checkpoint, tokens: np.ndarray, made: Mapping[str, Packed], progress: Trained
     ) -> dict[str, Packed]:
-        if not self.tune_model:
-            return {}
         schedule = Schedule(steps=self.tune_model, rate=self.tune_rate, seed=self.seed)
-        return tuned_model(checkpoint, tokens, made(), schedule)
+        return tuned_model(checkpoint, tokens, made, schedule, progress)
 
     def _swept(self, form: VptqCodec, ordered: np.ndarray, costs: np.ndarray, factored: sweep.Factor) -> VectorColumns:
         """Codebooks and indices of a matrix whose columns are in order."""
