@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def first_tokens(rate: float, stages: int, scale: float, count: int) -> tuple[fl
     for _ in range(count):
         at += draw.expovariate(rate)
         jobs.append(Job(at, 512, 1))
-        events.at(at, lambda job=jobs[-1]: instance.submit(job))  # type: ignore[misc]
+        events.at(at, partial(instance.submit, jobs[-1]))
     events.run()
     return statistics.fmean(job.first_token_seconds for job in jobs), instance.prefill_seconds(jobs[:1])
 
@@ -265,7 +266,7 @@ def bursts() -> list[Claim]:
 
 def segments(lengths: Lengths) -> list[Claim]:
     """Slow links between nodes of four; and OPT-66B, which takes four devices an instance."""
-    slow = replace(search(lengths, 100), cluster=Cluster(devices=8, per_node=4, slow_links=True))
+    slow = replace(search(lengths, 100), cluster=Cluster(devices=8, per_node=4))
     plans = slow.in_segments()
     inside = all((plan.prefill.devices + plan.decode.devices) // plan.segments <= 4 for plan in plans)
     whole = [plan for plan in plans if plan.segments > 1]

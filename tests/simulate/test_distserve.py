@@ -83,7 +83,7 @@ def test_each_phase_for_itself_and_instances_by_rate() -> None:
 
 
 def test_segments_keep_both_phases_of_a_layer_on_one_node() -> None:
-    search = replace(SEARCH, cluster=Cluster(devices=8, per_node=4, slow_links=True), requests=20)
+    search = replace(SEARCH, cluster=Cluster(devices=8, per_node=4), requests=20)
     plans = search.in_segments()
     assert {plan.segments for plan in plans} == {1, 2}
     for plan in plans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -44,7 +45,7 @@ def split(jobs: list[Job], stages: int, move: float = 0.0) -> tuple[PrefillInsta
     decode = DecodeInstance(events, FLAT, stages=stages, move_seconds=lambda tokens: move)
     prefill = PrefillInstance(events, FLAT, stages=stages, finished=decode.offer)
     for job in jobs:
-        events.at(job.at, lambda job=job: prefill.submit(job))  # type: ignore[misc]
+        events.at(job.at, partial(prefill.submit, job))
     events.run()
     return prefill, decode
 
@@ -73,7 +74,7 @@ def test_both_phases_in_one_place(rows: Any, stages: int) -> None:
     jobs, events = made(rows), Events()
     both = ColocatedInstance(events, FLAT, stages=stages)
     for job in jobs:
-        events.at(job.at, lambda job=job: both.submit(job))  # type: ignore[misc]
+        events.at(job.at, partial(both.submit, job))
     events.run()
     assert all(job.last is not None and job.made == job.output_tokens for job in jobs)
     assert both.blocks.used == both.load == 0
@@ -129,7 +130,7 @@ def first_tokens(rate: float, stages: int, latency: PhaseLatency, count: int = 3
     for _ in range(count):
         at += draw.expovariate(rate)
         jobs.append(Job(at, 512, 1))
-        events.at(at, lambda job=jobs[-1]: one.submit(job))  # type: ignore[misc]
+        events.at(at, partial(one.submit, jobs[-1]))
     events.run()
     return mean(job.first_token_seconds for job in jobs), one.prefill_seconds(jobs[:1])
 

@@ -30,15 +30,14 @@ REQUESTS = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """devices: in all; per_node: of a node; link_bytes_per_s and link_seconds: what moves keys and values, per layer of
-    the model the latter. slow_links: between nodes only; moves inside a node are as told.
+    """devices: in all; per_node: of a node; link_bytes_per_s and link_seconds: what moves keys and values there, per
+    layer of the model the latter.
     """
 
     devices: int
     per_node: int
     link_bytes_per_s: float = 600e9
     link_seconds: float = 5e-6
-    slow_links: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
