@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,16 +80,18 @@ def test_whole_runs_write_their_files_again(source: Path, tmp_path: Path) -> Non
     assert (forms[0]["centroids"] != forms[1]["centroids"]).any()
 
 
-def test_a_run_cut_off_while_files_are_written_again_ends_as_a_whole_one(
+def test_a_run_cut_off_while_files_are_written_again_holds_what_was_trained(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"iterations": "3", "refine": "0", "tune_rate": "1e-3", "tune_model": "6"}
+    add, rewritten, trained = WorkDirectory.add, [], dict[str, Packed]()
 
-    def run(out: str) -> bytes:
-        compress_model(source, tmp_path / out, method="vptq", bits=2.5, tuning=QUICK, options=options)
-        return b"".join(path.read_bytes() for path in sorted((tmp_path / out).glob("*.safetensors")))
+    def run() -> None:
+        compress_model(source, tmp_path / "out", method="vptq", bits=2.5, tuning=QUICK, options=options)
 
-    whole, add, rewritten = run("whole"), WorkDirectory.add, []
+    def kept(*given: Any) -> dict[str, Packed]:
+        trained.update(tuned_model(*given))
+        return trained
 
     def stop_at_the_second(work: WorkDirectory, part: Part) -> None:
         if any(part.file == each.file for each in work.parts):
@@ -99,8 +102,22 @@ def test_a_run_cut_off_while_files_are_written_again_ends_as_a_whole_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(WorkDirectory, "add", stop_at_the_second)
+        patch.setattr("memwall.compress.vptq.tuned_model", kept)
         with pytest.raises(KeyboardInterrupt):
-            run("cut")
+            run()
     assert len(rewritten) == 2
     monkeypatch.setattr("memwall.compress.vptq.tuned_model", lambda *_: pytest.fail("trained again"))
-    assert run("cut") == whole
+    run()
+    with Checkpoint(tmp_path / "out") as checkpoint:
+        checkpoint.verify(digests=True)
+        coded = 0
+        for name, form in trained.items():
+            found = checkpoint.packed(name)
+            if found is None:
+                np.testing.assert_array_equal(checkpoint.tensor(name), codec(form.spec).decode(form))
+                continue
+            coded += 1
+            assert found.spec == form.spec
+            for buffer, array in form.buffers.items():
+                np.testing.assert_array_equal(found.buffers[buffer], array, err_msg=f"{name} {buffer}")
+    assert coded == 7
