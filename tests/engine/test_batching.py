@@ -53,9 +53,10 @@ def run(held: Serving, wanted: list[Request], *, num_pages: int | None = None) -
     return [list(one.made) for one in sequences]
 
 
-def alone(weights: str) -> list[list[int]]:
+def alone(weights: str, kv: str = "float16") -> list[list[int]]:
     """What a session for one request makes of each."""
-    session = load(DEMO_DIRECTORY, Settings(weights=weights, context_tokens=128, threads=1), tokenizer=TOKENIZER)
+    settings = Settings(weights=weights, kv=kv, context_tokens=128, threads=1)
+    session = load(DEMO_DIRECTORY, settings, tokenizer=TOKENIZER)
     made = []
     for request in requests():
         session.reset()
@@ -70,6 +71,19 @@ def test_a_batch_makes_what_each_request_makes_alone(weights: str) -> None:
     held = serving(weights=weights)
     assert run(held, requests()) == alone(weights)
     held.release()
+
+
+@pytest.mark.parametrize("swap", [0, 1 << 24])
+def test_pages_of_8_bit_floats_hold_twice_the_tokens(swap: int) -> None:
+    held, plain = serving(kv="e4m3", swap_bytes=swap), serving()
+    assert 2 * held.pool.page_bytes == plain.pool.page_bytes
+    plain.release()
+    assert run(held, requests()) == alone("float32", "e4m3")
+    assert run(held, requests(), num_pages=9) == alone("float32", "e4m3")
+    assert sum(held.engine.totals.preempted.values()) > 0
+    held.release()
+    with pytest.raises(InputError, match="float32, float16, e4m3"):
+        ServingSettings(kv="kivi(4bit)")
 
 
 @pytest.mark.parametrize(("swap", "by"), [(0, "recompute"), (1 << 24, "swap")])

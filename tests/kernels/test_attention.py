@@ -12,7 +12,12 @@ import torch
 
 from memwall.kernels import attention, attention_reference
 
-TYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+TYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 # T, S, H, Hkv, D, window
 SIZES = [
     (1, 1, 1, 1, 1, None),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -75,3 +76,33 @@ def test_a_program_runs_its_calls_in_a_row() -> None:
     with pytest.raises(ValueError, match="weight must have"):
         program.rms_norm(x, weight[:3], 1e-5, out)
     assert len(program) == 3
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 67])
+def test_8_bit_floats_are_the_nearest(count: int, isa: str) -> None:
+    every_half = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # ties among them
+    every_half = every_half[~np.isnan(every_half)]
+    between = np.nextafter(every_half, np.float32(np.inf))  # and what is just above them
+    x = np.concatenate([every_half, between, 500 * normal(4096), 0.01 * normal(4096), np.float32([1e-30, 3e38, -3e38])])
+    x = np.concatenate([x, np.full(-len(x) % count + count, np.nan, np.float32)]).reshape(-1, count)
+    places = np.random.default_rng(0).permutation(len(x) + 3)[: len(x)]
+    out = np.zeros((len(x) + 3, count), ml_dtypes.float8_e4m3fn)
+    kernels.store_float8(x, places, out)
+    with np.errstate(invalid="ignore"):
+        want = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(out[places].astype(np.float32), want.astype(np.float32))
+    assert (np.signbit(out[places]) == np.signbit(want))[~np.isnan(x)].all()
+    assert not out[np.setdiff1d(np.arange(len(out)), places)].view(np.uint8).any()
+
+
+def test_8_bit_floats_are_checked() -> None:
+    x, places, out = normal(2, 4), np.array([0, 1]), np.zeros((2, 4), ml_dtypes.float8_e4m3fn)
+    with pytest.raises(TypeError, match="float8_e4m3fn, not uint8"):
+        kernels.store_float8(x, places, out.view(np.uint8))
+    for wrong, words in (
+        ((x, places[:1], out), "needs a place"),
+        ((x, places + 1, out), "outside"),
+        ((x, places, out[:, :3].copy()), "one width"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kernels.store_float8(*wrong)

@@ -25,14 +25,14 @@ def step(cache: kv.KVCache, k: np.ndarray, v: np.ndarray, q: np.ndarray, first: 
     return outs
 
 
-@pytest.mark.parametrize("policy", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("policy", ["float32", "float16", "bfloat16", "e4m3"])
 def test_equals_plain_attention(policy: str) -> None:
     rng = np.random.default_rng(0)
     num_tokens = 31
     q = rng.standard_normal((num_tokens, 6, 20)).astype(np.float32)
     k, v = rng.standard_normal((2, num_tokens, 2, 20)).astype(np.float32)
     cache = kv.build(policy, SHAPE, Arena(1 << 24, Ledger()), 64)
-    kept = getattr(torch, policy)
+    kept = torch.float8_e4m3fn if policy == "e4m3" else getattr(torch, policy)
     for begin, end in [(0, 17), (17, 18), (18, 19), (19, 25), (25, 31)]:
         outs = step(cache, k[begin:end], v[begin:end], q[begin:end], begin)
         for layer, out in enumerate(outs):
@@ -44,7 +44,7 @@ def test_equals_plain_attention(policy: str) -> None:
     assert cache.length == num_tokens
 
 
-@pytest.mark.parametrize("policy", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("policy", ["float32", "float16", "bfloat16", "e4m3"])
 def test_bytes_are_what_was_predicted(policy: str) -> None:
     ledger = Ledger()
     cache = kv.build(policy, SHAPE, Arena(1 << 24, ledger), 400)

@@ -11,7 +11,7 @@ import typer
 from memwall.cli.command import AsJson, Debug, Memory, Model, Quiet, Threads, Weights, add_command
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
-from memwall.cli.serve import start
+from memwall.cli.serve import PagedKV, paged_kv, start
 from memwall.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def batch(
     *,
     memory: Memory = None,
     weights: Weights = "auto",
+    kv: PagedKV = "auto",
     context: Annotated[
         str | None, typer.Option(help="Longest request, prompt and answer, in tokens (default: what fits well).")
     ] = None,
@@ -72,7 +73,7 @@ def batch(
         output.open()  # a wrong file is told before the model is loaded
     try:
         serving, settings, template = _load(
-            model, memory, weights, context, name, threads, scheduler, step_tokens, quiet=quiet
+            model, memory, weights, paged_kv(kv), context, name, threads, scheduler, step_tokens, quiet=quiet
         )
         if not output.is_open:
             output.open()
@@ -103,6 +104,7 @@ def _load(
     model: str,
     memory: str | None,
     weights: str,
+    kv: str,
     context: str | None,
     name: str | None,
     threads: int | None,
@@ -125,7 +127,7 @@ def _load(
     planned = scheduler is SchedulerName.batchllm
     options: dict[str, Any] = {
         "max_sequences": min(MOST_SEQUENCES, step_tokens), "token_budget": step_tokens, "threads": threads,
-        "swap_bytes": 0, "keep_prefixes": not planned, "shared_prefixes": planned,
+        "swap_bytes": 0, "kv": kv, "keep_prefixes": not planned, "shared_prefixes": planned,
     }  # fmt: skip
     serving = start(
         path, parse_budget(memory, None), weights, parse_context(context), options, tokenizer, template, quiet=quiet

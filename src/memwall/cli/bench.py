@@ -17,6 +17,7 @@ from memwall.cli.command import AsJson, Debug, Memory, Quiet, Threads, Weights, 
 from memwall.cli.fair import PrioritiesOption, UpdatesOption
 from memwall.cli.printing import format_table, note, print_json
 from memwall.cli.schedulers import SchedulerName, SchedulerOption
+from memwall.cli.serve import PagedKV
 from memwall.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def serve(
     api_key: Annotated[str | None, typer.Option(help="Its key.", envvar="MEMWALL_API_KEY", show_default=False)] = None,
     memory: Memory = None,
     weights: Weights = "auto",
+    kv: PagedKV = "auto",
     threads: Threads = None,
     requests: Annotated[int, typer.Option(help="Requests to send.", min=1, max=100000)] = 64,
     concurrency: Annotated[
@@ -96,7 +98,7 @@ def serve(
     options = [] if memory is None else ["--memory", memory]
     if scheduler is SchedulerName.semi_pd:
         options += ["--slo-first", str(slo_first), "--slo-token", str(slo_token)]
-    options += ["--weights", weights, *([] if threads is None else ["--threads", str(threads)])]
+    options += ["--weights", weights, "--kv", kv, *([] if threads is None else ["--threads", str(threads)])]
     options += _scheduling(scheduler, priorities, priority_updates, url)
     with _server(model, url, options, requests, quiet=quiet) as where:
         runs = [
@@ -178,7 +180,7 @@ def _server(model: str, url: str | None, options: list[str], requests: int, *, q
                 raise kind(said.removeprefix("memwall: ") or "the server ended before it listened")
             text += line
         told = jsons.loads(text)
-        note(f"memwall: {told['weights']} weights, pages for {told['kv_tokens']:,} tokens", quiet=quiet)
+        note(f"memwall: {told['weights']} weights, {told['kv']} pages for {told['kv_tokens']:,} tokens", quiet=quiet)
         yield str(told["url"])
     finally:
         process.terminate()

@@ -60,7 +60,7 @@ class AskedLoras:
     folder: Path | None
     most_rank: int
 
-    def settings(self, config: ModelConfig, page_tokens: int) -> LoraSettings | None:
+    def settings(self, config: ModelConfig, page_tokens: int, kv: str) -> LoraSettings | None:
         """For the engine; None where no option was given. Room for the largest adapter is kept beside one request."""
         from memwall.engine.batch import lora_room
         from memwall.engine.loading import cache_shape
@@ -68,7 +68,7 @@ class AskedLoras:
 
         if not self.adapters and self.folder is None:
             return None
-        room = lora_room(cache_shape(config), page_tokens)
+        room = lora_room(cache_shape(config), page_tokens, kv)
         largest = max((weights.paged(room).num_pages for weights in self.adapters.values()), default=0)
         rank = max([self.most_rank, *(weights.rank for weights in self.adapters.values())])
         return LoraSettings(most_rank=rank, room_bytes=largest * room.page_bytes)

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
-PAGED = ("auto", "float16")
+PAGED = {"auto": "float16", "float32": "float32", "float16": "float16", "e4m3": "e4m3"}
+PagedKV = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        help="Keys and values in pages: float16 (the same as auto), float32, or e4m3, 8 bits for twice the tokens.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +41,7 @@ def serve(
     *,
     memory: Memory = None,
     weights: Weights = "auto",
-    kv: Annotated[str, typer.Option(help="Keys and values: float16 (the same as auto), in pages.")] = "auto",
+    kv: PagedKV = "auto",
     context: Annotated[
         str | None, typer.Option(help="Longest request, prompt and answer, in tokens (default: what fits well).")
     ] = None,
@@ -80,8 +87,7 @@ def serve(
     SIGTERM and Ctrl-C end it once running requests are done; SIGUSR1 shrinks the budget by a fifth, SIGUSR2 lets it
     grow back, and so does POST /v1/budget.
     """
-    if kv not in PAGED:
-        raise InputError(f"--kv {kv}: the server keeps keys and values in pages of float16; leave it to auto")
+    stored = paged_kv(kv)
     try:
         from memwall.serve.app import Server
     except ImportError as error:
@@ -100,10 +106,10 @@ def serve(
     template.render([{"role": "user", "content": "hello"}])  # what it brings into the process counts from the start
     options: dict[str, Any] = {
         "max_sequences": max_sequences, "token_budget": max(step_tokens, max_sequences), "threads": threads,
-        "swap_bytes": _swap_bytes(swap),
+        "swap_bytes": _swap_bytes(swap), "kv": stored,
     }  # fmt: skip
     options |= fair
-    options |= _lora_options(loras, path, lora_batch, first_token_limit)
+    options |= _lora_options(loras, path, stored, lora_batch, first_token_limit)
     options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
@@ -125,6 +131,13 @@ def serve(
     server = Server(serving, settings, template, alias_metrics=vllm_metrics)
     server.run(lambda where, at: _announce(serving, settings.name, where, at, json=json, quiet=quiet))
     note("memwall: ended", quiet=quiet)
+
+
+def paged_kv(kv: str) -> str:
+    """How pages hold keys and values, by the option's text."""
+    if kv not in PAGED:
+        raise InputError(f"--kv {kv}: pages of many requests hold keys and values as {', '.join(PAGED)}; name one")
+    return PAGED[kv]
 
 
 def start(
@@ -164,13 +177,13 @@ def _advice(settings: ServingSettings, budget: Budget | None, refused: BudgetExc
 
 
 def _lora_options(
-    loras: AskedLoras, path: Path, lora_batch: int | None, first_token_limit: float | None
+    loras: AskedLoras, path: Path, kv: str, lora_batch: int | None, first_token_limit: float | None
 ) -> dict[str, Any]:
     from memwall.engine.s_lora import FIRST_TOKEN_SECONDS, SLora
     from memwall.engine.serving import ServingSettings
     from memwall.models.config import ModelConfig
 
-    settings = loras.settings(ModelConfig.from_directory(path), ServingSettings().page_tokens)
+    settings = loras.settings(ModelConfig.from_directory(path), ServingSettings().page_tokens, kv)
     if settings is None:
         if lora_batch is not None or first_token_limit is not None:
             raise InputError("--lora-batch and --first-token-limit need adapters: give --lora or --lora-dir")
@@ -203,6 +216,7 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
                 "url": where,
                 "model": name,
                 "weights": serving.settings.weights,
+                "kv": serving.settings.kv,
                 "context_tokens": serving.context_tokens,
                 "budget_bytes": serving.budget_bytes,
                 "kv_tokens": tokens,
@@ -214,7 +228,8 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
         sys.stdout.flush()
         return
     rows = [(row.tier, row.owner, format_bytes(row.nbytes)) for row in serving.ledger.rows()]
-    room = f"pages for {tokens:,} tokens of {format_bytes(pool.page_bytes)} per {limits.page_tokens}"
+    held = f"{serving.settings.kv} keys and values"
+    room = f"{held} in pages for {tokens:,} tokens of {format_bytes(pool.page_bytes)} per {limits.page_tokens}"
     note(format_table(("tier", "owner", "bytes"), rows, right=frozenset({2})), quiet=quiet)
     note(f"{name}: {serving.settings.weights} weights, context {serving.context_tokens:,}, {room}", quiet=quiet)
     if serving.adapters is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from memwall import _native, kernels
 from memwall.engine.adapters import Adapters, check_room
 from memwall.engine.base import Limits, Scheduler, Shares
-from memwall.engine.batch import ModelExecutor, lora_room, page_bytes
+from memwall.engine.batch import PAGED, ModelExecutor, lora_room, page_bytes
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
@@ -38,7 +38,8 @@ from memwall.engine.workers import ForkedWorkers
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.hardware.units import MIB, format_bytes
-from memwall.kernels.lora import MOST_TOGETHER, LoraBatch, LoraRoom
+from memwall.kernels.lora import MOST_TOGETHER, LoraBatch
+from memwall.kv import CacheShape
 from memwall.memory import Arena, Budget, Ledger, PagePool, measure_runtime, resident_bytes
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import BLOCK_ROWS
@@ -91,14 +92,15 @@ class PhaseSettings:
 class ServingSettings:
     """How a model serves.
 
-    weights: as for a session. context_tokens: longest request, prompt and answer; None for the model's positions.
-    token_budget: tokens computed in one step. swap_bytes: disk for requests set aside. headroom_bytes: kept free for
-    what the process comes to hold outside the arena. exact: float arithmetic on packed weights. lora: None where
-    requests have no adapters. shared_prefixes: room for requests that go on from prefixes (see `shared`). phases: None
-    where one worker computes prompts and tokens together.
+    weights: as for a session. kv: how pages hold keys and values, one of `batch.PAGED`. context_tokens: longest
+    request, prompt and answer; None for the model's positions. token_budget: tokens computed in one step. swap_bytes:
+    disk for requests set aside. headroom_bytes: kept free for what the process comes to hold outside the arena. exact:
+    float arithmetic on packed weights. lora: None where requests have no adapters. shared_prefixes: room for requests
+    that go on from prefixes (see `shared`). phases: None where one worker computes prompts and tokens together.
     """
 
     weights: str = "float16"
+    kv: str = "float16"
     context_tokens: int | None = None
     max_sequences: int = 16
     token_budget: int = 256
@@ -120,6 +122,8 @@ class ServingSettings:
         return Limits(token_budget=self.token_budget, max_sequences=self.max_sequences, page_tokens=self.page_tokens)
 
     def __post_init__(self) -> None:
+        if self.kv not in PAGED:
+            raise InputError(f"kv is {self.kv!r}; pages hold keys and values as {', '.join(PAGED)}")
         for name in ("max_sequences", "token_budget", "headroom_bytes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -348,10 +352,10 @@ def load_engine(
     pages = KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
     shape, adapters, lora = cache_shape(config), None, None
     if settings.lora is not None:
-        adapters, lora = _make_adapters(settings, settings.lora, pages, arena, lora_room(shape, settings.page_tokens))
+        adapters, lora = _make_adapters(settings, settings.lora, pages, arena, shape)
         scheduler = scheduler or SLora()
     own: dict[str, Any] = {"logit_rows": rows, "scratch": scratch, "adapters": adapters, "lora": lora}
-    executor = ModelExecutor(loaded.decoder, shape, pages, **own)
+    executor = ModelExecutor(loaded.decoder, shape, pages, kv=settings.kv, **own)
     common: dict[str, Any] = {
         "limits": settings.limits,
         "context_tokens": context,
@@ -411,8 +415,9 @@ def _begin_phases(serving: Serving, workers: ForkedWorkers) -> None:
 
 
 def _make_adapters(
-    settings: ServingSettings, lora: LoraSettings, pages: KVPages, arena: Arena, room: LoraRoom
+    settings: ServingSettings, lora: LoraSettings, pages: KVPages, arena: Arena, shape: CacheShape
 ) -> tuple[Adapters, LoraBatch]:
+    room = lora_room(shape, settings.page_tokens, settings.kv)
     scratch = arena.allocate(LORA_SCRATCH, _scratch_shape(settings, lora), np.float32)
     adapters = Adapters(pages, room, arena=arena, exact=lora.exact, link_bytes_per_s=lora.link_bytes_per_s)
     return adapters, LoraBatch(room, scratch)
@@ -432,7 +437,7 @@ def lora_scratch_bytes(settings: ServingSettings) -> int:
 
 def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
     """The pool, with a limit of one request of the whole context, and that context."""
-    size, pages = page_bytes(cache_shape(config), settings.page_tokens), settings.limits.pages
+    size, pages = page_bytes(cache_shape(config), settings.page_tokens, settings.kv), settings.limits.pages
     context = settings.context_tokens or config.max_position
     if context > config.max_position:
         raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")

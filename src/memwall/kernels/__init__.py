@@ -15,7 +15,7 @@ from memwall.kernels.attention import (
     merge_partials,
     predict_attention_scratch_bytes,
 )
-from memwall.kernels.elementwise import rms_norm, rope, swiglu
+from memwall.kernels.elementwise import rms_norm, rope, store_float8, swiglu
 from memwall.kernels.encode import encode
 from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, roundings, scratch_bytes
 
@@ -42,5 +42,6 @@ __all__ = [
     "roundings",
     "scratch_bytes",
     "set_num_threads",
+    "store_float8",
     "swiglu",
 ]

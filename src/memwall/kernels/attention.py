@@ -1,7 +1,8 @@
 """Attention on the CPU: over full-precision rows, over KIVI-coded ones, and over heads that hold different tokens.
 
 Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens. Keys,
-and queries with them, may be narrower than values: Dk numbers a head, any width.
+and queries with them, may be narrower than values: Dk numbers a head, any width. Queries and what comes out are
+float32; rows of a cache may be float32, float16, bfloat16 or float8_e4m3fn.
 Query i sits at position `first_position + i`, cached token j at `key_start + j`; a query sees the keys at or before its
 own position and, with a window, the last `window` of them. `stats[T, H, 2]` receives the largest logit and the sum of
 exponentials relative to it: what `merge_partials` needs to join attentions over pieces of a cache that are held apart.
@@ -49,7 +50,7 @@ def attend_float(
     out: np.ndarray,
     stats: np.ndarray | None = None,
 ) -> np.ndarray:
-    """q [T, H, Dk] float32 over k [S, Hkv, Dk], v [S, Hkv, D] float32, float16 or bfloat16 -> out [T, H, D] float32.
+    """q [T, H, Dk] over k [S, Hkv, Dk], v [S, Hkv, D] -> out [T, H, D]; k and v may be of less than float32, see above.
 
     Tokens may lie apart (rows of several layers in turn); a token's heads must lie beside each other.
     """
@@ -264,7 +265,9 @@ def kivi_decode_values(blocks: np.ndarray, first: int, out: np.ndarray, *, bits:
 
 
 def _plain(rows: np.ndarray) -> np.ndarray:
-    """bfloat16 is unknown to NumPy itself: its bits travel as uint16."""
+    """bfloat16 and float8_e4m3fn are unknown to NumPy itself: their bits travel as uint16 and uint8."""
     if rows.dtype.kind != "V":  # a name costs microseconds, this nothing
         return rows
+    if rows.dtype.name == "float8_e4m3fn":
+        return rows.view(np.uint8)
     return rows.view(np.uint16) if rows.dtype.name == "bfloat16" else rows

@@ -1,12 +1,13 @@
-"""Operations between the products: normalization, rotary embedding, gated activation. float32 NumPy arrays."""
+"""Operations between the products: normalization, rotary embedding, gated activation, 8-bit floats. NumPy arrays."""
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from memwall import _native
 
-__all__ = ["rms_norm", "rope", "swiglu"]
+__all__ = ["rms_norm", "rope", "store_float8", "swiglu"]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> np.ndarray:
@@ -28,4 +29,16 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 def swiglu(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> np.ndarray:
     """out = silu(gate) * up on [tokens, width]; `out` may be `gate` or `up`. Returns `out`."""
     _native.swiglu(gate, up, out)
+    return out
+
+
+def store_float8(x: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Rows of x [n, ...] float32 go to rows `places` [n] (int64) of out [N, ...] float8_e4m3fn. Returns `out`.
+
+    To the nearest number, ties to even. What lies beyond 448, infinities included, becomes 448, as caches of other
+    engines do it (a cast of NumPy's would make it no number); what is no number stays none.
+    """
+    if out.dtype != ml_dtypes.float8_e4m3fn:
+        raise TypeError(f"out must be float8_e4m3fn, not {out.dtype}")
+    _native.store_float8(x.reshape(len(x), -1), places, out.reshape(len(out), -1).view(np.uint8))
     return out

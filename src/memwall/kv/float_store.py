@@ -1,8 +1,10 @@
-"""Full-precision cache: keys and values as they come, in float32, float16 or bfloat16.
+"""Cache of floats: keys and values as they come, in float32, float16, bfloat16 or e4m3.
 
 Source: none; the baseline that every other policy is compared with.
 Idea: one growing range per layer for keys, one for values, rows in token order; nothing is ever moved or dropped.
 Units and shapes: rows [tokens, Hkv, D] of the stored type.
+e4m3: 8-bit floats with 3 bits of fraction and no scale, whose relative error is at most 1/16; their smallest step is
+2^-9, their largest number 448, and what lies beyond is kept there. Keys of outlying channels stay far below that.
 Differs from the paper: nothing known.
 Cost: resident 2 * layers * tokens * Hkv * D * itemsize bytes, rounded up to pages; a decode step reads all of it once.
 Holds when: always; with a sliding window older tokens stay resident although they are not read.
@@ -16,6 +18,7 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.kernels.attention import attend_float
+from memwall.kernels.elementwise import store_float8
 from memwall.kv.base import CacheModel, CacheShape, Facts, KVCache, Reader
 from memwall.kv.policy import Policy
 from memwall.memory.pages import round_up
@@ -24,17 +27,26 @@ if TYPE_CHECKING:
     from memwall.memory import Arena
 
 OWNER = "kv/full"
+E4M3 = "e4m3"
 
 
 def float_dtype(name: str) -> np.dtype:
-    """NumPy's type of `float32`, `float16` or `bfloat16`."""
-    if name == "bfloat16":
+    """NumPy's type of `float32`, `float16`, `bfloat16` or `e4m3`."""
+    if name in ("bfloat16", E4M3):
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else ml_dtypes.float8_e4m3fn)
     if name not in ("float32", "float16"):
-        raise InputError(f"unknown float type {name!r}: must be float32, float16 or bfloat16")
+        raise InputError(f"unknown float type {name!r}: must be float32, float16, bfloat16 or {E4M3}")
     return np.dtype(name)
+
+
+def put_rows(into: np.ndarray, places: np.ndarray, x: np.ndarray) -> None:
+    """Rows of x [n, Hkv, D] float32 go to rows `places` [n] (int64) of `into` [N, Hkv, D]."""
+    if into.dtype.itemsize == 1:
+        store_float8(np.ascontiguousarray(x, np.float32), places, into)
+    else:
+        into[places] = x
 
 
 class GrowingRows:
@@ -137,8 +149,11 @@ class FloatCache(KVCache):
         # the first layer takes room for all: a refusal must come before any layer has changed
         for rows in (*self._keys, *self._values) if layer == 0 else (self._keys[layer], self._values[layer]):
             rows.reserve(end)
-        self._keys[layer].rows(held, end)[:] = k
-        self._values[layer].rows(held, end)[:] = v
+        for rows, x in ((self._keys[layer], k), (self._values[layer], v)):
+            if self._dtype.itemsize == 1:
+                put_rows(rows.rows(held, end), np.arange(len(x)), x)
+            else:
+                rows.rows(held, end)[:] = x
         self._lengths[layer] = end
 
     def attend(

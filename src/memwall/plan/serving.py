@@ -46,7 +46,7 @@ def choose(model: Path, budget: Budget | None, settings: ServingSettings) -> Ser
                 model,
                 budget=budget,
                 weights=settings.weights,
-                kv="float16",
+                kv=settings.kv,
                 context=settings.context_tokens,
                 batch=batch,
                 prompt_tokens=settings.token_budget,

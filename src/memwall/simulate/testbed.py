@@ -284,7 +284,7 @@ class _Pipeline(_Part):
         executor = ModelExecutor(
             self.executor.decoder, cache_shape(self.config), held,
             logit_rows=min(settings.max_sequences, MOST_LOGIT_ROWS),
-            scratch=np.empty(Sampler.scratch_shape(self.config.vocab_size), np.float32),
+            scratch=np.empty(Sampler.scratch_shape(self.config.vocab_size), np.float32), kv=settings.kv,
         )  # fmt: skip
         engine = Engine(
             FirstComeFirstServed(), executor, held, limits=settings.limits, context_tokens=self.serving.context_tokens

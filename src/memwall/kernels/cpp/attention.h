@@ -11,7 +11,7 @@
 
 namespace mw {
 
-enum class Real : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+enum class Real : int { float32 = 0, float16 = 1, bfloat16 = 2, float8 = 3 };  // float8: e4m3 without infinities
 
 // Rows of exact numbers [token][kv head][key_dim or head_dim]; row 0 is the first token after the coded part. Rows of several layers may
 // lie in turn (`stride`), or pages of 2^page_shift rows anywhere in `data` (`table`: the page that holds tokens p * 2^page_shift on).

@@ -72,7 +72,8 @@ template <typename Body>
 inline void with_rows(const Rows& rows, const Attention& a, int dim, Body&& body) {
   if (rows.type == Real::float32) with_view<float>(rows, a, dim, body);
   else if (rows.type == Real::float16) with_view<f16>(rows, a, dim, body);
-  else with_view<bf16>(rows, a, dim, body);
+  else if (rows.type == Real::bfloat16) with_view<bf16>(rows, a, dim, body);
+  else with_view<f8>(rows, a, dim, body);
 }
 
 // ---- decoding ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ using f16 = std::uint16_t;
 struct bf16 {
   std::uint16_t bits;
 };
+struct f8 {  // e4m3, bias 7: no infinities, 0x7f and 0xff are no numbers
+  std::uint8_t bits;
+};
 
 static inline float half_to_float(std::uint16_t h) {
 #if defined(__F16C__)
@@ -75,6 +78,13 @@ static inline float to_float(bf16 x) {
   return value;
 }
 
+static inline float to_float(f8 x) {
+  const std::uint32_t magnitude = x.bits & 0x7fu;
+  // three bits of fraction at half precision's place: the exponent's bias is 15 there
+  const float value = half_to_float(static_cast<std::uint16_t>(magnitude << 7)) * 256.0f;
+  return magnitude == 0x7fu ? __builtin_nanf("") : (x.bits & 0x80u) != 0 ? -value : value;
+}
+
 #if defined(__AVX512F__)
 
 constexpr int W = 16;
@@ -86,6 +96,13 @@ static inline vf vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256
 static inline vf vload(const bf16* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+static inline vf vload(const f8* p) {  // as to_float: the sign comes twice, and goes once
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))), _mm_set1_epi8(-1));
+  return _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(__builtin_nanf("")));
 }
 static inline void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
 static inline vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
@@ -133,6 +150,13 @@ static inline vf vload(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(re
 static inline vf vload(const bf16* p) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+static inline vf vload(const f8* p) {  // as to_float: the sign comes twice, and goes once
+  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(static_cast<short>(0xbfff)));
+  const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+  const __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(words, _mm_set1_epi16(static_cast<short>(0xff80))), _mm_set1_epi16(-1));
+  return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_cvtepi16_epi32(nan)));
 }
 static inline void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
 static inline vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
@@ -207,6 +231,7 @@ static inline vf vload(const bf16* p) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+static inline vf vload(const f8* p) { return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 static inline void vstore(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 static inline vf vadd(vf a, vf b) { return a + b; }
 static inline vf vsub(vf a, vf b) { return a - b; }

@@ -44,7 +44,8 @@ mw::Rows rows_of(const Array& array, const char* name) {
   else if (array.dtype().code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16)
     rows.type = mw::Real::float16;
   else if (array.dtype() == nb::dtype<std::uint16_t>()) rows.type = mw::Real::bfloat16;
-  else require(false, std::string(name) + " must be float32, float16, or bfloat16 seen as uint16");
+  else if (array.dtype() == nb::dtype<std::uint8_t>()) rows.type = mw::Real::float8;
+  else require(false, std::string(name) + " must be float32, float16, bfloat16 seen as uint16, or float8_e4m3fn seen as uint8");
   return rows;
 }
 

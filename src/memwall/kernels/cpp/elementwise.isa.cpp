@@ -49,9 +49,33 @@ void swiglu(const float* gate, const float* up, std::int64_t count, float* out) 
   for (std::int64_t j = i; j < count; ++j) out[j] = rest[0][j - i];
 }
 
+typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
+
+MW_INLINE Bytes float8_of(Vf x) {
+  const Vi magnitude = (Vi)x & 0x7fffffff, sign = ((Vi)x >> 24) & 0x80;
+  const Vi kept = magnitude < 0x43e00000 ? magnitude : splat(std::int32_t{0x43e00000});  // 448
+  // 20 of 23 bits of fraction go; the exponent's bias falls from 127 to 7
+  const Vi normal = ((kept + 0x7ffff + ((kept >> 20) & 1)) >> 20) - (120 << 3);
+  // below 2^-6 the adder rounds: at 2^14 a unit in the last place is 2^-9
+  const Vi small = (Vi)((Vf)kept + 16384.0f) - 0x46800000;
+  Vi code = kept < 0x3c800000 ? small : normal;
+  code = magnitude > 0x7f800000 ? splat(std::int32_t{0x7f}) : code;
+  return __builtin_convertvector(code | sign, Bytes);
+}
+
+void to_float8(const float* x, std::int64_t count, std::uint8_t* out) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(out + i, float8_of(load<Vf>(x + i)));
+  if (i == count) return;
+  float rest[kWidth] = {};
+  for (std::int64_t j = i; j < count; ++j) rest[j - i] = x[j];
+  const Bytes codes = float8_of(load<Vf>(rest));
+  for (std::int64_t j = i; j < count; ++j) out[j] = codes[j - i];
+}
+
 }  // namespace
 
 extern const ElementwiseKernels elementwise_kernels;
-const ElementwiseKernels elementwise_kernels = {rms_norm, rope, swiglu};
+const ElementwiseKernels elementwise_kernels = {rms_norm, rope, swiglu, to_float8};
 
 }  // namespace mw::MW_ISA
