@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from memwall import kernels
 from memwall.kernels import attention, attention_reference
 
 TYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "int8": np.dtype(np.int8),
 }
 # T, S, H, Hkv, D, window
 SIZES = [
@@ -39,6 +40,15 @@ def rows(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
 
 
+def stored(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [n, Hkv, D] as a cache keeps them, and the numbers that they are then."""
+    if dtype != "int8":
+        kept = x.astype(TYPES[dtype])
+        return kept, kept.astype(np.float32)
+    rows = kernels.store_int8(x, np.arange(len(x)), np.empty((*x.shape[:2], x.shape[2] + 2), np.int8))
+    return rows, kernels.int8_rows(rows)
+
+
 def expected(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, **settings: float | int | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -52,11 +62,11 @@ def test_float(isa: str, threads: int, dtype: str, size: tuple) -> None:
     num_queries, num_keys, heads, kv_heads, dim, window = size
     rng = np.random.default_rng(0)
     q = 3 * rows(rng, num_queries, heads, dim)
-    k, v = (rows(rng, num_keys, kv_heads, dim).astype(TYPES[dtype]) for _ in range(2))
+    (k, plain_k), (v, plain_v) = (stored(rows(rng, num_keys, kv_heads, dim), dtype) for _ in range(2))
     out, stats = np.full_like(q, np.nan), np.empty((num_queries, heads, 2), np.float32)
     settings = {"scale": dim**-0.5, "first_position": num_keys - num_queries, "window": window}
     attention.attend_float(q, k, v, **settings, out=out, stats=stats)
-    want, want_stats = expected(q, k, v, **settings)
+    want, want_stats = expected(q, plain_k, plain_v, **settings)
     np.testing.assert_allclose(out, want, atol=2e-5)
     np.testing.assert_allclose(stats, want_stats, rtol=1e-4, atol=1e-5)
 
@@ -218,7 +228,7 @@ def test_rows_that_lie_apart_and_pages_give_the_same_bits(isa: str, num_queries:
     rng = np.random.default_rng(5)
     length, page, layers = 333, 32, 3
     q = rows(rng, num_queries, 6, 40)
-    spread = rows(rng, 2, length, layers, 2, 40).astype(TYPES[dtype])
+    spread = stored(rows(rng, 2 * length * layers, 2, 40), dtype)[0].reshape(2, length, layers, 2, -1)
     settings = {"scale": 0.2, "first_position": length - num_queries, "window": 200}
     table = rng.permutation(20)[: -(-length // page)].astype(np.int32)
     for layer in range(layers):
@@ -227,7 +237,7 @@ def test_rows_that_lie_apart_and_pages_give_the_same_bits(isa: str, num_queries:
         stats = [np.empty((num_queries, 6, 2), np.float32) for _ in range(3)]
         attention.attend_float(q, k.copy(), v.copy(), **settings, out=outs[0], stats=stats[0])
         attention.attend_float(q, k, v, **settings, out=outs[1], stats=stats[1])
-        pools = [np.zeros((20 * page, 2, 40), TYPES[dtype]) for _ in range(2)]
+        pools = [np.zeros((20 * page, *spread.shape[3:]), TYPES[dtype]) for _ in range(2)]
         for index, place in enumerate(table):
             for pool, x in zip(pools, (k, v)):
                 part = x[index * page : (index + 1) * page]

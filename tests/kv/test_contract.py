@@ -18,7 +18,7 @@ SETTINGS = (
     "float32",
     "float16",
     "bfloat16",
-    "e4m3",
+    "int8",
     "kivi",
     "kivi(bits=3,group=16,residual=0)",
     "kivi(8bit,exact=bfloat16)",

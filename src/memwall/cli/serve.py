@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
-PAGED = {"auto": "float16", "float32": "float32", "float16": "float16", "e4m3": "e4m3"}
+PAGED = {"auto": "float16", "float32": "float32", "float16": "float16", "int8": "int8"}
 PagedKV = Annotated[
     str,
     typer.Option(
         "--kv",
-        help="Keys and values in pages: float16 (the same as auto), float32, or e4m3, 8 bits for twice the tokens.",
+        help="Keys and values in pages: float16 (the same as auto), float32, or int8 for about twice the tokens.",
     ),
 ]
 

@@ -1,13 +1,13 @@
 """The executor with a model: one step's tokens of all sequences go through each matrix together.
 
-Keys and values are floats of 32, 16 or 8 bits in pages of the pool: one page holds `page_tokens` tokens of all layers,
+Keys and values are floats or int8 rows in pages of the pool: one page holds `page_tokens` tokens of all layers,
 so that moving, sharing or swapping a page is one copy. Native attention finds tokens through page tables
 (`attend_paged`): the cost over rows that lie in a line is a table look-up every 16 tokens, and in return any page can
 be anywhere, which sharing and a moving budget need; ranges of address space per sequence (`kv/vattention.py`) keep
 plain rows but share and move only blocks of megabytes. All decoding sequences of a step are attended in one parallel
 region, and so are all those that go on from shared prefixes, which are read once for all of them.
 
-Layout of a page: [layer][keys, values][page_tokens][Hkv][D].
+Layout of a page: [layer][keys, values][page_tokens][Hkv][D], in int8 with two bytes of scale behind each head.
 
 Numbers: attention and packed weights give a sequence the same bits whatever else is in its batch; dense float weights
 are summed in an order that depends on how many tokens are multiplied at once, so their last bits may differ.
@@ -30,22 +30,22 @@ from memwall.engine.sequence import TokenLogprobs
 from memwall.kernels.attention import attend_paged, attend_paged_sequences, attend_shared
 from memwall.kernels.lora import LoraBatch, LoraRoom, PagedLora
 from memwall.kv import CacheShape
-from memwall.kv.float_store import float_dtype, put_rows
+from memwall.kv.float_store import put_rows, row_bytes, row_form
 from memwall.memory import PagePool
 from memwall.models.decoder import Decoder
 
-PAGED = ("float32", "float16", "e4m3")
+PAGED = ("float32", "float16", "int8")
 """What pages may hold, by the names of `memwall.kv`."""
 
 
 def page_bytes(shape: CacheShape, page_tokens: int, kv: str = "float16") -> int:
     """Bytes of one page: `page_tokens` tokens of all layers, stored as `kv` says."""
-    return 2 * shape.num_layers * page_tokens * shape.row_values * float_dtype(kv).itemsize
+    return 2 * shape.num_layers * page_tokens * row_bytes(kv, shape)
 
 
 def lora_room(shape: CacheShape, page_tokens: int, kv: str = "float16") -> LoraRoom:
     """How adapters lie in these pages: a unit is as long as one token's keys, or values, of a layer."""
-    unit_bytes = shape.row_values * float_dtype(kv).itemsize
+    unit_bytes = row_bytes(kv, shape) // 4 * 4  # of whole float32 numbers
     return LoraRoom(num_layers=shape.num_layers, unit_bytes=unit_bytes, units_per_block=2 * page_tokens)
 
 
@@ -81,7 +81,7 @@ class BatchCache:
         self.shape = shape
         self.pool = pool
         self.page_tokens = page_tokens
-        self._dtype = float_dtype(kv)
+        self._dtype, self._width = row_form(kv, shape.head_dim)
         self._committed = -1
         self._views: list[tuple[np.ndarray, np.ndarray]] = []
         self._segments: list[_Segment] = []
@@ -125,8 +125,8 @@ class BatchCache:
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         """Keys and values [B, Hkv, D] of all rows go to their pages."""
         keys, values = self._views[layer]
-        put_rows(keys, self._rows, k)
-        put_rows(values, self._rows, v)
+        put_rows(keys, k, self._rows)
+        put_rows(values, v, self._rows)
         self._at = 0
 
     def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -181,7 +181,7 @@ class BatchCache:
         if self.pool.committed_bytes == self._committed:
             return
         self._committed = self.pool.committed_bytes
-        rows = self.pool.array((self.shape.num_kv_heads, self.shape.head_dim), self._dtype)
+        rows = self.pool.array((self.shape.num_kv_heads, self._width), self._dtype)
         planes = 2 * self.shape.num_layers
         held = len(rows) - (planes - 1) * self.page_tokens
         starts = [plane * self.page_tokens for plane in range(planes)]

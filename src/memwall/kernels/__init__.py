@@ -15,7 +15,7 @@ from memwall.kernels.attention import (
     merge_partials,
     predict_attention_scratch_bytes,
 )
-from memwall.kernels.elementwise import rms_norm, rope, store_float8, swiglu
+from memwall.kernels.elementwise import int8_rows, rms_norm, rope, store_int8, swiglu
 from memwall.kernels.encode import encode
 from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, roundings, scratch_bytes
 
@@ -30,6 +30,7 @@ __all__ = [
     "encode",
     "force_isa",
     "gather_rows",
+    "int8_rows",
     "isa",
     "linear",
     "matrix",
@@ -42,6 +43,6 @@ __all__ = [
     "roundings",
     "scratch_bytes",
     "set_num_threads",
-    "store_float8",
+    "store_int8",
     "swiglu",
 ]

@@ -2,7 +2,8 @@
 
 Shapes: T query tokens, H query heads, Hkv key-value heads (a divisor of H), D numbers a head, S cached tokens. Keys,
 and queries with them, may be narrower than values: Dk numbers a head, any width. Queries and what comes out are
-float32; rows of a cache may be float32, float16, bfloat16 or float8_e4m3fn.
+float32; rows of a cache may be float32, float16 or bfloat16, and, but for heads of different lengths and beside coded
+tokens, int8 of `elementwise.store_int8`, whose heads are two bytes longer than D.
 Query i sits at position `first_position + i`, cached token j at `key_start + j`; a query sees the keys at or before its
 own position and, with a window, the last `window` of them. `stats[T, H, 2]` receives the largest logit and the sum of
 exponentials relative to it: what `merge_partials` needs to join attentions over pieces of a cache that are held apart.
@@ -265,9 +266,7 @@ def kivi_decode_values(blocks: np.ndarray, first: int, out: np.ndarray, *, bits:
 
 
 def _plain(rows: np.ndarray) -> np.ndarray:
-    """bfloat16 and float8_e4m3fn are unknown to NumPy itself: their bits travel as uint16 and uint8."""
+    """bfloat16 is unknown to NumPy itself: its bits travel as uint16."""
     if rows.dtype.kind != "V":  # a name costs microseconds, this nothing
         return rows
-    if rows.dtype.name == "float8_e4m3fn":
-        return rows.view(np.uint8)
     return rows.view(np.uint16) if rows.dtype.name == "bfloat16" else rows

@@ -1,13 +1,12 @@
-"""Operations between the products: normalization, rotary embedding, gated activation, 8-bit floats. NumPy arrays."""
+"""Operations between the products: normalization, rotary embedding, gated activation, 8-bit rows. NumPy arrays."""
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 
 from memwall import _native
 
-__all__ = ["rms_norm", "rope", "store_float8", "swiglu"]
+__all__ = ["int8_rows", "rms_norm", "rope", "store_int8", "swiglu"]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> np.ndarray:
@@ -32,13 +31,19 @@ def swiglu(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def store_float8(x: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Rows of x [n, ...] float32 go to rows `places` [n] (int64) of out [N, ...] float8_e4m3fn. Returns `out`.
+def store_int8(x: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Rows of x [n, H, D] float32 go to rows `places` [n] (int64) of out [N, H, D + 2] int8. Returns `out`.
 
-    To the nearest number, ties to even. What lies beyond 448, infinities included, becomes 448, as caches of other
-    engines do it (a cast of NumPy's would make it no number); what is no number stays none.
+    A head's D codes are x over its scale, to nearest, ties to even, -127 to 127; the two bytes behind them are the
+    scale, max |x| / 127 rounded up to half precision, so that no number is off by more than half of it. A head with
+    infinities, or whose scale half precision does not hold, has no finite scale and reads as no numbers.
     """
-    if out.dtype != ml_dtypes.float8_e4m3fn:
-        raise TypeError(f"out must be float8_e4m3fn, not {out.dtype}")
-    _native.store_float8(x.reshape(len(x), -1), places, out.reshape(len(out), -1).view(np.uint8))
+    _native.store_int8(x, places, out)
     return out
+
+
+def int8_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows [n, H, D + 2] of `store_int8` as float32 [n, H, D]."""
+    scales = np.ascontiguousarray(rows[..., -2:]).view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # no finite scale: no numbers
+        return np.multiply(rows[..., :-2], scales, dtype=np.float32)

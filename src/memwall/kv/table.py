@@ -23,7 +23,7 @@ POLICIES = {
     "float32": "memwall.kv.float_store:FloatCache",
     "float16": "memwall.kv.float_store:FloatCache",
     "bfloat16": "memwall.kv.float_store:FloatCache",
-    "e4m3": "memwall.kv.float_store:FloatCache",
+    "int8": "memwall.kv.float_store:FloatCache",
     "kivi": "memwall.kv.kivi:KiviCache",
     "bfp": "memwall.kv.bfp_outlier_reorder:BfpCache",
     "snapkv": "memwall.kv.snapkv:SnapCache",

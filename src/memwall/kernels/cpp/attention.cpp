@@ -18,7 +18,7 @@ namespace {
 constexpr std::int64_t kBytesPerMicrosecond = 10000;  // a core reads about this much; waking a thread costs a few microseconds
 constexpr std::int64_t kInlineMicroseconds = 20;
 
-std::size_t bytes_of(Real type) { return type == Real::float32 ? 4 : type == Real::float8 ? 1 : 2; }
+std::size_t bytes_of(Real type) { return type == Real::float32 ? 4 : type == Real::int8 ? 1 : 2; }
 
 // bytes that one query reads between two token numbers
 std::int64_t traffic(const Attention& a, std::int64_t begin, std::int64_t end) {

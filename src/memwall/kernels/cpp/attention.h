@@ -11,10 +11,13 @@
 
 namespace mw {
 
-enum class Real : int { float32 = 0, float16 = 1, bfloat16 = 2, float8 = 3 };  // float8: e4m3 without infinities
+enum class Real : int { float32 = 0, float16 = 1, bfloat16 = 2, int8 = 3 };
 
 // Rows of exact numbers [token][kv head][key_dim or head_dim]; row 0 is the first token after the coded part. Rows of several layers may
 // lie in turn (`stride`), or pages of 2^page_shift rows anywhere in `data` (`table`: the page that holds tokens p * 2^page_shift on).
+// int8: behind the codes of each head its scale in half precision, kScaleBytes; all strides count bytes.
+constexpr int kScaleBytes = 2;
+
 struct Rows {
   const void* data = nullptr;
   Real type = Real::float32;

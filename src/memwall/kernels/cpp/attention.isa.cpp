@@ -36,7 +36,8 @@ struct View {
   const T* data;
   std::int64_t stride;  // between tokens
   int dim;
-  const T* row(std::int64_t token, int kv_head) const { return data + token * stride + static_cast<std::int64_t>(kv_head) * dim; }
+  int width() const { return dim + kBehind<T>; }  // between heads
+  const T* row(std::int64_t token, int kv_head) const { return data + token * stride + static_cast<std::int64_t>(kv_head) * width(); }
   const T* ahead(std::int64_t token) const { return row(token, 0); }  // to be fetched only: may lie past the end
   int run(std::int64_t, int count) const { return count; }            // rows from here on that follow each other in memory
 };
@@ -53,7 +54,8 @@ struct PagedView {
   std::int64_t place(std::int64_t token) const {
     return (static_cast<std::int64_t>(table[token >> shift]) << shift) + (token & ((std::int64_t{1} << shift) - 1));
   }
-  const T* row(std::int64_t token, int kv_head) const { return data + place(token) * stride + static_cast<std::int64_t>(kv_head) * dim; }
+  int width() const { return dim + kBehind<T>; }
+  const T* row(std::int64_t token, int kv_head) const { return data + place(token) * stride + static_cast<std::int64_t>(kv_head) * width(); }
   const T* ahead(std::int64_t token) const { return row(smaller(token, last), 0); }
   int run(std::int64_t token, int count) const {
     return static_cast<int>(smaller<std::int64_t, std::int64_t>(count, (std::int64_t{1} << shift) - (token & ((std::int64_t{1} << shift) - 1))));
@@ -63,7 +65,7 @@ struct PagedView {
 template <typename T, typename Body>
 inline void with_view(const Rows& rows, const Attention& a, int dim, Body&& body) {
   const T* data = static_cast<const T*>(rows.data);
-  const std::int64_t stride = rows.stride ? rows.stride : static_cast<std::int64_t>(a.num_kv_heads) * dim;
+  const std::int64_t stride = rows.stride ? rows.stride : static_cast<std::int64_t>(a.num_kv_heads) * (dim + kBehind<T>);
   if (rows.table == nullptr) body(View<T>{data, stride, dim});
   else body(PagedView<T>{data, stride, dim, rows.table, rows.page_shift, a.length - 1});
 }
@@ -73,7 +75,7 @@ inline void with_rows(const Rows& rows, const Attention& a, int dim, Body&& body
   if (rows.type == Real::float32) with_view<float>(rows, a, dim, body);
   else if (rows.type == Real::float16) with_view<f16>(rows, a, dim, body);
   else if (rows.type == Real::bfloat16) with_view<bf16>(rows, a, dim, body);
-  else with_view<f8>(rows, a, dim, body);
+  else with_view<i8>(rows, a, dim, body);
 }
 
 // ---- decoding ----------------------------------------------------------------------------------------------------------
@@ -115,13 +117,18 @@ inline void dot_tile(const T* const k[4], const float* q, const float* tails, in
     step(key, q + d, padded);
   }
   for (int r = 0; r < R; ++r) store_sums4(scores + r * kStep, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+  if constexpr (kScaled<T>) {
+    const float scales[4] = {scale_of(k[0], dim), scale_of(k[1], dim), scale_of(k[2], dim), scale_of(k[3], dim)};
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < 4; ++t) scores[r * kStep + t] *= scales[t];
+  }
 }
 
 template <template <typename> class V, typename T>
 void exact_scores(const Attention& a, const V<T>& keys, const float* q, const float* tails, std::int64_t first, int count,
                   float* scores) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_key();
-  const std::int64_t row_bytes = static_cast<std::int64_t>(a.key_dim) * sizeof(T);
+  const std::int64_t row_bytes = static_cast<std::int64_t>(keys.width()) * sizeof(T);
   const auto tails_of = [&](int head) { return tails == nullptr ? tails : tails + head * W; };
   for (int t = 0; t < count; t += 4) {
     const T *rows[4], *next[4];
@@ -132,8 +139,8 @@ void exact_scores(const Attention& a, const V<T>& keys, const float* q, const fl
     for (int h = 0; h < a.num_kv_heads; ++h) {
       const T* k[4];
       for (int i = 0; i < 4; ++i) {
-        k[i] = rows[i] + static_cast<std::int64_t>(h) * a.key_dim;
-        const char* ahead = reinterpret_cast<const char*>(next[i] + static_cast<std::int64_t>(h) * a.key_dim);
+        k[i] = rows[i] + static_cast<std::int64_t>(h) * keys.width();
+        const char* ahead = reinterpret_cast<const char*>(next[i] + static_cast<std::int64_t>(h) * keys.width());
         for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
       int r = 0;
@@ -167,6 +174,14 @@ inline void sum_tile(const T* v, std::int64_t stride, int count, const float* p,
 template <int R, typename T>
 inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p, float* out, int dim, int padded) {
   int d = 0;
+  alignas(64) float weights[kScaled<T> ? R * kStep : 1];
+  if constexpr (kScaled<T>) {  // the scale of a row goes to its weights
+    alignas(64) float scales[kWindow];
+    for (int t = 0; t < round_up(count, W); ++t) scales[t] = t < count ? scale_of(v + t * stride, dim) : 0.0f;
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < count; t += W) vstore(weights + r * kStep + t, vmul(vload(p + r * kStep + t), vload(scales + t)));
+    p = weights;
+  }
   for (; d + 4 * W <= dim; d += 4 * W) sum_tile<R, 4>(v + d, stride, count, p, out + d, padded);
   for (; d + W <= dim; d += W) sum_tile<R, 1>(v + d, stride, count, p, out + d, padded);
   for (; d < dim; ++d)
@@ -177,14 +192,14 @@ inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p,
 template <template <typename> class V, typename T>
 void exact_values(const Attention& a, const V<T>& values, const float* p, std::int64_t first, int count, float* out) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
-  const std::int64_t row_bytes = static_cast<std::int64_t>(a.head_dim) * sizeof(T);
+  const std::int64_t row_bytes = static_cast<std::int64_t>(values.width()) * sizeof(T);
   for (int t = 0, n = 0; t < count; t += n) {
     n = values.run(first + t, smaller(kWindow, count - t));
     const T *row = values.row(first + t, 0), *next = values.ahead(first + t + kWindow);
     for (int h = 0; h < a.num_kv_heads; ++h) {
-      const T* v = row + static_cast<std::int64_t>(h) * a.head_dim;
+      const T* v = row + static_cast<std::int64_t>(h) * values.width();
       for (int i = 0; i < n; ++i) {
-        const char* ahead = reinterpret_cast<const char*>(next + i * values.stride + static_cast<std::int64_t>(h) * a.head_dim);
+        const char* ahead = reinterpret_cast<const char*>(next + i * values.stride + static_cast<std::int64_t>(h) * values.width());
         for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
       int r = 0;
@@ -312,8 +327,9 @@ void exact_tile(const V<T>& rows, int kv_head, std::int64_t first, int count, fl
     const T* row = rows.row(first + t, kv_head);
     float* to = tile + t * padded;
     int d = 0;
-    for (; d + W <= rows.dim; d += W) vstore(to + d, vload(row + d));
-    for (; d < padded; ++d) to[d] = d < rows.dim ? to_float(row[d]) : 0.0f;
+    const float scale = scale_of(row, rows.dim);
+    for (; d + W <= rows.dim; d += W) vstore(to + d, kScaled<T> ? vmul(vload(row + d), vset(scale)) : vload(row + d));
+    for (; d < padded; ++d) to[d] = d < rows.dim ? scale * to_float(row[d]) : 0.0f;
   }
 }
 

@@ -2,17 +2,8 @@
 #pragma once
 
 #include "attention.h"
-#include "attention_simd.h"
 
 namespace mw::MW_ISA {
-
-// one number of rows that lie without gaps
-static inline float at(const Rows& rows, std::int64_t i) {
-  if (rows.type == Real::float32) return static_cast<const float*>(rows.data)[i];
-  if (rows.type == Real::float16) return half_to_float(static_cast<const f16*>(rows.data)[i]);
-  if (rows.type == Real::bfloat16) return to_float(static_cast<const bf16*>(rows.data)[i]);
-  return to_float(static_cast<const f8*>(rows.data)[i]);
-}
 
 // scores[head * kStep + token - begin] = q . k for coded tokens [begin, end), both multiples of the group
 void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, float* scores, float* scratch);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 // the compiler's own headers leave the pass-through operand of unmasked operations undefined, and it warns about that
@@ -20,8 +21,8 @@ using f16 = std::uint16_t;
 struct bf16 {
   std::uint16_t bits;
 };
-struct f8 {  // e4m3, bias 7: no infinities, 0x7f and 0xff are no numbers
-  std::uint8_t bits;
+struct i8 {  // a code; times its row's scale it is a number
+  std::int8_t code;
 };
 
 static inline float half_to_float(std::uint16_t h) {
@@ -78,12 +79,7 @@ static inline float to_float(bf16 x) {
   return value;
 }
 
-static inline float to_float(f8 x) {
-  const std::uint32_t magnitude = x.bits & 0x7fu;
-  // three bits of fraction at half precision's place: the exponent's bias is 15 there
-  const float value = half_to_float(static_cast<std::uint16_t>(magnitude << 7)) * 256.0f;
-  return magnitude == 0x7fu ? __builtin_nanf("") : (x.bits & 0x80u) != 0 ? -value : value;
-}
+static inline float to_float(i8 x) { return x.code; }
 
 #if defined(__AVX512F__)
 
@@ -97,12 +93,8 @@ static inline vf vload(const bf16* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
-static inline vf vload(const f8* p) {  // as to_float: the sign comes twice, and goes once
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
-  const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
-  const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))), _mm_set1_epi8(-1));
-  return _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(__builtin_nanf("")));
+static inline vf vload(const i8* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 static inline void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
 static inline vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
@@ -151,12 +143,8 @@ static inline vf vload(const bf16* p) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
-static inline vf vload(const f8* p) {  // as to_float: the sign comes twice, and goes once
-  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m128i half = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(static_cast<short>(0xbfff)));
-  const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
-  const __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(words, _mm_set1_epi16(static_cast<short>(0xff80))), _mm_set1_epi16(-1));
-  return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_cvtepi16_epi32(nan)));
+static inline vf vload(const i8* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 static inline void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
 static inline vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
@@ -231,7 +219,7 @@ static inline vf vload(const bf16* p) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-static inline vf vload(const f8* p) { return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+static inline vf vload(const i8* p) { return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 static inline void vstore(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 static inline vf vadd(vf a, vf b) { return a + b; }
 static inline vf vsub(vf a, vf b) { return a - b; }
@@ -268,6 +256,22 @@ static inline vi iload(const std::uint16_t* p) { return load_words(p); }
 static inline vi ishift(vi a, int n) { return a >> static_cast<std::uint32_t>(n); }
 
 #endif
+
+// What stands behind the numbers of a head's row: for codes their scale, in half precision.
+template <typename T>
+constexpr bool kScaled = std::is_same_v<T, i8>;
+template <typename T>
+constexpr int kBehind = kScaled<T> ? 2 : 0;
+template <typename T>
+static inline float scale_of(const T* row, int dim) {
+  if constexpr (kScaled<T>) {
+    std::uint16_t half;
+    std::memcpy(&half, row + dim, sizeof half);
+    return half_to_float(half);
+  } else {
+    return 1.0f;
+  }
+}
 
 // First n (< W) numbers of a row, zeros behind.
 template <typename T>

@@ -56,6 +56,12 @@ static inline vf steps_at(const std::uint8_t* exponents) {
 
 // ---- numbers to blocks -------------------------------------------------------------------------------------------------
 
+inline float at(const Rows& rows, std::int64_t i) {
+  if (rows.type == Real::float32) return static_cast<const float*>(rows.data)[i];
+  if (rows.type == Real::float16) return half_to_float(static_cast<const f16*>(rows.data)[i]);
+  return to_float(static_cast<const bf16*>(rows.data)[i]);
+}
+
 // The exponent of a block whose largest magnitude is `top`; -128 for a block of zeros. Below 2^-100 all is zero.
 inline int exponent_of(float top, int bits, BfpTop rule) {
   if (!(top >= 7.9e-31f)) return -128;

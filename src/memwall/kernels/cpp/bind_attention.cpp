@@ -13,7 +13,7 @@ mw::KiviForm form_of(int bits, int group, std::size_t head_dim) {
 
 void attend_float(const Float3& q, const Spread& k, const Spread& v, const Out3& out, float scale, std::int64_t first_position,
                   std::optional<std::int64_t> window, std::int64_t key_start, std::optional<Out3> stats) {
-  mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start);
+  mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start, true);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of tokens");
   a.length = static_cast<std::int64_t>(k.shape(0));
   nb::gil_scoped_release release;
@@ -23,7 +23,7 @@ void attend_float(const Float3& q, const Spread& k, const Spread& v, const Out3&
 // queries at any ascending positions, over keys that start at position 0
 void attend_scattered(const Float3& q, const Spread& k, const Spread& v, const Offsets& positions, const Out3& out, float scale,
                       std::optional<std::int64_t> window, std::optional<Out3> stats) {
-  mw::Attention a = prepare(q, k, v, out, stats, scale, 0, window, 0);
+  mw::Attention a = prepare(q, k, v, out, stats, scale, 0, window, 0, true);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of tokens");
   require(positions.size() == q.shape(0), "one position for each query");
   for (std::size_t i = 0; i < positions.size(); ++i)
@@ -37,7 +37,7 @@ void attend_scattered(const Float3& q, const Spread& k, const Spread& v, const O
 void attend_paged(const Float3& q, const Cache& k, const Cache& v, const Table& table, int page_tokens, std::int64_t length,
                   const Out3& out, float scale, std::int64_t first_position, std::optional<std::int64_t> window,
                   std::optional<Out3> stats) {
-  mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, 0);
+  mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, 0, true);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
   require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
   const std::int64_t pages = (length + page_tokens - 1) / page_tokens, held = static_cast<std::int64_t>(k.shape(0)) / page_tokens;
@@ -56,7 +56,7 @@ void attend_paged(const Float3& q, const Cache& k, const Cache& v, const Table& 
 // the same for one query of each of several sequences, which is its last token: row i of `tables` finds the pages of sequence i
 void attend_paged_sequences(const Float3& q, const Cache& k, const Cache& v, const Tables& tables, const Offsets& lengths,
                             int page_tokens, const Out3& out, float scale, std::optional<std::int64_t> window) {
-  const mw::Attention shared = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0);
+  const mw::Attention shared = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0, true);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
   require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
   const std::size_t count = q.shape(0);
@@ -84,7 +84,7 @@ void attend_paged_sequences(const Float3& q, const Cache& k, const Cache& v, con
 // own, prefixes: rows of (row, count, place of the table in `tables`, length, query_key); see attention.h
 void attend_shared(const Float3& q, const Cache& k, const Cache& v, const Table& tables, const Pieces& own, const Pieces& prefixes,
                    int page_tokens, const Out3& out, float scale, std::optional<std::int64_t> window) {
-  mw::Attention all = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0);
+  mw::Attention all = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0, true);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
   require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
   for (mw::Rows* rows : {&all.keys, &all.values})

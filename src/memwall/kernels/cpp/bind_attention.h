@@ -31,8 +31,18 @@ inline void require(bool holds, const std::string& message) {
   if (!holds) throw nb::value_error(message.c_str());
 }
 
+// rows of codes, whose heads have their scales behind them: bytes of signed numbers
 template <typename Array>
-mw::Rows rows_of(const Array& array, const char* name) {
+bool is_coded(const Array& array) { return array.dtype() == nb::dtype<std::int8_t>(); }
+// numbers of a head in an array [tokens, heads, ...]
+template <typename Array>
+std::size_t dim_of(const Array& array) {
+  const std::size_t behind = is_coded(array) ? mw::kScaleBytes : 0;
+  return array.shape(2) > behind ? array.shape(2) - behind : 0;
+}
+
+template <typename Array>
+mw::Rows rows_of(const Array& array, const char* name, bool codes = false) {
   mw::Rows rows;
   rows.data = array.data();
   const bool heads = array.ndim() == 3;  // rows of one head alone follow each other
@@ -44,20 +54,21 @@ mw::Rows rows_of(const Array& array, const char* name) {
   else if (array.dtype().code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16)
     rows.type = mw::Real::float16;
   else if (array.dtype() == nb::dtype<std::uint16_t>()) rows.type = mw::Real::bfloat16;
-  else if (array.dtype() == nb::dtype<std::uint8_t>()) rows.type = mw::Real::float8;
-  else require(false, std::string(name) + " must be float32, float16, bfloat16 seen as uint16, or float8_e4m3fn seen as uint8");
+  else if (codes && is_coded(array)) rows.type = mw::Real::int8;
+  else require(false, std::string(name) + " must be float32, float16, " + (codes ? "int8 with scales, " : "") + "or bfloat16 seen as uint16");
   return rows;
 }
 
 // the fields that every attention has
 template <typename Array>
 mw::Attention prepare(const Float3& q, const Array& k, const Array& v, const Out3& out, const std::optional<Out3>& stats,
-                      float scale, std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start) {
+                      float scale, std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
+                      bool codes = false) {
   mw::Attention a;
-  const std::size_t tokens = q.shape(0), heads = q.shape(1), key_dim = q.shape(2), dim = v.shape(2), kv_heads = k.shape(1);
+  const std::size_t tokens = q.shape(0), heads = q.shape(1), key_dim = q.shape(2), dim = dim_of(v), kv_heads = k.shape(1);
   require(kv_heads > 0 && heads % kv_heads == 0,
           std::to_string(heads) + " query heads cannot share " + std::to_string(kv_heads) + " key-value heads");
-  require(k.shape(2) == key_dim && v.shape(1) == kv_heads, "k must be [tokens, kv_heads, key_dim] of the same key_dim as q, v [tokens, kv_heads, head_dim]");
+  require(dim_of(k) == key_dim && v.shape(1) == kv_heads, "k must be [tokens, kv_heads, key_dim] of the same key_dim as q, v [tokens, kv_heads, head_dim]");
   require(dim > 0 && dim <= 1024 && key_dim > 0 && key_dim <= 1024, "head_dim and key_dim must be 1 to 1024");
   require(out.shape(0) == tokens && out.shape(1) == heads && out.shape(2) == dim, "out must be [tokens, heads, head_dim] of the head_dim of v");
   if (stats) {
@@ -71,6 +82,6 @@ mw::Attention prepare(const Float3& q, const Array& k, const Array& v, const Out
   a.scale = scale;
   a.query_key = first_position - key_start;
   a.first_key = window ? a.query_key - *window + 1 : -(std::int64_t{1} << 40);
-  a.keys = rows_of(k, "k"), a.values = rows_of(v, "v");
+  a.keys = rows_of(k, "k", codes), a.values = rows_of(v, "v", codes);
   return a;
 }

@@ -37,14 +37,15 @@ mw::Step swiglu(In<2> gate, In<2> up, Out<2> out) {
   return [=] { mw::swiglu(gate.data(), up.data(), static_cast<std::int64_t>(gate.shape(0) * gate.shape(1)), out.data()); };
 }
 
-void store_float8(In<2> x, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> places,
-                  nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) {
-  require(x.shape(1) == out.shape(1), "store_float8: rows of x and out must be of one width");
-  require(places.shape(0) == x.shape(0), "store_float8: every row of x needs a place");
+void store_int8(In<3> x, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> places,
+                nb::ndarray<std::int8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> out) {
+  require(x.shape(1) == out.shape(1) && x.shape(2) + 2 == out.shape(2), "store_int8: out must have the heads of x, each two bytes longer");
+  require(places.shape(0) == x.shape(0), "store_int8: every row of x needs a place");
   for (std::size_t i = 0; i < places.shape(0); ++i)
-    require(places.data()[i] >= 0 && places.data()[i] < static_cast<std::int64_t>(out.shape(0)), "store_float8: a place lies outside out");
+    require(places.data()[i] >= 0 && places.data()[i] < static_cast<std::int64_t>(out.shape(0)), "store_int8: a place lies outside out");
   nb::gil_scoped_release free;
-  mw::store_float8(x.data(), places.data(), static_cast<std::int64_t>(x.shape(0)), static_cast<std::int64_t>(x.shape(1)), out.data());
+  const auto size = [&](int axis) { return static_cast<std::int64_t>(x.shape(axis)); };
+  mw::store_int8(x.data(), places.data(), size(0), size(1), size(2), out.data());
 }
 
 }  // namespace
@@ -52,6 +53,6 @@ void store_float8(In<2> x, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_co
 void bind_elementwise(nb::module_& m, nb::class_<Program>& program) {
   bind_step(m, program, "rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert());
   bind_step(m, program, "rope", &rope, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert());
-  m.def("store_float8", &store_float8, "x"_a.noconvert(), "places"_a.noconvert(), "out"_a.noconvert());
+  m.def("store_int8", &store_int8, "x"_a.noconvert(), "places"_a.noconvert(), "out"_a.noconvert());
   bind_step(m, program, "swiglu", &swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert());
 }

@@ -42,11 +42,11 @@ void swiglu(const float* gate, const float* up, std::int64_t count, float* out) 
   });
 }
 
-void store_float8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t width, std::uint8_t* out) {
-  const auto kernel = elementwise_kernels_in_use().to_float8;
-  parallel_for(static_cast<std::size_t>(rows), rows_per_chunk(width), [&](std::size_t begin, std::size_t end, int) {
+void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int8_t* out) {
+  const auto kernel = elementwise_kernels_in_use().to_int8;
+  parallel_for(static_cast<std::size_t>(rows), rows_per_chunk(heads * dim), [&](std::size_t begin, std::size_t end, int) {
     for (auto row = static_cast<std::int64_t>(begin); row < static_cast<std::int64_t>(end); ++row)
-      kernel(x + row * width, width, out + places[row] * width);
+      kernel(x + row * heads * dim, heads, dim, out + places[row] * heads * (dim + 2));
   });
 }
 

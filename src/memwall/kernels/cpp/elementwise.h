@@ -12,15 +12,16 @@ struct ElementwiseKernels {
   void (*rope)(float* x, const float* cos, const float* sin, std::int64_t heads, std::int64_t width, std::int64_t half);
   // out = gate / (1 + exp(-gate)) * up; out may be gate or up
   void (*swiglu)(const float* gate, const float* up, std::int64_t count, float* out);
-  // to e4m3 (bias 7, no infinities): to nearest, ties to even; beyond its range the largest number, 448
-  void (*to_float8)(const float* x, std::int64_t count, std::uint8_t* out);
+  // `heads` rows of `dim` numbers to codes -127 .. 127 with, behind each row, its scale in half precision
+  void (*to_int8)(const float* x, std::int64_t heads, std::int64_t dim, std::int8_t* out);
 };
 
 void rms_norm(const float* x, const float* weight, float eps, std::int64_t rows, std::int64_t width, float* out);
 void rope(float* x, const float* cos, const float* sin, std::int64_t tokens, std::int64_t heads, std::int64_t width,
           std::int64_t half);
 void swiglu(const float* gate, const float* up, std::int64_t count, float* out);
-// row i of x goes to row places[i] of out
-void store_float8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t width, std::uint8_t* out);
+// Row i of x [rows, heads, dim] goes to row places[i] of out [.., heads, dim + 2]; codes are to nearest, ties to even, and a head with
+// infinities or what is no number gets a scale that is none.
+void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int8_t* out);
 
 }  // namespace mw

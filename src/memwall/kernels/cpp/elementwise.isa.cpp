@@ -49,33 +49,41 @@ void swiglu(const float* gate, const float* up, std::int64_t count, float* out) 
   for (std::int64_t j = i; j < count; ++j) out[j] = rest[0][j - i];
 }
 
-typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
+typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
 
-MW_INLINE Bytes float8_of(Vf x) {
-  const Vi magnitude = (Vi)x & 0x7fffffff, sign = ((Vi)x >> 24) & 0x80;
-  const Vi kept = magnitude < 0x43e00000 ? magnitude : splat(std::int32_t{0x43e00000});  // 448
-  // 20 of 23 bits of fraction go; the exponent's bias falls from 127 to 7
-  const Vi normal = ((kept + 0x7ffff + ((kept >> 20) & 1)) >> 20) - (120 << 3);
-  // below 2^-6 the adder rounds: at 2^14 a unit in the last place is 2^-9
-  const Vi small = (Vi)((Vf)kept + 16384.0f) - 0x46800000;
-  Vi code = kept < 0x3c800000 ? small : normal;
-  code = magnitude > 0x7f800000 ? splat(std::int32_t{0x7f}) : code;
-  return __builtin_convertvector(code | sign, Bytes);
-}
-
-void to_float8(const float* x, std::int64_t count, std::uint8_t* out) {
-  std::int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(out + i, float8_of(load<Vf>(x + i)));
-  if (i == count) return;
-  float rest[kWidth] = {};
-  for (std::int64_t j = i; j < count; ++j) rest[j - i] = x[j];
-  const Bytes codes = float8_of(load<Vf>(rest));
-  for (std::int64_t j = i; j < count; ++j) out[j] = codes[j - i];
+void to_int8(const float* x, std::int64_t heads, std::int64_t dim, std::int8_t* out) {
+  for (std::int64_t head = 0; head < heads; ++head, x += dim, out += dim + 2) {
+    const std::int64_t whole = dim / kWidth * kWidth;
+    Vf most{}, zeros{};  // sums of zeros are no number where one of x is none
+    for (std::int64_t i = 0; i < whole; i += kWidth) {
+      most = vmax(most, vabs(load<Vf>(x + i)));
+      zeros += 0.0f * load<Vf>(x + i);
+    }
+    float top = max_of(most), zero = sum_of(zeros);
+    for (std::int64_t i = whole; i < dim; ++i) {
+      top = __builtin_fabsf(x[i]) > top ? __builtin_fabsf(x[i]) : top;
+      zero += 0.0f * x[i];
+    }
+    std::uint16_t half = float_to_half(top / 127.0f + zero);
+    if (127.0f * half_to_float(half) < top && half < 0x7c00) ++half;  // rounded up, so that no code falls short of its number
+    store(out + dim, half);
+    const float scale = half_to_float(half), inverse = scale > 0.0f && scale < __builtin_inff() ? 1.0f / scale : 0.0f;
+    const Vf most_code = splat(127.0f);
+    std::int64_t i = 0;
+    // the division may round a little above 127
+    const auto codes = [&](Vf v) { return __builtin_convertvector(round_to_int(vmin(vmax(v * inverse, -most_code), most_code)), Bytes); };
+    for (; i < whole; i += kWidth) store(out + i, codes(load<Vf>(x + i)));
+    if (i == dim) continue;
+    float rest[kWidth] = {};
+    for (std::int64_t j = i; j < dim; ++j) rest[j - i] = x[j];
+    const Bytes last = codes(load<Vf>(rest));
+    for (std::int64_t j = i; j < dim; ++j) out[j] = last[j - i];
+  }
 }
 
 }  // namespace
 
 extern const ElementwiseKernels elementwise_kernels;
-const ElementwiseKernels elementwise_kernels = {rms_norm, rope, swiglu, to_float8};
+const ElementwiseKernels elementwise_kernels = {rms_norm, rope, swiglu, to_int8};
 
 }  // namespace mw::MW_ISA

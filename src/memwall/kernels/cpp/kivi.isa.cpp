@@ -292,6 +292,12 @@ inline void put(std::uint32_t* plane, int bits, int rows_of_main, int width, int
   high = (high & ~(1u << (index % 32))) | ((code >> 2) << (index % 32));
 }
 
+inline float at(const Rows& rows, std::int64_t i) {
+  if (rows.type == Real::float32) return static_cast<const float*>(rows.data)[i];
+  if (rows.type == Real::float16) return half_to_float(static_cast<const f16*>(rows.data)[i]);
+  return to_float(static_cast<const bf16*>(rows.data)[i]);
+}
+
 }  // namespace
 
 std::size_t kivi_scratch(const Attention& a) {
