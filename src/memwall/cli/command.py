@@ -170,7 +170,7 @@ KV = Annotated[
     str,
     typer.Option(
         "--kv",
-        help="Keys and values: float32, float16, kivi(4bit), snapkv(0.25), think(0.4), joined by +; or auto.",
+        help="Keys and values: float16, int8, kivi(4bit), snapkv(0.25), think(0.4), joined by +; or auto.",
         metavar="POLICY",
         autocompletion=complete_kv,
     ),

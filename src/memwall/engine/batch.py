@@ -81,6 +81,7 @@ class BatchCache:
         self.shape = shape
         self.pool = pool
         self.page_tokens = page_tokens
+        self.kv = kv
         self._dtype, self._width = row_form(kv, shape.head_dim)
         self._committed = -1
         self._views: list[tuple[np.ndarray, np.ndarray]] = []

@@ -85,7 +85,7 @@ class Worker:
         self.pacer = Pacer(order["percent"], order["cores"], whole_threads=order["whole_threads"])
         self.pool = pool
         self.executor = DrawingExecutor(
-            executor, PacedCache(executor.cache.shape, pool, order["page_tokens"], self.pacer)
+            executor, PacedCache(executor.cache, pool, order["page_tokens"], self.pacer)
         )
 
     def serve(self) -> None:
@@ -116,8 +116,8 @@ class Worker:
 class PacedCache(BatchCache):
     """Rests between the parts of a layer, as far as the share asks for it."""
 
-    def __init__(self, shape: Any, pool: PagePool, page_tokens: int, pacer: Pacer) -> None:
-        super().__init__(shape, pool, page_tokens)
+    def __init__(self, like: BatchCache, pool: PagePool, page_tokens: int, pacer: Pacer) -> None:
+        super().__init__(like.shape, pool, page_tokens, like.kv)
         self.pacer = pacer
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:

@@ -27,6 +27,7 @@ from memwall.plan.search import Candidate
 #: one at a time and on top of each other
 CACHES = (
     "float16",
+    "int8",
     "kivi(4bit)",
     "kivi(3bit)",
     "kivi(2bit)",
