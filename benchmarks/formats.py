@@ -28,9 +28,9 @@ MEGABYTE = 1e6
 #: the type of llama.cpp with the nearest number of bits, of the same kind where it has one and its packer can make it
 NEAREST = {
     "bfloat16": "BF16",
-    **dict.fromkeys(("int8", "mxint8", "bfp8", "e4m3", "e5m2", "mxfp8", "posit8"), "Q8_0"),
-    **dict.fromkeys(("int6", "e2m3", "e3m2", "mxfp6"), "Q5_0"),
-    **dict.fromkeys(("int4", "nf4", "nf4-dq", "fp4", "posit4", "bfp4", "bipolar4"), "Q4_0"),
+    **dict.fromkeys(("int8", "int7", "mxint8", "bfp8", "e4m3", "e5m2", "mxfp8", "posit8"), "Q8_0"),
+    **dict.fromkeys(("int6", "int5", "e2m3", "e3m2", "mxfp6"), "Q5_0"),
+    **dict.fromkeys(("int4", "int3", "nf4", "nf4-dq", "fp4", "posit4", "bfp4", "bipolar4"), "Q4_0"),
     **dict.fromkeys(("e2m1", "mxfp4"), "MXFP4"),
     **dict.fromkeys(("int2", "bipolar2", "ternary", "binary2", "binary"), "TQ2_0"),
 }
