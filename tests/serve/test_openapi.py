@@ -49,7 +49,7 @@ def test_no_request_makes_the_server_fail(described: Any, mode: GenerationMode) 
     ("name", "fields"),
     [
         ("Completion", parse.COMPLETION), ("Chat", parse.CHAT), ("Tokenize", parse.TOKENIZE),
-        ("Detokenize", parse.DETOKENIZE),
+        ("Detokenize", parse.DETOKENIZE), ("Embedding", parse.EMBEDDING),
     ],
 )  # fmt: skip
 def test_the_description_has_the_fields_that_the_parser_knows(name: str, fields: tuple[str, ...]) -> None:

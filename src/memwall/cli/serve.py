@@ -70,6 +70,9 @@ def serve(
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too, for autoscalers that look for them.")
     ] = False,
+    pooling: Annotated[
+        str, typer.Option(help="/v1/embeddings: the last token's state, or the mean of all; auto: as the model says.")
+    ] = "auto",
     lora: LoraOption = None,
     lora_dir: LoraFolder = None,
     max_lora_rank: MostRank = 64,
@@ -88,6 +91,8 @@ def serve(
     grow back, and so does POST /v1/budget.
     """
     stored = paged_kv(kv)
+    if pooling not in ("auto", "last", "mean"):
+        raise InputError(f"--pooling {pooling}: choose last, mean or auto")
     try:
         from memwall.serve.app import Server
     except ImportError as error:
@@ -95,10 +100,12 @@ def serve(
     from memwall.models import model_directory
     from memwall.models.chat import ChatTemplate
     from memwall.models.config import checked_directory
+    from memwall.models.pooling import pooling_of
     from memwall.models.tokenizer import Tokenizer
     from memwall.serve.settings import ServerSettings, body_bytes
 
     path = checked_directory(model_directory(model))
+    how: Any = pooling_of(path) if pooling == "auto" else pooling
     budget = parse_budget(memory, None)
     fair = fair_options(scheduler, priorities, priority_updates, adapters=bool(lora or lora_dir))
     loras = read_loras(lora, lora_dir, max_lora_rank, path, name or path.name, quiet=quiet)
@@ -125,6 +132,7 @@ def serve(
         seconds_per_request=max_seconds,
         drain_seconds=drain_seconds,
         lora_folder=lora_dir,
+        pooling=how,
     )
     if not settings.local and api_key is None:
         note(f"memwall: {host} may be reached by others and no --api-key is set", quiet=quiet)

@@ -24,6 +24,7 @@ import numpy as np
 from memwall.engine.adapters import Adapters
 from memwall.engine.executor import Entry, Output
 from memwall.engine.kv_pages import KVPages
+from memwall.engine.pooling import Pooler
 from memwall.engine.sampling import Sampler
 from memwall.engine.sequence import Sequence as EngineSequence
 from memwall.engine.sequence import TokenLogprobs
@@ -251,6 +252,7 @@ class ModelExecutor:
         self._logit_rows = logit_rows
         self._scratch = scratch
         self._samplers: dict[int, Sampler] = {}
+        self._pooler = Pooler()
 
     def run(self, batch: list[Entry]) -> list[Output | None]:
         """See `Executor`."""
@@ -265,7 +267,13 @@ class ModelExecutor:
         hidden = self.decoder.batch(np.array(tokens, np.int64), positions, self.cache)
         lasts = np.cumsum([entry.count for entry in sorted_batch]) - 1
         outputs: list[Output | None] = [None] * len(batch)
-        asking = [place for place, entry in enumerate(sorted_batch) if entry.sample]
+        asking = []
+        for place, (entry, last) in enumerate(zip(sorted_batch, lasts)):
+            if entry.sequence.request.pooling is not None:
+                vector = self._pooler.take(entry, hidden[last + 1 - entry.count : last + 1])
+                outputs[order[place]] = None if vector is None else Output(-1, vector=vector)
+            elif entry.sample:
+                asking.append(place)
         for begin in range(0, len(asking), self._logit_rows):
             some = asking[begin : begin + self._logit_rows]
             logits = self.decoder.logits(np.ascontiguousarray(hidden[lasts[some]]))
@@ -276,6 +284,7 @@ class ModelExecutor:
     def forget(self, sequence: EngineSequence) -> None:
         """See `Executor`."""
         self._samplers.pop(sequence.id, None)
+        self._pooler.forget(sequence.id)
 
     def assign(self, batch: list[Entry]) -> None:
         """Tells which rows of the step belong to which adapter."""

@@ -407,8 +407,8 @@ class Engine:
         if one.first_token is None:
             one.first_token = now
         one.last_token = now
-        if output.token in one.eos and not one.request.sampling.ignore_eos:
-            return replace(self._finish(one, "stop"), logprobs=None)
+        if output.vector is not None or (output.token in one.eos and not one.request.sampling.ignore_eos):
+            return replace(self._finish(one, "stop"), vector=output.vector)
         one.tokens.append(output.token)
         self.totals.made_tokens += 1
         event = Event(id=one.id, token=output.token, logprobs=output.logprobs, cached_tokens=one.cached)

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from memwall.engine.sequence import Sequence, TokenLogprobs
 
 
@@ -21,10 +23,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The token drawn for an entry."""
+    """The token drawn for an entry, or the vector of a text that was to be embedded (the token is none then: -1)."""
 
     token: int
     logprobs: TokenLogprobs | None = None
+    vector: np.ndarray | None = None
 
 
 class Executor(Protocol):

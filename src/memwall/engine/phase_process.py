@@ -84,9 +84,7 @@ class Worker:
         self.connection = connection
         self.pacer = Pacer(order["percent"], order["cores"], whole_threads=order["whole_threads"])
         self.pool = pool
-        self.executor = DrawingExecutor(
-            executor, PacedCache(executor.cache, pool, order["page_tokens"], self.pacer)
-        )
+        self.executor = DrawingExecutor(executor, PacedCache(executor.cache, pool, order["page_tokens"], self.pacer))
 
     def serve(self) -> None:
         """Answers until the other end is gone."""

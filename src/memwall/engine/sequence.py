@@ -6,6 +6,8 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from memwall.engine.base import RequestView
 from memwall.engine.kv_pages import digest_page
 from memwall.engine.sampling import Sampling
@@ -14,6 +16,7 @@ from memwall.errors import InputError
 if TYPE_CHECKING:
     from memwall.engine.stream import Task
 
+Pooling = Literal["last", "mean"]
 Status = Literal["waiting", "running", "held", "swapped", "arriving", "finished"]
 FinishReason = Literal["stop", "length", "cancelled", "aborted", "error"]
 
@@ -28,7 +31,8 @@ class Request:
     for where service is shared fairly. until: a time of the engine's clock after which it is cancelled. members: of a
     prefix, how many requests will go on from it; such a one makes no token. prefix and base: the id of the prefix that
     it goes on from, and after how many tokens (see `shared`). expected_tokens: of prompt and answer together, where
-    somebody can tell; 0 for nobody.
+    somebody can tell; 0 for nobody. pooling: the text is embedded, not gone on with; for `mean` its salt must be its
+    own, as states of beginnings that are found are not there.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +48,7 @@ class Request:
     prefix: int | None = None
     base: int = 0
     expected_tokens: int = 0
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -60,13 +65,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A token that was made for a request, or its end (token None); both at once where a token is the last."""
+    """A token that was made for a request, or its end (token None); both at once where a token is the last. vector:
+    with the end of a text that was embedded, [H] float32.
+    """
 
     id: int
     token: int | None = None
     logprobs: TokenLogprobs | None = None
     finish: FinishReason | None = None
     cached_tokens: int = 0
+    vector: np.ndarray | None = None
 
 
 @dataclass(slots=True, eq=False)

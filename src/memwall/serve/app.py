@@ -21,6 +21,7 @@ from memwall.engine.serving import Serving
 from memwall.errors import DoesNotFit, InputError
 from memwall.models.chat import ChatTemplate
 from memwall.serve.control import Control
+from memwall.serve.embed import Embed
 from memwall.serve.fields import ApiError
 from memwall.serve.generate import Generate
 from memwall.serve.guard import Guard, refuse
@@ -50,7 +51,7 @@ class Server:
         self.service = Service(serving, settings)
         parser = Parser(
             settings, serving.tokenizer, template, context=serving.context_tokens, vocab=serving.config.vocab_size,
-            adapters=serving.adapters,
+            adapters=serving.adapters, width=serving.config.hidden_size if serving.workers is None else 0,
         )  # fmt: skip
         control = Control(self.service, parser, alias=alias_metrics)
         routes = [
@@ -66,6 +67,7 @@ class Server:
             Route("/v1/completions", Generate(self.service, parser, chat=False), methods=["POST"]),
             Route("/v1/chat/completions", Generate(self.service, parser, chat=True), methods=["POST"]),
             Route("/v1/budget", control.budget, methods=["GET", "POST"]),
+            *_embedding_routes(self.service, parser),
             *_lora_routes(self.service),
             Route("/tokenize", control.tokenize, methods=["POST"]),
             Route("/detokenize", control.detokenize, methods=["POST"]),
@@ -163,6 +165,12 @@ class Server:
                 log.warning("the budget stays: %s", error)
 
         self.service.thread.call(move)
+
+
+def _embedding_routes(service: Service, parser: Parser) -> list[Route]:
+    if not parser.width:
+        return []  # phases in processes of their own hand tokens back, nothing else
+    return [Route("/v1/embeddings", Embed(service, parser).embeddings, methods=["POST"])]
 
 
 def _lora_routes(service: Service) -> list[Route]:

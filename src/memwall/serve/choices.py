@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from memwall.engine.sampling import StopWatcher
 from memwall.engine.sequence import Event, TokenLogprobs
 from memwall.models.tokenizer import UNFINISHED, Tokenizer
@@ -26,7 +28,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Choice:
-    """Text of one choice. `tokens` counts those that were made up to its end."""
+    """Text of one choice, or the vector of a text. `tokens` counts those that were made up to its end."""
 
     tokenizer: Tokenizer
     stop: tuple[str, ...]
@@ -39,6 +41,7 @@ class Choice:
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     told_ids: int = 0
+    vector: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self._stream = self.tokenizer.stream()
@@ -52,6 +55,7 @@ class Choice:
         if self.finish is not None:
             return None
         self.cached_tokens = event.cached_tokens
+        self.vector = event.vector
         shown, met = "", False
         told: tuple[tuple[int, TokenLogprobs], ...] = ()
         if event.token is not None:

@@ -97,7 +97,8 @@ class Control:
     async def openapi(self, request: Request) -> Response:
         """The server's description for machines."""
         adapters = self.service.serving.adapters is not None
-        return JSONResponse(document(self.service.settings, vocab=self.parser.vocab, adapters=adapters))
+        parser = self.parser
+        return JSONResponse(document(self.service.settings, vocab=parser.vocab, adapters=adapters, width=parser.width))
 
     @answered
     async def tokenize(self, request: Request) -> Response:

@@ -26,8 +26,10 @@ ERROR_STATUS = {
 }  # fmt: skip
 
 
-def document(settings: ServerSettings, *, vocab: int, adapters: bool) -> Schema:
-    """The whole description. vocab: tokens that the model knows; adapters: whether their routes are there."""
+def document(settings: ServerSettings, *, vocab: int, adapters: bool, width: int = 0) -> Schema:
+    """The whole description. vocab: tokens that the model knows; adapters: whether their routes are there; width: of
+    embeddings, 0 where there are none.
+    """
     paths: Schema = {
         "/": {"get": _operation("The live page", {"text/html": TEXT})},
         "/memory": {"get": _operation("Memory, pages, queue and latencies now", _json(ANYTHING))},
@@ -47,10 +49,14 @@ def document(settings: ServerSettings, *, vocab: int, adapters: bool) -> Schema:
         "/tokenize": {"post": _operation("Text to ids", _json(_ref("Tokens")), body="Tokenize")},
         "/detokenize": {"post": _operation("Ids to text", _json(_object(prompt=TEXT)), body="Detokenize")},
     }
+    if width:
+        made = _operation("Vectors of texts", _json(_ref("Embeddings")), body="Embedding")
+        paths["/v1/embeddings"] = {"post": made}
     if adapters:
         plain = {"text/plain": TEXT}
         paths["/v1/load_lora_adapter"] = {"post": _operation("Load an adapter", plain, body="LoadAdapter")}
         paths["/v1/unload_lora_adapter"] = {"post": _operation("Forget an adapter", plain, body="UnloadAdapter")}
+    bodies = _asked(settings, vocab) | _embedding_body(settings, vocab, width) | _adapter_bodies()
     found: Schema = {
         "openapi": "3.1.0",
         "info": {
@@ -60,7 +66,7 @@ def document(settings: ServerSettings, *, vocab: int, adapters: bool) -> Schema:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": {**_asked(settings, vocab), **_adapter_bodies(), **_answers()}},
+        "components": {"schemas": bodies | _answers()},
     }
     if settings.api_key is not None:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -123,7 +129,6 @@ def _generation(summary: str, body: str, answer: str) -> Schema:
 def _asked(settings: ServerSettings, vocab: int) -> Schema:
     """Bodies. Every field may be null, which counts as absent."""
     ids = _list(_within("integer", 0, vocab - 1), 1)
-    some_text = {"type": "string", "minLength": 1}
     stop = {"type": "string", "minLength": 1, "maxLength": settings.most_stop_characters}
     tokens, seed = _within("integer", 1, 1 << 31), _within("integer", 0, LARGEST_SEED)
     shared = {
@@ -148,9 +153,7 @@ def _asked(settings: ServerSettings, vocab: int) -> Schema:
         "return_token_ids": FLAG,
         **{name: {} for name in IGNORED},
     }
-    prompts = {
-        "anyOf": [some_text, ids, _list(some_text, 1, settings.most_prompts), _list(ids, 1, settings.most_prompts)]
-    }
+    prompts = _prompts(settings, vocab)
     completion = {
         **shared, "prompt": prompts, "echo": FLAG, "best_of": {"const": 1}, "suffix": {"const": ""},
         "logprobs": _within("integer", 0, settings.most_logprobs),
@@ -181,6 +184,24 @@ def _asked(settings: ServerSettings, vocab: int) -> Schema:
     }  # fmt: skip
 
 
+def _prompts(settings: ServerSettings, vocab: int) -> Schema:
+    text, ids = {"type": "string", "minLength": 1}, _list(_within("integer", 0, vocab - 1), 1)
+    return {"anyOf": [text, ids, _list(text, 1, settings.most_prompts), _list(ids, 1, settings.most_prompts)]}
+
+
+def _embedding_body(settings: ServerSettings, vocab: int, width: int) -> Schema:
+    fields = {
+        "model": {"type": "string", "const": settings.name},
+        "input": _prompts(settings, vocab),
+        "encoding_format": {"enum": ["float", "base64"]},
+        "dimensions": {"const": width},
+        "user": TEXT,
+        "priority": _within("integer", -(1 << 31), 1 << 31),
+        **{name: {} for name in IGNORED},
+    }
+    return {"Embedding": _body(("input",), fields)}
+
+
 def _adapter_bodies() -> Schema:
     some_text = {"type": "string", "minLength": 1}
     load = {"lora_name": some_text, "lora_path": some_text, "lora_int_id": {}, "load_inplace": FLAG}
@@ -202,6 +223,9 @@ def _answers() -> Schema:
     message = _object(role={"const": "assistant"}, content=TEXT, refusal={"type": "null"})
     text = _object(index=COUNT, text=TEXT, logprobs=logprobs, finish_reason=finish)
     answer = _object(index=COUNT, message=message, logprobs=logprobs, finish_reason=finish)
+    numbers = {"anyOf": [_list({"type": "number"}, 1), TEXT]}
+    vector = _object(object={"const": "embedding"}, index=COUNT, embedding=numbers)
+    counts = _object(prompt_tokens=COUNT, total_tokens=COUNT)
     error = _object(message=TEXT, type=TEXT, param=_or_null(TEXT), code=_or_null(TEXT))
 
     def whole(choice: Schema) -> Schema:
@@ -214,6 +238,7 @@ def _answers() -> Schema:
         "Models": _object(object={"const": "list"}, data=_list(_ref("Model"), 1)),
         "CompletionAnswer": whole(text),
         "ChatAnswer": whole(answer),
+        "Embeddings": _object(object={"const": "list"}, data=_list(vector, 1), model=TEXT, usage=counts),
         "Tokens": _object(tokens=_list(COUNT), count=COUNT, max_model_len=COUNT),
         "Budget": _object(
             budget_bytes=_or_null(COUNT), least_bytes=COUNT, resident_bytes=COUNT, resident_peak_bytes=COUNT,

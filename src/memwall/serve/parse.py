@@ -1,4 +1,4 @@
-"""Bodies of `/v1/completions` and `/v1/chat/completions` as checked requests for the engine."""
+"""Bodies of `/v1/completions`, `/v1/chat/completions` and `/v1/embeddings` as checked requests for the engine."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ CHAT = (
     *SHARED, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
     "functions", "modalities", "parallel_tool_calls",
 )  # fmt: skip
+EMBEDDING = ("model", "input", "encoding_format", "dimensions", "user", "priority", *IGNORED)
 TOKENIZE = ("model", "prompt", "messages", "add_special_tokens")
 DETOKENIZE = ("model", "tokens")
 LARGEST_SEED = (1 << 63) - 1
@@ -66,14 +67,16 @@ class Parser:
         context: int,
         vocab: int,
         adapters: Adapters | None = None,
+        width: int = 0,
     ) -> None:
-        """adapters: served as models beside the base."""
+        """adapters: served as models beside the base. width: numbers of an embedding; 0 where none are made."""
         self.settings = settings
         self.tokenizer = tokenizer
         self.template = template
         self.context = context
         self.vocab = vocab
         self.adapters = adapters
+        self.width = width
 
     def completion(self, body: dict[str, Any]) -> Asked:
         """A body of `/v1/completions`."""
@@ -116,6 +119,33 @@ class Parser:
             fields, model, [prompt], None, limit, choices, top if wants else None, self.template.stop, ()
         )
 
+    def embedding(self, body: dict[str, Any]) -> tuple[Asked, bool]:
+        """A body of `/v1/embeddings`, and whether its vectors are wanted in base64."""
+        fields = Fields(body, EMBEDDING)
+        model = self._model(fields)
+        coding = fields.text("encoding_format", "float")
+        if coding not in ("float", "base64"):
+            raise ApiError("encoding_format must be float or base64", param="encoding_format")
+        fields.integer("dimensions", self.width, self.width, self.width)
+        priority, user = fields.integer("priority", 0, -(1 << 31), 1 << 31), fields.text("user")
+        prompts = self._prompts(fields.get("input"), "input")
+        self._room(prompts, "input")
+        requests = tuple(
+            Request(
+                prompt=tuple(prompt),
+                sampling=Sampling(max_new_tokens=1),
+                adapter=model[1],
+                priority=priority,
+                user=user,
+                pooling=self.settings.pooling,
+                salt=secrets.token_bytes(16) if self.settings.pooling == "mean" else b"",
+            )
+            for prompt in prompts
+        )
+        return Asked(
+            model=model[0], requests=requests, choices=1, stop=(), stream=False, usage=False
+        ), coding == "base64"
+
     def tokens(self, body: dict[str, Any]) -> list[int]:
         """Ids of a body of `/tokenize`: `prompt`, or `messages` through the template."""
         fields = Fields(body, TOKENIZE)
@@ -148,27 +178,27 @@ class Parser:
             raise ApiError(message, status=404, param="model", code="model_not_found")
         return name, key
 
-    def _prompts(self, prompt: Any) -> list[list[int]]:
+    def _prompts(self, prompt: Any, param: str = "prompt") -> list[list[int]]:
         if prompt is None:
-            raise ApiError("prompt is missing: give a text, a list of texts, or token ids", param="prompt")
+            raise ApiError(f"{param} is missing: give a text, a list of texts, or token ids", param=param)
         if isinstance(prompt, str):
-            return [self._encode(prompt)]
+            return [self._encode(prompt, param)]
         if not isinstance(prompt, list) or not prompt:
-            raise ApiError("prompt must be a text, a list of texts, or token ids, and not empty", param="prompt")
+            raise ApiError(f"{param} must be a text, a list of texts, or token ids, and not empty", param=param)
         if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt):
             if len(prompt) > self.settings.most_prompts:
                 message = f"{len(prompt)} prompts in one request; at most {self.settings.most_prompts}"
-                raise ApiError(message, param="prompt")
-            return [self._encode(one) if isinstance(one, str) else self._ids(one, "prompt") for one in prompt]
-        return [self._ids(prompt, "prompt")]
+                raise ApiError(message, param=param)
+            return [self._encode(one, param) if isinstance(one, str) else self._ids(one, param) for one in prompt]
+        return [self._ids(prompt, param)]
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, param: str) -> list[int]:
         try:
             ids = self.tokenizer.encode(text)
         except InputError as error:
-            raise ApiError(str(error), param="prompt") from None
+            raise ApiError(str(error), param=param) from None
         if not ids:
-            raise ApiError("the prompt is empty; give at least one word", param="prompt")
+            raise ApiError(f"{param} is empty; give at least one word", param=param)
         return ids
 
     def _ids(self, ids: Any, param: str) -> list[int]:
@@ -178,6 +208,14 @@ class Parser:
             if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < self.vocab:
                 raise ApiError(f"token ids are whole numbers from 0 to {self.vocab - 1}", param=param)
         return ids
+
+    def _room(self, prompts: list[list[int]], param: str) -> tuple[int, int]:
+        """Tokens of the longest prompt, and what the context leaves beside it."""
+        longest = max(len(prompt) for prompt in prompts)
+        if longest >= self.context:
+            message = f"the {param} has {longest:,} tokens, but the context is {self.context:,}; shorten it"
+            raise ApiError(message, code="context_length_exceeded", param=param)
+        return longest, self.context - longest
 
     def _asked(
         self,
@@ -191,11 +229,7 @@ class Parser:
         stop: tuple[str, ...],
         echo: tuple[str, ...],
     ) -> Asked:
-        longest = max(len(prompt) for prompt in prompts)
-        left = self.context - longest
-        if left < 1:
-            message = f"the prompt has {longest:,} tokens, but the context is {self.context:,}; shorten it"
-            raise ApiError(message, code="context_length_exceeded", param="prompt")
+        longest, left = self._room(prompts, "prompt")
         new = fields.integer(limit, left if default_new is None else min(default_new, left), 1, 1 << 31)
         if new > left:
             message = f"{limit} is {new:,}, but a prompt of {longest:,} tokens leaves {left:,} of {self.context:,}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from memwall.engine.sequence import Pooling
 from memwall.errors import InputError
 from memwall.hardware.units import KIB, MIB
 
@@ -16,7 +17,7 @@ class ServerSettings:
     """name: what the model is called. api_key: once set, every route asks for it. most_*: what one request may ask for;
     queue: requests that may wait beside those that run; connections: open sockets; seconds_per_request: wall time;
     drain_seconds: how long running requests may go on after the server was asked to end. lora_folder: where adapters
-    may be loaded from by request.
+    may be loaded from by request. pooling: how a text becomes one vector.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ServerSettings:
     seconds_per_request: float = 600.0
     drain_seconds: float = 30.0
     lora_folder: Path | None = None
+    pooling: Pooling = "last"
 
     def __post_init__(self) -> None:
         if not self.name:
