@@ -23,7 +23,7 @@ import numpy as np
 from memwall import kernels
 from memwall.compress import sweep
 from memwall.compress.base import MethodConfig, Statistics, WeightMethod
-from memwall.compress.gptq import Gptq
+from memwall.compress.gptq import LEAST_SHRINK, Gptq
 from memwall.compress.pruning import SCORES, SparseColumns, fixed_mask
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
@@ -31,7 +31,6 @@ from memwall.formats.integer import IntegerCodec
 from memwall.formats.sparse import DEFAULT_GROUP, SparseCodec
 
 SHRINKS = 76
-LEAST_SHRINK = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

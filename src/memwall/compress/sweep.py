@@ -87,10 +87,15 @@ class OutlierRule(Protocol):
 
 
 class IntegerColumns(ColumnQuantizer):
-    """Columns of the group-wise integer codec, with the arithmetic of `IntegerCodec.quantize`."""
+    """Columns of the group-wise integer codec, with the arithmetic of `IntegerCodec.quantize`.
 
-    def __init__(self, codec: IntegerCodec, num_rows: int, num_columns: int) -> None:
+    shrinks [n]: factors of a group's range that are tried when its scale is found, by what errors cost; the range alone
+    where None.
+    """
+
+    def __init__(self, codec: IntegerCodec, num_rows: int, num_columns: int, shrinks: np.ndarray | None = None) -> None:
         self.codec = codec
+        self._shrinks = shrinks
         self.group = codec.group
         num_groups = codec.num_groups(num_columns)
         self._codes = np.empty((num_columns, num_rows), np.uint8)
@@ -100,6 +105,8 @@ class IntegerColumns(ColumnQuantizer):
 
     def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
         scales, mins = self.codec.fit(columns.T)
+        if self._shrinks is not None:
+            scales, mins = self._clipped(columns.T, scales, mins, weights)
         self._scales[index] = scales
         if self._mins is not None:
             self._mins[index] = mins
@@ -122,6 +129,22 @@ class IntegerColumns(ColumnQuantizer):
         if low is not None:
             codes += low
         return codes
+
+    def _clipped(
+        self, values: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of the ranges that are tried the one of least cost, row by row."""
+        assert self._shrinks is not None
+        kept, kept_mins, least = scales, mins, np.full(len(values), np.inf, np.float32)
+        for shrink in self._shrinks.astype(np.float32):
+            tried = (scales * shrink).astype(np.float16)
+            low = None if mins is None else (mins * shrink).astype(np.float16)
+            found = self.codec.dequantize(self.codec.quantize(values, tried, low), tried, low)
+            cost = np.square(found - values) @ weights
+            better = cost < least
+            least, kept = np.where(better, cost, least), np.where(better, tried, kept)
+            kept_mins = None if low is None else np.where(better, low, kept_mins)
+        return kept, kept_mins
 
     def _parameters(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Scale, divisor, minimum and the rows without a scale of one group in float32, made once for its columns."""

@@ -35,7 +35,7 @@ MASK_LOW, MASK_HIGH, EXPONENT = np.uint32(0x000F000F), np.uint32(0x00F000F0), np
 LOW_OFFSET, HIGH_FACTOR, HIGH_OFFSET = np.float16(1032), np.float16(1 / 16), np.float16(-72)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class MarlinWeight:
     """words int32 [K/16, 2 N]; scales float16 [groups, N] in stored order. group: inputs of a scale, K for one."""
 
