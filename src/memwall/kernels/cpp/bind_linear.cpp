@@ -546,5 +546,6 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   m.def("gather_rows", &gather_rows, "matrix"_a, "ids"_a.noconvert(), "out"_a.noconvert());
   m.def("linear_scratch_bytes", &mw::linear_scratch_bytes);
   m.def("linear_products", &mw::linear_products);
+  m.def("linear_striped_products", &mw::linear_striped_products);
   m.def("linear_scratch_bytes_for", &mw::linear_scratch_bytes_for, "tokens"_a, "cols"_a, "group"_a, "threads"_a);
 }

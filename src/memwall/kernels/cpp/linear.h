@@ -180,15 +180,26 @@ struct Output {
 
 constexpr std::size_t kWorkerScratchBytes = 72 * 1024;
 
+// Products that are dealt in stripes (stripes.cpp) are cut in so many segments of columns and in blocks of so many tokens. Each
+// stripe has room for the segments of one slice that it shares, and for two sums of those that are its own.
+constexpr int kSegments = 4;
+constexpr int kStripeTokens = 64;
+constexpr int kMostStripRows = 32;
+constexpr std::size_t kStripeScratchBytes = (kSegments + 2) * kStripeTokens * kMostStripRows * sizeof(float);
+
 // Computes rows [begin * strip, end * strip) of one output. `scratch` is this worker's alone.
 using StripKernel = void (*)(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char* scratch);
+
+// Sums over the columns of groups [first_group, end_group) of one strip and some tokens (from a whole token block on): sums[token][row].
+using PartKernel = void (*)(const Matrix&, const Input&, std::int64_t strip, std::int64_t first_group, std::int64_t end_group,
+                            std::int64_t first_token, int tokens, float* sums, char* scratch);
 
 struct LinearKernels {
   int token_block;      // tokens interleaved in Activations when there are several
   int strip_tiles;      // row tiles per strip in the kernels for several tokens; one-token kernels take strips of one tile
   // quantizes `count` tokens (at most block) of x into block number `index` of `to`
   void (*quantize)(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to);
-  StripKernel tiles_one, tiles_many, tiles_exact;
+  StripKernel tiles_one, tiles_few, tiles_many, tiles_exact;  // few: up to token_block of them, where levels have a byte at most
   StripKernel float_one[3], float_many[3];  // by Form
   StripKernel planes, planes_exact;
   StripKernel bilevel_one, bilevel_many, bilevel_exact;
@@ -198,7 +209,8 @@ struct LinearKernels {
   void (*turn_back)(const Turn&, const float* x, float scale, float* to, float* room);
   StripKernel masked_one, masked_exact;  // several tokens take the exact one: a panel of floats costs less than their rounding gains
   StripKernel stacked_few, stacked_many;  // strips of stack_rows() rows, and of strip_tiles; always in float
-  StripKernel sparse_one, sparse_exact;  // several tokens take tiles_many: what is pruned costs less there than picking activations
+  PartKernel tiles_part;
+  StripKernel sparse_one, sparse_exact;  // several tokens take the kernels of dense tiles: what is pruned costs less there than picking activations
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.
@@ -217,6 +229,9 @@ void linear(const float* x, std::int64_t tokens, std::int64_t cols, const Produc
 
 // Products that `linear` was called for since the start of the process; tests count with it.
 std::int64_t linear_products();
+
+// Those of them that were dealt in stripes.
+std::int64_t linear_striped_products();
 
 // One row of any form, as float32.
 void decode_row(const Matrix& matrix, std::int64_t row, float* out);

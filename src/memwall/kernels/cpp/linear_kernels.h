@@ -16,11 +16,15 @@ constexpr int kTokenBlock = 2, kStripTiles = 1;
 #endif
 constexpr int kStripRows = kStripTiles * kTileRows;
 constexpr int kStripVectors = kStripRows / kWidth;
+static_assert(kStripRows <= kMostStripRows && kStripeTokens % kTokenBlock == 0);
 
 void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to);
 
 void tiles_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void tiles_few(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void tiles_many(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void tiles_part(const Matrix&, const Input&, std::int64_t strip, std::int64_t first_group, std::int64_t end_group, std::int64_t first_token,
+                int tokens, float* sums, char*);
 void tiles_exact(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 
 void planes_rounded(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);

@@ -318,6 +318,25 @@ void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int
   });
 }
 
+void tiles_part(const Matrix& m, const Input& input, std::int64_t strip, std::int64_t first_group, std::int64_t end_group, std::int64_t first_token,
+                int tokens, float* sums, char* scratch) {
+  Panel& panel = *reinterpret_cast<Panel*>(scratch);
+  auto* to = reinterpret_cast<float(*)[kStripRows]>(sums);
+  const std::int64_t chunk = kPanelColumns / m.group;
+  const bool two_sums = m.second || (!kWords && m.bytes() == 2);
+  __builtin_memset(sums, 0, sizeof(float) * kStripRows * tokens);
+  for (std::int64_t g = first_group; g < end_group; g += chunk) {
+    const int num_groups = static_cast<int>(end_group - g < chunk ? end_group - g : chunk);
+    unpack_panel(m, strip, g, num_groups, panel);
+    for (int t = 0; t < tokens; t += kTokenBlock) {
+      const PanelBlock block = pick_panel_block(m, tokens - t < kTokenBlock ? tokens - t : kTokenBlock);
+      const std::int64_t index = (first_token + t) / kTokenBlock;
+      block(panel.parts[0], panel.parts[1], panel.mins, input.coded, index, g, num_groups, m.low_offset(), to + t);
+      if (two_sums) block(panel.parts[1], panel.parts[1], panel.mins, input.coded, index, g, num_groups, m.levels->high_offset, to + t);
+    }
+  }
+}
+
 void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
   Panel& panel = *reinterpret_cast<Panel*>(scratch);
   const int tokens = static_cast<int>(input.tokens), chunk = kPanelColumns / m.group;
