@@ -56,6 +56,8 @@ def test_fitted_on_two_points_gives_them_back() -> None:
         Engine.fitted(LARGE, 4.125, points[1], points[0])
     with pytest.raises(InputError, match="must be positive"):
         Engine(bytes_per_s=0, flop_per_s=1)
+    with pytest.raises(InputError, match="0 or more"):
+        Engine(bytes_per_s=1, flop_per_s=1, value_bytes=-1)
 
 
 def test_unpacking_that_is_not_hidden() -> None:

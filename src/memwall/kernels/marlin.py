@@ -180,12 +180,12 @@ def dequantize_words(words: np.ndarray) -> np.ndarray:
     Two logic operations and two arithmetic ones on pairs for a half word of four codes, as the GPU does it: the pairs
     are the rows (2 pair, 2 pair + 1) and those 8 on.
     """
-    bits = np.ascontiguousarray(words).view(np.uint32)
+    bits = words.view(np.uint32)
     blocks = []
     for shift in (0, 8):
         moved = bits >> np.uint32(shift)
-        low = np.ascontiguousarray(moved & MASK_LOW | EXPONENT)[..., None].view(np.float16) - LOW_OFFSET
-        high = np.ascontiguousarray(moved & MASK_HIGH | EXPONENT)[..., None].view(np.float16)
+        low = (moved & MASK_LOW | EXPONENT)[..., None].view(np.float16) - LOW_OFFSET
+        high = (moved & MASK_HIGH | EXPONENT)[..., None].view(np.float16)
         # a fused multiply-add on the GPU; here the product is exact, so that two roundings are one
         blocks.append(np.concatenate([low, high * HIGH_FACTOR + HIGH_OFFSET], axis=-1))
     return np.stack(blocks, axis=-2)

@@ -33,7 +33,7 @@ SPARSE_FLOP = 0.5
 class Engine:
     """What products reach on a machine. dequantized_per_s: weights per second, None where hidden behind the rest.
 
-    value_bytes: of an activation and of a result.
+    value_bytes: of an activation and of a result; 0 where they stay in a cache.
     """
 
     bytes_per_s: float
@@ -42,9 +42,11 @@ class Engine:
     value_bytes: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("bytes_per_s", "flop_per_s", "value_bytes"):
+        for name in ("bytes_per_s", "flop_per_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name):g}; it must be positive")
+        if not self.value_bytes >= 0:
+            raise InputError(f"value_bytes is {self.value_bytes:g}; it must be 0 or more")
 
     @staticmethod
     def of(device: Device, dtype: str = "float16") -> Engine:
