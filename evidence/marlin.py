@@ -33,6 +33,7 @@ from memwall.compress.calibration import CalibrationSettings
 from memwall.compress.job_plan import Tuning
 from memwall.compress.model import compress_model
 from memwall.engine import Settings, evaluate, load
+from memwall.engine.session import Session
 from memwall.formats import Packed, codec
 from memwall.hardware import load_machine
 from memwall.kernels import marlin
@@ -630,25 +631,21 @@ def _weights_held(folder: Path) -> dict[str, int]:
 # ---- peers ---------------------------------------------------------------------------------------------------------
 
 PEER = """
-import json, sys, time, warnings, statistics
+import json, sys, time, warnings
 warnings.filterwarnings("ignore")
-job = json.loads(sys.stdin.read())
+job = json.loads(sys.stdin.readline())
 import torch
 torch.set_num_threads(job["threads"])
-def steps(layers):
-    found = {}
-    with torch.no_grad():
-        for tokens in job["batches"]:
-            inputs = {cols: torch.randn(tokens, cols, dtype=torch.bfloat16) for cols in {c for _, c in job["shapes"]}}
-            def step():
-                for layer, (_, cols) in layers:
-                    layer(inputs[cols])
-            step()
-            times = []
-            for _ in range(job["rounds"]):
-                began = time.perf_counter(); step(); times.append(time.perf_counter() - began)
-            found[tokens] = statistics.median(times)
-    return found
+torch.set_grad_enabled(False)
+def stepped(layers):
+    inputs = {}
+    def step(tokens):
+        for layer, (_, cols) in layers:
+            key = tokens, cols
+            if key not in inputs:
+                inputs[key] = torch.randn(tokens, cols, dtype=torch.bfloat16)
+            layer(inputs[key])
+    return step
 def linear(rows, cols):
     return torch.nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16)
 def torchao():
@@ -659,15 +656,15 @@ def torchao():
         layer = torch.nn.Sequential(linear(rows, cols))
         quantize_(layer, PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False))
         layers.append((layer, (rows, cols)))
-    return steps(layers)
+    return stepped(layers)
 def bitsandbytes():
     import bitsandbytes as bnb
     layers = []
     for rows, cols in job["shapes"]:
         layer = bnb.nn.Linear4bit(cols, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        layer.load_state_dict({"weight": linear(rows, cols).weight.detach().float()})
+        layer.load_state_dict({"weight": linear(rows, cols).weight.float()})
         layers.append((layer.to("cpu"), (rows, cols)))
-    return steps(layers)
+    return stepped(layers)
 def llama_cpp():
     sys.path.insert(0, job["benchmarks"])
     import random_models as models
@@ -678,92 +675,114 @@ def llama_cpp():
     path = models.make_gguf(shape, models.make_directory(shape, folder), Path(job["work"]) / "model.gguf", "Q4_0")
     threads = job["threads"]
     model = Llama(str(path), n_ctx=512, n_batch=256, n_threads=threads, n_threads_batch=threads, verbose=False)
-    found = {}
-    for tokens in job["batches"]:
-        times = []
-        for _ in range(job["rounds"] + 1):
-            model.reset()
-            began = time.perf_counter()
-            model.eval(list(range(3, 3 + tokens)))
-            times.append(time.perf_counter() - began)
-        found[tokens] = statistics.median(times[1:])
-    return found
-for name, work in (("torchao", torchao), ("bitsandbytes", bitsandbytes), ("llama.cpp", llama_cpp)):
+    def step(tokens):
+        model.reset()
+        model.eval(list(range(3, 3 + tokens)))
+    return step
+steps = {}
+for name, make in (("torchao", torchao), ("bitsandbytes", bitsandbytes), ("llama.cpp", llama_cpp)):
     try:
-        print(json.dumps({"name": name, "seconds": work()}), flush=True)
+        steps[name] = make()
+        steps[name](1)
+        answer = {}
     except Exception as error:
-        print(json.dumps({"name": name, "error": repr(error)[:200]}), flush=True)
+        answer = {"error": repr(error)[:200]}
+    print("answer", json.dumps({"name": name, **answer}), flush=True)
+for line in sys.stdin:
+    name, tokens = json.loads(line)
+    began = time.perf_counter()
+    steps[name](tokens)
+    print("answer", time.perf_counter() - began, flush=True)
 """
 PEER_MODEL = {
     "name": "four", "num_layers": 4, "hidden": HIDDEN, "num_heads": 32, "num_kv_heads": 8, "intermediate": WIDE,
     "vocab": 2048,
 }  # fmt: skip
-PEER_BATCHES = (1, 8, 64)
+PEER_BATCHES, PEER_ROUNDS = (1, 8, 64), 7
 PEERS = ("torchao", "bitsandbytes", "llama.cpp")
 
 
+class Peers:
+    """The process with the peers, which makes one step when asked."""
+
+    def __init__(self, python: str, job: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [python, "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._ask(job)
+        self.errors = {each["name"]: each.get("error") for each in (json.loads(self._answer()) for _ in PEERS)}
+
+    def _ask(self, question: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                return line.removeprefix("answer ")
+        raise RuntimeError("the process with the peers ended")
+
+    def seconds(self, name: str, tokens: int) -> float:
+        self._ask((name, tokens))
+        return float(self._answer())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
 def peers(layers: int) -> list[Claim]:
-    claim = "4-bit products are no slower than {}'s"
-    required = "no slower at batch 1, 8 and 64"
-    python = os.environ.get("MEMWALL_PEER_PYTHON")
-    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    claim, required = "4-bit products are no slower than those of {}", "no slower at batch 1, 8 and 64"
+    python, benchmarks = os.environ.get("MEMWALL_PEER_PYTHON"), Path(__file__).parents[1] / "benchmarks"
     if not python or not (benchmarks / "random_models.py").is_file():
         return [not_run(claim.format(name), required, f"MEMWALL_PEER_PYTHON with {name}") for name in PEERS]
-    rounds = 5
     with tempfile.TemporaryDirectory() as folder:
         job = {
-            "threads": kernels.num_threads(), "shapes": SHAPES * layers, "batches": PEER_BATCHES, "rounds": rounds,
-            "benchmarks": str(benchmarks), "work": folder, "model": PEER_MODEL,
+            "threads": kernels.num_threads(), "shapes": SHAPES * layers, "benchmarks": str(benchmarks), "work": folder,
+            "model": PEER_MODEL,
         }  # fmt: skip
-        done = subprocess.run([python, "-c", PEER], input=json.dumps(job), capture_output=True, text=True, check=False)
-        theirs = {each["name"]: each for each in map(json.loads, _objects(done.stdout))}
-        whole = _own_model(Path(folder) / "model", rounds) if "seconds" in theirs.get("llama.cpp", {}) else {}
-    step = Step(DENSE, layers)
-    ours = {tokens: alternately({"int4": step.work(tokens)}, rounds)["int4"] for tokens in PEER_BATCHES}
-    claims = []
-    for name in PEERS:
-        found = theirs.get(name, {"error": (done.stderr.strip().splitlines() or ["gave no answer"])[-1][:200]})
-        if "error" in found:
-            claims.append(not_run(claim.format(name), required, f"{name} that works: {found['error']}"))
-            continue
-        mine = whole if name == "llama.cpp" else ours
-        ratios = {tokens: found["seconds"][str(tokens)] / mine[tokens] for tokens in PEER_BATCHES}
-        what = (
-            f"a model of {PEER_MODEL['num_layers']} layers, whole steps"
-            if name == "llama.cpp"
-            else f"{len(step.matrices)} matrices"
-        )
-        claims.append(
-            Claim(
-                claim=claim.format(name),
-                measured=f"{what}; milliseconds ours, theirs: "
-                + ", ".join(
-                    f"batch {t} {1e3 * mine[t]:.1f}, {1e3 * found['seconds'][str(t)]:.1f}" for t in PEER_BATCHES
-                ),
-                required=required,
-                passed=all(ratio >= 1 for ratio in ratios.values()),
-            )
-        )
-    return claims
+        theirs = Peers(python, job)
+        try:
+            return [_beside(theirs, name, layers, Path(folder), claim.format(name), required) for name in PEERS]
+        finally:
+            theirs.close()
 
 
-def _objects(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith("{")]
-
-
-def _own_model(folder: Path, rounds: int) -> dict[int, float]:
-    """The model that llama.cpp ran, with as many bits: a prompt of so many tokens."""
-    session, found = load(folder, Settings(weights="int4-g32")), {}
-    try:
-        for tokens in PEER_BATCHES:
-            times = []
-            for _ in range(rounds + 1):
-                session.reset()
-                times.append(_timed(lambda tokens=tokens: session.prefill(list(range(3, 3 + tokens)))))
-            found[tokens] = float(np.median(times[1:]))
-    finally:
+def _beside(theirs: Peers, name: str, layers: int, folder: Path, claim: str, required: str) -> Claim:
+    """One peer and ours, in turn."""
+    if theirs.errors[name] is not None:
+        return not_run(claim, required, f"{name} that works: {theirs.errors[name]}")
+    matrices, session = Step(DENSE, layers), None
+    if name == "llama.cpp":  # whole models, with as many bits
+        session = load(folder / "model", Settings(weights="int4-g32"))
+    found: dict[int, tuple[float, float]] = {}
+    for tokens in PEER_BATCHES:
+        work = matrices.work(tokens) if session is None else _prompt(session, tokens)
+        times: list[tuple[float, float]] = []
+        for _ in range(PEER_ROUNDS + 1):
+            ours = _timed(work)
+            times.append((ours, theirs.seconds(name, tokens)))
+        found[tokens] = (float(np.median([a for a, _ in times[1:]])), float(np.median([b for _, b in times[1:]])))
+    if session is not None:
         session.release()
-    return found
+    what = "a model of 4 layers" if session is not None else f"{len(matrices.matrices)} matrices"
+    return Claim(
+        claim=claim,
+        measured=f"{what}; milliseconds ours and theirs: "
+        + ", ".join(f"batch {tokens} {1e3 * a:.1f} and {1e3 * b:.1f}" for tokens, (a, b) in found.items()),
+        required=required,
+        passed=all(ours <= other for ours, other in found.values()),
+    )
+
+
+def _prompt(session: Session, tokens: int) -> Callable[[], object]:
+    def step() -> None:
+        session.reset()
+        session.prefill(list(range(3, 3 + tokens)))
+
+    return step
 
 
 def on_a_gpu() -> list[Claim]:
