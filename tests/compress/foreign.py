@@ -1,4 +1,4 @@
-"""Models in the forms of others: GGUF written by the `gguf` package, GPTQ's and AWQ's packing by hand."""
+"""Models in the forms of others: GGUF written by the `gguf` package, GPTQ's, AWQ's and MARLIN's packing by hand."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from memwall.models import ModelConfig
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.gguf import row_order, source_name
+from tests.kernels.test_marlin import published_scales, published_words
 
 TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -133,7 +134,7 @@ def words_across(codes: np.ndarray) -> np.ndarray:
 
 
 def write_quantized(folder: Path, out: Path, method: str, bits: int, group: int, **how: Any) -> dict[str, np.ndarray]:
-    """A model folder in GPTQ's or AWQ's form; gives every tensor as the form decodes it.
+    """A model folder in GPTQ's, AWQ's or MARLIN's form; gives every tensor as the form decodes it.
 
     how: symmetric, shuffled (GPTQ's activation order), v2 (GPTQ's second form of zero points).
     """
@@ -157,6 +158,10 @@ def write_quantized(folder: Path, out: Path, method: str, bits: int, group: int,
         back = np.argsort(order)
         decoded[name], codes, groups = plain[:, back], codes[:, back], groups[back]
         stem = name.removesuffix(".weight")
+        if method == "marlin":
+            stored[f"{stem}.B"] = published_words(np.ascontiguousarray(codes.T))
+            stored[f"{stem}.s"] = published_scales(np.ascontiguousarray(scales.T))
+            continue
         stored[f"{stem}.scales"] = np.ascontiguousarray(scales.T)
         if method == "gptq":
             offset = 0 if how.get("v2") else 1

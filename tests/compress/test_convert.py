@@ -144,6 +144,27 @@ def test_folders_of_gptq_and_awq(tmp_path: Path, method: str, bits: int, group: 
     assert np.isfinite(logits(tmp_path / "out")).all()
 
 
+@pytest.mark.parametrize("group", [64, -1])
+def test_folders_of_marlin(tmp_path: Path, group: int) -> None:
+    """Codes in the order of tensor cores carry over, number for number."""
+    wanted = write_quantized(DEMO_DIRECTORY, tmp_path / "model", "marlin", 4, group, symmetric=True)
+    path = tmp_path / "model" / "config.json"
+    assert convert(tmp_path / "model", tmp_path / "out").rounded_weights == 0
+    for name, found in decoded(tmp_path / "out").items():
+        np.testing.assert_array_equal(found, wanted[name])
+    assert np.isfinite(logits(tmp_path / "out")).all()
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= {"quant_method": "gptq", "checkpoint_format": "marlin"}
+    path.write_text(json.dumps(config))
+    convert(tmp_path / "model", tmp_path / "again")
+    for name, found in decoded(tmp_path / "again").items():
+        np.testing.assert_array_equal(found, wanted[name])
+    config["quantization_config"] |= {"group_size": 32}
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="s has shape"):
+        convert(tmp_path / "model", tmp_path / "other")
+
+
 def test_quantized_folders_that_are_not_read(tmp_path: Path) -> None:
     write_quantized(DEMO_DIRECTORY, tmp_path / "model", "awq", 4, 64)
     path = tmp_path / "model" / "config.json"

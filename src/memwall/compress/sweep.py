@@ -45,6 +45,8 @@ class ColumnQuantizer(ABC):
     foresees: bool = False
     """Whether groups are entered with what their columns would become were none of them rounded, which is what the
     least error asks of them together; else with what each would become were it the first."""
+    span: int = 0
+    """How many columns, a part of the group, are also looked at together by `enter_span`; 0 for none."""
 
     @abstractmethod
     def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
@@ -52,6 +54,13 @@ class ColumnQuantizer(ABC):
 
         weights [at most group]: what a squared error in each of the columns costs (R_jj^2).
         """
+
+    def enter_span(self, first: int, columns: np.ndarray, weights: np.ndarray) -> None:
+        """Look at columns `first` and on, [at most span, rows], before the first is rounded: for what they share.
+
+        They are as they would become were none of them rounded (as with `foresees`); weights as in `enter_group`.
+        """
+        raise NotImplementedError("a quantizer with a span has to say what it does with it")
 
     @abstractmethod
     def quantize(self, column: int, values: np.ndarray) -> np.ndarray:
@@ -78,10 +87,15 @@ class OutlierRule(Protocol):
 
 
 class IntegerColumns(ColumnQuantizer):
-    """Columns of the group-wise integer codec, with the arithmetic of `IntegerCodec.quantize`."""
+    """Columns of the group-wise integer codec, with the arithmetic of `IntegerCodec.quantize`.
 
-    def __init__(self, codec: IntegerCodec, num_rows: int, num_columns: int) -> None:
+    shrinks [n]: factors of a group's range that are tried when its scale is found, by what errors cost; the range alone
+    where None.
+    """
+
+    def __init__(self, codec: IntegerCodec, num_rows: int, num_columns: int, shrinks: np.ndarray | None = None) -> None:
         self.codec = codec
+        self._shrinks = shrinks
         self.group = codec.group
         num_groups = codec.num_groups(num_columns)
         self._codes = np.empty((num_columns, num_rows), np.uint8)
@@ -91,6 +105,8 @@ class IntegerColumns(ColumnQuantizer):
 
     def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
         scales, mins = self.codec.fit(columns.T)
+        if self._shrinks is not None:
+            scales, mins = self._clipped(columns.T, scales, mins, weights)
         self._scales[index] = scales
         if self._mins is not None:
             self._mins[index] = mins
@@ -113,6 +129,22 @@ class IntegerColumns(ColumnQuantizer):
         if low is not None:
             codes += low
         return codes
+
+    def _clipped(
+        self, values: np.ndarray, scales: np.ndarray, mins: np.ndarray | None, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of the ranges that are tried the one of least cost, row by row."""
+        assert self._shrinks is not None
+        kept, kept_mins, least = scales, mins, np.full(len(values), np.inf, np.float32)
+        for shrink in self._shrinks.astype(np.float32):
+            tried = (scales * shrink).astype(np.float16)
+            low = None if mins is None else (mins * shrink).astype(np.float16)
+            found = self.codec.dequantize(self.codec.quantize(values, tried, low), tried, low)
+            cost = np.square(found - values) @ weights
+            better = cost < least
+            least, kept = np.where(better, cost, least), np.where(better, tried, kept)
+            kept_mins = None if low is None else np.where(better, low, kept_mins)
+        return kept, kept_mins
 
     def _parameters(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Scale, divisor, minimum and the rows without a scale of one group in float32, made once for its columns."""
@@ -232,6 +264,8 @@ def sweep_columns(
     columns = np.ascontiguousarray(np.asarray(weight, np.float32).T)
     order, feedback, pivots = factored.order, factored.feedback, factored.pivots
     in_order = bool((order == np.arange(len(columns))).all())
+    if quantizer.span and not in_order:
+        raise InputError("columns that are looked at together have to be worked in order")
     if not in_order:
         weights = np.empty_like(pivots)
         weights[order] = pivots
@@ -258,7 +292,8 @@ def sweep_columns(
             taken_in[:, start:stop],
             errors[start:stop],
             quantizer,
-            None if outliers is None else (outliers, pivots[start:stop]),
+            pivots[start:stop],
+            outliers,
         )
 
 
@@ -279,19 +314,24 @@ def _sweep_group(
     feedback: np.ndarray,
     errors: np.ndarray,
     quantizer: ColumnQuantizer,
-    outliers: tuple[OutlierRule, np.ndarray] | None,
+    pivots: np.ndarray,
+    outliers: OutlierRule | None,
 ) -> None:
     """The columns of one group in turn; errors [members, rows] receives what each leaves behind.
 
     feedback [members, members]: row j weighs the errors that column j takes in.
     """
     for j, column in enumerate(members):
+        if quantizer.span and j % quantizer.span == 0:
+            together = slice(j, min(j + quantizer.span, len(members)))
+            seen = targets[together] + feedback[together, :j] @ errors[:j]
+            expected = _unrounded(original[together], seen, feedback[together, together])
+            quantizer.enter_span(int(column), expected, pivots[together])
         if j and quantizer.inside:
             targets[j] += feedback[j, :j] @ errors[:j]
         rounded = quantizer.quantize(int(column), targets[j])
         if outliers is not None:
-            rule, pivots = outliers
-            kept = rule.keep(int(column), targets[j], rounded, float(pivots[j]))
+            kept = outliers.keep(int(column), targets[j], rounded, float(pivots[j]))
             if kept is not None:
                 rounded = quantizer.store_exact(int(column), kept, targets[j], rounded)
         np.subtract(original[j], rounded, out=errors[j])

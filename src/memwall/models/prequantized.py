@@ -1,9 +1,12 @@
-"""Folders whose weights are already quantized in GPTQ's or AWQ's published form, as group-wise integers of our own.
+"""Folders whose weights are already quantized in GPTQ's, AWQ's or MARLIN's published form, as integers of our own.
 
-Both hold, for a matrix X of [out, in]: `X.qweight` and `X.qzeros` (codes and zero points in 32-bit words) and
+The first two hold, for a matrix X of [out, in]: `X.qweight` and `X.qzeros` (codes and zero points in 32-bit words) and
 `X.scales` (float16 [groups, out]); a value is scale * (code - zero). GPTQ packs codes along `in`, AWQ along `out` in
 the order 0, 2, 4, 6, 1, 3, 5, 7. Codes and scales carry over as they are; where all zero points lie in the middle the
 form is symmetric and exact, else the minimum -scale * zero is rounded to half precision once.
+
+MARLIN's hold `X.B`, 4-bit codes in the order of tensor cores, and `X.s` (`kernels.marlin`): symmetric, so exact. Their
+configuration says `marlin`, or `gptq` with that as its checkpoint format.
 
 GPTQ's activation order gives neighbouring columns to different groups, which no tile of ours can hold: such a matrix is
 rounded anew to 8 bits.
@@ -23,10 +26,11 @@ from memwall.formats.bitpack import unpack_rows
 from memwall.formats.checked_json import Fields, shown
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.safetensors_file import SafetensorsFile
+from memwall.kernels import marlin
 from memwall.models.checkpoint import INDEX_NAME, SINGLE_NAME
 from memwall.models.config import ModelConfig, TensorSpec
 
-METHODS = ("gptq", "awq")
+METHODS = ("gptq", "awq", "marlin")
 GPTQ_BITS = (2, 3, 4, 8)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 TILE_GROUPS = (128, 64, 32)
@@ -49,6 +53,8 @@ class Prequantized:
             Fields(values, str(folder / "config.json")).mapping("quantization_config"), f"{folder}: quantization"
         )
         self.method = told.text("quant_method", None, METHODS)
+        if self.method == "gptq" and "marlin" in told.text("checkpoint_format", "gptq"):
+            self.method = "marlin"
         self.bits = told.integer("bits", 2, 8)
         self.group = told.integer("group_size", -1, 1 << 20)
         if self.bits not in (GPTQ_BITS if self.method == "gptq" else (4,)):
@@ -58,31 +64,37 @@ class Prequantized:
         # the first form of GPTQ's files keeps zero points less one
         self._zero_offset = int(self.method == "gptq" and told.text("checkpoint_format", "gptq") != "gptq_v2")
         self.config = {name: value for name, value in values.items() if name != "quantization_config"}
+        self._codes_name = "B" if self.method == "marlin" else "qweight"
         self._files = _open_all(folder)
         self._place = {name: file for file in self._files for name in file.names()}
 
     def form(self, tensor: TensorSpec) -> str:
         """The codec spec that the tensor gets."""
         stem = tensor.name.removesuffix(".weight")
-        if f"{stem}.qweight" not in self._place:
+        if not self._is_coded(stem):
             info = self._file(tensor.name).info(tensor.name)
             return {"F16": "float16", "BF16": "bfloat16"}.get(info.dtype, "float32")
         if not self._in_order(stem):
             return REROUNDED
         group, bits = self._tile_group(tensor), self.bits
+        if self.method == "marlin":
+            return f"int4-g{group}"
         return f"int{bits}-g{group}" if self._is_symmetric(self._zeros(stem)) else f"int{bits}-g{group}-asym"
 
     def is_exact(self, tensor: TensorSpec) -> bool:
         """Whether codes carry over as they are."""
         stem = tensor.name.removesuffix(".weight")
-        return f"{stem}.qweight" not in self._place or self._in_order(stem)
+        return not self._is_coded(stem) or self._in_order(stem)
 
     def packed(self, tensor: TensorSpec) -> Packed:
         """The tensor in its form; its pages leave with it."""
         stem, form = tensor.name.removesuffix(".weight"), codec(self.form(tensor))
-        if f"{stem}.qweight" not in self._place:
+        if not self._is_coded(stem):
             return form.encode(self._file(tensor.name).alone(tensor.name))
         assert isinstance(form, IntegerCodec)
+        if self.method == "marlin":
+            words, stored = self._alone(f"{stem}.B"), self._alone(f"{stem}.s")
+            return marlin.to_packed(marlin.MarlinWeight(words, stored, self._group_of(tensor.shape[1])))
         codes, zeros = self._codes(stem, tensor.shape), self._zeros(stem)
         scales = self._alone(f"{stem}.scales").T.astype(np.float32)  # [out, groups]
         if not self._in_order(stem):
@@ -98,7 +110,7 @@ class Prequantized:
         """All tensors are there, and nothing of unknown shape."""
         for tensor in config.tensors():
             stem = tensor.name.removesuffix(".weight")
-            if f"{stem}.qweight" in self._place:
+            if self._is_coded(stem):
                 self._check_shapes(stem, tensor)
                 continue
             shape = self._file(tensor.name).info(tensor.name).shape
@@ -113,6 +125,9 @@ class Prequantized:
     def _check_shapes(self, stem: str, tensor: TensorSpec) -> None:
         out, columns = tensor.shape
         groups, word = columns // self._group_of(columns), 32
+        if self.method == "marlin":
+            self._check_marlin(stem, tensor, groups)
+            return
         packed_in = self.method == "gptq"
         wanted = {
             "qweight": (columns * self.bits // word, out) if packed_in else (columns, out * self.bits // word),
@@ -120,6 +135,18 @@ class Prequantized:
             "scales": (groups, out),
         }
         for part, shape in wanted.items():
+            found = self._file(f"{stem}.{part}").info(f"{stem}.{part}").shape
+            if found != shape:
+                raise InputError(f"{self.path}: {stem}.{part} has shape {list(found)}; {list(shape)} would be right")
+
+    def _is_coded(self, stem: str) -> bool:
+        return f"{stem}.{self._codes_name}" in self._place
+
+    def _check_marlin(self, stem: str, tensor: TensorSpec, groups: int) -> None:
+        out, columns = tensor.shape
+        if columns % marlin.TILE or out % marlin.FRAGMENT_COLUMNS:
+            raise InputError(f"{self.path}: {stem} of [{out}, {columns}] has no place in MARLIN's tiles")
+        for part, shape in (("B", (columns // marlin.TILE, 2 * out)), ("s", (groups, out))):
             found = self._file(f"{stem}.{part}").info(f"{stem}.{part}").shape
             if found != shape:
                 raise InputError(f"{self.path}: {stem}.{part} has shape {list(found)}; {list(shape)} would be right")

@@ -6,8 +6,11 @@ import torch
 
 from memwall import kernels
 from memwall.kernels.triton_linear import PackedLinear
+from memwall.kernels.triton_marlin import MarlinLinear, fits
 from memwall.models.precision import resolve
 from memwall.models.torch_decoder import TorchDecoder
+
+MARLIN_SPEC = "int4-g128"
 
 
 def pack_linears(model: TorchDecoder, choice: str, device: str | torch.device = "cuda") -> int:
@@ -26,6 +29,8 @@ def pack_linears(model: TorchDecoder, choice: str, device: str | torch.device = 
         weight = layer.weight.detach().to("cpu", torch.float32).numpy()
         packed = kernels.encode(spec, weight)
         bias = None if layer.bias is None else layer.bias.detach()
-        model.replace_linear(name, PackedLinear(packed, bias, device))
+        # what MARLIN has tiles for takes its order; all else the tiles of the CPU
+        whole = packed.spec == MARLIN_SPEC and layer.weight.dtype == torch.float16 and fits(packed.shape)
+        model.replace_linear(name, (MarlinLinear if whole else PackedLinear)(packed, bias, device))
         packed_bytes += packed.nbytes
     return packed_bytes

@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "half.h"
+#include "stripes.h"
 #include "threads.h"
 
 MW_KERNEL_TABLE(LinearKernels, linear_kernels)
@@ -40,9 +41,9 @@ class Scratch {
 };
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
-Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers;
+Scratch g_activations[5], g_planes[kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers, g_parts;
 float g_offsets[kMaxTokens];  // what offsets of columns make of each token
-std::int64_t g_products = 0;
+std::int64_t g_products = 0, g_striped = 0;
 
 // Below this a call runs on its own thread: waking another costs about as much.
 constexpr double kInlineSeconds = 20e-6;
@@ -234,13 +235,19 @@ struct Job {
 
 constexpr std::size_t kMaxJobs = 8;  // products of one parallel region; a call with more takes several
 
+// Each thread's own, and that of stripes beside it, so that what products hold is known whatever they need.
+char* panel_scratch() {
+  g_parts.at_least(kStripeScratchBytes * num_threads());
+  return g_workers.at_least(kWorkerScratchBytes * num_threads());
+}
+
 void run_jobs(const Job* jobs, std::size_t count, double seconds) {
   const std::int64_t strips = jobs[count - 1].first_strip + jobs[count - 1].num_strips;
   if (strips == 0) return;
   const double wanted = std::clamp(seconds / (kChunksPerThread * num_threads()), kLeastChunkSeconds, kMostChunkSeconds);
   const double chunk = std::max(1.0, wanted / (seconds / static_cast<double>(strips)));
   const std::size_t grain = seconds < kInlineSeconds ? strips : static_cast<std::size_t>(std::min<double>(chunk, strips));
-  char* scratch = g_workers.at_least(kWorkerScratchBytes * num_threads());
+  char* scratch = panel_scratch();
   parallel_for(strips, grain, [&](std::size_t begin, std::size_t end, int worker) {
     for (const Job* job = jobs; job != jobs + count; ++job) {
       const std::int64_t first = std::max<std::int64_t>(begin, job->first_strip) - job->first_strip;
@@ -254,7 +261,7 @@ void run_jobs(const Job* jobs, std::size_t count, double seconds) {
 void linear_block(const Input& plain, const Product* products, std::size_t count, bool exact, std::int64_t first_token) {
   const LinearKernels& kernels = linear_kernels_in_use();
   const bool one = plain.tokens == 1, few = plain.tokens <= kFewTokens;
-  Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
+  Input inputs[5] = {plain, plain, plain, plain, plain};  // by group 32, 64, 128, none (without codes) and 256
   Input in_planes[kMaxPlanes];                     // by bits of activations
   Input own;                                       // as `in_order` reads it
   const Matrix* in_order = nullptr;
@@ -281,6 +288,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     job.output = products[i].output;
     job.output.data += first_token * m.rows;
     job.input = &inputs[3];
+    bool side_by_side = false;  // all tokens at once, a tile of rows at a time
     if (m.form == Form::planes && !exact) {
       Input& input = in_planes[m.activation_bits - 1];
       if (input.x == nullptr) round_to_planes(input = plain, m.activation_bits);
@@ -306,22 +314,32 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.kernel = one ? kernels.codebook_one : kernels.codebook_many;
     } else if (m.form == Form::stacked) {
       job.kernel = few ? kernels.stacked_few : kernels.stacked_many;
-    } else if (m.form != Form::tiles) {
+    } else if (m.form != Form::tiles && m.form != Form::sparse) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
-      job.kernel = kernels.tiles_exact;
+      job.kernel = m.form == Form::sparse ? kernels.sparse_exact : kernels.tiles_exact;
     } else {
-      const int slot = m.group == 32 ? 0 : m.group == 64 ? 1 : 2;
+      const int slot = m.group == 32 ? 0 : m.group == 64 ? 1 : m.group == 128 ? 2 : 4;
       if (inputs[slot].coded.codes == nullptr) inputs[slot].coded = quantize(kernels, plain, m.group, g_activations[slot]);
       job.input = &inputs[slot];
-      job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
+      side_by_side = plain.tokens <= kernels.token_block && m.bytes() <= 1;
+      if (one) job.kernel = m.form == Form::sparse ? kernels.sparse_one : kernels.tiles_one;
+      else job.kernel = side_by_side ? kernels.tiles_few : kernels.tiles_many;
     }
-    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel || m.form == Form::masked));
-    std::int64_t strip_rows = kTileRows * (single_tile && m.form != Form::stacked ? 1 : kernels.strip_tiles);
+    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel || m.form == Form::masked || m.form == Form::sparse));
+    std::int64_t strip_rows = kTileRows * ((single_tile && m.form != Form::stacked) || side_by_side ? 1 : kernels.strip_tiles);
     if (one && m.form == Form::codebook) strip_rows = kVectorsTogether * m.codebooks->rest.vector;
     if (m.form == Form::stacked && few) strip_rows = m.stack_rows();
     job.first_strip = strips;
     job.num_strips = (m.rows + strip_rows - 1) / strip_rows;
+    if (job.kernel == kernels.tiles_many && !m.turned && wants_stripes(job.num_strips, plain.tokens, num_threads()) &&
+        strip_seconds(m, strip_rows, plain.tokens) * static_cast<double>(job.num_strips) > 2 * kInlineSeconds) {
+      char* panels = panel_scratch();
+      run_in_stripes(kernels, m, *job.input, job.output, panels, reinterpret_cast<float*>(g_parts.at_least(0)));
+      ++g_striped;
+      --num_jobs;
+      continue;
+    }
     strips += job.num_strips;
     seconds += strip_seconds(m, strip_rows, plain.tokens) * static_cast<double>(job.num_strips);
   }
@@ -346,11 +364,11 @@ float scale_at(const Matrix& m, std::int64_t tile, std::int64_t g, std::int64_t 
   }
 }
 
-// The code at (row, col) of a matrix of tiles: bit planes come widest first and hold the low bits first.
-int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
-  const std::int64_t unit = col / kUnitColumns, block = col % kUnitColumns / 4;
-  const std::uint8_t* at = m.tile(row / kTileRows) + unit * kLaneVectorBytes * m.bits + 4 * (row % kTileRows) + col % 4;
-  int code = 0, low = 0, left = m.bits;
+// The code of a unit of tiles at (row, col): bit planes come widest first and hold the low bits first.
+int unit_code(const std::uint8_t* unit, int bits, std::int64_t row, std::int64_t col) {
+  const std::int64_t block = col % kUnitColumns / 4;
+  const std::uint8_t* at = unit + 4 * (row % kTileRows) + col % 4;
+  int code = 0, low = 0, left = bits;
   for (int width = 8; width > 0; width /= 2) {
     if ((left & width) == 0) continue;
     const int per_byte = 8 / width;
@@ -361,6 +379,10 @@ int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
     left -= width;
   }
   return code;
+}
+
+int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
+  return unit_code(m.tile(row / kTileRows) + col / kUnitColumns * kLaneVectorBytes * m.bits, m.bits, row, col);
 }
 
 // A row of a bilevel matrix. Outliers are added to numbers that were stored, so that no processor fuses the two roundings.
@@ -449,6 +471,18 @@ void decode_masked(const Matrix& m, std::int64_t row, float* out) {
   }
 }
 
+// A row of a matrix of which two of every four columns are kept.
+void decode_sparse(const Matrix& m, std::int64_t row, float* out) {
+  const std::int64_t tile = row / kTileRows;
+  std::fill(out, out + m.cols, 0.0f);
+  for (std::int64_t kept = 0; kept < (m.cols + 3) / 4 * 2; ++kept) {
+    const std::uint8_t* unit = m.tile(tile) + kept / kUnitColumns * kLaneVectorBytes * (m.bits + kPositionBits);
+    const std::int64_t g = 2 * kept / m.group, col = kept / 2 * 4 + unit_code(unit + kLaneVectorBytes * m.bits, kPositionBits, row, kept);
+    const int zero = m.zeros ? m.zeros[(tile * m.groups + g) * kTileRows + row % kTileRows] : m.low_offset();
+    if (col < m.cols) out[col] = scale_at(m, tile, g, row % kTileRows) * static_cast<float>(unit_code(unit, m.bits, row, kept) - zero);
+  }
+}
+
 void decode_stacked(const Matrix& m, std::int64_t row, float* out) {
   std::fill(out, out + m.cols, 0.0f);
   for (int b = 0; b < m.num_blocks; ++b) {
@@ -481,6 +515,7 @@ std::int64_t Matrix::nbytes() const {
   }
   if (form == Form::stacked) return num_blocks * (rows * ((cols + 7) / 8) + 2 * rank * (rows + cols));
   if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
+  if (form == Form::sparse) return row_tiles * (tile_bytes() + groups * kTileRows * (zeros ? 3 : 2));
   if (form != Form::tiles) return rows * cols * 2;
   if (turned) return row_tiles * tile_bytes() + 2 * cols + 12;
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
@@ -490,7 +525,7 @@ std::int64_t Matrix::nbytes() const {
 
 std::size_t linear_scratch_bytes() {
   std::lock_guard<std::mutex> guard(g_mutex);
-  std::size_t bytes = g_workers.bytes();
+  std::size_t bytes = g_workers.bytes() + g_parts.bytes();
   for (const auto& scratch : g_activations) bytes += scratch.bytes();
   bytes += g_ordered.bytes() + g_columns.bytes() + g_turned.bytes() + g_turning.bytes();
   for (const auto& scratch : g_planes) bytes += scratch.bytes();
@@ -498,7 +533,7 @@ std::size_t linear_scratch_bytes() {
 }
 
 std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads) {
-  const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * threads);
+  const std::size_t workers = Scratch::rounded(kWorkerScratchBytes * threads) + Scratch::rounded(kStripeScratchBytes * threads);
   if (group == 0 || tokens == 0) return workers;
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
   if (group == 3 || group == 4)  // outputs are taken to be as wide as inputs can be
@@ -531,6 +566,11 @@ std::int64_t linear_products() {
   return g_products;
 }
 
+std::int64_t linear_striped_products() {
+  std::lock_guard<std::mutex> guard(g_mutex);
+  return g_striped;
+}
+
 void decode_row(const Matrix& m, std::int64_t row, float* out) {
   const auto* halves = static_cast<const std::uint16_t*>(m.data) + row * m.cols;
   switch (m.form) {
@@ -546,6 +586,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     case Form::codebook: return decode_codebook(m, row, out);
     case Form::masked: return decode_masked(m, row, out);
     case Form::stacked: return decode_stacked(m, row, out);
+    case Form::sparse: return decode_sparse(m, row, out);
     case Form::tiles: break;
   }
   const std::int64_t tile = row / kTileRows, lane = row % kTileRows;

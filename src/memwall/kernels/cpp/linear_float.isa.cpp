@@ -266,6 +266,7 @@ const LinearKernels linear_kernels = {
     kStripTiles,
     quantize_block,
     tiles_one,
+    tiles_few,
     tiles_many,
     tiles_exact,
     {float_one<Float32>, float_one<Float16>, float_one<BFloat16>},
@@ -283,6 +284,9 @@ const LinearKernels linear_kernels = {
     panels_of<masked_panel>,
     stacked_few,
     stacked_many,
+    tiles_part,
+    sparse_one,
+    panels_of<sparse_panel>,
 };
 
 }  // namespace mw::MW_ISA
