@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from memwall import kv
@@ -15,6 +17,8 @@ from memwall.plan.speed import (
     EFFICIENCY,
     arithmetic_elsewhere,
     arithmetic_here,
+    batching_elsewhere,
+    batching_here,
     predict_elsewhere,
     predict_here,
     step_bytes,
@@ -141,3 +145,25 @@ def test_the_plan_says_when_arithmetic_bounds_a_step() -> None:
     machine = load_machine("desktop-rtx-4090")
     plain, rebuilt = (predict_elsewhere(DEMO, INT4, choice, 1 << 20, machine, "gpu") for choice in (CHOICE, XQUANT))
     assert rebuilt.decode_tokens_per_s < plain.decode_tokens_per_s
+
+
+def test_batches_share_the_weights_until_arithmetic_takes_longer() -> None:
+    """A step of 1 and of 4 sequences takes as long; of 64 as long as the multiply-adds of 64 tokens."""
+    one, overhead = profile([1e10] * len(WORKING_SETS_BYTES)), DEMO.num_layers * 20e-6 + 50e-6
+    reading, macs = sum(step_bytes(DEMO, INT4).values()) / 1e10, sum(step_macs(DEMO, INT4).values())
+    knee = reading / (macs / 1e11)
+    assert 4 < knee < 64
+
+    def matrices(batch: int) -> float:
+        choice = replace(CHOICE, batch=batch)
+        speed = predict_here(DEMO, INT4, choice, 0, one)
+        assert speed is not None
+        return batch / speed.decode_tokens_per_s_at_start - overhead
+
+    assert matrices(1) == pytest.approx(reading) == pytest.approx(matrices(4))
+    assert matrices(64) == pytest.approx(64 * macs / 1e11)
+    assert batching_here(DEMO, INT4, CHOICE, one) == ""
+    assert f"Up to {knee:.0f} sequences share" in batching_here(DEMO, INT4, replace(CHOICE, batch=4), one)
+    assert f"{64 / knee:.1f} times as long" in batching_here(DEMO, INT4, replace(CHOICE, batch=64), one)
+    machine = load_machine("raspberry-pi-5")
+    assert "bound by arithmetic" in batching_elsewhere(DEMO, INT4, replace(CHOICE, batch=64), machine, "ram")

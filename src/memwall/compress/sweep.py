@@ -45,6 +45,8 @@ class ColumnQuantizer(ABC):
     foresees: bool = False
     """Whether groups are entered with what their columns would become were none of them rounded, which is what the
     least error asks of them together; else with what each would become were it the first."""
+    span: int = 0
+    """How many columns, a part of the group, are also looked at together by `enter_span`; 0 for none."""
 
     @abstractmethod
     def enter_group(self, index: int, columns: np.ndarray, weights: np.ndarray) -> None:
@@ -52,6 +54,13 @@ class ColumnQuantizer(ABC):
 
         weights [at most group]: what a squared error in each of the columns costs (R_jj^2).
         """
+
+    def enter_span(self, first: int, columns: np.ndarray, weights: np.ndarray) -> None:
+        """Look at columns `first` and on, [at most span, rows], before the first is rounded: for what they share.
+
+        They are as they would become were none of them rounded (as with `foresees`); weights as in `enter_group`.
+        """
+        raise NotImplementedError("a quantizer with a span has to say what it does with it")
 
     @abstractmethod
     def quantize(self, column: int, values: np.ndarray) -> np.ndarray:
@@ -232,6 +241,8 @@ def sweep_columns(
     columns = np.ascontiguousarray(np.asarray(weight, np.float32).T)
     order, feedback, pivots = factored.order, factored.feedback, factored.pivots
     in_order = bool((order == np.arange(len(columns))).all())
+    if quantizer.span and not in_order:
+        raise InputError("columns that are looked at together have to be worked in order")
     if not in_order:
         weights = np.empty_like(pivots)
         weights[order] = pivots
@@ -258,7 +269,8 @@ def sweep_columns(
             taken_in[:, start:stop],
             errors[start:stop],
             quantizer,
-            None if outliers is None else (outliers, pivots[start:stop]),
+            pivots[start:stop],
+            outliers,
         )
 
 
@@ -279,19 +291,24 @@ def _sweep_group(
     feedback: np.ndarray,
     errors: np.ndarray,
     quantizer: ColumnQuantizer,
-    outliers: tuple[OutlierRule, np.ndarray] | None,
+    pivots: np.ndarray,
+    outliers: OutlierRule | None,
 ) -> None:
     """The columns of one group in turn; errors [members, rows] receives what each leaves behind.
 
     feedback [members, members]: row j weighs the errors that column j takes in.
     """
     for j, column in enumerate(members):
+        if quantizer.span and j % quantizer.span == 0:
+            together = slice(j, min(j + quantizer.span, len(members)))
+            seen = targets[together] + feedback[together, :j] @ errors[:j]
+            expected = _unrounded(original[together], seen, feedback[together, together])
+            quantizer.enter_span(int(column), expected, pivots[together])
         if j and quantizer.inside:
             targets[j] += feedback[j, :j] @ errors[:j]
         rounded = quantizer.quantize(int(column), targets[j])
         if outliers is not None:
-            rule, pivots = outliers
-            kept = rule.keep(int(column), targets[j], rounded, float(pivots[j]))
+            kept = outliers.keep(int(column), targets[j], rounded, float(pivots[j]))
             if kept is not None:
                 rounded = quantizer.store_exact(int(column), kept, targets[j], rounded)
         np.subtract(original[j], rounded, out=errors[j])

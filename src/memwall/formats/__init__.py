@@ -32,6 +32,7 @@ CODECS: dict[str, str] = {
     "pbllm": "memwall.formats.sign_mask:PbLlmCodec",
     "quip": "memwall.formats.quip:QuipCodec",
     "spqr": "memwall.formats.spqr:SpqrCodec",
+    "sparse": "memwall.formats.sparse:SparseCodec",
     "vptq": "memwall.formats.vptq:VptqCodec",
     "bitstack": "memwall.formats.bitstack:BitStackCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",

@@ -19,6 +19,8 @@ from memwall.formats.leveled import LevelCodec
 from memwall.formats.quip import QuipCodec
 from memwall.formats.sign_mask import SignMaskCodec
 from memwall.formats.sign_mask import check as check_masks
+from memwall.formats.sparse import SparseCodec
+from memwall.formats.sparse import check as check_pairs
 from memwall.formats.spqr import GROUP, SpqrCodec
 from memwall.formats.spqr import check as check_bilevel
 from memwall.formats.vptq import VptqCodec
@@ -32,7 +34,8 @@ def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
     Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `vptq`, `billm`,
-    `pbllm-s{n}`, `quip{n}`, `bitstack` and, in tiles, `int{2..8}` and all level formats make of [rows, cols].
+    `pbllm-s{n}`, `quip{n}`, `bitstack`, `sparse{2..8}` and, in tiles, `int{2..8}` and all level formats make of
+    [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -65,6 +68,10 @@ def matrix(packed: Packed) -> Matrix:
     if isinstance(form, SignMaskCodec):
         check_masks(packed)
         return _native.masked_matrix(form.spec, *packed.shape, **{n: _as_read(b) for n, b in packed.buffers.items()})
+    if isinstance(form, SparseCodec):
+        check_pairs(packed)
+        held = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
+        return _native.sparse_matrix(form.spec, *packed.shape, form.bits, form.group, **held)
     if isinstance(form, BitStackCodec):
         blocks = [np.ascontiguousarray(block) for block in packed.buffers.values()]
         return _native.stacked_matrix(form.spec, *packed.shape, form.rank, blocks)

@@ -40,7 +40,15 @@ from memwall.plan.search import (
     search,
     segment_tokens,
 )
-from memwall.plan.speed import Speed, arithmetic_elsewhere, arithmetic_here, predict_elsewhere, predict_here
+from memwall.plan.speed import (
+    Speed,
+    arithmetic_elsewhere,
+    arithmetic_here,
+    batching_elsewhere,
+    batching_here,
+    predict_elsewhere,
+    predict_here,
+)
 from memwall.plan.survey import caches_for, survey
 
 HELD_OUT_NAME = "bundled held-out text"
@@ -223,6 +231,14 @@ class Planner:
         specs = self.space.specs(choice.weights)
         return arithmetic_here(self.space.config, specs, choice, profile) if profile is not None else ""
 
+    def _batching(self, choice: Choice) -> str:
+        """What the batch costs; empty for one sequence. Call it after `speed`."""
+        specs = self.space.specs(choice.weights)
+        if self.elsewhere is not None:
+            return batching_elsewhere(self.space.config, specs, choice, self.elsewhere, self.space.device_tier)
+        profile = self._profiles.get(choice.threads)
+        return batching_here(self.space.config, specs, choice, profile) if profile is not None else ""
+
     def _fit_first(self, choice: Choice) -> str:
         """What must be run before this choice can."""
         parts = fitted.missing(self.fingerprint, choice.kv)
@@ -265,6 +281,7 @@ class Planner:
             explanation=explain(self.space, goal, candidates)
             + _considered(candidates)
             + self._arithmetic(best.choice)
+            + self._batching(best.choice)
             + self._fit_first(best.choice),
             runners_up=tuple(self._runners_up(goal, candidates)),
         )

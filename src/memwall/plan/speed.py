@@ -7,6 +7,7 @@ A decode step reads every weight it uses once and the whole cache once, so
             + layers x layer overhead + token overhead
 
 where the working set is all that one step reads: below the size of the last-level cache rates are those of the cache.
+Several sequences share one reading of the weights, until their multiply-adds take longer (`simulate.marlin`).
 A cache that rebuilds its keys multiplies for them besides; that part of a step takes the longer of reading and
 arithmetic, max(bytes / rate, multiply-adds / rate), and attention then finds its rows near.
 A prompt costs multiply-adds over the prefill rate of each format, and attention for half the prompt on average.
@@ -39,6 +40,7 @@ from memwall.plan.profile import (
     KernelProfile,
     layer_weights,
 )
+from memwall.simulate import marlin
 
 #: share of a machine's nominal bandwidth and arithmetic that decoding and prefill reach (model figures; survey of
 #: published runs: 0.5-0.85)
@@ -118,7 +120,12 @@ def predict_here(
 
     def step_seconds(context: float, held_bytes: float) -> float:
         working_set = sum(weights.values()) + held_bytes * choice.batch
-        matrices = sum(size / _at(working_set, rates[spec] or []) for spec, size in weights.items())
+        matrices = 0.0
+        for spec, size in weights.items():
+            rate, work = _at(working_set, rates[spec] or []), macs.get(spec, 0.0) * choice.batch
+            # a batch of one is what was timed; more tokens are worked on by the kernels that prompts take
+            alone = choice.batch == 1
+            matrices += size / rate if alone else marlin.step_seconds(size, rate, work, blocks.get(spec) or math.inf)
         rebuilt = _rebuilding(config, choice.kv, context)
         far = 0.0 if rebuilt is not None else _share_from_far(working_set, widest)
         steps = (_attention(seen, far, attend) for seen in _seen(config, choice.kv, context))
@@ -193,6 +200,43 @@ def arithmetic_here(config: ModelConfig, specs: Mapping[str, str], choice: Choic
 def arithmetic_elsewhere(config: ModelConfig, choice: Choice, machine: Machine, tier: str) -> str:
     """The same for another machine."""
     return _arithmetic(config, choice, machine.tier(tier).read_bytes_per_s, _peak_flop_per_s(machine, tier))
+
+
+def batching_here(config: ModelConfig, specs: Mapping[str, str], choice: Choice, profile: KernelProfile) -> str:
+    """A sentence on what the batch costs on this machine; empty for one sequence, or where kernels are not known."""
+    cols, weights, macs = typical_columns(config), step_bytes(config, specs), step_macs(config, specs)
+    rates = {spec: profile.matvec_bytes_per_s(spec, cols) for spec in weights}
+    blocks = {spec: profile.prefill_macs_per_s(spec) for spec in macs}
+    if choice.batch == 1 or not all(rates.values()) or not all(blocks.values()):
+        return ""
+    working_set = sum(weights.values())
+    reading = sum(size / _at(working_set, rates[spec] or []) for spec, size in weights.items())
+    return _batching(choice.batch, reading, sum(work / (blocks[spec] or math.inf) for spec, work in macs.items()))
+
+
+def batching_elsewhere(
+    config: ModelConfig, specs: Mapping[str, str], choice: Choice, machine: Machine, tier: str
+) -> str:
+    """The same for another machine, from its description."""
+    if choice.batch == 1:
+        return ""
+    reading = sum(step_bytes(config, specs).values()) / machine.tier(tier).read_bytes_per_s
+    return _batching(
+        choice.batch, reading, 2 * sum(step_macs(config, specs).values()) / _peak_flop_per_s(machine, tier)
+    )
+
+
+def _batching(batch: int, reading_s: float, token_s: float) -> str:
+    """reading_s: of all weights once; token_s: the multiply-adds of one token."""
+    if not token_s:
+        return ""
+    knee = reading_s / token_s
+    if batch <= knee:
+        return f" Up to {knee:.0f} sequences share one reading of the weights at no cost; {batch} are below that."
+    return (
+        f" From {max(knee, 1):.0f} sequences on a step is bound by arithmetic: with {batch} the weights' part takes "
+        f"{batch * token_s / reading_s:.1f} times as long as with one."
+    )
 
 
 def _arithmetic(config: ModelConfig, choice: Choice, bytes_per_s: float, flop_per_s: float) -> str:

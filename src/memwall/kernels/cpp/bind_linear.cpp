@@ -231,6 +231,28 @@ PyMatrix masked_matrix(const std::string& spec, std::int64_t rows, std::int64_t 
   return m;
 }
 
+// Two of every four columns; zeros may be None. The caller has checked the positions.
+PyMatrix sparse_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, int group, nb::object codes, nb::object scales,
+                       nb::object zeros) {
+  require(bits >= 2 && bits <= 8 && rows >= 0 && cols >= 0, "kept weights have 2 to 8 bits");
+  require(group == 64 || group == 128 || group == 256, "the group of sparse tiles is 64, 128 or 256, got " + std::to_string(group));
+  PyMatrix m;
+  m.spec = spec;
+  mw::Matrix& view = m.view;
+  view.form = mw::Form::sparse;
+  view.rows = rows;
+  view.cols = cols;
+  view.bits = bits;
+  view.group = group;
+  view.row_tiles = (rows + mw::kTileRows - 1) / mw::kTileRows;
+  view.groups = (cols + group - 1) / group;
+  const std::int64_t unit_bytes = (bits + mw::kPositionBits) * mw::kLaneVectorBytes;
+  view.data = part_of<std::uint8_t, 4>(m, 0, codes, {view.row_tiles, view.groups, group / mw::kSparseUnitColumns, unit_bytes}, "codes");
+  view.scales = part_of<std::uint16_t, 3>(m, 1, scales, {view.row_tiles, view.groups, mw::kTileRows}, "scales");
+  if (!zeros.is_none()) view.zeros = part_of<std::uint8_t, 3>(m, 2, zeros, {view.row_tiles, view.groups, mw::kTileRows}, "zeros");
+  return m;
+}
+
 // Sign blocks in turn, each in bytes.
 PyMatrix stacked_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int rank, nb::sequence blocks) {
   require(rows >= 0 && cols >= 0 && rank >= 1 && nb::len(blocks) >= 1, "a stack has at least one block of rank 1 or more");
@@ -478,6 +500,7 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
         "order"_a = nb::none(), "scale_and_offset"_a = nb::none());
   m.def("masked_matrix", &masked_matrix, "spec"_a, "rows"_a, "cols"_a, "codes"_a.noconvert(), "params"_a, "salient"_a = nb::none(),
         "order"_a = nb::none(), "steps"_a = nb::none(), "starts"_a = nb::none(), "rest"_a = nb::none());
+  m.def("sparse_matrix", &sparse_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a, "scales"_a, "zeros"_a = nb::none());
   m.def("stacked_matrix", &stacked_matrix, "spec"_a, "rows"_a, "cols"_a, "rank"_a, "blocks"_a);
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());

@@ -40,7 +40,7 @@ class Scratch {
 };
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
-Scratch g_activations[4], g_planes[kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers;
+Scratch g_activations[5], g_planes[kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers;
 float g_offsets[kMaxTokens];  // what offsets of columns make of each token
 std::int64_t g_products = 0;
 
@@ -254,7 +254,7 @@ void run_jobs(const Job* jobs, std::size_t count, double seconds) {
 void linear_block(const Input& plain, const Product* products, std::size_t count, bool exact, std::int64_t first_token) {
   const LinearKernels& kernels = linear_kernels_in_use();
   const bool one = plain.tokens == 1, few = plain.tokens <= kFewTokens;
-  Input inputs[4] = {plain, plain, plain, plain};  // by group 32, 64, 128; the last without codes
+  Input inputs[5] = {plain, plain, plain, plain, plain};  // by group 32, 64, 128, none (without codes) and 256
   Input in_planes[kMaxPlanes];                     // by bits of activations
   Input own;                                       // as `in_order` reads it
   const Matrix* in_order = nullptr;
@@ -306,17 +306,17 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.kernel = one ? kernels.codebook_one : kernels.codebook_many;
     } else if (m.form == Form::stacked) {
       job.kernel = few ? kernels.stacked_few : kernels.stacked_many;
-    } else if (m.form != Form::tiles) {
+    } else if (m.form != Form::tiles && m.form != Form::sparse) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
-      job.kernel = kernels.tiles_exact;
+      job.kernel = m.form == Form::sparse ? kernels.sparse_exact : kernels.tiles_exact;
     } else {
-      const int slot = m.group == 32 ? 0 : m.group == 64 ? 1 : 2;
+      const int slot = m.group == 32 ? 0 : m.group == 64 ? 1 : m.group == 128 ? 2 : 4;
       if (inputs[slot].coded.codes == nullptr) inputs[slot].coded = quantize(kernels, plain, m.group, g_activations[slot]);
       job.input = &inputs[slot];
-      job.kernel = one ? kernels.tiles_one : kernels.tiles_many;
+      job.kernel = !one ? kernels.tiles_many : m.form == Form::sparse ? kernels.sparse_one : kernels.tiles_one;
     }
-    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel || m.form == Form::masked));
+    const bool single_tile = one && !(exact && (m.form == Form::tiles || m.form == Form::planes || m.form == Form::bilevel || m.form == Form::masked || m.form == Form::sparse));
     std::int64_t strip_rows = kTileRows * (single_tile && m.form != Form::stacked ? 1 : kernels.strip_tiles);
     if (one && m.form == Form::codebook) strip_rows = kVectorsTogether * m.codebooks->rest.vector;
     if (m.form == Form::stacked && few) strip_rows = m.stack_rows();
@@ -346,11 +346,11 @@ float scale_at(const Matrix& m, std::int64_t tile, std::int64_t g, std::int64_t 
   }
 }
 
-// The code at (row, col) of a matrix of tiles: bit planes come widest first and hold the low bits first.
-int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
-  const std::int64_t unit = col / kUnitColumns, block = col % kUnitColumns / 4;
-  const std::uint8_t* at = m.tile(row / kTileRows) + unit * kLaneVectorBytes * m.bits + 4 * (row % kTileRows) + col % 4;
-  int code = 0, low = 0, left = m.bits;
+// The code of a unit of tiles at (row, col): bit planes come widest first and hold the low bits first.
+int unit_code(const std::uint8_t* unit, int bits, std::int64_t row, std::int64_t col) {
+  const std::int64_t block = col % kUnitColumns / 4;
+  const std::uint8_t* at = unit + 4 * (row % kTileRows) + col % 4;
+  int code = 0, low = 0, left = bits;
   for (int width = 8; width > 0; width /= 2) {
     if ((left & width) == 0) continue;
     const int per_byte = 8 / width;
@@ -361,6 +361,10 @@ int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
     left -= width;
   }
   return code;
+}
+
+int tile_code(const Matrix& m, std::int64_t row, std::int64_t col) {
+  return unit_code(m.tile(row / kTileRows) + col / kUnitColumns * kLaneVectorBytes * m.bits, m.bits, row, col);
 }
 
 // A row of a bilevel matrix. Outliers are added to numbers that were stored, so that no processor fuses the two roundings.
@@ -449,6 +453,18 @@ void decode_masked(const Matrix& m, std::int64_t row, float* out) {
   }
 }
 
+// A row of a matrix of which two of every four columns are kept.
+void decode_sparse(const Matrix& m, std::int64_t row, float* out) {
+  const std::int64_t tile = row / kTileRows;
+  std::fill(out, out + m.cols, 0.0f);
+  for (std::int64_t kept = 0; kept < (m.cols + 3) / 4 * 2; ++kept) {
+    const std::uint8_t* unit = m.tile(tile) + kept / kUnitColumns * kLaneVectorBytes * (m.bits + kPositionBits);
+    const std::int64_t g = 2 * kept / m.group, col = kept / 2 * 4 + unit_code(unit + kLaneVectorBytes * m.bits, kPositionBits, row, kept);
+    const int zero = m.zeros ? m.zeros[(tile * m.groups + g) * kTileRows + row % kTileRows] : m.low_offset();
+    if (col < m.cols) out[col] = scale_at(m, tile, g, row % kTileRows) * static_cast<float>(unit_code(unit, m.bits, row, kept) - zero);
+  }
+}
+
 void decode_stacked(const Matrix& m, std::int64_t row, float* out) {
   std::fill(out, out + m.cols, 0.0f);
   for (int b = 0; b < m.num_blocks; ++b) {
@@ -481,6 +497,7 @@ std::int64_t Matrix::nbytes() const {
   }
   if (form == Form::stacked) return num_blocks * (rows * ((cols + 7) / 8) + 2 * rank * (rows + cols));
   if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
+  if (form == Form::sparse) return row_tiles * (tile_bytes() + groups * kTileRows * (zeros ? 3 : 2));
   if (form != Form::tiles) return rows * cols * 2;
   if (turned) return row_tiles * tile_bytes() + 2 * cols + 12;
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
@@ -546,6 +563,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     case Form::codebook: return decode_codebook(m, row, out);
     case Form::masked: return decode_masked(m, row, out);
     case Form::stacked: return decode_stacked(m, row, out);
+    case Form::sparse: return decode_sparse(m, row, out);
     case Form::tiles: break;
   }
   const std::int64_t tile = row / kTileRows, lane = row % kTileRows;

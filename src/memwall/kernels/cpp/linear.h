@@ -18,7 +18,7 @@ constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
-enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook, masked, stacked };
+enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook, masked, stacked, sparse };
 
 // How the scales of tiles are stored (formats/scales.py): in the last two forms a byte is a power of two, or an index of
 // dynamic levels that one float per 256 scales and an offset per row tile make a scale of; the last has no scales.
@@ -52,6 +52,10 @@ constexpr int kBilevelGroup = 16, kBilevelCodeBytes = 6, kBilevelStatisticBytes 
 // Weights of a sign and a mask bit (formats/sign_mask.py defines them): parameters per row and block of 128 columns.
 constexpr int kMaskedGroup = 128, kBillmParams = 7, kPbLlmParams = 2;
 
+// Tiles of which two of every four columns are kept (formats/sparse.py defines them): a unit holds the kept codes of 64 columns and,
+// behind them, their positions of 2 bits.
+constexpr int kSparseUnitColumns = 64, kPositionBits = 2;
+
 // A turn of n = p * q numbers (formats/quip.py): what lies at `order` is laid out as p x q, multiplied by left [p, p] from the left
 // and by right [q, q] from the right; a turn back does it the other way round.
 struct Turn {
@@ -82,6 +86,7 @@ struct Matrix {
   const float* nested = nullptr;          // [row_tiles, (groups + 15) / 16], for nested scales
   const float* offsets = nullptr;         // [row_tiles], for nested scales
   const Levels* levels = nullptr;         // null for integers
+  const std::uint8_t* zeros = nullptr;    // sparse only, the shape of scales: the code that stands for zero; null when symmetric
   // planes only, beside data, bits and scales (float32 [rows]): bits that activations are rounded to
   int activation_bits = 0;
   const CodebookMatrix* codebooks = nullptr;  // codebook only, beside order
@@ -108,7 +113,7 @@ struct Matrix {
   const std::uint8_t* const* blocks = nullptr;
   int num_blocks = 0, rank = 0;
 
-  std::int64_t group_bytes() const { return std::int64_t{2} * bits * group; }
+  std::int64_t group_bytes() const { return form == Form::sparse ? std::int64_t{bits + kPositionBits} * group : std::int64_t{2} * bits * group; }
   std::int64_t tile_bytes() const { return groups * group_bytes(); }
   const std::uint8_t* tile(std::int64_t index) const { return static_cast<const std::uint8_t*>(data) + index * tile_bytes(); }
   const std::uint8_t* bilevel_statistics(std::int64_t tile) const {
@@ -134,7 +139,7 @@ struct Matrix {
   int bytes() const { return levels ? levels->bytes : 0; }
   Planes planes() const { return {static_cast<const std::uint64_t*>(data), rows, cols, bits}; }
   // what is taken off a code, or off its low byte
-  int low_offset() const { return levels ? levels->low_offset : mins ? 0 : 1 << (bits - 1); }
+  int low_offset() const { return levels ? levels->low_offset : mins || zeros ? 0 : 1 << (bits - 1); }
   float unit() const { return levels ? levels->unit : 1.0f; }
   std::int64_t nbytes() const;
 };
@@ -193,6 +198,7 @@ struct LinearKernels {
   void (*turn_back)(const Turn&, const float* x, float scale, float* to, float* room);
   StripKernel masked_one, masked_exact;  // several tokens take the exact one: a panel of floats costs less than their rounding gains
   StripKernel stacked_few, stacked_many;  // strips of stack_rows() rows, and of strip_tiles; always in float
+  StripKernel sparse_one, sparse_exact;  // several tokens take tiles_many: what is pruned costs less there than picking activations
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.

@@ -283,6 +283,8 @@ const LinearKernels linear_kernels = {
     panels_of<masked_panel>,
     stacked_few,
     stacked_many,
+    sparse_one,
+    panels_of<sparse_panel>,
 };
 
 }  // namespace mw::MW_ISA

@@ -38,6 +38,11 @@ void masked_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t en
 void masked_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
 void bilevel_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
 
+void sparse_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+// Writes the codes of some groups of a tile, those of pruned weights too: 16 rows by 4 columns every `stride` bytes.
+void sparse_codes(const Matrix&, std::int64_t tile, std::int64_t first_group, int num_groups, std::uint8_t* to, std::int64_t stride);
+void sparse_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
+
 void stacked_few(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 // Decodes kStripRows rows of some columns (at most a sign panel, which may end among them): panel[column][row].
 void stacked_panel(const Matrix&, std::int64_t first_row, std::int64_t first_col, int num_cols, float (*panel)[kStripRows]);

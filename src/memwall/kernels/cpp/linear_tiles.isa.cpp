@@ -196,10 +196,26 @@ void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, i
     }
 }
 
+// Codes of pruned weights are those of zero: sums of activations are then known beforehand, as with dense tiles.
+void unpack_sparse(const Matrix& m, std::int64_t tile, std::int64_t first_group, int num_groups, int slot, Panel& panel) {
+  sparse_codes(m, tile, first_group, num_groups, panel.parts[0].codes[0][slot], sizeof panel.parts[0].codes[0]);
+  for (int g = 0; g < num_groups; ++g)
+    for (int p = 0; p < kPieces; ++p) {
+      const int at = slot * kTileRows + p * kWidth;
+      const Vf scale = group_scale(m, tile, first_group + g, p);
+      store(panel.parts[0].scales[g] + at, scale);
+      if (m.zeros) store(panel.mins[g] + at, -scale * to_float(load_bytes(m.zeros + (tile * m.groups + first_group + g) * kTileRows + p * kWidth)));
+    }
+}
+
 // A strip may end past the last tile: the missing one reads as zeros.
 void unpack_panel(const Matrix& m, std::int64_t strip, std::int64_t first_group, int num_groups, Panel& panel) {
   for (int slot = 0; slot < kStripTiles; ++slot) {
     const std::int64_t tile = strip * kStripTiles + slot;
+    if (tile < m.row_tiles && m.form == Form::sparse) {
+      unpack_sparse(m, tile, first_group, num_groups, slot, panel);
+      continue;
+    }
     if (tile < m.row_tiles) {
       with_form(m, [&](auto bits, auto bytes) {
         unpack_tile<decltype(bits)::value, decltype(bytes)::value>(m, tile, first_group, num_groups, slot, panel);
@@ -268,7 +284,7 @@ PanelBlock pick_panel_block(const Matrix& m, int tokens) {
   PanelBlock found = nullptr;
   with_form(m, [&](auto bits, auto bytes) {
     using D = LevelDot<decltype(bits)::value, decltype(bytes)::value>;
-    found = m.mins ? panel_block_for<D, true>(tokens) : panel_block_for<D, false>(tokens);
+    found = m.mins || m.zeros ? panel_block_for<D, true>(tokens) : panel_block_for<D, false>(tokens);
   });
   return found;
 }
@@ -276,7 +292,7 @@ PanelBlock pick_panel_block(const Matrix& m, int tokens) {
 }  // namespace
 
 void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
-  const auto one = to.group == 16 ? quantize_token<16> : to.group == 32 ? quantize_token<32> : to.group == 64 ? quantize_token<64> : quantize_token<128>;
+  const auto one = to.group == 256 ? quantize_token<256> : to.group == 16 ? quantize_token<16> : to.group == 32 ? quantize_token<32> : to.group == 64 ? quantize_token<64> : quantize_token<128>;
   const std::int64_t codes = index * to.padded_cols() * to.block, statistics = index * to.groups * to.block;
   for (int t = 0; t < count; ++t)
     one(x + t * cols, cols, 4 * to.block, to.codes + codes + 4 * t, to.scales + statistics + t, to.sums + statistics + t, to.block);
