@@ -10,9 +10,9 @@ Units: bits, multiply-adds a cycle, cycles, watts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from memwall.errors import InputError
+from memwall.models.config import ModelConfig
 from memwall.simulate.dsp_packing import Packing, best_packing
 
 CLOCK_HZ = 225e6  # paper, of both
@@ -29,18 +29,6 @@ CORE_LANES = 16
 """Elements that a core's special unit takes in a cycle (artifact)."""
 
 
-class Sized(Protocol):
-    """What `ModelShape.of` reads of a model's configuration."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """Sizes of a decoder; the default is LLaMA-2-7B, which both papers report."""
@@ -54,7 +42,7 @@ class ModelShape:
     vocabulary: int = 32000
 
     @classmethod
-    def of(cls, config: Sized) -> ModelShape:
+    def of(cls, config: ModelConfig) -> ModelShape:
         """Of a model's configuration."""
         return cls(
             layers=config.num_layers,
@@ -234,6 +222,6 @@ def ladder(recipe: Recipe) -> list[tuple[str, Design]]:
     )
     found, now = [("FlightLLM", FLIGHTLLM)], FLIGHTLLM
     for name, change in steps:
-        now = replace(now, **change)  # type: ignore[arg-type]
+        now = replace(now, **change)
         found.append((name, now))
     return found

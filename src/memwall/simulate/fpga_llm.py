@@ -12,6 +12,7 @@ Holds when: one sequence at a time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,7 @@ class _Program:
 
 
 def run_pass(design: Design, shape: ModelShape, machine: Machine, *, tokens: int = 1, past: int = 0) -> Pass:
-    """One forward pass of `tokens` after `past` others; of a prompt (past 0) all see each other, as the design has it."""
+    """One forward pass: a token after `past` others, or a prompt of `tokens` in the design's attention."""
     memory = float(machine.tier("hbm").read_bytes_per_s)
     program = _Program(design, shape, memory, tokens, past)
     sizes = shape.matrices
@@ -191,7 +192,7 @@ def run_request(
     places = sorted({round(last * each / max(samples - 1, 1)) for each in range(samples)})
     times = [run_pass(design, shape, machine, past=prompt_tokens + place).seconds for place in places]
     pairs = list(zip(places, times))
-    area = sum((b - a) * (s + t) / 2 for (a, s), (b, t) in zip(pairs, pairs[1:]))
+    area = sum((b - a) * (s + t) / 2 for (a, s), (b, t) in itertools.pairwise(pairs))
     return Request(
         prompt_seconds=prompt,
         answer_seconds=area / last * output_tokens,
@@ -219,17 +220,26 @@ def compare(
     """Both designs on one request, the steps between them, and speed over the context; plain data."""
     memory = float(machine.tier("hbm").read_bytes_per_s)
     designs = {"FlightLLM": FLIGHTLLM, "AccLLM": recipe.design()}
-    rows, middle = [], prompt_tokens + output_tokens // 2
+    rows: list[dict[str, Any]] = []
+    middle = prompt_tokens + output_tokens // 2
     for design in designs.values():
         request = run_request(design, shape, machine, prompt_tokens, output_tokens)
         step = run_pass(design, shape, machine, past=middle)
-        rows.append({
-            "design": design.name, "weight_bits": design.weight_bits, "decode_tokens_per_s": request.decode_tokens_per_s,
-            "tokens_per_s": request.tokens_per_s, "prompt_seconds": request.prompt_seconds,
-            "tokens_per_joule": request.tokens_per_joule, "weight_bytes": step.weight_bytes,
-            "kv_bytes": step.kv_bytes, "bandwidth_share": step.bandwidth_share(memory), "shares": step.shares,
-            "flush_share": design.flush_share,
-        })  # fmt: skip
+        rows.append(
+            {
+                "design": design.name,
+                "weight_bits": design.weight_bits,
+                "decode_tokens_per_s": request.decode_tokens_per_s,
+                "tokens_per_s": request.tokens_per_s,
+                "prompt_seconds": request.prompt_seconds,
+                "tokens_per_joule": request.tokens_per_joule,
+                "weight_bytes": step.weight_bytes,
+                "kv_bytes": step.kv_bytes,
+                "bandwidth_share": step.bandwidth_share(memory),
+                "shares": step.shares,
+                "flush_share": design.flush_share,
+            }
+        )
     steps, before = [], 0.0
     for name, design in ladder(recipe):
         speed = run_request(design, shape, machine, prompt_tokens, output_tokens).decode_tokens_per_s
