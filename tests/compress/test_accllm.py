@@ -114,7 +114,9 @@ def test_whole_runs(tmp_path: Path) -> None:
 
 
 def test_a_tuned_model_is_saved_loaded_and_run_as_it_is_stored(tmp_path: Path) -> None:
-    source, out = make_model(tmp_path / "source"), tmp_path / "out"
+    # with biases, which no form changes
+    biased = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    source, out = make_model(tmp_path / "source", **biased), tmp_path / "out"
     compress_model(source, out, method="accllm", bits=2, options=STEPS, tuning=QUICK)
     session = load(out, Settings(weights="saved", kv="lambda(sinks=2,window=24)", context_tokens=64))
     assert {spec for name, spec in session.decoder.weights.specs.items() if "proj" in name} == {SPEC}

@@ -88,9 +88,11 @@ def test_a_prompt_is_bound_by_products_and_counts_its_activations() -> None:
 
 
 def test_packing_and_flushes_reach_the_rates() -> None:
-    dear = Recipe(weight_packing=Packing(code_bits=2, lanes=3, spacing=12), flush_cycles=5).design()
+    dear = Recipe(weight_packing=Packing(code_bits=2, lanes=3, spacing=12), flush_cycles=5, shared_places=True).design()
     assert dear.mv_macs == pytest.approx(6144 * 0.8 * 1.5)
     assert dear.flush_share == pytest.approx(0.5)
+    assert ACCLLM.mv_macs == pytest.approx(6144 * 0.8)  # rows of other places share no activation
+    assert ACCLLM.mm_macs == pytest.approx(6144 * 0.8 * 2 * 682 / 683)
     assert run_pass(dear, LLAMA, U280, tokens=512).seconds > run_pass(ACCLLM, LLAMA, U280, tokens=512).seconds
 
 

@@ -41,6 +41,12 @@ def accllm(
     window: Annotated[int, typer.Option(help="Last tokens that stay.", min=1)] = 1024,
     lanes: Annotated[int | None, typer.Option(help="2-bit weights in a multiplier (default: the fastest).")] = None,
     spacing: Annotated[int | None, typer.Option(help="Bits between them, with --lanes.", min=1)] = None,
+    shared_places: Annotated[
+        bool,
+        typer.Option(
+            "--shared-places", help="Rows packed together keep the same two of every four: one token's products pack."
+        ),
+    ] = False,
     flush_cycles: Annotated[int, typer.Option(help="Cycles that splitting a packed sum takes.", min=0)] = 1,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -59,7 +65,11 @@ def accllm(
 
     shape = ModelShape() if model is None else ModelShape.of(ModelConfig.from_directory(model_directory(model)))
     recipe = Recipe(
-        sinks=sinks, window=window, flush_cycles=flush_cycles, weight_packing=_packing(lanes, spacing, flush_cycles)
+        sinks=sinks,
+        window=window,
+        flush_cycles=flush_cycles,
+        weight_packing=_packing(lanes, spacing),
+        shared_places=shared_places,
     )
     found = compare(
         shape, load_machine(machine), recipe, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
@@ -76,7 +86,7 @@ def accllm(
         note(f"memwall: published for this model and card, tokens/s: {told}", quiet=quiet)
 
 
-def _packing(lanes: int | None, spacing: int | None, flush_cycles: int) -> Any:
+def _packing(lanes: int | None, spacing: int | None) -> Any:
     from memwall.simulate.dsp_packing import PORT_BITS, Packing
 
     if lanes is None:

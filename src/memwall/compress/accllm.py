@@ -140,7 +140,7 @@ class AccLlm(WeightMethod):
         known = statistics if self.compensate else None
         factored = sweep.factor_for(known, weight.shape[1], self.damping, False)
         mask = fixed_mask(weight, statistics, self.score)
-        return sweep.sweep(weight, factored, PruningColumns(*weight.shape, mask))
+        return sweep.sweep(weight, factored, PruningColumns(weight.shape[0], weight.shape[1], mask))
 
     def compress(self, weight: np.ndarray, statistics: Statistics | None, config: MethodConfig) -> Packed:
         form, mask = codec(config.spec), mask_of(weight)

@@ -439,7 +439,7 @@ def trained_decoder(
 def unrounded(model: nn.Module, name: str) -> Tensor:
     """The weight behind its rounding."""
     owner, _, field = name.rpartition(".")
-    if parametrize.is_parametrized(model.get_submodule(owner)):
+    if parametrize.is_parametrized(model.get_submodule(owner), field):
         return model.get_parameter(f"{owner}.parametrizations.{field}.original")
     return model.get_parameter(name)
 

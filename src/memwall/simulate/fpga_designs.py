@@ -166,9 +166,18 @@ def flightllm(cores: int = CORES, *, weight_bits: float = 3.4) -> Design:
 FLIGHTLLM = flightllm()
 
 
+TOKENS_PACKING = Packing(code_bits=8, lanes=2, spacing=19, signed=True, activation_low=0, activation_high=3)
+"""Two activations that meet one 2-bit weight, whose zero point is taken off outside."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """AccLLM's parameters that are not published, and their defaults here (assumption)."""
+    """AccLLM's parameters that are not published, and their defaults here (assumption).
+
+    shared_places: whether rows whose weights are packed together keep the same two of every four. Only then do they
+    meet the same activations; where each row has places of its own, a token's products of weights go one to a
+    multiplier, and a prompt's are packed by two tokens that share a weight.
+    """
 
     sinks: int = 4
     window: int = 1024
@@ -177,11 +186,15 @@ class Recipe:
     flush_cycles: int = 1
     multipliers: int = CORES * CORE_MULTIPLIERS
     weight_packing: Packing | None = None
+    shared_places: bool = False
 
     def packings(self) -> dict[str, Packing]:
-        """Of 2-bit weights, 4-bit keys and values, and 8-bit numbers; those with the highest rate unless given."""
+        """Of 2-bit weights, 4-bit keys and values, and 8-bit numbers; those with the highest rate unless given.
+        `tokens`: two tokens' 8-bit activations, signed, beside each other, times a 2-bit weight.
+        """
         return {
             "2x8": self.weight_packing or best_packing(2, flush_cycles=self.flush_cycles),
+            "tokens": TOKENS_PACKING,
             "4x8": best_packing(4, flush_cycles=self.flush_cycles),
             "8x8": best_packing(8, signed=True, flush_cycles=self.flush_cycles),
         }
@@ -190,19 +203,19 @@ class Recipe:
         """W2A8KV4 with 2:4 pruning on an engine that packs by width and uses every multiplier in both modes."""
         found, usable = self.packings(), self.multipliers * CORES_SHARE  # the cores' sum as in FlightLLM
         rate = {name: packing.rate(self.flush_cycles) * usable for name, packing in found.items()}
-        two = found["2x8"]
+        weights, many = (found["2x8"],) * 2 if self.shared_places else (None, found["tokens"])
         return Design(
             name="AccLLM",
             # two of four kept: 2 bits of code and 2 of place each; 16 bits of scale and 2 of zero point a group
             weight_bits=0.5 * (2 + 2) + 0.5 * (16 + 2) / self.group,
             density=0.5,
             kv_bits=4 + 32 / self.kv_group,
-            mv_macs=rate["2x8"],
-            mm_macs=rate["2x8"],
+            mv_macs=usable if weights is None else rate["2x8"],
+            mm_macs=many.rate(self.flush_cycles) * usable,
             kv_macs=rate["4x8"],
             sinks=self.sinks,
             window=self.window,
-            flush_share=self.flush_cycles / (two.limit + self.flush_cycles),
+            flush_share=self.flush_cycles / (many.limit + self.flush_cycles),
             watts=33.0,  # paper
         )
 
