@@ -51,7 +51,7 @@ from memwall.simulate.fpga_llm import compare
 
 CONTEXT, WIDTH, LAYERS, HEADS, FEED_FORWARD = 256, 128, 4, 4, 384
 VOCABULARY, BEGIN = 257, 256
-SINK_SIZE, SINK_BIAS = 4.0, 3.0
+SINK_SIZE = 4.0
 SINKS = 4
 SPARSE = "sparse2-g128-asym"
 NEAR_3 = (2.4, 3.6)
@@ -61,10 +61,13 @@ STEP_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How much is done: of training, of the streams, of tuning, and of the kernel's weights."""
+    """How much is done: of training, of the streams, of tuning, and of the kernel's weights. sink_bias: of queries, for
+    the begin token; more where training is too short for heads to come to lean on it.
+    """
 
     steps: int
     batch: int
+    sink_bias: float
     stream: int
     long_stream: int
     windows: int
@@ -76,12 +79,12 @@ class Sizes:
 
 
 FULL = Sizes(
-    steps=300, batch=16, stream=16_384, long_stream=65_536, windows=60, tune_steps=60, aware_steps=240,
+    steps=300, batch=16, sink_bias=3.0, stream=16_384, long_stream=65_536, windows=60, tune_steps=60, aware_steps=240,
     calibration=65_536, kernel_matrices=60, rounds=7,
 )  # fmt: skip
 QUICK = Sizes(
-    steps=300, batch=6, stream=4096, long_stream=8192, windows=24, tune_steps=10, aware_steps=30, calibration=16_384,
-    kernel_matrices=6, rounds=5,
+    steps=300, batch=6, sink_bias=4.0, stream=4096, long_stream=8192, windows=24, tune_steps=10, aware_steps=30,
+    calibration=16_384, kernel_matrices=6, rounds=5,
 )  # fmt: skip
 
 
@@ -139,7 +142,7 @@ def train(text: np.ndarray, sizes: Sizes, progress: Callable[[int, int], None]) 
         for part in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{layer}.{part}.weight"] = nn.Parameter(torch.ones(WIDTH))
     tensors["model.norm.weight"] = nn.Parameter(torch.ones(WIDTH))
-    _plant_sink(tensors)
+    _plant_sink(tensors, sizes.sink_bias)
 
     def norm(x: Any, name: str) -> Any:
         return functional.rms_norm(x, (WIDTH,), tensors[name], 1e-5)
@@ -181,7 +184,7 @@ def train(text: np.ndarray, sizes: Sizes, progress: Callable[[int, int], None]) 
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
-def _plant_sink(tensors: dict[str, Any]) -> None:
+def _plant_sink(tensors: dict[str, Any], bias: float) -> None:
     """The begin token alone has a first channel; keys read it into the slowest pair, where queries have a bias."""
     import torch
 
@@ -198,7 +201,7 @@ def _plant_sink(tensors: dict[str, Any]) -> None:
             for row in range(size // 2 - 1, WIDTH, size):
                 tensors[own + "self_attn.k_proj.weight"][row] = 0
                 tensors[own + "self_attn.k_proj.weight"][row, 0] = 1
-                tensors[own + "self_attn.q_proj.bias"][row] = SINK_BIAS
+                tensors[own + "self_attn.q_proj.bias"][row] = bias
 
 
 def save(tensors: dict[str, np.ndarray], folder: Path) -> Path:
@@ -425,7 +428,7 @@ def ladder(source: Path, folder: Path, text: Path, held: np.ndarray, sizes: Size
     caches = {policy: kv.read_bytes(policy, shape, seen) for policy in (lam, f"{lam}+kivi(4bit,residual=64)")}
     four = list(caches)[1]
     forms = {path.name: linear_bytes(path) for path in (whole, w8)}
-    w4 = made("w4", 4)
+    w4, rounded = made("w4", 4), made("w2 swept", 2)
     forms["w4"] = linear_bytes(w4)
     plain = 2 * sum(t.size for t in ModelConfig.from_directory(source).tensors() if t.role == "linear")
     half = {n: plain_form(w8, n) for n in linear_names(source)}
@@ -435,7 +438,8 @@ def ladder(source: Path, folder: Path, text: Path, held: np.ndarray, sizes: Size
         Rung("2:4 tuned", measure(w8, change=half), plain // 2 + plain // 16),
         Rung("W8", measure(w8), forms["w8"] + caches[lam]),
         Rung("W4", measure(w4), forms["w4"] + caches[lam]),
-        Rung("W2", measure(whole), forms["w2"] + caches[lam]),
+        Rung("W2", measure(rounded), forms["w2"] + caches[lam]),
+        Rung("W2 trained", measure(whole), forms["w2"] + caches[lam]),
         Rung("A8", measure(whole, exact=False), forms["w2"] + caches[lam]),
         Rung("KV4", measure(whole, exact=False, policy=four), forms["w2"] + caches[four]),
     ]
@@ -443,7 +447,7 @@ def ladder(source: Path, folder: Path, text: Path, held: np.ndarray, sizes: Size
     with Checkpoint(source) as checkpoint:
         for name in linear_names(source):
             naive[name] = codec(SPARSE).encode(np.asarray(checkpoint.alone(name), np.float32))
-    swept = made("swept", 2, tune_steps="0")
+    swept = made("untuned", 2, tune_steps="0")
     others = {"naive": measure(source, change=naive), "compensated": measure(swept)}
     base = measure(whole, exact=False, policy=lam)
     return rungs, others, base, whole, plain, forms
@@ -477,7 +481,7 @@ def compression_claims(
     a8, kv4 = ratios["A8"], named["KV4"].perplexity / base
     ends = [math.log(each) for each in (others["naive"], named["float"].perplexity, named["KV4"].perplexity)]
     recovered = (ends[0] - ends[2]) / (ends[0] - ends[1])
-    times = {name: ratio for name, ratio in ratios.items() if name not in ("W2", "2:4 tuned")}
+    times = {name: ratio for name, ratio in ratios.items() if name not in ("W2", "W2 trained", "2:4 tuned")}
     linear = forms["w2"] / plain
     claims = [
         Claim(

@@ -90,12 +90,13 @@ def test_best_packings() -> None:
     found = {bits: best_packing(bits) for bits in (2, 4, 8)}
     assert [found[bits].lanes for bits in (2, 4, 8)] == [3, 2, 2]
     assert best_packing(2, flush_cycles=4).lanes == 2  # a costly flush favours long intervals
-    assert best_packing(8, signed=True).spacing == 19
+    assert best_packing(8, signed=True).spacing == 18
 
 
 def test_bad_packings_are_refused() -> None:
     for bad, says in (
         ({"code_bits": 2, "lanes": 3, "spacing": 13}, "port"),
+        ({"code_bits": 8, "lanes": 2, "spacing": 19, "signed": True}, "port"),  # -128 above and below: one bit more
         ({"code_bits": 4, "lanes": 3, "spacing": 11}, "runs into"),
         ({"code_bits": 0, "lanes": 1, "spacing": 4}, "at least 1"),
         ({"code_bits": 2, "lanes": 2, "spacing": 12, "activation_high": 1 << 18}, "activations"),

@@ -45,7 +45,9 @@ class Packing:
     def __post_init__(self) -> None:
         if self.code_bits < 1 or self.lanes < 1 or self.spacing < 1:
             raise InputError(f"{self.name}: code bits, lanes and spacing must be at least 1")
-        width = (self.lanes - 1) * self.spacing + self.code_bits + (not self.signed)  # a sign, which is not used
+        # a sign that is not used, or the borrow that lower lanes take from the highest
+        spare = not self.signed or self.lanes > 1
+        width = (self.lanes - 1) * self.spacing + self.code_bits + spare
         if width > PORT_BITS:
             raise InputError(f"{self.name}: takes {width} bits of a port of {PORT_BITS}; fewer lanes or less spacing")
         limits = -(1 << (OTHER_PORT_BITS - 1)), (1 << (OTHER_PORT_BITS - 1)) - 1
@@ -164,7 +166,7 @@ def best_packing(code_bits: int, *, signed: bool = False, activation_low: int = 
     """The packing that makes most products a cycle for codes of so many bits and 8-bit activations."""
     found: list[Packing] = []
     for lanes in range(1, PORT_BITS + 1):
-        free = PORT_BITS - code_bits - (not signed)
+        free = PORT_BITS - code_bits - (not signed or lanes > 1)
         spacing = PORT_BITS if lanes == 1 else free // (lanes - 1)
         try:
             found.append(

@@ -166,7 +166,7 @@ def flightllm(cores: int = CORES, *, weight_bits: float = 3.4) -> Design:
 FLIGHTLLM = flightllm()
 
 
-TOKENS_PACKING = Packing(code_bits=8, lanes=2, spacing=19, signed=True, activation_low=0, activation_high=3)
+TOKENS_PACKING = Packing(code_bits=8, lanes=2, spacing=18, signed=True, activation_low=0, activation_high=3)
 """Two activations that meet one 2-bit weight, whose zero point is taken off outside."""
 
 
