@@ -14,26 +14,29 @@ from memwall.errors import InputError
 PUBLISHED = {"FlightLLM": 55.0, "AccLLM": 164.0}
 """Tokens a second of LLaMA-2-7B on a U280: a board's and a simulator's (paper)."""
 
+Sizes = Annotated[
+    str | None,
+    typer.Argument(
+        help="A model directory (its config.json is all that is read) or `demo`; LLaMA-2-7B's sizes if left out.",
+        metavar="[MODEL]",
+        autocompletion=complete_model,
+        show_default=False,
+    ),
+]
+Card = Annotated[
+    str,
+    typer.Option(
+        help="Card with a tier called hbm: a preset's name or a TOML file.",
+        metavar="MACHINE",
+        autocompletion=_complete_machine,
+    ),
+]
+
 
 def accllm(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A model directory (its config.json is all that is read) or `demo`; LLaMA-2-7B's sizes if left out.",
-            metavar="[MODEL]",
-            autocompletion=complete_model,
-            show_default=False,
-        ),
-    ] = None,
+    model: Sizes = None,
     *,
-    machine: Annotated[
-        str,
-        typer.Option(
-            help="Card with a tier called hbm: a preset's name or a TOML file.",
-            metavar="MACHINE",
-            autocompletion=_complete_machine,
-        ),
-    ] = "alveo-u280",
+    machine: Card = "alveo-u280",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
     output_tokens: Annotated[int, typer.Option(help="Tokens of the answer.", min=1)] = 1536,
     contexts: Annotated[str, typer.Option(help="Contexts of the long-context table.")] = "2048,8192,32768",

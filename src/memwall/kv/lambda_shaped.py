@@ -18,6 +18,7 @@ Holds when: layers see everything (no sliding window), and g + n is at most the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from memwall import kernels
 from memwall.errors import InputError
-from memwall.kernels.attention import attend_float, merge_partials
+from memwall.kernels.attention import attend_float
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.evict import array_bytes, inner_of
 from memwall.kv.float_store import float_dtype
@@ -88,14 +89,46 @@ class Turns:
         """Before another pass."""
         self._known.clear()
 
-    def turned(self, q: np.ndarray, key: Any, by: np.ndarray) -> np.ndarray:
-        """q [T, H, D] turned by `by` [T] places; key: names these places within a pass."""
-        if not by.any():
+    def turned(self, q: np.ndarray, key: tuple[Any, ...], by: Callable[[], np.ndarray] | int) -> np.ndarray:
+        """q [T, H, D] turned by so many places: the same for all, or [T]; key: names them within a pass."""
+        if by == 0:
             return q
-        if key not in self._known:
-            cos, sin = self._rotary.at(by)
-            self._known[key] = (cos / self._factor, sin / self._factor)
-        return kernels.rope(q.copy(), *self._known[key])
+        tables = self._known.get(key)
+        if tables is None:
+            places = np.full(len(q), by) if isinstance(by, int) else by()
+            cos, sin = self._rotary.at(places.astype(np.float32))
+            tables = self._known[key] = (cos / self._factor, sin / self._factor)
+        return kernels.rope(q.copy(), *tables)
+
+
+class Parts:
+    """Attentions of the same queries over tokens apart, joined at the end."""
+
+    MOST = 8
+    """At most four pieces of a ring, the new tokens, sinks on either side of the end of the window."""
+
+    def __init__(self, q: np.ndarray) -> None:
+        self._outs = np.empty((self.MOST, *q.shape), np.float32)
+        self._stats = np.empty((self.MOST, *q.shape[:2], 2), np.float32)
+        self._count = 0
+
+    def next(self) -> dict[str, Any]:
+        """Where another part's output and stats go."""
+        self._count += 1
+        return {"out": self._outs[self._count - 1], "stats": self._stats[self._count - 1]}
+
+    def join(self, out: np.ndarray, stats: np.ndarray | None) -> None:
+        """All parts together. A query sees its own token, so that the highest peak is a number."""
+        outs, found = self._outs[: self._count], self._stats[: self._count]
+        peaks, sums = found[..., 0], found[..., 1]
+        peak = peaks.max(axis=0, where=sums > 0, initial=-np.inf)
+        with np.errstate(invalid="ignore", over="ignore"):
+            weights = np.where(sums > 0, sums * np.exp(peaks - peak), np.float32(0))
+        total = weights.sum(axis=0)
+        weights /= total
+        np.einsum("pth,pthd->thd", weights, outs, out=out)
+        if stats is not None:
+            stats[..., 0], stats[..., 1] = peak, total
 
 
 class LambdaCache(KVCache):
@@ -215,28 +248,22 @@ class LambdaCache(KVCache):
         self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
     ) -> np.ndarray:
         first, s = int(positions[0]), self.settings
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        parts = Parts(q)
         where: dict[str, Any] = {"scale": self.shape.logit_scale, "first_position": first, "window": s.window}
         frame = self.ring_layout.frame_of(self._begin)
         oldest = max(first - s.window + 1, s.sinks)
         for piece in self._rings[layer].pieces(oldest):
             by = (frame - piece.frame) * self.ring_layout.frame
-            turned = self._turns.turned(q, (first, by), np.full(len(q), by, np.float32)) if by else q
-            piece.attend(turned, **where, out=_part(parts, q), stats=parts[-1][1])
+            piece.attend(self._turns.turned(q, (first, by), by), **where, **parts.next())
         if self._new is not None:  # not in the ring yet: as the decoder made them, in the pass's own frame
             k, v = self._new
             begin = max(oldest - self._begin, 0)
             end = first + len(q) - self._begin
             if begin < end:
                 start = self._begin + begin
-                attend_float(
-                    q, k[begin:end], v[begin:end], **where, key_start=start, out=_part(parts, q), stats=parts[-1][1]
-                )
+                attend_float(q, k[begin:end], v[begin:end], **where, key_start=start, **parts.next())
         self._attend_sinks(layer, q, first, frame, parts)
-        merged, found = merge_partials([each for each, _ in parts], [each for _, each in parts])
-        out[:] = merged
-        if stats is not None:
-            stats[:] = found
+        parts.join(out, stats)
         return out
 
     def settle(self, layer: int) -> None:
@@ -285,8 +312,7 @@ class LambdaCache(KVCache):
         sinks = self._sinks[layer]
         sinks[0, held:end], sinks[1, held:end] = k[: end - held], v[: end - held]
         if self.settings.positions == "clip":
-            back = -np.arange(held, end, dtype=np.float32)
-            sinks[2, held:end] = self._turns.turned(k[: end - held], ("sinks", held), back)
+            sinks[2, held:end] = self._turns.turned(k[: end - held], ("sinks",), lambda: -np.arange(held, end))
 
     def _keep(self, layer: int) -> None:
         """The pass's new tokens go to the ring; keys beyond the frame that it began in are turned to their own."""
@@ -297,42 +323,27 @@ class LambdaCache(KVCache):
         for first, stop, own in layout.frames(max(begin, layout.sinks), end):
             keys = k[first - begin : stop - begin]
             if own != frame:
-                by = np.full(len(keys), (frame - own) * layout.frame, np.float32)
-                keys = self._turns.turned(keys, ("keys", first), by)
+                keys = self._turns.turned(keys, ("keys", first), (frame - own) * layout.frame)
             self._rings[layer].put(keys, v[first - begin : stop - begin])
 
-    def _attend_sinks(
-        self, layer: int, q: np.ndarray, first: int, frame: int, parts: list[tuple[np.ndarray, np.ndarray]]
-    ) -> None:
+    def _attend_sinks(self, layer: int, q: np.ndarray, first: int, frame: int, parts: Parts) -> None:
         s, last = self.settings, first + len(q) - 1
         if not s.sinks:
             return
-        sinks, positions = self._sinks[layer], np.arange(first, last + 1)
+        turned, rows = self._turns.turned, self._sinks[layer]
+        where: dict[str, Any] = {"scale": self.shape.logit_scale, "first_position": first}
         shift = frame * self.ring_layout.frame  # of a query's place in its frame from its position
-        scale = self.shape.logit_scale
+
+        def places() -> np.ndarray:
+            return np.arange(first, last + 1)
+
         if s.positions == "cache":
-            by = np.minimum(positions, s.tokens - 1) - positions + shift
-            turned = self._turns.turned(q, (first, "cache"), by.astype(np.float32))
-            out = _part(parts, q)
-            attend_float(turned, sinks[0], sinks[1], scale=scale, first_position=first, out=out, stats=parts[-1][1])
+            moved = turned(q, (first, "cache"), lambda: np.minimum(places(), s.tokens - 1) - places() + shift)
+            attend_float(moved, rows[0], rows[1], **where, **parts.next())
             return
         if last >= s.window:  # sinks that have left the window, for some of the queries
-            by = s.window - positions + shift
-            turned = self._turns.turned(q, (first, "clip"), by.astype(np.float32))
-            out = _part(parts, q)
-            attend_float(
-                turned, sinks[2], sinks[1], scale=scale, first_position=first - s.window, out=out, stats=parts[-1][1]
-            )
+            moved = turned(q, (first, "clip"), lambda: s.window - places() + shift)
+            attend_float(moved, rows[2], rows[1], **{**where, "first_position": first - s.window}, **parts.next())
         if first < s.tokens - 1:  # and those that have not
-            turned = self._turns.turned(q, (first, "near"), np.full(len(q), shift, np.float32))
-            out = _part(parts, q)
-            attend_float(
-                turned, sinks[0], sinks[1], scale=scale, first_position=first, window=s.window, out=out,
-                stats=parts[-1][1],
-            )  # fmt: skip
-
-
-def _part(parts: list[tuple[np.ndarray, np.ndarray]], q: np.ndarray) -> np.ndarray:
-    """Room for another part's output and stats; the former is given."""
-    parts.append((np.empty_like(q), np.empty((*q.shape[:2], 2), np.float32)))
-    return parts[-1][0]
+            moved = turned(q, (first, "near"), shift)
+            attend_float(moved, rows[0], rows[1], **where, window=s.window, **parts.next())
