@@ -34,3 +34,15 @@ def test_figures(memwall: Any, tmp_path: Path) -> None:
     assert cached["kl_nats"] > 0
     table = memwall("eval", "demo", text, "--limit", "64")
     assert all(key in table.stdout for key in KEYS)
+
+
+def test_a_stream_past_the_models_positions(memwall: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A city lies on a river, and the river comes down from the hills. " * 90)
+    options = ("eval", "demo", text, "--stream", "--json")
+    found = json.loads(memwall(*options, "--kv", "lambda(sinks=4,window=64)").stdout)
+    assert found["tokens"] > 512
+    for policy, says in (("lambda(sinks=4,window=64)", None), ("kivi", "lambda"), (None, "--kv POLICY")):
+        done = memwall(*options, *(("--kv", policy) if policy else ()))
+        assert done.exit_code == (0 if says is None else 2)
+        assert says is None or says in done.stderr

@@ -116,3 +116,32 @@ def test_bad_input(memwall: Memwall, mixtral: Path, options: tuple[str, ...], st
     assert done.exit_code == status, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_fpga_card(memwall: Memwall) -> None:
+    done = memwall("simulate", "accllm", "--json", "--contexts", "2048,32768", "--output-tokens", "64")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] == "llama-2-7b"
+    assert [one["design"] for one in found["designs"]] == ["FlightLLM", "AccLLM"]
+    assert found["contexts"][1]["FlightLLM"] is None
+    table = memwall("simulate", "accllm", "demo", "--lanes", "2", "--window", "64")
+    assert table.exit_code == 0, table.stderr
+    assert "flush after" in table.stdout
+    assert "published" not in table.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (("--lanes", "9"), 2, "runs into"),
+        (("--spacing", "9"), 2, "--lanes"),
+        (("--contexts", "2k"), 2, "numbers of tokens"),
+        (("--machine", "laptop-ryzen-7840u"), 2, "hbm"),
+        (("--prompt-tokens", "200000"), 1, "shorten the context"),
+    ],
+)
+def test_bad_input_for_the_card(memwall: Memwall, options: tuple[str, ...], status: int, says: str) -> None:
+    done = memwall("simulate", "accllm", *options)
+    assert done.exit_code == status, done.stderr
+    assert says in done.stderr

@@ -16,7 +16,8 @@ from memwall.kv.locret import LocretCache, head_inputs, heads_width
 from memwall.memory import Arena, Ledger
 from tests.kv.test_contract import MEASURED, MODEL, SHAPE, feed
 
-TOKENS = ("snapkv(budget=0.3)", "locret(tokens=60,chunk=64)", "epicache(tokens=60,chunk=64)")
+TOKENS = ("snapkv(budget=0.3)", "locret(tokens=60,chunk=64)", "epicache(tokens=60,chunk=64)",
+          "lambda(sinks=4,window=90)")  # fmt: skip
 CHANNELS = ("think(0.4)",)
 STORES = (
     "float32",
@@ -61,6 +62,7 @@ WORKING = {
     "locret": {"float32", "float16", "bfloat16"},
     "epicache": {"float32", "float16", "bfloat16"},
     "think": {"float32", "float16", "bfloat16", "kivi"},
+    "lambda": {"float32", "float16", "bfloat16", "kivi"},
 }
 """What stands on what; think stands on snapkv's rows too."""
 
@@ -69,7 +71,7 @@ def works(policy: str) -> bool:
     names = [part.name for part in kv.parse(policy).parts]
     store = names[-1] if names[-1] not in WORKING else "float16"
     upper = [name for name in names if name in WORKING]
-    if len(upper) == 2 and upper[0] in BLOCKWISE:
+    if len(upper) == 2 and upper[0] in {*BLOCKWISE, "lambda"}:
         return False
     return all(store in WORKING[name] for name in upper)
 

@@ -47,6 +47,8 @@ SETTINGS = (
     "instinfer(1,block_kib=16)",
     "instinfer(0.25,drives=2,block_kib=64)",
     "snapkv(0.5)+instinfer(0.5)",
+    "lambda(sinks=4,window=180)",
+    "lambda(sinks=3,window=190,positions=clip)+kivi(4bit,group=16,residual=16)",
 )
 SUMS_MOVED = {"xquant(2bit,cl=1,base=1)": 6 * 128}
 """Bytes a token that a step moves besides what is held: the sums of a layer, read twice and written once."""

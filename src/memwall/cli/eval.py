@@ -64,6 +64,12 @@ def evaluate(
         Path | None, typer.Option("--lora", help="An adapter that the form under test wears.", metavar="DIR")
     ] = None,
     prompt_tokens: PromptTokens = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="The whole text as one sequence, past the model's positions: with --kv lambda or locret."
+        ),
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Read at most this many tokens of the text.", min=2)] = None,
     threads: Threads = None,
     json: AsJson = False,
@@ -81,6 +87,8 @@ def evaluate(
     from memwall.errors import InputError
     from memwall.models import model_directory
 
+    if stream and kv is None:
+        raise InputError("--stream feeds one endless sequence; give --kv POLICY, the cache that holds it")
     if prompt_tokens is not None and kv is None:
         raise InputError("--prompt-tokens says where decoding begins; give --kv POLICY, the cache to decode through")
     with progress_bar("evaluating", quiet=quiet) as bar:
@@ -94,6 +102,7 @@ def evaluate(
             threads=threads,
             budget=parse_budget(memory, budget),
             lora=lora,
+            stream=stream,
             progress=bar.counted,
         )
     keys = (

@@ -1,5 +1,6 @@
 """`memwall simulate`: what something would do on machines that are not here; `simulate serving` finds the plan by which
-a cluster serves a model best, `simulate profile` measures this machine's engine for it.
+a cluster serves a model best, `simulate profile` measures this machine's engine for it, `simulate accllm` runs a model
+on an FPGA card.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from memwall.cli.bench import _loads
 from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_command, complete_weights
 from memwall.cli.plan import _complete_machine
 from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.cli.simulate_fpga import accllm
 from memwall.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
@@ -22,10 +24,13 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        help="Simulate what is not here: clusters that serve a model.", no_args_is_help=True, rich_markup_mode=None
+        help="Simulate what is not here: clusters that serve a model, an FPGA card.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
     )
     add_command(group, "serving", serving)
     add_command(group, "profile", profile)
+    add_command(group, "accllm", accllm)
     app.add_typer(group, name="simulate")
 
 

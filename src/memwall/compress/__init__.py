@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "pb-llm": "memwall.compress.pb_llm:PbLlm",
     "vptq": "memwall.compress.vptq:Vptq",
     "sparsegpt": "memwall.compress.sparsegpt:SparseGpt",
+    "accllm": "memwall.compress.accllm:AccLlm",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
     "bitstack": "memwall.compress.bitstack:BitStack",
 }

@@ -362,7 +362,7 @@ def _weights(model: TorchDecoder, names: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
-def _samples(tokens: np.ndarray, most: int = MOST_SAMPLES) -> Tensor:
+def samples_of(tokens: np.ndarray, most: int = MOST_SAMPLES) -> Tensor:
     """At most so many short sequences, evenly spread over the text."""
     length = min(SAMPLE_TOKENS, tokens.shape[1])
     pieces = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
@@ -377,7 +377,7 @@ def _text_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def diagonal_fisher(model: TorchDecoder, subject: Subject, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Mean squared gradient of the text's loss in each weight [rows, cols], times the tokens of a sample: per token."""
-    samples = _samples(subject.tokens)
+    samples = samples_of(subject.tokens)
 
     def losses() -> Iterator[Tensor]:
         for number, sample in enumerate(samples):
@@ -391,7 +391,7 @@ def diagonal_fisher(model: TorchDecoder, subject: Subject, names: Sequence[str])
 def notebook_scores(model: TorchDecoder, subject: Subject, names: Sequence[str]) -> dict[str, float]:
     """The released rule's order: mean squared gradient and the Hessian's trace, each over its largest, added."""
     fisher = {name: float(each.mean()) for name, each in diagonal_fisher(model, subject, names).items()}
-    sample = _samples(subject.tokens)[0]
+    sample = samples_of(subject.tokens)[0]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one with second derivatives
         traces = hessian_trace(_text_loss(model, sample), _weights(model, names), probes=TRACE_PROBES)
     return {name: sum(each[name] / max(map(abs, each.values())) for each in (fisher, traces)) for name in names}
@@ -431,23 +431,24 @@ def trained_decoder(
         for name in names:
             owner, _, field = name.rpartition(".")
             parametrize.register_parametrization(student.get_submodule(owner), field, RoundedGroups(specs[name]))
-        _distil(student, teacher, _samples(subject.tokens, subject.tokens.size), steps, rate, seed, subject.progress)
-        trained = {name: _unrounded(student, name).detach().numpy().copy() for name in tensors}
+        distil(student, teacher, samples_of(subject.tokens, subject.tokens.size), steps, rate, seed, subject.progress)
+        trained = {name: unrounded(student, name).detach().numpy().copy() for name in tensors}
     return Trained(subject.checkpoint, trained)
 
 
-def _unrounded(model: nn.Module, name: str) -> Tensor:
+def unrounded(model: nn.Module, name: str) -> Tensor:
     """The weight behind its rounding."""
     owner, _, field = name.rpartition(".")
-    if parametrize.is_parametrized(model.get_submodule(owner)):
+    if parametrize.is_parametrized(model.get_submodule(owner), field):
         return model.get_parameter(f"{owner}.parametrizations.{field}.original")
     return model.get_parameter(name)
 
 
-def _distil(
+def distil(
     student: nn.Module, teacher: nn.Module, samples: Tensor, steps: int, rate: float, seed: int,
     progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
+    """Trains all that wants gradients of `student` to predict what `teacher` predicts, in so many steps."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)

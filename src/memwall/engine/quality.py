@@ -24,7 +24,7 @@ from memwall.engine.lone_lora import lone_bytes, wear
 from memwall.engine.session import Session, load
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
-from memwall.kv import predict, tiers
+from memwall.kv import packs_positions, predict, tiers
 from memwall.memory import Budget, resident_bytes
 from memwall.memory.pages import round_up
 from memwall.models.checkpoint import Checkpoint
@@ -128,12 +128,15 @@ class Evaluator:
         threads: int | None = None,
         budget: Budget | None = None,
         lora: Path | None = None,
+        stream: bool = False,
     ) -> None:
         """text: itself, or the file that holds it; limit_tokens: how much of it is used, None for all. prompt_tokens:
         of each window, where a cache is decoded through; None is PROMPT_SHARE.
 
         reference: folder of the float model, needed only where `model` holds compressed weights. budget: cap for this
-        process. lora: an adapter that the forms under test wear, in PEFT's form; the float model does not.
+        process. lora: an adapter that the forms under test wear, in PEFT's form; the float model does not. stream: the
+        text is one window, however long, for caches that outgrow the model's positions; the float model, which does
+        not, is left out where the text does.
         """
         self.model = model
         self.config = ModelConfig.from_directory(model)
@@ -143,7 +146,8 @@ class Evaluator:
         if limit_tokens is not None and limit_tokens < 2:
             raise InputError(f"limit is {limit_tokens} tokens; it must be at least 2")
         tokens = _encode(model, self.config, text)[:limit_tokens]
-        self.window_tokens = max(min(window_tokens or WINDOW_TOKENS, self.config.max_position, len(tokens) + 1), 2)
+        longest = len(tokens) + 1 if stream else min(window_tokens or WINDOW_TOKENS, self.config.max_position)
+        self.window_tokens = max(min(longest, len(tokens) + 1), 2)
         self.windows = _windows(self.config, tokens, self.window_tokens)
         if prompt_tokens is not None and not 1 <= prompt_tokens < self.window_tokens:
             raise InputError(
@@ -154,6 +158,8 @@ class Evaluator:
         self._threads, self._budget = threads, budget
         self._lora = None if lora is None else LoraWeights.read(lora, self.config)
         self._source = reference or (model if self._saved is None else None)
+        if self.window_tokens > self.config.max_position:
+            self._source = None
         self._reference: Session | None = None
         warm_up({})  # or code that comes in at its first call, megabytes at a time, would be missing below
         self._runtime_bytes = resident_bytes(exact=True)
@@ -174,6 +180,11 @@ class Evaluator:
             ) from refused
 
     def _score(self, weights: str, kv: str | None, specs: Mapping[str, str], progress: Progress | None) -> Figures:
+        if self.window_tokens > self.config.max_position and not (kv and packs_positions(kv)):
+            raise InputError(
+                f"a stream of {self.window_tokens:,} tokens, and the model knows {self.config.max_position:,} "
+                "positions: name a cache that numbers what it keeps, such as --kv 'lambda(sinks=4,window=512)'"
+            )
         if self._reference is None and self._source is not None:
             self._reference = self._load(self._source, source_spec(self.config), "float32", exact=True)
         tested = self._load(self.model, weights, kv or "float32", exact=False)
@@ -200,7 +211,7 @@ class Evaluator:
 
     def prompt_of(self, window_tokens: int) -> int:
         """Tokens of a window that come as its prompt, so that at least one is left to decode."""
-        wanted = self._prompt_tokens or int(PROMPT_SHARE * window_tokens)
+        wanted = self._prompt_tokens or int(PROMPT_SHARE * min(window_tokens, self.config.max_position))
         return max(min(wanted, window_tokens - 1), 1)
 
     def _score_window(
@@ -246,13 +257,14 @@ class Evaluator:
     def _needed_bytes(self, specs: Mapping[str, str], kv: str) -> int:
         """The peak of the process: both models, one of the caches (they take turns) and what is compared."""
         window, shape = self.window_tokens, cache_shape(self.config)
+        segment = min(window, self.config.max_position)
         forms = [(specs, kv, False)]
         if self._source is not None:
             forms.append((resolve(self.config, source_spec(self.config)), "float32", True))
         held = sum(
             sum(round_up(size) for size in weight_bytes(self.config, form).values())
-            + activation_bytes(self.config, window, self._compared_rows)
-            + scratch_bytes(self.config, form, window, exact=exact)
+            + activation_bytes(self.config, segment, self._compared_rows)
+            + scratch_bytes(self.config, form, segment, exact=exact)
             for form, _, exact in forms
         )
         prompts = (window, self.prompt_of(window))
@@ -274,7 +286,7 @@ class Evaluator:
             weights=weights,
             kv=kv,
             context_tokens=self.window_tokens,
-            segment_tokens=self.window_tokens,
+            segment_tokens=min(self.window_tokens, self.config.max_position),
             logit_rows=self._compared_rows,
             threads=self._threads,
             exact=exact,
@@ -294,6 +306,7 @@ def evaluate(
     threads: int | None = None,
     budget: Budget | None = None,
     lora: Path | None = None,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> Figures:
     """Quality of one stored form over a text (or text file); see the module's words. InputError for a text that
@@ -308,6 +321,7 @@ def evaluate(
         threads=threads,
         budget=budget,
         lora=lora,
+        stream=stream,
     )
     return evaluator.score(weights, kv, progress=progress)
 

@@ -120,6 +120,10 @@ class KVCache(ABC):
     """Whether settling changes what a prompt's later tokens would see, so that it must come in one segment to attend
     exactly.
     """
+    streams_prompt: ClassVar[bool] = False
+    """Whether it takes prompts of any length in segments, so that later ones see of the past what it keeps, as it keeps
+    it.
+    """
     packs_positions: ClassVar[bool] = False
     """Whether it numbers the tokens that it keeps anew (`next_position`): a sequence may then outgrow the positions
     that the model knows.
@@ -158,6 +162,11 @@ class KVCache(ABC):
     def step_macs(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
         """Multiply-adds of one decode step beyond attention itself: where keys are rebuilt, these decide its time."""
         return 0
+
+    @staticmethod
+    def seen_tokens(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
+        """Tokens that one decode step attends to with `num_tokens` taken in, where that is what takes its time."""
+        return num_tokens
 
     @staticmethod
     def building_bytes(policy: Policy, shape: CacheShape) -> int:

@@ -34,6 +34,7 @@ POLICIES = {
     "locret": "memwall.kv.locret:LocretCache",
     "epicache": "memwall.kv.epicache:EpiCache",
     "instinfer": "memwall.kv.instinfer:InstInferCache",
+    "lambda": "memwall.kv.lambda_shaped:LambdaCache",
 }
 """Policy name -> "module:Class", loaded on demand."""
 
@@ -156,7 +157,8 @@ def predict(
 
 def codes_prompt(policy: str) -> bool:
     """Whether a prompt must be fed in one segment for its tokens to attend to each other exactly."""
-    return any(technique(part.name).codes_prompt for part in resolve(policy).parts)
+    kinds = [technique(part.name) for part in resolve(policy).parts]
+    return any(kind.codes_prompt for kind in kinds) and not any(kind.streams_prompt for kind in kinds)
 
 
 def needs_model(policy: str) -> bool:
@@ -197,6 +199,12 @@ def processes(policy: str | Policy, shape: CacheShape) -> int:
 def building_bytes(policy: str | Policy, shape: CacheShape) -> int:
     """The most that making an empty cache holds for a moment beyond it."""
     return max(technique(part.name).building_bytes(part, shape) for part in resolve(policy).parts)
+
+
+def seen_tokens(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
+    """Tokens that one decode step attends to with `num_tokens` taken in."""
+    resolved = resolve(policy)
+    return technique(resolved.name).seen_tokens(resolved, shape, num_tokens)
 
 
 def step_macs(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:

@@ -128,7 +128,7 @@ def predict_here(
             matrices += size / rate if alone else marlin.step_seconds(size, rate, work, blocks.get(spec) or math.inf)
         rebuilt = _rebuilding(config, choice.kv, context)
         far = 0.0 if rebuilt is not None else _share_from_far(working_set, widest)
-        steps = (_attention(seen, far, attend) for seen in _seen(config, context))
+        steps = (_attention(seen, far, attend) for seen in _seen(config, choice.kv, context))
         attention = sum(max(step - cache_step, 0.0) for step in steps) * choice.batch
         if rebuilt is not None:
             reading = rebuilt.read_bytes / max(_at(working_set, rate or [math.inf]) for rate in rates.values())
@@ -140,7 +140,7 @@ def predict_here(
     # per token of a block the overheads are shared by the block; attention over half the prompt, several rows at a time
     shared = (config.num_layers * per_layer + per_token) / min(prompt, PREFILL_TOKENS)
     # rows of a block share what they read, so the cache counts as near
-    near = (_attention(seen, 0, attend) - _attention(0, 0, attend) for seen in _seen(config, prompt / 2))
+    near = (_attention(seen, 0, attend) - _attention(0, 0, attend) for seen in _seen(config, choice.kv, prompt / 2))
     prefill = block + shared + sum(max(step, 0.0) for step in near)
     return Speed(
         decode_tokens_per_s=choice.batch / step_seconds(choice.context, cache_bytes),
@@ -258,8 +258,9 @@ def _between(macs: Mapping[str, float], num_layers: int, tiny: float, wide: floa
     return tiny + (wide - tiny) * min(max(share, 0.0), 1.0)
 
 
-def _seen(config: ModelConfig, context: float) -> list[float]:
-    """Tokens each layer attends to at a context: no more than its sliding window."""
+def _seen(config: ModelConfig, policy: str, context: float) -> list[float]:
+    """Tokens each layer attends to at a context: no more than its sliding window, nor than the cache shows."""
+    context = min(context, kv.seen_tokens(policy, cache_shape(config), math.ceil(context)))
     return [min(context, window or context) for window in config.sliding_windows]
 
 

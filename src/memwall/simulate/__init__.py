@@ -8,6 +8,8 @@ distserve over phase_instances and phase_latency.
 
 Hardware: hdl turns designs written in Amaranth into Verilog, runs them clock by clock and counts their cells;
 xr_npe_hdl is XR-NPE's multiply-add unit, xr_npe_array the array of such units with its bytes, cycles and energy.
+FPGA cards: dsp_packing is several narrow products in one multiplier, event_engine units that work side by side,
+fpga_llm a language model on them, fpga_designs FlightLLM's and AccLLM's formats and engines.
 """
 
 from memwall.simulate.apex import Case as Case
