@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {
     "vptq": "memwall.compress.vptq:Vptq",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
     "bitstack": "memwall.compress.bitstack:BitStack",
+    "comet": "memwall.compress.comet:Comet",
 }
 
 __all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]

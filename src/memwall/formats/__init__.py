@@ -33,6 +33,7 @@ CODECS: dict[str, str] = {
     "quip": "memwall.formats.quip:QuipCodec",
     "spqr": "memwall.formats.spqr:SpqrCodec",
     "vptq": "memwall.formats.vptq:VptqCodec",
+    "comet": "memwall.formats.comet:CometCodec",
     "bitstack": "memwall.formats.bitstack:BitStackCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }

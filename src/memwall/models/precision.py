@@ -52,7 +52,7 @@ WIDE_SHARE = 0.18
 # Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between
 # thousands of near-equal logits: neither goes below this.
 MIN_EMBEDDING_BITS = 4
-FLOAT_ENDS = ("spqr", "vptq", "bitstack")
+FLOAT_ENDS = ("spqr", "vptq", "bitstack", "comet")
 """Methods whose papers leave embedding and head in half precision; those of other methods' forms get integers."""
 
 ALIGNMENT_BYTES = 64

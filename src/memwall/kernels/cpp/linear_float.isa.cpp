@@ -283,6 +283,11 @@ const LinearKernels linear_kernels = {
     panels_of<masked_panel>,
     stacked_few,
     stacked_many,
+    quantize_mixed,
+    mixed_one,
+    mixed_many,
+    mixed_part,
+    widen_codes,
 };
 
 }  // namespace mw::MW_ISA
