@@ -59,7 +59,7 @@ def test_largest_sums(isa: str, alike: int) -> None:
     form = CometCodec(group=128, wide=3 * alike)
     values = np.full((32, 384), 1.0, np.float32)
     packed = form.around(form.inner.encode(values), np.full(3, alike))
-    codes, scales, _ = form.inner.unpack(packed)
+    codes, _, _ = form.inner.unpack(packed)
     assert (codes == 0).all()
     for sign in (1, -1):
         x = np.full((9, 384), 3.0 * sign, np.float32)
@@ -130,7 +130,7 @@ def test_matrices_of_one_call_may_differ(isa: str) -> None:
     outs = [np.ones((10, matrix.rows), np.float32) for matrix in matrices]
     bias = np.arange(33, dtype=np.float32)
     kernels.linear(x, matrices, outs, accumulate=True, biases=[bias, None, None, None, None])
-    for out, matrix, packed in ((outs[1], matrices[1], made[1][0]), (outs[3], matrices[3], made[2][0])):
+    for out, packed in ((outs[1], made[1][0]), (outs[3], made[2][0])):
         np.testing.assert_array_equal(out, comet.reference_product(packed, x) + 1)
     np.testing.assert_array_equal(outs[0], comet.reference_product(made[0][0], x) + bias + 1)
     np.testing.assert_array_equal(outs[4], comet.reference_product(made[0][0], x) + 1)
@@ -195,6 +195,6 @@ def test_bad_schedules() -> None:
     ):
         with pytest.raises(InputError, match="schedule"):
             comet.linear_scheduled([x], [matrix], [out], Schedule((tuple(bad),)), steal=False)
+    other = kernels.matrix(codec("int4-g128").encode(np.ones((16, 300), np.float32)))
     with pytest.raises(ValueError, match="mixed"):
-        other = kernels.matrix(codec("int4-g128").encode(np.ones((16, 300), np.float32)))
         _native.linear_scheduled([x], [other], [out], np.zeros((1, 4), np.int32), np.int32([0, 1]), False)

@@ -163,7 +163,8 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         help="Format of the weights: float16, bfloat16, int8 to int2, nf4, mxfp4, e4m3, posit8 and others "
-        "(docs/number-formats.md), W4A4KV4 of a model that --method comet made, or auto (the best that fits; auto(e2m1,posit8) mixes these by layer).",
+        "(docs/number-formats.md), W4A4KV4 of a model that --method comet made, or auto (the best that fits; "
+        "auto(e2m1,posit8) mixes these by layer).",
         metavar="FORMAT",
         autocompletion=complete_weights,
     ),

@@ -10,8 +10,8 @@ of the residual stream for the whole model, one inside each feed-forward block. 
 order gathers, it is gathered when it is rounded. All blocks begin at 4 bits; the block whose promotion to 8 takes away
 the most error of the outputs per added work is promoted, until what is left is small.
 
-Units and shapes: weight [rows, cols] -> Packed of `formats.comet`; peaks [cols] of |X|; errors are shares of the squared
-outputs of all matrices that read an input together.
+Units and shapes: weight [rows, cols] -> Packed of `formats.comet`; peaks [cols] of |X|; errors are shares of the
+squared outputs of all matrices that read an input together.
 Differs from the paper: threshold, quantile and search are not published there; the threshold of six medians and the
 search follow what others report of outliers. Weights are swept as in GPTQ unless weights=rtn; the paper leaves open how
 they are rounded. Embedding and head stay in half precision.
@@ -60,7 +60,7 @@ class Comet(WeightMethod):
     gather: bool = True
     outlier: float = 6.0
     widths: str = "search"
-    tolerance: float = 0.03
+    tolerance: float = 0.01
     most: float = 1.0
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class Comet(WeightMethod):
         if not self.outlier > 1:
             raise InputError(f"outlier is {self.outlier:g}; it counts medians and must be above 1, such as 6")
         if not 0 <= self.tolerance <= 1 or not 0 <= self.most <= 1:
-            raise InputError("tolerance and most are shares: give numbers between 0 and 1, such as 0.03")
+            raise InputError("tolerance and most are shares: give numbers between 0 and 1, such as 0.01")
 
     def form(self, bits: float | str) -> str | None:
         if isinstance(bits, str):
@@ -109,7 +109,7 @@ class Comet(WeightMethod):
         return transform
 
     def order(self, peaks: np.ndarray | None, group: int) -> np.ndarray | None:
-        """The order in which a matrix gathers its inputs; None where their own order has as few blocks with outliers."""
+        """The order in which a matrix gathers its inputs; None where theirs has as few blocks with outliers."""
         if peaks is None or not (self.permute and self.gather):
             return None
         outliers = over_median(peaks) > self.outlier
@@ -154,15 +154,15 @@ class Comet(WeightMethod):
         sampler = stream.sample(layer, names, SAMPLE_ROWS)
         try:
             for source, together in readers.items():
-                packed = [made[name] for name in together]
-                order = packed[0].buffers.get("order")
+                held = [made[name] for name in together]
+                order = held[0].buffers.get("order")
                 x, peaks = sampler.sample(source), sampler.peaks[source]
                 if order is not None:
                     x, peaks = np.ascontiguousarray(x[:, order]), peaks[order]
-                work_bytes = 4 * sum(each.size for each in packed) + 16 * len(x) * sum(p.shape[0] for p in packed)
+                work_bytes = 4 * sum(each.size for each in held) + 16 * len(x) * sum(each.shape[0] for each in held)
                 charge = stream.arena.charge("compress", work_bytes)
                 try:
-                    wide = self.wide_blocks(x, peaks, packed)
+                    wide = self.wide_blocks(x, peaks, held)
                 finally:
                     charge.release()
                 found.update({name: with_wide(made[name], wide) for name in together})
@@ -171,7 +171,7 @@ class Comet(WeightMethod):
         return found
 
     def wide_blocks(self, x: np.ndarray, peaks: np.ndarray, readers: Sequence[Packed]) -> np.ndarray:
-        """Which blocks take 8 bits, bool [blocks]. x [rows, cols] and peaks in stored order; readers: all that read x."""
+        """Which blocks take 8 bits, bool [blocks]. x [rows, cols], peaks in stored order; readers: of x, all."""
         form = CometCodec.parse(readers[0].spec)
         blocks = form.blocks(x.shape[1])
         if self.widths in ("narrow", "wide"):

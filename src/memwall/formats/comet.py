@@ -41,7 +41,7 @@ _SPEC = re.compile(r"comet(?:-g(?P<group>[0-9]{1,4}))?(?:-x(?P<wide>[0-9]{1,4}))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CometCodec(Codec):
-    """group: columns of a block; wide: how many blocks take 8-bit activations; gather: columns stand in another order."""
+    """group: columns of a block; wide: blocks that take 8-bit activations; gather: columns stand in another order."""
 
     examples: ClassVar[tuple[str, ...]] = ("comet", "comet-g64", "comet-g32-x1", "comet-g128-x2-gather")
     method: ClassVar[str | None] = "comet"

@@ -21,9 +21,9 @@ become bytes by one shift and one mask, 16 times their number: powers of two go 
 `linear` does all this for weights in the form `comet` (`formats.comet`); here is what tests hold it against, the stored
 activations, and products by a schedule.
 
-Differs from the paper: a processor's vectors in place of tensor cores; without 4-bit multipliers a block of 4 bits saves
-bytes and, where sums of 16 bits suffice, nothing else. Where pairs of products are added in 16 bits (AVX2) weights
-are widened without the factor 16, which would overflow.
+Differs from the paper: a processor's vectors in place of tensor cores; without 4-bit multipliers a block of 4 bits
+saves bytes and, where sums of 16 bits suffice, nothing else. Where pairs of products are added in 16 bits (AVX2)
+weights are widened without the factor 16, which would overflow.
 Cost: activations of a product, (4 or 8) / 8 bytes a number and 8 bytes per token and block; weights as
 `formats.comet`. A gather where an order could not be folded: it happens while rounding, at no pass of its own.
 Holds when: 65,536 columns at most; numbers that are not finite make all results that they enter not a number.
@@ -60,8 +60,8 @@ _LEAST_PEAK = np.float32(1e-30)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded:
-    """Activations as products hold them. codes int8 [tokens, bytes], two of 4 bits in a byte; scales float32 and sums of
-    codes int32 [tokens, blocks].
+    """Activations as products hold them. codes int8 [tokens, bytes], two of 4 bits in a byte; scales float32 and sums
+    of codes int32 [tokens, blocks].
     """
 
     codes: np.ndarray
@@ -88,7 +88,7 @@ def _group(matrix: Matrix) -> int:
 
 
 def codes_of(x: np.ndarray, group: int, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The arithmetic of the module's text in NumPy: codes int32 [tokens, blocks, group], scales float32 [tokens, blocks].
+    """The module's arithmetic in NumPy: codes int32 [tokens, blocks, group], scales float32 [tokens, blocks].
 
     x: columns in stored order; a short last block is filled with zeros. wide [blocks]: nonzero where 8 bits.
     """

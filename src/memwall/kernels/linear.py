@@ -198,8 +198,8 @@ def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: i
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
     group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
-    which round no activations; 16 for bilevel weights; `MIXED` and the group for mixed activations; 2 for signs and masks; 3 (exact: 4) for turned weights; 1 where
-    columns are put in order or scaled. Weights of several groups keep one piece each; the widest input and the largest
-    number of tokens of a run count. threads: None for those in use.
+    which round no activations; 16 for bilevel weights; `MIXED` and the group for mixed activations; 2 for signs and
+    masks; 3 (exact: 4) for turned weights; 1 where columns are put in order or scaled. Weights of several groups keep
+    one piece each; the widest input and the largest number of tokens of a run count. threads: None for those in use.
     """
     return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

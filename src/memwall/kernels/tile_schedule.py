@@ -15,6 +15,7 @@ except that `split` shares the range of its last two numbers (first block, block
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ class Tile:
             if last - first != self.parts:
                 raise InputError(f"a tile of blocks {first} to {last} has not {self.parts} parts")
         slices = []
-        for begin, end in zip(cuts, cuts[1:]):
+        for begin, end in itertools.pairwise(cuts):
             work = (*self.work[:-2], self.work[-2] + begin, self.work[-2] + end) if self.work else ()
             slices.append(Tile(cost=self.cost * (end - begin) / self.parts, work=work, parts=end - begin))
         return slices
@@ -99,7 +100,7 @@ def lower_bound(tiles: Sequence[Tile], workers: int) -> float:
 def equal_count(tiles: Sequence[Tile], workers: int) -> Schedule:
     """Neighbours in equal numbers, whatever they cost: what a launch over a plain grid does."""
     cuts = [len(tiles) * w // _checked(workers) for w in range(workers + 1)]
-    return Schedule(tuple(tuple(tiles[a:b]) for a, b in zip(cuts, cuts[1:])))
+    return Schedule(tuple(tuple(tiles[a:b]) for a, b in itertools.pairwise(cuts)))
 
 
 def striped(tiles: Sequence[Tile], workers: int) -> Schedule:

@@ -8,10 +8,10 @@ token, and its groups run along channels. Groups of keys need many tokens: until
 coded together.
 Units and shapes: rows [tokens, Hkv, D]; G numbers share a float16 scale and minimum; lengths and R in tokens.
 Differs from the paper: words hold other neighbours than in the official code, so that vectors load them whole; codes
-are computed from the rounded scale and minimum; a constant group is coded as zeros of scale zero; 3 bits are offered, and
-groups of keys of another length than those of values;
-R = 0 keeps keys exact until a group is full, the least that grouping along tokens allows. After `truncate` inside a
-coded group its remaining keys go back to the exact part as they were decoded, and are coded anew with those to come.
+are computed from the rounded scale and minimum; a constant group is coded as zeros of scale zero; 3 bits are offered,
+and groups of keys of another length than those of values; R = 0 keeps keys exact until a group is full, the least that
+grouping along tokens allows. After `truncate` inside a coded group its remaining keys go back to the exact part as they
+were decoded, and are coded anew with those to come.
 Cost: resident 2 * layers * tokens * Hkv * D * (b + 32 / G) / 8 bytes plus the exact part, R to 2 R tokens; a prompt
 stages one layer's exact keys and values besides. A decode step reads all of it once, and multiplies with the codes.
 Holds when: G divides D, R is a multiple of G, and numbers stay below 65,504.

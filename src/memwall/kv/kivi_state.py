@@ -18,8 +18,8 @@ GROUPS = (16, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KiviSettings:
-    """bits per code; numbers per group; tokens of the residual R; type of the exact tokens; key_group: tokens of a group
-    of keys where they are not as many as the channels of one of values (0: as many).
+    """bits per code; numbers per group; tokens of the residual R; type of the exact tokens; key_group: tokens of a
+    group of keys where they are not as many as the channels of one of values (0: as many).
     """
 
     bits: int = 2

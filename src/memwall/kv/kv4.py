@@ -1,4 +1,4 @@
-"""KV4: all of the past in 4 bits, keys per channel over pages of 64 tokens, values per token, the newest page's keys exact.
+"""KV4: the past in 4 bits, keys per channel over pages of 64 tokens, values per token, the newest page's keys exact.
 
 Source: "COMET: Towards Practical W4A4KV4 LLMs Serving" (Lian Liu, 2024, ASPLOS 2025, arXiv 2410.12168), the 4-bit cache
 of W4A4KV4; no official code was found.
