@@ -47,7 +47,8 @@ WEIGHTS, WIDTHS = ("gptq", "rtn"), ("search", "outliers", "narrow", "wide")
 class Comet(WeightMethod):
     """weights: how they are rounded. permute: sort channels; gather: also where an order cannot be folded. outlier: a
     channel whose peak is so many times the median peak is one. widths: `search`, every block with an outlier wide
-    (`outliers`), or all alike (`narrow`, `wide`). tolerance: error left by the search. most: share of wide blocks.
+    (`outliers`), or all alike (`narrow`, `wide`). tolerance: error that the search leaves above that of 8 bits. most:
+    share of wide blocks.
     """
 
     name: ClassVar[str] = "comet"
@@ -205,8 +206,10 @@ def blockwise(values: np.ndarray, group: int) -> np.ndarray:
 
 
 def promoted(x: np.ndarray, weights: np.ndarray, group: int, tolerance: float, most: int) -> np.ndarray:
-    """The search: blocks from 4 to 8 bits, by error taken away per column, until the error of the outputs is at most
-    `tolerance` of their square or `most` blocks are wide. x [rows, cols], weights [outputs, cols] -> bool [blocks].
+    """The search: blocks from 4 to 8 bits, by error taken away per column, until what is left is at most `tolerance` of
+    the outputs' square above what 8 bits everywhere leave, or `most` blocks are wide.
+
+    x [rows, cols], weights [outputs, cols] -> bool [blocks].
     """
     blocks = -(-x.shape[1] // group)
     wide = np.zeros(blocks, bool)
@@ -216,14 +219,15 @@ def promoted(x: np.ndarray, weights: np.ndarray, group: int, tolerance: float, m
         part = slice(block * group, (block + 1) * group)
         return np.asarray(difference[:, part] @ weights[:, part].T)
 
-    left = np.zeros((len(x), len(weights)), np.float32)
+    left, least = np.zeros((2, len(x), len(weights)), np.float32)
     gains = np.zeros(blocks)
     for block in range(blocks):
-        narrow = error(narrow_x, block)
+        narrow, promoted_error = error(narrow_x, block), error(wide_x, block)
         left += narrow
+        least += promoted_error
         columns = min(group, x.shape[1] - block * group)
-        gains[block] = (_square(narrow) - _square(error(wide_x, block))) / columns
-    allowed = tolerance * _square(x @ weights.T)
+        gains[block] = (_square(narrow) - _square(promoted_error)) / columns
+    allowed = tolerance * _square(x @ weights.T) + _square(least)
     for block in descending(gains)[:most]:
         if _square(left) <= allowed:
             break

@@ -9,7 +9,7 @@ Source: COMET (Liu 2024, arXiv 2410.12168), the scheduling of tiles over multipr
 Graham's (1969), at most 4/3 of the best.
 
 Units: costs in any unit of time, such as that of one 4-bit tile; `work` says which tile is meant and is not looked at,
-except that `split` shares the range of its last two numbers (first block, block after the last).
+except that `cut` and `split` share the range of its last two numbers (first block, block after the last).
 """
 
 from __future__ import annotations
@@ -42,19 +42,30 @@ class Tile:
                 f"a tile of cost {self.cost} in {self.parts} parts: costs are at least 0, parts at least 1"
             )
 
+    def cut(self, parts: int) -> tuple[Tile, Tile | None]:
+        """The first `parts` slices, and the others, if any."""
+        if parts >= self.parts:
+            return self, None
+        first, last = self.work[-2:] if self.work else (0, self.parts)
+        if last - first != self.parts:
+            raise InputError(f"a tile of blocks {first} to {last} has not {self.parts} parts")
+
+        def slices(begin: int, end: int) -> Tile:
+            work = (*self.work[:-2], first + begin, first + end) if self.work else ()
+            return Tile(cost=self.cost * (end - begin) / self.parts, work=work, parts=end - begin)
+
+        return slices(0, parts), slices(parts, self.parts)
+
     def split(self, into: int) -> list[Tile]:
         """Slices of nearly equal cost, at most `parts` of them, which together are the tile."""
         into = max(1, min(into, self.parts))
-        cuts = [self.parts * i // into for i in range(into + 1)]
-        if self.work:
-            first, last = self.work[-2:]
-            if last - first != self.parts:
-                raise InputError(f"a tile of blocks {first} to {last} has not {self.parts} parts")
-        slices = []
-        for begin, end in itertools.pairwise(cuts):
-            work = (*self.work[:-2], self.work[-2] + begin, self.work[-2] + end) if self.work else ()
-            slices.append(Tile(cost=self.cost * (end - begin) / self.parts, work=work, parts=end - begin))
-        return slices
+        found: list[Tile] = []
+        rest: Tile | None = self
+        for left in range(into, 0, -1):
+            assert rest is not None
+            piece, rest = rest.cut(rest.parts // left)
+            found.append(piece)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,32 +138,34 @@ def longest_first(tiles: Iterable[Tile], workers: int) -> Schedule:
 
 
 def balanced(tiles: Sequence[Tile], workers: int, *, within: float = 0.01) -> Schedule:
-    """Longest first, and where the end is then more than `within` above the even share, tiles of the tail are cut along
-    the inner dimension (split-k): the last of the latest worker in turn, whose slices go to those who are done early.
+    """Longest first while that ends at most `within` above the even share (or the largest tile, if that is more). What
+    would end later is the tail: it is cut along the inner dimension (split-k), and the slices fill up what is left.
     """
-    schedule = longest_first(tiles, workers)
-    even = math.fsum(tile.cost for tile in tiles) / workers
-    for _ in range(2 * workers):
-        loads = schedule.loads
-        latest = max(range(workers), key=loads.__getitem__)
-        if loads[latest] <= even * (1 + within):
-            break
-        cuttable = [tile for tile in schedule.workers[latest] if tile.parts > 1]
-        if not cuttable:
-            break
-        tile = min(cuttable, key=lambda tile: tile.cost)
-        better = longest_first(_refit(schedule, tile), workers)
-        if better.makespan >= schedule.makespan:
-            break
-        schedule = better
-    return schedule
-
-
-def _refit(schedule: Schedule, tile: Tile) -> list[Tile]:
-    """All tiles, with `tile` in two slices."""
-    all_tiles = [each for worker in schedule.workers for each in worker]
-    all_tiles.remove(tile)
-    return all_tiles + tile.split(2)
+    whole = longest_first(tiles, workers)
+    share = lower_bound(tiles, workers)
+    if whole.makespan <= share * (1 + within):
+        return whole
+    lists: list[list[Tile]] = [[] for _ in range(workers)]
+    least = [(0.0, worker) for worker in range(workers)]
+    tail = []
+    for tile in sorted(tiles, key=lambda tile: -tile.cost):
+        load, worker = least[0]
+        if tile.parts > 1 and load + tile.cost > share:
+            tail.append(tile)
+            continue
+        lists[worker].append(tile)
+        heapq.heapreplace(least, (load + tile.cost, worker))
+    for tile in tail:
+        rest: Tile | None = tile
+        while rest is not None:
+            load, worker = least[0]
+            each = rest.cost / rest.parts
+            fitting = round((share - load) / each) if each > 0 else rest.parts
+            piece, rest = rest.cut(max(1, fitting))
+            lists[worker].append(piece)
+            heapq.heapreplace(least, (load + piece.cost, worker))
+    cut = Schedule(tuple(map(tuple, lists)))
+    return cut if cut.makespan < whole.makespan else whole
 
 
 def with_barrier(tiles: Sequence[Tile], workers: int, kinds: Sequence[int]) -> float:
