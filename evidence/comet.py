@@ -255,8 +255,8 @@ def quality_claims(models: Models) -> Iterator[Claim]:
         claim="FMPQ loses less than SmoothQuant W4A4 with weights swept alike, than uniform W4A4 and W4A4 to nearest",
         measured=models.shown(mixed, *swept)
         + (
-            f"; beside them {models.shown(*beside)}. Weights that were divided by {TIMES:g} round to nothing in 4 bits to "
-            "nearest, and smoothing is what undoes that"
+            f"; beside them {models.shown(*beside)}. Weights that were divided by {TIMES:g} round to nothing in 4 bits "
+            "to nearest, and smoothing is what undoes that"
             if beside
             else ""
         ),

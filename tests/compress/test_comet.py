@@ -114,6 +114,21 @@ def test_a_whole_run(planted: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "again") == contents(tmp_path / "mixed")
 
 
+def test_stopped_and_taken_up_it_is_the_same(planted: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "compress" and done > 0.8 * total:
+            raise Stop
+
+    with pytest.raises(Stop):
+        compress(planted, tmp_path / "out", progress=stop)
+    assert compress(planted, tmp_path / "out").num_resumed_parts > 1
+    compress(planted, tmp_path / "straight")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
 def test_sorting_takes_fewer_wide_blocks(planted: Path, tmp_path: Path) -> None:
     counts = {}
     for permute in ("true", "false"):
