@@ -29,6 +29,7 @@ SETTINGS = (
     "bfp(3bit,block=16,order=sorted)",
     "bfp(6bit,order=plain,top=raise,residual=20,exact=float32)",
     "snapkv(0.5)+bfp(4bit,block=16)",
+    "snapkv(0.5)+kv4(page=16)",
     "snapkv(0.25)",
     "snapkv(tokens=70,window=16,kernel=7,pool=max)+kivi(4bit,group=16,residual=16)",
     "think",
