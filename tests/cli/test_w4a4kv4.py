@@ -11,7 +11,9 @@ import pytest
 from memwall.compress.calibration import CalibrationSettings
 from memwall.compress.job_plan import Tuning
 from memwall.compress.model import compress_model
-from memwall.models import model_directory
+from memwall.errors import InputError
+from memwall.models import ModelConfig, model_directory
+from memwall.models.precision import resolve
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,8 @@ def test_refusals(memwall: Any, arguments: tuple[str, ...], message: str) -> Non
     done = memwall(*arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())
+
+
+def test_elsewhere_it_says_what_to_give() -> None:
+    with pytest.raises(InputError, match="give saved here"):
+        resolve(ModelConfig.from_directory(model_directory("demo")), "W4A4KV4")

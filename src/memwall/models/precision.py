@@ -83,6 +83,11 @@ def resolve(
         if index is None:
             raise InputError(f"weights {choice!r} need a directory that `memwall compress --method bitstack` wrote")
         return {**resolve(config, "saved", checkpoint), **index.specs(index.chosen(choice))}
+    if choice.lower() == "w4a4kv4":
+        raise InputError(
+            f"weights {choice!r} name the cache too, which run, eval and plan take; give saved here, with a model that "
+            "memwall compress --method comet made"
+        )
     if choice == "saved":
         if checkpoint is None or checkpoint.manifest is None:
             raise InputError("weights 'saved' needs a directory that `memwall compress` wrote")
