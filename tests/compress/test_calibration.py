@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from memwall.compress.calibration import (
     CalibrationSettings,
     Collector,
     LayerStream,
+    Sampler,
     read_text,
     shared_input,
     token_sequences,
@@ -159,3 +161,19 @@ def test_the_bundled_text_is_text() -> None:
     text = read_text(BUNDLED_TEXT)
     assert 60_000 < len(text) < 100_000
     assert BUNDLED_TEXT.with_name("NOTICE").is_file()
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(4, (3, 5, 2)), (100, (7, 3)), (1, (4, 4)), (3, (10,))])
+def test_a_sampler_keeps_rows_evenly_and_the_peaks_of_all(rows: int, blocks: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).standard_normal((sum(blocks), 6)).astype(np.float32)
+    arena = Arena(1 << 20, Ledger())
+    sampler = Sampler({"a": 6, "unseen": 2}, rows, len(x), arena)
+    for begin, end in itertools.pairwise(np.cumsum([0, *blocks])):
+        sampler("a", x[begin:end])
+        sampler("other", x[begin:end])
+    step = -(-len(x) // rows)
+    np.testing.assert_array_equal(sampler.sample("a"), x[::step])
+    np.testing.assert_array_equal(sampler.peaks["a"], np.abs(x).max(axis=0))
+    assert len(sampler.sample("unseen")) == 0
+    sampler.release()
+    assert arena.used_bytes == 0

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memwall.compress.calibration import PromptCache, float_packed
-from memwall.compress.transforms import Map, Permute, Rotate, Scale, Site, Transform, Transformed, hadamard, sites
+from memwall.compress.transforms import (
+    Map,
+    Permute,
+    Rotate,
+    Scale,
+    Site,
+    Transform,
+    Transformed,
+    hadamard,
+    residual,
+    sites,
+)
 from memwall.errors import InputError
 from memwall.kernels import matrix
 from memwall.memory import Arena, Ledger
@@ -70,6 +81,11 @@ def test_logits_stay_what_they_were(family: str, tmp_path: Path) -> None:
                         changed = Transformed(checkpoint, alone)
                         assert any(alone.changes(name) for name in checkpoint.names())
                         np.testing.assert_allclose(logits(changed), before, atol=2e-4, err_msg=f"{site.kind} {kind}")
+        stream = residual(checkpoint.config)
+        alone = Transform()
+        alone.put(stream, random_map(stream, "permute", random))
+        np.testing.assert_allclose(logits(Transformed(checkpoint, alone)), before, atol=2e-4, err_msg="residual")
+        every.put(stream, random_map(stream, "permute", random))
         changed = Transformed(checkpoint, every)
         np.testing.assert_allclose(logits(changed), before, atol=5e-4)
         name = "model.layers.1.self_attn.o_proj.weight"

@@ -29,6 +29,8 @@ SAVING = (
     "kivi",
     "kivi(bits=3,group=16,residual=0)",
     "kivi(8bit,exact=bfloat16)",
+    "kv4",
+    "kv4(page=32,exact=float32)",
     "bfp",
     "bfp(6bit,axis=tokens,block=16,residual=20)",
 )

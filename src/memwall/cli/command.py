@@ -105,7 +105,7 @@ MOST_THREADS = 1024
 WEIGHT_FORMATS = (
     "auto", "float32", "float16", "bfloat16", "int8", "int4", "int3", "int2", "nf4", "nf4-dq", "fp4", "e2m1", "e4m3",
     "e5m2", "posit8", "posit4", "mxfp4", "mxfp6", "mxfp8", "mxint8", "bfp4", "bipolar3", "ternary", "binary2", "w4a8",
-    "w2a8", "xr-npe",
+    "w2a8", "xr-npe", "W4A4KV4",
 )  # fmt: skip
 KV_POLICIES = (
     "auto",
@@ -114,6 +114,8 @@ KV_POLICIES = (
     "bfloat16",
     "kivi",
     "kivi(4bit)",
+    "kv4",
+    "W4A4KV4",
     "bfp(4bit)",
     "snapkv(0.25)",
     "snapkv(0.25)+kivi(4bit)",
@@ -161,7 +163,8 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         help="Format of the weights: float16, bfloat16, int8 to int2, nf4, mxfp4, e4m3, posit8 and others "
-        "(docs/number-formats.md), or auto (the best that fits; auto(e2m1,posit8) mixes these by layer).",
+        "(docs/number-formats.md), W4A4KV4 of a model that --method comet made, or auto (the best that fits; "
+        "auto(e2m1,posit8) mixes these by layer).",
         metavar="FORMAT",
         autocompletion=complete_weights,
     ),

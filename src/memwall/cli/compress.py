@@ -14,7 +14,7 @@ from memwall.errors import InputError
 
 METHOD_NAMES = (
     "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "billm", "pb-llm", "db-llm", "quip", "bitstack", "sparsegpt",
-    "xr-npe",
+    "accllm", "comet", "xr-npe",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def compress(
             "for spqr and quip the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2; for vptq the "
             "most bits of any matrix, codebooks included. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, "
             "vptq 2.25, billm 1.1, pb-llm 1.7, db-llm and quip 2, sparsegpt 4 of each weight that stays (3.13 in all), "
-            "xr-npe the bytes of 18 % of the layers in 8 bits.",
+            "accllm 2 of each (2.19), comet comet-g128, xr-npe the bytes of 18 % of the layers in 8 bits.",
             metavar="BITS",
         ),
     ] = None,
@@ -55,7 +55,8 @@ def compress(
             "vptq (codebooks of vectors, for about 2 bits), billm (signs, salient columns twice), pb-llm (signs, "
             "salient weights in 8 bits), db-llm (two binary matrices), quip (turned at random, one scale), bitstack "
             "(blocks of signs and low rank, of which any number can be loaded), sparsegpt (two of every four weights "
-            "pruned, the others rounded) or xr-npe (4-bit floats, 4 and 8-bit posits by layer; needs torch).",
+            "pruned, the others rounded), accllm (the same at 2 bits, trained), comet (4-bit weights, activations in 4 "
+            "and 8 bits: W4A4KV4) or xr-npe (4-bit floats, 4 and 8-bit posits by layer; needs torch).",
             metavar="METHOD",
             autocompletion=lambda: list(METHOD_NAMES),
         ),

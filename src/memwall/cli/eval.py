@@ -21,6 +21,7 @@ from memwall.cli.command import (
 )
 from memwall.cli.printing import print_json, progress_bar
 from memwall.cli.run import parse_budget
+from memwall.cli.w4a4kv4 import settled
 
 
 def register(app: typer.Typer) -> None:
@@ -91,6 +92,7 @@ def evaluate(
         raise InputError("--stream feeds one endless sequence; give --kv POLICY, the cache that holds it")
     if prompt_tokens is not None and kv is None:
         raise InputError("--prompt-tokens says where decoding begins; give --kv POLICY, the cache to decode through")
+    weights, kv = settled(model, weights, kv)
     with progress_bar("evaluating", quiet=quiet) as bar:
         result = measure(
             model_directory(model),

@@ -11,6 +11,7 @@ import typer
 from memwall.cli.command import KV, AsJson, BudgetOption, Debug, Memory, Model, Quiet, Threads, Weights, add_command
 from memwall.cli.printing import note, progress_bar
 from memwall.cli.run import parse_budget, parse_context
+from memwall.cli.w4a4kv4 import settled
 
 if TYPE_CHECKING:
     from memwall.plan import Plan
@@ -91,12 +92,13 @@ def plan(
 
     if html is not None:
         check_html(html)
+    weights, cache = settled(model, weights, kv)
     with progress_bar("measuring caches" if search_kv else "measuring quality", quiet=quiet) as bar:
         made = make_plan(
             model_directory(model),
             budget=parse_budget(memory, budget),
             weights=weights,
-            kv=kv,
+            kv=cache or kv,
             context=parse_context(context),
             prompt_tokens=prompt_tokens,
             batch=batch,

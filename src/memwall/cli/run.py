@@ -42,6 +42,7 @@ from memwall.cli.saved_cache import (
     open_saved,
     save_after,
 )
+from memwall.cli.w4a4kv4 import settled
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 
 if TYPE_CHECKING:
@@ -148,12 +149,13 @@ def run(
     from memwall.engine import Sampling
 
     model, prompt = split_positionals(model, prompt)
+    weights, cache = settled(model, weights, kv)
     request = Request(
         model=model,
         prompt=prompt,
         budget=parse_budget(memory, budget),
         weights=weights,
-        kv=kv,
+        kv=cache or kv,
         context=parse_context(context),
         threads=threads,
         sampling=Sampling(

@@ -14,6 +14,7 @@ from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, Lor
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
 from memwall.cli.schedulers import SchedulerName, SchedulerOption, SloFirst, SloToken, describe, finish, options_of
+from memwall.cli.w4a4kv4 import NAME as W4A4KV4
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def serve(
     stored = paged_kv(kv)
     if pooling not in ("auto", "last", "mean"):
         raise InputError(f"--pooling {pooling}: choose last, mean or auto")
+    if weights.lower() == W4A4KV4:
+        raise InputError("--weights W4A4KV4: pages hold no 4-bit rows; give --weights saved, and --kv int8")
     try:
         from memwall.serve.app import Server
     except ImportError as error:

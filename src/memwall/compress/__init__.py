@@ -26,6 +26,7 @@ METHODS: dict[str, str] = {
     "accllm": "memwall.compress.accllm:AccLlm",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
     "bitstack": "memwall.compress.bitstack:BitStack",
+    "comet": "memwall.compress.comet:Comet",
 }
 
 __all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]

@@ -188,6 +188,42 @@ class Collector:
         self._staged, self.statistics = {}, {}
 
 
+class Sampler:
+    """Observer that keeps some rows of each input, evenly over the text, and the largest magnitude of each column.
+
+    columns: name of an input -> its width. rows: at most so many of the `tokens` that will be seen.
+    """
+
+    def __init__(self, columns: Mapping[str, int], rows: int, tokens: int, arena: Arena) -> None:
+        self._step = -(-tokens // max(rows, 1))
+        self._arena = arena
+        self._seen = dict.fromkeys(columns, 0)
+        self._rows = {
+            name: arena.allocate(OWNER, (min(rows, tokens), width), np.float32) for name, width in columns.items()
+        }
+        self.peaks = {name: np.zeros(width, np.float32) for name, width in columns.items()}
+
+    def __call__(self, name: str, x: np.ndarray) -> None:
+        if name not in self._rows:
+            return
+        seen, kept = self._seen[name], self._rows[name]
+        np.maximum(self.peaks[name], np.abs(x).max(axis=0, initial=0), out=self.peaks[name])
+        rows = x[-seen % self._step :: self._step]
+        first = -(-seen // self._step)
+        kept[first : first + len(rows)] = rows
+        self._seen[name] = seen + len(x)
+
+    def sample(self, name: str) -> np.ndarray:
+        """The rows kept of one input [at most `rows`, width]; none where nothing read it (an expert without tokens)."""
+        return self._rows[name][: -(-self._seen[name] // self._step)]
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        for kept in self._rows.values():
+            self._arena.free(kept)
+        self._rows = {}
+
+
 class LayerStream:
     """A model's layers in turn over all calibration tokens. Weights are those of the checkpoint until `replace`d."""
 
@@ -247,17 +283,32 @@ class LayerStream:
         specs = {t.name: t for t in self.config.tensors() if t.layer == layer}
         collector = Collector({shared_input(name): specs[name].shape[1] for name in names}, self.arena)
         try:
-            with self._weights_of(layer, {}):
-                self._decoder.observer = collector
-                for hidden in self.hidden:
-                    states = hidden if advance else self._work
-                    if not advance:
-                        np.copyto(states, hidden)
-                    self._decoder.run_layer(layer, states, PromptCache(self.config))
+            self._seen_by(collector, layer, advance=advance)
         except BaseException:
             collector.release()
             raise
         return collector
+
+    def sample(self, layer: int, names: Sequence[str], rows: int, *, advance: bool = False) -> Sampler:
+        """At most `rows` rows of the inputs of `names` in one layer; the hidden states stay, or `advance`."""
+        widths = {t.name: t.shape[1] for t in self.config.tensors() if t.name in names}
+        columns = {shared_input(name): widths[name] for name in names}
+        sampler = Sampler(columns, rows, self.tokens.size, self.arena)
+        try:
+            self._seen_by(sampler, layer, advance=advance)
+        except BaseException:
+            sampler.release()
+            raise
+        return sampler
+
+    def _seen_by(self, observer: Observer, layer: int, *, advance: bool) -> None:
+        with self._weights_of(layer, {}):
+            self._decoder.observer = observer
+            for hidden in self.hidden:
+                states = hidden if advance else self._work
+                if not advance:
+                    np.copyto(states, hidden)
+                self._decoder.run_layer(layer, states, PromptCache(self.config))
 
     def observe(self, layer: int, observer: Observer) -> None:
         """Move the hidden states through one layer while `observer` sees the inputs of its linears, block by block."""

@@ -8,6 +8,8 @@ invertible map may be put in on one side and taken out on the other:
     values    v (rows, bias)                 o                   scale, permute and rotate inside a head
     mlp       post_attention_layernorm       gate, up, router    scale
     inner     up (rows, bias), gate's order  down                scale, permute
+    residual  embedding, o and down          all norms and all   permute; one order for the whole model (`residual`)
+                                             that reads them
 
 A reader's columns are multiplied by the map, a producer's rows by its inverse. Where several heads read one head's
 values they all get its map. One test, that logits stay what they were, holds for every site and map; a scale far from
@@ -20,7 +22,7 @@ worked in float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +107,7 @@ class Permute(Map):
     """Channel order[i] comes to place i."""
 
     order: np.ndarray
-    kinds = frozenset({"values", "inner"})
+    kinds = frozenset({"values", "inner", "residual"})
 
     def __post_init__(self) -> None:
         if not np.array_equal(np.sort(self.order), np.arange(len(self.order))):
@@ -225,12 +227,28 @@ def sites(config: ModelConfig, layer: int) -> list[Site]:
     return found
 
 
+def residual(config: ModelConfig) -> Site:
+    """The stream that all layers add to: embedding (a row is a token), norms and their readers have its channels as
+    columns, what adds to it has them as rows.
+    """
+    written = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias", ".w2.weight")
+    producers, readers = [], []
+    for tensor in config.tensors():
+        inside = "q_norm" in tensor.name or "k_norm" in tensor.name
+        if tensor.name.endswith(written):
+            producers.append(tensor.name)
+        elif (
+            tensor.shape[-1] == config.hidden_size and (len(tensor.shape) == 2 or "norm" in tensor.name) and not inside
+        ):
+            readers.append(tensor.name)
+    return Site(kind="residual", layer=-1, width=config.hidden_size, producers=tuple(producers), readers=tuple(readers))
+
+
 class Transform:
     """Maps put in at sites. `apply` gives any tensor of the model as it stands with all of them."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, list[Map]] = {}
-        self._rows: dict[str, list[Map]] = {}
+        self._maps: dict[str, list[Callable[[np.ndarray], np.ndarray]]] = {}
 
     def put(self, site: Site, each: Map) -> None:
         """Put a map in; InputError where its kind or width has no place there."""
@@ -240,21 +258,19 @@ class Transform:
             raise InputError(f"a map of {each.width()} channels does not fit the {site.width} of the {site.kind}")
         reading = each.repeated(site.heads, site.repeats) if site.kind == "values" else each
         for name in site.readers:
-            self._columns.setdefault(name, []).append(reading)
+            self._maps.setdefault(name, []).append(reading.read)
         for name in site.producers + (site.ordered if isinstance(each, Permute) else ()):
-            self._rows.setdefault(name, []).append(each)
+            self._maps.setdefault(name, []).append(lambda tensor, each=each: each.produce(tensor.T).T)  # type: ignore[misc]
 
     def changes(self, name: str) -> bool:
         """Whether a tensor is another one now."""
-        return name in self._columns or name in self._rows
+        return name in self._maps
 
     def apply(self, name: str, tensor: np.ndarray) -> np.ndarray:
         """float32 form of a tensor of the model."""
         tensor = np.asarray(tensor, np.float32)
-        for each in self._columns.get(name, ()):
-            tensor = each.read(tensor)
-        for each in self._rows.get(name, ()):
-            tensor = each.produce(tensor.T).T
+        for each in self._maps.get(name, ()):  # in the order in which they were put in: a norm is read and produces
+            tensor = each(tensor)
         return np.ascontiguousarray(tensor)
 
 

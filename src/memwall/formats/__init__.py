@@ -34,6 +34,7 @@ CODECS: dict[str, str] = {
     "spqr": "memwall.formats.spqr:SpqrCodec",
     "sparse": "memwall.formats.sparse:SparseCodec",
     "vptq": "memwall.formats.vptq:VptqCodec",
+    "comet": "memwall.formats.comet:CometCodec",
     "bitstack": "memwall.formats.bitstack:BitStackCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }

@@ -31,6 +31,7 @@ __all__ = [
     "kivi_decode_values",
     "kivi_encode_keys",
     "kivi_encode_values",
+    "kivi_key_block_bytes",
     "merge_partials",
     "predict_attention_scratch_bytes",
 ]
@@ -156,6 +157,7 @@ def attend_kivi(
     coded_values: int,
     bits: int,
     group: int,
+    key_group: int | None = None,
     scale: float,
     first_position: int,
     window: int | None = None,
@@ -167,10 +169,11 @@ def attend_kivi(
 
     key_blocks, value_blocks: uint8, as `kivi_encode_keys` and `kivi_encode_values` fill them; the first `coded_keys`
     keys and `coded_values` values are read from there, the rest from the rows of k and v, which start where these end.
+    key_group: tokens of a key block; None for as many as a value's group has channels.
     """
     _native.attend_kivi(
-        q, key_blocks, value_blocks, coded_keys, coded_values, _plain(k), _plain(v), out, bits, group, scale,
-        first_position, window, key_start, stats,
+        q, key_blocks, value_blocks, coded_keys, coded_values, _plain(k), _plain(v), out, bits, group,
+        group if key_group is None else key_group, scale, first_position, window, key_start, stats,
     )  # fmt: skip
     return out
 
@@ -241,6 +244,11 @@ def kivi_block_bytes(bits: int, group: int, head_dim: int, key_dim: int | None =
     """
     key, value = _native.kivi_block_bytes(bits, group, head_dim, head_dim if key_dim is None else key_dim)
     return int(key), int(value)
+
+
+def kivi_key_block_bytes(bits: int, tokens: int, key_dim: int) -> int:
+    """Bytes of one key-value head's block of `tokens` keys, however wide values and their groups are."""
+    return kivi_block_bytes(bits, tokens, tokens, key_dim)[0]
 
 
 def kivi_encode_keys(k: np.ndarray, blocks: np.ndarray, *, bits: int, group: int) -> None:

@@ -14,6 +14,8 @@ from memwall.formats import Codec, Packed, codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.bitstack import BitStackCodec
+from memwall.formats.comet import CometCodec
+from memwall.formats.comet import check as check_mixed
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
 from memwall.formats.quip import QuipCodec
@@ -27,6 +29,9 @@ from memwall.formats.vptq import VptqCodec
 from memwall.formats.vptq import check as check_codebooks
 from memwall.kernels.level_tables import native_levels
 
+MIXED = 1000
+"""Beside the group: activations rounded to 4 or 8 bits by block; the bytes of 8 are what they may take."""
+
 __all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes", "roundings", "scratch_bytes"]
 
 
@@ -34,8 +39,8 @@ def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
     Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `vptq`, `billm`,
-    `pbllm-s{n}`, `quip{n}`, `bitstack`, `sparse{2..8}` and, in tiles, `int{2..8}` and all level formats make of
-    [rows, cols].
+    `pbllm-s{n}`, `quip{n}`, `bitstack`, `sparse{2..8}`, `comet` and, in tiles, `int{2..8}` and all level formats make
+    of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -72,6 +77,12 @@ def matrix(packed: Packed) -> Matrix:
         check_pairs(packed)
         held = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
         return _native.sparse_matrix(form.spec, *packed.shape, form.bits, form.group, **held)
+    if isinstance(form, CometCodec):
+        check_mixed(packed)
+        held = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
+        return _native.mixed_matrix(
+            form.spec, *packed.shape, form.group, held["codes"], held["scales"], held["wide"], held.get("order")
+        )
     if isinstance(form, BitStackCodec):
         blocks = [np.ascontiguousarray(block) for block in packed.buffers.values()]
         return _native.stacked_matrix(form.spec, *packed.shape, form.rank, blocks)
@@ -181,6 +192,8 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
         return (() if exact else (2,)) + ((1,) if "order" in form.buffers((1, 1)) else ())
     if isinstance(form, BitStackCodec):
         return ()
+    if isinstance(form, CometCodec):
+        return (() if exact else (MIXED + form.group,)) + ((1,) if exact and form.gather else ())
     return () if exact else (_rounding(form),)
 
 
@@ -192,8 +205,8 @@ def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: i
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
     group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
-    which round no activations; 16 for bilevel weights; 2 for signs and masks; 3 (exact: 4) for turned weights; 1 where
-    columns are put in order or scaled. Weights of several groups keep one piece each; the widest input and the largest
-    number of tokens of a run count. threads: None for those in use.
+    which round no activations; 16 for bilevel weights; `MIXED` and the group for mixed activations; 2 for signs and
+    masks; 3 (exact: 4) for turned weights; 1 where columns are put in order or scaled. Weights of several groups keep
+    one piece each; the widest input and the largest number of tokens of a run count. threads: None for those in use.
     """
     return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

@@ -118,7 +118,9 @@ class EpiCache(BlockCache):
     role = "tokens"
     needs_model = True
     fits = True
-    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(("kivi", "bfp", "think", "cskv", "xquant", "cachegen"), _WHY)
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("kivi", "kv4", "bfp", "think", "cskv", "xquant", "cachegen"), _WHY
+    )
 
     def __init__(
         self,

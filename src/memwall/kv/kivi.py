@@ -8,9 +8,10 @@ token, and its groups run along channels. Groups of keys need many tokens: until
 coded together.
 Units and shapes: rows [tokens, Hkv, D]; G numbers share a float16 scale and minimum; lengths and R in tokens.
 Differs from the paper: words hold other neighbours than in the official code, so that vectors load them whole; codes
-are computed from the rounded scale and minimum; a constant group is coded as zeros of scale zero; 3 bits are offered;
-R = 0 keeps keys exact until a group is full, the least that grouping along tokens allows. After `truncate` inside a
-coded group its remaining keys go back to the exact part as they were decoded, and are coded anew with those to come.
+are computed from the rounded scale and minimum; a constant group is coded as zeros of scale zero; 3 bits are offered,
+and groups of keys of another length than those of values; R = 0 keeps keys exact until a group is full, the least that
+grouping along tokens allows. After `truncate` inside a coded group its remaining keys go back to the exact part as they
+were decoded, and are coded anew with those to come.
 Cost: resident 2 * layers * tokens * Hkv * D * (b + 32 / G) / 8 bytes plus the exact part, R to 2 R tokens; a prompt
 stages one layer's exact keys and values besides. A decode step reads all of it once, and multiplies with the codes.
 Holds when: G divides D, R is a multiple of G, and numbers stay below 65,504.
@@ -45,8 +46,13 @@ class KiviCache(CodedCache):
         capacity_tokens: int,
         model: CacheModel | None = None,
     ) -> None:
-        self.settings = KiviSettings.from_policy(policy, shape.head_dim)
+        self.settings = self.settings_of(policy, shape)
         super().__init__(policy, self.settings, shape, arena, capacity_tokens)
+
+    @classmethod
+    def settings_of(cls, policy: Policy, shape: CacheShape) -> KiviSettings:
+        """What a policy string asks for."""
+        return KiviSettings.from_policy(policy, shape.head_dim)
 
     @staticmethod
     def predict(
@@ -64,7 +70,8 @@ class KiviCache(CodedCache):
     def policy(self) -> str:
         s = self.settings
         exact = "" if s.exact == "float16" else f",exact={s.exact}"
-        return f"kivi(bits={s.bits},group={s.group},residual={s.residual}{exact})"
+        keys = f",key_group={s.key_group}" if s.key_group else ""
+        return f"kivi(bits={s.bits},group={s.group},residual={s.residual}{keys}{exact})"
 
     def attend(
         self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
@@ -81,6 +88,7 @@ class KiviCache(CodedCache):
             coded_values=state.coded_values,
             bits=self.settings.bits,
             group=self.settings.group,
+            key_group=self.settings.key_tokens,
             scale=self.shape.logit_scale,
             first_position=int(positions[0]),
             window=self.shape.window(layer),
@@ -89,15 +97,15 @@ class KiviCache(CodedCache):
         )
 
     def _empty(self) -> KiviCache:
-        return KiviCache(self._policy, self.shape, self.arena, self.capacity_tokens)
+        return type(self)(self._policy, self.shape, self.arena, self.capacity_tokens)
 
     def _encode_keys(self, layer: int, keys: np.ndarray, first: int) -> None:
         blocks = self._layers[layer].key_blocks.bytes[self.settings.key_bytes(self.shape, first, self.key_dim) :]
-        attention.kivi_encode_keys(keys, blocks, bits=self.settings.bits, group=self.settings.group)
+        attention.kivi_encode_keys(keys, blocks, bits=self.settings.bits, group=self.settings.key_tokens)
 
     def _decode_keys(self, layer: int, first: int, out: np.ndarray) -> None:
         blocks = self._layers[layer].key_blocks.bytes
-        attention.kivi_decode_keys(blocks, first, out, bits=self.settings.bits, group=self.settings.group)
+        attention.kivi_decode_keys(blocks, first, out, bits=self.settings.bits, group=self.settings.key_tokens)
 
     def _encode_values(self, layer: int, values: np.ndarray, first: int) -> None:
         blocks = self._layers[layer].value_blocks.bytes

@@ -18,12 +18,15 @@ GROUPS = (16, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KiviSettings:
-    """bits per code; numbers per group; tokens of the residual R; type of the exact tokens."""
+    """bits per code; numbers per group; tokens of the residual R; type of the exact tokens; key_group: tokens of a
+    group of keys where they are not as many as the channels of one of values (0: as many).
+    """
 
     bits: int = 2
     group: int = 32
     residual: int = 128
     exact: str = "float16"
+    key_group: int = 0
 
     @classmethod
     def from_policy(cls, policy: Policy, head_dim: int) -> KiviSettings:
@@ -34,7 +37,7 @@ class KiviSettings:
         if not fitting:
             raise InputError(f"kivi needs a head dimension that 16 divides, not {head_dim}; use float16")
         default = 32 if 32 in fitting else max(fitting)
-        numbers = Policy(policy.name, texts).integers({"bits": 2, "group": default, "residual": 128})
+        numbers = Policy(policy.name, texts).integers({"bits": 2, "group": default, "residual": 128, "key_group": 0})
         settings = cls(**numbers, exact=exact)
         float_dtype(exact)
         if settings.bits not in BITS:
@@ -44,23 +47,30 @@ class KiviSettings:
                 f"policy {policy}: group {settings.group} does not work for a head dimension of {head_dim}; "
                 f"must be one of {', '.join(map(str, fitting))}"
             )
-        if settings.residual % settings.group:
-            near = round_up(settings.residual, settings.group)
+        if settings.key_group not in (0, *GROUPS):
+            raise InputError(f"policy {policy}: key_group must be one of {', '.join(map(str, GROUPS))}")
+        if settings.residual % settings.key_tokens:
+            near = round_up(settings.residual, settings.key_tokens)
             raise InputError(
-                f"policy {policy}: residual {settings.residual} is not a multiple of the group {settings.group}; "
+                f"policy {policy}: residual {settings.residual} is not a multiple of the group {settings.key_tokens}; "
                 f"try {near}"
             )
         return settings
 
     @property
+    def key_tokens(self) -> int:
+        """Tokens of a group of keys."""
+        return self.key_group or self.group
+
+    @property
     def cycle(self) -> int:
         """Keys that are coded together: R, or one group when R is 0."""
-        return max(self.residual, self.group)
+        return max(self.residual, self.key_tokens)
 
     def key_bytes(self, shape: CacheShape, tokens: int, key_dim: int | None = None) -> int:
         """Bytes of the coded keys of one layer (`tokens` whole groups), of fewer channels where `key_dim` says so."""
-        block = attention.kivi_block_bytes(self.bits, self.group, shape.head_dim, key_dim)[0]
-        return tokens // self.group * shape.num_kv_heads * block
+        block = attention.kivi_key_block_bytes(self.bits, self.key_tokens, key_dim or shape.head_dim)
+        return tokens // self.key_tokens * shape.num_kv_heads * block
 
     def value_bytes(self, shape: CacheShape, tokens: int) -> int:
         """Bytes of the coded values of one layer: whole blocks."""
@@ -78,13 +88,12 @@ class KiviSettings:
     @property
     def units(self) -> tuple[int, int]:
         """A group of keys; values are coded token by token."""
-        return self.group, 1
+        return self.key_tokens, 1
 
     @property
     def bits_per_value(self) -> tuple[float, float]:
         """Codes, scale and minimum."""
-        bits = self.bits + 32 / self.group
-        return bits, bits
+        return self.bits + 32 / self.key_tokens, self.bits + 32 / self.group
 
 
 def predict_kivi(

@@ -210,7 +210,9 @@ class LocretCache(BlockCache):
     needs_model = True
     fits = True
     packs_positions = True
-    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(("kivi", "bfp", "think", "cskv", "xquant", "cachegen"), _WHY)
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("kivi", "kv4", "bfp", "think", "cskv", "xquant", "cachegen"), _WHY
+    )
 
     def __init__(
         self,

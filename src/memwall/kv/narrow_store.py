@@ -237,7 +237,8 @@ class NarrowKivi(KiviCache):
             lambda q, out, stats: attention.attend_kivi(
                 q, state.key_blocks.bytes, state.value_blocks.bytes, none, values[:cut],
                 coded_keys=state.coded_keys, coded_values=coded,
-                bits=self.settings.bits, group=self.settings.group, **where, out=out, stats=stats,
+                bits=self.settings.bits, group=self.settings.group, key_group=self.settings.key_tokens,
+                **where, out=out, stats=stats,
             ),
             lambda q, out, stats: attention.attend_float(
                 q, keys, values[cut:], **where, key_start=state.coded_keys, out=out, stats=stats
@@ -264,7 +265,7 @@ class NarrowKivi(KiviCache):
         if channels is None:
             super()._encode_keys(layer, keys, first)
             return
-        step = round_up(CODED_AT_ONCE, self.settings.group)
+        step = round_up(CODED_AT_ONCE, self.settings.key_tokens)
         for begin in range(0, len(keys), step):
             super()._encode_keys(layer, narrow_rows(keys[begin : begin + step], channels), first + begin)
 

@@ -16,6 +16,9 @@ from memwall.errors import InputError
 AMOUNT = "amount"
 """Key of the one setting that may be written without its key, such as the share of tokens kept."""
 
+ALIASES = {"w4a4kv4": "kv4"}
+"""Other names of policies: `--kv W4A4KV4` is the cache that goes with such weights."""
+
 _POLICY = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\(([^()]*)\))?\s*")
 _BITS = re.compile(r"([0-9]+)\s*-?\s*bits?")
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
@@ -107,7 +110,7 @@ def _parse_one(part: str, text: str) -> Policy:
             f"KV policy {text!r}: must look like float16, kivi(2bit), kivi(bits=2,group=32,residual=128) or "
             "snapkv(0.25)+kivi(2bit)"
         )
-    name, inside = match.groups()
+    name, inside = ALIASES.get(match[1], match[1]), match[2]
     settings: dict[str, str] = {}
     for item in filter(None, (piece.strip() for piece in (inside or "").split(","))):
         if bits := _BITS.fullmatch(item):

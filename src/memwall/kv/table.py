@@ -25,6 +25,7 @@ POLICIES = {
     "bfloat16": "memwall.kv.float_store:FloatCache",
     "int8": "memwall.kv.float_store:FloatCache",
     "kivi": "memwall.kv.kivi:KiviCache",
+    "kv4": "memwall.kv.kv4:Kv4Cache",
     "bfp": "memwall.kv.bfp_outlier_reorder:BfpCache",
     "snapkv": "memwall.kv.snapkv:SnapCache",
     "think": "memwall.kv.think:ThinkCache",

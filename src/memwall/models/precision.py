@@ -53,7 +53,7 @@ WIDE_SHARE = 0.18
 # Embedding rows are read one at a time, so each token sees the full error of its row, and the head decides between
 # thousands of near-equal logits: neither goes below this.
 MIN_EMBEDDING_BITS = 4
-FLOAT_ENDS = ("spqr", "vptq", "bitstack")
+FLOAT_ENDS = ("spqr", "vptq", "bitstack", "comet")
 """Methods whose papers leave embedding and head in half precision; those of other methods' forms get integers."""
 
 ALIGNMENT_BYTES = 64
@@ -84,6 +84,11 @@ def resolve(
         if index is None:
             raise InputError(f"weights {choice!r} need a directory that `memwall compress --method bitstack` wrote")
         return {**resolve(config, "saved", checkpoint), **index.specs(index.chosen(choice))}
+    if choice.lower() == "w4a4kv4":
+        raise InputError(
+            f"weights {choice!r} name the cache too, which run, eval and plan take; give saved here, with a model that "
+            "memwall compress --method comet made"
+        )
     if choice == "saved":
         if checkpoint is None or checkpoint.manifest is None:
             raise InputError("weights 'saved' needs a directory that `memwall compress` wrote")

@@ -176,6 +176,8 @@ def random_packed(spec: str, shape: tuple[int, int], pool: np.ndarray, random: n
         begin += aligned(nbytes)
         if dtype == np.uint8 and name == "codes":
             buffer[...] = random.integers(0, 256, extent, np.uint8)
+        elif name == "wide":  # a form is timed with activations of 4 bits everywhere
+            buffer[...] = 0
         elif name == "order":
             buffer[...] = random.permutation(len(buffer))
         elif name == "statistics":  # two levels of scales, which at random would not be numbers

@@ -325,9 +325,9 @@ void kivi_encode_keys(const Rows& rows, const KiviForm& form, int kv_heads, int 
   const AttentionKernels& kernels = attention_kernels();
   const std::size_t size = form.key_block_bytes(key_dim) * static_cast<std::size_t>(kv_heads);
   const std::size_t row = static_cast<std::size_t>(kv_heads) * key_dim * bytes_of(rows.type);
-  parallel_for(static_cast<std::size_t>(count / form.group), 2, [&](std::size_t first, std::size_t last, int) {
+  parallel_for(static_cast<std::size_t>(count / form.key_tokens()), 2, [&](std::size_t first, std::size_t last, int) {
     for (std::size_t b = first; b < last; ++b) {
-      const Rows from{static_cast<const std::uint8_t*>(rows.data) + b * form.group * row, rows.type};
+      const Rows from{static_cast<const std::uint8_t*>(rows.data) + b * form.key_tokens() * row, rows.type};
       kernels.encode_keys(from, form, kv_heads, key_dim, blocks + b * size);
     }
   });

@@ -30,9 +30,11 @@ struct Rows {
 struct KiviForm {
   int bits = 0;
   int group = 0;
+  int key_group = 0;  // tokens of a key block where they are not as many as the channels of a value's group
 
-  // bytes of the codes, then of scales and minima, of one key block (`group` tokens) of one kv head
-  std::size_t key_code_bytes(int key_dim) const { return plane_bytes(key_dim, group); }
+  int key_tokens() const { return key_group > 0 ? key_group : group; }
+  // bytes of the codes, then of scales and minima, of one key block (`key_tokens` tokens) of one kv head
+  std::size_t key_code_bytes(int key_dim) const { return plane_bytes(key_dim, key_tokens()); }
   std::size_t key_block_bytes(int key_dim) const { return key_code_bytes(key_dim) + 4u * static_cast<unsigned>(key_dim); }
   // the same of one value block (kValueBlock tokens)
   std::size_t value_code_bytes(int head_dim) const {

@@ -8,7 +8,7 @@ mw::KiviForm form_of(int bits, int group, std::size_t head_dim) {
   require(group == 16 || group == 32 || group == 64 || group == 128, "group must be 16, 32, 64 or 128, not " + std::to_string(group));
   require(head_dim % static_cast<std::size_t>(group) == 0,  // of values; keys may have any width
           "group " + std::to_string(group) + " does not divide the head dimension " + std::to_string(head_dim));
-  return {bits, group};
+  return {bits, group, 0};
 }
 
 void attend_float(const Float3& q, const Spread& k, const Spread& v, const Out3& out, float scale, std::int64_t first_position,
@@ -114,16 +114,17 @@ void attend_shared(const Float3& q, const Cache& k, const Cache& v, const Table&
 }
 
 void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_blocks, std::int64_t coded_keys,
-                 std::int64_t coded_values, const Cache& k, const Cache& v, const Out3& out, int bits, int group, float scale,
-                 std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
+                 std::int64_t coded_values, const Cache& k, const Cache& v, const Out3& out, int bits, int group, int key_group,
+                 float scale, std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
                  std::optional<Out3> stats) {
   mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start);
   a.form = form_of(bits, group, v.shape(2));
+  a.form.key_group = form_of(bits, key_group, 0).group;
   const std::size_t kv_heads = k.shape(1);
-  require(coded_keys >= 0 && coded_keys % group == 0, "coded keys must be whole groups of tokens");
+  require(coded_keys >= 0 && coded_keys % key_group == 0, "coded keys must be whole groups of tokens");
   require(coded_values >= 0, "coded_values must not be negative");
   const auto blocks = [&](std::int64_t tokens, int per) { return static_cast<std::size_t>((tokens + per - 1) / per) * kv_heads; };
-  require(key_blocks.size() >= blocks(coded_keys, group) * a.form.key_block_bytes(a.key_dim), "key_blocks is too short for coded_keys");
+  require(key_blocks.size() >= blocks(coded_keys, key_group) * a.form.key_block_bytes(a.key_dim), "key_blocks is too short for coded_keys");
   require(value_blocks.size() >= blocks(coded_values, mw::KiviForm::kValueBlock) * a.form.value_block_bytes(a.head_dim),
           "value_blocks is too short for coded_values");
   a.length = coded_keys + static_cast<std::int64_t>(k.shape(0));
@@ -201,7 +202,7 @@ void bind_attention(nb::module_& m) {
   m.def("attend_shared", &attend_shared, "q"_a, "k"_a, "v"_a, "tables"_a, "own"_a, "prefixes"_a, "page_tokens"_a, "out"_a,
         "scale"_a, "window"_a.none());
   m.def("attend_kivi", &attend_kivi, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a,
-        "out"_a, "bits"_a, "group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
+        "out"_a, "bits"_a, "group"_a, "key_group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
   m.def("attend_ragged", &attend_ragged, "q"_a, "past_k"_a, "past_v"_a, "offsets"_a, "k"_a, "v"_a, "out"_a, "scale"_a,
         "first_query"_a, "stats"_a.none());
   m.def("attention_scratch_bytes_for", &mw::attention_scratch_bytes_for, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <limits>
 #include <memory>
@@ -253,6 +254,18 @@ PyMatrix sparse_matrix(const std::string& spec, std::int64_t rows, std::int64_t 
   return m;
 }
 
+// Integer tiles of 4 bits whose products round activations by group, to 8 bits where `wide` is 1 and to 4 where it is 0. order:
+// the column at each stored place, or None; the caller has checked that it names each once.
+PyMatrix mixed_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int group, Codes codes, Halves scales, nb::object wide,
+                      nb::object order) {
+  require(cols <= mw::kMostMixedColumns, spec + ": products with mixed activations have at most 65536 columns, not " + std::to_string(cols));
+  PyMatrix m = tile_matrix(spec, rows, cols, 4, group, codes, scales, std::nullopt);
+  mw::Matrix& view = m.view;
+  view.wide_groups = part_of<std::uint8_t, 1>(m, 2, wide, {view.groups}, "widths of groups");
+  if (!order.is_none()) view.order = part_of<std::uint16_t, 1>(m, 3, order, {cols}, "order");
+  return m;
+}
+
 // Sign blocks in turn, each in bytes.
 PyMatrix stacked_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int rank, nb::sequence blocks) {
   require(rows >= 0 && cols >= 0 && rank >= 1 && nb::len(blocks) >= 1, "a stack has at least one block of rank 1 or more");
@@ -435,6 +448,53 @@ mw::Step linear(Rows<const float> x, nb::sequence matrices, nb::sequence outs, b
   };
 }
 
+// Products by a schedule; see mw::linear_scheduled. tiles [n, 4]: product, strip, first and last group; starts [workers + 1].
+std::vector<double> linear_scheduled(nb::sequence xs, nb::sequence matrices, nb::sequence outs, Rows<const std::int32_t> tiles,
+                                     nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> starts, bool steal) {
+  std::vector<mw::MixedProduct> products;
+  std::size_t tokens = 0;
+  const std::size_t count = nb::len(matrices);
+  require(count >= 1 && nb::len(xs) == count && nb::len(outs) == count, "linear_scheduled: inputs, matrices and outs differ in number");
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto& m = nb::cast<const PyMatrix&>(nb::object(matrices[i]));
+    const auto x = nb::cast<Rows<const float>>(nb::object(xs[i]), false);
+    if (i == 0) tokens = x.shape(0);
+    require(m.view.wide_groups != nullptr, "linear_scheduled: " + m.spec + " has no mixed activations");
+    require(x.shape(0) == tokens && tokens >= 1 && tokens <= static_cast<std::size_t>(mw::kMaxTokens), "linear_scheduled: all inputs have the same tokens, 1 to 256");
+    const mw::Product checked = product_of(m, nb::object(outs[i]), nb::none(), tokens, x.shape(1), false);
+    products.push_back({checked.matrix, x.data(), checked.output});
+  }
+  require(tiles.shape(1) == 4 && starts.shape(0) >= 2, "linear_scheduled: tiles are [n, 4], and there is a worker at least");
+  const auto num_tiles = static_cast<std::int64_t>(tiles.shape(0));
+  const auto workers = static_cast<int>(starts.shape(0)) - 1;
+  require(starts.data()[0] == 0 && starts.data()[workers] == num_tiles, "linear_scheduled: starts must begin at 0 and end at the tiles");
+  for (int w = 0; w < workers; ++w) require(starts.data()[w] <= starts.data()[w + 1], "linear_scheduled: starts must ascend");
+  const auto* each = reinterpret_cast<const mw::MixedTile*>(tiles.data());
+  for (std::int64_t i = 0; i < num_tiles; ++i) {
+    require(each[i].product >= 0 && each[i].product < static_cast<std::int32_t>(count), "linear_scheduled: a tile names a product that is not there");
+    const mw::Matrix& m = *products[static_cast<std::size_t>(each[i].product)].matrix;
+    const std::int64_t strips = (m.rows + mw::mixed_strip_rows() - 1) / mw::mixed_strip_rows();
+    require(each[i].strip >= 0 && each[i].strip < strips && each[i].first >= 0 && each[i].first < each[i].last && each[i].last <= m.groups,
+            "linear_scheduled: a tile lies outside of its matrix");
+  }
+  std::vector<double> seconds(static_cast<std::size_t>(workers));
+  nb::gil_scoped_release release;
+  mw::linear_scheduled(products.data(), count, static_cast<std::int64_t>(tokens), each, num_tiles, starts.data(), workers, steal, seconds.data());
+  return seconds;
+}
+
+// Activations as products with `m` store them, in blocks of one token.
+void quantize_mixed(const PyMatrix& m, Rows<const float> x, Rows<std::int8_t> codes, Rows<float> scales, Rows<std::int32_t> sums) {
+  require(m.view.wide_groups != nullptr, "quantize_mixed: " + m.spec + " has no mixed activations");
+  const auto tokens = x.shape(0), groups = static_cast<std::size_t>(m.view.groups);
+  require(static_cast<std::int64_t>(x.shape(1)) == m.view.cols && codes.shape(0) == tokens &&
+              static_cast<std::int64_t>(codes.shape(1)) == mw::mixed_code_bytes(m.view) && scales.shape(0) == tokens && scales.shape(1) == groups &&
+              sums.shape(0) == tokens && sums.shape(1) == groups,
+          "quantize_mixed: shapes do not fit");
+  nb::gil_scoped_release release;
+  mw::quantize_mixed(m.view, x.data(), static_cast<std::int64_t>(tokens), codes.data(), scales.data(), sums.data());
+}
+
 void gather_rows(const PyMatrix& m, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> ids, Rows<float> out) {
   require(!m.view.turned, "gather_rows: a row of " + m.spec + " cannot be had without all others");
   require(out.shape(0) == ids.shape(0) && static_cast<std::int64_t>(out.shape(1)) == m.view.cols, "gather_rows: out must be [ids, cols]");
@@ -501,6 +561,20 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   m.def("masked_matrix", &masked_matrix, "spec"_a, "rows"_a, "cols"_a, "codes"_a.noconvert(), "params"_a, "salient"_a = nb::none(),
         "order"_a = nb::none(), "steps"_a = nb::none(), "starts"_a = nb::none(), "rest"_a = nb::none());
   m.def("sparse_matrix", &sparse_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a, "scales"_a, "zeros"_a = nb::none());
+  m.def("mixed_matrix", &mixed_matrix, "spec"_a, "rows"_a, "cols"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(), "wide"_a,
+        "order"_a.none());
+  m.def("linear_scheduled", &linear_scheduled, "xs"_a, "matrices"_a, "outs"_a, "tiles"_a.noconvert(), "starts"_a.noconvert(), "steal"_a);
+  m.def("mixed_strip_rows", &mw::mixed_strip_rows);
+  m.def("mixed_code_bytes", [](const PyMatrix& self) {
+    require(self.view.wide_groups != nullptr, self.spec + " has no mixed activations");
+    return mw::mixed_code_bytes(self.view);
+  }, "matrix"_a);
+  m.def("quantize_mixed", &quantize_mixed, "matrix"_a, "x"_a.noconvert(), "codes"_a.noconvert(), "scales"_a.noconvert(), "sums"_a.noconvert());
+  m.def("widen_codes", [](nb::ndarray<const std::int8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> packed,
+                          nb::ndarray<std::int8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> to) {
+    require(packed.shape(0) % 4 == 0 && to.shape(0) == 2 * packed.shape(0), "widen_codes: whole fours of bytes become twice as many");
+    mw::widen_codes(packed.data(), static_cast<std::int64_t>(to.shape(0)), to.data());
+  }, "packed"_a.noconvert(), "to"_a.noconvert());
   m.def("stacked_matrix", &stacked_matrix, "spec"_a, "rows"_a, "cols"_a, "rank"_a, "blocks"_a);
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
         "mins"_a.noconvert().none());

@@ -306,7 +306,7 @@ std::size_t kivi_scratch(const Attention& a) {
 }
 
 void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, float* scores, float* scratch) {
-  const int rep = a.queries_per_kv_head(), dim = a.key_dim, padded = a.padded_key(), tokens = a.form.group;
+  const int rep = a.queries_per_kv_head(), dim = a.key_dim, padded = a.padded_key(), tokens = a.form.key_tokens();
   const std::size_t size = a.form.key_block_bytes(dim), code_bytes = a.form.key_code_bytes(dim);
   float *scaled = scratch, *offset = scratch + rep * padded;
   with_bits(a.form.bits, [&](auto width) {
@@ -371,7 +371,7 @@ void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::in
 }
 
 void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld) {
-  const int dim = a.key_dim, tokens = a.form.group;
+  const int dim = a.key_dim, tokens = a.form.key_tokens();
   const std::size_t size = a.form.key_block_bytes(dim);
   with_bits(a.form.bits, [&](auto width) {
     constexpr int B = decltype(width)::value;
@@ -429,19 +429,19 @@ void kivi_encode_key_block(const Rows& rows, const KiviForm& form, int kv_heads,
   const int all_rows = main_rows + (form.bits == 3 ? (key_dim + 31) / 32 : 0);
   static thread_local std::vector<std::uint32_t> whole;  // all rows of words as if none were short
   for (int h = 0; h < kv_heads; ++h, block += form.key_block_bytes(key_dim)) {
-    whole.assign(static_cast<std::size_t>(all_rows) * form.group, 0);
+    whole.assign(static_cast<std::size_t>(all_rows) * form.key_tokens(), 0);
     f16* scales = reinterpret_cast<f16*>(block + form.key_code_bytes(key_dim));
     for (int d = 0; d < key_dim; ++d) {
       float x[kStep], low = __builtin_inff(), high = -__builtin_inff();
-      for (int t = 0; t < form.group; ++t) {
+      for (int t = 0; t < form.key_tokens(); ++t) {
         x[t] = at(rows, t * stride + h * key_dim + d);
         low = x[t] < low ? x[t] : low, high = x[t] > high ? x[t] : high;
       }
       const Grid g = grid(low, high, form.bits, scales + d, scales + key_dim + d);
-      for (int t = 0; t < form.group; ++t) put(whole.data(), form.bits, main_rows, form.group, t, d, code_of(x[t], g, levels));
+      for (int t = 0; t < form.key_tokens(); ++t) put(whole.data(), form.bits, main_rows, form.key_tokens(), t, d, code_of(x[t], g, levels));
     }
-    std::uint8_t* behind = pack_plane(whole.data(), key_dim, 32 / main_bits, form.group, block);
-    if (form.bits == 3) pack_plane(whole.data() + main_rows * form.group, key_dim, 32, form.group, behind);
+    std::uint8_t* behind = pack_plane(whole.data(), key_dim, 32 / main_bits, form.key_tokens(), block);
+    if (form.bits == 3) pack_plane(whole.data() + main_rows * form.key_tokens(), key_dim, 32, form.key_tokens(), behind);
   }
 }
 

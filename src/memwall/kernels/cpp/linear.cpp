@@ -94,6 +94,27 @@ Activations quantize(const LinearKernels& kernels, const Input& input, int group
   return a;
 }
 
+// The same for activations of mixed widths, in the order that the matrix reads them in.
+Activations quantize_mixed(const LinearKernels& kernels, const float* x, std::int64_t tokens, const Matrix& m, int block, Scratch& scratch) {
+  Activations a;
+  a.group = m.group;
+  a.groups = m.groups;
+  a.block = block;
+  a.token_bytes = mixed_code_bytes(m);
+  const std::int64_t blocks = (tokens + block - 1) / block, entries = blocks * block * a.groups, code_bytes = blocks * block * a.token_bytes;
+  a.codes = reinterpret_cast<std::int8_t*>(scratch.at_least(static_cast<std::size_t>(code_bytes + 8 * entries)));
+  a.scales = reinterpret_cast<float*>(a.codes + code_bytes);
+  a.sums = reinterpret_cast<std::int32_t*>(a.scales + entries);
+  const std::size_t grain = std::max<std::int64_t>(1, (1 << 15) / (block * m.cols + 1));
+  parallel_for(static_cast<std::size_t>(blocks), grain, [&](std::size_t begin, std::size_t end, int) {
+    for (auto b = static_cast<std::int64_t>(begin); b < static_cast<std::int64_t>(end); ++b) {
+      const std::int64_t first = b * block;
+      kernels.quantize_mixed(x + first * m.cols, m, static_cast<int>(std::min<std::int64_t>(block, tokens - first)), b, a);
+    }
+  });
+  return a;
+}
+
 // Bytes of the words of activations in `bits` planes and of their scales.
 std::size_t plane_bytes(std::int64_t tokens, std::int64_t cols, int bits) {
   const std::int64_t words = (cols + kWordBits - 1) / kWordBits * bits;
@@ -111,6 +132,9 @@ void round_to_planes(Input& input, int bits) {
 
 // Whether two such matrices read one input: columns in one order, as those that read the same input mostly do.
 bool same_order(const Matrix& a, const Matrix& b) {
+  if (a.wide_groups || b.wide_groups) {
+    if (!a.wide_groups || !b.wide_groups || a.group != b.group || std::memcmp(a.wide_groups, b.wide_groups, static_cast<std::size_t>(a.groups))) return false;
+  }
   if (a.form != b.form || a.turned || b.turned || (a.codebooks && (a.codebooks->scale || b.codebooks->scale))) return false;
   if (a.order == b.order) return true;
   if (a.order == nullptr || b.order == nullptr || a.wide != b.wide) return false;
@@ -139,7 +163,7 @@ void turn(Input& input) {
 
 // Whether a matrix reads the input in an order of its own, or rounded by groups that no other form has.
 bool reads_its_own(const Matrix& m) {
-  return m.form == Form::bilevel || m.form == Form::codebook || (m.form == Form::masked && m.order != nullptr) || m.turned;
+  return m.form == Form::bilevel || m.form == Form::codebook || (m.form == Form::masked && m.order != nullptr) || m.turned || m.wide_groups;
 }
 
 // Room of each thread for turns of up to n numbers.
@@ -183,6 +207,10 @@ void turn_output_back(const LinearKernels& kernels, const Matrix& m, float* foun
 Input own_input(const LinearKernels& kernels, const Input& plain, const Matrix& m, bool rounded) {
   if (m.turned) return turned_input(kernels, plain, m, rounded);
   Input input = plain;
+  if (m.wide_groups != nullptr && rounded) {
+    input.coded = quantize_mixed(kernels, plain.x, plain.tokens, m, tokens_together(kernels, plain.tokens), g_activations[3]);
+    return input;
+  }
   if (m.order != nullptr) {
     auto* ordered = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
     const std::size_t grain = std::max<std::int64_t>(1, (1 << 14) / (plain.cols + 1));
@@ -192,6 +220,7 @@ Input own_input(const LinearKernels& kernels, const Input& plain, const Matrix& 
     });
     input.x = ordered;
   }
+  if (m.wide_groups != nullptr) return input;
   const bool bilevel = m.form == Form::bilevel;
   if (!bilevel && input.tokens > 1) return input;
   if (rounded) input.coded = quantize(kernels, input, bilevel ? kBilevelGroup : kMaskedGroup, g_activations[3]);
@@ -304,6 +333,9 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       job.output = {reinterpret_cast<float*>(g_turned.at_least(ordered_bytes(plain.tokens, m.rows))), m.rows, nullptr, false};
       job.input = &own;
       job.kernel = exact ? kernels.tiles_exact : one ? kernels.tiles_one : kernels.tiles_many;
+    } else if (m.wide_groups) {
+      job.input = &own;
+      job.kernel = exact ? kernels.tiles_exact : one ? kernels.mixed_one : kernels.mixed_many;
     } else if (m.form == Form::masked) {
       const bool rounded = one && !exact;
       if (rounded && m.order == nullptr && inputs[2].coded.codes == nullptr) inputs[2].coded = quantize(kernels, plain, kMaskedGroup, g_activations[2]);
@@ -518,6 +550,7 @@ std::int64_t Matrix::nbytes() const {
   if (form == Form::sparse) return row_tiles * (tile_bytes() + groups * kTileRows * (zeros ? 3 : 2));
   if (form != Form::tiles) return rows * cols * 2;
   if (turned) return row_tiles * tile_bytes() + 2 * cols + 12;
+  if (wide_groups) return row_tiles * (tile_bytes() + groups * kTileRows * 2) + groups + (order ? cols * (wide ? 4 : 2) : 0);
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
   const std::int64_t nested_bytes = nested ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups + 1) : 0;
   return row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0)) + nested_bytes);
@@ -539,6 +572,10 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   if (group == 3 || group == 4)  // outputs are taken to be as wide as inputs can be
     return workers + 2 * Scratch::rounded(ordered_bytes(tokens, cols)) + turning_bytes(cols, threads) +
            (group == 3 ? Scratch::rounded(activation_bytes(tokens, cols, kMaskedGroup, tokens_together(linear_kernels_in_use(), tokens))) : 0);
+  if (group >= kMixedRounding) {  // all groups in 8 bits, and the columns put in order where products are exact
+    const int width = group - kMixedRounding;
+    return workers + Scratch::rounded(activation_bytes(tokens, cols, width, tokens_together(linear_kernels_in_use(), tokens)));
+  }
   if (group == 2) return workers + Scratch::rounded(activation_bytes(1, cols, kMaskedGroup, 1));
   if (group == 1) return workers + Scratch::rounded(ordered_bytes(tokens, cols));
   if (group == kBilevelGroup)
@@ -599,7 +636,8 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
       if (m.second) second = half_to_float(m.second[at]);
     }
     const int code = tile_code(m, row, col);
-    if (m.levels == nullptr) out[col] = scale * static_cast<float>(code - m.low_offset()) + least;
+    if (m.wide_groups) out[m.column_at(col)] = scale * static_cast<float>(code - m.low_offset());
+    else if (m.levels == nullptr) out[col] = scale * static_cast<float>(code - m.low_offset()) + least;
     else out[col] = scale * m.levels->values[code];
     if (m.second) out[col] += second * m.levels->second[code];
   }

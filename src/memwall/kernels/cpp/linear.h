@@ -16,6 +16,7 @@ namespace mw {
 constexpr int kTileRows = 16;
 constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
+constexpr std::int64_t kMostMixedColumns = 65536;  // of weights for mixed activations: one token's, widened, fit in a thread's scratch
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
 enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook, masked, stacked, sparse };
@@ -103,6 +104,8 @@ struct Matrix {
   const std::uint32_t* starts = nullptr;
   const float* steps = nullptr;
   std::int64_t rest_bytes = 0;
+  // integer tiles of 4 bits only, beside `order`: set where activations are rounded by group, to 8 bits where this is 1, else to 4
+  const std::uint8_t* wide_groups = nullptr;  // [groups]
 
   // turned tiles only: inputs are multiplied by `columns` (float16) and turned, outputs are turned back and multiplied by `scale`
   bool turned = false;
@@ -150,12 +153,16 @@ extern float dynamic_levels[256];
 
 // Activations as 8-bit integers, one scale per group of columns. `block` tokens are interleaved, 4 columns of each in turn,
 // so that a kernel walks them with one pointer: codes[token / block][column / 4][token % block][4].
+//
+// For mixed activations a group of 8 bits lies like that, and one of 4 bits as [column / 8][token % block][4]: a byte has a column
+// in its low nibble and the fourth one after it in its high one.
 struct Activations {
   std::int8_t* codes = nullptr;
   float* scales = nullptr;        // [token / block][group][token % block]
   std::int32_t* sums = nullptr;   // sum of the codes of a group, the same order
   int block = 1, group = 0;
   std::int64_t groups = 0;
+  std::int64_t token_bytes = 0;  // of mixed ones: bytes of a token's codes
 
   std::int64_t padded_cols() const { return groups * group; }
 };
@@ -211,12 +218,19 @@ struct LinearKernels {
   StripKernel stacked_few, stacked_many;  // strips of stack_rows() rows, and of strip_tiles; always in float
   PartKernel tiles_part;
   StripKernel sparse_one, sparse_exact;  // several tokens take the kernels of dense tiles: what is pruned costs less there than picking activations
+  // as `quantize`, in the widths and the order that a matrix asks for
+  void (*quantize_mixed)(const float* x, const Matrix&, int count, std::int64_t index, const Activations& to);
+  StripKernel mixed_one, mixed_many;
+  // one strip's products with groups [first, last): sums [tokens, strip rows]; activations in blocks of token_block
+  void (*mixed_part)(const Matrix&, const Input&, std::int64_t strip, std::int64_t first, std::int64_t last, float* sums, char* scratch);
+  void (*widen_codes)(const std::int8_t* packed, std::int64_t columns, std::int8_t* to);
 };
 
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.
 std::size_t linear_scratch_bytes();
 // What it would hold after products of `tokens` tokens of `cols` columns with weights in groups of `group` (0: dense weights; -m:
-// bit planes with activations of m bits; 16: bilevel tiles; 2: signs and masks; 1: columns put in order; 3 or, exact, 4: turned tiles).
+// bit planes with activations of m bits; 16: bilevel tiles; kMixedRounding + g: mixed activations in groups of g; 2: signs and masks; 1: columns put in order; 3 or, exact, 4: turned tiles).
+constexpr int kMixedRounding = 1000;
 std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads);
 
 struct Product {
@@ -232,6 +246,26 @@ std::int64_t linear_products();
 
 // Those of them that were dealt in stripes.
 std::int64_t linear_striped_products();
+// Part of a product with mixed activations: strip number `strip` of product number `product`, groups [first, last).
+struct MixedTile {
+  std::int32_t product, strip, first, last;
+};
+// Products with mixed activations by a schedule. Worker w works tiles [starts[w], starts[w + 1]) in turn; with `steal` it then helps
+// the one with the most left. Parts of a strip are kept apart and added up at the end, in the order of their groups. seconds:
+// what each worker was busy for. Inputs may differ in columns, not in tokens (at most kMaxTokens).
+struct MixedProduct {
+  const Matrix* matrix;
+  const float* x;
+  Output output;
+};
+void linear_scheduled(const MixedProduct* products, std::size_t count, std::int64_t tokens, const MixedTile* tiles, std::int64_t num_tiles,
+                      const std::int32_t* starts, int workers, bool steal, double* seconds);
+// Rows of a strip, by instruction set.
+int mixed_strip_rows();
+// Activations as mixed products store them: bytes of all codes; null pointers ask for the sizes only. Blocks of one token.
+std::int64_t mixed_code_bytes(const Matrix& matrix);
+void quantize_mixed(const Matrix& matrix, const float* x, std::int64_t tokens, std::int8_t* codes, float* scales, std::int32_t* sums);
+void widen_codes(const std::int8_t* packed, std::int64_t columns, std::int8_t* to);
 
 // One row of any form, as float32.
 void decode_row(const Matrix& matrix, std::int64_t row, float* out);

@@ -287,6 +287,11 @@ const LinearKernels linear_kernels = {
     tiles_part,
     sparse_one,
     panels_of<sparse_panel>,
+    quantize_mixed,
+    mixed_one,
+    mixed_many,
+    mixed_part,
+    widen_codes,
 };
 
 }  // namespace mw::MW_ISA

@@ -46,6 +46,11 @@ void sparse_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t en
 // Writes the codes of some groups of a tile, those of pruned weights too: 16 rows by 4 columns every `stride` bytes.
 void sparse_codes(const Matrix&, std::int64_t tile, std::int64_t first_group, int num_groups, std::uint8_t* to, std::int64_t stride);
 void sparse_panel(const Matrix&, std::int64_t tile, std::int64_t first_col, int num_cols, float* panel, int stride);
+void quantize_mixed(const float* x, const Matrix&, int count, std::int64_t index, const Activations& to);
+void mixed_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void mixed_many(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void mixed_part(const Matrix&, const Input&, std::int64_t strip, std::int64_t first, std::int64_t last, float* sums, char*);
+void widen_codes(const std::int8_t* packed, std::int64_t columns, std::int8_t* to);
 
 void stacked_few(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 // Decodes kStripRows rows of some columns (at most a sign panel, which may end among them): panel[column][row].

@@ -1,0 +1,262 @@
+// Products of 4-bit weights with activations in 4 or 8 bits, one width for each group of columns (formats/comet.py).
+//
+// Weights are the tiles of int4: a byte holds one row's code of two column blocks. One layout serves both widths: bytes are made of
+// nibbles by one shift and one mask, which leaves 16 times the code where a sum of 32 bits follows, so that no sign has to be
+// extended; activations of 4 bits widen the same way. What is too much by powers of two is divided out of the scale once a group.
+// This file is compiled without fused multiplication and addition: its floats are the same on every processor.
+#include "linear_kernels.h"
+#include "tiles.h"
+
+namespace mw::MW_ISA {
+namespace {
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int kWeightFactor = 1;  // pairs of products are added in 16 bits here, which 16 times a code would leave
+#else
+constexpr int kWeightFactor = 16;
+#endif
+constexpr int kNibbleFactor = 16;
+constexpr int kOffset = 8 * kWeightFactor;  // codes count from -8
+
+// Codes of column block I of a unit as bytes, kWeightFactor times.
+template <int I>
+MW_INLINE Vb weight_block(const std::uint8_t* unit) {
+  if constexpr (kWeightFactor == 1) return code_block<4, I>(unit);
+  const Vh raw = load<Vh>(unit + kLaneVectorBytes * (I / 2));
+  return (Vb)((I % 2 ? raw : raw << 4) & 0xf0f0);
+}
+
+// One group of one token; `stride` bytes lie between two fours of bytes. Returns the sum of the codes.
+template <int Group>
+std::int32_t quantize_group(const float* x, std::int64_t stride, bool wide, std::int8_t* codes, float* scale) {
+  constexpr int kVectors = Group / kWidth;
+  Vi largest{};  // magnitudes order as their bits do, and infinities and what is not a number come last
+  for (int i = 0; i < kVectors; ++i) {
+    const Vi bits = load<Vi>(x + i * kWidth) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  const std::int32_t most = across(largest, [](Vi a, Vi b) { return a > b ? a : b; });
+  float peak;
+  __builtin_memcpy(&peak, &most, sizeof peak);
+  const float levels = wide ? 127.0f : 7.0f;
+  const bool finite = most < 0x7f800000;
+  const float inverse = finite && peak > 1e-30f ? levels / peak : 0.0f;  // a smaller peak would overflow the quotient
+  *scale = finite ? peak / levels : __builtin_nanf("");                  // nothing is made up for what is not a number
+  alignas(64) std::int32_t rounded[Group];
+  Vi sum{};
+  for (int i = 0; i < kVectors; ++i) {
+    const Vi code = finite ? round_to_int(load<Vf>(x + i * kWidth) * inverse) : Vi{};
+    sum += code;
+    store(rounded + i * kWidth, code);
+  }
+  if (wide) {
+    for (int c = 0; c < Group; c += 4, codes += stride)
+      for (int j = 0; j < 4; ++j) codes[j] = static_cast<std::int8_t>(rounded[c + j]);
+  } else {
+    for (int c = 0; c < Group; c += 8, codes += stride)
+      for (int j = 0; j < 4; ++j) codes[j] = static_cast<std::int8_t>((rounded[c + j] & 15) | rounded[c + 4 + j] << 4);
+  }
+  return sum_of(sum);
+}
+
+template <int Group>
+void quantize_token(const float* x, const Matrix& m, int token, const Activations& to, std::int8_t* codes, float* scales, std::int32_t* sums) {
+  float values[Group];
+  for (std::int64_t g = 0; g < m.groups; ++g) {
+    const std::int64_t first = g * Group, count = m.cols - first < Group ? m.cols - first : Group;
+    const bool wide = m.wide_groups[g];
+    const float* from = x + first;
+    if (m.order != nullptr || count < Group) {
+      for (std::int64_t c = 0; c < count; ++c) values[c] = x[m.column_at(first + c)];
+      for (std::int64_t c = count; c < Group; ++c) values[c] = 0.0f;
+      from = values;
+    }
+    sums[g * to.block + token] = quantize_group<Group>(from, 4 * to.block, wide, codes + 4 * token, scales + g * to.block + token);
+    codes += (wide ? Group : Group / 2) * to.block;
+  }
+}
+
+// Codes of 4 bits to bytes, 16 times: the first four columns of eight are the low nibbles.
+template <int Tokens>
+MW_INLINE void widen(const std::int8_t* packed, int columns, std::int8_t* bytes) {
+  constexpr int kRun = 4 * Tokens;
+  for (int c = 0; c < columns; c += 8, packed += kRun, bytes += 2 * kRun)
+    for (int i = 0; i < kRun; ++i) {
+      const auto both = static_cast<std::uint8_t>(packed[i]);
+      bytes[i] = static_cast<std::int8_t>(both << 4);
+      bytes[kRun + i] = static_cast<std::int8_t>(both & 0xf0);
+    }
+}
+
+// What the sum of a group is divided by, as a factor of the scale; a power of two, so that nothing is rounded by it.
+MW_INLINE float group_factor(bool wide) { return 1.0f / static_cast<float>(wide ? kWeightFactor : kWeightFactor * kNibbleFactor); }
+MW_INLINE std::int32_t start_of(std::int32_t sum, bool wide) { return -sum * (wide ? kOffset : kOffset * kNibbleFactor); }
+
+#if defined(__AVX512VNNI__)
+constexpr int kChains = 4;
+#else
+constexpr int kChains = 1;
+#endif
+constexpr int kPrefetchBytes = 4096;
+
+// One token, one tile; `bytes` are the activations with all groups as bytes.
+void one_token_tile(const Matrix& m, const Activations& a, const std::int8_t* bytes, std::int64_t tile, float* out) {
+  const int units = m.group / kUnitColumns;
+  const std::uint8_t* unit = m.tile(tile);
+  Vf total[kPieces] = {};
+  for (std::int64_t g = 0; g < m.groups; ++g) {
+    const bool wide = m.wide_groups[g];
+    Dot<4> dot[kPieces][kChains];
+    for (auto& sums : dot)
+      for (int i = 0; i < kChains; ++i) sums[i].start(splat(i == 0 ? start_of(a.sums[g], wide) : 0));
+    for (int u = 0; u < units; ++u, unit += kLaneVectorBytes * 4, bytes += kUnitColumns)
+      static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+        constexpr int I = decltype(block)::value;
+        if constexpr (I < 4) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
+        const Vb four = repeat_four(bytes + 4 * I);
+        for (int p = 0; p < kPieces; ++p) dot[p][I % kChains].template add<I>(weight_block<I>(unit + p * kVectorBytes), four);
+      });
+    const float x_scale = a.scales[g] * group_factor(wide);
+    for (int p = 0; p < kPieces; ++p) {
+      Vi sum = dot[p][0].total();
+      for (int i = 1; i < kChains; ++i) sum += dot[p][i].total();
+      total[p] += group_scale(m, tile, g, p) * x_scale * to_float(sum);
+    }
+  }
+  for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
+}
+
+// Several tokens: a strip of row tiles is unpacked, one group at a time, and every block of tokens passes over it.
+constexpr int kMostGroup = 128;
+struct Panel {
+  alignas(64) std::uint8_t codes[kMostGroup / 4][kStripTiles][kLaneVectorBytes];
+  alignas(64) float scales[kStripRows];
+  alignas(64) std::int8_t bytes[kMostGroup * kTokenBlock];
+  alignas(64) float sums[kMaxTokens][kStripRows];
+};
+static_assert(sizeof(Panel) <= kWorkerScratchBytes);
+
+// A strip may end past the last tile: the missing one reads as zeros.
+void unpack_group(const Matrix& m, std::int64_t strip, std::int64_t g, Panel& panel) {
+  for (int slot = 0; slot < kStripTiles; ++slot) {
+    const std::int64_t tile = strip * kStripTiles + slot;
+    if (tile >= m.row_tiles) {
+      for (int r = 0; r < kTileRows; ++r) panel.scales[slot * kTileRows + r] = 0.0f;
+      continue;
+    }
+    const std::uint8_t* unit = m.tile(tile) + g * m.group_bytes();
+    for (int u = 0; u < m.group / kUnitColumns; ++u, unit += kLaneVectorBytes * 4)
+      static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+        constexpr int I = decltype(block)::value;
+        for (int p = 0; p < kPieces; ++p)
+          store(panel.codes[u * kUnitBlocks + I][slot] + p * kVectorBytes, weight_block<I>(unit + p * kVectorBytes));
+      });
+    for (int p = 0; p < kPieces; ++p) store(panel.scales + slot * kTileRows + p * kWidth, group_scale(m, tile, g, p));
+  }
+}
+
+template <int Tokens>
+void group_block(const Panel& panel, const std::int8_t* bytes, const float* x_scales, const std::int32_t* x_sums, int columns, bool wide,
+                 float (*sums)[kStripRows]) {
+  const std::uint8_t* codes = panel.codes[0][0];
+  Dot<4> dot[Tokens][kStripVectors];
+  for (int t = 0; t < Tokens; ++t)
+    for (auto& d : dot[t]) d.start(splat(start_of(x_sums[t], wide)));
+  for (int c = 0; c < columns; c += kUnitColumns)
+    static_for<kUnitBlocks>([&](auto index) __attribute__((always_inline)) {
+      constexpr int I = decltype(index)::value;
+      Vb weights[kStripVectors];
+      for (int v = 0; v < kStripVectors; ++v) weights[v] = load<Vb>(codes + v * kVectorBytes);
+      for (int t = 0; t < Tokens; ++t) {
+        const Vb four = repeat_four(bytes + 4 * t);
+        for (int v = 0; v < kStripVectors; ++v) dot[t][v].template add<I>(weights[v], four);
+      }
+      codes += kStripVectors * kVectorBytes;
+      bytes += 4 * kTokenBlock;
+    });
+  const float factor = group_factor(wide);
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) {
+      const Vf before = load<Vf>(sums[t] + v * kWidth);
+      store(sums[t] + v * kWidth, before + load<Vf>(panel.scales + v * kWidth) * (x_scales[t] * factor) * to_float(dot[t][v].total()));
+    }
+}
+
+using GroupBlock = void (*)(const Panel&, const std::int8_t*, const float*, const std::int32_t*, int, bool, float (*)[kStripRows]);
+
+GroupBlock group_block_for(int tokens) {
+  GroupBlock found = nullptr;
+  static_for<kTokenBlock>([&](auto index) {
+    constexpr int count = decltype(index)::value + 1;
+    if (tokens == count) found = group_block<count>;
+  });
+  return found;
+}
+
+// Adds a strip's products with groups [first, last) to panel.sums.
+void strip_groups(const Matrix& m, const Activations& a, std::int64_t tokens, std::int64_t strip, std::int64_t first, std::int64_t last, Panel& panel) {
+  std::int64_t before = 0;  // bytes of a token's codes in front of the group
+  for (std::int64_t g = 0; g < first; ++g) before += m.wide_groups[g] ? m.group : m.group / 2;
+  const GroupBlock full = group_block_for(kTokenBlock), rest = group_block_for(static_cast<int>(tokens % kTokenBlock));
+  for (std::int64_t g = first; g < last; ++g) {
+    const bool wide = m.wide_groups[g];
+    unpack_group(m, strip, g, panel);
+    for (std::int64_t t = 0; t < tokens; t += kTokenBlock) {
+      const std::int64_t block = t / kTokenBlock, at = (block * a.groups + g) * kTokenBlock;
+      const std::int8_t* bytes = a.codes + (block * a.token_bytes + before) * kTokenBlock;
+      if (!wide) {
+        widen<kTokenBlock>(bytes, m.group, panel.bytes);
+        bytes = panel.bytes;
+      }
+      (tokens - t < kTokenBlock ? rest : full)(panel, bytes, a.scales + at, a.sums + at, m.group, wide, panel.sums + t);
+    }
+    before += wide ? m.group : m.group / 2;
+  }
+}
+
+}  // namespace
+
+void quantize_mixed(const float* x, const Matrix& m, int count, std::int64_t index, const Activations& to) {
+  const auto one = m.group == 32 ? quantize_token<32> : m.group == 64 ? quantize_token<64> : quantize_token<128>;
+  const std::int64_t statistics = index * to.groups * to.block;
+  for (int t = 0; t < count; ++t)
+    one(x + t * m.cols, m, t, to, to.codes + index * to.token_bytes * to.block, to.scales + statistics, to.sums + statistics);
+}
+
+void mixed_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  auto* bytes = reinterpret_cast<std::int8_t*>(scratch);
+  static_assert(kMostMixedColumns <= kWorkerScratchBytes);
+  const std::int8_t* codes = input.coded.codes;
+  for (std::int64_t g = 0; g < m.groups; ++g) {
+    if (m.wide_groups[g]) __builtin_memcpy(bytes + g * m.group, codes, static_cast<std::size_t>(m.group));
+    else widen<1>(codes, m.group, bytes + g * m.group);
+    codes += m.wide_groups[g] ? m.group : m.group / 2;
+  }
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    alignas(64) float values[kTileRows];
+    one_token_tile(m, input.coded, bytes, tile, values);
+    write_rows(values, 0, tile * kTileRows, kTileRows, out);
+  }
+}
+
+void mixed_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
+  Panel& panel = *reinterpret_cast<Panel*>(scratch);
+  for (std::int64_t strip = begin; strip < end; ++strip) {
+    __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * static_cast<std::size_t>(input.tokens));
+    strip_groups(m, input.coded, input.tokens, strip, 0, m.groups, panel);
+    for (std::int64_t t = 0; t < input.tokens; ++t) write_rows(panel.sums[t], t, strip * kStripRows, kStripRows, out);
+  }
+}
+
+void mixed_part(const Matrix& m, const Input& input, std::int64_t strip, std::int64_t first, std::int64_t last, float* sums, char* scratch) {
+  Panel& panel = *reinterpret_cast<Panel*>(scratch);
+  const std::size_t bytes = sizeof(float) * kStripRows * static_cast<std::size_t>(input.tokens);
+  __builtin_memset(panel.sums, 0, bytes);
+  strip_groups(m, input.coded, input.tokens, strip, first, last, panel);
+  __builtin_memcpy(sums, panel.sums, bytes);
+}
+
+// Codes of one token as the kernels widen them: 16 times the signed code, columns in their order.
+void widen_codes(const std::int8_t* packed, std::int64_t columns, std::int8_t* to) { widen<1>(packed, static_cast<int>(columns), to); }
+
+}  // namespace mw::MW_ISA
