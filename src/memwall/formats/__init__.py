@@ -34,6 +34,7 @@ CODECS: dict[str, str] = {
     "spqr": "memwall.formats.spqr:SpqrCodec",
     "vptq": "memwall.formats.vptq:VptqCodec",
     "bitstack": "memwall.formats.bitstack:BitStackCodec",
+    "static": "memwall.formats.static8:StaticCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }
 
