@@ -1,4 +1,4 @@
-"""Weights for products of integers alone: 8 bits with a scale per row, or 4 bits that become 8 by a second, small scale.
+"""Weights for products of integers alone: 8 bits with a scale per row, or 4 bits that become 8 by a second scale.
 
     static8        value = channel * (code - 128)                                channel = largest |row| / 127
     static4-g128   value = channel * integer(code, group)                        channel = largest |row| / 127

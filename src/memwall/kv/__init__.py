@@ -8,7 +8,7 @@ names; `predict` and `read_bytes` say beforehand what it will hold and read, `sa
 
 from __future__ import annotations
 
-from memwall.kv.base import CacheModel, CacheShape, KVCache
+from memwall.kv.base import CacheModel, CacheShape, KVCache, StateShape
 from memwall.kv.policy import Policy, parse
 from memwall.kv.savings import Savings, held_bytes, savings
 from memwall.kv.table import (
@@ -34,6 +34,7 @@ __all__ = [
     "KVCache",
     "Policy",
     "Savings",
+    "StateShape",
     "build",
     "building_bytes",
     "codes_prompt",
