@@ -166,9 +166,7 @@ def read_header(path: Path) -> tuple[bytes, int]:
     return header, file_bytes - _LENGTH_BYTES - length
 
 
-def _renamed(
-    tensors: Mapping[str, TensorInfo], known_as: Callable[[str], str], path: Path
-) -> dict[str, TensorInfo]:
+def _renamed(tensors: Mapping[str, TensorInfo], known_as: Callable[[str], str], path: Path) -> dict[str, TensorInfo]:
     renamed = {known_as(name): info for name, info in tensors.items()}
     if len(renamed) != len(tensors):
         raise InputError(f"{path}: two tensors go by one name")

@@ -62,6 +62,10 @@ class StaticCodec(Codec):
         return "static8" if self.bits == 8 else f"static4-g{self.group}"
 
     @property
+    def timed(self) -> str:
+        return f"int{self.bits}-g64"
+
+    @property
     def zero_code(self) -> int:
         """Code of padding and of rows that are all zero."""
         return 128 if self.bits == 8 else _HALF

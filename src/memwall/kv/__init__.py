@@ -13,6 +13,7 @@ from memwall.kv.policy import Policy, parse
 from memwall.kv.savings import Savings, held_bytes, savings
 from memwall.kv.table import (
     POLICIES,
+    STATE,
     build,
     building_bytes,
     codes_prompt,
@@ -29,6 +30,7 @@ from memwall.kv.table import (
 
 __all__ = [
     "POLICIES",
+    "STATE",
     "CacheModel",
     "CacheShape",
     "KVCache",

@@ -4,7 +4,8 @@ Tensors go by names like those of other families (`model.layers.0.mixer.in_proj.
 names in Hugging Face's files (`backbone.layers.0...`). A model that Quamba2 compressed carries its choices in the same
 configuration (`quamba2`) and its fixed scales as further tensors.
 
-Sizes: d hidden; E inner (heads H times P channels); N state per channel; G groups that share B and C; W rows of in_proj.
+Sizes: d hidden; E inner (heads H times P channels); N state per channel; G groups that share B and C;
+W rows of in_proj.
 """
 
 from __future__ import annotations

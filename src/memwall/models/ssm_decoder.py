@@ -191,7 +191,7 @@ class SsmDecoder:
             else:
                 self._static_rows(layer, static, normed, rows, state, inputs)
 
-    # -- layers of floats -----------------------------------------------------------------------------------------------
+    # -- layers of floats ----------------------------------------------------------------------------------------
 
     def _float_rows(
         self, layer: int, normed: np.ndarray, residual: np.ndarray, state: np.ndarray, inputs: np.ndarray
@@ -239,7 +239,7 @@ class SsmDecoder:
         bc = selected[:, ssm.dt_rank :]
         return bc[:, : ssm.state_size], bc[:, ssm.state_size :], dt
 
-    # -- layers on integers of 8 bits -------------------------------------------------------------------------------------
+    # -- layers on integers of 8 bits --------------------------------------------------------------------------------
 
     def _static_rows(
         self,
@@ -306,7 +306,7 @@ class SsmDecoder:
             rounded.append(scan.round_static(bc, float(scale[0]), self._buffers[name][: len(x)]))
         return rounded[0], rounded[1], dt8
 
-    # -- common to both ---------------------------------------------------------------------------------------------------
+    # -- common to both ----------------------------------------------------------------------------------------
 
     def _conv_weight(self, mixer: str) -> np.ndarray:
         return self.weights.vectors[mixer + "conv1d.weight"].reshape(self._ssm.conv_size, self._ssm.conv_taps)

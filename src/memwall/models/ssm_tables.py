@@ -82,7 +82,9 @@ class Tables:
     def __init__(self, config: ModelConfig, vectors: Mapping[str, np.ndarray], arena: Arena) -> None:
         assert config.ssm is not None
         self._arena = arena
-        self._held = arena.allocate(OWNER, (sum(_layer_bytes(config.ssm, i) for i in range(config.num_layers)),), np.uint8)
+        self._held = arena.allocate(
+            OWNER, (sum(_layer_bytes(config.ssm, i) for i in range(config.num_layers)),), np.uint8
+        )
         self.layers: list[LayerTables] = []
         at = 0
         try:
@@ -147,7 +149,7 @@ def _layer(
 
 
 def channel_ranges(ssm: SsmConfig, scale: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The range [E] that each channel of x belongs to, from the sizes of ranges; InputError where they do not add up."""
+    """The range [E] that each channel of x belongs to, from the ranges' sizes; InputError where they do not fit."""
     if ssm.is_first:
         return np.zeros(ssm.inner_size, np.int32)
     assert ssm.quantized is not None

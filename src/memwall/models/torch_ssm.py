@@ -24,7 +24,7 @@ from memwall.models.torch_decoder import Norm, _read
 
 
 def chunked_scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, chunk_tokens: int) -> Tensor:
-    """y [B, T, H, P] of h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t, from a state of zeros; decay: A [H]."""
+    """y [B, T, H, P] of h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t, from a state of zeros; decay: A."""
     num_tokens, heads = x.shape[1], x.shape[2]
     repeats = heads // b.shape[2]
     b, c = (part.repeat_interleave(repeats, dim=2) for part in (b, c))
@@ -110,8 +110,8 @@ class Mixer(nn.Module):
         b, c = (part.unflatten(-1, (ssm.num_groups, -1)) for part in (b, c))
         dt = functional.softplus(parts["dt"] + self.dt_bias).clamp(*ssm.dt_limits)
         y = chunked_scan(x, dt, -self.A_log.exp(), b, c, ssm.chunk_tokens) + self.D[:, None] * x
-        out = self.out_proj(self.norm(y.flatten(-2), parts["z"]))
-        return out
+        made: Tensor = self.out_proj(self.norm(y.flatten(-2), parts["z"]))
+        return made
 
 
 class Layer(nn.Module):
@@ -132,7 +132,9 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig, ssm: SsmConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.zeros(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(Layer(config, ssm) for _ in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
 
@@ -175,7 +177,11 @@ class TorchSsm(nn.Module):
                     tensor.zero_()
                 elif name.endswith("A_log"):
                     rows = torch.arange(1, tensor.shape[-1] + 1).float()
-                    tensor.copy_(rows.log() if tensor.dim() == 2 else torch.empty_like(tensor).uniform_(1, 16, generator=random).log())
+                    tensor.copy_(
+                        rows.log()
+                        if tensor.dim() == 2
+                        else torch.empty_like(tensor).uniform_(1, 16, generator=random).log()
+                    )
                 elif name.endswith(("dt_bias", "dt_proj.bias")):
                     low, high = math.log(1e-3), math.log(1e-1)
                     step = torch.empty_like(tensor).uniform_(low, high, generator=random).exp()
