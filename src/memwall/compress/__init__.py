@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {
     "vptq": "memwall.compress.vptq:Vptq",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
     "bitstack": "memwall.compress.bitstack:BitStack",
+    "quamba2": "memwall.compress.quamba2:Quamba2",
 }
 
 __all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]

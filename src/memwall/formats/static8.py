@@ -39,7 +39,8 @@ class StaticCodec(Codec):
     examples: ClassVar[tuple[str, ...]] = ("static8", "static4-g128", "static4-g32")
     method: ClassVar[str | None] = "quamba2"
     """Its products need inputs on a scale that calibration has found."""
-    rows_apart: ClassVar[bool] = True
+    rows_apart: ClassVar[bool] = False
+    """No kernel decodes single rows: products take integers alone."""
 
     bits: int
     group: int = UNIT_COLUMNS
