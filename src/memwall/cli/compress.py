@@ -14,6 +14,7 @@ from memwall.errors import InputError
 
 METHOD_NAMES = (
     "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "billm", "pb-llm", "db-llm", "quip", "bitstack", "xr-npe",
+    "quamba2",
 )  # fmt: skip
 
 
@@ -33,7 +34,8 @@ def compress(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
             "for spqr and quip the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2; for vptq the "
             "most bits of any matrix, codebooks included. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, "
-            "vptq 2.25, billm 1.1, pb-llm 1.7, db-llm and quip 2, xr-npe the bytes of 18 % of the layers in 8 bits.",
+            "vptq 2.25, billm 1.1, pb-llm 1.7, db-llm and quip 2, xr-npe the bytes of 18 % of the layers in 8 bits, "
+            "quamba2 w4a16 (it makes w8a8, w4a8, w4a16 and w4ax).",
             metavar="BITS",
         ),
     ] = None,
@@ -52,8 +54,8 @@ def compress(
             "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers), "
             "vptq (codebooks of vectors, for about 2 bits), billm (signs, salient columns twice), pb-llm (signs, "
             "salient weights in 8 bits), db-llm (two binary matrices), quip (turned at random, one scale), bitstack "
-            "(blocks of signs and low rank, of which any number can be loaded) or xr-npe (4-bit floats, 4 and 8-bit "
-            "posits by layer; needs torch).",
+            "(blocks of signs and low rank, of which any number can be loaded), xr-npe (4-bit floats, 4 and 8-bit "
+            "posits by layer; needs torch) or, of Mamba models, quamba2 (activations and state in 8 bits on fixed scales).",
             metavar="METHOD",
             autocompletion=lambda: list(METHOD_NAMES),
         ),
