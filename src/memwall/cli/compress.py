@@ -55,7 +55,7 @@ def compress(
             "vptq (codebooks of vectors, for about 2 bits), billm (signs, salient columns twice), pb-llm (signs, "
             "salient weights in 8 bits), db-llm (two binary matrices), quip (turned at random, one scale), bitstack "
             "(blocks of signs and low rank, of which any number can be loaded), xr-npe (4-bit floats, 4 and 8-bit "
-            "posits by layer; needs torch) or, of Mamba models, quamba2 (activations and state in 8 bits on fixed scales).",
+            "posits by layer; needs torch) or, for Mamba models, quamba2 (activations and state in 8 bits too).",
             metavar="METHOD",
             autocompletion=lambda: list(METHOD_NAMES),
         ),

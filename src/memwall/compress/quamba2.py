@@ -104,7 +104,6 @@ class Quamba2(WeightMethod):
 
     def order(self, ssm: SsmConfig, seen: Seen) -> Order:
         """The order of channels and heads, from what the layer showed as it was (Mamba-2)."""
-        assert seen.means is not None
         return sort_and_cluster(seen.means, ssm.num_heads, ssm.num_groups, self.head_ranges, self.channel_ranges)
 
     def quantized(self, ssm: SsmConfig, layers: tuple[str, ...], head: str) -> Quantized:
@@ -115,7 +114,7 @@ class Quamba2(WeightMethod):
 
     def scales(self, ssm: SsmConfig, seen: Seen, order: Order | None) -> dict[str, np.ndarray]:
         """The fixed scales of a layer by name; ssm: of the quantized model; seen: of the layer in its new order."""
-        assert seen.channels is not None and seen.states is not None and ssm.quantized is not None
+        assert ssm.quantized is not None
         sizes: dict[str, np.ndarray] = {}
         if order is not None:
             sizes = {"heads": order.head_sizes.reshape(-1), "channels": order.channel_sizes.reshape(-1)}

@@ -211,7 +211,7 @@ class SsmJob:
             made[HEAD_SCALE] = codec("float32").encode(np.array([max(peak / 127, 1e-6)], np.float32))
         return made
 
-    # -- which layers keep 16-bit activations -----------------------------------------------------------------------------
+    # -- which layers keep 16-bit activations --------------------------------------------------------------------------
 
     def _forms(self) -> list[str]:
         """The form of every layer; of a mix, by what each form adds to the error of the float layer's output."""

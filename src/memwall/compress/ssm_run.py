@@ -33,10 +33,10 @@ class Seen:
     inputs: of the two products, the largest |x| and their statistics.
     """
 
+    channels: np.ndarray
+    states: np.ndarray
+    means: np.ndarray
     parts: dict[str, float] = field(default_factory=dict)
-    channels: np.ndarray | None = None
-    states: np.ndarray | None = None
-    means: np.ndarray | None = None
     clipped: list[float] = field(default_factory=list)
     peaks: dict[str, float] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
@@ -79,8 +79,10 @@ class LayerRun:
 
     def look(self, hidden: np.ndarray, *, quantile: float | None = None, products: bool = True) -> Seen:
         """The same, of a layer of floats; gives what was seen. products: also what its products read."""
-        seen = Seen(channels=np.zeros(self.ssm.conv_size, np.float32))
-        seen.states = self._decoder.peaks[0] = np.zeros((self.ssm.inner_size, self.ssm.state_size), np.float32)
+        inner = self.ssm.inner_size
+        states = self._decoder.peaks[0] = np.zeros((inner, self.ssm.state_size), np.float32)
+        channels, means = np.zeros(self.ssm.conv_size, np.float32), np.zeros(inner, np.float32)
+        seen = Seen(channels=channels, states=states, means=means)
         gathered: list[np.ndarray] = []
 
         def observe(name: str, x: np.ndarray) -> None:
@@ -96,14 +98,13 @@ class LayerRun:
                 seen.statistics[name].add(x)
 
         self._decoder.observer = observe
-        for states in hidden:
+        for sequence in hidden:
             gathered.clear()
-            self.run(states[None])
+            self.run(sequence[None])
             sizes = np.concatenate(gathered)
-            own = sizes[:, : self.ssm.inner_size]
-            seen.channels = np.maximum(seen.channels, sizes.max(axis=0))
-            means = own.mean(axis=0)
-            seen.means = means if seen.means is None else np.maximum(seen.means, means)
+            own = sizes[:, :inner]
+            np.maximum(channels, sizes.max(axis=0), out=channels)
+            np.maximum(means, own.mean(axis=0), out=means)
             if quantile is not None:
                 seen.clipped.append(float(np.quantile(own, quantile)))
         self._decoder.observer = None

@@ -81,10 +81,11 @@ def selective_scan(
     or [H, N]. skip: D [H]. state [H, P, N] is moved on: an int8 state is read once and rounded once per call, in
     between it is float32. y [T, H * P] float32. scratch [threads, P * N padded]. peak [H * P, N] takes the largest |h|.
     """
-    extra = (None, None, None, None, 1.0, None)
-    if tables is not None:
-        extra = (tables.range, tables.x, tables.b, tables.c, tables.dt, tables.state)
-    _native.selective_scan(x, b, c, dt, dt_bias, decay, skip, *dt_limits, state, y, scratch, peak, *extra)
+    common = (x, b, c, dt, dt_bias, decay, skip, *dt_limits, state, y, scratch, peak)
+    if tables is None:
+        _native.selective_scan(*common)
+    else:
+        _native.selective_scan(*common, tables.range, tables.x, tables.b, tables.c, tables.dt, tables.state)
     return y
 
 
