@@ -74,6 +74,8 @@ class Sizes:
     long: int
     speed: tuple[tuple[int, int], ...]
     rounds: int
+    first: tuple[int, int, int, int, int] | None = (4, 128, 150, 16, 64)
+    """Of Mamba-1: layers, hidden, steps, batch, sequence; its scan is token by token in torch, so it learns less."""
 
 
 FULL = Sizes(
@@ -82,7 +84,7 @@ FULL = Sizes(
 )  # fmt: skip
 QUICK = Sizes(
     layers=2, hidden=128, steps=60, batch=8, sequence=128, tokens=2048, samples=8, long=1,
-    speed=((256, 4), (512, 8)), rounds=3,
+    speed=((256, 4), (512, 8)), rounds=3, first=None,
 )  # fmt: skip
 
 
@@ -117,6 +119,14 @@ def model_config(sizes: Sizes, groups: int = 2, **changes: Any) -> dict[str, Any
     }  # fmt: skip
 
 
+def first_config(sizes: Sizes) -> dict[str, Any]:
+    """Of Mamba-1."""
+    return {
+        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": 4096, "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers, "state_size": 16, "tie_word_embeddings": True, "dtype": "float32",
+    }  # fmt: skip
+
+
 def plant(model: Any) -> None:
     """Some channels of x, and B of the first group, start out large; the gated norm takes the channels back."""
     import torch
@@ -127,6 +137,9 @@ def plant(model: Any) -> None:
         for index, layer in enumerate(model.model.layers):
             chosen = np.random.default_rng(index).choice(ssm.inner_size, count, replace=False)
             layer.mixer.conv1d.weight[chosen] *= factor
+            if ssm.is_first:
+                layer.mixer.out_proj.weight[:, chosen] /= factor
+                continue
             layer.mixer.norm.weight[chosen] /= factor
             first = slice(ssm.inner_size, ssm.inner_size + ssm.state_size)
             layer.mixer.conv1d.weight[first] *= LARGE_GROUP
@@ -189,12 +202,16 @@ def prepared_folder(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def trained_model(folder: Path, sizes: Sizes, held_out: str, progress: Progress | None) -> Path:
-    """A folder with the trained model: trained now, or read from where an earlier run has put it."""
-    prepared_folder(folder, model_config(sizes))
+def trained_model(folder: Path, sizes: Sizes, held_out: str, progress: Progress | None, *, first: bool = False) -> Path:
+    """A folder with the trained model: trained now, or read from where an earlier run has put it. first: Mamba-1."""
+    if first:
+        assert sizes.first is not None
+        layers, hidden, steps, batch, sequence = sizes.first
+        sizes = replace(sizes, layers=layers, hidden=hidden, steps=steps, batch=batch, sequence=sequence)
+    prepared_folder(folder, first_config(sizes) if first else model_config(sizes))
     text = library_text(held_out)
     trained = (sizes.layers, sizes.hidden, sizes.steps, sizes.batch, sizes.sequence)
-    recipe = [text, repr(trained), repr(OUTLIERS), repr(LARGE_GROUP)]
+    recipe = [text, repr(trained), repr(OUTLIERS), repr(LARGE_GROUP), *(["mamba"] if first else [])]
     digest = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:16]
     kept = cache_directory() / "evidence" / f"quamba2-{digest}.safetensors"
     if kept.is_file():
@@ -405,6 +422,26 @@ def ladder(work: Path, trained: Path, sizes: Sizes, text: str, progress: Progres
     ]
 
 
+def first_ladder(work: Path, sizes: Sizes, text: str, progress: Progress | None) -> Claim:
+    """Mamba-1, which has no heads to sort: clipped x in 8 bits, GPTQ in 4."""
+    claim = "Mamba-1: 8 bits with clipped x are near floats, and in 4 bits GPTQ is better than rounding to nearest"
+    required = "w8a8 at most 3 % above the float model; w4a16 below w4a16 rtn"
+    if sizes.first is None:
+        return not_run(claim, required, needs="the whole run, which trains such a model")
+    trained = trained_model(work / "first", sizes, text, progress, first=True)
+    ppl = {"float": Evaluator(trained, text, limit_tokens=sizes.tokens).score("float32").perplexity}
+    for name in ("w8a8", "w4a16", "w4a16 rtn"):
+        made(trained, work / f"first {name}", name, sizes.samples)
+        scorer = Evaluator(work / f"first {name}", text, reference=trained, limit_tokens=sizes.tokens)
+        ppl[name] = scorer.score("saved").perplexity
+    return Claim(
+        claim=claim,
+        measured=", ".join(f"{name} {value:.3f}" for name, value in ppl.items()),
+        required=required,
+        passed=ppl["w8a8"] <= CLOSE * ppl["float"] and ppl["w4a16"] < ppl["w4a16 rtn"],
+    )
+
+
 def ranks(x: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(x)).astype(np.float64)
 
@@ -605,6 +642,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         trained = trained_model(work / "trained", sizes, text, progress)
         claims = invariance(work, trained, sizes)
         claims += ladder(work, trained, sizes, text, progress)
+        claims.append(first_ladder(work, sizes, text, progress))
         claims.append(persistence(trained))
         claims += drift(work, trained, sizes, text)
         large = large_models(work, sizes)

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from memwall.engine import Settings, load
+from memwall.engine.loading import load_decoder
 from memwall.engine.session import Session
 from memwall.errors import InputError
+from memwall.memory import Arena, Ledger
+from memwall.models import ModelConfig
+from memwall.models.decoder import Decoder
 from memwall.models.ssm_decoder import CHUNK_ROWS
+from memwall.models.weights import Weights
 from tests.models.ssm_models import CONFIGS, MAMBA2, write_model
 
 TOKENS = np.random.default_rng(1).integers(0, 96, 37)
@@ -89,6 +94,14 @@ def test_caches_of_keys_and_adapters_are_refused(tmp_path: Path) -> None:
         load(folder, Settings(weights="float32", kv="kivi(2bit)"))
     with pytest.raises(InputError, match="LoRA"):
         session(folder).decoder.adapt(object())  # type: ignore[arg-type]
+
+
+def test_what_works_on_attention_refuses_these_models(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", MAMBA2)
+    with pytest.raises(InputError, match="has no attention"):
+        Decoder(ModelConfig.from_directory(folder), Weights({}, {}, {}), Arena(1 << 30, Ledger()))
+    with pytest.raises(InputError, match="one sequence at a time"):
+        load_decoder(folder, Settings(weights="float32"), sequences=4)
 
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:

@@ -223,6 +223,15 @@ def checked_directory(directory: str | Path) -> Path:
     return folder
 
 
+def check_attention(config: ModelConfig) -> None:
+    """InputError for models without attention, where attention is what is worked on."""
+    if config.ssm is not None:
+        raise InputError(
+            f"a {config.family} model keeps a state and has no attention, which this needs; it can be run, planned, "
+            "evaluated (memwall run, plan, eval) and compressed (memwall compress --method quamba2)"
+        )
+
+
 # What transformers assumes for a field that config.json leaves out.
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "mixtral": 131072}
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "mixtral": 8}
