@@ -14,7 +14,7 @@ from memwall.errors import InputError
 
 METHOD_NAMES = (
     "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "billm", "pb-llm", "db-llm", "quip", "bitstack", "sparsegpt",
-    "accllm", "comet", "xr-npe",
+    "accllm", "comet", "xr-npe", "quamba2",
 )  # fmt: skip
 
 
@@ -35,7 +35,8 @@ def compress(
             "for spqr and quip the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2; for vptq the "
             "most bits of any matrix, codebooks included. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, "
             "vptq 2.25, billm 1.1, pb-llm 1.7, db-llm and quip 2, sparsegpt 4 of each weight that stays (3.13 in all), "
-            "accllm 2 of each (2.19), comet comet-g128, xr-npe the bytes of 18 % of the layers in 8 bits.",
+            "accllm 2 of each (2.19), comet comet-g128, xr-npe the bytes of 18 % of the layers in 8 bits, "
+            "quamba2 w4a16 (it makes w8a8, w4a8, w4a16 and w4ax).",
             metavar="BITS",
         ),
     ] = None,
@@ -56,7 +57,8 @@ def compress(
             "salient weights in 8 bits), db-llm (two binary matrices), quip (turned at random, one scale), bitstack "
             "(blocks of signs and low rank, of which any number can be loaded), sparsegpt (two of every four weights "
             "pruned, the others rounded), accllm (the same at 2 bits, trained), comet (4-bit weights, activations in 4 "
-            "and 8 bits: W4A4KV4) or xr-npe (4-bit floats, 4 and 8-bit posits by layer; needs torch).",
+            "and 8 bits: W4A4KV4), xr-npe (4-bit floats, 4 and 8-bit posits by layer; needs torch) or, for Mamba models, "
+            "quamba2 (activations and state in 8 bits too).",
             metavar="METHOD",
             autocompletion=lambda: list(METHOD_NAMES),
         ),

@@ -27,6 +27,7 @@ METHODS: dict[str, str] = {
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
     "bitstack": "memwall.compress.bitstack:BitStack",
     "comet": "memwall.compress.comet:Comet",
+    "quamba2": "memwall.compress.quamba2:Quamba2",
 }
 
 __all__ = ["METHODS", "MethodConfig", "Statistics", "WeightMethod", "weight_method"]

@@ -93,6 +93,11 @@ class JobPlan:
             )
 
     @property
+    def model_config(self) -> dict[str, Any]:
+        """Of the compressed model."""
+        return dict(self.config.source)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any text has to be read."""
         return self.method.reads_text(self._bits)

@@ -18,6 +18,7 @@ from memwall.compress.job_plan import Progress, Tuning
 from memwall.compress.saved import WorkDirectory, check_output
 from memwall.compress.sensitivity import relative_error
 from memwall.compress.sizes import FolderSize
+from memwall.compress.ssm_job import SsmJob
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import format_bytes
 from memwall.memory import Arena, Charge, Ledger, measure_runtime, peak_resident_bytes
@@ -27,6 +28,7 @@ from memwall.models.config import ModelConfig
 from memwall.models.precision import bits_of
 
 UNCAPPED_BYTES = 1 << 62
+QUAMBA2 = "quamba2"
 HEADROOM_BYTES = 3 << 20
 """Kept free of a budget for what the process may grow by between two measurements."""
 GROWTH_BYTES = 2 << 20
@@ -96,30 +98,29 @@ def compress_model(
     with Checkpoint(source, config) as checkpoint:
         if checkpoint.manifest is not None:
             raise InputError(f"{source}: is already compressed; give the float model it was made from")
-        job = job_class(method)(
-            config,
-            checkpoint,
-            arena or Arena(UNCAPPED_BYTES, Ledger()),
-            bits=bits,
-            size=_size(size_bytes, bits, source, config),
-            method=method,
-            options=options,
-            group=group,
-            tuning=tuning or Tuning(),
-            progress=progress or _silent,
-        )
+        arena, tuning, progress = arena or Arena(UNCAPPED_BYTES, Ledger()), tuning or Tuning(), progress or _silent
+        job: Job | SsmJob
+        if config.ssm is not None or method == QUAMBA2:
+            _check_states(source, config, method, size_bytes, budget_bytes)
+            job = SsmJob(config, checkpoint, arena, method, options, bits=bits, tuning=tuning, progress=progress)
+        else:
+            size = _size(size_bytes, bits, source, config)
+            job = job_class(method)(
+                config, checkpoint, arena, bits=bits, size=size, method=method, options=options, group=group,
+                tuning=tuning, progress=progress,
+            )  # fmt: skip
         if budget_bytes is not None and not job.method.keeps_budgets:
             raise InputError(
                 f"{method} with these settings works in torch, which no budget holds: leave out --memory, or these"
             )
         job.read_text(source, calibration_text)
-        if budget_bytes is not None:
+        if budget_bytes is not None and isinstance(job, Job):
             _cap_process(budget_bytes, job.arena, job)
         job.limit_text()
         with WorkDirectory(out, settings := job.settings(), force=force) as work:
             job.run(work)
-            bits_per_weight = bits_of(config, job.specs)
-            work.finish(source, dict(config.source), {"bits_per_weight": bits_per_weight, **settings, **job.info})
+            bits_per_weight = bits_of(ModelConfig.from_dict(job.model_config), job.specs)
+            work.finish(source, job.model_config, {"bits_per_weight": bits_per_weight, **settings, **job.info})
         return CompressReport(
             directory=str(out),
             method=method,
@@ -134,6 +135,19 @@ def compress_model(
             peak_resident_bytes=peak_resident_bytes(),
             seconds=time.perf_counter() - began,
         )
+
+
+def _check_states(
+    source: Path, config: ModelConfig, method: str, size_bytes: int | None, budget_bytes: int | None
+) -> None:
+    """Models that keep a state have a method of their own, and it is for them."""
+    if config.ssm is None:
+        raise InputError(f"{source}: a {config.family} model has attention; quamba2 is for Mamba models: use gptq")
+    if method != QUAMBA2:
+        raise InputError(f"{source}: a {config.family} model is compressed by --method {QUAMBA2}, not by {method}")
+    for given, option in ((size_bytes, "--size"), (budget_bytes, "--memory")):
+        if given is not None:
+            raise InputError(f"{QUAMBA2} cannot keep to {option}: leave it out")
 
 
 def _size(nbytes: int | None, bits: float | str | None, source: Path, config: ModelConfig) -> FolderSize | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from memwall import _native, kernels, kv
 from memwall.engine.sampling import Sampler, Sampling
-from memwall.errors import BudgetExceeded
+from memwall.errors import BudgetExceeded, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.memory import Arena, Budget, Ledger, measure_runtime
 from memwall.models.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from memwall.models.config import ModelConfig, RopeConfig
 from memwall.models.decoder import Decoder
 from memwall.models.precision import level_formats, resolve
 from memwall.models.rope import rope_tables
+from memwall.models.ssm_decoder import SsmDecoder
 from memwall.models.weights import Progress, Weights, load_weights
 
 # The interpreter's own heap moves a little while a session runs (strings, token lists, thread stacks); the arena leaves
@@ -77,6 +79,8 @@ def load_decoder(
     if settings.threads is not None:
         kernels.set_num_threads(settings.threads)
     config = ModelConfig.from_directory(model)
+    if config.ssm is not None and (sequences > 1 or shared):
+        raise InputError(f"{model}: a {config.family} model runs one sequence at a time: use memwall run or eval")
     with Checkpoint(model, config) as checkpoint:
         checkpoint.verify_once()
         specs = resolve(config, settings.weights, checkpoint)
@@ -90,19 +94,20 @@ def load_decoder(
         else:
             ledger, arena = beside.ledger, beside
         weights = load_weights(config, checkpoint, specs, arena, progress=progress)
-    decoder = Decoder(
-        config,
-        weights,
-        arena,
-        segment_tokens=settings.segment_tokens,
-        logit_rows=settings.logit_rows,
-        exact=settings.exact,
-        sequences=sequences,
-        shared=shared,
-    )
+    decoder = _decoder(config, weights, arena, settings, sequences, shared=shared)
     return LoadedDecoder(
         config=config, weights=weights, decoder=decoder, arena=arena, ledger=ledger, runtime_bytes=runtime_bytes
     )
+
+
+def _decoder(
+    config: ModelConfig, weights: Weights, arena: Arena, settings: Settings, sequences: int, *, shared: bool
+) -> Decoder:
+    sizes = {"segment_tokens": settings.segment_tokens, "logit_rows": settings.logit_rows}
+    if config.ssm is None:
+        return Decoder(config, weights, arena, **sizes, exact=settings.exact, sequences=sequences, shared=shared)
+    # it has what a session calls, and none of what batches need, which were refused above
+    return cast(Decoder, SsmDecoder(config, weights, arena, **sizes, exact=settings.exact))
 
 
 def warm_up(specs: Mapping[str, str]) -> None:
@@ -125,6 +130,16 @@ def warm_up(specs: Mapping[str, str]) -> None:
 
 def cache_shape(config: ModelConfig) -> kv.CacheShape:
     """What a KV cache must know of a model."""
+    ssm = config.ssm
+    state = None
+    if ssm is not None:
+        state = kv.StateShape(
+            state_size=ssm.state_size,
+            conv_taps=ssm.conv_taps,
+            conv_size=ssm.conv_size,
+            static_layers=tuple(ssm.is_static(layer) for layer in range(config.num_layers)),
+            static_states=ssm.quantized is not None and ssm.quantized.state == "int8",
+        )
     return kv.CacheShape(
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -132,6 +147,7 @@ def cache_shape(config: ModelConfig) -> kv.CacheShape:
         head_dim=config.head_dim,
         windows=config.sliding_windows,
         hidden_size=config.hidden_size,
+        state=state,
     )
 
 

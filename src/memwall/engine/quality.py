@@ -32,6 +32,8 @@ from memwall.models.config import ModelConfig
 from memwall.models.decoder import activation_bytes, scratch_bytes
 from memwall.models.lora import LoraWeights
 from memwall.models.precision import bits_of, resolve, source_spec, weight_bytes
+from memwall.models.ssm_decoder import buffer_shapes, ssm_scratch_bytes
+from memwall.models.ssm_tables import table_bytes
 from memwall.models.tokenizer import Tokenizer
 
 LARGEST_TEXT_BYTES = 256 * 1024 * 1024
@@ -263,8 +265,7 @@ class Evaluator:
             forms.append((resolve(self.config, source_spec(self.config)), "float32", True))
         held = sum(
             sum(round_up(size) for size in weight_bytes(self.config, form).values())
-            + activation_bytes(self.config, segment, self._compared_rows)
-            + scratch_bytes(self.config, form, segment, exact=exact)
+            + self._decoder_bytes(form, segment, exact=exact)
             for form, _, exact in forms
         )
         prompts = (window, self.prompt_of(window))
@@ -276,6 +277,14 @@ class Evaluator:
         if self._lora is not None:
             held += sum(round_up(size) for size in lone_bytes(self._lora, self.config).values())
         return self._runtime_bytes + held + cache + 12 * self.config.vocab_size + 2 * RUNTIME_HEADROOM_BYTES
+
+    def _decoder_bytes(self, specs: Mapping[str, str], segment: int, *, exact: bool) -> int:
+        rows = self._compared_rows
+        if self.config.ssm is None:
+            return activation_bytes(self.config, segment, rows) + scratch_bytes(self.config, specs, segment, exact=exact)
+        buffers = buffer_shapes(self.config, segment, rows).values()
+        held = sum(height * width * dtype.itemsize for (height, width), dtype in buffers)
+        return held + ssm_scratch_bytes(self.config, specs, segment, exact=exact) + table_bytes(self.config)
 
     @property
     def _compared_rows(self) -> int:

@@ -36,6 +36,7 @@ CODECS: dict[str, str] = {
     "vptq": "memwall.formats.vptq:VptqCodec",
     "comet": "memwall.formats.comet:CometCodec",
     "bitstack": "memwall.formats.bitstack:BitStackCodec",
+    "static": "memwall.formats.static8:StaticCodec",
     "w": "memwall.formats.apmm_bipolar_int:BitPlaneCodec",
 }
 

@@ -33,11 +33,15 @@ def shown(name: object) -> str:
     return text if len(text) <= 120 else text[:80] + "..." + text[-20:]
 
 
-def parse(data: bytes, source: str, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """A JSON object from bytes. `source` names the file (and part) in errors."""
+def parse(data: bytes, source: str, *, max_depth: int = MAX_DEPTH, infinite: bool = False) -> dict[str, Any]:
+    """A JSON object from bytes. `source` names the file (and part) in errors.
+
+    infinite: take `Infinity`, which is no JSON but stands in some configurations, as the text "Infinity".
+    """
     _check_nesting(data, source, max_depth)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        constant = _infinity_as_text if infinite else _refuse_constant
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise InputError(f"{source}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
@@ -47,8 +51,8 @@ def parse(data: bytes, source: str, *, max_depth: int = MAX_DEPTH) -> dict[str, 
     return value
 
 
-def read(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of bounded size."""
+def read(path: Path, *, max_bytes: int = MAX_FILE_BYTES, infinite: bool = False) -> dict[str, Any]:
+    """A JSON object from a file of bounded size; infinite: see `parse`."""
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
@@ -56,7 +60,7 @@ def read(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     if len(data) > max_bytes:
         raise InputError(f"{path}: larger than {max_bytes:,} bytes, which no file of this kind is")
-    return parse(data, str(path))
+    return parse(data, str(path), infinite=infinite)
 
 
 def file_name(name: Any, source: str) -> str:
@@ -194,3 +198,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _infinity_as_text(name: str) -> Any:
+    return name if name == "Infinity" else _refuse_constant(name)

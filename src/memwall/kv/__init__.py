@@ -8,11 +8,12 @@ names; `predict` and `read_bytes` say beforehand what it will hold and read, `sa
 
 from __future__ import annotations
 
-from memwall.kv.base import CacheModel, CacheShape, KVCache
+from memwall.kv.base import CacheModel, CacheShape, KVCache, StateShape
 from memwall.kv.policy import Policy, parse
 from memwall.kv.savings import Savings, held_bytes, savings
 from memwall.kv.table import (
     POLICIES,
+    STATE,
     build,
     building_bytes,
     codes_prompt,
@@ -30,11 +31,13 @@ from memwall.kv.table import (
 
 __all__ = [
     "POLICIES",
+    "STATE",
     "CacheModel",
     "CacheShape",
     "KVCache",
     "Policy",
     "Savings",
+    "StateShape",
     "build",
     "building_bytes",
     "codes_prompt",

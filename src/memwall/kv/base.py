@@ -44,12 +44,27 @@ ROLES: tuple[Role, ...] = ("tokens", "channels", "store")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateShape:
+    """What a model without attention keeps (`ssm_state`), beside its heads and their sizes.
+
+    static_layers: of each layer, whether it works on integers of 8 bits; static_states: whether their states are such.
+    """
+
+    state_size: int
+    conv_taps: int
+    conv_size: int
+    static_layers: tuple[bool, ...]
+    static_states: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheShape:
     """What a cache must know of a model.
 
     windows: each layer's sliding window in tokens, None where it sees everything.
     scale: what q . k is multiplied with, one over the root of `head_dim` unless given.
     hidden_size: width d of the layers' inputs, for caches that keep these; None where it is not known.
+    state: of models that keep a state in place of keys and values.
     """
 
     num_layers: int
@@ -59,6 +74,7 @@ class CacheShape:
     windows: tuple[int | None, ...] | None = None
     scale: float | None = None
     hidden_size: int | None = None
+    state: StateShape | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):

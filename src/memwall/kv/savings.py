@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from memwall.kv.base import CacheShape
 from memwall.kv.policy import Policy, stacked
-from memwall.kv.table import DEFAULT_STORE, predict, resolve
+from memwall.kv.table import DEFAULT_STORE, STATE, predict, resolve
 
 STAGING = "kv/staging"
 """Owner of what a prompt needs only while it is read."""
@@ -60,6 +60,12 @@ def savings(
 ) -> Savings:
     """The factors of a policy's parts with `num_tokens` taken in, the first `prefill_tokens` of them as a prompt."""
     sizes = (shape, num_tokens, prefill_tokens, capacity_tokens)
+    if shape.state is not None:  # over its own numbers in 16 bits
+        held = held_bytes(policy, *sizes)
+        numbers = shape.num_heads * shape.head_dim * shape.state.state_size
+        numbers += (shape.state.conv_taps - 1) * shape.state.conv_size
+        plain = 2 * shape.num_layers * numbers
+        return Savings(factors={STATE: held / plain}, plain_bytes=plain)
     plain = before = held_bytes(DEFAULT_STORE, *sizes)
     factors: dict[str, float] = {}
     parts = resolve(policy).parts

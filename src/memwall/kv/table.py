@@ -58,12 +58,17 @@ BUDGET = "budget"
 DEFAULT_STORE = Policy("float16")
 """What keeps the rows where a policy string names no store."""
 
+STATE = "state"
+"""The one policy of models without attention; it is no choice for others."""
+_PLAIN = ("float32", "float16", "bfloat16", STATE)
+
 
 def technique(name: str) -> type[KVCache]:
     """The class behind a policy's name."""
-    if name not in POLICIES:
+    known = {**POLICIES, STATE: "memwall.kv.ssm_state:StateCache"}
+    if name not in known:
         raise InputError(f"unknown KV policy {name!r}; known: {', '.join(POLICIES)}")
-    module, class_name = POLICIES[name].split(":")
+    module, class_name = known[name].split(":")
     found: type[KVCache] = getattr(import_module(module), class_name)
     return found
 
@@ -111,6 +116,20 @@ def resolve(policy: str | Policy) -> Policy:
     return stacked(tuple(ordered))
 
 
+def resolve_for(policy: str | Policy, shape: CacheShape) -> Policy:
+    """The same for one model: with a state in place of keys and values, a type of floats means that state."""
+    resolved = resolve(policy)
+    if shape.state is None:
+        if STATE in (part.name for part in resolved.parts):
+            raise InputError(f"KV policy {policy}: this model keeps keys and values; use {', '.join(POLICIES)}")
+        return resolved
+    if resolved.inner is not None or resolved.name not in _PLAIN:
+        raise InputError(
+            f"KV policy {policy}: this model keeps a state of fixed size and no keys and values; use --kv {STATE}"
+        )
+    return Policy(STATE, resolved.settings)
+
+
 def _with_budget(part: Policy) -> Policy:
     """`budget=0.25` is the long form of the bare number of a policy that chooses tokens: the share that stays."""
     if BUDGET not in part.settings:
@@ -128,7 +147,7 @@ def build(
 
     model: the model whose keys and values it will hold, for policies that look into it (`KVCache.needs_model`).
     """
-    resolved = resolve(policy)
+    resolved = resolve_for(policy, shape)
     for part in resolved.parts:
         if technique(part.name).must_have_model(part) and model is None:
             raise InputError(f"KV policy {part.name} works with a loaded model's own weights; none is given here")
@@ -150,7 +169,7 @@ def predict(
     A cache that drops prompt tokens drops none where this is 0.
     capacity_tokens: what the cache is built for, `num_tokens` unless given.
     """
-    resolved = resolve(policy)
+    resolved = resolve_for(policy, shape)
     return technique(resolved.name).predict(
         resolved, shape, num_tokens, prefill_tokens, capacity_tokens or max(num_tokens, 1)
     )
@@ -183,7 +202,7 @@ def packs_positions(policy: str) -> bool:
 
 def read_bytes(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
     """Bytes that one decode step reads from a cache of `num_tokens`, which came as one prompt where that matters."""
-    resolved = resolve(policy)
+    resolved = resolve_for(policy, shape)
     return technique(resolved.name).read_bytes(resolved, shape, num_tokens)
 
 
@@ -194,12 +213,12 @@ def tiers(policy: str | Policy) -> dict[str, str]:
 
 def processes(policy: str | Policy, shape: CacheShape) -> int:
     """Processes that a policy's cache starts beside this one."""
-    return sum(technique(part.name).processes(part, shape) for part in resolve(policy).parts)
+    return sum(technique(part.name).processes(part, shape) for part in resolve_for(policy, shape).parts)
 
 
 def building_bytes(policy: str | Policy, shape: CacheShape) -> int:
     """The most that making an empty cache holds for a moment beyond it."""
-    return max(technique(part.name).building_bytes(part, shape) for part in resolve(policy).parts)
+    return max(technique(part.name).building_bytes(part, shape) for part in resolve_for(policy, shape).parts)
 
 
 def seen_tokens(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
@@ -210,5 +229,5 @@ def seen_tokens(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int
 
 def step_macs(policy: str | Policy, shape: CacheShape, num_tokens: int) -> int:
     """Multiply-adds that one decode step spends on a cache of `num_tokens` beyond attention itself."""
-    resolved = resolve(policy)
+    resolved = resolve_for(policy, shape)
     return technique(resolved.name).step_macs(resolved, shape, num_tokens)

@@ -23,6 +23,7 @@ from memwall.formats.manifest import MANIFEST_NAME, Manifest, PackedEntry, buffe
 from memwall.formats.safetensors_file import SafetensorsFile
 from memwall.hardware.system import cache_directory
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, checked_directory
+from memwall.models.ssm_config import known_as
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,6 +44,8 @@ class Checkpoint:
         self.config = config or ModelConfig.from_directory(self.directory)
         has_manifest = (self.directory / MANIFEST_NAME).is_file()
         self.manifest = Manifest.load(self.directory) if has_manifest else None
+        # a compressed folder has the names of this house already
+        self._known_as = known_as if self.config.ssm is not None and not has_manifest else None
         self._files: dict[str, SafetensorsFile] = {}
         try:
             self._place = self._open_files()
@@ -212,6 +215,8 @@ class Checkpoint:
 
     def _open_shards(self, index_path: Path) -> dict[str, str]:
         weight_map = checked_json.Fields(checked_json.read(index_path), str(index_path)).mapping("weight_map")
+        if self._known_as is not None:
+            weight_map = {self._known_as(name): shard for name, shard in weight_map.items()}
         shards = sorted({checked_json.file_name(name, str(index_path)) for name in weight_map.values()})
         if len(shards) > MAX_SHARDS:
             raise InputError(f"{index_path}: names {len(shards)} files; the most allowed is {MAX_SHARDS}")
@@ -227,7 +232,7 @@ class Checkpoint:
             path = self.directory / name
             if not path.is_file():
                 raise InputError(f"{path}: this weight file is missing")
-            file = self._files[name] = SafetensorsFile(path)
+            file = self._files[name] = SafetensorsFile(path, self._known_as)
             for tensor in file.names():
                 if tensor in place:
                     raise InputError(f"{path}: tensor {shown(tensor)} is also in {place[tensor]}")

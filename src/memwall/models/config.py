@@ -11,14 +11,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from memwall.errors import InputError
 from memwall.formats import checked_json
 from memwall.formats.checked_json import Fields, shown
 from memwall.formats.manifest import MANIFEST_NAME, Manifest
+from memwall.models import ssm_config
+from memwall.models.ssm_config import SsmConfig
 
-Role = Literal["embedding", "head", "linear", "norm", "bias", "router", "expert"]
+Role = Literal["embedding", "head", "linear", "norm", "bias", "router", "expert", "other"]
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -26,12 +28,16 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "MixtralForCausalLM": "mixtral",
+    "MambaForCausalLM": "mamba",
+    "Mamba2ForCausalLM": "mamba2",
 }
 FAMILIES = tuple(ARCHITECTURES.values())
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+HEAD_SCALE = "lm_head.scale"
+"""Of the head's inputs, where these are integers of 8 bits."""
 MAX_EXPERT_TENSORS = 100_000
 MAX_POSITION = 2**28
 
@@ -73,7 +79,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder of one of the supported families. `source` is the Hugging Face configuration it was read from."""
+    """A decoder of one of the supported families. `source` is the Hugging Face configuration it was read from.
+
+    ssm: of families without attention (Mamba); their heads are those of the scan.
+    """
 
     family: str
     vocab_size: int
@@ -99,6 +108,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: str
     source: Mapping[str, Any]
+    ssm: SsmConfig | None = None
 
     @staticmethod
     def from_directory(directory: str | Path) -> ModelConfig:
@@ -110,7 +120,7 @@ class ModelConfig:
         if not path.is_file():
             found = ", ".join(sorted(item.name for item in folder.iterdir())[:5])
             raise InputError(f"{folder}: no config.json here, so it is not a model folder (it holds {found})")
-        values = checked_json.read(path)
+        values = checked_json.read(path, infinite=True)
         generation_path = folder / "generation_config.json"
         if generation_path.is_file():
             generation = checked_json.read(generation_path)
@@ -133,6 +143,8 @@ class ModelConfig:
             )
         fields.text("hidden_act", "silu", ("silu", "swish"))
         hidden_size = fields.integer("hidden_size", 1, 2**20)
+        if family in ssm_config.FAMILIES:
+            return _ssm_model(fields, family, hidden_size)
         num_heads, num_kv_heads, head_dim = _heads(fields, family, hidden_size)
         num_layers = fields.integer("num_hidden_layers", 1, 2048)
         vocab_size = fields.integer("vocab_size", 1, 2**24)
@@ -184,10 +196,12 @@ class ModelConfig:
         hidden = self.hidden_size
         specs = [TensorSpec(name=EMBEDDING, shape=(self.vocab_size, hidden), role="embedding")]
         for layer in range(self.num_layers):
-            specs += _layer_tensors(self, layer)
+            specs += _layer_tensors(self, layer) if self.ssm is None else _ssm_layer_tensors(self.ssm, layer)
         specs.append(TensorSpec(name="model.norm.weight", shape=(hidden,), role="norm"))
         if not self.tie_word_embeddings:
             specs.append(TensorSpec(name=HEAD, shape=(self.vocab_size, hidden), role="head"))
+        if self.ssm is not None and self.ssm.quantized is not None and self.ssm.quantized.head.endswith("a8"):
+            specs.append(TensorSpec(name=HEAD_SCALE, shape=(1,), role="other"))
         return specs
 
 
@@ -207,6 +221,15 @@ def checked_directory(directory: str | Path) -> Path:
             raise
         raise InputError(f"{shown(str(folder))}: cannot be read: {error}") from None
     return folder
+
+
+def check_attention(config: ModelConfig) -> None:
+    """InputError for models without attention, where attention is what is worked on."""
+    if config.ssm is not None:
+        raise InputError(
+            f"a {config.family} model keeps a state and has no attention, which this needs; it can be run, planned, "
+            "evaluated (memwall run, plan, eval) and compressed (memwall compress --method quamba2)"
+        )
 
 
 # What transformers assumes for a field that config.json leaves out.
@@ -390,3 +413,41 @@ def _linear(name: str, rows: int, cols: int, bias: bool, layer: int) -> Iterator
     yield TensorSpec(name=name + ".weight", shape=(rows, cols), role="linear", layer=layer)
     if bias:
         yield TensorSpec(name=name + ".bias", shape=(rows,), role="bias", layer=layer)
+
+
+def _ssm_layer_tensors(ssm: SsmConfig, layer: int) -> Iterator[TensorSpec]:
+    for name, shape, role in ssm.rows(layer):
+        yield TensorSpec(name=f"model.layers.{layer}.{name}", shape=shape, role=cast(Role, role), layer=layer)
+
+
+def _ssm_model(fields: Fields, family: str, hidden_size: int) -> ModelConfig:
+    vocab_size = fields.integer("vocab_size", 1, 2**24)
+    num_layers = fields.integer("num_hidden_layers", 1, 2048)
+    ssm = ssm_config.read(fields, cast(ssm_config.Kind, family), hidden_size, num_layers)
+    return ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=ssm.inner_size,
+        num_layers=num_layers,
+        num_heads=ssm.num_heads,
+        num_kv_heads=ssm.num_heads,
+        head_dim=ssm.head_dim,
+        rms_norm_eps=fields.number("layer_norm_epsilon", 0.0, 1.0, 1e-5),
+        rope=RopeConfig(),
+        max_position=MAX_POSITION,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", family == "mamba"),
+        sliding_windows=(None,) * num_layers,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        num_experts=0,
+        num_experts_per_token=0,
+        norm_topk_prob=False,
+        bos_token_id=next(iter(_token_ids(fields, "bos_token_id", vocab_size)), None),
+        eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size),
+        dtype=fields.text("dtype", fields.text("torch_dtype", "float32", DTYPES), DTYPES),
+        source=dict(fields.values),
+        ssm=ssm,
+    )

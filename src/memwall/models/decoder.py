@@ -18,7 +18,7 @@ from memwall import kernels
 from memwall.kernels.lora import LoraBatch
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache, SelectedCache
-from memwall.models.config import EMBEDDING, HEAD, ModelConfig
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention
 from memwall.models.decode import DecodeStep
 from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
@@ -141,6 +141,7 @@ class Decoder:
         sequences: int = 1,
         shared: bool = False,
     ) -> None:
+        check_attention(config)
         self.config = config
         self.weights = weights
         self.exact = exact

@@ -8,7 +8,7 @@ ledger too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from memwall import kernels
 from memwall.formats import Packed, codec
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.formats.bitstack import BitStackCodec
+from memwall.formats.static8 import StaticCodec
 from memwall.kernels import Matrix
+from memwall.kernels.scan import StaticMatrix
 from memwall.memory import Arena, Region
 from memwall.memory.pages import HUGE_PAGE_BYTES, PAGE_BYTES, round_up
 from memwall.models.block_stack import BlockStack
@@ -48,10 +50,20 @@ class Weights:
     """Where they lie, if the loader put them there."""
     stack: BlockStack | None = None
     """Blocks beside the first of each matrix, of a model that has them (BitStack)."""
+    static: dict[str, StaticMatrix] = field(default_factory=dict)
+    """Matrices whose products take 8-bit inputs on fixed scales (Quamba2)."""
+
+    def keep(self, name: str, packed: Packed) -> None:
+        """Make a matrix of its packed form, of the kind that its products take."""
+        if isinstance(codec(packed.spec), StaticCodec):
+            self.static[name] = StaticMatrix(packed)
+        else:
+            self.matrices[name] = kernels.matrix(packed)
 
     def release(self) -> None:
         """Gives the memory back; the tensors are of no more use."""
         self.matrices.clear()
+        self.static.clear()
         self.vectors.clear()
         for region in self.regions:
             region.release()
@@ -117,9 +129,9 @@ def load_weights(
             _fill(tensor, specs[tensor.name], checkpoint, buffers)
             if index is not None and tensor.name in index.tensors:
                 first[tensor.name] = buffers["block0"]
-            elif len(tensor.shape) == 2:
+            elif len(tensor.shape) == 2 and tensor.role != "other":
                 packed = Packed(spec=specs[tensor.name], shape=tensor.shape, buffers=buffers)
-                weights.matrices[tensor.name] = kernels.matrix(packed)
+                weights.keep(tensor.name, packed)
             else:
                 weights.vectors[tensor.name] = buffers[PLAIN_BUFFER]
             done += checkpoint.stored_bytes(tensor.name)
@@ -185,7 +197,7 @@ def _fill(tensor: TensorSpec, spec: str, checkpoint: Checkpoint, buffers: dict[s
     plain = buffers.get(PLAIN_BUFFER)
     for start, piece in checkpoint.pieces(tensor.name, PIECE_BYTES, ROW_TILE):
         slices = {name: _rows(part, tensor.shape[0], start, start + len(piece)) for name, part in buffers.items()}
-        if len(tensor.shape) == 1:
+        if len(tensor.shape) == 1 or tensor.role == "other":
             slices[PLAIN_BUFFER][...] = piece.astype(np.float32)
         elif plain is not None and plain.dtype in (piece.dtype, np.float32):
             np.copyto(slices[PLAIN_BUFFER], piece, casting="same_kind")  # loses nothing, so nothing to check

@@ -39,6 +39,9 @@ from memwall.models.precision import (
     source_spec,
     weight_bytes,
 )
+from memwall.models.ssm_decoder import buffer_shapes, ssm_scratch_bytes
+from memwall.models.ssm_tables import OWNER as TABLES
+from memwall.models.ssm_tables import table_bytes
 from memwall.models.stack_index import CHOICE as STACK_CHOICE
 from memwall.models.stack_index import StackIndex
 from memwall.models.weights import LOADING, loading_bytes
@@ -94,7 +97,7 @@ class ModelSpace(Space):
         self.headroom_bytes = headroom_bytes
         self.shape = cache_shape(config)
         self.max_context = config.max_position
-        self.policies = POLICIES
+        self.policies = POLICIES if config.ssm is None else (kv.STATE,)
         self.ceiling = source_spec(config) if saved is None else "saved"
         self.specs = lru_cache(maxsize=512)(self._specs)
         self._bits = lru_cache(maxsize=512)(self._weight_bits)
@@ -178,7 +181,12 @@ class ModelSpace(Space):
         if processes := kv.processes(choice.kv, self.shape):
             rows.append(PlanRow(owner=PROCESSES, tier=PROCESS_TIER, nbytes=processes * PROCESS_RUNTIME_BYTES))
         rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
-        scratch = scratch_bytes(self.config, self.specs(choice.weights), choice.segment_tokens, threads=choice.threads)
+        sizes = (self.config, self.specs(choice.weights), choice.segment_tokens)
+        if self.config.ssm is None:
+            scratch = scratch_bytes(*sizes, threads=choice.threads)
+        else:
+            scratch = ssm_scratch_bytes(*sizes, threads=choice.threads)
+            rows.append(PlanRow(owner=TABLES, tier=device, nbytes=table_bytes(self.config)))
         rows.append(PlanRow(owner=SCRATCH, tier=device, nbytes=scratch))
         runtime = self.runtime_bytes + (LEVEL_FORMAT_BYTES if level_formats(self.specs(choice.weights)) else 0)
         rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=runtime))
@@ -207,10 +215,12 @@ class ModelSpace(Space):
 
 def activations(config: ModelConfig, segment_tokens: int) -> int:
     """Resident bytes of the decoder's buffers, each in whole pages as the arena gives them out."""
-    total = 0
-    for rows, cols in activation_shapes(config, segment_tokens).values():
-        total += allocated_bytes(rows * cols * np.dtype(np.float32).itemsize)
-    return total
+    single = np.dtype(np.float32)
+    if config.ssm is None:
+        buffers = [(shape, single) for shape in activation_shapes(config, segment_tokens).values()]
+    else:
+        buffers = list(buffer_shapes(config, segment_tokens).values())
+    return sum(allocated_bytes(rows * cols * dtype.itemsize) for (rows, cols), dtype in buffers)
 
 
 def sampling_bytes(config: ModelConfig) -> dict[str, int]:

@@ -109,7 +109,11 @@ def predict_here(
     cols = typical_columns(config)
     rates = {spec: profile.matvec_bytes_per_s(spec, cols) for spec in weights}
     blocks = {spec: profile.prefill_macs_per_s(spec) for spec in macs}
-    attend, overhead = profile.attend_seconds(kv.timed(choice.kv), heads), profile.overhead_seconds()
+    if config.ssm is None:
+        attend, state_bytes = profile.attend_seconds(kv.timed(choice.kv), heads), 0
+    else:  # no attention; the state is read and written as weights are read
+        attend, state_bytes = [0.0] * 4, kv.read_bytes(choice.kv, cache_shape(config), 1)
+    overhead = profile.overhead_seconds()
     if attend is None or overhead is None or None in rates.values() or None in blocks.values():
         return None
     rebuild_rate = min((rate for rate in blocks.values() if rate), default=math.inf)
@@ -133,7 +137,8 @@ def predict_here(
         if rebuilt is not None:
             reading = rebuilt.read_bytes / max(_at(working_set, rate or [math.inf]) for rate in rates.values())
             attention += max(reading, rebuilt.macs / rebuild_rate) * choice.batch
-        return matrices + attention + config.num_layers * per_layer + per_token
+        states = choice.batch * state_bytes / max(_at(working_set, widest or [math.inf]), 1.0)
+        return matrices + attention + states + config.num_layers * per_layer + per_token
 
     prompt = min(choice.segment_tokens, choice.context)
     block = sum(size / (blocks[spec] or math.inf) for spec, size in macs.items())
