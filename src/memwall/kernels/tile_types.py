@@ -30,7 +30,6 @@ _WIDE: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
-    "i32": np.dtype(np.int32),
 }
 PUBLISHED = (
     *(f"u{bits}" for bits in range(1, 9)),
@@ -100,7 +99,7 @@ class TileType:
 def tile_type(name: str) -> TileType:
     """The type of that name; InputError that names what would work."""
     if name in _WIDE:
-        return TileType(name, "float" if name != "i32" else "int", 8 * _WIDE[name].itemsize)
+        return TileType(name, "float", 8 * _WIDE[name].itemsize)
     if match := re.fullmatch(r"([ui])([1-8])", name):
         return TileType(name, "uint" if match[1] == "u" else "int", int(match[2]))
     if match := re.fullmatch(r"f([2-8])e([1-5])m([0-6])", name):
