@@ -42,7 +42,7 @@ def run(program: TileProgram, arrays: Mapping[str, np.ndarray], *, seed: int | N
     arrays: by parameter; wide types as arrays of that type, narrow ones as uint8 streams of bits; C-contiguous.
     seed: order of the blocks; None for ascending.
     """
-    machine = _Machine(program, _as_bytes(program, arrays))
+    machine = _Machine(program, as_bytes(program, arrays))
     order = list(np.ndindex(*program.grid))
     if seed is not None:
         order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
@@ -55,7 +55,8 @@ def run(program: TileProgram, arrays: Mapping[str, np.ndarray], *, seed: int | N
         waiting = left
 
 
-def _as_bytes(program: TileProgram, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def as_bytes(program: TileProgram, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters' bytes; InputError for one that is missing, of another type, or too small."""
     found = {}
     for param in program.params:
         if param.name not in arrays:
