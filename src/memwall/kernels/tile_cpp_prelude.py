@@ -10,7 +10,7 @@ PRELUDE = r"""// written by memwall.kernels.tile_cpp
 #include <memory>
 #include <thread>
 #include <vector>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__F16C__) || defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -100,14 +100,22 @@ static inline float one_bf16(const uint8_t* p) {
 }
 static inline float one_f16(const uint8_t* p) { return from_f16(VU{} + uint32_t(load<uint16_t>(p)))[0]; }
 static inline VF load_f32(const uint8_t* p) { return load<VF>(p); }
-static inline VF load_f16(const uint8_t* p) { return from_f16(__builtin_convertvector(load<VH>(p), VU)); }
-static inline VF load_bf16(const uint8_t* p) { return from_bf16(__builtin_convertvector(load<VH>(p), VU)); }
 static inline uint32_t one_words(const uint8_t* p) { return load<uint32_t>(p); }
 static inline uint32_t one_halves(const uint8_t* p) { return load<uint16_t>(p); }
 static inline uint32_t one_bytes(const uint8_t* p) { return *p; }
 static inline VU load_words(const uint8_t* p) { return load<VU>(p); }
+#if defined(__AVX512F__) && @LANES@ == 16
+static inline VU load_halves(const uint8_t* p) { return (VU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+static inline VU load_bytes(const uint8_t* p) { return (VU)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+#elif defined(__AVX2__) && @LANES@ == 8
+static inline VU load_halves(const uint8_t* p) { return (VU)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline VU load_bytes(const uint8_t* p) { return (VU)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+#else
 static inline VU load_halves(const uint8_t* p) { return __builtin_convertvector(load<VH>(p), VU); }
 static inline VU load_bytes(const uint8_t* p) { return __builtin_convertvector(load<VB>(p), VU); }
+#endif
+static inline VF load_f16(const uint8_t* p) { return from_f16(load_halves(p)); }
+static inline VF load_bf16(const uint8_t* p) { return from_bf16(load_halves(p)); }
 // every second or fourth piece: written as a loop, which compilers turn into shuffles
 template <class T, int apart>
 static inline VU pieces(const uint8_t* p) {
@@ -117,18 +125,34 @@ static inline VU pieces(const uint8_t* p) {
     for (int lane = 0; lane < LANES; ++lane) v[lane] = all[lane * apart];
     return v;
 }
+// masked: not a byte beyond the last piece is touched
 #if defined(__AVX512F__) && @LANES@ == 16
 static inline VU load_words_2(const uint8_t* p) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    __m512i low, high = _mm512_setzero_si512();
-    std::memcpy(&low, p, 64);
-    std::memcpy(&high, p + 64, 60);  // not a byte beyond the last piece
-    return (VU)_mm512_permutex2var_epi32(low, even, high);
+    const __m512i high = _mm512_maskz_loadu_epi32(0x7FFF, p + 64);
+    return (VU)_mm512_permutex2var_epi32(_mm512_loadu_si512(p), even, high);
+}
+static inline VU load_words_4(const uint8_t* p) {
+    const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i low = _mm512_permutex2var_epi32(_mm512_loadu_si512(p), fourth, _mm512_loadu_si512(p + 64));
+    const __m512i last = _mm512_maskz_loadu_epi32(0x1FFF, p + 192);
+    const __m512i high = _mm512_permutex2var_epi32(_mm512_loadu_si512(p + 128), fourth, last);
+    return (VU)_mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
+}
+#elif defined(__AVX2__) && @LANES@ == 8
+static inline VU load_words_2(const uint8_t* p) {
+    const __m256i low = _mm256_loadu_si256((const __m256i*)p);
+    const __m256i high = _mm256_maskload_epi32((const int*)(p + 32), _mm256_setr_epi32(-1, -1, -1, -1, -1, -1, -1, 0));
+    const __m256 even = _mm256_shuffle_ps((__m256)low, (__m256)high, 0x88);
+    return (VU)_mm256_permute4x64_epi64((__m256i)even, 0xD8);
+}
+static inline VU load_words_4(const uint8_t* p) {
+    return (VU)_mm256_i32gather_epi32((const int*)p, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), 4);
 }
 #else
 static inline VU load_words_2(const uint8_t* p) { return pieces<uint32_t, 2>(p); }
-#endif
 static inline VU load_words_4(const uint8_t* p) { return pieces<uint32_t, 4>(p); }
+#endif
 static inline VU load_halves_2(const uint8_t* p) { return pieces<uint16_t, 2>(p); }
 static inline VU load_halves_4(const uint8_t* p) { return pieces<uint16_t, 4>(p); }
 static inline VU load_bytes_2(const uint8_t* p) { return pieces<uint8_t, 2>(p); }
