@@ -52,7 +52,10 @@ def tile(p: TileProgram, dtype: str = "f32", shape: tuple[int, ...] = (4, 8)) ->
         (lambda p: p.load_global(p.global_view("x", "f32", (4, 8)), (0,), (4, 8)), "at"),
         (lambda p: p.load_shared(p.global_view("x", "f32", (4, 8)), (0, 0), (4, 8)), "load_shared of"),
         (lambda p: p.store_global(p.global_view("x", "f16", (4, 8)), tile(p), (0, 0)), "cast first"),
-        (lambda p: p.copy_async(p.shared_tensor("u8", (4,)), p.global_view("x", "f16", (4,)), (0,), (0,), (4,)), "type"),
+        (
+            lambda p: p.copy_async(p.shared_tensor("u8", (4,)), p.global_view("x", "f16", (4,)), (0,), (0,), (4,)),
+            "type",
+        ),
         (lambda p: p.binary("pow", tile(p), tile(p)), "add, sub"),
         (lambda p: p.add(tile(p), tile(p, "f16")), "cast"),
         (lambda p: p.add(tile(p), tile(p, shape=(4, 7))), "do not match"),

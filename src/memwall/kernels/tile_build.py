@@ -1,7 +1,7 @@
 """Emitted C++ to a running function: the system's compiler, a build cache, and a call on NumPy arrays.
 
-Compiled files lie under the user's cache folder by the digest of compiler, flags and source, written whole or not at all;
-the code is for this very machine, so its instruction sets are allowed by name.
+Compiled files lie under the user's cache folder by the digest of compiler, flags and source, written whole or not at
+all; the code is for this very machine, so its instruction sets are allowed by name.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def find_compiler() -> str:
             return found
     tried = f"CXX={wanted}" if wanted else ", ".join(COMPILERS)
     raise NoCompiler(
-        f"tile programs for the CPU need a C++17 compiler, and there is none ({tried}): install one (apt install g++, dnf "
-        "install gcc-c++, xcode-select --install) or set CXX"
+        f"tile programs for the CPU need a C++17 compiler, and there is none ({tried}): install one (apt install g++, "
+        "dnf install gcc-c++, xcode-select --install) or set CXX"
     )
 
 
@@ -68,11 +68,13 @@ class Compiled:
         self._run(pointers, threads or kernels.num_threads())
 
 
-def build(program: TileProgram, *, isa: str | None = None) -> Compiled:
-    """Compile, or take from the cache. isa: avx512, avx2 or portable; None for the one the kernels use."""
+def build(program: TileProgram, *, isa: str | None = None, fast: bool = True) -> Compiled:
+    """Compile, or take from the cache. isa: avx512, avx2 or portable; None for the one the kernels use.
+    fast: optimise fully; programs that are run once, to be checked, are compiled sooner without.
+    """
     isa = isa or str(kernels.isa())
     source = emit(program, LANES.get(isa, 4))
-    flags = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w", *FLAGS.get(isa, ()))
+    flags = ("-std=c++17", "-O3" if fast else "-O0", "-fPIC", "-shared", "-pthread", "-w", *FLAGS.get(isa, ()))
     return Compiled(program, isa, compile_source(source, flags), source)
 
 

@@ -1,4 +1,4 @@
-"""Conversions of narrow codes to float16 as a processor does them: two codes in a 32-bit word, a few operations for both.
+"""Conversions of narrow codes to float16 as a processor does them: two codes in a word, a few operations for both.
 
 Integers: the code under the exponent of 1024 is the number 1024 + code, exactly; a subtraction brings it down. Floats:
 exponent and mantissa are shifted to their float16 places, and a product with 2^(difference of the biases) makes the

@@ -1,13 +1,13 @@
 """C++ of a tile program: a block's threads become lanes of vectors, its blocks are shared out over the cores.
 
-Idea: slot s of a register tile is `threads / lanes` vectors. Tiles are computed on demand, slot by slot: a load, a view, a
-cast and a product of one slot follow each other in registers, and no whole tile of decoded weights is ever made. What
-several instructions use, what a loop carries, and what a later store could change is kept in arrays.
+Idea: slot s of a register tile is `threads / lanes` vectors. Tiles are computed on demand, slot by slot: a load, a
+view, a cast and a product of one slot follow each other in registers, and no whole tile of decoded weights is ever
+made. What several instructions use, what a loop carries, and what a later store could change is kept in arrays.
 
 Representation: narrow codes are 32-bit words of packed bits, so that `view` is free here as well; floats of every width
 are float32 lanes, rounded after each operation of a narrower type.
-Holds when: GCC or Clang compiles it (vector extensions); 32-bit floats behave as in IEEE 754. The same source compiles for
-any processor: AVX-512 and AVX2 only choose the lanes, and how a float16 is converted.
+Holds when: GCC or Clang compiles it (vector extensions); 32-bit floats behave as in IEEE 754. The same source compiles
+for any processor: AVX-512 and AVX2 only choose the lanes, and how a float16 is converted.
 """
 
 from __future__ import annotations
@@ -15,36 +15,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from memwall.errors import InputError
 from memwall.kernels.tile_cpp_memory import (
-    Range,
     copy_code,
-    float_load,
     is_regular,
     pointer,
     table_load,
     table_store,
     upper,
     vector_store,
-    word_load,
 )
 from memwall.kernels.tile_cpp_prelude import PRELUDE, RUNNER
-from memwall.kernels.tile_infer import plan_shared, slot_map
+from memwall.kernels.tile_cpp_values import SlotValues
+from memwall.kernels.tile_infer import plan_shared
 from memwall.kernels.tile_interpreter import first_owners
 from memwall.kernels.tile_program import Condition, Instruction, Loop, Node, Tensor, TileProgram, instructions, written
 
 LAZY = {"load_global", "load_shared", "view", "cast", "elementwise", "reshape", "reduce"}
 BARRIERS = {"store_global", "store_shared", "copy_async", "wait_group", "sync", "lock", "release"}
-MOST_LISTED = 32
-"""Vectors of a load that are put together lane by lane where it is used; larger irregular tiles are read by a loop."""
-_BINARY = {
-    "add": "({0} + {1})", "sub": "({0} - {1})", "mul": "({0} * {1})", "div": "({0} / {1})",
-    "max": "select({0} > {1}, {0}, {1})", "min": "select({0} < {1}, {0}, {1})",
-    "lt": "select({0} < {1}, all(1.0f), all(0.0f))", "neg": "(-{0})", "abs": "select({0} < all(0.0f), -{0}, {0})",
-    "where": "select({0} != all(0.0f), {1}, {2})", "exp": "each_exp({0})", "sqrt": "each_sqrt({0})",
-}  # fmt: skip
 
 
 def emit(program: TileProgram, lanes: int) -> str:
@@ -54,24 +42,16 @@ def emit(program: TileProgram, lanes: int) -> str:
     return _Emitter(program, lanes).source()
 
 
-class _Emitter:
+class _Emitter(SlotValues):
     def __init__(self, program: TileProgram, lanes: int) -> None:
-        self.program, self.lanes = program, lanes
-        self.chunks = program.threads // lanes
-        self.places, self.shared_bytes = plan_shared(program)
-        self.lines: list[str] = []
-        self.tables: list[str] = []
-        self.made_by = {id(s.out): s for s in instructions(program.body) if s.out is not None and s.op in LAZY}
+        places, self.shared_bytes = plan_shared(program)
+        made_by = {id(s.out): s for s in instructions(program.body) if s.out is not None and s.op in LAZY}
+        super().__init__(program, lanes, made_by, places)
         self.uses: dict[int, int] = {}
         for step in instructions(program.body):
             for arg in step.args:
                 self.uses[id(arg)] = self.uses.get(id(arg), 0) + 1
-        self.kept: set[int] = set()  # tiles that lie in arrays
         self.pending: dict[int, Instruction] = {}  # lazy tiles that are still to be used
-        self.memo: list[dict[tuple[Any, ...], str]] = [{}]
-        self.ranges: Range = {f"block{axis}": n - 1 for axis, n in enumerate(program.grid)}
-        self.maps: dict[tuple[int, int], list[int]] = {}
-        self.counter = 0
         self.num_semaphores = 1
 
     def source(self) -> str:
@@ -143,7 +123,7 @@ class _Emitter:
         else:
             handler = getattr(self, f"on_{step.op}", None)
             if handler is None:
-                return  # shared tensors are planned; a block is one thread of the processor, so it never waits for itself
+                return  # shared tensors are planned; a block is one thread here, which never waits for itself
             handler(step)
 
     def settle(self) -> None:
@@ -170,7 +150,7 @@ class _Emitter:
             self.used(step)
 
     def prefetch(self, step: Instruction) -> str:
-        """Ask for the bytes that this load will want some rounds of its loop later; a step of k is a row of the source."""
+        """Ask for the bytes that this load will want rounds of its loop later; a step of k is a row of the source."""
         assert step.out is not None
         source, ahead = step.args[0], step.attrs["prefetch"]
         size = source.dtype.bits // 8
@@ -178,160 +158,18 @@ class _Emitter:
         extent = 1
         for d, n in zip(step.attrs["dims"], step.out.shape, strict=True):
             extent += (n - 1) * source.placed.strides[d] * size
-        return (
-            f"for (long at = 0; at < {extent}; at += 64) __builtin_prefetch(p_{step.out.name} + {stride} + at);"
-        )
-
-    def order(self, arg: Tensor, out: Tensor) -> list[int]:
-        """`slot_map`, found once."""
-        key = (id(arg), id(out))
-        if key not in self.maps:
-            self.maps[key] = slot_map(arg, out)
-        return self.maps[key]
-
-    # -- numbers of one slot -------------------------------------------------------------------------------------------
-
-    def fresh(self, kind: str) -> str:
-        self.counter += 1
-        return f"{kind}{self.counter}"
-
-    def remember(self, key: tuple[Any, ...], kind: str, expression: str) -> str:
-        name = self.fresh("t")
-        self.lines.append(f"const {kind} {name} = {expression};")
-        self.memo[-1][key] = name
-        return name
-
-    def known(self, key: tuple[Any, ...]) -> str | None:
-        return next((level[key] for level in reversed(self.memo) if key in level), None)
-
-    def value(self, tensor: Tensor, slot: int, chunk: int) -> str:
-        """C++ name of the float32 vector of a slot."""
-        if tensor.dtype.narrow:
-            return self.decoded(tensor, slot, chunk)
-        if id(tensor) in self.kept:
-            return f"{tensor.name}[{slot}][{chunk}]"
-        key = (id(tensor), slot, chunk)
-        found = self.known(key)
-        if found is not None:
-            return found
-        step = self.made_by.get(id(tensor))
-        if step is None:
-            raise InputError(f"{self.program.name}: {tensor} is used before it is made")
-        if step.op in ("load_global", "load_shared"):
-            if tensor.held.num_slots * self.chunks > MOST_LISTED and not is_regular(self, step):
-                self.keep(tensor)
-                return f"{tensor.name}[{slot}][{chunk}]"
-            expression, pattern = float_load(self, step, slot, chunk)
-            shared_key = (id(tensor), pattern)
-            found = self.known(shared_key) if pattern is not None else None
-            if found is None:
-                found = self.remember(shared_key if pattern is not None else key, "VF", expression)
-            return found
-        return self.remember(key, "VF", self.expression(step, slot, chunk))
-
-    def expression(self, step: Instruction, slot: int, chunk: int) -> str:
-        assert step.out is not None
-        out, arg = step.out, step.args[0]
-        if step.op == "reshape":
-            return self.value(arg, slot, chunk)
-        if step.op == "view":
-            return self.viewed(arg, out, slot, chunk)
-        if step.op == "cast":
-            source = self.value(arg, self.order(arg, out)[slot], chunk)
-            return self.rounded(out, source) if arg.dtype.bits > out.dtype.bits or arg.dtype.bits == 16 else source
-        if step.op == "reduce":
-            terms = [self.value(arg, s, chunk) for s in self.terms(step, slot)]
-            found = terms[0]
-            for term in terms[1:]:
-                found = f"({found} + {term})" if step.attrs["fn"] == "sum" else _BINARY["max"].format(found, term)
-            return found
-        values = [self.value(a, self.order(a, out)[slot], chunk) for a in step.args]
-        return self.rounded(out, _BINARY[step.attrs["fn"]].format(*values))
-
-    def rounded(self, tensor: Tensor, expression: str) -> str:
-        return {"f16": "round_f16({})", "bf16": "round_bf16({})"}.get(tensor.dtype.name, "{}").format(expression)
-
-    def terms(self, step: Instruction, slot: int) -> list[int]:
-        """Slots of the argument that a reduced slot sums, in order."""
-        assert step.out is not None
-        groups = step.args[0].held.slot_part()
-        groups[:, list(step.attrs["dims"])] = 0
-        return [int(s) for s in np.flatnonzero((groups == step.out.held.slot_part()[slot]).all(axis=1))]
-
-    def crosses_threads(self, step: Instruction) -> bool:
-        return any(d in step.attrs["dims"] for d, n, _ in step.args[0].held.spatial_entries() if n > 1)
-
-    # -- words of packed bits ------------------------------------------------------------------------------------------
-
-    def word(self, tensor: Tensor, number: int, chunk: int) -> str:
-        """C++ name of a vector of 32-bit words: bits [32 number, 32 number + 32) of each thread's slice."""
-        if id(tensor) in self.kept:
-            return f"{tensor.name}[{number}][{chunk}]"
-        key = (id(tensor), "word", number, chunk)
-        found = self.known(key)
-        if found is not None:
-            return found
-        step = self.made_by.get(id(tensor))
-        if step is None:
-            raise InputError(f"{self.program.name}: {tensor} is used before it is made")
-        if step.op in ("view", "reshape"):
-            return self.word(step.args[0], number, chunk) if step.args[0].dtype.narrow else self.remember(
-                key, "VU", self.packed(step.args[0], number, chunk)
-            )
-        if step.op in ("load_global", "load_shared"):
-            return self.remember(key, "VU", word_load(self, step, number, chunk))
-        raise InputError(f"{self.program.name}: {step.op} to {tensor.dtype.name}: the C++ back end only views such types")
-
-    def packed(self, tensor: Tensor, number: int, chunk: int) -> str:
-        if tensor.dtype.name == "f32":
-            return f"as_words({self.value(tensor, number, chunk)})"
-        low, high = (
-            f"bits_{tensor.dtype.name}({self.value(tensor, slot, chunk)})" if slot < tensor.held.num_slots else "none()"
-            for slot in (2 * number, 2 * number + 1)
-        )
-        return f"({low} | ({high} << 16))"
-
-    def viewed(self, arg: Tensor, out: Tensor, slot: int, chunk: int) -> str:
-        """A wide number out of words."""
-        if not arg.dtype.narrow:
-            word = self.packed(arg, slot * out.dtype.bits // 32, chunk)
-        else:
-            word = self.word(arg, slot * out.dtype.bits // 32, chunk)
-        if out.dtype.bits == 32:
-            return f"as_floats({word})"
-        half = f"({word} >> 16)" if slot % 2 else f"({word} & 0xFFFFu)"
-        return f"from_{out.dtype.name}({half})"
-
-    def decoded(self, tensor: Tensor, slot: int, chunk: int) -> str:
-        """The number a narrow code means."""
-        key = (id(tensor), "number", slot, chunk)
-        found = self.known(key)
-        if found is not None:
-            return found
-        form, first = tensor.dtype, slot * tensor.dtype.bits
-        at, shift, bits = first // 32, first % 32, form.bits
-        word = self.word(tensor, at, chunk)
-        crosses = shift + bits > 32
-        if crosses:
-            word = f"(({word} >> {shift}) | ({self.word(tensor, at + 1, chunk)} << {32 - shift}))"
-            shift = 0
-        if form.kind == "int":
-            up = f"({word} << {32 - bits - shift})" if 32 - bits - shift else word
-            return self.remember(key, "VF", f"numbers(VI({up}) >> {32 - bits})")
-        code = f"(({word} >> {shift}) & {(1 << bits) - 1}u)" if shift + bits < 32 or crosses else f"({word} >> {shift})"
-        if form.kind == "uint":
-            return self.remember(key, "VF", f"numbers(VI({code}))")
-        special = 3 if form.exponent_bits == 5 else 1 if (form.exponent_bits, form.mantissa_bits) == (4, 3) else 0
-        return self.remember(
-            key, "VF", f"small_float<{form.exponent_bits}, {form.mantissa_bits}, {special}>({code})"
-        )
+        return f"for (long at = 0; at < {extent}; at += 64) __builtin_prefetch(p_{step.out.name} + {stride} + at);"
 
     # -- tiles in arrays -----------------------------------------------------------------------------------------------
 
     def declare(self, tensor: Tensor) -> tuple[str, int]:
-        kind, count = ("VU", -(-tensor.held.num_slots * tensor.dtype.bits // 32)) if tensor.dtype.narrow else (
-            "VF",
-            tensor.held.num_slots,
+        kind, count = (
+            ("VU", -(-tensor.held.num_slots * tensor.dtype.bits // 32))
+            if tensor.dtype.narrow
+            else (
+                "VF",
+                tensor.held.num_slots,
+            )
         )
         self.lines.append(f"{kind} {tensor.name}[{count}][{self.chunks}];")
         return kind, count
@@ -406,11 +244,6 @@ class _Emitter:
         return all(arg.shape == value.shape and self.slotwise(arg, target, self.order(arg, value)) for arg in touched)
 
     # -- instructions that are more than their slots -------------------------------------------------------------------
-
-    def table(self, numbers: Sequence[int]) -> str:
-        name = self.fresh("table")
-        self.tables.append(f"static const int {name}[] = {{{', '.join(map(str, numbers))}}};")
-        return name
 
     def gather(self, tensor: Tensor, name: str) -> None:
         """The tile as a row-major array."""

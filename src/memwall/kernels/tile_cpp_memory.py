@@ -1,8 +1,8 @@
 """How a tile program's loads, stores and copies are written in C++: the widest access that the layouts allow.
 
-For each slot the offsets of neighbouring threads are known when the source is written. Where they count up, lanes are one
-vector load; where they repeat, one broadcast; pieces of one, two or four bytes per thread are widened to words. Bounds are
-checked only along dimensions where a tile can reach over the end of its tensor.
+For each slot the offsets of neighbouring threads are known when the source is written. Where they count up, lanes are
+one vector load; where they repeat, one broadcast; pieces of one, two or four bytes per thread are widened to words.
+Bounds are checked only along dimensions where a tile can reach over the end of its tensor.
 """
 
 from __future__ import annotations
@@ -200,7 +200,9 @@ def _tables(
     offsets = emission.table((memory.placed.offset(index) * (memory.dtype.bits // 8)).tolist())
     tests = []
     for d in reaching_over(emission, step, memory, tile.shape):
-        tests.append(f"{written(step.attrs['offsets'][d])} + {emission.table(index[:, d].tolist())}[i] < {memory.shape[d]}")
+        tests.append(
+            f"{written(step.attrs['offsets'][d])} + {emission.table(index[:, d].tolist())}[i] < {memory.shape[d]}"
+        )
     return offsets, " && ".join(tests), len(index)
 
 
@@ -239,8 +241,9 @@ def copy_code(emission: Emission, step: Instruction) -> list[str]:
     move = f"std::memcpy({to}, {come}, {vector * size});"
     if unsafe:
         tests = [
-            f"{written(step.attrs['source_offsets'][d])} + {variables[d - ahead] if d >= ahead else 0} < {source.shape[d]}"
-            for d in unsafe
+            f"{written(at)} + {variables[d - ahead] if d >= ahead else 0} < {source.shape[d]}"
+            for d, at in enumerate(step.attrs["source_offsets"])
+            if d in unsafe
         ]
         move = f"if ({' && '.join(tests)}) {move} else std::memset({to}, 0, {vector * size});"
     return [*lines, move, "}" * len(shape)]

@@ -105,7 +105,9 @@ static inline uint32_t one_halves(const uint8_t* p) { return load<uint16_t>(p); 
 static inline uint32_t one_bytes(const uint8_t* p) { return *p; }
 static inline VU load_words(const uint8_t* p) { return load<VU>(p); }
 #if defined(__AVX512F__) && @LANES@ == 16
-static inline VU load_halves(const uint8_t* p) { return (VU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+static inline VU load_halves(const uint8_t* p) {
+    return (VU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+}
 static inline VU load_bytes(const uint8_t* p) { return (VU)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 #elif defined(__AVX2__) && @LANES@ == 8
 static inline VU load_halves(const uint8_t* p) { return (VU)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
@@ -236,19 +238,32 @@ class Semaphores {
 """
 
 RUNNER = r"""
-// blocks are taken in ascending order: whoever waits for a semaphore waits for a block that has been taken before
+// Blocks are taken in ascending order: whoever waits for a semaphore waits for a block that has been taken before.
+// The call ends when all blocks are done; a helper that the system starts too late finds none, and is not waited for.
+namespace {
+struct State {
+    explicit State(void* const* arrays) : arrays(arrays), semaphores(@SEMAPHORES@) {}
+    void* const* arrays;
+    Semaphores semaphores;
+    std::atomic<long> next{0}, done{0};
+};
+void work(State& state) {
+    constexpr long blocks = @BLOCKS@;
+    long number = state.next.fetch_add(1);
+    if (number >= blocks) return;
+    std::vector<uint8_t> room(@SHARED@ + 64);
+    uint8_t* shared = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64);
+    for (; number < blocks; number = state.next.fetch_add(1)) {
+        one(state.arrays, state.semaphores, shared, number);
+        state.done.fetch_add(1, std::memory_order_release);
+    }
+}
+}  // namespace
 extern "C" void tile_run(void* const* arrays, int threads) {
     constexpr long blocks = @BLOCKS@;
-    Semaphores semaphores(@SEMAPHORES@);
-    std::atomic<long> next{0};
-    auto work = [&] {
-        std::vector<uint8_t> room(@SHARED@ + 64);
-        uint8_t* shared = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64);
-        for (long number; (number = next.fetch_add(1)) < blocks;) one(arrays, semaphores, shared, number);
-    };
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads && i < blocks; ++i) others.emplace_back(work);
-    work();
-    for (auto& other : others) other.join();
+    const auto state = std::make_shared<State>(arrays);
+    for (int i = 1; i < threads && i < blocks; ++i) std::thread([state] { work(*state); }).detach();
+    work(*state);
+    while (state->done.load(std::memory_order_acquire) < blocks) std::this_thread::yield();
 }
 """

@@ -1,7 +1,7 @@
 """Layouts for the registers a program leaves open, then a check that every instruction can run with what was found.
 
-Rules fill one layout at a time, in order of priority, and start again after each success; the last rules choose defaults.
-A layout that no rule finds, and one that contradicts an instruction, are errors that name the tensor.
+Rules fill one layout at a time, in order of priority, and start again after each success; the last rules choose
+defaults. A layout that no rule finds, and one that contradicts an instruction, are errors that name the tensor.
 
 Source: Tilus (2025, arXiv 2504.12984), layout inference.
 """
@@ -104,9 +104,7 @@ def _dot(program: TileProgram, step: Instruction) -> bool:
         return _give(a, tiles.reduce((1,)).compose(local(1, steps)).compose(MMA_A))
     # [k, n]: k tiles of the warp before its n tiles, as weights are stored
     rows = tiles.reduce((0,))
-    with_k = build(
-        (steps, rows.shape[1]), rows.spatial_entries(), [(0, steps, 1), *rows.local_entries()]
-    )
+    with_k = build((steps, rows.shape[1]), rows.spatial_entries(), [(0, steps, 1), *rows.local_entries()])
     return _give(b, with_k.compose(MMA_B))
 
 
@@ -284,8 +282,8 @@ def plan_shared(program: TileProgram, limit_bytes: int = 100 * 1024) -> tuple[di
             peak = max(peak, at + size)
     if peak > limit_bytes:
         raise InputError(
-            f"{program.name} needs {peak:,} bytes of shared memory, a block has {limit_bytes:,}: fewer stages or smaller "
-            "tiles take less"
+            f"{program.name} needs {peak:,} bytes of shared memory, a block has {limit_bytes:,}: fewer stages or "
+            "smaller tiles take less"
         )
     return {key: begin for key, (begin, _) in placed.items()}, peak
 

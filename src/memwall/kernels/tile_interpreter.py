@@ -2,7 +2,8 @@
 
 A register tile is uint8 [threads, bytes]; `view` hands the same bytes on, so a wrong layout gives wrong numbers.
 Shared memory is filled with a pattern first, and an asynchronous copy arrives only when its group has been waited for:
-a wait that is missing reads the pattern. Blocks run in any order (`seed`), one after another until they meet a semaphore.
+a wait that is missing reads the pattern. Blocks run in any order (`seed`), one after another until they meet a
+semaphore.
 
 Source: Tilus (2025, arXiv 2504.12984), the virtual machine's semantics.
 """
@@ -158,7 +159,9 @@ class _Machine:
                 partial: dict[int, np.float32] = {}
                 for slot in range(values.shape[1]):
                     key = int(flat[thread, slot])
-                    partial[key] = combine(partial[key], values[thread, slot]) if key in partial else values[thread, slot]
+                    partial[key] = (
+                        combine(partial[key], values[thread, slot]) if key in partial else values[thread, slot]
+                    )
                 for key, value in partial.items():
                     found[key] = combine(found[key], value)
         self._write(block, out, found[out.held.flat_table()])

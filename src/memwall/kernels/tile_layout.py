@@ -1,12 +1,13 @@
 """Which thread holds which element of a tile, and in which of its places: an algebra of register layouts.
 
-A layout maps (thread t, slot i) to an index of a tile. Each dimension of the tile is cut in sub-dimensions (modes); some
-modes are counted out over threads (spatial), the others over a thread's slots (local). Thread and slot are row-major
-numbers over their modes, in the order the layout lists them. A spatial entry -r stands for r threads that hold the same.
-Since a thread's digits and a slot's digits belong to different modes, index(t, i) = index(t, 0) + index(0, i).
+A layout maps (thread t, slot i) to an index of a tile. Each dimension of the tile is cut in sub-dimensions (modes);
+some modes are counted out over threads (spatial), the others over a thread's slots (local). Thread and slot are
+row-major numbers over their modes, in the order the layout lists them. A spatial entry -r stands for r threads that
+hold the same. Since a thread's digits and a slot's digits belong to different modes, index(t, i) = index(t, 0) +
+index(0, i).
 
-Source: "Tilus: A Virtual Machine for Arbitrary Low-Precision GPGPU Computation in LLM Serving" (2025, arXiv 2504.12984),
-register layouts: primitives, composition, the unified form, canonical equality.
+Source: "Tilus: A Virtual Machine for Arbitrary Low-Precision GPGPU Computation in LLM Serving" (2025, arXiv
+2504.12984), register layouts: primitives, composition, the unified form, canonical equality.
 Shapes: tables are int64 [threads, slots, dimensions].
 """
 

@@ -1,8 +1,8 @@
 """Tile programs: what a block of threads does with tiles in global, shared and register memory.
 
 A program is built by calling the methods of `TileProgram`: each adds one instruction on whole tiles, control flow is
-scalar (block indices, loops, conditions). Registers are distributed over the block's threads by a `Layout`, which may be
-left open and is then inferred (`tile_infer`). Back ends: `tile_interpreter` (NumPy), `tile_cpp` (C++ for CPUs),
+scalar (block indices, loops, conditions). Registers are distributed over the block's threads by a `Layout`, which may
+be left open and is then inferred (`tile_infer`). Back ends: `tile_interpreter` (NumPy), `tile_cpp` (C++ for CPUs),
 `tile_triton_source` (Triton) and `tile_cuda` (CUDA); `tile_cost` counts without running.
 
 Source: Tilus (2025, arXiv 2504.12984), the virtual machine's model and instructions.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeAlias
 
 from memwall.errors import InputError
 from memwall.kernels.tile_layout import Layout
@@ -27,7 +27,7 @@ UNARY = ("neg", "exp", "abs", "sqrt")
 BINARY = ("add", "sub", "mul", "div", "max", "min", "lt")
 REDUCTIONS = ("sum", "max")
 
-Scalar = Union[int, "Expr"]
+Scalar: TypeAlias = "int | Expr"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class Condition:
     body: list[Node]
 
 
-Node = Union[Instruction, Loop, Condition]
+Node: TypeAlias = "Instruction | Loop | Condition"
 
 
 def _shown(value: Any) -> str:
@@ -284,9 +284,7 @@ class TileProgram:
         at = (tuple(target_offsets), tuple(source_offsets))
         if any(len(each) != len(tensor.shape) for each, tensor in zip(at, (target, source), strict=True)):
             raise InputError(f"copy_async of {source}: an offset for each dimension of both")
-        self._add(
-            "copy_async", None, target, source, target_offsets=at[0], source_offsets=at[1], shape=tuple(shape)
-        )
+        self._add("copy_async", None, target, source, target_offsets=at[0], source_offsets=at[1], shape=tuple(shape))
 
     def commit_group(self) -> None:
         """The copies since the last commit become one group."""
@@ -389,9 +387,7 @@ class TileProgram:
         number = self._names[kind] = self._names.get(kind, -1) + 1
         return f"{kind}{number}"
 
-    def _new(
-        self, space: Any, dtype: TileType, shape: tuple[int, ...], layout: Layout | None = None
-    ) -> Tensor:
+    def _new(self, space: Any, dtype: TileType, shape: tuple[int, ...], layout: Layout | None = None) -> Tensor:
         tensor = Tensor(self._fresh("s" if space == "shared" else "r"), space, dtype, shape, layout)
         if layout is not None and layout.shape != shape:
             raise InputError(f"{tensor} cannot have a layout of {list(layout.shape)}")

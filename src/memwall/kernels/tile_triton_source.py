@@ -1,9 +1,9 @@
 """Triton of a tile program: tiles become Triton's tensors, and a view becomes the address of every code.
 
-Triton decides itself which thread holds what, so a layout cannot be handed to it. What a layout says is still needed where
-bytes are viewed as codes: thread and slot of each element give the byte and bit it lies at, in the same packed weights
-that the other back ends read. Shared memory and copies are Triton's own business: programs with such instructions are
-refused (`tilus.direct_program` and `tilus.matvec_program` have none).
+Triton decides itself which thread holds what, so a layout cannot be handed to it. What a layout says is still needed
+where bytes are viewed as codes: thread and slot of each element give the byte and bit it lies at, in the same packed
+weights that the other back ends read. Shared memory and copies are Triton's own business: programs with such
+instructions are refused (`tilus.direct_program` and `tilus.matvec_program` have none).
 
 Holds when: shapes of tiles are powers of two (but for the bytes of packed weights, which are never a tensor here).
 """
@@ -56,8 +56,10 @@ class _Emitter:
         self.nodes(self.program.body)
         head = f'"""{self.program.name}, written by memwall.kernels.tile_triton_source."""'
         return "\n".join(
-            [head, "", "import triton", "import triton.language as tl", "", ""]
-            + ["@triton.jit", f"def kernel({names}):", *self.lines, ""]
+            [
+                *(head, "", "import triton", "import triton.language as tl", "", ""),
+                *("@triton.jit", f"def kernel({names}):", *self.lines, ""),
+            ]
         )
 
     def say(self, line: str) -> None:
@@ -69,8 +71,8 @@ class _Emitter:
                 handler = getattr(self, f"on_{node.op}", None)
                 if handler is None:
                     raise InputError(
-                        f"{self.program.name}: {node.op} is not for Triton, which manages shared memory itself: build the "
-                        "program without stages and splits"
+                        f"{self.program.name}: {node.op} is not for Triton, which manages shared memory itself: build "
+                        "the program without stages and splits"
                     )
                 handler(node)
                 continue

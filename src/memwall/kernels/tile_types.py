@@ -1,8 +1,8 @@
 """Number types of tiles: integers of 1 to 8 bits, floats of 2 to 8, and the wide types they are computed in.
 
-Integers are two's complement (`i4`) or without sign (`u4`). Floats `f6e3m2` have a sign, bias 2^(e-1) - 1 and subnormals;
-all codes are numbers, but that 5-bit exponents keep infinity and NaN, and `f8e4m3` its one NaN. Values agree with
-`formats.levels.minifloat` wherever both know the type (that one has no 5-bit exponents outside e5m2).
+Integers are two's complement (`i4`) or without sign (`u4`). Floats `f6e3m2` have a sign, bias 2^(e-1) - 1 and
+subnormals; all codes are numbers, but that 5-bit exponents keep infinity and NaN, and `f8e4m3` its one NaN. Values
+agree with `formats.levels.minifloat` wherever both know the type (that one has no 5-bit exponents outside e5m2).
 
 Storage is bit-contiguous, little endian: element j of a slice occupies bits [j b, (j + 1) b) of its bytes.
 

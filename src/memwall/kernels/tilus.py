@@ -2,13 +2,13 @@
 
 Source: "Tilus: A Virtual Machine for Arbitrary Low-Precision GPGPU Computation in LLM Serving" (2025, arXiv 2504.12984;
 later "A Tile-Level GPGPU Programming Language for Low-Precision Computation", ASPLOS 2026), weight layout, matmul.
-Idea: weights are stored so that the bytes which a thread loads in wide vectors *are*, read as codes of b bits, the part of
-the tile that the matrix instruction wants in that thread: `view` costs nothing, for any b. The same bytes run on a GPU
-(`matmul_program`, `direct_program`) and on a CPU (`matvec_program`), where 32 threads are lanes of vectors.
+Idea: weights are stored so that the bytes which a thread loads in wide vectors *are*, read as codes of b bits, the part
+of the tile that the matrix instruction wants in that thread: `view` costs nothing, for any b. The same bytes run on a
+GPU (`matmul_program`, `direct_program`) and on a CPU (`matvec_program`), where 32 threads are lanes of vectors.
 Units and shapes: codes uint8 [K, N]; packed uint8 [K / tile_k, N / tile_n, bytes]; scales float16 [K / group, N];
 activations [M, K]; results [M, N]. Value of a weight = type's value of its code times its group's scale.
-Differs from the paper: shapes are static; no ldmatrix, only its addresses are counted (`tile_cost`); Triton's program has
-no shared memory of its own, since Triton manages that itself.
+Differs from the paper: shapes are static; no ldmatrix, only its addresses are counted (`tile_cost`); Triton's program
+has no shared memory of its own, since Triton manages that itself.
 Cost: K N b / 8 bytes of codes and 2 K N / group of scales, read once per ceil(M / block rows).
 Holds when: tile sizes are multiples of 16, the group one of the tile's k; K and N are filled up to whole blocks.
 """
@@ -16,20 +16,32 @@ Holds when: tile sizes are multiples of 16, the group one of the tile's k; K and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from memwall.errors import InputError
 from memwall.kernels.tile_infer import infer
-from memwall.kernels.tile_layout import MMA_B, MMA_C, Layout, build, local, spatial
+from memwall.kernels.tile_layout import MMA_C, Layout, build, local, spatial
 from memwall.kernels.tile_memory import MemoryLayout, swizzled_memory
 from memwall.kernels.tile_program import Expr, Scalar, Tensor, TileProgram
-from memwall.kernels.tile_types import pack, slice_bytes, tile_type, unpack
+from memwall.kernels.tilus_weights import (
+    DEFAULT_GROUP,
+    LANES,
+    WEIGHT_TILE,
+    Weights,
+    encode,
+    flat_layout,
+    pack_weights,
+    prepare,
+    quantize,
+    thread_bytes,
+    tile_layout,
+    unpack_weights,
+)
 
-LANES = 32
-DEFAULT_GROUP = 128
-WEIGHT_TILE = (16, 16)
+__all__ = [
+    "Config", "Weights", "direct_program", "encode", "flat_layout", "matmul_program", "matvec_program", "pack_weights",
+    "prelayout_program", "prepare", "quantize", "thread_bytes", "tile_layout", "unpack_weights",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,134 +70,6 @@ WARP_REPEATS = ((2, 4, 1), (1, 8, 1), (2, 4, 2), (4, 2, 2), (1, 8, 2))
 NUM_STAGES = (3, 4)
 SPLITS = (1, 8, 16)
 CPU_TILES = (4, 8, 16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """A matrix ready for the programs. shape: [K, N] as given; the buffers are filled up to whole tiles and groups."""
-
-    dtype: str
-    shape: tuple[int, int]
-    group: int
-    weight_tile: tuple[int, int]
-    packed: np.ndarray
-    scales: np.ndarray
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        return self.packed.shape[0] * self.weight_tile[0], self.packed.shape[1] * self.weight_tile[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.scales.nbytes
-
-    def decode(self) -> np.ndarray:
-        """float32 [K, N], code's value times scale."""
-        codes = unpack_weights(self.packed, self.dtype, self.weight_tile)
-        values = tile_type(self.dtype).decode(codes) * np.repeat(self.scales.astype(np.float32), self.group, axis=0)
-        found: np.ndarray = values[: self.shape[0], : self.shape[1]]
-        return found
-
-
-# -- weights ---------------------------------------------------------------------------------------------------------
-
-
-def tile_layout(weight_tile: tuple[int, int]) -> Layout:
-    """How a warp holds a weight tile: fragments of the matrix instruction, k before n."""
-    k, n = weight_tile
-    if k % MMA_B.shape[0] or n % MMA_B.shape[1]:
-        raise InputError(f"weight tile {weight_tile}: multiples of {MMA_B.shape}")
-    return local(k // MMA_B.shape[0], n // MMA_B.shape[1]).compose(MMA_B)
-
-
-def flat_layout(thread_bytes: int) -> Layout:
-    """The tile as bytes: vectors of up to 16 bytes, neighbouring threads side by side."""
-    inner = math.gcd(thread_bytes, 16)
-    return local(thread_bytes // inner).compose(spatial(LANES)).compose(local(inner))
-
-
-def thread_bytes(dtype: str, weight_tile: tuple[int, int]) -> int:
-    """Bytes of a tile that each of the 32 threads holds."""
-    return slice_bytes(tile_type(dtype), tile_layout(weight_tile).num_slots)
-
-
-def pack_weights(codes: np.ndarray, dtype: str, weight_tile: tuple[int, int] = WEIGHT_TILE) -> np.ndarray:
-    """uint8 codes [K, N], multiples of the tile -> uint8 [K / tile_k, N / tile_n, bytes of a tile]."""
-    tile_k, tile_n = weight_tile
-    rows, columns = codes.shape
-    if rows % tile_k or columns % tile_n:
-        raise InputError(f"weights [{rows}, {columns}] are no multiple of the tile {weight_tile}")
-    tiles = codes.reshape(rows // tile_k, tile_k, columns // tile_n, tile_n).transpose(0, 2, 1, 3)
-    table = tile_layout(weight_tile).table()
-    held = pack(tile_type(dtype), tiles[:, :, table[..., 0], table[..., 1]])
-    at = flat_layout(held.shape[-1]).flat_table()
-    packed = np.empty((*held.shape[:2], LANES * held.shape[-1]), np.uint8)
-    packed[..., at] = held
-    return packed
-
-
-def unpack_weights(packed: np.ndarray, dtype: str, weight_tile: tuple[int, int] = WEIGHT_TILE) -> np.ndarray:
-    """The inverse of `pack_weights`."""
-    tile_k, tile_n = weight_tile
-    layout = tile_layout(weight_tile)
-    at = flat_layout(packed.shape[-1] // LANES).flat_table()
-    held = unpack(tile_type(dtype), packed[..., at], layout.num_slots)
-    tiles = np.empty((*packed.shape[:2], tile_k, tile_n), np.uint8)
-    table = layout.table()
-    tiles[:, :, table[..., 0], table[..., 1]] = held
-    return tiles.transpose(0, 2, 1, 3).reshape(packed.shape[0] * tile_k, packed.shape[1] * tile_n)
-
-
-def quantize(weights: np.ndarray, dtype: str, group: int = DEFAULT_GROUP) -> tuple[np.ndarray, np.ndarray]:
-    """float [K, N], K a multiple of the group -> codes, scales: the largest magnitude of a group is the type's largest."""
-    form = tile_type(dtype)
-    if not form.narrow:
-        raise InputError(f"{dtype} is no type of 1 to 8 bits")
-    if form.kind == "uint" and (weights < 0).any():
-        raise InputError(f"{dtype} has no negative numbers: take i{form.bits} or a float of {form.bits} bits")
-    if not np.isfinite(weights).all():
-        raise InputError(f"{dtype} cannot hold NaN or infinite values")
-    grouped = np.asarray(weights, np.float32).reshape(-1, group, weights.shape[1])
-    top = np.abs(grouped).max(axis=1) / np.float32(form.largest)
-    scales = np.maximum(top, np.float32(2.0**-24)).astype(np.float16)  # a scale of zero has no quotient
-    if not np.isfinite(scales).all():
-        raise InputError(f"{dtype}: weights up to {np.abs(weights).max():.3g} need scales beyond float16")
-    codes = form.encode(grouped / scales[:, None].astype(np.float32))
-    return codes.reshape(weights.shape), scales
-
-
-def prepare(
-    codes: np.ndarray,
-    scales: np.ndarray,
-    dtype: str,
-    *,
-    group: int = DEFAULT_GROUP,
-    weight_tile: tuple[int, int] = WEIGHT_TILE,
-    columns: int = 128,
-) -> Weights:
-    """Codes [K, N] and scales [K / group, N] in the stored form, filled with zeros to whole groups and `columns`."""
-    k, n = codes.shape
-    if group % weight_tile[0] or scales.shape != (-(-k // group), n) or not k or not n:
-        raise InputError(
-            f"codes [{k}, {n}] in groups of {group}: a multiple of the tile's {weight_tile[0]}, with scales "
-            f"[{-(-k // group)}, {n}], got {list(scales.shape)}"
-        )
-    if int(codes.max()) >> tile_type(dtype).bits:
-        raise InputError(f"codes up to {codes.max()} do not fit {dtype}")
-    more = ((0, -k % group), (0, -n % math.lcm(columns, weight_tile[1])))
-    packed = pack_weights(np.pad(codes, more), dtype, weight_tile)
-    held = np.ascontiguousarray(np.pad(scales.astype(np.float16), ((0, 0), more[1])))
-    return Weights(dtype=dtype, shape=(k, n), group=group, weight_tile=weight_tile, packed=packed, scales=held)
-
-
-def encode(weights: np.ndarray, dtype: str, group: int = DEFAULT_GROUP) -> Weights:
-    """float [K, N] -> Weights: `quantize` and `prepare`."""
-    if weights.ndim != 2:
-        raise InputError(f"weights are a matrix [K, N], got shape {list(weights.shape)}")
-    filled = np.pad(np.asarray(weights, np.float32), ((0, -weights.shape[0] % group), (0, 0)))
-    codes, scales = quantize(filled, dtype, group)
-    made = prepare(codes, scales, dtype, group=group)
-    return replace(made, shape=(int(weights.shape[0]), int(weights.shape[1])))
 
 
 # -- programs --------------------------------------------------------------------------------------------------------
@@ -243,7 +127,7 @@ def matmul_program(
     activations: str = "f16",
     weight_tile: tuple[int, int] = WEIGHT_TILE,
 ) -> TileProgram:
-    """The paper's product: stages in shared memory, bytes viewed as codes, fragments multiplied, split k added in order.
+    """The paper's product: stages in shared memory, bytes viewed as codes, fragments multiplied, splits added in order.
 
     Parameters: x [m, k], packed, scales, out [m, n]; partial float32 [m, n] where split_k is above 1.
     """
@@ -280,13 +164,12 @@ def matmul_program(
     p.sync()
     bytes_layout, codes_layout = _weight_layouts(config, dtype, weight_tile)
     with p.loop(steps) as step:
-        stage = step % stages
-        a = p.load_shared(x_shared, (stage, 0, 0), (block_m, block_k))
-        raw = p.load_shared(packed_shared, (stage, 0, 0, 0), (*tiles, held), layout=bytes_layout)
+        at = step % stages
+        a = p.load_shared(x_shared, (at, 0, 0), (block_m, block_k))
+        raw = p.load_shared(packed_shared, (at, 0, 0, 0), (*tiles, held), layout=bytes_layout)
         weights = p.cast(p.view(raw, dtype, codes_layout), activations)
-        scale = p.load_shared(scales_shared, (stage, 0, 0), (1, block_n))
-        if activations != "f16":
-            scale = p.cast(scale, activations)
+        scale = p.load_shared(scales_shared, (at, 0, 0), (1, block_n))
+        scale = scale if activations == "f16" else p.cast(scale, activations)
         p.dot(a, p.mul(weights, scale), acc)
         with p.when(step + (stages - 1) < steps):
             fetch(step + (stages - 1), (step + (stages - 1)) % stages)
@@ -297,14 +180,20 @@ def matmul_program(
     for tensor in (x_shared, packed_shared, scales_shared):
         p.free_shared(tensor)
     _add_in_order(p, config, acc, (m, n), (row, column))
-    with p.when(p.block(2).equals(config.split_k - 1)):
-        rows_shared = p.shared_tensor(activations, (block_m, block_n))
-        p.store_shared(rows_shared, p.cast(acc, activations), (0, 0))
-        p.sync()
-        p.store_global(out, p.load_shared(rows_shared, (0, 0), (block_m, block_n)), (row, column))
-    if config.split_k > 1:
-        p.release(p.block(0) * grid[1] + p.block(1), p.block(2) + 1)
+    _store_rows(p, out, acc, (row, column))
     return infer(p)
+
+
+def _store_rows(p: TileProgram, out: Tensor, acc: Tensor, at: tuple[Scalar, Scalar]) -> None:
+    """The last block of an output tile turns fragments into rows in shared memory, and stores those."""
+    tile = (acc.shape[0], acc.shape[1])
+    with p.when(p.block(2).equals(p.grid[2] - 1)):
+        rows = p.shared_tensor(out.dtype.name, tile, swizzled_memory(tile, 2))
+        p.store_shared(rows, p.cast(acc, out.dtype.name), (0, 0))
+        p.sync()
+        p.store_global(out, p.load_shared(rows, (0, 0), tile), at)
+    if p.grid[2] > 1:
+        p.release(p.block(0) * p.grid[1] + p.block(1), p.block(2) + 1)
 
 
 def _add_in_order(
@@ -337,9 +226,7 @@ def direct_program(
     config = config or Config()
     block_m, block_n, block_k = config.block
     _check("direct product", k, n, group, (block_n, block_k), weight_tile)
-    p = TileProgram(
-        f"direct_{dtype}", grid=(-(-m // block_m), n // block_n), warps=math.prod(config.warp_spatial)
-    )
+    p = TileProgram(f"direct_{dtype}", grid=(-(-m // block_m), n // block_n), warps=math.prod(config.warp_spatial))
     held = LANES * thread_bytes(dtype, weight_tile)
     tiles = (block_k // weight_tile[0], block_n // weight_tile[1])
     x = p.global_view("x", activations, (m, k))
@@ -374,7 +261,8 @@ def matvec_program(
     """Few tokens, all in float32: each code is read and converted once, and multiplied with its x of every token.
 
     Parameters: x float32 [m, k], packed, scales, out float32 [m, n]. A group's sum is multiplied by its scale once. The
-    k of a tile is cut in (places of a thread, 4 threads, places): the places are summed in the thread, threads at the end.
+    k of a tile is cut in (places of a thread, 4 threads, places): the places are summed in the thread, threads at the
+    end.
     """
     config = config or Config()
     tile_k, tile_n = weight_tile
