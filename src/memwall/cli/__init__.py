@@ -20,6 +20,7 @@ from memwall.cli import (
     evidence,
     fit,
     hdl,
+    kernel,
     plan,
     probe,
     run,
@@ -44,8 +45,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, study, simulate, hdl, probe, bench, systems,
-    evidence,
+    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, study, simulate, hdl, kernel, probe, bench,
+    systems, evidence,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)
