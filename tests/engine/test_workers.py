@@ -226,7 +226,7 @@ class Both:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._time, name)
 
-    def start(self, phase: Phase, batch: list[Entry]) -> None:
+    def start(self, phase: Phase, batch: list[Entry], pulls: Any = ()) -> None:
         self._real.run_as(phase, batch)
         self._time.start(phase, batch)
 

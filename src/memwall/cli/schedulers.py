@@ -27,6 +27,7 @@ class SchedulerName(StrEnum):
     fastswitch = "fastswitch"
     semi_pd = "semi-pd"
     nexus = "nexus"
+    distserve = "distserve"
 
 
 SchedulerOption = Annotated[
@@ -36,7 +37,8 @@ SchedulerOption = Annotated[
         help="fcfs: first come, first served; one worker, prompts in chunks beside tokens. fastswitch: by priorities "
         "that may change while requests run, whose pages are then swapped beside the steps of others. semi-pd: prompts "
         "and tokens in two processes over one memory, with shares of the cores that follow --slo-first and "
-        "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost.",
+        "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost. distserve: "
+        "two processes that have half of the cores and a memory of their own each; finished prompts are handed over.",
     ),
 ]
 SloFirst = Annotated[
@@ -47,7 +49,9 @@ SloToken = Annotated[
 ]
 
 
-def options_of(name: SchedulerName, first: float | None, token: float | None, *, adapters: bool) -> dict[str, Any]:
+def options_of(
+    name: SchedulerName, first: float | None, token: float | None, *, adapters: bool, threads: int | None = None
+) -> dict[str, Any]:
     """What `ServingSettings` and `load_engine` get for a scheduler."""
     if name is not SchedulerName.semi_pd and (first is not None or token is not None):
         raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
@@ -58,7 +62,10 @@ def options_of(name: SchedulerName, first: float | None, token: float | None, *,
     from memwall.engine.phases import FIRST_SHARES
     from memwall.engine.semi_pd import SemiPD
     from memwall.engine.serving import PhaseSettings
+    from memwall.hardware import usable_processors
 
+    if name is SchedulerName.distserve:
+        return {"phases": PhaseSettings.apart(threads or usable_processors())}
     if name is SchedulerName.nexus:
         # a quota is changed in a worker that runs; who decides comes once costs were measured (`finish`)
         return {"phases": PhaseSettings(shares=FIRST_SHARES, fresh=False)}
@@ -69,7 +76,16 @@ def options_of(name: SchedulerName, first: float | None, token: float | None, *,
 
 
 def finish(name: SchedulerName, serving: Serving) -> None:
-    """What a scheduler needs of a loaded engine: Nexus measures what both phases cost here."""
+    """What a scheduler needs of a loaded engine: Nexus measures what both phases cost here, DistServe which batch of
+    prompts fills the prefill process.
+    """
+    if name is SchedulerName.distserve:
+        from memwall.engine.apart import ApartEngine
+        from memwall.engine.saturation import measure, saturating_tokens
+
+        engine = serving.engine
+        assert isinstance(engine, ApartEngine)
+        engine.fill(saturating_tokens(measure(engine)))
     if name is not SchedulerName.nexus:
         return
     from memwall.engine.nexus import Nexus
@@ -84,4 +100,7 @@ def describe(serving: Serving) -> dict[str, Any] | None:
     if workers is None:
         return None
     shares = workers.shares
-    return {"prefill": shares.prefill, "decode": shares.decode, "processes": list(workers.pids)}
+    told = {"prefill": shares.prefill, "decode": shares.decode, "processes": list(workers.pids)}
+    if serving.prefill_pool is not None:
+        told["prefill_kv_tokens"] = serving.prefill_pool.limit_pages * serving.engine.limits.page_tokens
+    return told

@@ -104,7 +104,7 @@ def serve(
     }  # fmt: skip
     options |= fair
     options |= _lora_options(loras, path, lora_batch, first_token_limit)
-    options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options)
+    options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options, threads=threads)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
     finish(scheduler, serving)
@@ -222,4 +222,7 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
     if serving.workers is not None:
         shares = serving.workers.shares
         note(f"prompts and tokens in two processes: {shares.prefill} and {shares.decode} % of the cores", quiet=quiet)
+    if serving.prefill_pool is not None:
+        own = serving.prefill_pool.limit_pages * limits.page_tokens
+        note(f"prompts have pages of their own for {own:,} tokens, and are handed over when done", quiet=quiet)
     note(f"memwall: listening on {where} (page of memory at /, OpenAI routes under /v1)", quiet=quiet)

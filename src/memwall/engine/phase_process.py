@@ -18,14 +18,16 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from memwall.engine.base import PHASES, Phase
 from memwall.engine.batch import BatchCache, ModelExecutor
 from memwall.engine.executor import Entry, Output
+from memwall.engine.hand_over import HandOver, Layout, Pull
 from memwall.engine.pacing import Pacer, be_nice
 from memwall.engine.sampling import Sampler, Sampling
 from memwall.engine.sequence import Request, Sequence
@@ -77,15 +79,22 @@ def entry_message(entry: Entry, draw: float | None) -> dict[str, Any]:
 
 
 class Worker:
-    """A process that computes batches of one phase."""
+    """A process that computes batches of one phase. pools: each phase's; the same one where they share it."""
 
-    def __init__(self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor, pool: PagePool):
+    def __init__(
+        self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool]
+    ) -> None:
         be_nice(order["nice"])
         self.connection = connection
         self.pacer = Pacer(order["percent"], order["cores"], whole_threads=order["whole_threads"])
-        self.pool = pool
-        self.executor = DrawingExecutor(
-            executor, PacedCache(executor.cache.shape, pool, order["page_tokens"], self.pacer)
+        self.pools = pools
+        shape, page_tokens = executor.cache.shape, order["page_tokens"]
+        cache = PacedCache(shape, pools[order["phase"]], page_tokens, self.pacer)
+        self.executor = DrawingExecutor(executor, cache)
+        self.hand_over = HandOver(
+            layout=Layout(
+                layers=shape.num_layers, heads=shape.num_kv_heads, head_dim=shape.head_dim, page_tokens=page_tokens
+            )
         )
 
     def serve(self) -> None:
@@ -101,14 +110,19 @@ class Worker:
 
     def _run(self, job: dict[str, Any]) -> dict[str, Any]:
         began, used = time.perf_counter(), time.process_time()
-        self.pool.follow(job["committed"])
+        for phase, nbytes in zip(PHASES, job["committed"], strict=True):
+            self.pools[phase].follow(nbytes)
         if job["percent"] != self.pacer.percent:
             self.pacer.set(job["percent"])
-        outputs = self.executor.run([_entry(told) for told in job["entries"]])
+        pulls = [Pull(*told) for told in job["pulls"]]
+        moved = self.hand_over.copy((self.pools["prefill"],), (self.pools["decode"],), pulls)
+        pulled = time.perf_counter() - began
+        outputs = self.executor.run([_entry(told) for told in job["entries"]]) if job["entries"] else []
         self.pacer.pace()
         return {
             "outputs": [None if out is None else [out.token, _logprobs(out)] for out in outputs],
             "span": [began, time.perf_counter()],
+            "pulled": [moved, pulled],
             "cpu": time.process_time() - used,
         }
 
@@ -160,7 +174,7 @@ def _logprobs(output: Output) -> Any:
     return None if found is None else [found.own, [list(pair) for pair in found.top]]
 
 
-def fork_resident(executor: ModelExecutor, pool: PagePool) -> tuple[int, socket.socket]:
+def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> tuple[int, socket.socket]:
     """Forks the resident process; its number, and the socket that asks it for workers."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
@@ -168,11 +182,11 @@ def fork_resident(executor: ModelExecutor, pool: PagePool) -> tuple[int, socket.
     if number:
         theirs.close()
         return number, ours
-    _forever(lambda: _resident(theirs, executor, pool), theirs.fileno())
+    _forever(lambda: _resident(theirs, executor, pools), theirs.fileno())
     raise AssertionError
 
 
-def _resident(orders: socket.socket, executor: ModelExecutor, pool: PagePool) -> None:
+def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> None:
     gc.freeze()  # a collection would write to every object, and so copy their pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -180,13 +194,13 @@ def _resident(orders: socket.socket, executor: ModelExecutor, pool: PagePool) ->
         if not body:
             return
         if os.fork() == 0:
-            worker = partial(_work, files[0], json.loads(body), executor, pool)
+            worker = partial(_work, files[0], json.loads(body), executor, pools)
             _forever(worker, files[0])
         os.close(files[0])
 
 
-def _work(file: int, order: dict[str, Any], executor: ModelExecutor, pool: PagePool) -> None:
-    Worker(socket.socket(fileno=file), order, executor, pool).serve()
+def _work(file: int, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> None:
+    Worker(socket.socket(fileno=file), order, executor, pools).serve()
 
 
 def order_worker(orders: socket.socket, order: dict[str, Any]) -> socket.socket:

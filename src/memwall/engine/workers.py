@@ -17,13 +17,15 @@ import selectors
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence as Batch
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from memwall.engine.base import PHASES, Phase, Shares
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry, Output
+from memwall.engine.hand_over import Pull
 from memwall.engine.pacing import niceness
 from memwall.engine.phase_process import entry_message, fork_resident, order_worker, receive, send
 from memwall.engine.phased import Done
@@ -66,13 +68,16 @@ class ForkedWorkers:
         fresh: bool = True,
         whole_threads: bool = True,
         ledger: Ledger | None = None,
+        prefill_pool: PagePool | None = None,
     ) -> None:
-        """cores: what 100 percent are. fresh: new shares come with new processes. whole_threads: see `Pacer`."""
+        """cores: what 100 percent are. fresh: new shares come with new processes. whole_threads: see `Pacer`.
+        prefill_pool: where prompts have their pages; None for those of `pool`.
+        """
         if not sys.platform.startswith("linux"):
             raise InputError("two workers over one memory need Linux; choose the scheduler fcfs")
         self.shares = shares
         self.preparing: Shares | None = None
-        self.pool = pool
+        self.pools: dict[Phase, PagePool] = {"prefill": prefill_pool or pool, "decode": pool}
         self.fresh = fresh
         self.cores = cores
         self.lost = 0
@@ -89,7 +94,7 @@ class ForkedWorkers:
         for end in (self._woken, self._waker):
             end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._resident, self._orders = fork_resident(executor, pool)
+        self._resident, self._orders = fork_resident(executor, self.pools)
         self._unseen, self._measured, self.reserve_bytes = 0, 0.0, 0
         self._process = {phase: self._make(phase, shares) for phase in PHASES}
         for process in self._process.values():
@@ -103,12 +108,13 @@ class ForkedWorkers:
         """Whether one of them computes."""
         return bool(self._busy)
 
-    def start(self, phase: Phase, batch: list[Entry]) -> None:
+    def start(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> None:
         """See `Workers`."""
         self._change_over()
         told = [entry_message(entry, self._draw(entry)) for entry in batch]
         percent = self._process[phase].percent if self.fresh else self.shares.of(phase)
-        job = {"percent": percent, "committed": self.pool.committed_bytes, "entries": told}
+        committed = [self.pools[one].committed_bytes for one in PHASES]
+        job = {"percent": percent, "committed": committed, "entries": told, "pulls": [astuple(one) for one in pulls]}
         try:
             send(self._process[phase].connection, job)
         except OSError:  # it was lost while it was idle
@@ -182,7 +188,7 @@ class ForkedWorkers:
             self._draws.pop(entry.sequence.id, None)
             outputs.append(None if found is None else Output(found[0], _logprobs(found[1])))
         began, ended = answer["span"]
-        return [Done(process.phase, batch, outputs, seconds, began, ended, answer["cpu"])]
+        return [Done(process.phase, batch, outputs, seconds, began, ended, answer["cpu"], *answer["pulled"])]
 
     def _failed(self, phase: Phase, batch: list[Entry], why: str, seconds: float) -> Done:
         self._losses[phase] += 1
@@ -227,8 +233,8 @@ class ForkedWorkers:
     def _make(self, phase: Phase, shares: Shares) -> Process:
         nice = niceness(shares)[PHASES.index(phase)] if self.fresh else 0
         order = {
-            "percent": shares.of(phase), "cores": self.cores, "nice": nice, "page_tokens": self._page_tokens,
-            "whole_threads": self._whole_threads,
+            "phase": phase, "percent": shares.of(phase), "cores": self.cores, "nice": nice,
+            "page_tokens": self._page_tokens, "whole_threads": self._whole_threads,
         }  # fmt: skip
         try:
             connection = order_worker(self._orders, order)
@@ -276,9 +282,12 @@ class ForkedWorkers:
             self._give_up_next()
             return []
         phase = process.phase
+        was_busy = phase in self._busy
         batch, began = self._busy.pop(phase, ([], time.perf_counter()))
         self._replace(phase)
-        return [self._failed(phase, batch, "it ended", time.perf_counter() - began)] if batch else []
+        if not was_busy:
+            return []
+        return [self._failed(phase, batch, "it ended", time.perf_counter() - began)]
 
     def _replace(self, phase: Phase) -> None:
         self.lost += 1
