@@ -1,0 +1,73 @@
+"""Keys and values of a model cut over ranks: a pool for each, by heads (tensor) and by layers (pipeline).
+
+Every rank keeps the keys and values of its own heads in its own layers and attends with them, as the ranks of a tensor
+group do; what their attention gives is put side by side. Products with the weights stay whole, so that the numbers are
+those of the model in one piece, to the bit, and a difference after a hand-over can only come from the hand-over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from memwall.engine.batch import BatchCache
+from memwall.engine.executor import Entry
+from memwall.engine.hand_over import Layout, Part, parts_of
+from memwall.kv import CacheShape
+from memwall.memory import Arena, PagePool
+
+
+def layout_of(shape: CacheShape, page_tokens: int) -> Layout:
+    """A model's keys and values in pages of so many tokens."""
+    return Layout(layers=shape.num_layers, heads=shape.num_kv_heads, head_dim=shape.head_dim, page_tokens=page_tokens)
+
+
+def rank_pools(layout: Layout, degrees: tuple[int, int], num_pages: int, arena: Arena, owner: str) -> list[PagePool]:
+    """A pool for each rank, all of it resident: one block table serves all of them."""
+    made = []
+    for number, part in enumerate(parts_of(layout, *degrees)):
+        pool = PagePool(f"{owner}/rank {number}", page_bytes=layout.page_bytes(part), most_pages=num_pages, arena=arena)
+        pool.take("kv", num_pages)
+        made.append(pool)
+    return made
+
+
+class RankedCache(BatchCache):
+    """A `BatchCache` over the pools of (tensor, pipeline) ranks, in the order of `parts_of`."""
+
+    def __init__(
+        self, shape: CacheShape, pools: Sequence[PagePool], page_tokens: int, degrees: tuple[int, int]
+    ) -> None:
+        super().__init__(shape, pools[0], page_tokens)
+        self.ranks: list[tuple[Part, BatchCache]] = []
+        self._group = shape.num_heads // shape.num_kv_heads
+        for part, pool in zip(parts_of(layout_of(shape, page_tokens), *degrees), pools, strict=True):
+            windows = None if shape.windows is None else tuple(shape.windows[layer] for layer in part.layers)
+            own = replace(
+                shape, num_layers=len(part.layers), num_heads=self._group * len(part.heads),
+                num_kv_heads=len(part.heads), windows=windows,
+            )  # fmt: skip
+            self.ranks.append((part, BatchCache(own, pool, page_tokens)))
+
+    def begin(self, batch: list[Entry]) -> np.ndarray:
+        """See `BatchCache`."""
+        positions = [cache.begin(batch) for _, cache in self.ranks]
+        return positions[0]
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
+        """See `BatchCache`: each rank takes its heads."""
+        for part, cache in self.ranks:
+            if layer in part.layers:
+                mine = slice(part.heads.start, part.heads.stop)
+                cache.append(layer - part.layers.start, k[:, mine], v[:, mine], positions)
+
+    def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """See `BatchCache`; of a replicated head the last rank's result stays, and all of them are the same."""
+        for part, cache in self.ranks:
+            if layer in part.layers:
+                mine = slice(part.heads.start * self._group, part.heads.stop * self._group)
+                queries = np.ascontiguousarray(q[:, mine])
+                out[:, mine] = cache.attend(layer - part.layers.start, queries, positions, np.empty_like(queries))
+        return out
