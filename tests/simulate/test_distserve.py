@@ -126,7 +126,7 @@ def test_batches_near_what_fills_a_device_bring_first_tokens_sooner() -> None:
         Simulation(model=MODEL, cluster=SEARCH.cluster, fill=fill).prefill_alone(jobs, one)
         times.append(sorted(job.first_token_seconds for job in jobs))
     whole, filled = times
-    assert len(set(whole)) == 1  # all 6,400 tokens at once
+    assert len(set(whole)) == 2  # the first one, and then all others at once
     assert len(set(filled)) == 16  # L_m holds one of 400
     assert sum(filled) < 0.75 * sum(whole)
     assert filled[-1] < 1.35 * whole[-1]

@@ -137,6 +137,8 @@ def split(
     rows = [split_report.cells(plan) for plan in plans[:MOST_PLANS]]
     typer.echo(format_table(split_report.COLUMNS, rows, right=frozenset({2, 3, 4})))
     typer.echo(_curves_table(everything["attainment"]))
+    if requests / goal < 20 * slo_first:
+        notes.append(f"{requests:,} requests pass in {requests / goal:.2g} s, too short for queues to grow: try more")
     for text in (*notes, *_told_changes(changes)):
         note(f"memwall: {text}", quiet=quiet)
 
