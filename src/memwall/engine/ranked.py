@@ -12,9 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from memwall.engine.batch import BatchCache
+from memwall.engine.batch import BatchCache, ModelExecutor
 from memwall.engine.executor import Entry
-from memwall.engine.hand_over import Layout, Part, parts_of
+from memwall.engine.hand_over import HandOver, Layout, Part, parts_of, pulls_of
+from memwall.engine.sequence import Sequence as Running
 from memwall.kv import CacheShape
 from memwall.memory import Arena, PagePool
 
@@ -71,3 +72,48 @@ class RankedCache(BatchCache):
                 queries = np.ascontiguousarray(q[:, mine])
                 out[:, mine] = cache.attend(layer - part.layers.start, queries, positions, np.empty_like(queries))
         return out
+
+
+def serve_across(
+    executor: ModelExecutor,
+    shape: CacheShape,
+    some: Sequence[Running],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    arena: Arena,
+) -> None:
+    """Computes prompts on ranks of one side, hands their pages over, and makes the other tokens on the other side.
+
+    Each takes the pages that its whole text needs on both sides, in another order there. The executor is as it was
+    afterwards. Greedy and seeded requests must make the tokens that they make in one piece.
+    """
+    page_tokens, before = executor.cache.page_tokens, executor.cache
+    layout, count = layout_of(shape, page_tokens), 0
+    for one in some:
+        need = -(-one.most_tokens // page_tokens)
+        one.pages, count = list(range(count, count + need)), count + need
+    sides = [rank_pools(layout, degrees, count, arena, "kv/ranks") for degrees in (source, target)]
+    try:
+        executor.cache = RankedCache(shape, sides[0], page_tokens, source)
+        _step(executor, some)
+        pages = [page for one in some for page in one.pages]
+        HandOver(layout=layout, source=source, target=target).copy(sides[0], sides[1], pulls_of(pages, pages[::-1]))
+        for one in some:
+            one.pages = [count - 1 - page for page in one.pages]
+        executor.cache = RankedCache(shape, sides[1], page_tokens, target)
+        while left := [one for one in some if one.num_made < one.request.sampling.max_new_tokens]:
+            _step(executor, left)
+    finally:
+        executor.cache = before
+        for pool in (*sides[0], *sides[1]):
+            pool.release()
+        for one in some:
+            executor.forget(one)
+
+
+def _step(executor: ModelExecutor, some: Sequence[Running]) -> None:
+    batch = [Entry(one, one.computed, len(one.tokens) - one.computed, True) for one in some]
+    for entry, output in zip(batch, executor.run(batch), strict=True):
+        assert output is not None
+        entry.sequence.computed = len(entry.sequence.tokens)
+        entry.sequence.tokens.append(output.token)
