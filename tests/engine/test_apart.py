@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 
 from memwall.engine.apart import ApartEngine
-from memwall.engine.base import Phase
+from memwall.engine.base import Costs, Phase, State, Step
 from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.hand_over import Pull
+from memwall.engine.phase_device import VirtualWorkers
 from memwall.engine.phased import Done
 from memwall.engine.sequence import Event
 from memwall.engine.serving import PhaseSettings, Serving, ServingSettings, load_engine
+from memwall.engine.simulated import VirtualClock, replay
 from memwall.engine.workers import ForkedWorkers
 from memwall.errors import BudgetExceeded, InputError, MemwallError
 from memwall.memory import Budget
 from memwall.models import DEMO_DIRECTORY
-from tests.engine.test_workers import requests, start, tokens_of
+from tests.engine.phased_loads import DEVICE, HALVES, SIZE, load
+from tests.engine.test_distserve import apart as virtual_apart
+from tests.engine.test_workers import Both, requests, start, tokens_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 APART = PhaseSettings.apart(2)
@@ -201,3 +205,35 @@ def test_what_is_pulled_is_told(serving: Serving) -> None:
     tokens_of(serving, count=2)
     assert sum(done.pulled_bytes for done in seen) == engine.moves.nbytes > 0
     assert engine.moves.seconds > 0
+
+
+def decisions(engine: ApartEngine) -> list[tuple[str, State, Step]]:
+    seen: list[tuple[str, State, Step]] = []
+    engine.observer = lambda state, step: seen.append(("decode", state, step))
+    engine.front.observer = lambda state, step: seen.append(("prefill", state, step))
+    assert isinstance(engine.clock, VirtualClock)
+    replay(engine, engine.clock, load(24, 60.0, prompt=40, output=60))
+    return seen
+
+
+def test_engine_and_simulator_decide_alike() -> None:
+    clock = VirtualClock()
+    made = start(APART, weights="int4", token_budget=64, threads=1, swap_bytes=1, clock=clock)
+    real = apart(made)
+    both: Any = Both(VirtualWorkers(clock, DEVICE, SIZE, HALVES), made.workers)
+    costs = Costs(seconds_per_token=1e-4, seconds_per_page=1e-4)
+    for side in (real, real.front):
+        side.executor = side.workers = both
+        side.costs, side._measures = costs, False
+    real.wanted_pages = 26
+    real.fit_limit()
+    pages = made.prefill_pool.limit_pages  # type: ignore[union-attr]
+    told = virtual_apart(front=pages, back=26, swap=0, context_tokens=400, costs=costs)
+    assert real.limits == told.limits
+    seen, predicted = decisions(real), decisions(told)
+    assert [(side, step) for side, _, step in seen] == [(side, step) for side, _, step in predicted]
+    assert [state for _, state, _ in seen] == [state for _, state, _ in predicted]
+    assert sum(len(step.preempt) for _, _, step in seen) > 0
+    assert real.totals == told.totals
+    assert real.moves.requests == told.moves.requests
+    made.release()

@@ -26,13 +26,14 @@ RULE = DistServe()
 
 def apart(*, front: int = 60, back: int = 60, swap: int = 1000, rule: DistServe = RULE, **more: Any) -> ApartEngine:
     clock = VirtualClock()
+    more = {"context_tokens": 16 * min(front, back), "costs": Costs(), **more}
     limits = more.pop("limits", LIMITS)
     pages = KVPages(PagePool("kv/pages", page_bytes=1, most_pages=back), limits.page_tokens, keep_prefixes=False)
     own = KVPages(PagePool("kv/prefill", page_bytes=1, most_pages=front), limits.page_tokens)
     workers = VirtualWorkers(clock, DEVICE, SIZE, HALVES)
     return ApartEngine(
-        rule, workers, pages, limits=limits, context_tokens=16 * min(front, back), front_pages=own, front_limits=limits,
-        switch=virtual_switcher(pages, swap, clock), costs=Costs(), clock=clock, **more,
+        rule, workers, pages, limits=limits, front_pages=own, front_limits=limits,
+        switch=virtual_switcher(pages, swap, clock), clock=clock, **more,
     )  # fmt: skip
 
 

@@ -37,9 +37,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), re
 
 
 def start(phases: PhaseSettings | None, **told: Any) -> Serving:
-    budget = told.pop("budget", None)
+    budget, clock = told.pop("budget", None), told.pop("clock", None)
     chosen = {"weights": "int8", "context_tokens": 400, "token_budget": 64, "max_sequences": 8, "threads": 2, **told}
-    return load_engine(DEMO_DIRECTORY, ServingSettings(phases=phases, **chosen), budget=budget)
+    return load_engine(DEMO_DIRECTORY, ServingSettings(phases=phases, **chosen), budget=budget, clock=clock)
 
 
 def requests(count: int = 10) -> list[Request]:
@@ -227,7 +227,7 @@ class Both:
         return getattr(self._time, name)
 
     def start(self, phase: Phase, batch: list[Entry], pulls: Any = ()) -> None:
-        self._real.run_as(phase, batch)
+        self._real.run_as(phase, batch, pulls)
         self._time.start(phase, batch)
 
     def forget(self, sequence: Sequence) -> None:

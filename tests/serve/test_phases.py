@@ -65,9 +65,10 @@ def test_a_worker_that_is_killed_costs_no_request(phased: Running) -> None:
     assert phased.memory()["phases"]["lost"] > before
 
 
-def test_the_budget_moves_and_nothing_is_left_behind(starter: Starter) -> None:
-    server = starter(*OPTIONS, "--scheduler", "nexus")
-    assert server.told["shares"]["prefill"] == 50
+@pytest.mark.parametrize("scheduler", ["nexus", "distserve"])
+def test_the_budget_moves_and_nothing_is_left_behind(starter: Starter, scheduler: str) -> None:
+    server = starter(*OPTIONS, "--scheduler", scheduler)
+    assert server.told["shares"]["decode"] == (50 if scheduler == "nexus" else 100)  # of one thread
     before = answers(server)
     smaller = int(server.get("/v1/budget").json()["budget_bytes"] * 0.95)
     assert server.post("/v1/budget", {"memory": str(smaller)}).status_code == 200

@@ -149,10 +149,10 @@ class ForkedWorkers:
         """See `Executor`: one batch by itself, in the prefill worker."""
         return self.run_as("prefill", batch)
 
-    def run_as(self, phase: Phase, batch: list[Entry]) -> list[Output | None]:
+    def run_as(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> list[Output | None]:
         """One batch by itself."""
         while True:
-            self.start(phase, batch)
+            self.start(phase, batch, pulls)
             done: list[Done] = []
             while not done:
                 done = self.collect()
