@@ -305,8 +305,7 @@ def test_a_quota_is_kept_and_weights_follow_shares() -> None:
 def test_forgets_what_is_over(serving: Serving) -> None:
     tokens_of(serving)
     assert serving.workers is not None
-    assert not serving.workers._random
-    assert not serving.workers._draws
+    assert not serving.workers.draws
     assert isinstance(Output(1), Output)
 
 

@@ -6,7 +6,8 @@ swap area; `front` is the prefill side. One process does the books of both, so t
 workers compute, and the decode worker copies what it pulls before its next batch.
 
 A worker that is lost is made anew. Its batch and its pulls are done again: a prompt's own pages are freed only once the
-copy is known to be whole.
+copy is known to be whole. Forked workers leave the memory behind when they end; one on another machine takes it along
+(`Done.emptied`), and what was there is computed again.
 """
 
 from __future__ import annotations
@@ -150,16 +151,31 @@ class ApartEngine(PhasedEngine):
     def _take_in(self, finished: list[Done]) -> list[Event]:
         events: list[Event] = []
         for done in finished:
-            if done.phase == "prefill":
-                events += self.front._take_in([done])
-                self._offer()
-            else:
+            side = self.front if done.phase == "prefill" else self
+            if side is self:
                 events += self._pulled(done)
-                if done.batch:
-                    events += super()._take_in([done])
-                else:  # it was idle and only pulled
-                    del self._flying[done.phase]
+            if not done.batch:  # it only pulled, or was lost while it was idle
+                side._flying.pop(done.phase, None)
+            else:
+                events += self.front._take_in([done]) if side is self.front else super()._take_in([done])
+            if done.emptied:
+                self._emptied(done.phase)
+            self._offer()
         return events
+
+    def _emptied(self, phase: Phase) -> None:
+        """A side's memory is gone: what was there is computed again, from the prompt on."""
+        side = self.front if phase == "prefill" else self
+        there = list(side.running.values())
+        if phase == "prefill":
+            there += self.offered.values()
+            self.offered.clear()
+        for one in there:
+            side.running.pop(one.id, None)
+            one.preemptions += 1
+            side.totals.preempted["recompute"] += 1
+            side._start_over(one)
+        side.pages.forget(side.pages.idle_pages)
 
     def _offer(self) -> None:
         """Prompts whose first token is there, and requests whose tokens are all computed again, are done here."""

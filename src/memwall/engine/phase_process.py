@@ -30,7 +30,7 @@ from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import HandOver, Layout, Pull
 from memwall.engine.pacing import Pacer, be_nice
 from memwall.engine.sampling import Sampler, Sampling
-from memwall.engine.sequence import Request, Sequence
+from memwall.engine.sequence import Request, Sequence, TokenLogprobs
 from memwall.memory import PagePool
 
 LENGTH = struct.Struct("<I")
@@ -117,14 +117,9 @@ class Worker:
         pulls = [Pull(*told) for told in job["pulls"]]
         moved = self.hand_over.copy((self.pools["prefill"],), (self.pools["decode"],), pulls)
         pulled = time.perf_counter() - began
-        outputs = self.executor.run([_entry(told) for told in job["entries"]]) if job["entries"] else []
+        outputs = self.executor.run([entry_of(told) for told in job["entries"]]) if job["entries"] else []
         self.pacer.pace()
-        return {
-            "outputs": [None if out is None else [out.token, _logprobs(out)] for out in outputs],
-            "span": [began, time.perf_counter()],
-            "pulled": [moved, pulled],
-            "cpu": time.process_time() - used,
-        }
+        return answer_message(outputs, began, used, (moved, pulled))
 
 
 class PacedCache(BatchCache):
@@ -154,19 +149,41 @@ class DrawingExecutor(ModelExecutor):
         self._logit_rows, self._scratch = made._logit_rows, made._scratch
 
     def _draw(self, sequence: Sequence, logits: np.ndarray) -> Output:
-        draw = sequence.arrival  # of a sequence that is told to a worker: see `_entry`
+        draw = sequence.arrival  # of a sequence that is told to a worker: see `entry_of`
         token = Sampler(sequence.request.sampling, self._scratch).pick(logits, draw)
         wanted = sequence.request.logprobs
         return Output(token, None if wanted is None else self._logprobs(logits, token, wanted))
 
 
-def _entry(told: dict[str, Any]) -> Entry:
+def entry_of(told: dict[str, Any]) -> Entry:
+    """In a worker: what `entry_message` told."""
     first, tokens, sample = told["first"], told["tokens"], "t" in told
     sampling = Sampling(temperature=told["t"], top_k=told["k"], top_p=told["p"]) if sample else Sampling()
     request = Request(prompt=(0,), sampling=sampling, logprobs=told.get("lp"))
     one = Sequence(id=told["id"], request=request, arrival=told.get("draw") or 0.0, eos=())
     one.tokens, one.pages = [0] * first + tokens, told["pages"]
     return Entry(one, first, len(tokens), sample)
+
+
+def answer_message(
+    outputs: list[Output | None], began: float, cpu_began: float, pulled: tuple[int, float]
+) -> dict[str, Any]:
+    """A worker's answer, now that it is done. pulled: bytes and seconds of what it copied before."""
+    return {
+        "outputs": [None if out is None else [out.token, _logprobs(out)] for out in outputs],
+        "span": [began, time.perf_counter()],
+        "pulled": list(pulled),
+        "cpu": time.process_time() - cpu_began,
+    }
+
+
+def outputs_of(answer: dict[str, Any]) -> list[Output | None]:
+    """In the engine: what `answer_message` told."""
+    return [None if found is None else Output(found[0], _told_logprobs(found[1])) for found in answer["outputs"]]
+
+
+def _told_logprobs(told: Any) -> TokenLogprobs | None:
+    return None if told is None else TokenLogprobs(own=told[0], top=tuple((int(i), float(p)) for i, p in told[1]))
 
 
 def _logprobs(output: Output) -> Any:

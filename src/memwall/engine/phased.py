@@ -30,6 +30,7 @@ WINDOW_ITERATIONS = 128
 class Done:
     """A batch that is over. outputs: None where its worker was lost; all of it is then done again. began, ended: when
     the worker computed; cpu_seconds: of its processor time. pulled_bytes, pulled_seconds: of what it copied before.
+    emptied: its memory is lost with it.
     """
 
     phase: Phase
@@ -41,6 +42,7 @@ class Done:
     cpu_seconds: float = 0.0
     pulled_bytes: int = 0
     pulled_seconds: float = 0.0
+    emptied: bool = False
 
 
 class Workers(Executor, Protocol):

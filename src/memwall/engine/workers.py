@@ -27,9 +27,9 @@ from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import Pull
 from memwall.engine.pacing import niceness
-from memwall.engine.phase_process import entry_message, fork_resident, order_worker, receive, send
+from memwall.engine.phase_process import entry_message, fork_resident, order_worker, outputs_of, receive, send
 from memwall.engine.phased import Done
-from memwall.engine.sequence import Sequence, TokenLogprobs
+from memwall.engine.sequence import Sequence
 from memwall.errors import InputError, MemwallError
 from memwall.hardware.units import KIB
 from memwall.memory import Ledger, PagePool
@@ -52,6 +52,43 @@ class Process:
     connection: socket.socket
     percent: int
     pid: int = 0
+
+
+class Draws:
+    """Random numbers for tokens, drawn where no worker's loss can touch them."""
+
+    def __init__(self) -> None:
+        self._sources: dict[int, random.Random] = {}
+        self._drawn: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._sources) + len(self._drawn)
+
+    def of(self, entry: Entry) -> float | None:
+        """The number for this entry's token; the same again where a worker was lost with it."""
+        one = entry.sequence
+        if not entry.sample or one.request.sampling.temperature == 0:
+            return None
+        if one.id not in self._drawn:
+            source = self._sources.setdefault(one.id, random.Random(one.request.sampling.seed))
+            self._drawn[one.id] = source.random()
+        return self._drawn[one.id]
+
+    def used(self, batch: list[Entry]) -> None:
+        """The batch's tokens are there."""
+        for entry in batch:
+            self._drawn.pop(entry.sequence.id, None)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is over."""
+        self._sources.pop(sequence.id, None)
+        self._drawn.pop(sequence.id, None)
+
+
+def done_of(phase: Phase, batch: list[Entry], answer: dict[str, Any], seconds: float) -> Done:
+    """A batch that a worker has answered."""
+    began, ended = answer["span"]
+    return Done(phase, batch, outputs_of(answer), seconds, began, ended, answer["cpu"], *answer["pulled"])
 
 
 class ForkedWorkers:
@@ -86,8 +123,7 @@ class ForkedWorkers:
         self._ledger = ledger
         self._busy: dict[Phase, tuple[list[Entry], float]] = {}
         self._losses: dict[Phase, int] = dict.fromkeys(PHASES, 0)
-        self._random: dict[int, random.Random] = {}
-        self._draws: dict[int, float] = {}
+        self.draws = Draws()
         self._next: dict[Phase, Process] = {}
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
@@ -111,7 +147,7 @@ class ForkedWorkers:
     def start(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> None:
         """See `Workers`."""
         self._change_over()
-        told = [entry_message(entry, self._draw(entry)) for entry in batch]
+        told = [entry_message(entry, self.draws.of(entry)) for entry in batch]
         percent = self._process[phase].percent if self.fresh else self.shares.of(phase)
         committed = [self.pools[one].committed_bytes for one in PHASES]
         job = {"percent": percent, "committed": committed, "entries": told, "pulls": [astuple(one) for one in pulls]}
@@ -161,18 +197,7 @@ class ForkedWorkers:
 
     def forget(self, sequence: Sequence) -> None:
         """See `Executor`."""
-        self._random.pop(sequence.id, None)
-        self._draws.pop(sequence.id, None)
-
-    def _draw(self, entry: Entry) -> float | None:
-        """The random number for this entry's token; the same again where a worker was lost with it."""
-        one = entry.sequence
-        if not entry.sample or one.request.sampling.temperature == 0:
-            return None
-        if one.id not in self._draws:
-            source = self._random.setdefault(one.id, random.Random(one.request.sampling.seed))
-            self._draws[one.id] = source.random()
-        return self._draws[one.id]
+        self.draws.forget(sequence)
 
     def _receive(self, process: Process) -> list[Done]:
         answer = receive(process.connection)
@@ -183,12 +208,8 @@ class ForkedWorkers:
         if "error" in answer:
             return [self._failed(process.phase, batch, answer["error"], seconds)]
         self._losses[process.phase] = 0
-        outputs: list[Output | None] = []
-        for entry, found in zip(batch, answer["outputs"], strict=True):
-            self._draws.pop(entry.sequence.id, None)
-            outputs.append(None if found is None else Output(found[0], _logprobs(found[1])))
-        began, ended = answer["span"]
-        return [Done(process.phase, batch, outputs, seconds, began, ended, answer["cpu"], *answer["pulled"])]
+        self.draws.used(batch)
+        return [done_of(process.phase, batch, answer, seconds)]
 
     def _failed(self, phase: Phase, batch: list[Entry], why: str, seconds: float) -> Done:
         self._losses[phase] += 1
@@ -349,7 +370,3 @@ def _memory(pid: int) -> dict[str, int]:
         elif name in ("Private_Clean", "Private_Dirty"):
             found["Private"] += int(rest.split()[0]) * KIB
     return found
-
-
-def _logprobs(told: Any) -> TokenLogprobs | None:
-    return None if told is None else TokenLogprobs(own=told[0], top=tuple((int(i), float(p)) for i, p in told[1]))
