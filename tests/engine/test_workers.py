@@ -152,7 +152,8 @@ def test_one_copy_of_the_weights(serving: Serving) -> None:
         assert region._pages is not None
         for pid in serving.workers.pids:
             own, held = mapped(pid, region._pages._address)
-            assert own <= 0.02 * held  # nothing of it became a copy
+            # nothing of it became a copy; the system may show some pages beside a small region as part of it
+            assert own <= max(0.02 * held, 64)
             assert held > 0 or pid == serving.workers.pids[0]  # the first of them computes nothing
     serving.workers.measure()
     row = next(row for row in serving.ledger.rows() if row.owner == "workers")

@@ -1,0 +1,104 @@
+"""Workers as Ray actors in a local cluster of several processes: the same tokens as one process, also after a loss."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from memwall.engine.apart import ApartEngine
+from memwall.engine.base import Limits
+from memwall.engine.distserve import DistServe
+from memwall.engine.kv_pages import KVPages
+from memwall.engine.ray_workers import RayWorkers
+from memwall.engine.side import Side, SideSettings
+from memwall.errors import BudgetExceeded
+from memwall.memory import PagePool
+from memwall.models import DEMO_DIRECTORY
+from tests.engine.test_workers import requests, start, tokens_of
+
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'memwall[ray]'")
+LIMITS = Limits(token_budget=64, max_sequences=8, page_tokens=16)
+SETTINGS = SideSettings(
+    model=str(DEMO_DIRECTORY), weights="int8", context_tokens=400, token_budget=64, max_sequences=8, threads=1,
+    contexts=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[tuple[int, ...]]:
+    alone = start(None)
+    found = tokens_of(alone)
+    alone.release()
+    return found
+
+
+@pytest.fixture(scope="module")
+def workers(expected: list[tuple[int, ...]]) -> Iterator[RayWorkers]:
+    made = RayWorkers({"prefill": SETTINGS, "decode": SETTINGS})
+    yield made
+    made.release()
+
+
+def engine(workers: RayWorkers) -> ApartEngine:
+    pages = [
+        KVPages(PagePool("kv", page_bytes=told["page_bytes"], most_pages=told["pages"]), 16, keep_prefixes=False)
+        for told in (workers.told["prefill"], workers.told["decode"])
+    ]
+    return ApartEngine(
+        DistServe(), workers, pages[1], limits=LIMITS, context_tokens=400, front_pages=pages[0], front_limits=LIMITS
+    )
+
+
+def served(made: ApartEngine, kill: list[tuple[int, int]] | None = None) -> list[tuple[int, ...]]:
+    """kill: (step, pid)."""
+    sequences, steps, left = [made.submit(request) for request in requests()], 0, list(kill or [])
+    while made.busy:
+        made.step()
+        steps += 1
+        if left and steps >= left[0][0]:
+            os.kill(left.pop(0)[1], signal.SIGKILL)
+    assert all(one.finish == "length" for one in sequences)
+    assert made.pages.pool.used_pages == made.front.pages.pool.used_pages == 0
+    return [tuple(one.made) for one in sequences]
+
+
+def test_tokens_are_those_of_one_process(workers: RayWorkers, expected: list[tuple[int, ...]]) -> None:
+    made = engine(workers)
+    assert served(made) == expected
+    assert made.moves.requests == 10
+    assert made.moves.nbytes > 0
+    assert len({os.getpid(), *workers.pids}) == 3
+    assert not workers.draws
+
+
+def test_an_actor_that_is_killed_costs_no_request(workers: RayWorkers, expected: list[tuple[int, ...]]) -> None:
+    lost = workers.lost
+    made = engine(workers)
+    assert served(made, [(6, workers.told["prefill"]["pid"]), (16, workers.told["decode"]["pid"])]) == expected
+    assert workers.lost == lost + 2
+    assert made.totals.preempted["recompute"] > 0
+
+
+def test_a_side_alone_reads_and_writes_pages_as_bytes() -> None:
+    one = Side(SETTINGS)
+    draw = random.Random(1)
+    assert one.describe()["pages"] == 75
+    for page in (3, 4, 9):
+        one.pool.page(page)[...] = draw.randrange(256)
+    data = one.read([(3, 2), (9, 1)])
+    answer = one.run({"entries": [], "pulls": [(3, 20, 2), (9, 7, 1)]}, data)
+    assert answer["outputs"] == []
+    assert answer["pulled"][0] == data.nbytes == 3 * one.pool.page_bytes
+    assert (one.pool.page(21) == one.pool.page(4)).all()
+    assert (one.pool.page(7) == one.pool.page(9)).all()
+
+
+def test_a_budget_that_holds_no_request_is_refused() -> None:
+    from dataclasses import replace
+
+    with pytest.raises(BudgetExceeded):
+        Side(replace(SETTINGS, memory_bytes=30_000_000))
