@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,12 +16,13 @@ from memwall.engine.distserve import DistServe
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.ray_workers import RayWorkers
 from memwall.engine.side import Side, SideSettings
-from memwall.errors import BudgetExceeded
+from memwall.errors import BudgetExceeded, DoesNotFit
 from memwall.memory import PagePool
 from memwall.models import DEMO_DIRECTORY
 from tests.engine.test_workers import requests, start, tokens_of
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'memwall[ray]'")
+pytestmark = pytest.mark.slow
 LIMITS = Limits(token_budget=64, max_sequences=8, page_tokens=16)
 SETTINGS = SideSettings(
     model=str(DEMO_DIRECTORY), weights="int8", context_tokens=400, token_budget=64, max_sequences=8, threads=1,
@@ -83,6 +85,12 @@ def test_an_actor_that_is_killed_costs_no_request(workers: RayWorkers, expected:
     assert made.totals.preempted["recompute"] > 0
 
 
+def test_a_cluster_whose_actors_have_no_room_says_so(workers: RayWorkers) -> None:
+    small = replace(SETTINGS, memory_bytes=30_000_000)
+    with pytest.raises(DoesNotFit, match="the prefill actor: runtime needs"):
+        RayWorkers({"prefill": small, "decode": SETTINGS})
+
+
 def test_a_side_alone_reads_and_writes_pages_as_bytes() -> None:
     one = Side(SETTINGS)
     draw = random.Random(1)
@@ -98,7 +106,5 @@ def test_a_side_alone_reads_and_writes_pages_as_bytes() -> None:
 
 
 def test_a_budget_that_holds_no_request_is_refused() -> None:
-    from dataclasses import replace
-
     with pytest.raises(BudgetExceeded):
         Side(replace(SETTINGS, memory_bytes=30_000_000))

@@ -49,10 +49,25 @@ SloToken = Annotated[
 ]
 
 
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="distserve: both workers as Ray actors, each with --memory of its own, on the cluster at this address, or "
+        "`local` for one started here. The model's directory must be there on all machines.",
+        metavar="ADDRESS",
+        show_default=False,
+    ),
+]
+
+
 def options_of(
-    name: SchedulerName, first: float | None, token: float | None, *, adapters: bool, threads: int | None = None
-) -> dict[str, Any]:
+    name: SchedulerName, first: float | None, token: float | None, *, adapters: bool, threads: int | None = None,
+    ray: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What `ServingSettings` and `load_engine` get for a scheduler."""
+    if ray is not None and name is not SchedulerName.distserve:
+        raise InputError("--ray is for workers with a memory of their own each: add --scheduler distserve")
     if name is not SchedulerName.semi_pd and (first is not None or token is not None):
         raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
     if name in (SchedulerName.fcfs, SchedulerName.fastswitch):
@@ -65,6 +80,8 @@ def options_of(
     from memwall.hardware import usable_processors
 
     if name is SchedulerName.distserve:
+        if ray is not None:
+            return {"ray": ray}
         return {"phases": PhaseSettings.apart(threads or usable_processors())}
     if name is SchedulerName.nexus:
         # a quota is changed in a worker that runs; who decides comes once costs were measured (`finish`)
@@ -96,11 +113,15 @@ def finish(name: SchedulerName, serving: Serving) -> None:
 
 def describe(serving: Serving) -> dict[str, Any] | None:
     """Shares and processes, for the start; None where one worker does all."""
+    from memwall.engine.ray_workers import RayWorkers
+
     workers = serving.workers
     if workers is None:
         return None
     shares = workers.shares
     told = {"prefill": shares.prefill, "decode": shares.decode, "processes": list(workers.pids)}
+    if isinstance(workers, RayWorkers):
+        told["actors"] = workers.told
     if serving.prefill_pool is not None:
         told["prefill_kv_tokens"] = serving.prefill_pool.limit_pages * serving.engine.limits.page_tokens
     return told

@@ -27,7 +27,7 @@ from memwall.engine.phased import Done
 from memwall.engine.sequence import Sequence
 from memwall.engine.side import Side, SideSettings
 from memwall.engine.workers import MOST_LOSSES, WAIT_SECONDS, Draws, done_of
-from memwall.errors import InputError, MemwallError, MissingDependency
+from memwall.errors import DoesNotFit, InputError, MemwallError, MissingDependency
 
 LOCAL = "local"
 READY_SECONDS = 600.0
@@ -44,6 +44,29 @@ class Job:
     batch: list[Entry]
     began: float
     answer: Future[Any]
+
+
+class Actor:
+    """A side in its process. What it refuses is told, since an actor that fails to begin tells little."""
+
+    def __init__(self, settings: SideSettings) -> None:
+        self.refused = ""
+        try:
+            self.side = Side(settings)
+        except MemwallError as error:
+            self.refused = str(error)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Side`; or `refused`, and why."""
+        return {"refused": self.refused} if self.refused else self.side.describe()
+
+    def read(self, runs: Batch[tuple[int, int]]) -> Any:
+        """See `Side`."""
+        return self.side.read(runs)
+
+    def run(self, job: dict[str, Any], pulled: Any = None) -> dict[str, Any]:
+        """See `Side`."""
+        return self.side.run(job, pulled)
 
 
 class RayWorkers:
@@ -179,19 +202,21 @@ class RayWorkers:
 
     def _make(self, phase: Phase) -> Any:
         settings = self._sides[phase]
-        actor = self._ray.remote(Side)
+        actor = self._ray.remote(Actor)
         # two calls at a time: pages are read while the next batch is computed. No restarts: the memory would be empty
         options = {"num_cpus": settings.threads or 1, "max_concurrency": 2, "max_restarts": 0}
         return actor.options(**options).remote(settings)
 
     def _await(self, phase: Phase) -> None:
         try:
-            self.told[phase] = self._ray.get(self._actors[phase].describe.remote(), timeout=READY_SECONDS)
+            told = self._ray.get(self._actors[phase].describe.remote(), timeout=READY_SECONDS)
         except self._ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, MemwallError):
-                raise cause from error
             raise MemwallError(f"the {phase} actor could not be made: {error}") from error
+        if "refused" in told:
+            raise DoesNotFit(
+                f"the {phase} actor: {told['refused']}. Its interpreter alone takes some 120 MB: try more --memory"
+            )
+        self.told[phase] = told
 
     def _alive(self, phase: Phase) -> bool:
         try:

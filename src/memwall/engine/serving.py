@@ -26,6 +26,7 @@ from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_de
 from memwall.engine.phase_loading import POOL_OWNER, begin_phases, make_workers, phased_engine
 from memwall.engine.phase_loading import PhaseSettings as PhaseSettings
 from memwall.engine.priorities import Priorities
+from memwall.engine.ray_workers import RayWorkers
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
 from memwall.engine.session import SAMPLING
@@ -144,7 +145,7 @@ class Serving:
         self._most_adapter_pages = 0
         self.stack = loaded.decoder.weights.stack
         self._wanted_blocks = self.stack.num_blocks if self.stack is not None else 0
-        self.workers: ForkedWorkers | None = None
+        self.workers: ForkedWorkers | RayWorkers | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -154,7 +155,7 @@ class Serving:
     @property
     def prefill_pool(self) -> PagePool | None:
         """Where prompts have a memory of their own."""
-        own = self.workers.pools["prefill"] if self.workers is not None else self.pool
+        own = self.workers.pools["prefill"] if isinstance(self.workers, ForkedWorkers) else self.pool
         return None if own is self.pool else own
 
     @property
@@ -297,7 +298,7 @@ class Serving:
         return min(wanted, max(self.arena.cap_bytes - self.arena.used_bytes, 0) // self.pool.page_bytes + self._held())
 
     def _reserve_bytes(self) -> int:
-        return self.workers.reserve_bytes if self.workers is not None else 0
+        return self.workers.reserve_bytes if isinstance(self.workers, ForkedWorkers) else 0
 
     def _held(self) -> int:
         return self.pool.committed_bytes // self.pool.page_bytes
