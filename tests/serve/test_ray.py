@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from memwall.cli.schedulers import SchedulerName, options_of
+from memwall.engine.ray_workers import check_address
 from memwall.errors import InputError
 from tests.serve.conftest import Running, Starter
 from tests.serve.test_phases import PROMPTS, answers, lives
@@ -41,6 +42,12 @@ def test_actors_serve_as_one_worker_does(starter: Starter, server: Running) -> N
     while any(map(lives, processes)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(lives, processes))
+
+
+def test_an_address_at_which_nobody_listens_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match=r"no Ray cluster answers at 127.0.0.1:1: .*ray start --head"):
+        check_address("127.0.0.1:1")
+    check_address("auto")
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import socket
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Batch
@@ -32,6 +33,7 @@ from memwall.errors import DoesNotFit, InputError, MemwallError, MissingDependen
 LOCAL = "local"
 READY_SECONDS = 600.0
 ALIVE_SECONDS = 10.0
+CONNECT_SECONDS = 5.0
 WHOLE = Shares(prefill=100, decode=100)
 log = logging.getLogger("memwall.engine")
 
@@ -238,6 +240,7 @@ def _connect(ray: Any, address: str, sides: Mapping[Phase, SideSettings]) -> boo
         cores = sum(side.threads or 1 for side in sides.values())
         ray.init(num_cpus=cores, include_dashboard=False, **quiet)
         return True
+    check_address(address)
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -245,3 +248,16 @@ def _connect(ray: Any, address: str, sides: Mapping[Phase, SideSettings]) -> boo
             f"no Ray cluster answers at {address}: {error}; start one with `ray start --head`, or say {LOCAL}"
         ) from error
     return True
+
+
+def check_address(address: str) -> None:
+    """InputError where nobody listens at a host and port: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto`, which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"no Ray cluster answers at {address}: {error}; start one with `ray start --head`, or say {LOCAL}"
+        ) from error
