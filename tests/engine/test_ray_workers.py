@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,19 +14,14 @@ from memwall.engine.base import Limits
 from memwall.engine.distserve import DistServe
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.ray_workers import RayWorkers
-from memwall.engine.side import Side, SideSettings
-from memwall.errors import BudgetExceeded, DoesNotFit
+from memwall.errors import DoesNotFit
 from memwall.memory import PagePool
-from memwall.models import DEMO_DIRECTORY
+from tests.engine.test_side import SETTINGS
 from tests.engine.test_workers import requests, start, tokens_of
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'memwall[ray]'")
 pytestmark = pytest.mark.slow
 LIMITS = Limits(token_budget=64, max_sequences=8, page_tokens=16)
-SETTINGS = SideSettings(
-    model=str(DEMO_DIRECTORY), weights="int8", context_tokens=400, token_budget=64, max_sequences=8, threads=1,
-    contexts=3,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +83,3 @@ def test_a_cluster_whose_actors_have_no_room_says_so(workers: RayWorkers) -> Non
     small = replace(SETTINGS, memory_bytes=30_000_000)
     with pytest.raises(DoesNotFit, match="the prefill actor: runtime needs"):
         RayWorkers({"prefill": small, "decode": SETTINGS})
-
-
-def test_a_side_alone_reads_and_writes_pages_as_bytes() -> None:
-    one = Side(SETTINGS)
-    draw = random.Random(1)
-    assert one.describe()["pages"] == 75
-    for page in (3, 4, 9):
-        one.pool.page(page)[...] = draw.randrange(256)
-    data = one.read([(3, 2), (9, 1)])
-    answer = one.run({"entries": [], "pulls": [(3, 20, 2), (9, 7, 1)]}, data)
-    assert answer["outputs"] == []
-    assert answer["pulled"][0] == data.nbytes == 3 * one.pool.page_bytes
-    assert (one.pool.page(21) == one.pool.page(4)).all()
-    assert (one.pool.page(7) == one.pool.page(9)).all()
-
-
-def test_a_budget_that_holds_no_request_is_refused() -> None:
-    with pytest.raises(BudgetExceeded):
-        Side(replace(SETTINGS, memory_bytes=30_000_000))
