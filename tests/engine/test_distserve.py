@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from memwall.engine.base import Costs, Limits, State
 from memwall.engine.distserve import DistServe, Offer
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.phase_device import VirtualWorkers
+from memwall.engine.phased import Done
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Event, Request
 from memwall.engine.simulated import Arrival, VirtualClock, replay, virtual_switcher
@@ -162,6 +164,67 @@ def test_a_full_decode_side_holds_prompts_back() -> None:
     assert made.totals.preempted["swap"] > 0
     assert made.totals.finished == {"length": 12}
     assert made.moves.requests == 12 + made.totals.preempted["recompute"]
+
+
+class Unsteady(VirtualWorkers):
+    """Loses a worker with its memory now and then, beside what the other is doing."""
+
+    draw = random.Random(0)
+
+    def collect(self, until: float | None = None, *, wait: bool = True) -> list[Done]:
+        found: list[Done] = []
+        for done in super().collect(until, wait=wait):
+            fate = self.draw.random()
+            if fate < 0.1:
+                found.append(replace(done, outputs=None, emptied=fate < 0.07))
+            else:
+                found.append(done)
+            if 0.1 < fate < 0.13 and done.phase == "decode" and "prefill" not in self._flights:
+                found.append(Done("prefill", [], None, 0.0, emptied=True))
+        return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), back=st.integers(35, 90))
+def test_memories_that_are_lost_cost_no_request(seed: int, back: int) -> None:
+    made = apart(front=60, back=back, swap=0)
+    assert isinstance(made.clock, VirtualClock)
+    workers = Unsteady(made.clock, DEVICE, SIZE, HALVES)
+    workers.draw = random.Random(seed)
+    for side in (made, made.front):
+        side.workers = side.executor = workers
+    step = made.step
+
+    def watched() -> list[Event]:
+        events = step()
+        check(made)
+        return events
+
+    made.step = watched  # type: ignore[method-assign]
+    sequences, events = served(made, load(16, 50.0, seed=seed))
+    assert {event.id for event in events if event.finish == "length"} == {one.id for one in sequences}
+    assert all(one.num_made == one.request.sampling.max_new_tokens for one in sequences)
+    assert made.pages.pool.used_pages == 0
+    assert made.front.pages.pool.used_pages == made.front.pages.idle_pages
+
+
+def test_a_pull_whose_source_is_gone_is_a_prompt_again() -> None:
+    made = apart(swap=0)
+    sampling = Sampling(max_new_tokens=9, ignore_eos=True)
+    one = made.submit(Request(prompt=(5,) * 40, sampling=sampling), 0.0)
+    while not made._pulling:
+        made._take_in(made.workers.collect())
+        made._hand_out(made.clock())
+    [job] = made.workers.collect()
+    made._take_in([Done("prefill", [], None, 0.0, emptied=True)])
+    assert one.id in made._pulling  # its bytes may be on their way
+    made._take_in([replace(job, outputs=None)])
+    assert one.id in made.front.waiting
+    assert one.computed == 0
+    check(made)
+    while made.busy:
+        made.step()
+    assert one.num_made == 9
 
 
 def test_bad_settings() -> None:

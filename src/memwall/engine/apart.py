@@ -76,6 +76,7 @@ class ApartEngine(PhasedEngine):
         """Prompts that are done and wait for room, in the order in which they were."""
         self.moves = Moves()
         self._pulling: dict[int, tuple[Sequence, list[int]]] = {}
+        self._sourceless: set[int] = set()
 
     def fill(self, tokens: int) -> None:
         """Batches of prompts come near so many tokens from now on (`saturation`), and never above what fits a step."""
@@ -170,6 +171,7 @@ class ApartEngine(PhasedEngine):
         if phase == "prefill":
             there += self.offered.values()
             self.offered.clear()
+            self._sourceless |= set(self._pulling)  # unless their bytes were on their way already
         for one in there:
             side.running.pop(one.id, None)
             one.preemptions += 1
@@ -179,19 +181,24 @@ class ApartEngine(PhasedEngine):
 
     def _offer(self) -> None:
         """Prompts whose first token is there, and requests whose tokens are all computed again, are done here."""
+        flying = self.front._in_flight_ids()
         for one in list(self.front.running.values()):
-            if one.num_made and one.computed == len(one.tokens) - 1:
+            if one.num_made and one.computed == len(one.tokens) - 1 and one.id not in flying:
                 self.offered[one.id] = self.front.running.pop(one.id)
 
     def _pulled(self, done: Done) -> list[Event]:
         """What was pulled with a batch goes on here and is freed there; offered anew where the worker was lost."""
         pulling, self._pulling = self._pulling, {}
+        sourceless, self._sourceless = self._sourceless, set()
         if done.outputs is None:
             for one, source in pulling.values():
                 self.pages.release(one.pages)
                 one.pages = source
             self.moves.again += len(pulling)
-            self.offered = {number: one for number, (one, _) in pulling.items()} | self.offered
+            back = {number: one for number, (one, _) in pulling.items()}
+            for number in sourceless & back.keys():
+                self.front._start_over(back.pop(number))
+            self.offered = back | self.offered
         else:
             for number, (one, source) in pulling.items():
                 self._free_front(number, source)
