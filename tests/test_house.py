@@ -32,6 +32,7 @@ LONGER: dict[str, str] = {
     "cli/bench.py:serve": "the same",
     "cli/simulate.py:serving": "the same",
     "cli/kernel.py:kernel": "the same",
+    "cli/split.py:split": "the same",
 }
 
 SKIPPED_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

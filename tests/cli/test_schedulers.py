@@ -18,13 +18,15 @@ def test_names_make_what_they_say() -> None:
     nexus = options_of(SchedulerName.nexus, None, None, adapters=False)
     assert "scheduler" not in nexus  # it comes once costs are measured
     assert not nexus["phases"].fresh
+    apart = options_of(SchedulerName.distserve, None, None, adapters=False, threads=4)["phases"]
+    assert (apart.shares.prefill, apart.shares.decode, apart.prefill_room) == (50, 50, 0.25)
 
 
 def test_what_does_not_go_together_is_refused_by_name() -> None:
     for name in (SchedulerName.fcfs, SchedulerName.nexus):
         with pytest.raises(InputError, match="add --scheduler semi-pd"):
             options_of(name, 0.5, None, adapters=False)
-    for name in (SchedulerName.semi_pd, SchedulerName.nexus):
+    for name in (SchedulerName.semi_pd, SchedulerName.nexus, SchedulerName.distserve):
         with pytest.raises(InputError, match="serves no adapters"):
             options_of(name, None, None, adapters=True)
     with pytest.raises(InputError, match="objectives of 0 s"):

@@ -37,9 +37,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), re
 
 
 def start(phases: PhaseSettings | None, **told: Any) -> Serving:
-    budget = told.pop("budget", None)
+    budget, clock = told.pop("budget", None), told.pop("clock", None)
     chosen = {"weights": "int8", "context_tokens": 400, "token_budget": 64, "max_sequences": 8, "threads": 2, **told}
-    return load_engine(DEMO_DIRECTORY, ServingSettings(phases=phases, **chosen), budget=budget)
+    return load_engine(DEMO_DIRECTORY, ServingSettings(phases=phases, **chosen), budget=budget, clock=clock)
 
 
 def requests(count: int = 10) -> list[Request]:
@@ -152,7 +152,8 @@ def test_one_copy_of_the_weights(serving: Serving) -> None:
         assert region._pages is not None
         for pid in serving.workers.pids:
             own, held = mapped(pid, region._pages._address)
-            assert own <= 0.02 * held  # nothing of it became a copy
+            # nothing of it became a copy; the system may show some pages beside a small region as part of it
+            assert own <= max(0.02 * held, 64)
             assert held > 0 or pid == serving.workers.pids[0]  # the first of them computes nothing
     serving.workers.measure()
     row = next(row for row in serving.ledger.rows() if row.owner == "workers")
@@ -226,8 +227,8 @@ class Both:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._time, name)
 
-    def start(self, phase: Phase, batch: list[Entry]) -> None:
-        self._real.run_as(phase, batch)
+    def start(self, phase: Phase, batch: list[Entry], pulls: Any = ()) -> None:
+        self._real.run_as(phase, batch, pulls)
         self._time.start(phase, batch)
 
     def forget(self, sequence: Sequence) -> None:
@@ -305,8 +306,7 @@ def test_a_quota_is_kept_and_weights_follow_shares() -> None:
 def test_forgets_what_is_over(serving: Serving) -> None:
     tokens_of(serving)
     assert serving.workers is not None
-    assert not serving.workers._random
-    assert not serving.workers._draws
+    assert not serving.workers.draws
     assert isinstance(Output(1), Output)
 
 

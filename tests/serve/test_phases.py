@@ -65,9 +65,10 @@ def test_a_worker_that_is_killed_costs_no_request(phased: Running) -> None:
     assert phased.memory()["phases"]["lost"] > before
 
 
-def test_the_budget_moves_and_nothing_is_left_behind(starter: Starter) -> None:
-    server = starter(*OPTIONS, "--scheduler", "nexus")
-    assert server.told["shares"]["prefill"] == 50
+@pytest.mark.parametrize("scheduler", ["nexus", "distserve"])
+def test_the_budget_moves_and_nothing_is_left_behind(starter: Starter, scheduler: str) -> None:
+    server = starter(*OPTIONS, "--scheduler", scheduler)
+    assert server.told["shares"]["decode"] == (50 if scheduler == "nexus" else 100)  # of one thread
     before = answers(server)
     smaller = int(server.get("/v1/budget").json()["budget_bytes"] * 0.95)
     assert server.post("/v1/budget", {"memory": str(smaller)}).status_code == 200
@@ -78,3 +79,31 @@ def test_the_budget_moves_and_nothing_is_left_behind(starter: Starter) -> None:
     while any(map(lives, processes)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(lives, processes))
+
+
+@pytest.fixture(scope="module")
+def apart(starter: Starter) -> Running:
+    return starter(*OPTIONS, "--scheduler", "distserve")
+
+
+def test_two_memories_give_the_same_answers_and_say_what_they_hold(apart: Running, server: Running) -> None:
+    assert answers(apart) == answers(server)
+    assert apart.told["shares"]["prefill_kv_tokens"] >= 512
+    memory = apart.memory()
+    told = memory["phases"]["apart"]
+    assert told["moved"]["requests"] == len(PROMPTS)
+    assert told["moved"]["nbytes"] > 0
+    assert told["offered"] == 0
+    assert 16 <= told["batch_tokens"] <= 256
+    assert any(row["owner"] == "kv/prefill" and row["bytes"] > 0 for row in memory["ledger"])
+    assert memory["resident_bytes"] <= memory["budget_bytes"]
+    metrics = apart.get("/metrics").text
+    assert "memwall:prompts_handed_over_total" in metrics
+    assert "memwall:prefill_cache_usage_perc" in metrics
+
+
+def test_either_process_may_be_killed_and_no_request_is_lost(apart: Running) -> None:
+    for place in (1, 2):
+        os.kill(apart.memory()["phases"]["processes"][place], signal.SIGKILL)
+        assert all(answers(apart))
+    assert apart.memory()["phases"]["lost"] == 2

@@ -117,3 +117,22 @@ def test_devices_of_a_plan() -> None:
         decode_instances=4,
     )  # fmt: skip
     assert plan.devices == 16
+
+
+def test_batches_near_what_fills_a_device_bring_first_tokens_sooner() -> None:
+    one, times = Degrees(tensor=1), []
+    for fill in (False, True):
+        jobs = [Job(0.0, 400, 2) for _ in range(16)]
+        Simulation(model=MODEL, cluster=SEARCH.cluster, fill=fill).prefill_alone(jobs, one)
+        times.append(sorted(job.first_token_seconds for job in jobs))
+    whole, filled = times
+    assert len(set(whole)) == 2  # the first one, and then all others at once
+    assert len(set(filled)) == 16  # L_m holds one of 400
+    assert sum(filled) < 0.85 * sum(whole)
+    assert filled[-1] < 1.5 * whole[-1]  # what each batch begins with comes 16 times
+
+
+def test_instances_that_hold_the_longest_request() -> None:
+    long = replace(SEARCH, lengths=[(70_000, 100)])
+    assert Degrees(tensor=1) not in list(long.degrees(4))
+    assert Degrees(tensor=2) in list(long.degrees(4))

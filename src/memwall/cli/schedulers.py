@@ -27,6 +27,7 @@ class SchedulerName(StrEnum):
     fastswitch = "fastswitch"
     semi_pd = "semi-pd"
     nexus = "nexus"
+    distserve = "distserve"
 
 
 SchedulerOption = Annotated[
@@ -36,7 +37,8 @@ SchedulerOption = Annotated[
         help="fcfs: first come, first served; one worker, prompts in chunks beside tokens. fastswitch: by priorities "
         "that may change while requests run, whose pages are then swapped beside the steps of others. semi-pd: prompts "
         "and tokens in two processes over one memory, with shares of the cores that follow --slo-first and "
-        "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost.",
+        "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost. distserve: "
+        "two processes that have half of the cores and a memory of their own each; finished prompts are handed over.",
     ),
 ]
 SloFirst = Annotated[
@@ -47,8 +49,25 @@ SloToken = Annotated[
 ]
 
 
-def options_of(name: SchedulerName, first: float | None, token: float | None, *, adapters: bool) -> dict[str, Any]:
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="distserve: both workers as Ray actors, each with --memory of its own, on the cluster at this address, or "
+        "`local` for one started here. The model's directory must be there on all machines.",
+        metavar="ADDRESS",
+        show_default=False,
+    ),
+]
+
+
+def options_of(
+    name: SchedulerName, first: float | None, token: float | None, *, adapters: bool, threads: int | None = None,
+    ray: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What `ServingSettings` and `load_engine` get for a scheduler."""
+    if ray is not None and name is not SchedulerName.distserve:
+        raise InputError("--ray is for workers with a memory of their own each: add --scheduler distserve")
     if name is not SchedulerName.semi_pd and (first is not None or token is not None):
         raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
     if name in (SchedulerName.fcfs, SchedulerName.fastswitch):
@@ -58,7 +77,12 @@ def options_of(name: SchedulerName, first: float | None, token: float | None, *,
     from memwall.engine.phases import FIRST_SHARES
     from memwall.engine.semi_pd import SemiPD
     from memwall.engine.serving import PhaseSettings
+    from memwall.hardware import usable_processors
 
+    if name is SchedulerName.distserve:
+        if ray is not None:
+            return {"ray": ray}
+        return {"phases": PhaseSettings.apart(threads or usable_processors())}
     if name is SchedulerName.nexus:
         # a quota is changed in a worker that runs; who decides comes once costs were measured (`finish`)
         return {"phases": PhaseSettings(shares=FIRST_SHARES, fresh=False)}
@@ -69,7 +93,16 @@ def options_of(name: SchedulerName, first: float | None, token: float | None, *,
 
 
 def finish(name: SchedulerName, serving: Serving) -> None:
-    """What a scheduler needs of a loaded engine: Nexus measures what both phases cost here."""
+    """What a scheduler needs of a loaded engine: Nexus measures what both phases cost here, DistServe which batch of
+    prompts fills the prefill process.
+    """
+    if name is SchedulerName.distserve:
+        from memwall.engine.apart import ApartEngine
+        from memwall.engine.saturation import measure, saturating_tokens
+
+        engine = serving.engine
+        assert isinstance(engine, ApartEngine)
+        engine.fill(saturating_tokens(measure(engine)))
     if name is not SchedulerName.nexus:
         return
     from memwall.engine.nexus import Nexus
@@ -80,8 +113,15 @@ def finish(name: SchedulerName, serving: Serving) -> None:
 
 def describe(serving: Serving) -> dict[str, Any] | None:
     """Shares and processes, for the start; None where one worker does all."""
+    from memwall.engine.ray_workers import RayWorkers
+
     workers = serving.workers
     if workers is None:
         return None
     shares = workers.shares
-    return {"prefill": shares.prefill, "decode": shares.decode, "processes": list(workers.pids)}
+    told = {"prefill": shares.prefill, "decode": shares.decode, "processes": list(workers.pids)}
+    if isinstance(workers, RayWorkers):
+        told["actors"] = workers.told
+    if serving.prefill_pool is not None:
+        told["prefill_kv_tokens"] = serving.prefill_pool.limit_pages * serving.engine.limits.page_tokens
+    return told

@@ -13,7 +13,16 @@ from memwall.cli.fair import PrioritiesOption, UpdatesOption, fair_options
 from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, LoraOption, MostRank, read_loras
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
-from memwall.cli.schedulers import SchedulerName, SchedulerOption, SloFirst, SloToken, describe, finish, options_of
+from memwall.cli.schedulers import (
+    RayOption,
+    SchedulerName,
+    SchedulerOption,
+    SloFirst,
+    SloToken,
+    describe,
+    finish,
+    options_of,
+)
 from memwall.cli.w4a4kv4 import NAME as W4A4KV4
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
 
@@ -51,6 +60,7 @@ def serve(
         int, typer.Option(help="Tokens computed in one step: long prompts come in chunks of it.", min=16, max=8192)
     ] = 256,
     scheduler: SchedulerOption = SchedulerName.fcfs,
+    ray: RayOption = None,
     priorities: PrioritiesOption = None,
     priority_updates: UpdatesOption = None,
     swap: Annotated[str, typer.Option(help="Disk for requests set aside, such as 1GB; 0 for none.")] = "256MB",
@@ -120,7 +130,7 @@ def serve(
     }  # fmt: skip
     options |= fair
     options |= _lora_options(loras, path, stored, lora_batch, first_token_limit)
-    options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options)
+    options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options, threads=threads, ray=ray)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
     finish(scheduler, serving)
@@ -167,8 +177,13 @@ def start(
     from memwall.plan.serving import choose
 
     scheduler, priorities = options.pop("scheduler", None), options.pop("priorities", None)
+    ray = options.pop("ray", None)
     settings = choose(path, budget, ServingSettings(weights=weights, context_tokens=context, **options))
     try:
+        if ray is not None:
+            from memwall.engine.ray_serving import load_on_ray
+
+            return load_on_ray(path, settings, ray, budget=budget, tokenizer=tokenizer)
         with progress_bar("loading", quiet=quiet) as bar:
             return load_engine(
                 path, settings, budget=budget, tokenizer=tokenizer, scheduler=scheduler, priorities=priorities,
@@ -248,4 +263,7 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
     if serving.workers is not None:
         shares = serving.workers.shares
         note(f"prompts and tokens in two processes: {shares.prefill} and {shares.decode} % of the cores", quiet=quiet)
+    if serving.prefill_pool is not None:
+        own = serving.prefill_pool.limit_pages * limits.page_tokens
+        note(f"prompts have pages of their own for {own:,} tokens, and are handed over when done", quiet=quiet)
     note(f"memwall: listening on {where} (page of memory at /, OpenAI routes under /v1)", quiet=quiet)

@@ -1,6 +1,6 @@
 """`memwall simulate`: what something would do on machines that are not here; `simulate serving` finds the plan by which
-a cluster serves a model best, `simulate profile` measures this machine's engine for it, `simulate accllm` runs a model
-on an FPGA card.
+a cluster serves a model best, `simulate split` how many devices prompts and tokens need, `simulate profile` measures
+this machine's engine for both, `simulate accllm` runs a model on an FPGA card.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memwall.cli import split
 from memwall.cli.bench import _loads
 from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_command, complete_weights
 from memwall.cli.plan import _complete_machine
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
         rich_markup_mode=None,
     )
     add_command(group, "serving", serving)
+    add_command(group, "split", split.split)
     add_command(group, "profile", profile)
     add_command(group, "accllm", accllm)
     app.add_typer(group, name="simulate")

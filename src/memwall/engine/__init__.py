@@ -5,6 +5,8 @@ Many requests: base is the scheduler seam, core the step loop over it, kv_pages 
 the executor with a model, simulated the one with a virtual clock, serving loads a model for many inside one budget.
 Swaps: swap is the file, stream runs copies beside the steps, switching decides what is copied and kept, fastswitch who
 runs and what is waited for, priorities who goes first, chats holds conversations with an engine.
+Phases apart: phased is the loop over two workers with one memory, apart the one over two; distserve decides, hand_over
+copies, ranked cuts keys and values over ranks, saturation finds the batch that fills a worker.
 Offline batches: prefix_tree finds what prompts share, batchllm plans and schedules, shared holds prefixes, offline
 runs a plan.
 """

@@ -78,7 +78,7 @@ class BatchCache:
     takes_inputs: ClassVar[bool] = False
     length = next_position = 0  # positions come with the tokens
 
-    def __init__(self, shape: CacheShape, pool: PagePool, page_tokens: int, kv: str) -> None:
+    def __init__(self, shape: CacheShape, pool: PagePool, page_tokens: int, kv: str = "float16") -> None:
         self.shape = shape
         self.pool = pool
         self.page_tokens = page_tokens

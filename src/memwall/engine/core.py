@@ -88,7 +88,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a request is not over."""
-        return bool(self.running or self.waiting or self.swapped)
+        return bool(self.everyone())
 
     @property
     def in_flight(self) -> bool:
@@ -105,7 +105,7 @@ class Engine:
     @property
     def num_requests(self) -> int:
         """Requests that are not over."""
-        return len(self.running) + len(self.waiting) + len(self.swapped)
+        return len(self.everyone())
 
     def check(self, request: Request) -> None:
         """InputError when the request could never run."""
@@ -137,16 +137,13 @@ class Engine:
 
     def cancel(self, number: int) -> Event | None:
         """Ends a request wherever it is and frees what it holds; None when it is over already."""
-        for group in (self.running, self.waiting, self.swapped):
-            if number in group:
-                return self._finish(group[number], "cancelled")
-        return None
+        return next((self._finish(one, "cancelled") for one in self.everyone() if one.id == number), None)
 
     def abandon(self) -> list[Event]:
         """Ends all requests after a fault that nobody foresaw; what they held is free again."""
-        everyone = self._everyone()
         # members first: a prefix that ends before them sends them to the queue
-        events = [self._finish(one, "error") for one in sorted(everyone, key=lambda one: one.request.members > 0)]
+        everyone = sorted(self.everyone(), key=lambda one: one.request.members > 0)
+        events = [self._finish(one, "error") for one in everyone]
         for prefix in list(self.shared.held.values()):  # members that never came
             self._drop_prefix(prefix)
         return events
@@ -158,7 +155,7 @@ class Engine:
         now = self.clock()
         events = self._expire(now) + self._land()
         self.fit_limit()
-        if self.priorities.update(self.totals.steps, self._everyone()):
+        if self.priorities.update(self.totals.steps, self.everyone()):
             for one in self.waiting.values():
                 one.view = None
         state = self.snapshot()
@@ -215,7 +212,7 @@ class Engine:
     def _adapter_views(self) -> tuple[AdapterView, ...]:
         if self.adapters is None:
             return ()
-        wanted = {one.request.adapter: None for one in self._everyone()}
+        wanted = {one.request.adapter: None for one in self.everyone()}
         return tuple(self.adapters.view(key) for key in wanted if key is not None)
 
     def _view(self, one: Sequence) -> RequestView:
@@ -461,7 +458,8 @@ class Engine:
         prefix.pages, prefix.status = [], "finished"
         self.shared.forget(prefix)
 
-    def _everyone(self) -> list[Sequence]:
+    def everyone(self) -> list[Sequence]:
+        """Requests that are not over."""
         return [*self.running.values(), *self.waiting.values(), *self.swapped.values()]
 
     def _expire(self, now: float) -> list[Event]:
@@ -469,7 +467,7 @@ class Engine:
 
     def _late(self, now: float) -> list[Sequence]:
         """Those whose time is up."""
-        return [one for one in self._everyone() if one.request.until is not None and one.request.until < now]
+        return [one for one in self.everyone() if one.request.until is not None and one.request.until < now]
 
     def _learn(self, batch: list[Entry], seconds: float) -> None:
         tokens = sum(entry.count for entry in batch)

@@ -17,6 +17,7 @@ from typing import Literal
 from memwall.engine.base import Costs, Limits, Phase, Scheduler, Shares
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Output
+from memwall.engine.hand_over import Pull
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.phased import WINDOW_ITERATIONS, Done, PhasedEngine
 from memwall.engine.sequence import Sequence as EngineSequence
@@ -151,8 +152,8 @@ class VirtualWorkers:
         if not self._flights:
             self._settle()
 
-    def start(self, phase: Phase, batch: list[Entry]) -> None:
-        """See `Workers`."""
+    def start(self, phase: Phase, batch: list[Entry], pulls: Sequence[Pull] = ()) -> None:
+        """See `Workers`. Pages are copied in no time."""
         wait = self.device.seconds
         if self.switching == "stop" and self.preparing is not None:
             wait += max(self._ready - self.clock.now, 0.0)

@@ -18,17 +18,20 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from memwall.engine.base import PHASES, Phase
 from memwall.engine.batch import BatchCache, ModelExecutor
 from memwall.engine.executor import Entry, Output
+from memwall.engine.hand_over import HandOver, Pull
 from memwall.engine.pacing import Pacer, be_nice
+from memwall.engine.ranked import layout_of
 from memwall.engine.sampling import Sampler, Sampling
-from memwall.engine.sequence import Request, Sequence
+from memwall.engine.sequence import Request, Sequence, TokenLogprobs
 from memwall.memory import PagePool
 
 LENGTH = struct.Struct("<I")
@@ -77,14 +80,18 @@ def entry_message(entry: Entry, draw: float | None) -> dict[str, Any]:
 
 
 class Worker:
-    """A process that computes batches of one phase."""
+    """A process that computes batches of one phase. pools: each phase's; the same one where they share it."""
 
-    def __init__(self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor, pool: PagePool):
+    def __init__(
+        self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool]
+    ) -> None:
         be_nice(order["nice"])
         self.connection = connection
         self.pacer = Pacer(order["percent"], order["cores"], whole_threads=order["whole_threads"])
-        self.pool = pool
-        self.executor = DrawingExecutor(executor, PacedCache(executor.cache, pool, order["page_tokens"], self.pacer))
+        self.pools = pools
+        cache = PacedCache(executor.cache, pools[order["phase"]], order["page_tokens"], self.pacer)
+        self.executor = DrawingExecutor(executor, cache)
+        self.hand_over = HandOver(layout=layout_of(cache.shape, order["page_tokens"], cache.kv))
 
     def serve(self) -> None:
         """Answers until the other end is gone."""
@@ -99,16 +106,16 @@ class Worker:
 
     def _run(self, job: dict[str, Any]) -> dict[str, Any]:
         began, used = time.perf_counter(), time.process_time()
-        self.pool.follow(job["committed"])
+        for phase, nbytes in zip(PHASES, job["committed"], strict=True):
+            self.pools[phase].follow(nbytes)
         if job["percent"] != self.pacer.percent:
             self.pacer.set(job["percent"])
-        outputs = self.executor.run([_entry(told) for told in job["entries"]])
+        pulls = [Pull(*told) for told in job["pulls"]]
+        moved = self.hand_over.copy((self.pools["prefill"],), (self.pools["decode"],), pulls)
+        pulled = time.perf_counter() - began
+        outputs = self.executor.run([entry_of(told) for told in job["entries"]]) if job["entries"] else []
         self.pacer.pace()
-        return {
-            "outputs": [None if out is None else [out.token, _logprobs(out)] for out in outputs],
-            "span": [began, time.perf_counter()],
-            "cpu": time.process_time() - used,
-        }
+        return answer_message(outputs, began, used, (moved, pulled))
 
 
 class PacedCache(BatchCache):
@@ -138,13 +145,14 @@ class DrawingExecutor(ModelExecutor):
         self._logit_rows, self._scratch = made._logit_rows, made._scratch
 
     def _draw(self, sequence: Sequence, logits: np.ndarray) -> Output:
-        draw = sequence.arrival  # of a sequence that is told to a worker: see `_entry`
+        draw = sequence.arrival  # of a sequence that is told to a worker: see `entry_of`
         token = Sampler(sequence.request.sampling, self._scratch).pick(logits, draw)
         wanted = sequence.request.logprobs
         return Output(token, None if wanted is None else self._logprobs(logits, token, wanted))
 
 
-def _entry(told: dict[str, Any]) -> Entry:
+def entry_of(told: dict[str, Any]) -> Entry:
+    """In a worker: what `entry_message` told."""
     first, tokens, sample = told["first"], told["tokens"], "t" in told
     sampling = Sampling(temperature=told["t"], top_k=told["k"], top_p=told["p"]) if sample else Sampling()
     request = Request(prompt=(0,), sampling=sampling, logprobs=told.get("lp"))
@@ -153,12 +161,33 @@ def _entry(told: dict[str, Any]) -> Entry:
     return Entry(one, first, len(tokens), sample)
 
 
+def answer_message(
+    outputs: list[Output | None], began: float, cpu_began: float, pulled: tuple[int, float]
+) -> dict[str, Any]:
+    """A worker's answer, now that it is done. pulled: bytes and seconds of what it copied before."""
+    return {
+        "outputs": [None if out is None else [out.token, _logprobs(out)] for out in outputs],
+        "span": [began, time.perf_counter()],
+        "pulled": list(pulled),
+        "cpu": time.process_time() - cpu_began,
+    }
+
+
+def outputs_of(answer: dict[str, Any]) -> list[Output | None]:
+    """In the engine: what `answer_message` told."""
+    return [None if found is None else Output(found[0], _told_logprobs(found[1])) for found in answer["outputs"]]
+
+
+def _told_logprobs(told: Any) -> TokenLogprobs | None:
+    return None if told is None else TokenLogprobs(own=told[0], top=tuple((int(i), float(p)) for i, p in told[1]))
+
+
 def _logprobs(output: Output) -> Any:
     found = output.logprobs
     return None if found is None else [found.own, [list(pair) for pair in found.top]]
 
 
-def fork_resident(executor: ModelExecutor, pool: PagePool) -> tuple[int, socket.socket]:
+def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> tuple[int, socket.socket]:
     """Forks the resident process; its number, and the socket that asks it for workers."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
@@ -166,11 +195,11 @@ def fork_resident(executor: ModelExecutor, pool: PagePool) -> tuple[int, socket.
     if number:
         theirs.close()
         return number, ours
-    _forever(lambda: _resident(theirs, executor, pool), theirs.fileno())
+    _forever(lambda: _resident(theirs, executor, pools), theirs.fileno())
     raise AssertionError
 
 
-def _resident(orders: socket.socket, executor: ModelExecutor, pool: PagePool) -> None:
+def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> None:
     gc.freeze()  # a collection would write to every object, and so copy their pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -178,13 +207,13 @@ def _resident(orders: socket.socket, executor: ModelExecutor, pool: PagePool) ->
         if not body:
             return
         if os.fork() == 0:
-            worker = partial(_work, files[0], json.loads(body), executor, pool)
+            worker = partial(_work, files[0], json.loads(body), executor, pools)
             _forever(worker, files[0])
         os.close(files[0])
 
 
-def _work(file: int, order: dict[str, Any], executor: ModelExecutor, pool: PagePool) -> None:
-    Worker(socket.socket(fileno=file), order, executor, pool).serve()
+def _work(file: int, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> None:
+    Worker(socket.socket(fileno=file), order, executor, pools).serve()
 
 
 def order_worker(orders: socket.socket, order: dict[str, Any]) -> socket.socket:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Batch
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from memwall.engine.base import PHASES, Lanes, Limits, Phase, Scheduler, Shares, State, Window, Work
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Executor, Output
+from memwall.engine.hand_over import Pull
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.phases import phase_of
 from memwall.engine.sequence import Event, FinishReason, Request, Sequence
@@ -27,7 +29,8 @@ WINDOW_ITERATIONS = 128
 @dataclass(frozen=True, slots=True)
 class Done:
     """A batch that is over. outputs: None where its worker was lost; all of it is then done again. began, ended: when
-    the worker computed; cpu_seconds: of its processor time.
+    the worker computed; cpu_seconds: of its processor time. pulled_bytes, pulled_seconds: of what it copied before.
+    emptied: its memory is lost with it.
     """
 
     phase: Phase
@@ -37,6 +40,9 @@ class Done:
     began: float = 0.0
     ended: float = 0.0
     cpu_seconds: float = 0.0
+    pulled_bytes: int = 0
+    pulled_seconds: float = 0.0
+    emptied: bool = False
 
 
 class Workers(Executor, Protocol):
@@ -57,8 +63,8 @@ class Workers(Executor, Protocol):
     def switch(self, shares: Shares) -> None:
         """New shares, which each phase takes up at the end of its own iteration."""
 
-    def start(self, phase: Phase, batch: list[Entry]) -> None:
-        """Hands a batch to an idle worker."""
+    def start(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> None:
+        """Hands a batch to an idle worker. pulls: pages that it copies from the other one's memory before."""
 
     def collect(self, until: float | None = None, *, wait: bool = True) -> list[Done]:
         """Batches that are over; wait: for the first one, until a time of the clock, or until `wake`."""
@@ -89,6 +95,9 @@ class Observed:
 
 class PhasedEngine(Engine):
     """Requests over a pool of pages and two workers. window: iterations after which it is told what was observed."""
+
+    phases: tuple[Phase, ...] = PHASES
+    """Those whose requests lie in its pages."""
 
     def __init__(
         self,
@@ -163,9 +172,8 @@ class PhasedEngine(Engine):
         if self._must_move():
             events += self.drain()
         self.fit_limit()
-        if len(self._flying) < len(PHASES):
-            events += self._hand_out(now)
-        if self._flying and not events:
+        events += self._hand_out(now)
+        if self.in_flight and not events:
             events += self._take_in(self.workers.collect(self.wakes_at))
         return events
 
@@ -173,7 +181,7 @@ class PhasedEngine(Engine):
         """See `Engine`."""
         flying = tuple(Work(id=e.sequence.id, tokens=e.count) for batch in self._flying.values() for e in batch)
         lanes = Lanes(
-            idle=tuple(phase for phase in PHASES if phase not in self._flying),
+            idle=tuple(phase for phase in self.phases if phase not in self._flying),
             flying=flying,
             shares=self.workers.shares,
             preparing=self.workers.preparing,
@@ -182,7 +190,13 @@ class PhasedEngine(Engine):
         )
         return replace(super().snapshot(), lanes=lanes)
 
+    def pages_of(self, phase: Phase) -> KVPages:
+        """Where requests in this phase have theirs."""
+        return self.pages
+
     def _hand_out(self, now: float) -> list[Event]:
+        if len(self._flying) == len(self.phases):
+            return []
         state = self.snapshot()
         assert state.lanes is not None
         step = self.scheduler.plan_step(state, now)
@@ -203,9 +217,12 @@ class PhasedEngine(Engine):
         for phase in state.lanes.idle:
             mine = [entry for entry in batch if (entry.sequence.id in decoding) == (phase == "decode")]
             if mine:
-                self._flying[phase] = mine
-                self.workers.start(phase, mine)
+                self._launch(phase, mine)
         return events
+
+    def _launch(self, phase: Phase, batch: list[Entry]) -> None:
+        self._flying[phase] = batch
+        self.workers.start(phase, batch)
 
     def _take_in(self, finished: list[Done]) -> list[Event]:
         """Books of batches that are over."""

@@ -281,7 +281,9 @@ class Evaluator:
     def _decoder_bytes(self, specs: Mapping[str, str], segment: int, *, exact: bool) -> int:
         rows = self._compared_rows
         if self.config.ssm is None:
-            return activation_bytes(self.config, segment, rows) + scratch_bytes(self.config, specs, segment, exact=exact)
+            return activation_bytes(self.config, segment, rows) + scratch_bytes(
+                self.config, specs, segment, exact=exact
+            )
         buffers = buffer_shapes(self.config, segment, rows).values()
         held = sum(height * width * dtype.itemsize for (height, width), dtype in buffers)
         return held + ssm_scratch_bytes(self.config, specs, segment, exact=exact) + table_bytes(self.config)

@@ -15,22 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from memwall import _native, kernels
+from memwall import _native
 from memwall.engine.adapters import Adapters, check_room
 from memwall.engine.base import Limits, Scheduler, Shares
 from memwall.engine.batch import PAGED, ModelExecutor, lora_room, page_bytes
 from memwall.engine.core import Engine
-from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_decoder
-from memwall.engine.phased import WINDOW_ITERATIONS, PhasedEngine
-from memwall.engine.phases import Split
+from memwall.engine.phase_loading import POOL_OWNER, begin_phases, make_workers, phased_engine
+from memwall.engine.phase_loading import PhaseSettings as PhaseSettings
 from memwall.engine.priorities import Priorities
+from memwall.engine.ray_workers import RayWorkers
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
-from memwall.engine.sequence import Request
-from memwall.engine.sequence import Sequence as Running
 from memwall.engine.session import SAMPLING
 from memwall.engine.swap import SwapArea
 from memwall.engine.switching import Switcher, SwitchSettings
@@ -47,7 +45,6 @@ from memwall.models.lora import LoraWeights
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress
 
-POOL_OWNER = "kv/pages"
 LORA_SCRATCH = "adapters/scratch"
 MOST_LOGIT_ROWS = 16
 MOST_KEPT_CONTEXTS = 4
@@ -74,18 +71,6 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.most_rank <= 512:
             raise InputError(f"most_rank is {self.most_rank}; it must be 1 to 512")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseSettings:
-    """Prompts and tokens are computed by two processes. shares: theirs at the start; fresh: new shares come with new
-    processes. window: iterations after which the scheduler sees what was observed. whole_threads: see `pacing.Pacer`.
-    """
-
-    shares: Shares
-    fresh: bool = True
-    window: int = WINDOW_ITERATIONS
-    whole_threads: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +149,18 @@ class Serving:
         self._most_adapter_pages = 0
         self.stack = loaded.decoder.weights.stack
         self._wanted_blocks = self.stack.num_blocks if self.stack is not None else 0
-        self.workers: ForkedWorkers | None = None
+        self.workers: ForkedWorkers | RayWorkers | None = None
 
     @property
     def context_tokens(self) -> int:
         """Longest request, prompt and answer."""
         return self.engine.context_tokens
+
+    @property
+    def prefill_pool(self) -> PagePool | None:
+        """Where prompts have a memory of their own."""
+        own = self.workers.pools["prefill"] if isinstance(self.workers, ForkedWorkers) else self.pool
+        return None if own is self.pool else own
 
     @property
     def adapters(self) -> Adapters | None:
@@ -300,7 +291,9 @@ class Serving:
         self.engine.switch.release()
         if self.engine.adapters is not None:
             self.engine.adapters.stop()
-        self.pool.release()
+        for pool in (self.pool, self.prefill_pool):
+            if pool is not None:
+                pool.release()
         self._loaded.decoder.release()
         self._loaded.weights.release()
 
@@ -309,7 +302,7 @@ class Serving:
         return min(wanted, max(self.arena.cap_bytes - self.arena.used_bytes, 0) // self.pool.page_bytes + self._held())
 
     def _reserve_bytes(self) -> int:
-        return self.workers.reserve_bytes if self.workers is not None else 0
+        return self.workers.reserve_bytes if isinstance(self.workers, ForkedWorkers) else 0
 
     def _held(self) -> int:
         return self.pool.committed_bytes // self.pool.page_bytes
@@ -369,12 +362,12 @@ def load_engine(
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.govern()
         return serving
-    workers = _make_workers(settings, settings.phases, executor, pool, arena.ledger)
+    workers = make_workers(settings, settings.phases, executor, pool, arena, limited=budget is not None)
     try:
-        engine = PhasedEngine(scheduler or Split(), workers, pages, window=settings.phases.window, **common)
+        engine = phased_engine(settings, settings.phases, scheduler, workers, pages, common)
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.workers = workers
-        _begin_phases(serving, workers)
+        begin_phases(serving, workers)
     except BaseException:
         workers.release()
         raise
@@ -387,31 +380,6 @@ def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> S
         pages.pool, room, arena=arena, folder=settings.swap_folder, group_pages=how.group_pages, merge=how.merge
     )
     return Switcher(pages, area, how)
-
-
-def _make_workers(
-    settings: ServingSettings, phases: PhaseSettings, executor: ModelExecutor, pool: PagePool, ledger: Ledger
-) -> ForkedWorkers:
-    return ForkedWorkers(
-        executor, pool, phases.shares, page_tokens=settings.page_tokens, cores=kernels.num_threads(),
-        fresh=phases.fresh, whole_threads=phases.whole_threads, ledger=ledger,
-    )  # fmt: skip
-
-
-def _begin_phases(serving: Serving, workers: ForkedWorkers) -> None:
-    """A batch in each worker brings what they need into memory, and then it is seen whether all of it fits."""
-    engine, limits = serving.engine, serving.engine.limits
-    for phase, tokens in (("decode", limits.max_sequences), ("prefill", limits.token_budget)):
-        count = max(min(tokens, engine.context_tokens - 1), 1)
-        one = Running(id=-1, request=Request(prompt=(0,) * count), arrival=0.0, eos=())
-        one.pages = engine.pages.take(limits.pages(count))
-        workers.run_as("prefill" if phase == "prefill" else "decode", [Entry(one, 0, count, True)])
-        engine.pages.release(one.pages)
-    workers.measure()
-    serving.govern()
-    if serving.budget_bytes is not None and serving.budget_bytes < serving.least_budget_bytes():
-        short = serving.least_budget_bytes() - serving.budget_bytes
-        raise BudgetExceeded("workers", short, 0, serving.budget_bytes)
 
 
 def _make_adapters(
@@ -441,14 +409,14 @@ def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, 
     context = settings.context_tokens or config.max_position
     if context > config.max_position:
         raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
-    least = pages(context)
+    least, sides = pages(context), settings.phases.memories if settings.phases is not None else 1
     if settings.context_tokens is None:
         room_bytes = settings.lora.room_bytes if settings.lora is not None else 0
-        fitting = max(arena.free_bytes - room_bytes, 0) // size
+        fitting = max(arena.free_bytes - room_bytes, 0) // (size * sides)
         least = min(least, max(fitting, pages(min(context, LEAST_CONTEXT_TOKENS))))
         context = min(context, least * settings.page_tokens)
-    if arena.free_bytes < least * size:
-        raise BudgetExceeded(POOL_OWNER, least * size, arena.free_bytes, arena.cap_bytes)
+    if arena.free_bytes < least * size * sides:
+        raise BudgetExceeded(POOL_OWNER, least * size * sides, arena.free_bytes, arena.cap_bytes)
     # address space for what the budget may become, not memory
     room = max(available_memory_bytes(), arena.cap_bytes if limited else 0)
     most = min(max(room // size, 1), MOST_PLACES // (2 * config.num_layers) - 1)

@@ -119,7 +119,7 @@ class EngineThread:
         self._deliver([event for number in self._left() if (event := self.engine.cancel(number)) is not None])
 
     def _left(self) -> list[int]:
-        return [*self.engine.running, *self.engine.waiting, *self.engine.swapped]
+        return [one.id for one in self.engine.everyone()]
 
     def _step(self) -> None:
         if not self.engine.busy:

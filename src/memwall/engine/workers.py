@@ -17,17 +17,19 @@ import selectors
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence as Batch
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from memwall.engine.base import PHASES, Phase, Shares
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry, Output
+from memwall.engine.hand_over import Pull
 from memwall.engine.pacing import niceness
-from memwall.engine.phase_process import entry_message, fork_resident, order_worker, receive, send
+from memwall.engine.phase_process import entry_message, fork_resident, order_worker, outputs_of, receive, send
 from memwall.engine.phased import Done
-from memwall.engine.sequence import Sequence, TokenLogprobs
+from memwall.engine.sequence import Sequence
 from memwall.errors import InputError, MemwallError
 from memwall.hardware.units import KIB
 from memwall.memory import Ledger, PagePool
@@ -52,6 +54,43 @@ class Process:
     pid: int = 0
 
 
+class Draws:
+    """Random numbers for tokens, drawn where no worker's loss can touch them."""
+
+    def __init__(self) -> None:
+        self._sources: dict[int, random.Random] = {}
+        self._drawn: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._sources) + len(self._drawn)
+
+    def of(self, entry: Entry) -> float | None:
+        """The number for this entry's token; the same again where a worker was lost with it."""
+        one = entry.sequence
+        if not entry.sample or one.request.sampling.temperature == 0:
+            return None
+        if one.id not in self._drawn:
+            source = self._sources.setdefault(one.id, random.Random(one.request.sampling.seed))
+            self._drawn[one.id] = source.random()
+        return self._drawn[one.id]
+
+    def used(self, batch: list[Entry]) -> None:
+        """The batch's tokens are there."""
+        for entry in batch:
+            self._drawn.pop(entry.sequence.id, None)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is over."""
+        self._sources.pop(sequence.id, None)
+        self._drawn.pop(sequence.id, None)
+
+
+def done_of(phase: Phase, batch: list[Entry], answer: dict[str, Any], seconds: float) -> Done:
+    """A batch that a worker has answered."""
+    began, ended = answer["span"]
+    return Done(phase, batch, outputs_of(answer), seconds, began, ended, answer["cpu"], *answer["pulled"])
+
+
 class ForkedWorkers:
     """See `Workers`. Make it while the process has one thread."""
 
@@ -66,13 +105,16 @@ class ForkedWorkers:
         fresh: bool = True,
         whole_threads: bool = True,
         ledger: Ledger | None = None,
+        prefill_pool: PagePool | None = None,
     ) -> None:
-        """cores: what 100 percent are. fresh: new shares come with new processes. whole_threads: see `Pacer`."""
+        """cores: what 100 percent are. fresh: new shares come with new processes. whole_threads: see `Pacer`.
+        prefill_pool: where prompts have their pages; None for those of `pool`.
+        """
         if not sys.platform.startswith("linux"):
             raise InputError("two workers over one memory need Linux; choose the scheduler fcfs")
         self.shares = shares
         self.preparing: Shares | None = None
-        self.pool = pool
+        self.pools: dict[Phase, PagePool] = {"prefill": prefill_pool or pool, "decode": pool}
         self.fresh = fresh
         self.cores = cores
         self.lost = 0
@@ -81,15 +123,14 @@ class ForkedWorkers:
         self._ledger = ledger
         self._busy: dict[Phase, tuple[list[Entry], float]] = {}
         self._losses: dict[Phase, int] = dict.fromkeys(PHASES, 0)
-        self._random: dict[int, random.Random] = {}
-        self._draws: dict[int, float] = {}
+        self.draws = Draws()
         self._next: dict[Phase, Process] = {}
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
         for end in (self._woken, self._waker):
             end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._resident, self._orders = fork_resident(executor, pool)
+        self._resident, self._orders = fork_resident(executor, self.pools)
         self._unseen, self._measured, self.reserve_bytes = 0, 0.0, 0
         self._process = {phase: self._make(phase, shares) for phase in PHASES}
         for process in self._process.values():
@@ -103,12 +144,13 @@ class ForkedWorkers:
         """Whether one of them computes."""
         return bool(self._busy)
 
-    def start(self, phase: Phase, batch: list[Entry]) -> None:
+    def start(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> None:
         """See `Workers`."""
         self._change_over()
-        told = [entry_message(entry, self._draw(entry)) for entry in batch]
+        told = [entry_message(entry, self.draws.of(entry)) for entry in batch]
         percent = self._process[phase].percent if self.fresh else self.shares.of(phase)
-        job = {"percent": percent, "committed": self.pool.committed_bytes, "entries": told}
+        committed = [self.pools[one].committed_bytes for one in PHASES]
+        job = {"percent": percent, "committed": committed, "entries": told, "pulls": [astuple(one) for one in pulls]}
         try:
             send(self._process[phase].connection, job)
         except OSError:  # it was lost while it was idle
@@ -143,10 +185,10 @@ class ForkedWorkers:
         """See `Executor`: one batch by itself, in the prefill worker."""
         return self.run_as("prefill", batch)
 
-    def run_as(self, phase: Phase, batch: list[Entry]) -> list[Output | None]:
+    def run_as(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> list[Output | None]:
         """One batch by itself."""
         while True:
-            self.start(phase, batch)
+            self.start(phase, batch, pulls)
             done: list[Done] = []
             while not done:
                 done = self.collect()
@@ -155,18 +197,7 @@ class ForkedWorkers:
 
     def forget(self, sequence: Sequence) -> None:
         """See `Executor`."""
-        self._random.pop(sequence.id, None)
-        self._draws.pop(sequence.id, None)
-
-    def _draw(self, entry: Entry) -> float | None:
-        """The random number for this entry's token; the same again where a worker was lost with it."""
-        one = entry.sequence
-        if not entry.sample or one.request.sampling.temperature == 0:
-            return None
-        if one.id not in self._draws:
-            source = self._random.setdefault(one.id, random.Random(one.request.sampling.seed))
-            self._draws[one.id] = source.random()
-        return self._draws[one.id]
+        self.draws.forget(sequence)
 
     def _receive(self, process: Process) -> list[Done]:
         answer = receive(process.connection)
@@ -177,12 +208,8 @@ class ForkedWorkers:
         if "error" in answer:
             return [self._failed(process.phase, batch, answer["error"], seconds)]
         self._losses[process.phase] = 0
-        outputs: list[Output | None] = []
-        for entry, found in zip(batch, answer["outputs"], strict=True):
-            self._draws.pop(entry.sequence.id, None)
-            outputs.append(None if found is None else Output(found[0], _logprobs(found[1])))
-        began, ended = answer["span"]
-        return [Done(process.phase, batch, outputs, seconds, began, ended, answer["cpu"])]
+        self.draws.used(batch)
+        return [done_of(process.phase, batch, answer, seconds)]
 
     def _failed(self, phase: Phase, batch: list[Entry], why: str, seconds: float) -> Done:
         self._losses[phase] += 1
@@ -227,8 +254,8 @@ class ForkedWorkers:
     def _make(self, phase: Phase, shares: Shares) -> Process:
         nice = niceness(shares)[PHASES.index(phase)] if self.fresh else 0
         order = {
-            "percent": shares.of(phase), "cores": self.cores, "nice": nice, "page_tokens": self._page_tokens,
-            "whole_threads": self._whole_threads,
+            "phase": phase, "percent": shares.of(phase), "cores": self.cores, "nice": nice,
+            "page_tokens": self._page_tokens, "whole_threads": self._whole_threads,
         }  # fmt: skip
         try:
             connection = order_worker(self._orders, order)
@@ -276,9 +303,12 @@ class ForkedWorkers:
             self._give_up_next()
             return []
         phase = process.phase
+        was_busy = phase in self._busy
         batch, began = self._busy.pop(phase, ([], time.perf_counter()))
         self._replace(phase)
-        return [self._failed(phase, batch, "it ended", time.perf_counter() - began)] if batch else []
+        if not was_busy:
+            return []
+        return [self._failed(phase, batch, "it ended", time.perf_counter() - began)]
 
     def _replace(self, phase: Phase) -> None:
         self.lost += 1
@@ -340,7 +370,3 @@ def _memory(pid: int) -> dict[str, int]:
         elif name in ("Private_Clean", "Private_Dirty"):
             found["Private"] += int(rest.split()[0]) * KIB
     return found
-
-
-def _logprobs(told: Any) -> TokenLogprobs | None:
-    return None if told is None else TokenLogprobs(own=told[0], top=tuple((int(i), float(p)) for i, p in told[1]))

@@ -14,14 +14,18 @@ import numpy as np
 from memwall.engine.adapters import OWNER
 from memwall.engine.loading import RUNTIME_HEADROOM_BYTES
 from memwall.engine.serving import LORA_SCRATCH, MOST_LOGIT_ROWS, ServingSettings, lora_scratch_bytes
+from memwall.engine.workers import OWNER as WORKERS
 from memwall.errors import DoesNotFit
+from memwall.hardware.units import MIB
 from memwall.memory import Budget, resident_bytes
 from memwall.models.config import ModelConfig
 from memwall.plan.choose import make_plan
-from memwall.plan.predict import RUNTIME, measured_runtime_bytes, sampling_bytes
+from memwall.plan.predict import RUNTIME, activations, measured_runtime_bytes, sampling_bytes
 from memwall.plan.search import is_open
 
 CONTEXTS_AT_ONCE = (4, 2, 1)
+PROCESS_BYTES = 6 * MIB
+"""What a forked process comes to hold for itself besides activations (measured: 4 to 5 MB with the demo model)."""
 
 
 def choose(model: Path, budget: Budget | None, settings: ServingSettings) -> ServingSettings:
@@ -39,8 +43,14 @@ def choose(model: Path, budget: Budget | None, settings: ServingSettings) -> Ser
     if settings.lora is not None:
         extra[OWNER] = settings.lora.room_bytes
         extra[LORA_SCRATCH] = lora_scratch_bytes(settings)
+    if settings.phases is not None:
+        computing = 4 if settings.phases.fresh else 2  # with room for new workers before the old ones go
+        extra[WORKERS] = computing * activations(config, settings.token_budget) + (1 + computing) * PROCESS_BYTES
+    memories = settings.phases.memories if settings.phases is not None else 1
     refused: DoesNotFit | None = None
     for batch in CONTEXTS_AT_ONCE:
+        if batch < memories:  # a request of the whole context must fit each
+            continue
         try:
             plan = make_plan(
                 model,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from memwall.engine.adapters import TENANT
+from memwall.engine.apart import ApartEngine
 from memwall.engine.phased import PhasedEngine
 from memwall.engine.sequence import Sequence
 from memwall.memory import peak_resident_bytes, resident_bytes
@@ -26,7 +28,8 @@ def memory_map(service: Service) -> dict[str, Any]:
     serving.close_books()
     pool, now = serving.pool, engine.clock()
     stride = -(-pool.limit_pages // MOST_CELLS) or 1
-    requests = [*engine.running.values(), *engine.swapped.values(), *engine.waiting.values()]
+    requests = sorted(engine.everyone(), key=lambda one: (one.status == "waiting", one.id))
+    counts = Counter(one.status for one in requests)
     return {
         "model": service.settings.name,
         "time": time.time(),
@@ -48,9 +51,9 @@ def memory_map(service: Service) -> dict[str, Any]:
             "cells": _cells(service, stride),
         },
         "queue": {
-            "running": len(engine.running),
-            "waiting": len(engine.waiting),
-            "swapped": len(engine.swapped),
+            "running": counts["running"],
+            "waiting": counts["waiting"],
+            "swapped": counts["swapped"] + counts["arriving"],
             "room": service.settings.queue,
             "most_sequences": engine.limits.max_sequences,
         },
@@ -100,6 +103,22 @@ def phases(service: Service) -> dict[str, Any] | None:
         "switches": engine.switches,
         "lost": workers.lost,
         "processes": list(workers.pids),
+        "apart": _apart(engine),
+    }
+
+
+def _apart(engine: PhasedEngine) -> dict[str, Any] | None:
+    """The prefill side's own memory, and what was handed over from it; None where both use one."""
+    if not isinstance(engine, ApartEngine):
+        return None
+    pool = engine.front.pages.pool
+    return {
+        "limit_pages": pool.limit_pages,
+        "used_pages": pool.used_pages,
+        "kept_pages": engine.front.pages.idle_pages,
+        "offered": len(engine.offered),
+        "batch_tokens": engine.front.limits.token_budget,
+        "moved": asdict(engine.moves),
     }
 
 

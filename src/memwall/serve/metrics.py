@@ -5,6 +5,7 @@ Beyond those: resident bytes by owner and tier, the budget, and how far the plan
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,10 @@ class EngineMetrics:
             family.add_metric([model], value)
             return family
 
-        yield gauge("num_requests_running", "Requests that compute.", len(engine.running))
-        yield gauge("num_requests_waiting", "Requests that wait for room.", len(engine.waiting))
-        yield gauge("num_requests_swapped", "Requests set aside on disk.", len(engine.swapped))
+        places = Counter(one.status for one in engine.everyone())
+        yield gauge("num_requests_running", "Requests that compute.", places["running"])
+        yield gauge("num_requests_waiting", "Requests that wait for room.", places["waiting"])
+        yield gauge("num_requests_swapped", "Requests set aside on disk.", places["swapped"] + places["arriving"])
         busy = pool.used_pages - engine.pages.idle_pages
         yield gauge("kv_cache_usage_perc", "Share of the pages in use, 0 to 1.", busy / max(pool.limit_pages, 1))
         yield counter("prompt_tokens", "Tokens of prompts that came.", totals.prompt_tokens)
@@ -95,6 +97,13 @@ class EngineMetrics:
             yield shares
             yield counter("phase_switches", "Changes of shares.", told["switches"])
             yield counter("phase_workers_lost", "Workers that were replaced.", told["lost"])
+            if (apart := told["apart"]) is not None:
+                used = (apart["used_pages"] - apart["kept_pages"]) / apart["limit_pages"]
+                yield gauge("prefill_cache_usage_perc", "Share of the prefill process's pages in use, 0 to 1.", used)
+                yield gauge("prompts_offered", "Prompts that are done and not yet handed over.", apart["offered"])
+                yield counter("prompts_handed_over", "Prompts handed over.", apart["moved"]["requests"])
+                yield counter("hand_over_bytes", "Bytes of keys and values copied for it.", apart["moved"]["nbytes"])
+                yield counter("hand_over_seconds", "Seconds of these copies.", apart["moved"]["seconds"])
         yield from self._memory()
 
     def _memory(self) -> Iterator[Any]:

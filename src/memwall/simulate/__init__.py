@@ -4,7 +4,7 @@ base: the seam (`Operation`, `CostModel`, the roofline). Serving on clusters: se
 (devices and links), tables (measured times), plans (all ways to spread a model), blocks (a block's operations),
 iterations (the engine's schedulers on a virtual clock), metrics, report, and apex, which searches. host measures this
 machine's tables; parts and testbed carry plans out by two processes, to hold predictions against. Phases apart:
-distserve over phase_instances and phase_latency.
+distserve over phase_instances and phase_latency; phase_fit for any model, replan for loads that shift, split_report.
 
 Hardware: hdl turns designs written in Amaranth into Verilog, runs them clock by clock and counts their cells;
 xr_npe_hdl is XR-NPE's multiply-add unit, xr_npe_array the array of such units with its bytes, cycles and energy.

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from memwall.errors import DoesNotFit, InputError
-from memwall.simulate.phase_instances import ColocatedInstance, DecodeInstance, Events, Job, PrefillInstance
+from memwall.simulate.phase_instances import (
+    BLOCK_TOKENS,
+    PREFILL_TOKENS,
+    ColocatedInstance,
+    DecodeInstance,
+    Events,
+    Job,
+    PrefillInstance,
+)
 from memwall.simulate.phase_latency import PhaseLatency
 
 Lengths = Sequence[tuple[int, int]]
@@ -128,10 +136,13 @@ def poisson_jobs(lengths: Lengths, rate: float, count: int, seed: int) -> list[J
 
 @dataclass(kw_only=True)
 class Simulation:
-    """Instances of one model under a list of requests. peak_blocks: most that any decode instance held."""
+    """Instances of one model under a list of requests. fill: prompts are batched near L_m, from which on a batch fills
+    the instance (section 4.2); else up to what the released simulator lets in.
+    """
 
     model: Served
     cluster: Cluster
+    fill: bool = False
     events: Events = field(default_factory=Events)
 
     def split(
@@ -169,6 +180,7 @@ class Simulation:
 
     @property
     def peak_blocks(self) -> int:
+        """Most that any decode instance held."""
         return max(one.blocks.peak for one in self.decoders)
 
     def _feed(self, jobs: Sequence[Job], submit: Callable[[Job], None]) -> Simulation:
@@ -179,7 +191,10 @@ class Simulation:
 
     def _prefill(self, degrees: Degrees, finished: Callable[[Job, Callable[[], None]], None]) -> PrefillInstance:
         latency, room = self._of(degrees)
-        return PrefillInstance(self.events, latency, stages=degrees.pipeline, kv_tokens=room, finished=finished)
+        most = latency.saturating_tokens if self.fill else PREFILL_TOKENS
+        return PrefillInstance(
+            self.events, latency, stages=degrees.pipeline, kv_tokens=room, finished=finished, saturating_tokens=most
+        )
 
     def _decoder(self, degrees: Degrees) -> DecodeInstance:
         latency, room = self._of(degrees)
@@ -213,7 +228,9 @@ def highest_rate(attained: Callable[[float], float], wanted: float, step: float,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """What goodput is measured with. requests: of one simulation; seeds: whose mean attainment counts."""
+    """What goodput is measured with. requests: of one simulation; seeds: whose mean attainment counts; fill: see
+    `Simulation`.
+    """
 
     model: Served
     cluster: Cluster
@@ -223,6 +240,7 @@ class Search:
     seeds: tuple[int, ...] = (0,)
     rate_step: float = RATE_STEP
     rate_most: float = RATE_MOST
+    fill: bool = False
 
     def goodput_split(self, prefill: Degrees, decode: Degrees) -> float:
         """Requests a second and device of one instance of each, simulated together."""
@@ -248,12 +266,23 @@ class Search:
         devices = prefill.devices + decode.devices
         return self._attained(partial(self._split, prefill, decode), devices * rate_per_device, limits or self.limits)
 
+    def attained_by(self, plan: Plan, rate: float, limits: Limits | None = None) -> float:
+        """Share of requests within the limits, all of a plan's instances together. rate: of all, a second."""
+        counts = (plan.prefill_instances, plan.decode_instances)
+        run = partial(self._split, plan.prefill, plan.decode, counts=counts)
+        return self._attained(run, rate, limits or self.limits)
+
+    def attained_colocated(self, degrees: Degrees, count: int, rate: float, limits: Limits | None = None) -> float:
+        """The same of instances that do both."""
+        return self._attained(lambda jobs: self._new().colocated(jobs, degrees, count), rate, limits or self.limits)
+
     def degrees(self, most_devices: int) -> Iterator[Degrees]:
-        """Instances that the model can be cut into and whose weights fit."""
+        """Instances that the model can be cut into and whose weights fit, beside the longest request."""
+        longest = max(prompt + output for prompt, output in self.lengths)
         for tensor in sorted(self.model.latencies):
             for pipeline in range(1, most_devices // tensor + 1):
                 cuts = self.model.layers % pipeline == 0 and self.model.heads % tensor == 0
-                if cuts and self.model.kv_tokens(tensor, pipeline):
+                if cuts and (self.model.kv_tokens(tensor, pipeline) or 0) >= longest + BLOCK_TOKENS:
                     yield Degrees(tensor=tensor, pipeline=pipeline)
 
     def together(self, progress: Progress | None = None) -> list[Plan]:
@@ -332,8 +361,10 @@ class Search:
             found.append(limits.attained(jobs, first=first, per_token=per_token))
         return sum(found) / len(found)
 
-    def _split(self, prefill: Degrees, decode: Degrees, jobs: list[Job]) -> Simulation:
-        return self._new().split(jobs, prefill, decode)
+    def _split(
+        self, prefill: Degrees, decode: Degrees, jobs: list[Job], counts: tuple[int, int] = (1, 1)
+    ) -> Simulation:
+        return self._new().split(jobs, prefill, decode, counts)
 
     def _new(self) -> Simulation:
-        return Simulation(model=self.model, cluster=self.cluster)
+        return Simulation(model=self.model, cluster=self.cluster, fill=self.fill)

@@ -15,10 +15,12 @@ from types import MappingProxyType
 
 import numpy as np
 
+from memwall.engine.saturation import saturating_tokens
 from memwall.errors import InputError
 
 Coefficients = tuple[float, float, float]
 
+BATCH_STEP, MOST_BATCH_TOKENS = 32, 8192
 LARGE_BATCH = 95
 """Sequences from which on a decode step is worked as a large one."""
 
@@ -44,6 +46,12 @@ class PhaseLatency:
         large = self.decode_large is not None and sequences >= LARGE_BATCH
         a, b, c = self.decode_large if large and self.decode_large is not None else self.decode
         return a + b * context_tokens + c * sequences
+
+    @property
+    def saturating_tokens(self) -> int:
+        """L_m: prompts of so many tokens together fill the group (see `engine.saturation`)."""
+        counts = range(BATCH_STEP, MOST_BATCH_TOKENS + 1, BATCH_STEP)
+        return saturating_tokens([(count, self.prefill_seconds([count])) for count in counts])
 
 
 def fit_prefill(batches: Sequence[Sequence[int]], seconds: Sequence[float]) -> Coefficients:

@@ -90,12 +90,17 @@ def check_page(path: Path) -> None:
 
 
 def write_page(search: Search, case: dict[str, Any], path: Path) -> Path:
-    """The page; it appears whole or not at all."""
+    """The page."""
+    return write_text(page(search, case), path)
+
+
+def write_text(text: str, path: Path) -> Path:
+    """A page; it appears whole or not at all."""
     check_page(path)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page(search, case))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
