@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memwall.cli.schedulers import SchedulerName, options_of
+from memwall.engine.nanoflow import NanoFlow
 from memwall.engine.semi_pd import RELEASED, SemiPD
 from memwall.errors import InputError
 
@@ -18,6 +19,7 @@ def test_names_make_what_they_say() -> None:
     nexus = options_of(SchedulerName.nexus, None, None, adapters=False)
     assert "scheduler" not in nexus  # it comes once costs are measured
     assert not nexus["phases"].fresh
+    assert options_of(SchedulerName.nanoflow, None, None, adapters=False) == {"scheduler": NanoFlow(), "ahead": True}
 
 
 def test_what_does_not_go_together_is_refused_by_name() -> None:

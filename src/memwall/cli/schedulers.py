@@ -27,6 +27,7 @@ class SchedulerName(StrEnum):
     fastswitch = "fastswitch"
     semi_pd = "semi-pd"
     nexus = "nexus"
+    nanoflow = "nanoflow"
 
 
 SchedulerOption = Annotated[
@@ -36,7 +37,9 @@ SchedulerOption = Annotated[
         help="fcfs: first come, first served; one worker, prompts in chunks beside tokens. fastswitch: by priorities "
         "that may change while requests run, whose pages are then swapped beside the steps of others. semi-pd: prompts "
         "and tokens in two processes over one memory, with shares of the cores that follow --slo-first and "
-        "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost.",
+        "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost. "
+        "nanoflow: batches of the same number of tokens, formed while the one before is computed, for requests that "
+        "memory is predicted to hold.",
     ),
 ]
 SloFirst = Annotated[
@@ -55,6 +58,10 @@ def options_of(name: SchedulerName, first: float | None, token: float | None, *,
         return {}
     if adapters:
         raise InputError(f"--scheduler {name.value} serves no adapters; leave --lora out, or choose fcfs")
+    if name is SchedulerName.nanoflow:
+        from memwall.engine.nanoflow import NanoFlow
+
+        return {"scheduler": NanoFlow(), "ahead": True}
     from memwall.engine.phases import FIRST_SHARES
     from memwall.engine.semi_pd import SemiPD
     from memwall.engine.serving import PhaseSettings

@@ -17,6 +17,7 @@ import numpy as np
 
 from memwall import _native, kernels
 from memwall.engine.adapters import Adapters, check_room
+from memwall.engine.ahead import AheadEngine
 from memwall.engine.base import Limits, Scheduler, Shares
 from memwall.engine.batch import ModelExecutor, lora_room, page_bytes
 from memwall.engine.core import Engine
@@ -95,7 +96,7 @@ class ServingSettings:
     token_budget: tokens computed in one step. swap_bytes: disk for requests set aside. headroom_bytes: kept free for
     what the process comes to hold outside the arena. exact: float arithmetic on packed weights. lora: None where
     requests have no adapters. shared_prefixes: room for requests that go on from prefixes (see `shared`). phases: None
-    where one worker computes prompts and tokens together.
+    where one worker computes prompts and tokens together. ahead: the next batch is formed while one is computed.
     """
 
     weights: str = "float16"
@@ -113,6 +114,7 @@ class ServingSettings:
     lora: LoraSettings | None = None
     shared_prefixes: bool = False
     phases: PhaseSettings | None = None
+    ahead: bool = False
 
     @property
     def limits(self) -> Limits:
@@ -130,6 +132,8 @@ class ServingSettings:
             )
         if self.phases is not None and self.lora is not None:
             raise InputError("adapters are served by one worker; leave them out, or choose the scheduler fcfs")
+        if self.ahead and (self.phases is not None or self.lora is not None):
+            raise InputError("batches are formed ahead for one worker without adapters; choose the scheduler fcfs")
         if self.page_tokens < 16 or self.page_tokens & (self.page_tokens - 1):
             raise InputError(f"page_tokens is {self.page_tokens}; it must be 16, 32, 64 or another power of two")
 
@@ -293,6 +297,8 @@ class Serving:
         """Gives all memory back."""
         if self.workers is not None:
             self.workers.release()
+        if isinstance(self.engine, AheadEngine):
+            self.engine.release()
         self.engine.switch.release()
         if self.engine.adapters is not None:
             self.engine.adapters.stop()
@@ -361,7 +367,7 @@ def load_engine(
         "clock": clock or time.perf_counter,
     }
     if settings.phases is None:
-        engine = Engine(scheduler or FirstComeFirstServed(), executor, pages, adapters=adapters, **common)
+        engine = _kind_of(settings)(scheduler or FirstComeFirstServed(), executor, pages, adapters=adapters, **common)
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.govern()
         return serving
@@ -375,6 +381,10 @@ def load_engine(
         workers.release()
         raise
     return serving
+
+
+def _kind_of(settings: ServingSettings) -> type[Engine]:
+    return AheadEngine if settings.ahead else Engine
 
 
 def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> Switcher:
