@@ -13,6 +13,7 @@ work runs beside them with that share, 0 to 1.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from memwall.errors import InputError
 
 Resource = Literal["compute", "memory", "network"]
 RESOURCES: tuple[Resource, ...] = ("compute", "memory", "network")
+TINY = 1e-6
+"""Of a period: what rounding may make of a moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +137,24 @@ class Placed:
         return self.start + self.seconds
 
 
+Turns = tuple[tuple[int, int], ...]
+"""What a stream runs in a round: (place of a nano-operation, of how many layers before the round's)."""
+
+
+def turns_of(starts: Mapping[int, float], period: float) -> Turns:
+    """Rounds of a stream from the starts of a layer: what starts after a period runs in the next layer's round."""
+    shifts = {at: math.floor(start / period + TINY) for at, start in starts.items()}
+    return tuple(sorted(shifts.items(), key=lambda one: (starts[one[0]] - one[1] * period, one[0])))
+
+
+def in_turn(turns: Turns, layers: int) -> list[tuple[int, int]]:
+    """All that a stream runs for so many layers, in order: (place, layer)."""
+    rounds = range(
+        min((shift for _, shift in turns), default=0), layers + max((shift for _, shift in turns), default=0)
+    )
+    return [(place, at - shift) for at in rounds for place, shift in turns if 0 <= at - shift < layers]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """The same for every layer. placed: in the order of their starts; edges: by places in `placed`.
@@ -146,9 +167,10 @@ class Schedule:
     period: float
     tokens: int
 
-    def stream(self, resource: Resource) -> list[int]:
-        """Places of a class's nano-operations in their order."""
-        return [at for at, one in enumerate(self.placed) if one.operation.resource == resource]
+    def stream(self, resource: Resource) -> Turns:
+        """A class's nano-operations in their order."""
+        starts = {at: one.start for at, one in enumerate(self.placed) if one.operation.resource == resource}
+        return turns_of(starts, self.period)
 
     def ranges(self, name: str) -> list[tuple[int, int]]:
         """Token ranges of an operation."""
@@ -196,7 +218,3 @@ class Schedule:
         )
         edges = tuple(Edge(parent=place[e.parent], child=place[e.child], layers=e.layers) for e in self.edges)
         return Schedule(placed=placed, edges=edges, period=self.period, tokens=self.tokens)
-
-
-TINY = 1e-6
-"""Of a period: what rounding may make of a moment."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from memwall.hardware.units import MIB, format_bytes
 from memwall.kernels.lora import MOST_TOGETHER, LoraBatch, LoraRoom
 from memwall.memory import Arena, Budget, Ledger, PagePool, measure_runtime, resident_bytes
 from memwall.models.config import ModelConfig
-from memwall.models.decoder import BLOCK_ROWS
+from memwall.models.decoder import BLOCK_ROWS, Decoder
 from memwall.models.lora import LoraWeights
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress
@@ -288,6 +288,13 @@ class Serving:
         self.govern()
         if not self.engine.busy:
             self.engine.fit_limit()
+
+    def take_decoder(self, decoder: Decoder) -> None:
+        """Another decoder over the same weights computes from now on."""
+        assert isinstance(self.engine.executor, ModelExecutor)
+        self._loaded.decoder.release()
+        self._loaded = replace(self._loaded, decoder=decoder)
+        self.engine.executor.decoder = decoder
 
     def close_books(self) -> None:
         """Measures the runtime row of the ledger anew."""

@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memwall.engine.nano_schedule import RESOURCES, Edge, Interference, NanoOperation, Resource, Schedule
+from memwall.engine.nano_schedule import (
+    RESOURCES,
+    Edge,
+    Interference,
+    NanoOperation,
+    Resource,
+    Schedule,
+    Turns,
+    in_turn,
+)
 
 Sharing = Literal["fluid", "fixed"]
 TINY = 1e-9
@@ -23,13 +32,13 @@ TINY = 1e-9
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     """What is carried out. seconds: of each alone; shares: R of each (with `fluid`, of those that are no products);
-    order: of each class, places in `operations`.
+    order: of each class, what its stream runs in a round.
     """
 
     operations: tuple[NanoOperation, ...]
     seconds: tuple[float, ...]
     shares: tuple[float, ...]
-    order: dict[Resource, tuple[int, ...]]
+    order: dict[Resource, Turns]
     edges: tuple[Edge, ...]
 
     @staticmethod
@@ -37,7 +46,7 @@ class Pipeline:
         """From a schedule: what each would take alone follows from its share."""
         parts = tuple(one.operation for one in schedule.placed)
         alone = tuple(one.seconds * interference.speed(one.operation.resource, one.share) for one in schedule.placed)
-        order = {name: tuple(schedule.stream(name)) for name in RESOURCES}
+        order = {name: schedule.stream(name) for name in RESOURCES}
         shares = tuple(one.share for one in schedule.placed)
         return Pipeline(operations=parts, seconds=alone, shares=shares, order=order, edges=schedule.edges)
 
@@ -115,8 +124,10 @@ class _Device:
     at: dict[Resource, int] = field(default_factory=dict)
     found: Run = field(default_factory=Run)
     parents: list[list[tuple[int, int]]] = field(default_factory=list)
+    queues: dict[Resource, list[tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.queues = {name: in_turn(self.pipeline.order.get(name, ()), self.layers) for name in RESOURCES}
         self.found.layers = self.layers
         self.at = dict.fromkeys(RESOURCES, 0)
         self.parents = [[] for _ in self.pipeline.operations]
@@ -139,15 +150,12 @@ class _Device:
 
     def _next(self, name: Resource) -> tuple[int, int]:
         """(operation, layer) that a stream runs or will run."""
-        order = self.pipeline.order[name]
-        layer, place = divmod(self.at[name], len(order))
-        return order[place], layer
+        return self.queues[name][self.at[name]]
 
     def _begin(self) -> None:
         # memory and network first: products take what is left
         for name in ("network", "memory", "compute"):
-            order = self.pipeline.order.get(name, ())
-            if name in self.left or not order or self.at[name] >= len(order) * self.layers:
+            if name in self.left or self.at[name] >= len(self.queues[name]):
                 continue
             number, layer = self._next(name)
             if self._ready(number, layer) and self._room(number):
@@ -200,8 +208,8 @@ def starts_of(run: Run, layer: int) -> dict[int, Span]:
     return {span.operation: span for span in run.spans if span.layer == layer}
 
 
-def check_order(operations: Sequence[NanoOperation], order: dict[Resource, tuple[int, ...]]) -> None:
+def check_order(operations: Sequence[NanoOperation], order: dict[Resource, Turns]) -> None:
     """Every nano-operation is in its class' stream, once."""
-    listed = sorted(place for places in order.values() for place in places)
+    listed = sorted(place for turns in order.values() for place, _ in turns)
     assert listed == list(range(len(operations)))
-    assert all(operations[place].resource == name for name, places in order.items() for place in places)
+    assert all(operations[place].resource == name for name, turns in order.items() for place, _ in turns)

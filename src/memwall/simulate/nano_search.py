@@ -31,7 +31,7 @@ from memwall.simulate.nano_structure import QUANTUM, Structure, even_cuts, find_
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_PARTS = 4
-WARM_LAYERS, LAYERS = 3, 8
+WARM_LAYERS, LAYERS = 4, 9
 LEAST_GAIN = 2e-3
 FINE = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 BEGINNINGS = 3
@@ -274,11 +274,11 @@ class _StageTwo:
             self.starts.append(program.add(cost=1e-5))
         for edge in one.edges:
             self._after(edge.child, edge.parent, edge.layers)
-        for order in one.order.values():
-            for before, after in pairwise(order):
-                self._after(after, before, 0)
-            if order:
-                self._after(order[0], order[-1], 1)
+        for turns in one.order.values():
+            for (before, early), (after, late) in pairwise(turns):
+                self._after(after, before, early - late)
+            if turns:
+                self._after(turns[0][0], turns[-1][0], 1 + turns[-1][1] - turns[0][1])
         self._share_out()
 
     def _speed(self, resource: Resource, share: float) -> float:
@@ -306,6 +306,8 @@ class _StageTwo:
             if self.structure.operations[i].resource == self.structure.operations[j].resource:
                 continue
             for lag, others in spans.items():
+                if i not in spans[0] or j not in others:
+                    continue
                 if (i, j, lag) in met:
                     self._together((i, j))
                 elif spans[0][i].end <= others[j].start + 1e-12:
@@ -353,4 +355,4 @@ def hand_cut(operations: Sequence[LayerOperation], parts: int, quantum: int = QU
         for place, one in enumerate(operations)
         for index in range(len(cuts[one.name]) - 1)
     }
-    return structured(operations, cuts, starts)
+    return structured(operations, cuts, starts, float(parts * len(operations)))

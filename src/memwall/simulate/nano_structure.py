@@ -4,8 +4,8 @@ Source: NanoFlow, Zhu 2024, arXiv 2408.12757, section 4.1. The paper does not te
 
 - boundaries of an operation's parts, whole numbers of `quantum` tokens, the same for operations that `follow` another;
 - starts of all parts in a layer, and the period T after which the next layer begins, which is minimised;
-- for two parts of one class, which runs first: then it ends before the other begins, and the other ends before it
-  begins again in the next layer;
+- for two parts of one class, which runs first, or whether that of the next layer even runs before the other of this
+  one: then it ends before the other begins, and the other ends before it begins again a layer later;
 - for a child and a parent with boundaries of their own, whether their tokens meet: only then the child waits.
 
 So tails of a layer may run beside heads of the next. Sum of a class' parts is a bound of T from below.
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 
-from memwall.engine.nano_schedule import RESOURCES, Edge, NanoOperation, Resource, edges_of
+from memwall.engine.nano_schedule import RESOURCES, Edge, NanoOperation, Resource, Turns, edges_of, turns_of
 from memwall.errors import InputError
 from memwall.simulate.nano_costs import LayerOperation
 from memwall.simulate.nano_pipeline import Pipeline
@@ -36,7 +36,7 @@ class Structure:
     operations: tuple[NanoOperation, ...]
     seconds: tuple[float, ...]
     starts: tuple[float, ...]
-    order: dict[Resource, tuple[int, ...]]
+    order: dict[Resource, Turns]
     edges: tuple[Edge, ...]
     period: float
 
@@ -48,13 +48,13 @@ class Structure:
 
     def compute_bubbles(self) -> list[tuple[float, int]]:
         """Idle stretches of the compute stream, longest first: seconds, and the part that begins after it."""
-        order = self.order["compute"]
+        turns = self.order["compute"]
+        within = [self.starts[place] - shift * self.period for place, shift in turns]
         found = []
-        for before, after in zip(order, (*order[1:], order[0])):
-            begins = self.starts[after] + (self.period if after == order[0] else 0.0)
-            idle = begins - self.starts[before] - self.seconds[before]
-            if idle > 1e-3 * self.period:
-                found.append((idle, after))
+        for at, (place, _) in enumerate(turns):
+            before = within[at - 1] - (self.period if at == 0 else 0.0) + self.seconds[turns[at - 1][0]]
+            if within[at] - before > 1e-3 * self.period:
+                found.append((within[at] - before, place))
         return sorted(found, reverse=True)
 
     def waited_for(self, part: int) -> int | None:
@@ -81,9 +81,12 @@ def even_cuts(operation: LayerOperation, count: int, quantum: int = QUANTUM) -> 
 
 
 def structured(
-    operations: Sequence[LayerOperation], cuts: Mapping[str, Sequence[int]], starts: Mapping[tuple[str, int], float]
+    operations: Sequence[LayerOperation],
+    cuts: Mapping[str, Sequence[int]],
+    starts: Mapping[tuple[str, int], float],
+    period: float,
 ) -> Structure:
-    """A structure from boundaries and starts, whatever found them. Streams go by starts."""
+    """A structure from boundaries, starts and a period, whatever found them. Streams go by starts."""
     parts, seconds, begins = [], [], []
     for one in operations:
         for index, (first, end) in enumerate(zip(cuts[one.name], cuts[one.name][1:])):
@@ -92,18 +95,11 @@ def structured(
             begins.append(starts[one.name, index])
     parents = {one.name: one.parents for one in operations}
     before = {one.name: one.before for one in operations}
-    order: dict[Resource, tuple[int, ...]] = {}
-    for name in RESOURCES:
-        mine = [place for place, part in enumerate(parts) if part.resource == name]
-        order[name] = tuple(sorted(mine, key=lambda place: begins[place]))
+    order = {
+        name: turns_of({at: begins[at] for at, part in enumerate(parts) if part.resource == name}, period)
+        for name in RESOURCES
+    }
     edges = tuple(edges_of(parts, parents, before))
-    period = max((sum(seconds[place] for place in places) for places in order.values()), default=0.0)
-    for places in order.values():  # a layer's stream must be over before it begins again
-        if places:
-            period = max(period, begins[places[-1]] + seconds[places[-1]] - begins[places[0]])
-    for edge in edges:
-        if edge.layers:
-            period = max(period, begins[edge.parent] + seconds[edge.parent] - begins[edge.child])
     return Structure(
         operations=tuple(parts), seconds=tuple(seconds), starts=tuple(begins), order=order, edges=edges, period=period
     )
@@ -233,24 +229,20 @@ class _StageOne:
             ]
             for (one, i), (other, j) in combinations(mine, 2):
                 if one is other:
-                    self._in_turn(one, i, other, j, {}, {})
+                    self._in_turn(one, i, other, j, 0, {})
                     continue
-                first = self.program.binary()  # 1: `one` runs first
-                not_first = {first: -1.0, -1: 1.0}
-                self._in_turn(one, i, other, j, not_first, not_first)
-                self._in_turn(other, j, one, i, {first: 1.0}, {first: 1.0})
+                ways = [(one, i, other, j, 0), (other, j, one, i, 0), (one, i, other, j, 1), (other, j, one, i, 1)]
+                chosen = [self.program.binary() for _ in ways]
+                self.program.equal(dict.fromkeys(chosen, 1.0), 1.0)
+                for column, way in zip(chosen, ways):
+                    self._in_turn(*way, {column: -1.0, -1: 1.0})
 
     def _in_turn(
-        self,
-        one: LayerOperation,
-        i: int,
-        other: LayerOperation,
-        j: int,
-        unless: dict[int, float],
-        wrap: dict[int, float],
+        self, one: LayerOperation, i: int, other: LayerOperation, j: int, later: int, unless: dict[int, float]
     ) -> None:
-        self._after((other.name, j), one, i, unless=unless)
-        self._after((one.name, i), other, j, layers=1, unless=wrap)
+        """`one`, of so many layers later, runs right before `other`: and then `other` before the next `one`."""
+        self._after((other.name, j), one, i, layers=-later, unless=unless)
+        self._after((one.name, i), other, j, layers=1 + later, unless=unless)
 
     def solve(self, seconds: float) -> Structure:
         values = self.program.solve(seconds=seconds, gap=5e-3)
@@ -259,7 +251,7 @@ class _StageOne:
             for name, found in self.cuts.items()
         }
         starts = {key: float(values[column]) for key, column in self.starts.items()}
-        return structured(self.operations, cuts, starts)
+        return structured(self.operations, cuts, starts, float(values[self.period]))
 
 
 def _minus(high: Bound, low: Bound) -> tuple[dict[int, float], float]:
