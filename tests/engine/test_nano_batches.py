@@ -60,7 +60,7 @@ def searched() -> Schedule:
         )
         for step, (name, spans) in enumerate(ranges.items()) for i, (a, b) in enumerate(spans)
     ]  # fmt: skip
-    return Schedule(placed=tuple(placed), edges=(), period=6.0, tokens=2048)
+    return Schedule.by_starts(placed, (), 6.0, 2048)
 
 
 @pytest.mark.parametrize(

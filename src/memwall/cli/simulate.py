@@ -1,5 +1,6 @@
 """`memwall simulate`: what something would do on machines that are not here; `simulate serving` finds the plan by which
-a cluster serves a model best, `simulate profile` measures this machine's engine for it.
+a cluster serves a model best, `simulate profile` measures this machine's engine for it, `simulate nanoflow` says what
+bounds an iteration.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import typer
 
 from memwall.cli.bench import _loads
 from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_command, complete_weights
+from memwall.cli.nanoflow import nanoflow
 from memwall.cli.plan import _complete_machine
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.errors import DoesNotFit, InputError
@@ -26,6 +28,7 @@ def register(app: typer.Typer) -> None:
     )
     add_command(group, "serving", serving)
     add_command(group, "profile", profile)
+    add_command(group, "nanoflow", nanoflow)
     app.add_typer(group, name="simulate")
 
 

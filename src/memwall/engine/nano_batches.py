@@ -100,9 +100,7 @@ def _by_hand(parts: int, network: bool, start: Callable[[int, int], float], peri
         for step, (name, resource, _) in enumerate(CHAIN) if name in known for part in range(parts)
     ]  # fmt: skip
     edges = edges_of([one.operation for one in placed], known, before)
-    return Schedule(
-        placed=tuple(placed), edges=tuple(edges), period=period or float(len(CHAIN) * parts), tokens=NOMINAL
-    )
+    return Schedule.by_starts(placed, edges, period or float(len(CHAIN) * parts), NOMINAL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,20 +157,30 @@ def in_turn(turns: Turns, layers: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """The same for every layer. placed: in the order of their starts; edges: by places in `placed`.
+    """The same for every layer. placed: in the order of their starts; edges and turns: by places in `placed`.
 
-    period: seconds from a layer's beginning to the next one's; tokens: of the whole batch.
+    turns: what each stream runs in a round. period: seconds from a layer's beginning to the next one's; tokens: of the
+    whole batch.
     """
 
     placed: tuple[Placed, ...]
     edges: tuple[Edge, ...]
+    turns: Mapping[Resource, Turns]
     period: float
     tokens: int
 
+    @staticmethod
+    def by_starts(placed: Sequence[Placed], edges: Sequence[Edge], period: float, tokens: int) -> Schedule:
+        """A schedule whose streams go by the starts."""
+        turns = {
+            name: turns_of({at: one.start for at, one in enumerate(placed) if one.operation.resource == name}, period)
+            for name in RESOURCES
+        }
+        return Schedule(placed=tuple(placed), edges=tuple(edges), turns=turns, period=period, tokens=tokens)
+
     def stream(self, resource: Resource) -> Turns:
         """A class's nano-operations in their order."""
-        starts = {at: one.start for at, one in enumerate(self.placed) if one.operation.resource == resource}
-        return turns_of(starts, self.period)
+        return self.turns.get(resource, ())
 
     def ranges(self, name: str) -> list[tuple[int, int]]:
         """Token ranges of an operation."""
@@ -204,6 +214,10 @@ class Schedule:
                 }
                 for one in self.placed
             ],
+            "streams": {
+                name: [{"operation": place, "layers_before": shift} for place, shift in turns]
+                for name, turns in self.turns.items()
+            },
             "edges": [{"parent": e.parent, "child": e.child, "layers": e.layers} for e in self.edges],
         }  # fmt: skip
 
@@ -217,4 +231,5 @@ class Schedule:
             for one in (self.placed[at] for at in order)
         )
         edges = tuple(Edge(parent=place[e.parent], child=place[e.child], layers=e.layers) for e in self.edges)
-        return Schedule(placed=placed, edges=edges, period=self.period, tokens=self.tokens)
+        turns = {name: tuple((place[at], shift) for at, shift in told) for name, told in self.turns.items()}
+        return Schedule(placed=placed, edges=edges, turns=turns, period=self.period, tokens=self.tokens)

@@ -18,7 +18,7 @@ minutes. Units: seconds, tokens, shares 0 to 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise, product
 
@@ -27,7 +27,7 @@ from memwall.errors import DoesNotFit
 from memwall.simulate.nano_costs import LayerOperation
 from memwall.simulate.nano_pipeline import Pipeline, Run, carry_out, check_order, meetings, starts_of
 from memwall.simulate.nano_program import Program, sum_of
-from memwall.simulate.nano_structure import QUANTUM, Structure, even_cuts, find_structure, sequential, structured
+from memwall.simulate.nano_structure import QUANTUM, UNITS, Structure, find_structure, sequential
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_PARTS = 4
@@ -68,7 +68,7 @@ def nano_only(schedule: Schedule, operations: Sequence[LayerOperation]) -> float
 
 
 def search(
-    layers: dict[str, Sequence[LayerOperation]],
+    layers: Mapping[str, Sequence[LayerOperation]],
     interference: Interference,
     *,
     quantum: int = QUANTUM,
@@ -84,12 +84,7 @@ def search(
         while counts is not None:
             tick(f"{placement}, {sum(counts.values())} parts")
             limits = Limits(quantum=quantum, seconds=seconds)
-            try:
-                pairs = list(_structures(operations, counts, interference, limits))
-            except DoesNotFit:
-                if last is None:
-                    raise
-                break
+            pairs = list(_structures(operations, counts, interference, limits))
             tried += len(pairs)
             found = [_judged(plan, one, operations, placement, interference) for one, plan in pairs]
             chosen = min(found, key=lambda one: one.simulated)
@@ -201,7 +196,10 @@ def assign_shares(
         last: float | None = None
         while True:
             run = carry_out(structure.pipeline(guess), interference, layers=LAYERS)
-            schedule = _StageTwo(structure, interference, run, grid).solve(seconds)
+            try:
+                schedule = _StageTwo(structure, interference, run, grid).solve(seconds)
+            except DoesNotFit:  # no time, or what met cannot share the device: the guess stands
+                break
             if last is not None and schedule.period > last * (1 - LEAST_GAIN):
                 break
             last, guess = schedule.period, _shares(structure, schedule)
@@ -241,7 +239,9 @@ def as_schedule(structure: Structure, shares: Sequence[float], interference: Int
         share = structure.seconds[place] / took if operation.resource == "compute" else shares[place]
         placed.append(Placed(operation=operation, share=min(share, 1.0), start=span.start, seconds=took))
     tokens = max(operation.end for operation in structure.operations)
-    return Schedule(placed=tuple(placed), edges=structure.edges, period=run.period, tokens=tokens).trimmed()
+    return Schedule(
+        placed=tuple(placed), edges=structure.edges, turns=structure.order, period=run.period, tokens=tokens
+    ).trimmed()
 
 
 def _guesses(structure: Structure) -> Iterable[list[float]]:
@@ -284,8 +284,12 @@ class _StageTwo:
     def _speed(self, resource: Resource, share: float) -> float:
         return self.interference.speed(resource, share)
 
+    @property
+    def _unit(self) -> float:
+        return sum(self.structure.seconds) / UNITS
+
     def _seconds(self, place: int) -> dict[int, float]:
-        resource, alone = self.structure.operations[place].resource, self.structure.seconds[place]
+        resource, alone = self.structure.operations[place].resource, self.structure.seconds[place] / self._unit
         return {column: alone / self._speed(resource, share) for share, column in self.chosen[place].items()}
 
     def _share(self, place: int) -> dict[int, float]:
@@ -337,22 +341,15 @@ class _StageTwo:
                 Placed(
                     operation=operation,
                     share=share,
-                    start=max(float(values[self.starts[place]]), 0.0),
+                    start=max(float(values[self.starts[place]]) * self._unit, 0.0),
                     seconds=alone / self._speed(operation.resource, share),
                 )
             )
         tokens = max(operation.end for operation in self.structure.operations)
         return Schedule(
-            placed=tuple(placed), edges=self.structure.edges, period=float(values[self.period]), tokens=tokens
+            placed=tuple(placed),
+            edges=self.structure.edges,
+            turns=self.structure.order,
+            period=float(values[self.period]) * self._unit,
+            tokens=tokens,
         )
-
-
-def hand_cut(operations: Sequence[LayerOperation], parts: int, quantum: int = QUANTUM) -> Structure:
-    """Even parts in the order of the layer, first parts first: a pipeline without a search, to compare with."""
-    cuts = {one.name: even_cuts(one, parts, quantum) for one in operations}
-    starts = {
-        (one.name, index): float(index * len(operations) + place)
-        for place, one in enumerate(operations)
-        for index in range(len(cuts[one.name]) - 1)
-    }
-    return structured(operations, cuts, starts, float(parts * len(operations)))

@@ -15,16 +15,17 @@ Units: tokens, seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 
 from memwall.engine.nano_schedule import RESOURCES, Edge, NanoOperation, Resource, Turns, edges_of, turns_of
-from memwall.errors import InputError
+from memwall.errors import DoesNotFit, InputError
 from memwall.simulate.nano_costs import LayerOperation
 from memwall.simulate.nano_pipeline import Pipeline
 from memwall.simulate.nano_program import Program, sum_of
 
 QUANTUM = 128
+UNITS = 100.0
 Bound = tuple[int, float] | float
 """A boundary: a variable and its factor, or a known number of tokens."""
 
@@ -113,15 +114,37 @@ def find_structure(
     quantum: int = QUANTUM,
     seconds: float = 20.0,
 ) -> Structure:
-    """The best structure with so many parts of each operation. follow: whose boundaries an operation shares.
-
-    DoesNotFit where none is found within `seconds`.
+    """The best structure with so many parts of each operation that is found within `seconds`; where none is, even
+    parts in turn. follow: whose boundaries an operation shares.
     """
     names = {one.name for one in operations}
     unknown = {name for one in operations for name in (*one.parents, *one.before)} - names
     if unknown:
         raise InputError(f"operations wait for {', '.join(sorted(unknown))}, which the layer does not have")
-    return _StageOne(operations, counts, follow or {}, quantum).solve(seconds)
+    # the solver's tolerances are absolute: a layer takes about a hundred units
+    unit = sequential(operations) / UNITS
+    scaled = [replace(one, fixed=one.fixed / unit, per_token=one.per_token / unit) for one in operations]
+    try:
+        found = _StageOne(scaled, counts, follow or {}, quantum).solve(seconds)
+    except DoesNotFit:
+        found = in_turns(scaled, counts, quantum)
+    return replace(
+        found,
+        seconds=tuple(unit * one for one in found.seconds),
+        starts=tuple(unit * one for one in found.starts),
+        period=unit * found.period,
+    )
+
+
+def in_turns(operations: Sequence[LayerOperation], counts: Mapping[str, int], quantum: int = QUANTUM) -> Structure:
+    """Even parts that take turns at every operation, one after another: a structure without a search."""
+    cuts = {one.name: even_cuts(one, counts.get(one.name, 1), quantum) for one in operations}
+    starts, now = {}, 0.0
+    for one in operations:
+        for index, (first, end) in enumerate(pairwise(cuts[one.name])):
+            starts[one.name, index] = now
+            now += one.seconds(end - first)
+    return structured(operations, cuts, starts, now)
 
 
 @dataclass(slots=True)
