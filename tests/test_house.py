@@ -31,6 +31,7 @@ LONGER: dict[str, str] = {
     "cli/serve.py:serve": "the same",
     "cli/bench.py:serve": "the same",
     "cli/simulate.py:serving": "the same",
+    "cli/nanoflow.py:nanoflow": "the same",
 }
 
 SKIPPED_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

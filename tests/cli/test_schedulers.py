@@ -19,7 +19,10 @@ def test_names_make_what_they_say() -> None:
     nexus = options_of(SchedulerName.nexus, None, None, adapters=False)
     assert "scheduler" not in nexus  # it comes once costs are measured
     assert not nexus["phases"].fresh
-    assert options_of(SchedulerName.nanoflow, None, None, adapters=False) == {"scheduler": NanoFlow(), "ahead": True}
+    nano = options_of(SchedulerName.nanoflow, None, None, adapters=False)
+    assert nano["scheduler"] == NanoFlow()
+    assert nano["ahead"]
+    assert nano["switch"].early
 
 
 def test_what_does_not_go_together_is_refused_by_name() -> None:

@@ -12,6 +12,8 @@ from memwall.errors import InputError
 if TYPE_CHECKING:
     from memwall.engine.serving import Serving
 
+GROUP_PAGES = 16
+"""Of one conversation that lie beside each other, where there is room for that."""
 FIRST_SECONDS, TOKEN_SECONDS = 1.0, 0.1
 """Objectives where none are given."""
 DECODE_SLACK = 2.0
@@ -39,7 +41,7 @@ SchedulerOption = Annotated[
         "and tokens in two processes over one memory, with shares of the cores that follow --slo-first and "
         "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost. "
         "nanoflow: batches of the same number of tokens, formed while the one before is computed, for requests that "
-        "memory is predicted to hold.",
+        "memory is predicted to hold; turns of conversations are written to the swap area as they are made.",
     ),
 ]
 SloFirst = Annotated[
@@ -60,8 +62,11 @@ def options_of(name: SchedulerName, first: float | None, token: float | None, *,
         raise InputError(f"--scheduler {name.value} serves no adapters; leave --lora out, or choose fcfs")
     if name is SchedulerName.nanoflow:
         from memwall.engine.nanoflow import NanoFlow
+        from memwall.engine.switching import SwitchSettings
 
-        return {"scheduler": NanoFlow(), "ahead": True}
+        # turns go out as they are made and come back in one piece
+        switch = SwitchSettings(group_pages=GROUP_PAGES, keep_turns=True, reuse=True, early=True, staged=True)
+        return {"scheduler": NanoFlow(), "ahead": True, "switch": switch}
     from memwall.engine.phases import FIRST_SHARES
     from memwall.engine.semi_pd import SemiPD
     from memwall.engine.serving import PhaseSettings

@@ -296,6 +296,8 @@ class AheadEngine(Engine):
         self.priorities.served(one, entry.first, output is not None)
         if why is None:
             self._register(one)
+            # what the batch under way adds is not there yet
+            self.switch.stream(one, entry.first + entry.count)
         if output is None or why is not None:
             return None
         one.first_token = one.first_token if one.first_token is not None else now

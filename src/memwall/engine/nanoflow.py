@@ -22,7 +22,7 @@ Cost: O(n log n) for n requests. Holds when: answers are about as long as expect
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from memwall.engine.base import Preempt, RequestView, State, Step
 from memwall.engine.fcfs import Plan
@@ -75,8 +75,16 @@ def peak_pages(requests: Iterable[tuple[int, int]], page_tokens: int) -> int:
     return most
 
 
+@dataclass(slots=True)
 class _Plan(Plan):
-    """A step in the making: what runs as in `fcfs`, but whoever gives way is swapped."""
+    """A step in the making: what runs as in `fcfs`, but whoever gives way is swapped. coming: whose pages are read."""
+
+    coming: list[int] = field(default_factory=list)
+
+    def step(self) -> Step:
+        """Pages come in beside the step, unless there is nothing else to do."""
+        step = super(_Plan, self).step()
+        return replace(step, fetch=tuple(self.coming)) if step.work else replace(step, resume=tuple(self.coming))
 
     def fill(self, policy: NanoFlow) -> None:
         """Lets in whoever fits the predicted peak, first come first served, until the batch is full."""
@@ -89,17 +97,21 @@ class _Plan(Plan):
             if self.budget < 1 or count >= limits.max_sequences:
                 return
             back = view.id in swapped
-            held = view.computed if back else view.hit
-            tokens = min(view.known - held, self.budget)
-            own = limits.pages(held + tokens)
-            pages = own if back else own - limits.pages(view.hit) + view.hit_idle
+            read = view.computed if back else view.restorable if view.restorable > view.hit else 0
+            tokens = 0 if read else min(view.known - view.hit, self.budget)
+            pages = limits.pages(read or view.hit + tokens)
+            if not back:
+                pages += view.hit_idle - limits.pages(view.hit)
             coming = [*going, (view.known, policy.remaining(view))]
             # one that is alone is let in whatever was predicted: nobody else will give it more room
             if pages > self.free or (count and peak_pages(coming, limits.page_tokens) > most):
                 return
             self.free -= pages
             going, count = coming, count + 1
-            self.let_in(view, back=back, tokens=tokens)
+            if read:
+                self.coming.append(view.id)
+            else:
+                self.let_in(view, back=False, tokens=tokens)
 
     def _set_aside(self, view: RequestView) -> None:
         swap = view.pages <= self.swap_free

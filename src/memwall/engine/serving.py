@@ -33,6 +33,7 @@ from memwall.engine.sampling import Sampler
 from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
 from memwall.engine.session import SAMPLING
+from memwall.engine.staged import StagedArea
 from memwall.engine.swap import SwapArea
 from memwall.engine.switching import Switcher, SwitchSettings
 from memwall.engine.workers import ForkedWorkers
@@ -396,9 +397,11 @@ def _kind_of(settings: ServingSettings) -> type[Engine]:
 
 def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> Switcher:
     how, room = settings.switch, settings.swap_bytes // pages.pool.page_bytes
-    area = SwapArea(
-        pages.pool, room, arena=arena, folder=settings.swap_folder, group_pages=how.group_pages, merge=how.merge
-    )
+    told: dict[str, Any] = {"arena": arena, "folder": settings.swap_folder, "group_pages": how.group_pages}
+    if how.staged:
+        area: SwapArea = StagedArea(pages.pool, room, host_bytes=how.host_bytes, **told)
+    else:
+        area = SwapArea(pages.pool, room, merge=how.merge, **told)
     return Switcher(pages, area, how)
 
 
