@@ -33,6 +33,7 @@ LONGER: dict[str, str] = {
     "cli/simulate.py:serving": "the same",
     "cli/kernel.py:kernel": "the same",
     "cli/split.py:split": "the same",
+    "cli/nanoflow.py:nanoflow": "the same",
 }
 
 SKIPPED_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

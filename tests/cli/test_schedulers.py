@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memwall.cli.schedulers import SchedulerName, options_of
+from memwall.engine.nanoflow import NanoFlow
 from memwall.engine.semi_pd import RELEASED, SemiPD
 from memwall.errors import InputError
 
@@ -20,6 +21,10 @@ def test_names_make_what_they_say() -> None:
     assert not nexus["phases"].fresh
     apart = options_of(SchedulerName.distserve, None, None, adapters=False, threads=4)["phases"]
     assert (apart.shares.prefill, apart.shares.decode, apart.prefill_room) == (50, 50, 0.25)
+    nano = options_of(SchedulerName.nanoflow, None, None, adapters=False)
+    assert nano["scheduler"] == NanoFlow()
+    assert nano["ahead"]
+    assert nano["switch"].early
 
 
 def test_what_does_not_go_together_is_refused_by_name() -> None:

@@ -145,3 +145,41 @@ def test_bad_input_for_the_card(memwall: Memwall, options: tuple[str, ...], stat
     done = memwall("simulate", "accllm", *options)
     assert done.exit_code == status, done.stderr
     assert says in done.stderr
+
+
+def test_nanoflow_bounds_an_iteration(memwall: Memwall) -> None:
+    done = memwall("simulate", "nanoflow", "demo", "--devices", "1", "--reached", "1000", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["limit"] in ("compute", "memory")
+    assert told["ratio"] == pytest.approx(told["memory_seconds"] / told["compute_seconds"])
+    assert told["share_of_optimal"] == pytest.approx(1000 / told["optimal_tokens_per_s"])
+    assert [row["name"] for row in told["operations"]] == ["kqv", "o", "up_gate", "down", "decode", "prefill"]
+
+
+def test_nanoflow_searches_and_draws(memwall: Memwall, tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="the search needs SciPy")
+    plot = tmp_path / "pipeline.svg"
+    options = ("--devices", "1", "--batch-tokens", "512", "--search", "--seconds", "3", "--plot", plot)
+    done = memwall("simulate", "nanoflow", "demo", *options)
+    assert done.exit_code == 0, done.stderr
+    assert "times as fast" in done.stdout
+    assert "<svg" in plot.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--plot", "x.svg"), "add --search"),
+        (("--plot", "x.png", "--search"), "ends in .svg"),
+        (("--plot", "/no/such/x.svg", "--search"), "not a directory"),
+        (("--reached", "0"), "above 0"),
+        (("--profiled", "fast"), "312TFLOP/s"),
+        (("--prompt-tokens", "0"), "above 0"),
+        (("--machine", "cloud-2core"), "--link"),
+    ],
+)
+def test_nanoflow_refuses_bad_input(memwall: Memwall, options: tuple[str, ...], says: str) -> None:
+    done = memwall("simulate", "nanoflow", "demo", *options)
+    assert done.exit_code == 2, done.stderr
+    assert says in done.stderr

@@ -12,6 +12,8 @@ from memwall.errors import InputError
 if TYPE_CHECKING:
     from memwall.engine.serving import Serving
 
+GROUP_PAGES = 16
+"""Of one conversation that lie beside each other, where there is room for that."""
 FIRST_SECONDS, TOKEN_SECONDS = 1.0, 0.1
 """Objectives where none are given."""
 DECODE_SLACK = 2.0
@@ -28,6 +30,7 @@ class SchedulerName(StrEnum):
     semi_pd = "semi-pd"
     nexus = "nexus"
     distserve = "distserve"
+    nanoflow = "nanoflow"
 
 
 SchedulerOption = Annotated[
@@ -38,7 +41,9 @@ SchedulerOption = Annotated[
         "that may change while requests run, whose pages are then swapped beside the steps of others. semi-pd: prompts "
         "and tokens in two processes over one memory, with shares of the cores that follow --slo-first and "
         "--slo-token. nexus: the same, with shares chosen ahead by what each phase was measured to cost. distserve: "
-        "two processes that have half of the cores and a memory of their own each; finished prompts are handed over.",
+        "two processes that have half of the cores and a memory of their own each; finished prompts are handed over. "
+        "nanoflow: batches of the same number of tokens, formed while the one before is computed, for requests that "
+        "memory is predicted to hold; turns of conversations are written to the swap area as they are made.",
     ),
 ]
 SloFirst = Annotated[
@@ -74,6 +79,13 @@ def options_of(
         return {}
     if adapters:
         raise InputError(f"--scheduler {name.value} serves no adapters; leave --lora out, or choose fcfs")
+    if name is SchedulerName.nanoflow:
+        from memwall.engine.nanoflow import NanoFlow
+        from memwall.engine.switching import SwitchSettings
+
+        # turns go out as they are made and come back in one piece
+        switch = SwitchSettings(group_pages=GROUP_PAGES, keep_turns=True, reuse=True, early=True, staged=True)
+        return {"scheduler": NanoFlow(), "ahead": True, "switch": switch}
     from memwall.engine.phases import FIRST_SHARES
     from memwall.engine.semi_pd import SemiPD
     from memwall.engine.serving import PhaseSettings

@@ -1,6 +1,7 @@
 """`memwall simulate`: what something would do on machines that are not here; `simulate serving` finds the plan by which
 a cluster serves a model best, `simulate split` how many devices prompts and tokens need, `simulate profile` measures
-this machine's engine for both, `simulate accllm` runs a model on an FPGA card.
+this machine's engine for both, `simulate accllm` runs a model on an FPGA card, `simulate
+nanoflow` says what bounds an iteration.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import typer
 from memwall.cli import split
 from memwall.cli.bench import _loads
 from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_command, complete_weights
+from memwall.cli.nanoflow import nanoflow
 from memwall.cli.plan import _complete_machine
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.simulate_fpga import accllm
@@ -33,6 +35,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "split", split.split)
     add_command(group, "profile", profile)
     add_command(group, "accllm", accllm)
+    add_command(group, "nanoflow", nanoflow)
     app.add_typer(group, name="simulate")
 
 

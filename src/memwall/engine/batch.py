@@ -126,24 +126,39 @@ class BatchCache:
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         """Keys and values [B, Hkv, D] of all rows go to their pages."""
-        keys, values = self._views[layer]
-        put_rows(keys, k, self._rows)
-        put_rows(values, v, self._rows)
+        self.append_rows(layer, k, v, 0)
         self._at = 0
+
+    def append_rows(self, layer: int, k: np.ndarray, v: np.ndarray, begin: int) -> None:
+        """The same for rows [begin, begin + n) of the batch."""
+        keys, values = self._views[layer]
+        rows = self._rows[begin : begin + len(k)]
+        put_rows(keys, k, rows)
+        put_rows(values, v, rows)
+
+    @property
+    def singles(self) -> int:
+        """Rows at the batch's beginning that are one token of a sequence by itself each."""
+        return self._singles
 
     def attend(self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Attention of the next rows of the batch [n, H, D]; rows come in order, blocks of them at a time."""
         begin, self._at = self._at, self._at + len(q)
+        return self.attend_rows(layer, q, begin, out)
+
+    def attend_rows(self, layer: int, q: np.ndarray, begin: int, out: np.ndarray) -> np.ndarray:
+        """Attention of rows [begin, begin + n) of the batch; threads may attend different rows at once."""
+        stop = begin + len(q)
         keys, values = self._views[layer]
         scale, window = self.shape.logit_scale, self.shape.window(layer)
-        end = min(self._singles, self._at)
+        end = min(self._singles, stop)
         if begin < end:
             attend_paged_sequences(
                 q[: end - begin], keys, values, self._tables[begin:end], self._lengths[begin:end],
                 page_tokens=self.page_tokens, scale=scale, window=window, out=out[: end - begin],
             )  # fmt: skip
         for segment in self._segments:
-            first, last = max(segment.row, begin), min(segment.row + segment.count, self._at)
+            first, last = max(segment.row, begin), min(segment.row + segment.count, stop)
             if first >= last:
                 continue
             place = slice(first - begin, last - begin)
@@ -152,10 +167,9 @@ class BatchCache:
                 length=segment.first + segment.count, scale=scale,
                 first_position=segment.first + first - segment.row, window=window, out=out[place],
             )  # fmt: skip
-        grouped = max(self._grouped[0].row, begin) if self._grouped else self._at
-        if grouped < self._at:
-            window = self.shape.window(layer)
-            tables, own, prefixes = self._group_pieces(grouped, self._at, window)
+        grouped = max(self._grouped[0].row, begin) if self._grouped else stop
+        if grouped < stop:
+            tables, own, prefixes = self._group_pieces(grouped, stop, window)
             attend_shared(
                 q[grouped - begin :], keys, values, tables, own, prefixes, page_tokens=self.page_tokens, scale=scale,
                 window=window, out=out[grouped - begin :],

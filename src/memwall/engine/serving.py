@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from memwall import _native
 from memwall.engine.adapters import Adapters, check_room
-from memwall.engine.base import Limits, Scheduler, Shares
+from memwall.engine.ahead import AheadEngine
+from memwall.engine.base import Limits, Scheduler
 from memwall.engine.batch import PAGED, ModelExecutor, lora_room, page_bytes
 from memwall.engine.core import Engine
 from memwall.engine.fcfs import FirstComeFirstServed
@@ -30,6 +31,7 @@ from memwall.engine.ray_workers import RayWorkers
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
 from memwall.engine.session import SAMPLING
+from memwall.engine.staged import StagedArea
 from memwall.engine.swap import SwapArea
 from memwall.engine.switching import Switcher, SwitchSettings
 from memwall.engine.workers import ForkedWorkers
@@ -40,7 +42,7 @@ from memwall.kernels.lora import MOST_TOGETHER, LoraBatch
 from memwall.kv import CacheShape
 from memwall.memory import Arena, Budget, Ledger, PagePool, measure_runtime, resident_bytes
 from memwall.models.config import ModelConfig
-from memwall.models.decoder import BLOCK_ROWS
+from memwall.models.decoder import BLOCK_ROWS, Decoder
 from memwall.models.lora import LoraWeights
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress
@@ -81,7 +83,8 @@ class ServingSettings:
     request, prompt and answer; None for the model's positions. token_budget: tokens computed in one step. swap_bytes:
     disk for requests set aside. headroom_bytes: kept free for what the process comes to hold outside the arena. exact:
     float arithmetic on packed weights. lora: None where requests have no adapters. shared_prefixes: room for requests
-    that go on from prefixes (see `shared`). phases: None where one worker computes prompts and tokens together.
+    that go on from prefixes (see `shared`). phases: None where one worker computes prompts and tokens together. ahead:
+    the next batch is formed while one is computed.
     """
 
     weights: str = "float16"
@@ -100,6 +103,7 @@ class ServingSettings:
     lora: LoraSettings | None = None
     shared_prefixes: bool = False
     phases: PhaseSettings | None = None
+    ahead: bool = False
 
     @property
     def limits(self) -> Limits:
@@ -119,6 +123,8 @@ class ServingSettings:
             )
         if self.phases is not None and self.lora is not None:
             raise InputError("adapters are served by one worker; leave them out, or choose the scheduler fcfs")
+        if self.ahead and (self.phases is not None or self.lora is not None):
+            raise InputError("batches are formed ahead for one worker without adapters; choose the scheduler fcfs")
         if self.page_tokens < 16 or self.page_tokens & (self.page_tokens - 1):
             raise InputError(f"page_tokens is {self.page_tokens}; it must be 16, 32, 64 or another power of two")
 
@@ -280,6 +286,13 @@ class Serving:
         if not self.engine.busy:
             self.engine.fit_limit()
 
+    def take_decoder(self, decoder: Decoder) -> None:
+        """Another decoder over the same weights computes from now on."""
+        assert isinstance(self.engine.executor, ModelExecutor)
+        self._loaded.decoder.release()
+        self._loaded = replace(self._loaded, decoder=decoder)
+        self.engine.executor.decoder = decoder
+
     def close_books(self) -> None:
         """Measures the runtime row of the ledger anew."""
         measure_runtime(self.ledger)
@@ -288,6 +301,8 @@ class Serving:
         """Gives all memory back."""
         if self.workers is not None:
             self.workers.release()
+        if isinstance(self.engine, AheadEngine):
+            self.engine.release()
         self.engine.switch.release()
         if self.engine.adapters is not None:
             self.engine.adapters.stop()
@@ -358,7 +373,7 @@ def load_engine(
         "clock": clock or time.perf_counter,
     }
     if settings.phases is None:
-        engine = Engine(scheduler or FirstComeFirstServed(), executor, pages, adapters=adapters, **common)
+        engine = _kind_of(settings)(scheduler or FirstComeFirstServed(), executor, pages, adapters=adapters, **common)
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.govern()
         return serving
@@ -374,11 +389,17 @@ def load_engine(
     return serving
 
 
+def _kind_of(settings: ServingSettings) -> type[Engine]:
+    return AheadEngine if settings.ahead else Engine
+
+
 def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> Switcher:
     how, room = settings.switch, settings.swap_bytes // pages.pool.page_bytes
-    area = SwapArea(
-        pages.pool, room, arena=arena, folder=settings.swap_folder, group_pages=how.group_pages, merge=how.merge
-    )
+    told: dict[str, Any] = {"arena": arena, "folder": settings.swap_folder, "group_pages": how.group_pages}
+    if how.staged:
+        area: SwapArea = StagedArea(pages.pool, room, host_bytes=how.host_bytes, **told)
+    else:
+        area = SwapArea(pages.pool, room, merge=how.merge, **told)
     return Switcher(pages, area, how)
 
 

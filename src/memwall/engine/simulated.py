@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Arrivals
 from dataclasses import dataclass, field
+from typing import Any
 
+from memwall.engine.ahead import AheadEngine, InlineRunner
 from memwall.engine.base import Costs, Limits, Scheduler
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Output
@@ -99,8 +101,10 @@ def simulated_engine(
     costs: Costs | None = None,
     priorities: Priorities | None = None,
     keep_prefixes: bool = True,
+    ahead: bool = False,
 ) -> Engine:
     """An engine whose clock is virtual. costs: what the scheduler believes; by default what the cost model says.
+    ahead: one that forms batches while others are computed.
 
     swap_pages: room for what is swapped; switch: how it is, and over which link (None: in no time).
     """
@@ -108,17 +112,18 @@ def simulated_engine(
     switch = switch or SwitchSettings()
     pool = PagePool("kv/pages", page_bytes=page_bytes, most_pages=num_pages, group_pages=switch.group_pages)
     pages = KVPages(pool, limits.page_tokens, keep_prefixes=keep_prefixes)
-    return Engine(
-        scheduler,
-        SimulatedExecutor(clock, cost),
-        pages,
-        limits=limits,
-        context_tokens=context_tokens,
-        switch=virtual_switcher(pages, swap_pages, clock, switch),
-        priorities=priorities,
-        costs=costs or Costs(seconds_per_token=cost.seconds_per_token, seconds_per_page=cost.seconds_per_token),
-        clock=clock,
-    )
+    executor = SimulatedExecutor(clock, cost)
+    told: dict[str, Any] = {
+        "limits": limits,
+        "context_tokens": context_tokens,
+        "switch": virtual_switcher(pages, swap_pages, clock, switch),
+        "priorities": priorities,
+        "costs": costs or Costs(seconds_per_token=cost.seconds_per_token, seconds_per_page=cost.seconds_per_token),
+        "clock": clock,
+    }
+    if ahead:
+        return AheadEngine(scheduler, executor, pages, runner=InlineRunner(executor, clock), **told)
+    return Engine(scheduler, executor, pages, **told)
 
 
 def replay(engine: Engine, clock: VirtualClock, arrivals: Arrivals[Arrival], *, idle_step: float = 1e-3) -> list[Event]:

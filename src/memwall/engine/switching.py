@@ -40,7 +40,8 @@ class SwitchSettings:
     """How pages are swapped. group_pages: those of one request lie in groups of so many, in memory and in the swap
     area; 0 takes the lowest free ones. merge: neighbours are one copy. keep_turns: pages of a conversation go out when
     a turn ends, and come back for the next; overlap: no step waits for that. reuse: what is out already is not sent
-    again. link: emulates a slower way.
+    again. link: emulates a slower way. early: pages of a conversation go out as they become full, beside the steps.
+    staged: copies are gathered and scattered (`staged`), with host_bytes of memory before the file.
     """
 
     group_pages: int = 0
@@ -49,6 +50,9 @@ class SwitchSettings:
     reuse: bool = False
     overlap: bool = True
     link: Link | None = None
+    early: bool = False
+    staged: bool = False
+    host_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.group_pages < 0:
@@ -79,6 +83,7 @@ class SwitchCounts:
     steps_during: int = 0
     contaminated_pages: int = 0
     kept: int = 0
+    early_pages: int = 0
     switched: int = 0
     runs: int = 0
 
@@ -225,6 +230,27 @@ class Switcher:
         if copy is not None:
             self._drop(copy)
         self._release(one, pages)
+
+    def stream(self, one: Sequence, tokens: int) -> None:
+        """Pages of a running conversation's first `tokens` that are not out yet go out, and stay where they are."""
+        if not (self.settings.early and self.settings.keep_turns) or one.request.session is None:
+            return
+        count, copy = tokens // self.pages.page_tokens, one.copy
+        if one.parent is not None or one.request.members or count <= (0 if copy is None else copy.clean):
+            return
+        copy = copy or self._new(one)
+        if not self._room(copy, count):
+            return
+        first, copy.clean = copy.clean, count
+        pages = one.pages[first:count]
+        self.pages.acquire(pages)  # the copy's own hold on them
+        copies = self.area.write(pages, copy.places[first:count])
+        self.counts.out_copies += copies.count
+        self.counts.out_bytes += copies.nbytes
+        self.counts.early_pages += len(pages)
+        task = copy.writing = self._out.submit(copies)
+        self._leaving[task] = _Leaving(pages, copy)
+        self._leaving_pages.update(pages)
 
     def start_over(self, one: Sequence) -> None:
         """A request goes back to the queue without pages and copies."""

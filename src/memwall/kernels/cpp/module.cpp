@@ -27,6 +27,8 @@ NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
   m.def("num_threads", &mw::num_threads, "Threads that kernels use, the caller included");
   m.def("set_num_threads", &mw::set_num_threads, "n"_a);
+  m.def("lane_threads", &mw::lane_threads, "Threads that this thread's kernels have to themselves; 0: the shared ones");
+  m.def("set_lane_threads", &mw::set_lane_threads, "n"_a);
   m.def("isa", [] { return std::string(mw::isa_name(mw::active_isa())); }, "Instruction set in use");
   m.def("best_isa", [] { return std::string(mw::isa_name(mw::best_isa())); });
   m.def("force_isa", [](const std::string& name) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -130,10 +131,18 @@ Pool* g_pool = nullptr;
 int g_threads = 0;
 std::mutex g_mutex;
 
+// What the calling thread alone uses instead of the shared pool; see `set_lane_threads`.
+thread_local int t_lane = 0;
+thread_local std::unique_ptr<Pool> t_pool;
+
 Pool& pool() {
   std::lock_guard<std::mutex> guard(g_mutex);
   if (g_pool == nullptr) {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { g_pool = nullptr; });
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+      g_pool = nullptr;
+      (void)t_pool.release();
+      t_lane = 0;
+    });
     (void)registered;
     if (g_threads == 0) g_threads = std::max(1u, std::thread::hardware_concurrency());
     g_pool = new Pool();
@@ -156,8 +165,23 @@ void set_num_threads(int n) {
   if (pool().size() != n) pool().resize(n);
 }
 
+int lane_threads() { return t_lane; }
+
+void set_lane_threads(int n) {
+  n = std::clamp(n, 0, num_threads());
+  if (n == t_lane) return;
+  t_lane = n;
+  t_pool.reset();
+  if (n < 2) return;
+  t_pool = std::make_unique<Pool>();
+  t_pool->resize(n);
+}
+
 void parallel_for(std::size_t n, std::size_t grain, ChunkBody body) {
-  pool().run(n, grain, body);
+  if (t_lane == 0) return pool().run(n, grain, body);
+  if (t_pool) return t_pool->run(n, grain, body);
+  grain = std::max<std::size_t>(grain, 1);
+  for (std::size_t begin = 0; begin < n; begin += grain) body(begin, std::min(begin + grain, n), 0);
 }
 
 }  // namespace mw

@@ -16,6 +16,12 @@ namespace mw {
 int num_threads();
 void set_num_threads(int n);
 
+// A lane: kernels that the calling thread starts use `n` threads of its own, itself included, and run beside those of other
+// threads instead of after them; 0 goes back to the shared pool, more than `num_threads` is cut to that. How work is cut, and so
+// every bit of a result, still follows `num_threads`. Products with matrices stay one at a time (one scratch).
+int lane_threads();
+void set_lane_threads(int n);
+
 // A borrowed callable: unlike std::function it never allocates. The callable must outlive the call, as a lambda argument does.
 class ChunkBody {
  public:
