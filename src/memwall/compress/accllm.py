@@ -29,8 +29,9 @@ import numpy as np
 from memwall.compress import sweep
 from memwall.compress.base import MethodConfig, Statistics, Subject, WeightMethod
 from memwall.compress.calibration import LayerStream, shared_input
+from memwall.compress.gptq import LEAST_SHRINK
 from memwall.compress.pruning import SCORES, PruningColumns, SparseColumns, fixed_mask
-from memwall.compress.sparsegpt import LEAST_SHRINK, SHRINKS, SparseGpt
+from memwall.compress.sparsegpt import SHRINKS, SparseGpt
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.sparse import (

@@ -95,7 +95,7 @@ def load_on_ray(
     if context > config.max_position:
         raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
     side = SideSettings(
-        model=str(model.resolve()), weights=settings.weights, context_tokens=context,
+        model=str(model.resolve()), weights=settings.weights, context_tokens=context, kv=settings.kv,
         max_sequences=settings.max_sequences, token_budget=settings.token_budget, page_tokens=settings.page_tokens,
         threads=settings.threads, exact=settings.exact, memory_bytes=None if budget is None else budget.ram,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from memwall.engine.base import Limits
-from memwall.engine.batch import BatchCache, ModelExecutor, page_bytes
+from memwall.engine.batch import ModelExecutor, page_bytes
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import Settings, cache_shape, load_decoder
 from memwall.engine.phase_process import DrawingExecutor, answer_message, entry_of
@@ -37,6 +37,7 @@ class SideSettings:
     model: str
     weights: str
     context_tokens: int
+    kv: str = "float16"
     max_sequences: int = 16
     token_budget: int = 256
     page_tokens: int = 16
@@ -68,11 +69,12 @@ class Side:
         )  # fmt: skip
         shape, arena = cache_shape(loaded.config), loaded.arena
         scratch = arena.allocate("sampling", Sampler.scratch_shape(loaded.config.vocab_size), np.float32)
-        self.pool = _pool(settings, page_bytes(shape, settings.page_tokens), arena)
+        self.pool = _pool(settings, page_bytes(shape, settings.page_tokens, settings.kv), arena)
         made = ModelExecutor(
-            loaded.decoder, shape, KVPages(self.pool, settings.page_tokens), logit_rows=rows, scratch=scratch
-        )
-        self.executor = DrawingExecutor(made, BatchCache(shape, self.pool, settings.page_tokens))
+            loaded.decoder, shape, KVPages(self.pool, settings.page_tokens), logit_rows=rows, scratch=scratch,
+            kv=settings.kv,
+        )  # fmt: skip
+        self.executor = DrawingExecutor(made, made.cache)
 
     def describe(self) -> dict[str, Any]:
         """Where it is and what it holds."""
