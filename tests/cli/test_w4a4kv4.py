@@ -52,7 +52,7 @@ def test_eval_and_plan(memwall: Any, made: Path, tmp_path: Path) -> None:
         (("plan", "demo", "--weights", "W4A4KV4"), "--method comet"),
         (("run", "demo", "text", "--weights", "comet"), "--method comet"),
         (("run", "demo", "text", "--weights", "W4A4KV4", "--kv", "kivi"), "leave --kv"),
-        (("serve", "demo", "--weights", "W4A4KV4"), "--weights saved"),
+        (("serve", "demo", "--weights", "W4A4KV4"), "give saved here"),
         (("run", "demo", "text", "--kv", "kv4(page=48)"), "16, 32, 64, 128"),
     ],
 )

@@ -14,7 +14,6 @@ from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, Lor
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
 from memwall.cli.schedulers import SchedulerName, SchedulerOption, SloFirst, SloToken, describe, finish, options_of
-from memwall.cli.w4a4kv4 import NAME as W4A4KV4
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
 
 if TYPE_CHECKING:
@@ -83,8 +82,6 @@ def serve(
     """
     if kv not in PAGED:
         raise InputError(f"--kv {kv}: the server keeps keys and values in pages of float16; leave it to auto")
-    if weights.lower() == W4A4KV4:
-        raise InputError("--weights W4A4KV4: the server keeps float16 caches; give --weights saved")
     try:
         from memwall.serve.app import Server
     except ImportError as error:
