@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_shows_what_is_resident(memwall: Any, made: Path) -> None:
-    options = ("--max-new-tokens", "8", "--json", "--quiet")
+    options = ("--max-new-tokens", "72", "--ignore-eos", "--json", "--quiet")
     ran = json.loads(memwall("run", made, "The history of", "--weights", "W4A4KV4", *options).stdout)
     owners = {row["owner"]: row for row in ran["ledger"]}
     assert owners["weights/comet-g128"]["bytes"] < 5_900_000 * 0.6
