@@ -1,4 +1,4 @@
-"""KV4: keys by page and channel, values by token, through KIVI's blocks; bytes a token, edges and refusals."""
+"""KV4: keys by page and channel, values by page and token, through KIVI's blocks; bytes, edges and refusals."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def test_against_pages_and_tokens_rounded_apart(head_dim: int, group: int, page:
         out = step(cache, q[begin:end], k[begin:end], v[begin:end], begin)
         keys, values = np.array(k[:end]), np.array(v[:end])
         whole = begin // page * page  # what was settled before this step
-        keys[:whole], values[:begin] = coded_k[:whole], coded_v[:begin]
+        keys[:whole], values[:whole] = coded_k[:whole], coded_v[:whole]
         expected, _ = attention_reference.attend(
             *(torch.from_numpy(x) for x in (q[begin:end], keys, values)), scale=head_dim**-0.5, first_position=begin
         )
         np.testing.assert_allclose(out, expected.numpy(), rtol=2e-3, atol=2e-3)
         done = end // page * page
-        keys, values = torch.from_numpy(k[:done]), torch.from_numpy(v[:end])
+        keys, values = torch.from_numpy(k[:done]), torch.from_numpy(v[:done])
         coded_k[:done] = attention_reference.kivi_round_trip(keys, 4, page, along_tokens=True).numpy()
-        coded_v[:end] = attention_reference.kivi_round_trip(values, 4, group, along_tokens=False).numpy()
+        coded_v[:done] = attention_reference.kivi_round_trip(values, 4, group, along_tokens=False).numpy()
     found_k, found_v = cache.rows(1, 0, end)
     np.testing.assert_allclose(found_k[:done], coded_k[:done], atol=1e-3, rtol=1e-3)
     np.testing.assert_allclose(found_v, coded_v, atol=1e-3, rtol=1e-3)

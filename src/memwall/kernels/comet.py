@@ -152,7 +152,8 @@ def linear_scheduled(
     steal: bool,
 ) -> list[float]:
     """outs[i] = xs[i] @ matrices[i].T, worked tile by tile as `schedule` says: a worker's tiles in turn, then, with
-    `steal`, those of the one with the most left. Returns the seconds that each worker was busy.
+    `steal`, those of the one with the most left. Returns when each worker was done, in seconds from
+    the start.
 
     A tile's `work` is (product, strip of `strip_rows()` rows, first block, block after the last). Every strip's blocks
     must be covered once. Where a strip is one tile, results are those of `linear` to the bit; parts are added in order.

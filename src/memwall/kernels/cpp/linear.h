@@ -252,7 +252,7 @@ struct MixedTile {
 };
 // Products with mixed activations by a schedule. Worker w works tiles [starts[w], starts[w + 1]) in turn; with `steal` it then helps
 // the one with the most left. Parts of a strip are kept apart and added up at the end, in the order of their groups. seconds:
-// what each worker was busy for. Inputs may differ in columns, not in tokens (at most kMaxTokens).
+// when each worker was done, from the start of the first. Inputs may differ in columns, not in tokens (at most kMaxTokens).
 struct MixedProduct {
   const Matrix* matrix;
   const float* x;

@@ -87,9 +87,9 @@ void linear_scheduled(const MixedProduct* products, std::size_t count, std::int6
   const std::unique_ptr<char, decltype(&std::free)> room(
       static_cast<char*>(std::aligned_alloc(64, kWorkerScratchBytes * static_cast<std::size_t>(workers))), &std::free);
   if (room == nullptr) throw std::bad_alloc();
+  const auto began = std::chrono::steady_clock::now();
   parallel_for(static_cast<std::size_t>(workers), 1, [&](std::size_t begin, std::size_t end, int) {
     for (std::size_t w = begin; w < end; ++w) {
-      const auto began = std::chrono::steady_clock::now();
       for (std::int64_t i; (i = take(queues.get(), workers, static_cast<int>(w), steal)) >= 0;) {
         const MixedTile& tile = tiles[i];
         kernels.mixed_part(*products[tile.product].matrix, inputs[static_cast<std::size_t>(tile.product)], tile.strip, tile.first, tile.last,
