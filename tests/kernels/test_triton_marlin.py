@@ -95,7 +95,8 @@ for grouped in (True, False):
         options = {"num_warps": ours.WARPS, "num_stages": ours.STAGES}
         code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm
         text = code["ptx"]
-        print(len(code["cubin"]), text.count("mma.sync"), text.count("cp.async"), text.count("cvt.rn.f16.s"), text.count("evict_first"))
+        seen = [text.count(what) for what in ("mma.sync", "cp.async", "cvt.rn.f16.s")]
+        print(len(code["cubin"]), *seen)
 """
 
 
@@ -112,4 +113,4 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     found = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
     assert len(found) == 4
     assert all(size > 0 for size, *_ in found)
-    assert all(products > 0 and copies > 0 and not casts for _, products, copies, casts, _ in found[::2])
+    assert all(products > 0 and copies > 0 and not casts for _, products, copies, casts in found[::2])
