@@ -92,9 +92,11 @@ for grouped in (True, False):
         constants = {name: value for name, value in settings.items() if name in kernel.arg_names}
         types = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-        code = triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
+        options = {"num_warps": ours.WARPS, "num_stages": ours.STAGES}
+        code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm
         text = code["ptx"]
-        print(len(code["cubin"]), text.count("mma.sync"), text.count("cp.async"), text.count("cvt.rn.f16.s"))
+        seen = [text.count(what) for what in ("mma.sync", "cp.async", "cvt.rn.f16.s")]
+        print(len(code["cubin"]), *seen)
 """
 
 

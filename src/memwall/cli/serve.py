@@ -13,7 +13,6 @@ from memwall.cli.fair import PrioritiesOption, UpdatesOption, fair_options
 from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, LoraOption, MostRank, read_loras
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
-<<<<<<< HEAD
 from memwall.cli.schedulers import (
     RayOption,
     SchedulerName,
@@ -24,10 +23,6 @@ from memwall.cli.schedulers import (
     finish,
     options_of,
 )
-from memwall.cli.w4a4kv4 import NAME as W4A4KV4
-=======
-from memwall.cli.schedulers import SchedulerName, SchedulerOption, SloFirst, SloToken, describe, finish, options_of
->>>>>>> comet
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
 
 if TYPE_CHECKING:
@@ -105,16 +100,9 @@ def serve(
     SIGTERM and Ctrl-C end it once running requests are done; SIGUSR1 shrinks the budget by a fifth, SIGUSR2 lets it
     grow back, and so does POST /v1/budget.
     """
-<<<<<<< HEAD
     stored = paged_kv(kv)
     if pooling not in ("auto", "last", "mean"):
         raise InputError(f"--pooling {pooling}: choose last, mean or auto")
-    if weights.lower() == W4A4KV4:
-        raise InputError("--weights W4A4KV4: pages hold no 4-bit rows; give --weights saved, and --kv int8")
-=======
-    if kv not in PAGED:
-        raise InputError(f"--kv {kv}: the server keeps keys and values in pages of float16; leave it to auto")
->>>>>>> comet
     try:
         from memwall.serve.app import Server
     except ImportError as error:

@@ -143,7 +143,8 @@ class IntegerColumns(ColumnQuantizer):
             cost = np.square(found - values) @ weights
             better = cost < least
             least, kept = np.where(better, cost, least), np.where(better, tried, kept)
-            kept_mins = None if low is None or kept_mins is None else np.where(better, low, kept_mins)
+            if low is not None and kept_mins is not None:
+                kept_mins = np.where(better, low, kept_mins)
         return kept, kept_mins
 
     def _parameters(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:

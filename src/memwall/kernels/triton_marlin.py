@@ -9,8 +9,8 @@ subtraction; scales of groups are multiplied into weights as half floats, a scal
 program takes one stripe (`stripes`); parts of slices that several have are summed from the last to the first.
 
 Shapes: x [M, K] float16 on the GPU (or a CPU, in Triton's interpreter), weights as in `marlin` -> [M, N] float16.
-Differs from the paper: Triton places operands and pipelines copies itself, so cache hints, the XOR swizzle and warps
-that split K are its matter; parts are summed in float32 by a second, small launch in place of locks and half floats.
+Differs from the paper: Triton places operands and pipelines copies itself, so the XOR swizzle and warps that split K
+are its matter; parts are summed in float32 by a second, small launch in place of locks and half floats.
 Cost: K N / 2 bytes and scales read once per 64 rows; 8 M n_tile bytes of room per program for parts.
 Holds when: K is a multiple of 128 and N of 256, groups of 128 or one of all.
 """
@@ -28,9 +28,10 @@ import triton.language as tl
 from memwall.errors import InputError
 from memwall.formats import Packed
 from memwall.kernels import marlin
-from memwall.kernels.marlin_model import MOST_ROWS, Tiling, copies
+from memwall.kernels.marlin_model import MOST_ROWS, WARPS, Tiling, copies
 from memwall.kernels.stripes import Stripes
 
+STAGES = 4
 DEFAULT_PROCESSORS = 8
 """Programs where no GPU says how many it runs at once."""
 
@@ -46,7 +47,7 @@ def _tile(  # type: ignore[no-untyped-def]
     k_16, pair = k * (K_TILE // 16) + depth // 4, depth % 4
     n_64, c, word = n * (N_TILE // 64) + width // 32, width % 32 // 4, width % 4
     at = k_16[:, None] * (2 * size_n) + pair[:, None] * 4 + n_64[None, :] * 128 + c[None, :] * 16 + word[None, :]
-    held = tl.load(words + at)
+    held = tl.load(words + at, eviction_policy="evict_first")  # read once: the cache is for x and results
     scale_at = group * size_n + n_64 * 64 + c * 8 + word * 2
     for low in tl.static_range(2):
         for half in tl.static_range(2):
@@ -189,7 +190,8 @@ def multiply(
         n_tiles, group_tiles = size_n // tiling.n_tile, max(group // tiling.k_tile, 1)
         _stripe[(programs,)](
             part, words, scales, result, room, launch.rows, size_k, size_n, stripes.k_tiles, n_tiles,
-            stripes.num_tiles, stripes.stripe_tiles, group_tiles, K_TILE=tiling.k_tile, **settings,
+            stripes.num_tiles, stripes.stripe_tiles, group_tiles, K_TILE=tiling.k_tile, num_warps=WARPS,
+            num_stages=STAGES, **settings,
         )  # fmt: skip
         if stripes.reductions:
             _reduce[(stripes.slices,)](
