@@ -91,11 +91,11 @@ class Layout:
 
     def thread_part(self) -> np.ndarray:
         """index(t, 0): int64 [threads, dimensions]."""
-        return _counted(self.spatial_entries(), len(self.shape))
+        return _parts(self)[0].copy()
 
     def slot_part(self) -> np.ndarray:
         """index(0, i): int64 [slots, dimensions]."""
-        return _counted(self.local_entries(), len(self.shape))
+        return _parts(self)[1].copy()
 
     def table(self) -> np.ndarray:
         """index(t, i): int64 [threads, slots, dimensions]."""
@@ -284,6 +284,12 @@ def _build(shape: tuple[int, ...], spatial_entries: tuple[Entry, ...], local_ent
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a row-major array, in elements."""
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+@lru_cache(maxsize=1024)
+def _parts(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    rank = len(layout.shape)
+    return _counted(layout.spatial_entries(), rank), _counted(layout.local_entries(), rank)
 
 
 def _counted(entries: list[Entry], rank: int) -> np.ndarray:
