@@ -10,8 +10,12 @@ all widths in turn; the quick form has one matrix shape only. `--data` takes a w
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +33,7 @@ from memwall.kernels import tile_interpreter, tilus
 from memwall.kernels.tile_build import NoCompiler, build, find_compiler
 from memwall.kernels.tile_casts import cast_codes
 from memwall.kernels.tile_cost import cost
+from memwall.kernels.tile_cuda import emit as emit_cuda
 from memwall.kernels.tile_infer import infer
 from memwall.kernels.tile_layout import (
     MMA_A,
@@ -61,10 +66,11 @@ class Sizes:
     rounds: int
     whole_model: bool
     triton: tuple[str, ...]
+    cuda: tuple[str, ...]
 
 
-QUICK = Sizes(600, 1, 5, False, ("i4", "f6e3m2"))
-FULL = Sizes(5000, 4, 9, True, PUBLISHED)
+QUICK = Sizes(600, 1, 5, False, ("i4", "f6e3m2"), ("u3",))
+FULL = Sizes(5000, 4, 9, True, PUBLISHED, ("u1", "i2", "u3", "i4", "i5", "f6e3m2", "i7", "f8e4m3"))
 
 
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
@@ -78,6 +84,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         ("static costs", static_costs),
         ("C++", compiled_claims),
         ("Triton", lambda: triton_claims(sizes.triton)),
+        ("CUDA", lambda: cuda_claims(sizes.cuda)),
         ("memwall's own kernel", lambda: hand_written(data)),
         ("speed", lambda: speed(sizes)),
     ]
@@ -357,6 +364,28 @@ def triton_claims(names: tuple[str, ...]) -> Iterator[Claim]:
         f"{max(errors.values()):.1e}",
         required=required,
         passed=max(errors.values()) <= 1e-2,
+    )
+
+
+def cuda_claims(names: tuple[str, ...]) -> Iterator[Claim]:
+    title, required = "emitted CUDA compiles for compute capability 8.0, without spilling registers", "all"
+    if shutil.which("nvcc") is None:
+        yield not_run(title, required, "nvcc")
+        return
+    registers = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "product.cu"
+            source.write_text(emit_cuda(tilus.matmul_program(name, 16, 4096, 4096, config=Config(split_k=2))))
+            command = ["nvcc", "-arch=sm_80", "-cubin", "-Xptxas", "-v", "-o", str(source) + "bin", str(source)]
+            told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        found = re.search(r" 0 bytes spill stores.*Used ([0-9]+) registers", told, re.DOTALL)
+        registers[name] = int(found[1]) if found else None
+    yield Claim(
+        claim=title,
+        measured="registers: " + ", ".join(f"{name} {used}" for name, used in registers.items()),
+        required=required,
+        passed=None not in registers.values(),
     )
 
 

@@ -46,6 +46,19 @@ def upper(scalar: Scalar, ranges: Range) -> int:
     return {"+": a + b, "*": a * b, "-": a, "//": a // max(b, 1)}.get(scalar.op, 1)
 
 
+def where(test: Scalar, ranges: Range) -> Range:
+    """The ranges where a condition holds: `variable + constant < bound` lowers the variable's largest value."""
+    if isinstance(test, int) or test.op != "<" or not isinstance(test.args[1], int):
+        return dict(ranges)
+    left, more = test.args[0], 0
+    if not isinstance(left, int) and left.op == "+" and isinstance(left.args[1], int):
+        left, more = left.args
+    if isinstance(left, int) or left.op != "var":
+        return dict(ranges)
+    name = left.args[0]
+    return {**ranges, name: max(min(ranges[name], test.args[1] - 1 - more), 0)}
+
+
 def base(emission: Emission, tensor: Tensor) -> str:
     """Pointer to a tensor's first byte."""
     return f"g_{tensor.name}" if tensor.space == "global" else f"(shared + {emission.places[id(tensor)]})"
