@@ -6,8 +6,8 @@ made. What several instructions use, what a loop carries, and what a later store
 
 Representation: narrow codes are 32-bit words of packed bits, so that `view` is free here as well; floats of every width
 are float32 lanes, rounded after each operation of a narrower type.
-Holds when: GCC or Clang compiles it (vector extensions); 32-bit floats behave as in IEEE 754. The same source compiles
-for any processor: AVX-512 and AVX2 only choose the lanes, and how a float16 is converted.
+Holds when: the compiler has GCC's vector extensions (tried with GCC 12); 32-bit floats behave as in IEEE 754. The same
+source compiles for any processor: AVX-512 and AVX2 only choose the lanes, and how a float16 is converted.
 """
 
 from __future__ import annotations
