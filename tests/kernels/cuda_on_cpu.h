@@ -158,6 +158,16 @@ DEVICE uint32_t half2_sub(uint32_t a, uint32_t b) {
 DEVICE uint32_t half2_mul(uint32_t a, uint32_t b) {
     return float_to_half(get_f16<0>(a) * get_f16<0>(b)) | float_to_half(get_f16<1>(a) * get_f16<1>(b)) << 16;
 }
+DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+    return float_to_half(get_f16<0>(a) * get_f16<0>(b) + get_f16<0>(c)) |
+           float_to_half(get_f16<1>(a) * get_f16<1>(b) + get_f16<1>(c)) << 16;
+}
+DEVICE uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+    const uint64_t both = uint64_t(high) << 32 | low;
+    uint32_t found = 0;
+    for (int i = 0; i < 4; ++i) found |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return found;
+}
 template <int sign_shift, int shift>
 DEVICE uint32_t place(uint32_t codes, uint32_t signs, uint32_t mask) {
     return (codes << sign_shift & signs) | (codes << shift & mask);

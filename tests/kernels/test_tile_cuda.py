@@ -57,7 +57,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize(("dtype", "split"), [("u3", 1), ("i4", 2), ("f8e4m3", 1), ("i8", 1), ("f5e2m2", 1)])
+@pytest.mark.parametrize(("dtype", "split"), [("u3", 1), ("i4", 2), ("f8e4m3", 1), ("i8", 1), ("u4", 1), ("f5e2m2", 1)])
 def test_products_equal_the_model_bit_for_bit(dtype: str, split: int) -> None:
     config = Config(warp_spatial=(1, 2), warp_repeat=(1, 2, 1), num_stages=3, split_k=split)
     weights = random_weights(dtype, 128, 32, columns=32)
@@ -103,6 +103,13 @@ def test_what_is_refused() -> None:
     p.load_global(x, (0,), (64,), layout=spatial(32).compose(local(2)))
     with pytest.raises(InputError, match="load u8 and view it"):
         emit(infer(p))
+
+
+def test_four_and_eight_bits_need_no_extraction() -> None:
+    """Four pairs of a word: one logical step each and a permutation, in place of a shift and a mask for every code."""
+    for dtype, permuted in (("i4", 16), ("u8", 16), ("i5", 0)):
+        text = emit(tilus.matmul_program(dtype, 16, 128, 256)).split('extern "C"')[1]
+        assert text.count("__byte_perm") == permuted
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

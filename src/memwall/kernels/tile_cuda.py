@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.kernels.tile_casts import Recipe, both, pair_recipe, place_masks
+from memwall.kernels.tile_casts import Recipe, both, byte_recipe, nibble_recipes, pair_recipe, place_masks
 from memwall.kernels.tile_cost import MATRIX, base_alignment, vector_bytes
 from memwall.kernels.tile_cpp_memory import Range, linear, reaching_over, where
 from memwall.kernels.tile_cuda_prelude import PRELUDE
@@ -311,6 +311,11 @@ class _Emitter:
             return
         if out.held.num_slots % 2 or not arg.held.same_as(out.held):
             raise InputError(f"{self.program.name}: {step}: codes are converted two by two, in one layout")
+        if arg.dtype.kind != "float" and out.dtype.name == "f16" and out.held.num_slots * arg.dtype.bits % 32 == 0:
+            whole = {4: self.nibbles, 8: self.bytes}.get(arg.dtype.bits)
+            if whole is not None:
+                whole(arg, out)
+                return
         for pair in range(out.held.num_slots // 2):
             code = f"({self.code(arg, 2 * pair)} | {self.code(arg, 2 * pair + 1)} << 16)"
             halves = self.recipe(pair_recipe(arg.dtype), code)
@@ -320,6 +325,27 @@ class _Emitter:
             self.lines.append(f"{{ const uint32_t halves = {halves};")
             self.lines += [self.put(out, 2 * pair + half, f"get_f16<{half}>(halves)") for half in range(2)]
             self.lines.append("}")
+
+    def nibbles(self, arg: Tensor, out: Tensor) -> None:
+        """Eight 4-bit integers of a word by four recipes; two permutations a pair bring them in order."""
+        for word in range(words(arg)):
+            pairs = [
+                self.recipe(recipe, f"({arg.name}[{word}] >> {shift})" if shift else f"{arg.name}[{word}]")
+                for shift, recipe in nibble_recipes(arg.dtype)
+            ]
+            self.lines.append(f"{{ const uint32_t pairs[4] = {{{', '.join(pairs)}}};")
+            for first in (0, 2):
+                for at, selector in ((first // 2, "0x5410"), (2 + first // 2, "0x7632")):
+                    made = f"__byte_perm(pairs[{first}], pairs[{first + 1}], {selector})"
+                    self.lines.append(f"{out.name}[{4 * word + at}] = {made};")
+            self.lines.append("}")
+
+    def bytes(self, arg: Tensor, out: Tensor) -> None:
+        """Bytes permuted under the exponent of 1024."""
+        for pair in range(out.held.num_slots // 2):
+            selector = "0x4342" if pair % 2 else "0x4140"
+            halves = f"__byte_perm({arg.name}[{pair // 2}], 0x64646464u, {selector})"
+            self.lines.append(f"{out.name}[{pair}] = {self.recipe(byte_recipe(arg.dtype), halves)};")
 
     def code(self, tensor: Tensor, slot: int) -> str:
         bits = tensor.dtype.bits
@@ -334,6 +360,8 @@ class _Emitter:
                 word = f"({word} {({'xor': '^', 'and': '&', 'or': '|', 'shr': '>>'})[name]} {operand:#x}u)"
             elif name in ("sub", "mul"):
                 word = f"half2_{name}({word}, {both(operand):#x}u)"
+            elif name == "fma":
+                word = f"half2_fma({word}, {both(operand & 0xFFFF):#x}u, {both(operand >> 16):#x}u)"
             elif name == "place":
                 signs, shift, mask = place_masks(*divmod(operand, 16))
                 word = f"place<{16 - operand // 16}, {shift}>({word}, {signs:#x}u, {mask:#x}u)"

@@ -91,6 +91,11 @@ DEVICE uint32_t half2_mul(uint32_t a, uint32_t b) {
     const __half2 r = __hmul2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
     return *reinterpret_cast<const uint32_t*>(&r);
 }
+DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+    const __half2 r =
+        __hfma2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b), *reinterpret_cast<__half2*>(&c));
+    return *reinterpret_cast<const uint32_t*>(&r);
+}
 template <int sign_shift, int shift>
 DEVICE uint32_t place(uint32_t codes, uint32_t signs, uint32_t mask) {
     return (codes << sign_shift & signs) | (codes << shift & mask);
