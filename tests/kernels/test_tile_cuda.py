@@ -12,10 +12,10 @@ import pytest
 
 from memwall.errors import InputError
 from memwall.kernels import tilus
-from memwall.kernels.tile_build import NoCompiler, compile_source, find_compiler
+from memwall.kernels.tile_build import NoCompiler, build, compile_source, find_compiler
 from memwall.kernels.tile_cuda import emit
 from memwall.kernels.tile_infer import infer, plan_shared
-from memwall.kernels.tile_interpreter import as_bytes
+from memwall.kernels.tile_interpreter import as_bytes, run
 from memwall.kernels.tile_layout import local, spatial
 from memwall.kernels.tile_program import TileProgram
 from memwall.kernels.tile_types import PUBLISHED, tile_type
@@ -103,6 +103,23 @@ def test_what_is_refused() -> None:
     p.load_global(x, (0,), (64,), layout=spatial(32).compose(local(2)))
     with pytest.raises(InputError, match="load u8 and view it"):
         emit(infer(p))
+
+
+def test_a_view_keeps_what_was_there_when_it_was_taken() -> None:
+    p = TileProgram("p", grid=(1,))
+    y = p.global_view("y", "f32", (2, 64))
+    tile = p.register_tensor("f32", (64,), init=1.0)
+    before = p.reshape(tile, (1, 64))
+    p.assign(tile, p.add(tile, tile))
+    p.store_global(y, before, (0, 0))
+    p.store_global(y, tile, (1, 0))
+    arrays = {"y": aligned(np.zeros((2, 64), np.float32))}
+    execute(infer(p), arrays)
+    assert (arrays["y"] == [[1], [2]]).all()
+    for other in (lambda held: run(p, held), build(p, fast=False)):
+        held = {"y": np.zeros((2, 64), np.float32)}
+        other(held)
+        assert (held["y"] == [[1], [2]]).all()
 
 
 def test_four_and_eight_bits_need_no_extraction() -> None:

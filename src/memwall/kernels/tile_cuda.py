@@ -24,7 +24,17 @@ from memwall.kernels.tile_cpp_memory import Range, linear, reaching_over, where
 from memwall.kernels.tile_cuda_prelude import PRELUDE
 from memwall.kernels.tile_infer import plan_shared, slot_map
 from memwall.kernels.tile_layout import MMA_A, MMA_B, MMA_C, Entry
-from memwall.kernels.tile_program import WARP, Condition, Instruction, Loop, Node, Tensor, TileProgram, written
+from memwall.kernels.tile_program import (
+    WARP,
+    Condition,
+    Instruction,
+    Loop,
+    Node,
+    Tensor,
+    TileProgram,
+    instructions,
+    written,
+)
 
 _FUNCTIONS = {
     "add": "({0} + {1})", "sub": "({0} - {1})", "mul": "({0} * {1})", "div": "({0} / {1})", "max": "fmaxf({0}, {1})",
@@ -54,6 +64,7 @@ class _Emitter:
         self.places, self.shared_bytes = plan_shared(program, 227 * 1024)
         self.ranges: Range = {f"block{axis}": n - 1 for axis, n in enumerate(program.grid)}
         self.lines: list[str] = []
+        self.changed = {id(step.out) for step in instructions(program.body) if step.op in ("assign", "dot")}
 
     def source(self, prelude: str) -> str:
         self.nodes(self.program.body)
@@ -295,9 +306,14 @@ class _Emitter:
         return f"get_{kind}<{slot % 2}>({tensor.name}[{slot // 2}])"
 
     def on_view(self, step: Instruction) -> None:
-        """Another name for the same registers."""
+        """Another name for the same registers; a copy of those that the program changes."""
         assert step.out is not None
-        self.lines.append(f"uint32_t (&{step.out.name})[{words(step.out)}] = {step.args[0].name};")
+        out, source = step.out, step.args[0]
+        if id(source) in self.changed:
+            self.declare(out)
+            self.lines.append(f"for (int i = 0; i < {words(out)}; ++i) {out.name}[i] = {source.name}[i];")
+            return
+        self.lines.append(f"uint32_t (&{out.name})[{words(out)}] = {source.name};")
 
     on_reshape = on_view
 

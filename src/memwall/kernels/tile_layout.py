@@ -39,7 +39,7 @@ class Layout:
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.shape) or any(size < 2 for size in self.mode_shape):
             raise InputError(f"layout {self}: sizes are at least 1, those of modes at least 2")
-        if any(mode in (0, -1) and mode != 0 for mode in self.spatial_modes):
+        if -1 in self.spatial_modes:
             raise InputError(f"layout {self}: a replication is -2 or less")
         used = sorted([mode for mode in self.spatial_modes if mode >= 0] + list(self.local_modes))
         if used != list(range(len(self.mode_shape))):
