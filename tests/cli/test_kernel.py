@@ -28,6 +28,7 @@ def test_sources(memwall: Callable[..., Any], tmp_path: Path) -> None:
     python = memwall("kernel", "i5", "--program", "direct", "--emit", "triton").stdout
     assert "tl.dot" in python
     ast.parse(python)
+    assert "mma_f16(" in memwall("kernel", "i5", "--emit", "cuda").stdout
     target = tmp_path / "product.cpp"
     assert memwall("kernel", "i5", "--program", "matvec", "--emit", "cpp", "--out", target).exit_code == 0
     assert 'extern "C" void tile_run' in target.read_text()
@@ -42,7 +43,7 @@ def test_sources(memwall: Callable[..., Any], tmp_path: Path) -> None:
         (("i4", "--shape", "1000x4096"), "does not divide"),
         (("i4", "--shape", "9999999x128"), "131,072"),
         (("i4", "--program", "gemm"), "matmul, direct, matvec"),
-        (("i4", "--emit", "fortran"), "listing, cpp, triton"),
+        (("i4", "--emit", "fortran"), "listing, cpp, cuda, triton"),
         (("i4", "--emit", "triton"), "manages shared memory itself"),
         (("i4", "--out", "x"), "--out is for --emit"),
         (("i4", "--emit", "listing", "--out", "/nowhere/x"), "folder that exists"),

@@ -10,6 +10,7 @@ from memwall.errors import InputError
 from memwall.kernels import tilus, tilus_check
 from memwall.kernels.tile_build import NoCompiler, build, find_compiler
 from memwall.kernels.tile_cpp import emit
+from memwall.kernels.tile_cpp_memory import upper, where
 from memwall.kernels.tile_infer import infer
 from memwall.kernels.tile_interpreter import run
 from memwall.kernels.tile_layout import local, spatial
@@ -150,6 +151,16 @@ def test_float16_is_rounded_as_numpy_rounds_it(isa: str) -> None:
     build(infer(p), isa=isa, fast=False)({"x": values.astype(np.float32), "y": out})
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(out, values.astype(np.float32).astype(np.float16))
+
+
+def test_a_condition_narrows_what_is_checked() -> None:
+    step = TileProgram("p", grid=(1,)).block(0)
+    assert where(step + 2 < 5, {"block0": 9}) == {"block0": 2}
+    assert where(step < 5, {"block0": 3}) == {"block0": 3}
+    assert where(step.equals(2), {"block0": 3}) == {"block0": 3}
+    assert upper((step + 2) * 16 % 12, {"block0": 9}) == 11
+    # copies inside of the product's loop stay within the weights: none is checked
+    assert "else std::memset" not in emit(tilus.matmul_program("i4", 16, 128, 512), 8)
 
 
 def test_what_the_back_end_does_not_do() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memwall.kernels.tilus import Config
 
 PROGRAMS = ("matmul", "direct", "matvec")
-LANGUAGES = ("listing", "cpp", "triton")
+LANGUAGES = ("listing", "cpp", "cuda", "triton")
 MOST_SIDE = 1 << 17
 
 
@@ -55,7 +55,7 @@ def kernel(
     stages: Annotated[int, typer.Option(help="matmul: tiles of k under way in shared memory.", min=2, max=8)] = 3,
     split_k: Annotated[int, typer.Option(help="matmul: blocks that share an output tile.", min=1, max=64)] = 1,
     emit: Annotated[
-        str | None, typer.Option(help="Print the source: listing, cpp or triton.", metavar="LANGUAGE")
+        str | None, typer.Option(help="Print the source: listing, cpp, cuda or triton.", metavar="LANGUAGE")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="With --emit: write it to this file.", metavar="FILE")] = None,
     check: Annotated[
@@ -136,6 +136,10 @@ def _source(program: TileProgram, language: str) -> str:
         from memwall.kernels.tile_cpp import emit as cpp
 
         return cpp(program, LANES.get(str(kernels.isa()), 4))
+    if language == "cuda":
+        from memwall.kernels.tile_cuda import emit as cuda
+
+        return cuda(program)
     if language == "triton":
         from memwall.kernels.tile_triton_source import emit as triton
 

@@ -6,8 +6,8 @@ made. What several instructions use, what a loop carries, and what a later store
 
 Representation: narrow codes are 32-bit words of packed bits, so that `view` is free here as well; floats of every width
 are float32 lanes, rounded after each operation of a narrower type.
-Holds when: GCC or Clang compiles it (vector extensions); 32-bit floats behave as in IEEE 754. The same source compiles
-for any processor: AVX-512 and AVX2 only choose the lanes, and how a float16 is converted.
+Holds when: the compiler has GCC's vector extensions (tried with GCC 12); 32-bit floats behave as in IEEE 754. The same
+source compiles for any processor: AVX-512 and AVX2 only choose the lanes, and how a float16 is converted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from memwall.kernels.tile_cpp_memory import (
     table_store,
     upper,
     vector_store,
+    where,
 )
 from memwall.kernels.tile_cpp_prelude import PRELUDE, RUNNER
 from memwall.kernels.tile_cpp_values import SlotValues
@@ -101,7 +102,11 @@ class _Emitter(SlotValues):
                 assert isinstance(node, Condition)
                 self.lines.append(f"if ({written(node.test)}) {{")
             self.memo.append({})
+            outside = self.ranges
+            if isinstance(node, Condition):
+                self.ranges = where(node.test, outside)
             self.nodes(node.body)
+            self.ranges = outside
             self.settle()
             self.memo.pop()
             self.lines.append("}")
@@ -287,13 +292,13 @@ class _Emitter(SlotValues):
         groups[..., list(step.attrs["dims"])] = 0
         flat = (groups @ [_product(out.shape[d + 1 :]) for d in range(len(out.shape))]).tolist()
         owners = [t for t, first in enumerate(first_owners(arg.held)) if first]
-        where, who = self.table([each for t in owners for each in flat[t]]), self.table(owners)
+        goes, who = self.table([each for t in owners for each in flat[t]]), self.table(owners)
         fn = "Sum" if step.attrs["fn"] == "sum" else "Most"
         name = self.fresh("sums_")
         self.lines.append(f"float {name}[{_product(out.shape)}];")
         self.lines.append(
             f"over_threads<{fn}, {_product(out.shape)}, {len(owners)}, {arg.held.num_slots}, {self.program.threads}>"
-            f"({name}, reinterpret_cast<const float*>({arg.name}), {where}, {who});"
+            f"({name}, reinterpret_cast<const float*>({arg.name}), {goes}, {who});"
         )
         self.declare(out)
         self.scatter(out, name)

@@ -28,6 +28,7 @@ class Emission(Protocol):
     lanes: int
     places: dict[int, int]
     ranges: Range
+    regular: dict[int, bool]
 
     def table(self, numbers: Sequence[int]) -> str:
         """Name of a constant array."""
@@ -43,6 +44,19 @@ def upper(scalar: Scalar, ranges: Range) -> int:
     if scalar.op == "%":
         return min(a, b - 1)
     return {"+": a + b, "*": a * b, "-": a, "//": a // max(b, 1)}.get(scalar.op, 1)
+
+
+def where(test: Scalar, ranges: Range) -> Range:
+    """The ranges where a condition holds: `variable + constant < bound` lowers the variable's largest value."""
+    if isinstance(test, int) or test.op != "<" or not isinstance(test.args[1], int):
+        return dict(ranges)
+    left, more = test.args[0], 0
+    if not isinstance(left, int) and left.op == "+" and isinstance(left.args[1], int):
+        left, more = left.args
+    if isinstance(left, int) or left.op != "var":
+        return dict(ranges)
+    name = left.args[0]
+    return {**ranges, name: max(min(ranges[name], test.args[1] - 1 - more), 0)}
 
 
 def base(emission: Emission, tensor: Tensor) -> str:
@@ -153,11 +167,13 @@ def _checked_bytes(p: str, j: int, at: list[int], conditions: list[str]) -> str:
 def is_regular(emission: Emission, step: Instruction) -> bool:
     """Whether every slot of a float load is a vector, a broadcast or a repetition of four, without a check."""
     assert step.out is not None
+    if id(step) in emission.regular:
+        return emission.regular[id(step)]
     if reaching_over(emission, step, step.args[0], step.out.shape):
-        return False
+        return emission.regular.setdefault(id(step), False)
     slots, chunks = step.out.held.num_slots, emission.program.threads // emission.lanes
     lists = [float_load(emission, step, slot, chunk)[0] for slot in range(slots) for chunk in range(chunks)]
-    return not any(each.startswith("VF{") for each in lists)
+    return emission.regular.setdefault(id(step), not any(each.startswith("VF{") for each in lists))
 
 
 def table_load(emission: Emission, step: Instruction) -> str:

@@ -25,8 +25,8 @@ static inline VF all(float x) { return VF{} + x; }
 static inline VU none() { return VU{}; }
 static inline VF select(VI test, VF a, VF b) { return test ? a : b; }
 static inline VU select(VI test, VU a, VU b) { return test ? a : b; }
-static inline VF as_floats(VU x) { return reinterpret_cast<VF&>(x); }
-static inline VU as_words(VF x) { return reinterpret_cast<VU&>(x); }
+static inline VF as_floats(VU x) { return (VF)x; }  // the same bits
+static inline VU as_words(VF x) { return (VU)x; }
 static inline VF numbers(VI x) { return __builtin_convertvector(x, VF); }
 
 // ---- float16 and bfloat16; both in the low halves of words

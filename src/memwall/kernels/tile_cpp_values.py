@@ -40,6 +40,7 @@ class SlotValues:
         self.memo: list[dict[tuple[Any, ...], str]] = [{}]
         self.maps: dict[tuple[int, int], list[int]] = {}
         self.ranges: Range = {f"block{axis}": n - 1 for axis, n in enumerate(program.grid)}
+        self.regular: dict[int, bool] = {}
         self.counter = 0
 
     def keep(self, tensor: Tensor) -> None:

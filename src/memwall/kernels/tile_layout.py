@@ -39,7 +39,7 @@ class Layout:
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.shape) or any(size < 2 for size in self.mode_shape):
             raise InputError(f"layout {self}: sizes are at least 1, those of modes at least 2")
-        if any(mode in (0, -1) and mode != 0 for mode in self.spatial_modes):
+        if -1 in self.spatial_modes:
             raise InputError(f"layout {self}: a replication is -2 or less")
         used = sorted([mode for mode in self.spatial_modes if mode >= 0] + list(self.local_modes))
         if used != list(range(len(self.mode_shape))):
@@ -91,11 +91,11 @@ class Layout:
 
     def thread_part(self) -> np.ndarray:
         """index(t, 0): int64 [threads, dimensions]."""
-        return _counted(self.spatial_entries(), len(self.shape))
+        return _parts(self)[0].copy()
 
     def slot_part(self) -> np.ndarray:
         """index(0, i): int64 [slots, dimensions]."""
-        return _counted(self.local_entries(), len(self.shape))
+        return _parts(self)[1].copy()
 
     def table(self) -> np.ndarray:
         """index(t, i): int64 [threads, slots, dimensions]."""
@@ -284,6 +284,12 @@ def _build(shape: tuple[int, ...], spatial_entries: tuple[Entry, ...], local_ent
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a row-major array, in elements."""
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+@lru_cache(maxsize=1024)
+def _parts(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    rank = len(layout.shape)
+    return _counted(layout.spatial_entries(), rank), _counted(layout.local_entries(), rank)
 
 
 def _counted(entries: list[Entry], rank: int) -> np.ndarray:

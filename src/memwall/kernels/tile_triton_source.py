@@ -19,7 +19,7 @@ from typing import Any
 
 from memwall.errors import InputError, MissingDependency
 from memwall.hardware.system import cache_directory
-from memwall.kernels.tile_cpp_memory import Range, reaching_over
+from memwall.kernels.tile_cpp_memory import Range, reaching_over, where
 from memwall.kernels.tile_layout import Entry
 from memwall.kernels.tile_program import Condition, Instruction, Loop, Node, Tensor, TileProgram, instructions, written
 from memwall.kernels.tile_types import TileType
@@ -83,7 +83,11 @@ class _Emitter:
                 assert isinstance(node, Condition)
                 self.say(f"if {written(node.test, '//')}:")
             self.indent += 1
+            outside = self.ranges
+            if isinstance(node, Condition):
+                self.ranges = where(node.test, outside)
             self.nodes(node.body)
+            self.ranges = outside
             self.indent -= 1
 
     # -- indices -------------------------------------------------------------------------------------------------------

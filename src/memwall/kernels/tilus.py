@@ -39,9 +39,22 @@ from memwall.kernels.tilus_weights import (
 )
 
 __all__ = [
-    "Config", "Weights", "direct_program", "encode", "flat_layout", "matmul_program", "matvec_program", "pack_weights",
-    "prelayout_program", "prepare", "quantize", "thread_bytes", "tile_layout", "unpack_weights",
-]  # fmt: skip
+    "WEIGHT_TILE",
+    "Config",
+    "Weights",
+    "direct_program",
+    "encode",
+    "flat_layout",
+    "matmul_program",
+    "matvec_program",
+    "pack_weights",
+    "prelayout_program",
+    "prepare",
+    "quantize",
+    "thread_bytes",
+    "tile_layout",
+    "unpack_weights",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
