@@ -80,7 +80,7 @@ class Sizes:
 
 FULL = Sizes(
     layers=4, hidden=256, steps=260, batch=8, sequence=256, tokens=8192, samples=32, long=4,
-    speed=((512, 12), (1024, 16)), rounds=5,
+    speed=((256, 6), (1024, 16)), rounds=9,
 )  # fmt: skip
 QUICK = Sizes(
     layers=2, hidden=128, steps=60, batch=8, sequence=128, tokens=2048, samples=8, long=1,
@@ -598,15 +598,16 @@ def speed(folders: list[tuple[Path, dict[str, Path]]], rounds: int) -> Claim:
         count = sessions["float32"].config.num_parameters
         for session in sessions.values():
             session.release()
-        gains.append({name: seconds["bfloat16"] / seconds[name] for name in packed})
+        plain = min(seconds["bfloat16"], seconds["float32"])
+        gains.append({name: plain / seconds[name] for name in packed})
         each = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in seconds.items())
         told.append(f"{count / 1e6:.0f}M: {each} ms a token")
     return Claim(
         claim="decoding in 4 bits on a CPU is faster than in bfloat16 and float32, the more so the larger the model",
         measured="; ".join(told)
-        + "; over bfloat16: "
+        + "; over the faster of the floats: "
         + ", ".join(" / ".join(f"{gain[name]:.2f}" for gain in gains) + f" ({name})" for name in gains[0]),
-        required="w4a16 faster at the largest size, and its gain rises with size",
+        required="w4a16 faster than both at the largest size, and its gain rises with size",
         passed=gains[-1]["w4a16"] > 1 and gains[-1]["w4a16"] > gains[0]["w4a16"],
     )
 

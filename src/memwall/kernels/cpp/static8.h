@@ -19,6 +19,8 @@ struct StaticProduct {
   const float* channels = nullptr;        // [rows]
   const std::int8_t* x = nullptr;         // [tokens, cols]
   const std::int32_t* sums = nullptr;     // [tokens]: of x
+  // of one token and 4 bits: x as 16-bit numbers, columns 0 and 2 of every four, then columns 1 and 3, [cols / 4, 2]; else null
+  const std::int32_t* pairs = nullptr;
   float x_scale = 1.0f;
   float* out = nullptr;                   // [tokens, rows] ...
   bool accumulate = false;

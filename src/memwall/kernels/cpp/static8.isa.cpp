@@ -41,6 +41,40 @@ void unpack_panel(const StaticProduct& m, std::int64_t tile, std::int64_t first,
   }
 }
 
+MW_INLINE Vi add_pairs(Vi sum, Vs a, Vs b) {
+#if defined(__AVX512VNNI__)
+  return (Vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  return sum + multiply_add_pairs(a, b);
+#endif
+}
+
+// One token times 4 bits: integers stay in 16-bit lanes, as they come out of the multiplication by their group's scale.
+void multiply_one(const StaticProduct& m, std::int64_t tile, std::int32_t* sums) {
+  const std::int64_t groups = m.cols / m.group;
+  const std::int16_t nibble = 0x00f0, half = 128;
+  for (int p = 0; p < kPieces; ++p) {
+    Vi even_sum{}, odd_sum{};
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const Vi fixed = round_to_int(load_half(m.groups + (tile * groups + g) * kTileRows + p * kWidth) * 2048.0f);
+      const Vs scale = (Vs)((fixed & 0xffff) | (fixed << 16));
+      const std::uint8_t* codes = m.codes + (tile * m.cols + g * m.group) * kTileRows / 2 + p * kVectorBytes;
+      const std::int32_t* pairs = m.pairs + g * m.group / 2;
+      // a vector holds columns 8 i to 8 i + 3 in its low nibbles and the next four in its high ones
+      for (int i = 0; i < m.group / 8; ++i, codes += kLaneVectorBytes, pairs += 4) {
+        const Vh raw = load<Vh>(codes);
+        const Vs low_even = (Vs)((raw << 4) & nibble) - half, low_odd = (Vs)((raw >> 4) & nibble) - half;
+        const Vs high_even = (Vs)(raw & nibble) - half, high_odd = (Vs)((raw >> 8) & nibble) - half;
+        even_sum = add_pairs(even_sum, multiply_round(low_even, scale), (Vs)splat(pairs[0]));
+        odd_sum = add_pairs(odd_sum, multiply_round(low_odd, scale), (Vs)splat(pairs[1]));
+        even_sum = add_pairs(even_sum, multiply_round(high_even, scale), (Vs)splat(pairs[2]));
+        odd_sum = add_pairs(odd_sum, multiply_round(high_odd, scale), (Vs)splat(pairs[3]));
+      }
+    }
+    store(sums + p * kWidth, even_sum + odd_sum);
+  }
+}
+
 template <int Tokens>
 MW_INLINE void multiply_panel(const StaticProduct& m, const std::uint8_t* panel, std::int64_t first, std::int64_t count, std::int64_t token,
                               std::int32_t* sums) {
@@ -76,6 +110,11 @@ void rows(const StaticProduct& m, std::int64_t begin, std::int64_t end) {
   alignas(64) std::int32_t sums[kStaticTokens * kTileRows];
   alignas(64) std::uint8_t held[kPanelColumns * kTileRows];
   for (std::int64_t tile = begin; tile < end; ++tile) {
+    if (m.pairs) {
+      multiply_one(m, tile, sums);
+      write_tile(m, tile, sums);
+      continue;
+    }
     for (std::int64_t i = 0; i < m.tokens * kTileRows; ++i) sums[i] = 0;
     for (std::int64_t first = 0; first < m.cols; first += kPanelColumns) {
       const std::int64_t count = m.cols - first < kPanelColumns ? m.cols - first : kPanelColumns;
