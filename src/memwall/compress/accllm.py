@@ -105,10 +105,10 @@ class AccLlm(WeightMethod):
     def prepare(self, subject: Subject, specs: Mapping[str, str]) -> Checkpoint:
         if not self.tuned:
             return subject.checkpoint
-        from memwall.compress import accllm_tuning
+        from memwall.compress import accllm_torch
 
         weights = self.pruned_weights(subject, specs)
-        return accllm_tuning.tuned_model(
+        return accllm_torch.tuned_model(
             subject, weights, specs, steps=self.tune_steps, aware_steps=self.aware_steps, rate=self.rate
         )
 
