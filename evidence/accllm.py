@@ -434,8 +434,12 @@ def ladder(source: Path, folder: Path, text: Path, held: np.ndarray, sizes: Size
     half = {n: plain_form(w8, n) for n in linear_names(source)}
     rungs = [
         Rung("float", measure(source), plain + caches[lam]),
-        Rung("2:4", measure(source, change={n: plain_form(untuned, n) for n in half}), plain // 2 + plain // 16),
-        Rung("2:4 tuned", measure(w8, change=half), plain // 2 + plain // 16),
+        Rung(
+            "2:4",
+            measure(source, change={n: plain_form(untuned, n) for n in half}),
+            plain // 2 + plain // 16 + caches[lam],
+        ),
+        Rung("2:4 tuned", measure(w8, change=half), plain // 2 + plain // 16 + caches[lam]),
         Rung("W8", measure(w8), forms["w8"] + caches[lam]),
         Rung("W4", measure(w4), forms["w4"] + caches[lam]),
         Rung("W2", measure(rounded), forms["w2"] + caches[lam]),
