@@ -81,6 +81,24 @@ def test_pruning_a_model_leaves_two_of_four(tmp_path: Path) -> None:
                 assert not np.array_equal(weight[weight != 0], checkpoint.alone(name)[weight != 0])  # made up for
 
 
+def test_smoothing_changes_no_teacher_and_no_start(tmp_path: Path) -> None:
+    """Large channels go into norms; with no rounding and the mask of all weights the model would be the same."""
+    source = make_model(tmp_path / "source")
+    reports = [
+        compress_model(
+            source, tmp_path / smooth, method="accllm", bits=8, tuning=QUICK,
+            options={"tune_steps": "0", "aware_steps": "0", "shrinks": "1", "smooth": smooth},
+        )
+        for smooth in ("0", "0.5")
+    ]  # fmt: skip
+    assert reports[0].specs == reports[1].specs
+    norms = []
+    for smooth in ("0", "0.5"):
+        with Checkpoint(tmp_path / smooth) as checkpoint:
+            norms.append(np.asarray(checkpoint.alone("model.layers.0.input_layernorm.weight")))
+    assert not np.allclose(*norms)
+
+
 def test_settings_and_bits_that_it_lacks() -> None:
     method = AccLlm()
     assert method.form(2) == SPEC
@@ -94,6 +112,7 @@ def test_settings_and_bits_that_it_lacks() -> None:
         ({"tune_steps": "-1"}, "tune_steps"),
         ({"aware_steps": "x"}, "number"),
         ({"rate": "1"}, "between 0 and 1"),
+        ({"smooth": "2"}, "smooth is 2"),
     ):
         with pytest.raises(InputError, match=says):
             weight_method("accllm", options)
@@ -117,9 +136,9 @@ def test_a_tuned_model_is_saved_loaded_and_run_as_it_is_stored(tmp_path: Path) -
     # with biases, which no form changes
     biased = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     source, out = make_model(tmp_path / "source", **biased), tmp_path / "out"
-    compress_model(source, out, method="accllm", bits=2, options=STEPS, tuning=QUICK)
+    compress_model(source, out, method="accllm", bits=2, options={**STEPS, "smooth": "0.5"}, tuning=QUICK)
     session = load(out, Settings(weights="saved", kv="lambda(sinks=2,window=24)", context_tokens=64))
-    assert {spec for name, spec in session.decoder.weights.specs.items() if "proj" in name} == {SPEC}
+    assert {spec for name, spec in session.decoder.weights.specs.items() if name.endswith("proj.weight")} == {SPEC}
     held = {row.owner: row.nbytes for row in session.ledger.rows()}
     linear = sum(t.size for t in session.config.tensors() if t.role == "linear")
     assert held[f"weights/{SPEC}"] < 0.6 * linear  # 2.2 bits a weight, and padding of a small model's tiles

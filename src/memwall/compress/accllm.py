@@ -12,7 +12,7 @@ Units and shapes: weight [rows, cols] float, H [cols, cols] -> Packed of `format
 64 kept weights share a float16 scale and a zero point.
 Differs from the paper: which score, tuning, group and quantizer it uses is not published; these are standard practice.
 Tuning distils on the calibration text. Activations have a scale per token and group of columns instead of one per
-token. Embedding and head have at least four bits. SmoothQuant's scaling, an option there, is not made.
+token. Embedding and head have at least four bits.
 Cost: 2 + 24 / 128 bits a weight; SparseGPT's sweep twice; tuning holds the model in torch twice, and two moments.
 Holds when: inputs of a layer are multiples of four; the model is large, or tuning is long: half of the weights and two
 bits are little.
@@ -20,7 +20,7 @@ bits are little.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +31,9 @@ from memwall.compress.base import MethodConfig, Statistics, Subject, WeightMetho
 from memwall.compress.calibration import LayerStream, shared_input
 from memwall.compress.gptq import LEAST_SHRINK
 from memwall.compress.pruning import SCORES, PruningColumns, SparseColumns, fixed_mask
+from memwall.compress.smoothquant import SmoothQuant
 from memwall.compress.sparsegpt import SHRINKS, SparseGpt
+from memwall.compress.transforms import Transform
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.sparse import (
@@ -55,12 +57,14 @@ class AccLlm(WeightMethod):
     """score: what makes a weight stay, see `pruning`. compensate: whether others make up for what is lost.
 
     shrinks: ranges tried for a scale where weights are rounded in a sweep. tune_steps: of training with the mask alone;
-    aware_steps: with the rounding too; rate: of both. With no steps at all nothing needs torch.
+    aware_steps: with the rounding too; rate: of both. With no steps at all nothing needs torch. smooth: SmoothQuant's
+    strength, by which large channels of inputs go into weights and norms first; 0 for none.
     """
 
     name: ClassVar[str] = "accllm"
     needs_statistics: ClassVar[bool] = True
     default_bits: ClassVar[str] = "2"
+    transforms: ClassVar[bool] = True
 
     score: str = "hessian"
     compensate: bool = True
@@ -68,6 +72,7 @@ class AccLlm(WeightMethod):
     tune_steps: int = 100
     aware_steps: int = 200
     rate: float = 3e-4
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
@@ -79,6 +84,8 @@ class AccLlm(WeightMethod):
                 raise InputError(f"{name} is {getattr(self, name)}: give a count of training steps; 0 trains nothing")
         if not 0 < self.rate < 1:
             raise InputError(f"rate={self.rate:g}: a rate of learning lies between 0 and 1, such as 3e-4")
+        if not 0 <= self.smooth <= 1:
+            raise InputError(f"smooth is {self.smooth:g}; it must be between 0 (none) and 1, such as 0.5")
 
     @property
     def tuned(self) -> bool:
@@ -103,13 +110,18 @@ class AccLlm(WeightMethod):
     def reads_text(self, bits: float | str) -> bool:
         return True
 
+    def transform(self, stream: LayerStream, form_of: Callable[[str], str]) -> Transform:
+        if not self.smooth:
+            return Transform()
+        return SmoothQuant(strength=self.smooth).transform(stream, form_of)
+
     def prepare(self, subject: Subject, specs: Mapping[str, str]) -> Checkpoint:
         if not self.tuned:
             return subject.checkpoint
-        from memwall.compress import accllm_tuning
+        from memwall.compress import accllm_torch
 
         weights = self.pruned_weights(subject, specs)
-        return accllm_tuning.tuned_model(
+        return accllm_torch.tuned_model(
             subject, weights, specs, steps=self.tune_steps, aware_steps=self.aware_steps, rate=self.rate
         )
 

@@ -88,7 +88,9 @@ def tuned_model(
 ) -> Checkpoint:
     """The model with `pruned` matrices (float32, zeros where pruned), trained; zeros stay where they are."""
     samples = samples_of(subject.tokens, subject.tokens.size)
-    begun = replace(subject, checkpoint=Trained(subject.checkpoint, pruned))
+    source = subject.checkpoint  # which may be seen through a transform
+    others = {t.name: source.alone(t.name) for t in source.config.tensors() if t.name not in pruned}
+    begun = replace(subject, checkpoint=Trained(source, {**others, **pruned}))
     with loaded(subject) as teacher, loaded(begun) as student:
         tensors = [tensor.name for tensor in subject.checkpoint.config.tensors() if tensor.name != HEAD]
         if not subject.checkpoint.config.tie_word_embeddings:
