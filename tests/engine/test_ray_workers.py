@@ -14,7 +14,7 @@ from memwall.engine.base import Limits
 from memwall.engine.distserve import DistServe
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.ray_workers import RayWorkers
-from memwall.errors import DoesNotFit
+from memwall.errors import DoesNotFit, InputError
 from memwall.memory import PagePool
 from tests.engine.test_side import SETTINGS
 from tests.engine.test_workers import requests, start, tokens_of
@@ -79,7 +79,13 @@ def test_an_actor_that_is_killed_costs_no_request(workers: RayWorkers, expected:
     assert made.totals.preempted["recompute"] > 0
 
 
+def test_a_cluster_without_free_cores_says_so(workers: RayWorkers) -> None:
+    with pytest.raises(InputError, match="0 cores free, but the workers take 2"):
+        RayWorkers({"prefill": SETTINGS, "decode": SETTINGS})
+
+
 def test_a_cluster_whose_actors_have_no_room_says_so(workers: RayWorkers) -> None:
+    workers.release()  # their cores too
     small = replace(SETTINGS, memory_bytes=30_000_000)
     with pytest.raises(DoesNotFit, match="the prefill actor: runtime needs"):
         RayWorkers({"prefill": small, "decode": SETTINGS})

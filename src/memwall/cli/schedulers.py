@@ -58,8 +58,8 @@ RayOption = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        help="distserve: both workers as Ray actors, each with --memory of its own, on the cluster at this address, or "
-        "`local` for one started here. The model's directory must be there on all machines.",
+        help="distserve: both workers as Ray actors, each with --memory and --threads of its own, on the cluster at "
+        "this address, or `local` for one started here. The model's directory must be there on all machines.",
         metavar="ADDRESS",
         show_default=False,
     ),

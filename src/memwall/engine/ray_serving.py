@@ -14,10 +14,11 @@ from memwall.engine.base import PHASES, Phase
 from memwall.engine.distserve import DistServe
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.phase_loading import POOL_OWNER, PREFILL_OWNER
-from memwall.engine.ray_workers import RayWorkers
+from memwall.engine.ray_workers import LOCAL, RayWorkers
 from memwall.engine.serving import Serving, ServingSettings
 from memwall.engine.side import SideSettings
 from memwall.errors import InputError
+from memwall.hardware import usable_processors
 from memwall.memory import Budget, Ledger, PagePool, measure_runtime, resident_bytes
 from memwall.models.config import ModelConfig
 from memwall.models.tokenizer import Tokenizer
@@ -89,15 +90,18 @@ def load_on_ray(
     budget: Budget | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> RemoteServing:
-    """Starts both actors. model: a directory that all machines see. budget: its `ram` is what each actor may hold."""
+    """Starts both actors. model: a directory that all machines see. budget: its `ram` is what each actor may hold;
+    `settings.threads`: those of each, by default half of this machine's where the cluster is here.
+    """
     config = ModelConfig.from_directory(model)
     context = settings.context_tokens or min(config.max_position, MOST_OPEN_CONTEXT)
     if context > config.max_position:
         raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
+    threads = settings.threads or (max(usable_processors() // 2, 1) if address == LOCAL else None)
     side = SideSettings(
         model=str(model.resolve()), weights=settings.weights, context_tokens=context, kv=settings.kv,
         max_sequences=settings.max_sequences, token_budget=settings.token_budget, page_tokens=settings.page_tokens,
-        threads=settings.threads, exact=settings.exact, memory_bytes=None if budget is None else budget.ram,
+        threads=threads, exact=settings.exact, memory_bytes=None if budget is None else budget.ram,
     )  # fmt: skip
     workers = RayWorkers(dict.fromkeys(PHASES, side), address)
     owners: dict[Phase, str] = {"prefill": PREFILL_OWNER, "decode": POOL_OWNER}

@@ -92,6 +92,7 @@ class RayWorkers:
         self.told: dict[Phase, dict[str, Any]] = {}
         """What each actor says of itself: where it is, its pages, its resident bytes when it was ready."""
         try:
+            self._check_cores()
             for phase in PHASES:
                 self._actors[phase] = self._make(phase)
             for phase in PHASES:
@@ -201,6 +202,15 @@ class RayWorkers:
         if self._own:
             self._ray.shutdown()
             self._own = False
+
+    def _check_cores(self) -> None:
+        """InputError where the cluster's free cores do not hold both: Ray would wait for others to end."""
+        wanted = sum(side.threads or 1 for side in self._sides.values())
+        free = self._ray.available_resources().get("CPU", 0)
+        if free < wanted:
+            raise InputError(
+                f"the cluster has {free:g} cores free, but the workers take {wanted}: fewer --threads, or end others"
+            )
 
     def _make(self, phase: Phase) -> Any:
         settings = self._sides[phase]
