@@ -13,7 +13,17 @@ from memwall.cli.fair import PrioritiesOption, UpdatesOption, fair_options
 from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, LoraOption, MostRank, read_loras
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
-from memwall.cli.schedulers import SchedulerName, SchedulerOption, SloFirst, SloToken, describe, finish, options_of
+from memwall.cli.schedulers import (
+    NanoBatches,
+    SchedulerName,
+    SchedulerOption,
+    SloFirst,
+    SloToken,
+    check_nano_batches,
+    describe,
+    finish,
+    options_of,
+)
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
 
 if TYPE_CHECKING:
@@ -70,6 +80,7 @@ def serve(
     first_token_limit: FirstToken = None,
     slo_first: SloFirst = None,
     slo_token: SloToken = None,
+    nano_batches: NanoBatches = 1,
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print address and ledger as JSON at the start.")] = False,
     quiet: Quiet = False,
@@ -92,6 +103,7 @@ def serve(
     from memwall.models.tokenizer import Tokenizer
     from memwall.serve.settings import ServerSettings, body_bytes
 
+    check_nano_batches(scheduler, nano_batches)
     path = checked_directory(model_directory(model))
     budget = parse_budget(memory, None)
     fair = fair_options(scheduler, priorities, priority_updates, adapters=bool(lora or lora_dir))
@@ -107,7 +119,7 @@ def serve(
     options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
-    finish(scheduler, serving)
+    finish(scheduler, serving, nano_batches)
     settings = ServerSettings(
         name=name or path.name,
         host=host,
