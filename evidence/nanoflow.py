@@ -413,7 +413,7 @@ def batch_claims(sizes: Sizes, data: Path | None, tick: Tick) -> Iterator[Claim]
         theirs, _ = iterations(FirstComeFirstServed(), coming, whole, pages)
         spread = [percentile_ratio([seconds for _, seconds in found]) for found in (ours, theirs)]
         spreads.append(spread)
-        constant.append(len({tokens for tokens, _ in ours}) == 1 and bool(ours))
+        constant.append(len({tokens for tokens, _ in ours}) == 1 and bool(theirs))
         lines.append(
             f"{kind}: {spread[0]:.2f} over {len(ours)} iterations of {sorted({t for t, _ in ours})} tokens, continuous "
             f"batching with whole prompts {spread[1]:.2f} over {len(theirs)}"
@@ -425,7 +425,7 @@ def batch_claims(sizes: Sizes, data: Path | None, tick: Tick) -> Iterator[Claim]
         passed=all(constant) and all(ours <= 1.15 and ours < theirs for ours, theirs in spreads),
     )
     tick("predicted peaks")
-    coming = drawn("ShareGPT", 150 if data is None else 100, 2, data)
+    coming = drawn("ShareGPT", 150, 2, None)
     tight = max(-(-(len(one.request.prompt) + 2000) // 16) for one in coming) + 1500
     dense = Limits(token_budget=512, max_sequences=4096)
     _, careful = iterations(NanoFlow(), coming, dense, tight)
