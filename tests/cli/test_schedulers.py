@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from memwall.cli.schedulers import SchedulerName, options_of
+from memwall.cli.schedulers import SchedulerName, check_nano_batches, finish, options_of
+from memwall.engine import Sampling
 from memwall.engine.nanoflow import NanoFlow
 from memwall.engine.semi_pd import RELEASED, SemiPD
+from memwall.engine.sequence import Request
+from memwall.engine.serving import ServingSettings, load_engine
 from memwall.errors import InputError
+from memwall.models import DEMO_DIRECTORY
 
 
 def test_names_make_what_they_say() -> None:
@@ -25,6 +29,23 @@ def test_names_make_what_they_say() -> None:
     assert nano["scheduler"] == NanoFlow()
     assert nano["ahead"]
     assert nano["switch"].early
+
+
+def test_nano_batches_are_cut_in_a_loaded_engine_and_change_no_token() -> None:
+    told = {"weights": "int8", "context_tokens": 128, "max_sequences": 4, "token_budget": 32, "ahead": True}
+    texts = []
+    for parts in (1, 2, 3):
+        held = load_engine(DEMO_DIRECTORY, ServingSettings(**told), scheduler=NanoFlow())  # type: ignore[arg-type]
+        finish(SchedulerName.nanoflow, held, parts)
+        sampling = Sampling(temperature=0.0, max_new_tokens=10, ignore_eos=True)
+        made = [held.engine.submit(Request(prompt=tuple(range(9, 20 + n)), sampling=sampling)) for n in range(6)]
+        while held.engine.busy:
+            held.engine.step()
+        texts.append([list(one.made) for one in made])
+        held.release()
+    assert texts[0] == texts[1] == texts[2]
+    with pytest.raises(InputError, match="add --scheduler nanoflow"):
+        check_nano_batches(SchedulerName.fcfs, 2)
 
 
 def test_what_does_not_go_together_is_refused_by_name() -> None:

@@ -49,6 +49,15 @@ SchedulerOption = Annotated[
 SloFirst = Annotated[
     float | None, typer.Option(help="Objective: seconds to the first token (semi-pd; default 1).", show_default=False)
 ]
+NanoBatches = Annotated[
+    int,
+    typer.Option(
+        help="With nanoflow: cut each batch in so many parts, of which one attends while another multiplies, on "
+        "processor threads of their own; 1 leaves it whole.",
+        min=1,
+        max=8,
+    ),
+]
 SloToken = Annotated[
     float | None, typer.Option(help="Objective: seconds per further token (semi-pd; default 0.1).", show_default=False)
 ]
@@ -104,9 +113,15 @@ def options_of(
     return {"scheduler": scheduler, "phases": PhaseSettings(shares=scheduler.start)}
 
 
-def finish(name: SchedulerName, serving: Serving) -> None:
+def check_nano_batches(name: SchedulerName, parts: int) -> None:
+    """InputError where the scheduler cuts no batches."""
+    if parts > 1 and name is not SchedulerName.nanoflow:
+        raise InputError(f"--nano-batches {parts} is for batches of nanoflow: add --scheduler nanoflow")
+
+
+def finish(name: SchedulerName, serving: Serving, nano_batches: int = 1) -> None:
     """What a scheduler needs of a loaded engine: Nexus measures what both phases cost here, DistServe which batch of
-    prompts fills the prefill process.
+    prompts fills the prefill process, NanoFlow cuts batches.
     """
     if name is SchedulerName.distserve:
         from memwall.engine.apart import ApartEngine
@@ -115,6 +130,13 @@ def finish(name: SchedulerName, serving: Serving) -> None:
         engine = serving.engine
         assert isinstance(engine, ApartEngine)
         engine.fill(saturating_tokens(measure(engine)))
+    if nano_batches > 1:
+        from memwall import kernels
+        from memwall.engine.nano_batches import alternating, nano_decoder, two_phases
+
+        schedule = two_phases() if nano_batches == 2 else alternating(nano_batches)
+        nano_decoder(serving, schedule, lanes={"compute": max(kernels.num_threads() - 1, 1), "memory": 1})
+        serving.govern()
     if name is not SchedulerName.nexus:
         return
     from memwall.engine.nexus import Nexus

@@ -14,11 +14,13 @@ from memwall.cli.loras import AskedLoras, FirstToken, LoraBatch, LoraFolder, Lor
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
 from memwall.cli.schedulers import (
+    NanoBatches,
     RayOption,
     SchedulerName,
     SchedulerOption,
     SloFirst,
     SloToken,
+    check_nano_batches,
     describe,
     finish,
     options_of,
@@ -90,6 +92,7 @@ def serve(
     first_token_limit: FirstToken = None,
     slo_first: SloFirst = None,
     slo_token: SloToken = None,
+    nano_batches: NanoBatches = 1,
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print address and ledger as JSON at the start.")] = False,
     quiet: Quiet = False,
@@ -114,6 +117,7 @@ def serve(
     from memwall.models.tokenizer import Tokenizer
     from memwall.serve.settings import ServerSettings, body_bytes
 
+    check_nano_batches(scheduler, nano_batches)
     path = checked_directory(model_directory(model))
     how: Any = pooling_of(path) if pooling == "auto" else pooling
     budget = parse_budget(memory, None)
@@ -130,7 +134,7 @@ def serve(
     options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options, threads=threads, ray=ray)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
-    finish(scheduler, serving)
+    finish(scheduler, serving, nano_batches)
     settings = ServerSettings(
         name=name or path.name,
         host=host,

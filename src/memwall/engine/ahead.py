@@ -1,9 +1,10 @@
 """The step loop one batch ahead: while a batch is computed, the next one is formed; nothing waits for what it says.
 
-A batch is launched as soon as the one before is over: its tokens go to their places, and only then is it looked at what
-they mean. So the end of a text is noticed when the next batch is already under way: that computes one token too many
-for it, which is thrown away. An end by length is known in advance and costs nothing. Where a request must be set aside,
-or the pool must move, the batch under way is waited for, and the decision taken anew.
+The next batch is handed over before the one under way is over: who computes puts the tokens of that to their places and
+goes on at once, and only then is it looked at what they mean. So the end of a text is noticed when the next batch is
+already under way: that computes one token too many for it, which is thrown away. An end by length is known in advance
+and costs nothing. Where a request must be set aside, or the pool must move, the batch under way is waited for, and the
+decision taken anew.
 
 Source: NanoFlow, Zhu 2024, arXiv 2408.12757, section 4.4 (asynchronous scheduling).
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from memwall.engine.base import Limits, RequestView, Scheduler, State, Step, Work
 from memwall.engine.core import Engine
@@ -42,10 +44,10 @@ class Runner(Protocol):
     """Computes a batch while others do something else."""
 
     def start(self, batch: list[Entry]) -> None:
-        """Hands a batch over; the one before has been collected."""
+        """Hands a batch over, which is computed after those before it: it may begin with their tokens."""
 
     def collect(self) -> Computed:
-        """Waits for it. What it raised is raised here."""
+        """Waits for the oldest one. What it raised is raised here, and those after it are not computed."""
 
     def stop(self) -> None:
         """No more batches."""
@@ -57,16 +59,22 @@ class InlineRunner:
     def __init__(self, executor: Executor, clock: Any) -> None:
         self.executor = executor
         self.clock = clock
-        self._batch: list[Entry] = []
+        self._todo: deque[list[Entry]] = deque()
 
     def start(self, batch: list[Entry]) -> None:
         """See `Runner`."""
-        self._batch = batch
+        self._todo.append(batch)
 
     def collect(self) -> Computed:
         """See `Runner`."""
-        began = self.clock()
-        return Computed(self.executor.run(self._batch), began, self.clock())
+        batch, began = self._todo.popleft(), self.clock()
+        try:
+            outputs = self.executor.run(batch)
+        except BaseException:
+            self._todo.clear()
+            raise
+        _place(batch, outputs)
+        return Computed(outputs, began, self.clock())
 
     def stop(self) -> None:
         """See `Runner`."""
@@ -77,7 +85,7 @@ class ThreadRunner:
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
-        self._todo: queue.SimpleQueue[list[Entry] | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[list[Entry] | Literal["stop", "again"]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Computed | BaseException] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -92,25 +100,39 @@ class ThreadRunner:
         """See `Runner`."""
         done = self._done.get()
         if isinstance(done, BaseException):
+            self._todo.put("again")
             raise done
         return done
 
     def stop(self) -> None:
         """See `Runner`."""
         if self._thread is not None:
-            self._todo.put(None)
+            self._todo.put("stop")
             self._thread.join()
             self._thread = None
 
     def _run(self) -> None:
-        while (batch := self._todo.get()) is not None:
+        failed = False
+        while (batch := self._todo.get()) != "stop":
+            if batch == "again":
+                failed = False
+            if failed or isinstance(batch, str):  # what follows a batch that failed has no tokens to begin with
+                continue
             began = time.perf_counter()
             try:
                 outputs = self.executor.run(batch)
+                _place(batch, outputs)
             except BaseException as error:
+                failed = True
                 self._done.put(error)
                 continue
             self._done.put(Computed(outputs, began, time.perf_counter()))
+
+
+def _place(batch: list[Entry], outputs: list[Output | None]) -> None:
+    for entry, output in zip(batch, outputs, strict=True):
+        if output is not None:
+            entry.sequence.tokens[entry.first + entry.count] = output.token
 
 
 @dataclass(slots=True)
@@ -146,7 +168,8 @@ class AheadEngine(Engine):
             raise InputError("adapters are served step by step; leave them out, or choose the scheduler fcfs")
         self.runner = runner or ThreadRunner(executor)
         self.counts = AheadCounts()
-        self._flying: list[Entry] = []
+        self._flying: deque[list[Entry]] = deque()
+        """Batches under way, the oldest first: one, and while it is waited for the next one too."""
         self._over: dict[int, FinishReason] = {}
         """Those whose end was noticed while they were computed once more."""
         self._last_end: float | None = None
@@ -172,15 +195,14 @@ class AheadEngine(Engine):
 
     def drain(self) -> list[Event]:
         """Waits for the batch under way."""
-        if not self._flying:
-            return []
-        done = self._collect()
-        self._last_end = None  # what comes next was not ready
-        return self._book(*done)
+        events: list[Event] = []
+        while self._flying:
+            events += self._book(*self._collect())
+        return events
 
     def abandon(self) -> list[Event]:
         """See `Engine`."""
-        self._flying = []
+        self._flying.clear()
         self._over.clear()
         return super().abandon()
 
@@ -189,7 +211,7 @@ class AheadEngine(Engine):
         self.runner.stop()
 
     def step(self) -> list[Event]:
-        """Forms the next batch, waits for the one under way, launches, and reads what came of the one before."""
+        """Forms the next batch, hands it over, waits for the one under way and reads what came of that."""
         now = self.clock()
         events = self._expire(now) + self._land()
         if self._flying and self.wanted_pages != self.pages.pool.limit_pages:
@@ -203,12 +225,12 @@ class AheadEngine(Engine):
             events += self.drain()
             state = self.snapshot()
             step = self.scheduler.plan_step(state, now)
+        under_way = bool(self._flying)
         batch = self._prepare(state, step, now, events)
-        done = self._collect() if self._flying else None
         if batch:
             self._launch(batch)
-        if done is not None:
-            events += self._book(*done)
+        if under_way:
+            events += self._book(*self._collect())
         return events
 
     def snapshot(self) -> State:
@@ -254,15 +276,12 @@ class AheadEngine(Engine):
             if entry.sample:
                 entry.sequence.tokens.append(PLACE)
         self.switch.counts.steps_during += self.switch.active
-        self._flying = batch
+        self._flying.append(batch)
         self.runner.start(batch)
 
     def _collect(self) -> tuple[list[Entry], Computed]:
-        batch, self._flying = self._flying, []
+        batch = self._flying.popleft()
         done = self.runner.collect()
-        for entry, output in zip(batch, done.outputs, strict=True):
-            if output is not None:
-                entry.sequence.tokens[entry.first + entry.count] = output.token
         if self._last_end is not None:
             self.counts.gaps += 1
             self.counts.gap_seconds += done.began - self._last_end
@@ -331,4 +350,4 @@ class AheadEngine(Engine):
         return events
 
     def _is_flying(self, number: int) -> bool:
-        return any(entry.sequence.id == number for entry in self._flying)
+        return any(entry.sequence.id == number for batch in self._flying for entry in batch)

@@ -26,7 +26,7 @@ from memwall.hardware.units import MIB
 from memwall.memory import Arena, PagePool
 
 HOST_OWNER, STAGING_OWNER = "kv/host", "kv/staging"
-STAGING_BYTES = 4 * MIB
+STAGING_BYTES = MIB
 
 
 @dataclass(slots=True)

@@ -168,8 +168,9 @@ class _StageOne:
         for one in self.operations:
             self._cut(one)
             for index in range(self._count(one)):
-                # the earlier the better where the period does not care
-                self.starts[one.name, index] = self.program.add(upper=self.horizon, cost=1e-5)
+                # the earlier the better where the period does not care; the first begins the layer
+                first = not self.starts
+                self.starts[one.name, index] = self.program.add(upper=0.0 if first else self.horizon, cost=1e-5)
         self._wait_for_parents()
         self._take_turns()
 
@@ -251,7 +252,8 @@ class _StageOne:
                 (one, index) for one in self.operations if one.resource == name for index in range(self._count(one))
             ]
             for (one, i), (other, j) in combinations(mine, 2):
-                if one is other:
+                if one is other or (i == j and self.cuts[one.name] is self.cuts[other.name]):
+                    # parts of one operation by their tokens; operations of the same tokens as they wait for each other
                     self._in_turn(one, i, other, j, 0, {})
                     continue
                 ways = [(one, i, other, j, 0), (other, j, one, i, 0), (one, i, other, j, 1), (other, j, one, i, 1)]

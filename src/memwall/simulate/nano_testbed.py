@@ -28,13 +28,14 @@ from memwall import kernels
 from memwall._native import set_lane_threads
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry
-from memwall.engine.nano_batches import NanoDecoder, Ran, alternating, nano_decoder, two_phases
+from memwall.engine.nano_batches import NanoDecoder, Plan, Ran, alternating, nano_decoder, two_phases
 from memwall.engine.nano_schedule import Interference, Resource, Schedule
 from memwall.engine.nano_wire import Link, SharedWire, wire_pair
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
 from memwall.engine.serving import Serving, ServingSettings, load_engine
+from memwall.simulate.nano_pipeline import Pipeline, carry_out
 
 Way = Literal["whole", "parts", "overlap"]
 OWN_CORES: dict[Resource, int] = {"compute": 1, "memory": 1}
@@ -201,6 +202,54 @@ def pairwise_speeds(bench: Bench, context: int, *, seconds: float = 0.5, rounds:
             )
             found.append(Pair(compute_threads=compute, memory_threads=memory, compute=c, memory=m, spread=spread))
     return found
+
+
+def own_core_speeds(bench: Bench, context: int, *, seconds: float = 0.5) -> tuple[float, float]:
+    """Speeds of products and of attention beside each other, a thread each, as shares of each alone with one thread."""
+    bench.set_context(context)
+    bench.way("whole")
+    bench.step()
+    decoder, layer, rows = bench.decoder, bench.decoder._layers[0], slice(0, bench.rows)
+
+    def products() -> None:
+        decoder._do_up_gate(0, layer, rows)
+
+    def attention() -> None:
+        decoder._do_attend(0, layer, rows)
+
+    alone = (_rate(products, 1, seconds), _rate(attention, 1, seconds))
+    both = _beside(products, 1, attention, 1, seconds)
+    return both[0] / alone[0], both[1] / alone[1]
+
+
+def predicted_seconds(bench: Bench, compute: float, memory: float) -> float:
+    """What a pass of `two_phases` on own cores will take, by the virtual device: from what its parts take one after
+    another and the speeds that classes keep beside each other.
+    """
+    bench.way("parts", OWN_CORES)
+    bench.step()
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(3):
+        bench.decoder.trace = []
+        bench.step()
+        for ran in bench.decoder.trace:
+            times.setdefault((ran.operation.name, ran.operation.first), []).append(ran.end - ran.start)
+    bench.decoder.trace = None
+    plan = Plan.of(two_phases(), bench.rows, bench.rows, network=False)
+    # a layer's products lose 1 - compute to attention beside them, which keeps `memory`
+    lost = min(max(1 - compute, 0.0), 0.99)
+    table = Interference(
+        shares=(0.0, max(lost, 1e-3), 1.0), memory=(0.0, min(max(memory, 1e-3), 1.0), 1.0), network=(0.0, 0.5, 1.0),
+        source="measured on this machine",
+    )  # fmt: skip
+    pipeline = Pipeline(
+        operations=plan.operations,
+        seconds=tuple(statistics.median(times[one.name, one.first]) for one in plan.operations),
+        shares=tuple(1.0 if one.resource == "compute" else max(lost, 1e-3) for one in plan.operations),
+        order=plan.turns,
+        edges=tuple(edge for edges in plan.parents for edge in edges),
+    )
+    return carry_out(pipeline, table, layers=bench.serving.config.num_layers).seconds
 
 
 def undominated(pairs: Sequence[Pair]) -> list[Pair]:

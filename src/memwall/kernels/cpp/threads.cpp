@@ -179,7 +179,8 @@ void set_lane_threads(int n) {
 
 void parallel_for(std::size_t n, std::size_t grain, ChunkBody body) {
   if (t_lane == 0) return pool().run(n, grain, body);
-  if (t_pool) return t_pool->run(n, grain, body);
+  // scratch is per worker of `num_threads`: a lane that was made when there were more of them works alone
+  if (t_pool && t_pool->size() <= num_threads()) return t_pool->run(n, grain, body);
   grain = std::max<std::size_t>(grain, 1);
   for (std::size_t begin = 0; begin < n; begin += grain) body(begin, std::min(begin + grain, n), 0);
 }
