@@ -52,6 +52,18 @@ def test_tiles_times_rounded_activations(spec: str, isa: str) -> None:
             assert_close(product(x.numpy(), matrix), reference.linear(rounded, weight), rounded, weight)
 
 
+@pytest.mark.parametrize("spec", ["int4-g128", "int3-g32-asym", "int8-g64", "int4-g64-asym"])
+def test_a_token_s_results_do_not_depend_on_how_many_there_are(spec: str, isa: str) -> None:
+    """To the bit, rounded and exact: few tokens share weights in registers, many in a panel."""
+    for rows, cols in ((37, 100), (200, 544)):
+        matrix, _ = weights(rows, cols, spec)
+        x = activations(19, cols)
+        for exact in (False, True):
+            whole = product(x, matrix, exact=exact).numpy()
+            for tokens in (1, 2, 3, 4, 5, 8, 9):
+                np.testing.assert_array_equal(product(x[:tokens], matrix, exact=exact).numpy(), whole[:tokens])
+
+
 @pytest.mark.parametrize("spec", TILE_SPECS)
 def test_tiles_exact(spec: str, isa: str) -> None:
     for rows, cols in SHAPES:

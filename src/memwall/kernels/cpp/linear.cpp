@@ -349,7 +349,8 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     } else if (m.form != Form::tiles && m.form != Form::sparse) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
-      job.kernel = m.form == Form::sparse ? kernels.sparse_exact : kernels.tiles_exact;
+      side_by_side = m.form == Form::tiles && m.levels == nullptr && plain.tokens <= kernels.token_block;
+      job.kernel = side_by_side ? kernels.tiles_exact_few : m.form == Form::sparse ? kernels.sparse_exact : kernels.tiles_exact;
     } else {
       const int slot = m.group == 32 ? 0 : m.group == 64 ? 1 : m.group == 128 ? 2 : 4;
       if (inputs[slot].coded.codes == nullptr) inputs[slot].coded = quantize(kernels, plain, m.group, g_activations[slot]);

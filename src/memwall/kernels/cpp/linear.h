@@ -217,6 +217,7 @@ struct LinearKernels {
   StripKernel masked_one, masked_exact;  // several tokens take the exact one: a panel of floats costs less than their rounding gains
   StripKernel stacked_few, stacked_many;  // strips of stack_rows() rows, and of strip_tiles; always in float
   PartKernel tiles_part;
+  StripKernel tiles_exact_few;  // integers, up to token_block tokens
   StripKernel sparse_one, sparse_exact;  // several tokens take the kernels of dense tiles: what is pruned costs less there than picking activations
   // as `quantize`, in the widths and the order that a matrix asks for
   void (*quantize_mixed)(const float* x, const Matrix&, int count, std::int64_t index, const Activations& to);

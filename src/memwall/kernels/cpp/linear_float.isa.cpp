@@ -285,6 +285,7 @@ const LinearKernels linear_kernels = {
     stacked_few,
     stacked_many,
     tiles_part,
+    tiles_exact_few,
     sparse_one,
     panels_of<sparse_panel>,
     quantize_mixed,

@@ -23,6 +23,7 @@ void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t i
 void tiles_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void tiles_few(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void tiles_many(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
+void tiles_exact_few(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void tiles_part(const Matrix&, const Input&, std::int64_t strip, std::int64_t first_group, std::int64_t end_group, std::int64_t first_token,
                 int tokens, float* sums, char*);
 void tiles_exact(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
