@@ -113,6 +113,7 @@ def test_scales_by_hand() -> None:
     order = method.order(ssm, seen)
     reordered = Seen(
         parts=parts, channels=np.concatenate([channels[order.channels], channels[128:]]), states=states[order.channels],
+        means=channels[:128],
         peaks=peaks, clipped=[0.5, 1.5],
     )  # fmt: skip
     scales = {name.removeprefix("mixer.scales."): v for name, v in method.scales(ssm, reordered, order).items()}
