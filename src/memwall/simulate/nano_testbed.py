@@ -117,17 +117,20 @@ class Bench:
             found.append(time.perf_counter() - began)
         return statistics.median(found)
 
-    def by_class(self) -> dict[Resource, float]:
-        """Seconds of a pass that each class' operations took."""
-        trace: list[Ran] = []
-        self.decoder.trace = trace
-        self.step()
-        self.decoder.trace = None
-        found: dict[Resource, float] = {}
-        for ran in trace:
-            name = ran.operation.resource
-            found[name] = found.get(name, 0.0) + ran.end - ran.start
-        return found
+    def by_class(self, passes: int = 3) -> dict[Resource, float]:
+        """Seconds of a pass that each class' operations took; of the quickest of some."""
+        found: list[dict[Resource, float]] = []
+        for _ in range(passes):
+            trace: list[Ran] = []
+            self.decoder.trace = trace
+            self.step()
+            self.decoder.trace = None
+            sums: dict[Resource, float] = {}
+            for ran in trace:
+                name = ran.operation.resource
+                sums[name] = sums.get(name, 0.0) + ran.end - ran.start
+            found.append(sums)
+        return min(found, key=lambda sums: sum(sums.values()))
 
     def overlapped(self) -> float:
         """Of a pass, the share of time in which two classes ran."""
