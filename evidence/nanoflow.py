@@ -106,15 +106,15 @@ class Sizes:
     long: tuple[int, int] = (8, 12000)
     rounds: int = 5
     program_seconds: float = 8.0
-    dense: tuple[int, ...] = (2048, 512, 1024)
-    iterations: int = 1600
+    dense: tuple[int, ...] = (2048, 256, 512)
+    iterations: int = 1100
     pair_seconds: float = 0.5
 
 
 FULL = Sizes()
 QUICK = Sizes(
     layers=8, hidden=768, intermediate=2048, rows=24, contexts=(48, 500, 900), long=(4, 12000), rounds=3,
-    program_seconds=1.5, dense=(1024, 256, 512), iterations=800, pair_seconds=0.2,
+    program_seconds=1.5, dense=(1024, 128, 256), iterations=700, pair_seconds=0.2,
 )  # fmt: skip
 
 
@@ -388,7 +388,7 @@ def iterations(
     scheduler: Scheduler, coming: list[Arrival], limits: Limits, pages: int
 ) -> tuple[list[tuple[int, float]], Engine]:
     """Tokens and seconds of iterations after which somebody still waits, once requests come and go evenly."""
-    engine = simulated_engine(scheduler, num_pages=pages, limits=limits, swap_pages=pages)
+    engine = simulated_engine(scheduler, num_pages=pages, limits=limits, swap_pages=pages, keep_prefixes=False)
     assert isinstance(engine.clock, VirtualClock)
     engine.executor = watching = Watching(engine.clock)
 
