@@ -392,7 +392,7 @@ def batches(sizes: Sequence[int], layers: int, quick: bool) -> list[Claim]:
             measured=f"batch {flat} {ratio:.2f} times batch 1 (knee of the fit at {knee:.1f} tokens); milliseconds of "
             f"{dense.weights / 1e6:,.0f} million weights ({dense.nbytes / 1e6:,.0f} MB) at batch "
             f"{', '.join(map(str, sizes))}: {shown}; {rate / 1e9:.1f} of {read / 1e9:.1f} GB/s read at batch 1",
-            required="at most 1.5 times at batch 8, or at the largest batch, above 1, below the knee where that is smaller",
+            required="at most 1.5 times at batch 8, or at the largest batch above 1 below the knee if smaller",
             passed=ratio <= 1.5 and flat > 1,
         )
     ]
