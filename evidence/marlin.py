@@ -49,7 +49,7 @@ DENSE, SPARSE = "int4-g128", "sparse4-g128"
 HIDDEN, WIDE, NARROW, LAYERS = 2048, 8192, 512, 16
 """Of Llama-3.2-1B."""
 SHAPES = [(HIDDEN, HIDDEN)] * 2 + [(NARROW, HIDDEN)] * 2 + [(WIDE, HIDDEN)] * 2 + [(HIDDEN, WIDE)]
-BATCHES, QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128), (1, 4, 8, 16, 64)
+BATCHES, QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 64)
 FLOAT_LAYERS = 4
 """Layers of float weights that are held; a step visits them in turn until it has done as many as the packed model."""
 
@@ -392,8 +392,8 @@ def batches(sizes: Sequence[int], layers: int, quick: bool) -> list[Claim]:
             measured=f"batch {flat} {ratio:.2f} times batch 1 (knee of the fit at {knee:.1f} tokens); milliseconds of "
             f"{dense.weights / 1e6:,.0f} million weights ({dense.nbytes / 1e6:,.0f} MB) at batch "
             f"{', '.join(map(str, sizes))}: {shown}; {rate / 1e9:.1f} of {read / 1e9:.1f} GB/s read at batch 1",
-            required="at most 1.5 times at batch 8, or at the largest batch below the knee where that is smaller",
-            passed=ratio <= 1.5,
+            required="at most 1.5 times at batch 8, or at the largest batch above 1 below the knee if smaller",
+            passed=ratio <= 1.5 and flat > 1,
         )
     ]
     if not floats:
