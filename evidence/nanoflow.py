@@ -393,7 +393,8 @@ def iterations(
     engine.executor = watching = Watching(engine.clock)
 
     def observe(state: State, step: Step) -> None:
-        watching.waits = len(state.waiting) > len(step.admit) + 8
+        outside = len(state.waiting) + len(state.swapped) + len(step.preempt)
+        watching.waits = outside > len(step.admit) + len(step.resume) + len(step.fetch) + 8
 
     engine.observer = observe
     replay(engine, engine.clock, coming)
@@ -401,20 +402,22 @@ def iterations(
 
 
 def batch_claims(sizes: Sizes, data: Path | None, tick: Tick) -> Iterator[Claim]:
-    """Both have the same memory, half as much again as the dense batch needs on average."""
+    """Both have the same memory, a quarter more than the dense batch needs on average."""
     whole = Limits(token_budget=1 << 20, max_sequences=4096)
     lines, spreads, constant = [], [], []
     for kind, tokens in zip(list(LENGTHS) if data is None else ["trace"], sizes.dense):
-        dense = Limits(token_budget=tokens, max_sequences=4096)
         tick(f"batches of {kind}")
         some = drawn(kind, 400, 1, data)
         lengths = [(len(one.request.prompt), one.request.sampling.max_new_tokens) for one in some]
         both = statistics.mean(prompt + output for prompt, output in lengths)
         made = sum(output for _, output in lengths)
+        dense = Limits(token_budget=tokens, max_sequences=4096)
         context = sum(prompt * output + output**2 / 2 for prompt, output in lengths) / made
         decoding = tokens * made / (both * len(lengths))
-        coming = drawn(kind, round(sizes.iterations * tokens / both), 1, data)
-        pages = max(round(1.5 * decoding * context / 16), 1200)
+        pages = max(round(1.25 * decoding * context / 16), 1200)
+        # so many that memory does not hold all of them at once
+        count = max(sizes.iterations * tokens / both, 2.5 * 16 * pages / both)
+        coming = drawn(kind, round(count), 1, data)
         ours, _ = iterations(NanoFlow(), coming, dense, pages)
         theirs, _ = iterations(FirstComeFirstServed(), coming, whole, pages)
         spread = [percentile_ratio([seconds for _, seconds in found]) for found in (ours, theirs)]
