@@ -22,6 +22,7 @@ METHODS: dict[str, str] = {
     "db-llm": "memwall.compress.db_llm:DbLlm",
     "pb-llm": "memwall.compress.pb_llm:PbLlm",
     "vptq": "memwall.compress.vptq:Vptq",
+    "edkm": "memwall.compress.edkm:Edkm",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
     "bitstack": "memwall.compress.bitstack:BitStack",
 }

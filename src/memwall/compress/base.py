@@ -127,6 +127,10 @@ class WeightMethod(ABC):
     """Forms that are mixed to a mean number of bits, least first; () for those of `models.precision.LADDER`."""
     keeps_ends: ClassVar[bool] = False
     """Whether embedding and head stay floats."""
+    makes: ClassVar[str] = ""
+    """The method whose own formats it stores, where it is not itself."""
+    ends: ClassVar[str] = ""
+    """The form of embedding and head where one form is meant for all, if not the usual one of that form."""
     adaptive: ClassVar[str | None] = None
     """A choice of `models.precision` whose bytes the method spends as it finds best."""
 

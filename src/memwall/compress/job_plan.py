@@ -81,7 +81,9 @@ class JobPlan:
         self._bits = _parsed_bits(bits, self.method) if size is None or self.method.stacks else _any_bits(self.method)
         self._text_sha256 = ""
         if isinstance(self._bits, str):
-            self.specs = resolve(config, self._bits, method=self.method.name)
+            self.specs = resolve(config, self._bits, method=self.method.makes or self.method.name)
+            if self.method.ends:
+                self.specs |= {t.name: self.method.ends for t in self._matrices if t.role in ("embedding", "head")}
             for spec in {self.specs[t.name] for t in self._matrices if t.role in ("linear", "expert")}:
                 self.method.check(spec)
         else:
@@ -196,7 +198,8 @@ class JobPlan:
         return f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"
 
     def _method_for(self, statistics: Statistics | None) -> WeightMethod:
-        return weight_method("rtn") if statistics is None else self.method
+        lacks = statistics is None and self.method.needs_statistics
+        return weight_method("rtn") if lacks else self.method
 
     @property
     def _damping(self) -> float:
