@@ -13,7 +13,8 @@ from memwall.cli.run import parse_budget
 from memwall.errors import InputError
 
 METHOD_NAMES = (
-    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "billm", "pb-llm", "db-llm", "quip", "bitstack", "xr-npe",
+    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "edkm", "billm", "pb-llm", "db-llm", "quip", "bitstack",
+    "xr-npe",
 )  # fmt: skip
 
 
@@ -31,9 +32,10 @@ def compress(
         str | None,
         typer.Option(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
-            "for spqr and quip the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2; for vptq the "
-            "most bits of any matrix, codebooks included. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, "
-            "vptq 2.25, billm 1.1, pb-llm 1.7, db-llm and quip 2, xr-npe the bytes of 18 % of the layers in 8 bits.",
+            "for spqr, quip and edkm the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2; for vptq "
+            "the most bits of any matrix, codebooks included. Default: 4.25; awq int4-g128-asym, smoothquant int8, "
+            "spqr 4, vptq 2.25, edkm 3, billm 1.1, pb-llm 1.7, db-llm and quip 2, xr-npe the bytes of 18 % of the "
+            "layers in 8 bits.",
             metavar="BITS",
         ),
     ] = None,
@@ -50,7 +52,8 @@ def compress(
         typer.Option(
             help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
             "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers), "
-            "vptq (codebooks of vectors, for about 2 bits), billm (signs, salient columns twice), pb-llm (signs, "
+            "vptq (codebooks of vectors, for about 2 bits), edkm (a palette per matrix, trained; needs torch), "
+            "billm (signs, salient columns twice), pb-llm (signs, "
             "salient weights in 8 bits), db-llm (two binary matrices), quip (turned at random, one scale), bitstack "
             "(blocks of signs and low rank, of which any number can be loaded) or xr-npe (4-bit floats, 4 and 8-bit "
             "posits by layer; needs torch).",

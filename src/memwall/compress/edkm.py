@@ -5,13 +5,13 @@ arXiv 2309.00964); the clustering layer is that of DKM (arXiv 2108.12659); offic
 `coremltools.optimize.torch.palettization`.
 
 Idea: k-means after training puts entries where weights are, not where the loss wants them. Soft assignment makes
-k-means differentiable, so weights, entries and assignments train together (`edkm_tuning`), worked out once per distinct
-16-bit value (`edkm_torch`); at the end each weight takes its nearest entry.
+k-means differentiable, so weights, entries and assignments train together (`edkm_tuning_torch`), worked out once per
+distinct 16-bit value (`edkm_torch`); at the end each weight takes its nearest entry.
 
 Units and shapes: weight [rows, cols] float -> Packed of `formats.vptq` with vectors of one row (`vptq-v1-k8` is 3
 bits): indices and a float16 palette per matrix, or per group of columns (`-g4`). Products look palettes up as they do
 vectors, so there is no format of its own. Embedding and head take 8 bits (`int8-g64`).
-Differs from the paper: see `edkm_tuning`. The start is the optimal clustering of the numbers on a line in place of
+Differs from the paper: see `edkm_tuning_torch`. The start is the best clustering of the numbers on a line in place of
 k-means++ (which `start=spread` gives).
 Cost: b bits a weight, each row's indices padded to 32 bits; 16 * 2^b bits per group, and 96 bytes a matrix that
 products read past the ends.
@@ -112,7 +112,7 @@ class Edkm(WeightMethod):
     def train(
         self, checkpoint: Checkpoint, tokens: np.ndarray, made: Mapping[str, Packed], progress: Trained
     ) -> dict[str, Packed]:
-        from memwall.compress.edkm_tuning import Recipe, tuned_palettes
+        from memwall.compress.edkm_tuning_torch import Recipe, tuned_palettes
 
         recipe = Recipe(
             steps=self.steps, rate=self.rate, batch=self.batch, tau=self.tau, rounds=self.rounds,

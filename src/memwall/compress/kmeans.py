@@ -94,8 +94,8 @@ def kmeans(
 def on_a_line(values: np.ndarray, weights: np.ndarray, num_clusters: int) -> np.ndarray:
     """Centres of the clusters of numbers [n], n at least 1, with the least squared error: [num_clusters] rising.
 
-    values: in order. weights [n]: above 0. The best there is for up to 1,024 numbers; of more, neighbours of about equal
-    weight are clustered as one, which `kmeans` from there makes good. With too few numbers the last is repeated.
+    values: in order. weights [n]: above 0. The best there is for up to 1,024 numbers; of more, neighbours of about
+    equal weight are clustered as one, which `kmeans` from there makes good. With too few the last is repeated.
     """
     values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
     if len(values) > _LINE_POINTS:

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 
 from memwall.compress.base import MethodConfig  # noqa: E402
 from memwall.compress.edkm import Edkm  # noqa: E402
-from memwall.compress.edkm_tuning import Palettes, Recipe, Report, tuned_palettes  # noqa: E402
+from memwall.compress.edkm_tuning_torch import Palettes, Recipe, Report, tuned_palettes  # noqa: E402
 
 OPTIONS = {"steps": "6", "batch": "2", "rate": "0.003"}
 
@@ -99,7 +99,7 @@ def test_a_result_that_was_kept_is_only_put_in_again(tmp_path: Path, monkeypatch
         patch.setattr(saved.WorkDirectory, "finish", broken)
         with pytest.raises(Stop):
             compress_model(source, tmp_path / "out", method="edkm", options=OPTIONS, tuning=QUICK)
-    monkeypatch.setattr("memwall.compress.edkm_tuning.tuned_palettes", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("memwall.compress.edkm_tuning_torch.tuned_palettes", lambda *_: pytest.fail("trained again"))
     report = compress_model(source, tmp_path / "out", method="edkm", options=OPTIONS, tuning=QUICK)
     assert report.num_resumed_parts == 3
 
