@@ -469,40 +469,48 @@ class Study:
     def by_matrix(self, compress: Callable[[np.ndarray], Packed]) -> dict[str, Packed]:
         return {t.name: compress(self.checkpoint.alone(t.name)) for t in self.linears}
 
-    def gptq(self, spec: str) -> Result:
-        """Layer by layer, on what the compressed layers before hand on."""
-        form = MethodConfig(spec=spec, activation_order=True, damping=Gptq.damping)
+    def by_layer(self, compress: Callable[[np.ndarray, Statistics], Packed]) -> dict[str, Packed]:
+        """Each layer on what the compressed layers before hand on."""
         stream = LayerStream(self.config, self.checkpoint, self.calibration, Arena(1 << 40, Ledger()))
         stream.embed(self.embedding)
         made: dict[str, Packed] = {}
         for layer in range(self.config.num_layers):
             names = [t.name for t in self.linears if t.layer == layer]
             collector = stream.collect(layer, names)
-            known: dict[str, Statistics] = collector.finish()
-            forms = {n: Gptq().compress(self.checkpoint.alone(n), known[shared_input(n)], form) for n in names}
+            known = collector.finish()
+            forms = {n: compress(self.checkpoint.alone(n), known[shared_input(n)]) for n in names}
             collector.release()
             stream.advance(layer, forms)
             made |= forms
-        return self.scored_with(made)
+        return made
 
-    def edkm(self, bits: int, steps: int) -> tuple[Result, Result, Any]:
-        """After k-means alone, and trained; and what was seen on the way."""
+    def gptq(self, spec: str) -> Result:
+        form = MethodConfig(spec=spec, activation_order=True, damping=Gptq.damping)
+        return self.scored_with(self.by_layer(lambda weight, known: Gptq().compress(weight, known, form)))
+
+    def edkm(self, bits: int, steps: int, start: str) -> tuple[Result, Result, Any]:
+        """As it begins, and trained; and what was seen on the way."""
         from memwall.compress.edkm_tuning_torch import Recipe, Report, tuned_palettes
 
-        method = Edkm(steps=0)
+        method = Edkm(steps=0, start=start)
         spec = method.form(bits)
         assert spec is not None
-        made = self.by_matrix(lambda weight: method.compress(weight, None, MethodConfig(spec=spec)))
-        others = {t.name: self.embedding for t in self.config.tensors() if t.name == EMBEDDING}
-        others |= {
-            t.name: codec("float32").encode(self.checkpoint.alone(t.name))
-            for t in self.config.tensors()
-            if len(t.shape) == 1
-        }
+        form = MethodConfig(spec=spec, damping=Edkm.damping)
+        if method.calibrates:
+            made = self.by_layer(lambda weight, known: method.compress(weight, known, form))
+        else:
+            made = self.by_matrix(lambda weight: method.compress(weight, None, form))
+        others = {EMBEDDING: self.embedding}
+        for tensor in self.config.tensors():
+            if len(tensor.shape) == 1:
+                others[tensor.name] = codec("float32").encode(self.checkpoint.alone(tensor.name))
         report = Report()
-        recipe = Recipe(steps=steps, rate=Edkm.rate, batch=Edkm.batch, tau=Edkm.tau, rounds=Edkm.rounds)
+        recipe = Recipe(
+            steps=steps, rate=Edkm.rate, batch=Edkm.batch, tau=Edkm.tau, rounds=Edkm.rounds,
+            from_stored=method.calibrates,
+        )  # fmt: skip
         found = tuned_palettes(self.checkpoint, self.calibration, made | others, recipe, report=report)
-        return self.scored_with(made), self.scored_with(made | found), report
+        return self.scored_with(made), self.scored_with({**made, **found}), report
 
 
 def whole_scale(weight: np.ndarray, bits: int) -> Packed:
@@ -531,9 +539,12 @@ def accuracy(study: Study, steps: int) -> list[Claim]:
     looks = {}
     for bits in (3, 2):
         spec = f"int{bits}-g128-asym"
-        means, ours, report = study.edkm(bits, steps)
+        began, ours, report = study.edkm(bits, steps, Edkm.start)
+        means, other, plain_report = study.edkm(bits, steps if bits == 3 else 1, "line")
         results[bits] = {
             "eDKM": ours,
+            "its start": began,
+            **({"trained from k-means": other} if bits == 3 else {}),
             "GPTQ": study.gptq(spec),
             "GPTQ without minimum": study.gptq(f"int{bits}-g128"),
             "k-means": means,
@@ -542,7 +553,9 @@ def accuracy(study: Study, steps: int) -> list[Claim]:
                 study.by_matrix(lambda weight, b=bits: whole_scale(np.asarray(weight, np.float32), b))
             ),
         }
-        looks[bits] = report.looks
+        looks[f"{bits} bits"] = report.looks
+        if bits == 3:
+            looks["3 bits from k-means"] = plain_report.looks
     plain = study.perplexity({})
     three, two = results[3], results[2]
     shown = {b: ", ".join(f"{name} {each}" for name, each in found.items()) for b, found in results.items()}
@@ -553,7 +566,8 @@ def accuracy(study: Study, steps: int) -> list[Claim]:
         return math.log(found[other].perplexity / found["eDKM"].perplexity)
 
     gaps = {other: (gap(three, other), gap(two, other)) for other in ("GPTQ", "k-means")}
-    ends = {bits: (abs(seen[0][2] - seen[0][1]), abs(seen[-1][2] - seen[-1][1])) for bits, seen in looks.items()}
+    ends = {what: (abs(seen[0][2] - seen[0][1]), abs(seen[-1][2] - seen[-1][1])) for what, seen in looks.items()}
+    first, last = ends["3 bits from k-means"]
     return [
         Claim(
             claim="at 3 bits perplexity orders float < eDKM < GPTQ (in groups of 128), at no larger file",
@@ -583,11 +597,11 @@ def accuracy(study: Study, steps: int) -> list[Claim]:
         Claim(
             claim="what is stored comes near to what is trained",
             measured=", ".join(
-                f"{bits} bits: hard and soft apart by {first:.4f} nats at first, {last:.4f} at the end"
-                for bits, (first, last) in ends.items()
+                f"{what}: hard and soft apart by {a:.4f} nats at first, {b:.4f} at the end"
+                for what, (a, b) in ends.items()
             ),
-            required="the gap shrinks",
-            passed=all(last < first for first, last in ends.values()),
+            required="the gap shrinks from k-means on (the usual start is hard: each weight lies on its entry)",
+            passed=last < first,
         ),
     ]
 

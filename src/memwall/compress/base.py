@@ -165,7 +165,7 @@ class WeightMethod(ABC):
 
     def reads_text(self, bits: float | str) -> bool:
         """Whether any text has to be read for bits as `form` gives them."""
-        return self.needs_statistics or not isinstance(bits, str)
+        return self.calibrates or not isinstance(bits, str)
 
     def choose(self, subject: Subject, forms: Mapping[str, Sequence[str]], budget_bytes: int) -> dict[str, str] | None:
         """The form of every matrix, out of `forms`, in at most `budget_bytes`; None for the job's own measurement."""
@@ -174,6 +174,11 @@ class WeightMethod(ABC):
     def prepare(self, subject: Subject, specs: Mapping[str, str]) -> Checkpoint:
         """The model whose matrices are compressed, the forms being known: the same, or one trained for them."""
         return subject.checkpoint
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `compress` wants statistics with these settings."""
+        return self.needs_statistics
 
     @property
     def trains(self) -> bool:

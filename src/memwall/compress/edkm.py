@@ -11,8 +11,9 @@ distinct 16-bit value (`edkm_torch`); at the end each weight takes its nearest e
 Units and shapes: weight [rows, cols] float -> Packed of `formats.vptq` with vectors of one row (`vptq-v1-k8` is 3
 bits): indices and a float16 palette per matrix, or per group of columns (`-g4`). Products look palettes up as they do
 vectors, so there is no format of its own. Embedding and head take 8 bits (`int8-g64`).
-Differs from the paper: see `edkm_tuning_torch`. The start is the best clustering of the numbers on a line in place of
-k-means++ (which `start=spread` gives).
+Differs from the paper: see `edkm_tuning_torch`. Training starts from palettes and indices that a compensated sweep found
+(VPTQ's, vectors of one), each weight on its entry; `start=line` is the best clustering of a matrix' numbers,
+`start=spread` the paper's k-means++, and both start from the float weights.
 Cost: b bits a weight, each row's indices padded to 32 bits; 16 * 2^b bits per group, and 96 bytes a matrix that
 products read past the ends.
 Holds when: the calibration text resembles what the model will read, and there is time to train (`steps=0` does not).
@@ -30,6 +31,7 @@ from memwall import kernels
 from memwall.compress.base import MethodConfig, Statistics, Trained, WeightMethod
 from memwall.compress.kmeans import kmeans, on_a_line
 from memwall.compress.layer_tuning import require_torch
+from memwall.compress.vptq import Vptq
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.vector_parts import Coded, checked_halves
@@ -38,16 +40,18 @@ from memwall.formats.vptq import VptqCodec, pack
 if TYPE_CHECKING:
     from memwall.models.checkpoint import Checkpoint
 
-STARTS = ("line", "spread")
+STARTS = ("swept", "line", "spread")
+_SWEPT_ROUNDS, _SWEPT_REFINE, _SWEPT_ITERATIONS = 2, 10, 30
+"""Of the start `swept`: see `vptq`."""
 MOST_BITS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edkm(WeightMethod):
-    """steps: of training, 0 for none (then no text is read and no torch is needed); rate, batch: of it (sequences of
+    """steps: of training, 0 for none (then no torch is needed); rate, batch: of it (sequences of
     128 tokens a step); tau: softness at first, as a share of a matrix' variance; rounds, epsilon: of the clustering
-    in a step. groups: of columns with a palette each. start: of the palettes, `line` (the best clusters of numbers) or
-    `spread` (k-means++); seed.
+    in a step. groups: of columns with a palette each. start: `swept` (VPTQ's sweep with vectors of one
+    makes up for errors over the text), `line` (the best clusters of a matrix' numbers) or `spread` (k-means++); seed.
     """
 
     name: ClassVar[str] = "edkm"
@@ -63,7 +67,7 @@ class Edkm(WeightMethod):
     rounds: int = 3
     epsilon: float = 1e-4
     groups: int = 1
-    start: str = "line"
+    start: str = "swept"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,7 +88,7 @@ class Edkm(WeightMethod):
                 "most 4096"
             )
         if self.steps:
-            require_torch("training (steps)", "or take steps=0, which stores the palettes as they begin, needs none")
+            require_torch("training (steps)", "or take steps=0, which stores the palettes as they begin and needs none")
 
     def form(self, bits: float | str) -> str | None:
         if isinstance(bits, str):
@@ -103,7 +107,11 @@ class Edkm(WeightMethod):
             raise InputError(f"edkm makes palettes such as vptq-v1-k8 or vptq-v1-k8-g4, not {spec}: give --bits 3")
 
     def reads_text(self, bits: float | str) -> bool:
-        return self.trains
+        return self.trains or self.calibrates
+
+    @property
+    def calibrates(self) -> bool:
+        return self.start == "swept"
 
     @property
     def trains(self) -> bool:
@@ -116,7 +124,7 @@ class Edkm(WeightMethod):
 
         recipe = Recipe(
             steps=self.steps, rate=self.rate, batch=self.batch, tau=self.tau, rounds=self.rounds,
-            epsilon=self.epsilon, seed=self.seed,
+            epsilon=self.epsilon, seed=self.seed, from_stored=self.start == "swept",
         )  # fmt: skip
         return tuned_palettes(checkpoint, tokens, made, recipe, progress)
 
@@ -124,6 +132,8 @@ class Edkm(WeightMethod):
         form = codec(config.spec)
         if not isinstance(form, VptqCodec):
             return kernels.encode(config.spec, weight)  # embedding and head
+        if statistics is not None and self.start == "swept":
+            return self._swept(form).compress(weight, statistics, config)
         part = form.parts(weight.shape[1])[1]
         values = np.asarray(weight, np.float32)
         main = np.zeros((part.groups, form.codebook, 1), np.float16)
@@ -137,10 +147,16 @@ class Edkm(WeightMethod):
                 codes[:, part.members(group)] = np.searchsorted(middles, members)
         return pack(form, values.shape, Coded(codes=codes, main=main, residual=None))
 
+    def _swept(self, form: VptqCodec) -> Vptq:
+        return Vptq(
+            vector=1, codebook=form.codebook, groups=form.groups, order=False, rounds=_SWEPT_ROUNDS,
+            refine=_SWEPT_REFINE, iterations=_SWEPT_ITERATIONS, seed=self.seed,
+        )  # fmt: skip
+
     def _palette(self, values: np.ndarray, count: int) -> np.ndarray:
         """Entries in order [count] float32 for numbers of any shape."""
         different, often = np.unique(values, return_counts=True)
-        start = on_a_line(different, often, count) if self.start == "line" else "spread"
+        start = "spread" if self.start == "spread" else on_a_line(different, often, count)
         init = start if isinstance(start, str) else start[:, None]
         found = kmeans(
             different[:, None], count, weights=often, init=init, iterations=200, tolerance=1e-7, seed=self.seed
@@ -148,4 +164,6 @@ class Edkm(WeightMethod):
         return np.sort(found.centroids[:, 0])
 
     def work_bytes(self, num_rows: int, num_columns: int) -> int:
+        if self.calibrates:
+            return self._swept(VptqCodec(vector=1, codebook=8)).work_bytes(num_rows, num_columns)
         return 36 * num_rows * num_columns  # different values, how often, and what k-means holds of them

@@ -49,7 +49,8 @@ _SPLIT_SHARE = 1e-3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """steps of AdamW at `rate`, which falls to nothing along a cosine; batch: sequences of a step. tau: at first, as a
-    share of a matrix' variance; rounds, epsilon (a share of its deviation): of the clustering.
+    share of a matrix' variance; rounds, epsilon (a share of its deviation): of the clustering. from_stored: weights
+    begin as they are stored, and not as the float model has them.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class Recipe:
     rounds: int = 3
     epsilon: float = 1e-4
     seed: int = 0
+    from_stored: bool = False
 
 
 @dataclass(slots=True)
@@ -171,7 +173,8 @@ class _Student:
         self._fixed: dict[str, Tensor] = {}
         for name, packed in made.items():
             if isinstance(codec(packed.spec), VptqCodec):
-                self.matrices[name] = Palettes(packed, checkpoint.alone(name), recipe)
+                start = codec(packed.spec).decode(packed) if recipe.from_stored else checkpoint.alone(name)
+                self.matrices[name] = Palettes(packed, start, recipe)
                 continue
             floats = torch.from_numpy(np.array(codec(packed.spec).decode(packed), np.float32))
             if len(packed.shape) == 1 and "norm" in name:

@@ -198,7 +198,7 @@ class JobPlan:
         return f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"
 
     def _method_for(self, statistics: Statistics | None) -> WeightMethod:
-        lacks = statistics is None and self.method.needs_statistics
+        lacks = statistics is None and self.method.calibrates
         return weight_method("rtn") if lacks else self.method
 
     @property
@@ -254,7 +254,7 @@ class JobPlan:
         """
         result_bytes = tensor.size + tensor.size // 16
         sample_bytes = 3 * 4 * min(tensor.shape[0], sensitivity.SAMPLE_ROWS) * tensor.shape[1]
-        floats_bytes = 4 * tensor.size if method.needs_statistics else 0
+        floats_bytes = 4 * tensor.size if method.calibrates else 0
         work_bytes = max(method.work_bytes(*tensor.shape) + floats_bytes, sample_bytes)
         return self.checkpoint.stored_bytes(tensor.name) + result_bytes + work_bytes
 

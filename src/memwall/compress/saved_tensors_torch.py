@@ -440,4 +440,4 @@ def _notes(node: Any) -> dict[Any, Any]:
 
 
 def _checksum(whole: Tensor) -> int:
-    return crc32(memoryview(whole.cpu().numpy()))
+    return crc32(whole.cpu().numpy().data)
