@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwall.compress.kmeans import kmeans, sample
+from memwall.compress.kmeans import kmeans, on_a_line, sample
 from memwall.errors import InputError
 
 
@@ -101,3 +103,33 @@ def test_samples() -> None:
 def test_what_cannot_be_clustered(points: np.ndarray, clusters: int, weights: np.ndarray | None) -> None:
     with pytest.raises(InputError, match="k-means needs"):
         kmeans(points, clusters, weights=weights)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 999))
+def test_on_a_line_no_clustering_is_better(count: int, clusters: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    values = np.sort(random.standard_normal(count)) + 100
+    weights = random.integers(1, 5, count).astype(np.float64)
+    found = on_a_line(values, weights, clusters)
+    assert found.shape == (clusters,)
+    assert bool((np.diff(found) >= 0).all())
+    best = np.inf
+    for cuts in combinations(range(1, count), min(clusters, count) - 1):
+        pieces = [slice(*ends) for ends in pairwise((0, *cuts, count))]
+        means = [np.average(values[piece], weights=weights[piece]) for piece in pieces]
+        best = min(best, loss_of(values[:, None], weights, np.array(means)[:, None]))
+    assert loss_of(values[:, None], weights, found.astype(np.float64)[:, None]) == pytest.approx(
+        best, rel=1e-3, abs=1e-6
+    )
+
+
+def test_many_numbers_on_a_line_start_where_little_is_left_to_gain() -> None:
+    values = np.sort(np.random.default_rng(0).standard_normal(20_000))
+    weights = np.ones(len(values))
+    start = on_a_line(values, weights, 8)
+    points = values[:, None].astype(np.float32)
+    ended = kmeans(points, 8, init=start[:, None], iterations=300, tolerance=1e-9)
+    spread = min(kmeans(points, 8, init="spread", seed=seed).losses[-1] for seed in range(3))
+    assert loss_of(values[:, None], weights, start[:, None]) < 1.01 * ended.losses[-1]
+    assert ended.losses[-1] <= 1.0001 * spread

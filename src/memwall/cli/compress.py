@@ -13,8 +13,8 @@ from memwall.cli.run import parse_budget
 from memwall.errors import InputError
 
 METHOD_NAMES = (
-    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "billm", "pb-llm", "db-llm", "quip", "bitstack", "sparsegpt",
-    "accllm", "comet", "xr-npe", "quamba2",
+    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "edkm", "billm", "pb-llm", "db-llm", "quip", "bitstack",
+    "sparsegpt", "accllm", "comet", "xr-npe", "quamba2",
 )  # fmt: skip
 
 
@@ -32,9 +32,9 @@ def compress(
         str | None,
         typer.Option(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
-            "for spqr and quip the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2; for vptq the "
-            "most bits of any matrix, codebooks included. Default: 4.25; awq int4-g128-asym, smoothquant int8, spqr 4, "
-            "vptq 2.25, billm 1.1, pb-llm 1.7, db-llm and quip 2, sparsegpt 4 of each weight that stays (3.13 in all), "
+            "for spqr, quip and edkm the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2; for vptq "
+            "the most bits of any matrix, codebooks included. Default: 4.25; awq int4-g128-asym, smoothquant int8, "
+            "spqr 4, vptq 2.25, edkm 3, billm 1.1, pb-llm 1.7, db-llm and quip 2, sparsegpt 4 of each weight that stays (3.13 in all), "
             "accllm 2 of each (2.19), comet comet-g128, xr-npe the bytes of 18 % of the layers in 8 bits, "
             "quamba2 w4a16 (it makes w8a8, w4a8, w4a16 and w4ax).",
             metavar="BITS",
@@ -53,7 +53,8 @@ def compress(
         typer.Option(
             help="gptq (compensated rounding), rtn (round to nearest), awq (scaled and clipped by activations), "
             "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers), "
-            "vptq (codebooks of vectors, for about 2 bits), billm (signs, salient columns twice), pb-llm (signs, "
+            "vptq (codebooks of vectors, for about 2 bits), edkm (a palette per matrix, trained; needs torch), "
+            "billm (signs, salient columns twice), pb-llm (signs, "
             "salient weights in 8 bits), db-llm (two binary matrices), quip (turned at random, one scale), bitstack "
             "(blocks of signs and low rank, of which any number can be loaded), sparsegpt (two of every four weights "
             "pruned, the others rounded), accllm (the same at 2 bits, trained), comet (4-bit weights, activations in 4 "

@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {
     "vptq": "memwall.compress.vptq:Vptq",
     "sparsegpt": "memwall.compress.sparsegpt:SparseGpt",
     "accllm": "memwall.compress.accllm:AccLlm",
+    "edkm": "memwall.compress.edkm:Edkm",
     "xr-npe": "memwall.compress.xr_npe:XrNpe",
     "bitstack": "memwall.compress.bitstack:BitStack",
     "comet": "memwall.compress.comet:Comet",

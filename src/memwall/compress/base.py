@@ -127,6 +127,10 @@ class WeightMethod(ABC):
     """Forms that are mixed to a mean number of bits, least first; () for those of `models.precision.LADDER`."""
     keeps_ends: ClassVar[bool] = False
     """Whether embedding and head stay floats."""
+    makes: ClassVar[str] = ""
+    """The method whose own formats it stores, where it is not itself."""
+    ends: ClassVar[str] = ""
+    """The form of embedding and head where one form is meant for all, if not the usual one of that form."""
     adaptive: ClassVar[str | None] = None
     """A choice of `models.precision` whose bytes the method spends as it finds best."""
 
@@ -161,7 +165,7 @@ class WeightMethod(ABC):
 
     def reads_text(self, bits: float | str) -> bool:
         """Whether any text has to be read for bits as `form` gives them."""
-        return self.needs_statistics or not isinstance(bits, str)
+        return self.calibrates or not isinstance(bits, str)
 
     def choose(self, subject: Subject, forms: Mapping[str, Sequence[str]], budget_bytes: int) -> dict[str, str] | None:
         """The form of every matrix, out of `forms`, in at most `budget_bytes`; None for the job's own measurement."""
@@ -170,6 +174,11 @@ class WeightMethod(ABC):
     def prepare(self, subject: Subject, specs: Mapping[str, str]) -> Checkpoint:
         """The model whose matrices are compressed, the forms being known: the same, or one trained for them."""
         return subject.checkpoint
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `compress` wants statistics with these settings."""
+        return self.needs_statistics
 
     @property
     def trains(self) -> bool:

@@ -51,7 +51,7 @@ class Job(JobPlan):
             self.checkpoint = self.method.prepare(self._subject("train"), self.specs)
         work.set_specs(self.specs)
         check_disk(work.path, self._remaining_bytes(len(work.parts)))
-        if not self.method.needs_statistics:
+        if not self.method.calibrates:
             stream = None
         done = 0
         for index, part in enumerate(self._parts):

@@ -81,7 +81,9 @@ class JobPlan:
         self._bits = _parsed_bits(bits, self.method) if size is None or self.method.stacks else _any_bits(self.method)
         self._text_sha256 = ""
         if isinstance(self._bits, str):
-            self.specs = resolve(config, self._bits, method=self.method.name)
+            self.specs = resolve(config, self._bits, method=self.method.makes or self.method.name)
+            if self.method.ends:
+                self.specs |= {t.name: self.method.ends for t in self._matrices if t.role in ("embedding", "head")}
             for spec in {self.specs[t.name] for t in self._matrices if t.role in ("linear", "expert")}:
                 self.method.check(spec)
         else:
@@ -201,7 +203,8 @@ class JobPlan:
         return f"model-{index + 1:05d}-of-{len(self._parts):05d}.safetensors"
 
     def _method_for(self, statistics: Statistics | None) -> WeightMethod:
-        return weight_method("rtn") if statistics is None else self.method
+        lacks = statistics is None and self.method.calibrates
+        return weight_method("rtn") if lacks else self.method
 
     @property
     def _damping(self) -> float:
@@ -256,7 +259,7 @@ class JobPlan:
         """
         result_bytes = tensor.size + tensor.size // 16
         sample_bytes = 3 * 4 * min(tensor.shape[0], sensitivity.SAMPLE_ROWS) * tensor.shape[1]
-        floats_bytes = 4 * tensor.size if method.needs_statistics else 0
+        floats_bytes = 4 * tensor.size if method.calibrates else 0
         work_bytes = max(method.work_bytes(*tensor.shape) + floats_bytes, sample_bytes)
         return self.checkpoint.stored_bytes(tensor.name) + result_bytes + work_bytes
 

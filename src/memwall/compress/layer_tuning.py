@@ -42,13 +42,12 @@ class Schedule:
     seed: int = 0
 
 
-def require_torch(setting: str) -> None:
-    """InputError where torch is missing."""
+def require_torch(
+    setting: str, instead: str = "or leave it out; refine, which fits codebooks matrix by matrix, needs none"
+) -> None:
+    """InputError where torch is missing. instead: what does without."""
     if importlib.util.find_spec("torch") is None:
-        raise InputError(
-            f"{setting} needs torch: pip install 'memwall[torch]', or leave it out; refine, which fits codebooks "
-            "matrix by matrix, needs none"
-        )
+        raise InputError(f"{setting} needs torch: pip install 'memwall[torch]', {instead}")
 
 
 def tuned(stream: LayerStream, layer: int, made: Mapping[str, Packed], schedule: Schedule) -> dict[str, Packed]:
