@@ -61,7 +61,7 @@ class Edkm(WeightMethod):
     makes: ClassVar[str] = "vptq"
     ends: ClassVar[str] = "int8-g64"
 
-    steps: int = 300
+    steps: int = 100
     rate: float = 1e-3
     batch: int = 8
     tau: float = 0.05
@@ -77,7 +77,7 @@ class Edkm(WeightMethod):
             raise InputError(f"start {self.start!r}: choose one of {', '.join(STARTS)}")
         if not 0 <= self.steps <= 1_000_000:
             raise InputError(
-                f"steps is {self.steps}; give a count of training steps such as 300, or 0 to train nothing"
+                f"steps is {self.steps}; give a count of training steps such as 100, or 0 to train nothing"
             )
         if not 0 < self.rate < 1 or not 0 < self.tau <= 100 or not 0 <= self.epsilon < 1:
             raise InputError(
