@@ -20,7 +20,7 @@ from tests.compress.test_spqr import layer
 from tests.compress.tiny_model import QUICK, contents, make_model
 from tests.compress.whole_run import Stop, agrees_with_floats, check_refused
 
-PLAIN = Edkm(steps=0, start="line")
+PLAIN = Edkm(steps=0, start="line", groups=1)
 
 
 def made(weight: np.ndarray, spec: str, method: Edkm = PLAIN) -> tuple[Packed, np.ndarray]:
@@ -43,7 +43,7 @@ def test_weights_become_the_nearest_of_few_values(bits: int, start: str) -> None
 def test_bytes_are_indices_and_palettes() -> None:
     """3 bits a weight in rows padded to 32 bits, 8 halves a group, and 96 bytes that products read past the ends."""
     for groups in (1, 3):
-        form = Edkm(steps=0, groups=groups).form(3)
+        form = Edkm(steps=0, start="line", groups=groups).form(3)
         assert form is not None
         words = groups * 40 * -(-(96 // groups) * 3 // 32)
         assert codec(form).nbytes((40, 96)) == 4 * words + 16 * groups + 96
@@ -51,7 +51,7 @@ def test_bytes_are_indices_and_palettes() -> None:
 
 def test_the_swept_start_makes_up_for_errors_in_the_same_bytes() -> None:
     weight, statistics = layer(96, 128)
-    form = MethodConfig(spec="vptq-v1-k4")
+    form = MethodConfig(spec="vptq-v1-k4-g2-ordered")
     method = Edkm(steps=0, start="swept")
     assert method.calibrates
     assert not PLAIN.calibrates
@@ -83,9 +83,11 @@ def test_a_matrix_of_few_values_is_exact_and_products_look_it_up() -> None:
 
 def test_forms() -> None:
     assert PLAIN.form(3) == "vptq-v1-k8"
-    assert Edkm(steps=0, groups=4).form(2) == "vptq-v1-k4-g4"
+    assert Edkm(steps=0).form(2) == "vptq-v1-k4-g4-ordered"
+    assert Edkm(steps=0, order=False).form(2) == "vptq-v1-k4-g4"
     PLAIN.check("vptq-v1-k16-g2")
-    for spec in ("vptq-v2-k8", "vptq-v1-k512", "vptq-v1-k8-ordered", "vptq-v1-k8-r4", "int3", "vptq2.25"):
+    PLAIN.check("vptq-v1-k16-ordered")
+    for spec in ("vptq-v2-k8", "vptq-v1-k512", "vptq-v1-k8-norm", "vptq-v1-k8-r4", "int3", "vptq2.25"):
         with pytest.raises(InputError, match="edkm makes palettes"):
             PLAIN.check(spec)
     for bits in (0, 2.5, 9):
@@ -141,7 +143,7 @@ def test_whole_runs(tmp_path: Path) -> None:
         checkpoint.verify(digests=True)
         specs = resolve(model, "saved", checkpoint)
         linear = [t for t in model.tensors() if t.role == "linear"]
-        assert {specs[t.name] for t in linear} == {"vptq-v1-k8"}
+        assert {specs[t.name] for t in linear} == {"vptq-v1-k8-g4-ordered"}
         assert specs["model.embed_tokens.weight"] == "int8-g64"
         held = weight_bytes(model, specs)
         assert set(held) == {"weights/vptq", "weights/int8-g64", "weights/float32"}

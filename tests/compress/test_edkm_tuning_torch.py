@@ -18,7 +18,7 @@ from tests.compress.whole_run import Stop
 
 torch = pytest.importorskip("torch")
 
-from memwall.compress.base import MethodConfig  # noqa: E402
+from memwall.compress.base import MethodConfig, Statistics  # noqa: E402
 from memwall.compress.edkm import Edkm  # noqa: E402
 from memwall.compress.edkm_tuning_torch import Palettes, Recipe, Report, tuned_palettes  # noqa: E402
 
@@ -36,15 +36,24 @@ def stored(folder: Path) -> dict[str, Packed]:
         return found
 
 
-def test_what_is_packed_is_what_was_judged() -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_is_packed_is_what_was_judged(ordered: bool) -> None:
     weight = np.random.default_rng(0).standard_normal((24, 40)).astype(np.float32)
-    packed = Edkm(steps=0).compress(weight, None, MethodConfig(spec="vptq-v1-k8-g2"))
+    if ordered:
+        known = Statistics(np.diag(np.linspace(1, 4, 40)).astype(np.float32), 40)
+        packed = Edkm(steps=0).compress(weight, known, MethodConfig(spec="vptq-v1-k8-g2-ordered"))
+        assert not np.array_equal(packed.buffers["order"], np.arange(40))
+        fresh = Palettes(packed, codec(packed.spec).decode(packed), Recipe(steps=1))
+        np.testing.assert_array_equal(fresh.hard().numpy(), codec(packed.spec).decode(packed))
+    else:
+        packed = Edkm(steps=0).compress(weight, None, MethodConfig(spec="vptq-v1-k8-g2"))
     matrix = Palettes(packed, weight, Recipe(steps=1))
     for _ in range(3):
         matrix.soft()
     again = matrix.packed()
     np.testing.assert_array_equal(codec(again.spec).decode(again), matrix.hard().numpy())
-    assert len(np.unique(matrix.hard().numpy()[:, :20])) <= 8
+    places = again.buffers.get("order", np.arange(40)).astype(np.int64)
+    assert len(np.unique(matrix.hard().numpy()[:, places[:20]])) <= 8
     soft = matrix.soft().detach()
     matrix.hardness = 1e-4
     gap = [float((each - matrix.hard()).abs().mean()) for each in (soft, matrix.soft().detach())]

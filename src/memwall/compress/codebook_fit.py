@@ -86,8 +86,9 @@ def fitted(
     found = [book.astype(np.float64) for book in books]
     toward = [each / share for each, share in zip(left, shares, strict=True)]
     size = _dot(left, toward)
+    least = 1e-12 * size  # products are float32: what is left below that is noise, which steps would blow up
     for _ in range(steps):
-        if size <= 0:
+        if size <= least:
             break
         image = gathered(looked_up(toward) @ hessian)
         length = size / max(_dot(toward, image), 1e-300)

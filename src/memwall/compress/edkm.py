@@ -8,14 +8,14 @@ Idea: k-means after training puts entries where weights are, not where the loss 
 k-means differentiable, so weights, entries and assignments train together (`edkm_tuning_torch`), worked out once per
 distinct 16-bit value (`edkm_torch`); at the end each weight takes its nearest entry.
 
-Units and shapes: weight [rows, cols] float -> Packed of `formats.vptq` with vectors of one row (`vptq-v1-k8` is 3
-bits): indices and a float16 palette per matrix, or per group of columns (`-g4`). Products look palettes up as they do
-vectors, so there is no format of its own. Embedding and head take 8 bits (`int8-g64`).
-Differs from the paper: see `edkm_tuning_torch`. Training starts from palettes and indices that a compensated sweep found
-(VPTQ's, vectors of one), each weight on its entry; `start=line` is the best clustering of a matrix' numbers,
+Units and shapes: weight [rows, cols] float -> Packed of `formats.vptq` with vectors of one row (`vptq-v1-k8-g4-ordered`
+is 3 bits): indices and a float16 palette per group of columns, which may stand in the order of their inputs' size.
+Products look palettes up as they do vectors, so there is no format of its own. Embedding and head take 8 bits.
+Differs from the paper: see `edkm_tuning_torch`. Training starts from palettes and indices that a compensated sweep
+found (VPTQ's, vectors of one), each weight on its entry; `start=line` is the best clustering of a matrix' numbers,
 `start=spread` the paper's k-means++, and both start from the float weights.
-Cost: b bits a weight, each row's indices padded to 32 bits; 16 * 2^b bits per group, and 96 bytes a matrix that
-products read past the ends.
+Cost: b bits a weight, each row's indices padded to 32 bits; 16 * 2^b bits per group, 16 a column where
+ordered, and 96 bytes a matrix that products read past the ends.
 Holds when: the calibration text resembles what the model will read, and there is time to train (`steps=0` does not).
 """
 
@@ -48,10 +48,11 @@ MOST_BITS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edkm(WeightMethod):
-    """steps: of training, 0 for none (then no torch is needed); rate, batch: of it (sequences of
-    128 tokens a step); tau: softness at first, as a share of a matrix' variance; rounds, epsilon: of the clustering
-    in a step. groups: of columns with a palette each. start: `swept` (VPTQ's sweep with vectors of one
-    makes up for errors over the text), `line` (the best clusters of a matrix' numbers) or `spread` (k-means++); seed.
+    """steps: of training, 0 for none (then no torch is needed); rate, batch: of it (sequences of 128 tokens a step).
+    tau: softness at first, as a share of a matrix' variance; rounds, epsilon: of the clustering in a step. groups: of
+    columns with a palette each; order: columns with the largest inputs go first (where `swept`). start: `swept` (VPTQ's
+    sweep with vectors of one makes up for errors over the text), `line` (the best clusters of a matrix' numbers) or
+    `spread` (k-means++); seed.
     """
 
     name: ClassVar[str] = "edkm"
@@ -60,13 +61,14 @@ class Edkm(WeightMethod):
     makes: ClassVar[str] = "vptq"
     ends: ClassVar[str] = "int8-g64"
 
-    steps: int = 300
-    rate: float = 2e-4
+    steps: int = 100
+    rate: float = 1e-3
     batch: int = 8
     tau: float = 0.05
     rounds: int = 3
     epsilon: float = 1e-4
-    groups: int = 1
+    groups: int = 4
+    order: bool = True
     start: str = "swept"
     seed: int = 0
 
@@ -75,7 +77,7 @@ class Edkm(WeightMethod):
             raise InputError(f"start {self.start!r}: choose one of {', '.join(STARTS)}")
         if not 0 <= self.steps <= 1_000_000:
             raise InputError(
-                f"steps is {self.steps}; give a count of training steps such as 300, or 0 to train nothing"
+                f"steps is {self.steps}; give a count of training steps such as 100, or 0 to train nothing"
             )
         if not 0 < self.rate < 1 or not 0 < self.tau <= 100 or not 0 <= self.epsilon < 1:
             raise InputError(
@@ -97,14 +99,17 @@ class Edkm(WeightMethod):
             raise InputError(
                 f"bits {bits:g}: edkm makes palettes of 2^bits values: --bits 3 (1 to {MOST_BITS}), no mean"
             )
-        return VptqCodec(vector=1, codebook=1 << int(bits), groups=self.groups if self.groups > 1 else 0).spec
+        groups, ordered = self.groups if self.groups > 1 else 0, self.order and self.calibrates
+        return VptqCodec(vector=1, codebook=1 << int(bits), groups=groups, ordered=ordered).spec
 
     def check(self, spec: str) -> None:
         form = codec(spec)
         if not isinstance(form, VptqCodec) or form != VptqCodec(
-            vector=1, codebook=min(max(form.codebook, 2), 1 << MOST_BITS), groups=form.groups
+            vector=1, codebook=min(max(form.codebook, 2), 1 << MOST_BITS), groups=form.groups, ordered=form.ordered
         ):
-            raise InputError(f"edkm makes palettes such as vptq-v1-k8 or vptq-v1-k8-g4, not {spec}: give --bits 3")
+            raise InputError(
+                f"edkm makes palettes such as vptq-v1-k8 or vptq-v1-k8-g4-ordered, not {spec}: give --bits 3"
+            )
 
     def reads_text(self, bits: float | str) -> bool:
         return self.trains or self.calibrates
@@ -145,11 +150,12 @@ class Edkm(WeightMethod):
                 main[group, :, 0] = checked_halves(palette, "a palette entry")
                 middles = (main[group, 1:, 0].astype(np.float32) + main[group, :-1, 0].astype(np.float32)) / 2
                 codes[:, part.members(group)] = np.searchsorted(middles, members)
-        return pack(form, values.shape, Coded(codes=codes, main=main, residual=None))
+        order = np.arange(weight.shape[1]) if form.ordered else None
+        return pack(form, values.shape, Coded(codes=codes, main=main, residual=None), order=order)
 
     def _swept(self, form: VptqCodec) -> Vptq:
         return Vptq(
-            vector=1, codebook=form.codebook, groups=form.groups, order=False, rounds=_SWEPT_ROUNDS,
+            vector=1, codebook=form.codebook, groups=form.groups, order=form.ordered, rounds=_SWEPT_ROUNDS,
             refine=_SWEPT_REFINE, iterations=_SWEPT_ITERATIONS, seed=self.seed,
         )  # fmt: skip
 

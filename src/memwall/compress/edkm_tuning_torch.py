@@ -54,7 +54,7 @@ class Recipe:
     """
 
     steps: int
-    rate: float = 2e-4
+    rate: float = 1e-3
     batch: int = 8
     tau: float = 0.05
     rounds: int = 3
@@ -72,7 +72,7 @@ class Report:
 
 
 class Palettes(nn.Module):
-    """A matrix as soft weights over one palette per group of columns."""
+    """A matrix as soft weights over one palette per group of columns; its weights lie in the order of the places."""
 
     def __init__(self, packed: Packed, weight: np.ndarray, recipe: Recipe) -> None:
         super().__init__()
@@ -80,7 +80,9 @@ class Palettes(nn.Module):
         self.form = VptqCodec.parse(packed.spec)
         part = self.form.parts(packed.shape[1])[1]
         self.members = [part.members(group) for group in range(part.groups)]
-        self.weight = nn.Parameter(torch.from_numpy(np.array(weight, np.float32)))
+        places = packed.buffers["order"].astype(np.int64) if self.form.ordered else np.arange(packed.shape[1])
+        self._back = torch.from_numpy(np.argsort(places)) if self.form.ordered else None
+        self.weight = nn.Parameter(torch.from_numpy(np.asarray(weight, np.float32)[:, places].copy()))
         palettes = torch.from_numpy(unpack(packed)[1].main[:, :, 0].astype(np.float32))
         self.palettes = palettes.sort(dim=1).values
         self.variances = [float(self.weight.detach()[:, each].var(correction=0)) for each in self.members]
@@ -101,7 +103,11 @@ class Palettes(nn.Module):
             piece, found = clustered(self.weight[:, members], start, softness, half=torch.bfloat16)
             self.palettes[group] = found.sort().values
             pieces.append(piece)
-        return torch.cat(pieces, dim=1)
+        return self._in_order(torch.cat(pieces, dim=1))
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        """Columns as the layer has them."""
+        return values if self._back is None else values[:, self._back]
 
     def _codes(self) -> list[Tensor]:
         pairs = zip(self.members, self.stored(), strict=True)
@@ -113,13 +119,15 @@ class Palettes(nn.Module):
 
     def hard(self) -> Tensor:
         """What is stored, decoded [rows, cols]."""
-        return torch.cat([p[codes] for p, codes in zip(self.stored(), self._codes(), strict=True)], dim=1)
+        pieces = [palette[codes] for palette, codes in zip(self.stored(), self._codes(), strict=True)]
+        return self._in_order(torch.cat(pieces, dim=1))
 
     def packed(self) -> Packed:
         """The stored form."""
         main = checked_halves(self.palettes.numpy()[:, :, None], "a palette entry")
         codes = torch.cat(self._codes(), dim=1).numpy().astype(np.uint32)
-        return pack(self.form, self._packed.shape, Coded(codes=codes, main=main, residual=None))
+        coded = Coded(codes=codes, main=main, residual=None)
+        return pack(self.form, self._packed.shape, coded, order=self._packed.buffers.get("order"))
 
 
 def tuned_palettes(
