@@ -34,9 +34,9 @@ def compress(
             help="Mean bits per weight over the matrices, scales included, such as 3.5; or one format, such as int4; "
             "for spqr, quip and edkm the bits of a code, such as 3; for pb-llm as its paper counts, 1.7 or 2; for vptq "
             "the most bits of any matrix, codebooks included. Default: 4.25; awq int4-g128-asym, smoothquant int8, "
-            "spqr 4, vptq 2.25, edkm 3, billm 1.1, pb-llm 1.7, db-llm and quip 2, sparsegpt 4 of each weight that stays (3.13 in all), "
-            "accllm 2 of each (2.19), comet comet-g128, xr-npe the bytes of 18 % of the layers in 8 bits, "
-            "quamba2 w4a16 (it makes w8a8, w4a8, w4a16 and w4ax).",
+            "spqr 4, vptq 2.25, edkm 3, billm 1.1, pb-llm 1.7, db-llm and quip 2, sparsegpt 4 of each weight that "
+            "stays (3.13 in all), accllm 2 of each (2.19), comet comet-g128, xr-npe the bytes of 18 % of the layers in "
+            "8 bits, quamba2 w4a16 (it makes w8a8, w4a8, w4a16 and w4ax).",
             metavar="BITS",
         ),
     ] = None,
