@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from memwall.models.checkpoint import Checkpoint
 
 STARTS = ("swept", "line", "spread")
-_SWEPT_ROUNDS, _SWEPT_REFINE, _SWEPT_ITERATIONS = 2, 10, 30
+_SWEPT_ROUNDS, _SWEPT_REFINE, _SWEPT_ITERATIONS = 3, 20, 30
 """Of the start `swept`: see `vptq`."""
 MOST_BITS = 8
 
