@@ -32,7 +32,7 @@ import numpy as np
 import memwall
 from memwall import kernels
 from memwall.claims import Claim, Progress, main, not_run
-from memwall.engine import Sampling, batch
+from memwall.engine import Sampling
 from memwall.engine.adapters import Adapters
 from memwall.engine.arrivals import gamma_gaps
 from memwall.engine.base import Limits, RequestView, State
@@ -177,38 +177,34 @@ def exact_claims(folder: Path) -> Iterator[Claim]:
     draw = np.random.default_rng(3)
     texts = [(names[i % 5], draw.integers(3, 4000, 4 + i).tolist()) for i in range(10)]
     texts += [(name, [7]) for name in names]  # single rows
-    before, batch.KV_DTYPE = batch.KV_DTYPE, np.dtype(np.float32)
-    try:
-        exact = LoraSettings(exact=True)
-        held = load(DEMO_DIRECTORY, weights="float32", lora=exact)
-        adapters = {
-            name: held.read_adapter(write_adapter(folder / name, config, rank, rank, np.float32))
-            for name, rank in zip(names[1:], RANKS)
-        }
-        for name, weights in adapters.items():
-            held.add_adapter(str(name), weights)
-        lora, products = held.engine.executor.lora, linear_products()  # type: ignore[attr-defined]
-        multiplies = lora.multiplies
-        mixed = forwarded(held, texts)
-        done, products = lora.multiplies - multiplies, linear_products() - products - sum(len(t) for _, t in texts)
-        own = config.num_layers * sum(
-            len(text) * sum(rank * (i + o) for rank, i, o in adapters[name].shapes.values())
-            for name, text in texts
-            if name is not None
-        )
-        plain, worst = held.engine.executor.decoder.weights, 0.0  # type: ignore[attr-defined]
-        for name in names:
-            alone = load(DEMO_DIRECTORY, weights="float32", lora=exact)
-            if name is not None:
-                swapped = merged(plain, config, DEMO_DIRECTORY, adapters[name])
-                alone.engine.executor.decoder.weights = swapped  # type: ignore[attr-defined]
-            for (other, text), found in zip(texts, mixed):
-                if other == name:
-                    worst = max(worst, float(np.abs(forwarded(alone, [(None, text)])[0] - found).max()))
-            alone.release()
-        held.release()
-    finally:
-        batch.KV_DTYPE = before
+    exact = LoraSettings(exact=True)
+    held = load(DEMO_DIRECTORY, weights="float32", kv="float32", lora=exact)
+    adapters = {
+        name: held.read_adapter(write_adapter(folder / name, config, rank, rank, np.float32))
+        for name, rank in zip(names[1:], RANKS)
+    }
+    for name, weights in adapters.items():
+        held.add_adapter(str(name), weights)
+    lora, products = held.engine.executor.lora, linear_products()  # type: ignore[attr-defined]
+    multiplies = lora.multiplies
+    mixed = forwarded(held, texts)
+    done, products = lora.multiplies - multiplies, linear_products() - products - sum(len(t) for _, t in texts)
+    own = config.num_layers * sum(
+        len(text) * sum(rank * (i + o) for rank, i, o in adapters[name].shapes.values())
+        for name, text in texts
+        if name is not None
+    )
+    plain, worst = held.engine.executor.decoder.weights, 0.0  # type: ignore[attr-defined]
+    for name in names:
+        alone = load(DEMO_DIRECTORY, weights="float32", kv="float32", lora=exact)
+        if name is not None:
+            swapped = merged(plain, config, DEMO_DIRECTORY, adapters[name])
+            alone.engine.executor.decoder.weights = swapped  # type: ignore[attr-defined]
+        for (other, text), found in zip(texts, mixed):
+            if other == name:
+                worst = max(worst, float(np.abs(forwarded(alone, [(None, text)])[0] - found).max()))
+        alone.release()
+    held.release()
     yield Claim(
         claim="logits of one mixed batch equal each request's merged weights: ranks 8 to 64 and base-only, float32",
         measured=f"largest difference {worst:.1e} over {sum(len(t) for _, t in texts)} tokens",

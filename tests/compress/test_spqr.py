@@ -185,7 +185,7 @@ def test_settings_that_are_none(options: dict[str, str], match: str) -> None:
     with pytest.raises(InputError, match=match):
         weight_method("spqr", options)
     with pytest.raises(InputError, match="it has none"):
-        weight_method("gptq", options)
+        weight_method("rtn", options)
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------

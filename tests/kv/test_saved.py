@@ -26,6 +26,7 @@ SAVING = (
     "float32",
     "float16",
     "bfloat16",
+    "int8",
     "kivi",
     "kivi(bits=3,group=16,residual=0)",
     "kivi(8bit,exact=bfloat16)",
