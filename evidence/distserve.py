@@ -38,11 +38,12 @@ from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry
 from memwall.engine.hand_over import Pull
 from memwall.engine.loading import cache_shape
+from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.phase_study import Figures, serve_all
 from memwall.engine.ranked import serve_across
 from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
-from memwall.engine.serving import PhaseSettings, Serving, ServingSettings, load_engine
+from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.engine.simulated import Arrival
 from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.memory.pages import PAGE_BYTES

@@ -32,13 +32,13 @@ from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.nexus import Nexus
 from memwall.engine.phase_costs import Costs, Demand
 from memwall.engine.phase_device import Device, ModelSize, colocated_engine, virtual_engine
+from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.phase_profile import Probe, profile, profile_serving
 from memwall.engine.phase_study import ARXIV, LONG, SHAREGPT, Figures, Lengths, arrivals, serve_all
 from memwall.engine.phased import Done, PhasedEngine
 from memwall.engine.phases import Split
 from memwall.engine.semi_pd import SemiPD, percentile
 from memwall.engine.sequence import Request
-from memwall.engine.serving import PhaseSettings
 from memwall.engine.simulated import Arrival
 
 HALVES = Shares(prefill=50, decode=50)

@@ -35,13 +35,14 @@ from memwall.engine.base import PHASES, Limits, Scheduler, Shares, State, Step, 
 from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.phase_device import Device, ModelSize, colocated_engine, segments, virtual_engine
+from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.phase_study import LONG, SHAREGPT, Figures, Lengths, arrivals, r_squared, serve_all
 from memwall.engine.phased import Done, PhasedEngine
 from memwall.engine.phases import Split, plan_phases
 from memwall.engine.semi_pd import SemiPD, percentile
 from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
-from memwall.engine.serving import PhaseSettings, Serving, ServingSettings, load_engine
+from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.engine.simulated import Arrival
 from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.memory.pages import Pages

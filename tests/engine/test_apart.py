@@ -16,9 +16,10 @@ from memwall.engine.executor import Entry
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.hand_over import Pull
 from memwall.engine.phase_device import VirtualWorkers
+from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.phased import Done
 from memwall.engine.sequence import Event
-from memwall.engine.serving import PhaseSettings, Serving, ServingSettings, load_engine
+from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.engine.simulated import VirtualClock, replay
 from memwall.engine.workers import ForkedWorkers
 from memwall.errors import BudgetExceeded, InputError, MemwallError

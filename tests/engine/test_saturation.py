@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from memwall.engine.apart import ApartEngine
+from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.saturation import measure, saturating_tokens
-from memwall.engine.serving import PhaseSettings
 from memwall.errors import InputError
 from tests.engine.test_workers import start
 

@@ -20,11 +20,12 @@ from memwall.engine.pacing import Pacer, niceness
 from memwall.engine.phase_costs import Costs as PhaseCosts
 from memwall.engine.phase_costs import Operator
 from memwall.engine.phase_device import VirtualWorkers
+from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.phased import Done, PhasedEngine
 from memwall.engine.sampling import Sampling
 from memwall.engine.semi_pd import SemiPD
 from memwall.engine.sequence import Event, Request, Sequence
-from memwall.engine.serving import LoraSettings, PhaseSettings, Serving, ServingSettings, load_engine
+from memwall.engine.serving import LoraSettings, Serving, ServingSettings, load_engine
 from memwall.engine.simulated import VirtualClock, replay
 from memwall.engine.thread import EngineThread
 from memwall.errors import BudgetExceeded, InputError

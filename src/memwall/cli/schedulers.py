@@ -95,9 +95,9 @@ def options_of(
         # turns go out as they are made and come back in one piece
         switch = SwitchSettings(group_pages=GROUP_PAGES, keep_turns=True, reuse=True, early=True, staged=True)
         return {"scheduler": NanoFlow(), "ahead": True, "switch": switch}
+    from memwall.engine.phase_loading import PhaseSettings
     from memwall.engine.phases import FIRST_SHARES
     from memwall.engine.semi_pd import SemiPD
-    from memwall.engine.serving import PhaseSettings
     from memwall.hardware import usable_processors
 
     if name is SchedulerName.distserve:

@@ -20,6 +20,7 @@ import numpy as np
 from memwall.memory import OutOfPages, PagePool
 
 TENANT = "kv"
+POOL_OWNER = "kv/pages"
 IDLE_TENANT = "prefix"
 
 

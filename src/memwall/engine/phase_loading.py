@@ -11,7 +11,7 @@ from memwall.engine.base import Phase, Scheduler, Shares
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.distserve import DistServe
 from memwall.engine.executor import Entry
-from memwall.engine.kv_pages import KVPages
+from memwall.engine.kv_pages import POOL_OWNER, KVPages
 from memwall.engine.phased import WINDOW_ITERATIONS, PhasedEngine
 from memwall.engine.phases import Split
 from memwall.engine.sequence import Request, Sequence
@@ -22,7 +22,6 @@ from memwall.memory import Arena, PagePool
 if TYPE_CHECKING:
     from memwall.engine.serving import Serving, ServingSettings
 
-POOL_OWNER = "kv/pages"
 PREFILL_OWNER = "kv/prefill"
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from memwall.engine.apart import ApartEngine
 from memwall.engine.base import PHASES, Phase
 from memwall.engine.distserve import DistServe
-from memwall.engine.kv_pages import KVPages
-from memwall.engine.phase_loading import POOL_OWNER, PREFILL_OWNER
+from memwall.engine.kv_pages import POOL_OWNER, KVPages
+from memwall.engine.phase_loading import PREFILL_OWNER
 from memwall.engine.ray_workers import LOCAL, RayWorkers
 from memwall.engine.serving import Serving, ServingSettings
 from memwall.engine.side import SideSettings

@@ -11,30 +11,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memwall import _native
 from memwall.engine.adapters import Adapters, check_room
-from memwall.engine.ahead import AheadEngine
 from memwall.engine.base import Limits, Scheduler
 from memwall.engine.batch import PAGED, ModelExecutor, lora_room, page_bytes
 from memwall.engine.core import Engine
 from memwall.engine.fcfs import FirstComeFirstServed
-from memwall.engine.kv_pages import KVPages
+from memwall.engine.kv_pages import POOL_OWNER, KVPages
 from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_decoder
-from memwall.engine.phase_loading import POOL_OWNER, begin_phases, make_workers, phased_engine
-from memwall.engine.phase_loading import PhaseSettings as PhaseSettings
 from memwall.engine.priorities import Priorities
-from memwall.engine.ray_workers import RayWorkers
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
 from memwall.engine.session import SAMPLING
-from memwall.engine.staged import StagedArea
 from memwall.engine.swap import SwapArea
 from memwall.engine.switching import Switcher, SwitchSettings
-from memwall.engine.workers import ForkedWorkers
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.hardware.units import MIB, format_bytes
@@ -46,6 +40,11 @@ from memwall.models.decoder import BLOCK_ROWS, Decoder
 from memwall.models.lora import LoraWeights
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress
+
+if TYPE_CHECKING:  # what one server in ten needs costs every other one no memory
+    from memwall.engine.phase_loading import PhaseSettings
+    from memwall.engine.ray_workers import RayWorkers
+    from memwall.engine.workers import ForkedWorkers
 
 LORA_SCRATCH = "adapters/scratch"
 MOST_LOGIT_ROWS = 16
@@ -165,7 +164,8 @@ class Serving:
     @property
     def prefill_pool(self) -> PagePool | None:
         """Where prompts have a memory of their own."""
-        own = self.workers.pools["prefill"] if isinstance(self.workers, ForkedWorkers) else self.pool
+        forked = self._forked
+        own = self.pool if forked is None else forked.pools["prefill"]
         return None if own is self.pool else own
 
     @property
@@ -301,8 +301,8 @@ class Serving:
         """Gives all memory back."""
         if self.workers is not None:
             self.workers.release()
-        if isinstance(self.engine, AheadEngine):
-            self.engine.release()
+        if self.settings.ahead:
+            self.engine.release()  # type: ignore[attr-defined]
         self.engine.switch.release()
         if self.engine.adapters is not None:
             self.engine.adapters.stop()
@@ -317,7 +317,16 @@ class Serving:
         return min(wanted, max(self.arena.cap_bytes - self.arena.used_bytes, 0) // self.pool.page_bytes + self._held())
 
     def _reserve_bytes(self) -> int:
-        return self.workers.reserve_bytes if isinstance(self.workers, ForkedWorkers) else 0
+        return 0 if self._forked is None else self._forked.reserve_bytes
+
+    @property
+    def _forked(self) -> ForkedWorkers | None:
+        """The workers, where they are forks of this process."""
+        if self.workers is None:
+            return None  # nothing of them is brought in
+        from memwall.engine.workers import ForkedWorkers
+
+        return self.workers if isinstance(self.workers, ForkedWorkers) else None
 
     def _held(self) -> int:
         return self.pool.committed_bytes // self.pool.page_bytes
@@ -377,12 +386,14 @@ def load_engine(
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.govern()
         return serving
-    workers = make_workers(settings, settings.phases, executor, pool, arena, limited=budget is not None)
+    from memwall.engine import phase_loading
+
+    workers = phase_loading.make_workers(settings, settings.phases, executor, pool, arena, limited=budget is not None)
     try:
-        engine = phased_engine(settings, settings.phases, scheduler, workers, pages, common)
+        engine = phase_loading.phased_engine(settings, settings.phases, scheduler, workers, pages, common)
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.workers = workers
-        begin_phases(serving, workers)
+        phase_loading.begin_phases(serving, workers)
     except BaseException:
         workers.release()
         raise
@@ -390,13 +401,19 @@ def load_engine(
 
 
 def _kind_of(settings: ServingSettings) -> type[Engine]:
-    return AheadEngine if settings.ahead else Engine
+    if not settings.ahead:
+        return Engine
+    from memwall.engine.ahead import AheadEngine
+
+    return AheadEngine
 
 
 def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> Switcher:
     how, room = settings.switch, settings.swap_bytes // pages.pool.page_bytes
     told: dict[str, Any] = {"arena": arena, "folder": settings.swap_folder, "group_pages": how.group_pages}
     if how.staged:
+        from memwall.engine.staged import StagedArea
+
         area: SwapArea = StagedArea(pages.pool, room, host_bytes=how.host_bytes, **told)
     else:
         area = SwapArea(pages.pool, room, merge=how.merge, **told)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from memwall.engine.adapters import TENANT
-from memwall.engine.apart import ApartEngine
 from memwall.engine.phased import PhasedEngine
 from memwall.engine.sequence import Sequence
 from memwall.memory import peak_resident_bytes, resident_bytes
@@ -109,6 +108,8 @@ def phases(service: Service) -> dict[str, Any] | None:
 
 def _apart(engine: PhasedEngine) -> dict[str, Any] | None:
     """The prefill side's own memory, and what was handed over from it; None where both use one."""
+    from memwall.engine.apart import ApartEngine
+
     if not isinstance(engine, ApartEngine):
         return None
     pool = engine.front.pages.pool

@@ -12,16 +12,45 @@ FPGA cards: dsp_packing is several narrow products in one multiplier, event_engi
 fpga_llm a language model on them, fpga_designs FlightLLM's and AccLLM's formats and engines.
 """
 
-from memwall.simulate.apex import Case as Case
-from memwall.simulate.apex import search as search
-from memwall.simulate.apex import simulate as simulate
-from memwall.simulate.base import CostModel as CostModel
-from memwall.simulate.base import Device as Device
-from memwall.simulate.base import Operation as Operation
-from memwall.simulate.base import Roofline as Roofline
-from memwall.simulate.cluster import Cluster as Cluster
-from memwall.simulate.plans import ServingPlan as ServingPlan
-from memwall.simulate.plans import enumerate_plans as enumerate_plans
-from memwall.simulate.serving_model import Formats as Formats
-from memwall.simulate.serving_model import ServedModel as ServedModel
-from memwall.simulate.tables import read_tables as read_tables
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memwall.simulate.apex import Case as Case
+    from memwall.simulate.apex import search as search
+    from memwall.simulate.apex import simulate as simulate
+    from memwall.simulate.base import CostModel as CostModel
+    from memwall.simulate.base import Device as Device
+    from memwall.simulate.base import Operation as Operation
+    from memwall.simulate.base import Roofline as Roofline
+    from memwall.simulate.cluster import Cluster as Cluster
+    from memwall.simulate.plans import ServingPlan as ServingPlan
+    from memwall.simulate.plans import enumerate_plans as enumerate_plans
+    from memwall.simulate.serving_model import Formats as Formats
+    from memwall.simulate.serving_model import ServedModel as ServedModel
+    from memwall.simulate.tables import read_tables as read_tables
+
+_PLACES = {
+    "Case": "memwall.simulate.apex",
+    "search": "memwall.simulate.apex",
+    "simulate": "memwall.simulate.apex",
+    "CostModel": "memwall.simulate.base",
+    "Device": "memwall.simulate.base",
+    "Operation": "memwall.simulate.base",
+    "Roofline": "memwall.simulate.base",
+    "Cluster": "memwall.simulate.cluster",
+    "ServingPlan": "memwall.simulate.plans",
+    "enumerate_plans": "memwall.simulate.plans",
+    "Formats": "memwall.simulate.serving_model",
+    "ServedModel": "memwall.simulate.serving_model",
+    "read_tables": "memwall.simulate.tables",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names of this package, brought in on demand: a plan asks for one formula, and a server's memory is counted."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
