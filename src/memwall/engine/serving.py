@@ -386,8 +386,7 @@ def load_engine(
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.govern()
         return serving
-    from memwall.engine import phase_loading
-
+    phase_loading = _phase_loading()
     workers = phase_loading.make_workers(settings, settings.phases, executor, pool, arena, limited=budget is not None)
     try:
         engine = phase_loading.phased_engine(settings, settings.phases, scheduler, workers, pages, common)
@@ -398,6 +397,12 @@ def load_engine(
         workers.release()
         raise
     return serving
+
+
+def _phase_loading() -> Any:
+    from memwall.engine import phase_loading
+
+    return phase_loading
 
 
 def _kind_of(settings: ServingSettings) -> type[Engine]:
