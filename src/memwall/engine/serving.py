@@ -386,23 +386,36 @@ def load_engine(
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.govern()
         return serving
-    phase_loading = _phase_loading()
-    workers = phase_loading.make_workers(settings, settings.phases, executor, pool, arena, limited=budget is not None)
+    phases: dict[str, Any] = {"executor": executor, "scheduler": scheduler, "pages": pages, "common": common}
+    return _load_phases(settings, settings.phases, loaded, budget, tokenizer, **phases)
+
+
+def _load_phases(
+    settings: ServingSettings,
+    phases: PhaseSettings,
+    loaded: LoadedDecoder,
+    budget: Budget | None,
+    tokenizer: Tokenizer | None,
+    *,
+    executor: ModelExecutor,
+    scheduler: Scheduler | None,
+    pages: KVPages,
+    common: dict[str, Any],
+) -> Serving:
+    """The engine of two workers."""
+    from memwall.engine.phase_loading import begin_phases, make_workers, phased_engine
+
+    pool = pages.pool
+    workers = make_workers(settings, phases, executor, pool, loaded.arena, limited=budget is not None)
     try:
-        engine = phase_loading.phased_engine(settings, settings.phases, scheduler, workers, pages, common)
+        engine = phased_engine(settings, phases, scheduler, workers, pages, common)
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.workers = workers
-        phase_loading.begin_phases(serving, workers)
+        begin_phases(serving, workers)
     except BaseException:
         workers.release()
         raise
     return serving
-
-
-def _phase_loading() -> Any:
-    from memwall.engine import phase_loading
-
-    return phase_loading
 
 
 def _kind_of(settings: ServingSettings) -> type[Engine]:
