@@ -132,10 +132,20 @@ def test_a_mixed_batch_gives_the_logits_of_merged_weights(folder: Path, singles:
     held.release()
 
 
-@pytest.mark.parametrize("weights", ["float32", "int4"])
-def test_a_batch_makes_what_each_request_makes_alone(folder: Path, weights: str) -> None:
+def test_adapters_lie_in_pages_of_coded_rows_too(folder: Path) -> None:
+    names: tuple[str | None, ...] = ("r8", None, "r64", "r16", "r32")
+    found = []
+    for kv in ("float32", "int8"):
+        held = start(folder, max_sequences=8, kv=kv)
+        found.append(logits_of(held, names, singles=False))
+        held.release()
+    assert np.abs(found[0] - found[1]).max() < 0.02 * np.abs(found[0]).max()
+
+
+@pytest.mark.parametrize(("weights", "kv"), [("float32", "float16"), ("int4", "float16"), ("int4", "int8")])
+def test_a_batch_makes_what_each_request_makes_alone(folder: Path, weights: str, kv: str) -> None:
     names: tuple[str | None, ...] = ("r8", None, "r64", "r16", "r32", "r8")
-    held = start(folder, weights=weights, max_sequences=4, keep_prefixes=False)
+    held = start(folder, weights=weights, kv=kv, max_sequences=4, keep_prefixes=False)
     together = run(held, requests(names))
     assert [run(held, [one])[0] for one in requests(names)] == together
     assert len({tuple(made) for made in run(held, [requests((name,))[0] for name in names[:5]])}) == 5

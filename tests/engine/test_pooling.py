@@ -56,6 +56,23 @@ def test_vectors_are_those_of_a_whole_pass(pooling: Pooling, by: Literal["recomp
     held.release()
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_batch_formed_ahead_gives_the_same_vectors(pooling: Pooling) -> None:
+    held = serving(kv="float32", token_budget=16, max_sequences=4, ahead=True)
+    engine = held.engine
+    talk = [engine.submit(replace(request, priority=-1)) for request in requests()[1:3]]
+    texts = [engine.submit(request) for request in asked(pooling)]
+    found = {}
+    while engine.busy:
+        found |= {event.id: event for event in engine.step() if event.vector is not None}
+    for number, one in enumerate(texts):
+        assert (found[one.id].token, found[one.id].finish, one.num_made) == (None, "stop", 0)
+        np.testing.assert_allclose(found[one.id].vector, whole(PROMPTS[number], pooling), atol=2e-6)
+    assert [one.num_made for one in talk] == [23, 22]
+    assert engine.totals.made_tokens == 45
+    held.release()
+
+
 def test_a_beginning_that_is_there_changes_nothing() -> None:
     held = serving(kv="float32")
     prompt = PROMPTS[1]

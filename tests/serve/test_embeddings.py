@@ -12,7 +12,7 @@ import pytest
 
 from memwall.errors import InputError
 from memwall.models.pooling import pooling_of
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, Starter
 
 TEXTS = ["The river rose in the spring.", "In spring the water of the river rose.", "def add(a, b):\n    return a + b"]
 
@@ -66,3 +66,13 @@ def test_a_model_says_how_it_is_pooled(tmp_path: Path) -> None:
 def test_the_client_is_told_what_is_wrong(server: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="at most 64"):
         server.client().embeddings.create(model="demo", input=["a"] * 65)
+
+
+def test_batches_formed_ahead_embed_too_and_leave_nothing_behind(server: Running, starter: Starter) -> None:
+    other = starter("--memory", "160MB", "--weights", "int8", "--context", "512", "--scheduler", "nanoflow")
+    vectors = [
+        [one.embedding for one in each.client().embeddings.create(model="demo", input=TEXTS).data]
+        for each in (server, other)
+    ]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
+    assert other.end() == "memwall: ended\n"

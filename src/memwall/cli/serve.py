@@ -152,6 +152,8 @@ def serve(
         note(f"memwall: {host} may be reached by others and no --api-key is set", quiet=quiet)
     server = Server(serving, settings, template, alias_metrics=vllm_metrics)
     server.run(lambda where, at: _announce(serving, settings.name, where, at, json=json, quiet=quiet))
+    if server.clean_end:
+        serving.release()  # threads and processes of the engine end before the interpreter does
     note("memwall: ended", quiet=quiet)
 
 

@@ -246,7 +246,7 @@ class AheadEngine(Engine):
         return replace(view, expected_tokens=one.num_prompt + round(self._answered / self._answers))
 
     def _finish(self, one: Sequence, why: FinishReason) -> Event:
-        if why in ("stop", "length"):
+        if why in ("stop", "length") and one.request.pooling is None:
             self._answers, self._answered = self._answers + 1, self._answered + one.num_made
         return super()._finish(one, why)
 
@@ -319,6 +319,8 @@ class AheadEngine(Engine):
             self.switch.stream(one, entry.first + entry.count)
         if output is None or why is not None:
             return None
+        if output.vector is not None:  # nothing follows: the place of a token after the text is not computed
+            return replace(self._end(one, entry.first + entry.count, "stop"), vector=output.vector)
         one.first_token = one.first_token if one.first_token is not None else now
         one.last_token = now
         if output.token in one.eos and not one.request.sampling.ignore_eos:
