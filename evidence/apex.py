@@ -25,8 +25,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from memwall import kernels
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine.arrivals import Load, clipped, drawn_lengths, gamma_gaps, read_trace, timed
@@ -34,9 +32,9 @@ from memwall.engine.base import Limits, Scheduler, State, Step
 from memwall.engine.batchllm import BatchLLM
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.serving import Serving, ServingSettings, load_engine
-from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.hardware import load_machine
 from memwall.models.config import ModelConfig
+from memwall.models.random_llama import write_random_llama
 from memwall.simulate.apex import Case, Result, heuristic_plan, search, simulate, static_estimate
 from memwall.simulate.base import Device, Roofline
 from memwall.simulate.blocks import BatchShape, StepTimer
@@ -89,22 +87,15 @@ QUICK = Sizes(
 
 def write_model(folder: Path, sizes: Sizes) -> ModelConfig:
     """A random Llama with tied embeddings."""
-    told = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.filters, "num_hidden_layers": sizes.layers, "vocab_size": sizes.vocabulary,
-        "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, "head_dim": 64,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float16",
-        "bos_token_id": 0, "eos_token_id": 1, "rope_theta": 10000.0,
-    }  # fmt: skip
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(told))
-    config, draw = ModelConfig.from_directory(folder), np.random.default_rng(0)
-    tensors = config.tensors()
-    with SafetensorsWriter(folder / "model.safetensors", [(t.name, np.float16, t.shape) for t in tensors]) as writer:
-        for tensor in tensors:
-            values = draw.standard_normal(tensor.shape, np.float32) / np.sqrt(tensor.shape[-1])
-            writer.write(tensor.name, (np.ones(tensor.shape) if len(tensor.shape) == 1 else values).astype(np.float16))
-    return config
+    return write_random_llama(
+        folder,
+        hidden=sizes.hidden,
+        intermediate=sizes.filters,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        vocabulary=sizes.vocabulary,
+    )
 
 
 def settings(threads: int | None = None) -> ServingSettings:

@@ -13,7 +13,6 @@ which is a stronger baseline than the paper's (whole prompts first). Both get th
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -26,8 +25,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
 
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine import Sampling
@@ -45,9 +42,9 @@ from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
 from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.engine.simulated import Arrival
-from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.memory.pages import PAGE_BYTES
-from memwall.models import DEMO_DIRECTORY, ModelConfig
+from memwall.models import DEMO_DIRECTORY
+from memwall.models.random_llama import write_random_llama
 from memwall.simulate.distserve import Cluster, Degrees, Lengths, Limits, Plan, Search, Simulation, poisson_jobs
 from memwall.simulate.phase_instances import Events, Job, PrefillInstance
 from memwall.simulate.phase_latency import (
@@ -435,20 +432,7 @@ def replanned() -> list[Claim]:
 
 def write_model(folder: Path, sizes: Sizes) -> Path:
     """A random Llama with grouped queries."""
-    told = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate, "num_hidden_layers": sizes.layers, "vocab_size": 4096,
-        "num_attention_heads": sizes.hidden // 64, "num_key_value_heads": 2, "head_dim": 64,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float16",
-        "bos_token_id": 0, "eos_token_id": 1, "rope_theta": 10000.0,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(told))
-    tensors, draw = ModelConfig.from_directory(folder).tensors(), np.random.default_rng(0)
-    with SafetensorsWriter(folder / "model.safetensors", [(t.name, np.float16, t.shape) for t in tensors]) as writer:
-        for tensor in tensors:
-            values = draw.standard_normal(tensor.shape, np.float32) / np.sqrt(tensor.shape[-1])
-            writer.write(tensor.name, (np.ones(tensor.shape) if len(tensor.shape) == 1 else values).astype(np.float16))
+    write_random_llama(folder, hidden=sizes.hidden, intermediate=sizes.intermediate, layers=sizes.layers, kv_heads=2)
     return folder
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import random
 import sys
 import tempfile
@@ -42,10 +41,10 @@ from memwall.engine.simulated import StepCost, simulated_engine
 from memwall.engine.stream import Link
 from memwall.engine.swap import SwapArea
 from memwall.engine.switching import SwitchCounts, SwitchSettings
-from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.memory import Arena, Ledger, PagePool
 from memwall.memory.page_groups import FreePages, LowestFirst, Owner, PageGroups, runs_of
-from memwall.models import DEMO_DIRECTORY, ModelConfig
+from memwall.models import DEMO_DIRECTORY
+from memwall.models.random_llama import write_random_llama
 
 GROUP = 60
 STEP_SECONDS = 0.025
@@ -397,21 +396,7 @@ def bytes_claim(found: Sequence[Figures], chats: Sequence[Chat]) -> Claim:
 
 def write_model(folder: Path, sizes: Sizes) -> Path:
     """A random Llama."""
-    heads = sizes.hidden // 64
-    told = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate, "num_hidden_layers": sizes.layers, "vocab_size": 4096,
-        "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 64, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float16", "bos_token_id": 0, "eos_token_id": 1,
-        "rope_theta": 10000.0,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(told))
-    tensors, draw = ModelConfig.from_directory(folder).tensors(), np.random.default_rng(0)
-    with SafetensorsWriter(folder / "model.safetensors", [(t.name, np.float16, t.shape) for t in tensors]) as writer:
-        for tensor in tensors:
-            values = draw.standard_normal(tensor.shape, np.float32) / np.sqrt(tensor.shape[-1])
-            writer.write(tensor.name, (np.ones(tensor.shape) if len(tensor.shape) == 1 else values).astype(np.float16))
+    write_random_llama(folder, hidden=sizes.hidden, intermediate=sizes.intermediate, layers=sizes.layers)
     return folder
 
 

@@ -13,7 +13,6 @@ Virtual part: lengths are log-normal by the paper's means and deviations; with -
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import random
 import statistics
@@ -45,9 +44,9 @@ from memwall.engine.simulated import Arrival, SimulatedExecutor, VirtualClock, r
 from memwall.engine.staged import StagedArea
 from memwall.engine.swap import SwapArea
 from memwall.engine.switching import SwitchSettings
-from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.memory import Arena, Ledger, PagePool
-from memwall.models import DEMO_DIRECTORY, ModelConfig
+from memwall.models import DEMO_DIRECTORY
+from memwall.models.random_llama import write_random_llama
 from memwall.simulate.nano_costs import (
     ESTIMATED_MS,
     MEASURED_MS,
@@ -187,20 +186,9 @@ def search_claims(sizes: Sizes, tick: Tick) -> Iterator[Claim]:
 
 def write_model(folder: Path, sizes: Sizes) -> Path:
     """A random Llama with grouped queries."""
-    told = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate, "num_hidden_layers": sizes.layers, "vocab_size": 4096,
-        "num_attention_heads": sizes.hidden // 64, "num_key_value_heads": 4, "head_dim": 64,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float16",
-        "bos_token_id": 0, "eos_token_id": 1, "rope_theta": 10000.0,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(told))
-    tensors, draw = ModelConfig.from_directory(folder).tensors(), np.random.default_rng(0)
-    with SafetensorsWriter(folder / "model.safetensors", [(t.name, np.float16, t.shape) for t in tensors]) as writer:
-        for tensor in tensors:
-            values = draw.standard_normal(tensor.shape, np.float32) / np.sqrt(tensor.shape[-1])
-            writer.write(tensor.name, (np.ones(tensor.shape) if len(tensor.shape) == 1 else values).astype(np.float16))
+    write_random_llama(
+        folder, hidden=sizes.hidden, intermediate=sizes.intermediate, layers=sizes.layers, kv_heads=4, positions=32768
+    )
     return folder
 
 

@@ -47,12 +47,12 @@ from memwall.engine.sequence import Sequence as Running
 from memwall.engine.serving import LoraSettings, Serving, ServingSettings, load_engine
 from memwall.engine.simulated import Arrival, SimulatedExecutor, StepCost, replay, simulated_engine
 from memwall.formats import codec
-from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.kernels.lora import TARGETS, PagedLora, linear_products
 from memwall.memory import OutOfPages, PagePool
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.lora import LoraWeights, target_shapes, tensor_name, write_lora
+from memwall.models.random_llama import write_random_llama
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Weights
 
@@ -89,22 +89,7 @@ QUICK = Sizes(
 
 def write_base(folder: Path, sizes: Sizes) -> ModelConfig:
     """A random Llama whose heads are not shared, so that an adapter of rank r takes 4 r slots."""
-    told = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate, "num_hidden_layers": sizes.layers, "vocab_size": 4096,
-        "num_attention_heads": sizes.hidden // 64, "num_key_value_heads": sizes.hidden // 64, "head_dim": 64,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float16",
-        "bos_token_id": 0, "eos_token_id": 1, "rope_theta": 10000.0,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(told))
-    config, draw = ModelConfig.from_directory(folder), np.random.default_rng(0)
-    tensors = config.tensors()
-    with SafetensorsWriter(folder / "model.safetensors", [(t.name, np.float16, t.shape) for t in tensors]) as writer:
-        for tensor in tensors:
-            values = draw.standard_normal(tensor.shape, np.float32) / np.sqrt(tensor.shape[-1])
-            writer.write(tensor.name, (np.ones(tensor.shape) if len(tensor.shape) == 1 else values).astype(np.float16))
-    return config
+    return write_random_llama(folder, hidden=sizes.hidden, intermediate=sizes.intermediate, layers=sizes.layers)
 
 
 def write_adapter(folder: Path, config: ModelConfig, rank: int, seed: int, dtype: Any = np.float16) -> Path:

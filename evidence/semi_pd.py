@@ -15,7 +15,6 @@ and 25 GB/s between. Objectives are 7.5 times one request's latencies alone, as 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import random
 import socket
@@ -44,9 +43,8 @@ from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
 from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.engine.simulated import Arrival
-from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.memory.pages import Pages
-from memwall.models import ModelConfig
+from memwall.models.random_llama import write_random_llama
 
 HALVES = Shares(prefill=50, decode=50)
 Tick = Callable[[str], None]
@@ -83,20 +81,9 @@ QUICK = Sizes(
 
 def write_model(folder: Path, sizes: Sizes) -> Path:
     """A random Llama."""
-    told = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate, "num_hidden_layers": sizes.layers, "vocab_size": 4096,
-        "num_attention_heads": sizes.hidden // 64, "num_key_value_heads": sizes.hidden // 64, "head_dim": 64,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float16",
-        "bos_token_id": 0, "eos_token_id": 1, "rope_theta": 10000.0,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(told))
-    tensors, draw = ModelConfig.from_directory(folder).tensors(), np.random.default_rng(0)
-    with SafetensorsWriter(folder / "model.safetensors", [(t.name, np.float16, t.shape) for t in tensors]) as writer:
-        for tensor in tensors:
-            values = draw.standard_normal(tensor.shape, np.float32) / np.sqrt(tensor.shape[-1])
-            writer.write(tensor.name, (np.ones(tensor.shape) if len(tensor.shape) == 1 else values).astype(np.float16))
+    write_random_llama(
+        folder, hidden=sizes.hidden, intermediate=sizes.intermediate, layers=sizes.layers, positions=4096
+    )
     return folder
 
 
