@@ -148,3 +148,13 @@ def test_savings_are_factors_of_parts_outermost_first() -> None:
     assert kv.savings("float32", SHAPE, 1 << 14).product == pytest.approx(2)
     assert "=" not in str(kv.savings("kivi", SHAPE, 100))
     assert str(saved).endswith(f"= {saved.product:.3f}")
+
+
+@pytest.mark.parametrize("store", [name for name in kv.POLICIES if kv.table.technique(name).role == "store"])
+@pytest.mark.parametrize("outer", ["lambda", "locret", "epicache", "think", "snapkv"])
+def test_every_store_is_taken_or_refused_by_both_names(outer: str, store: str) -> None:
+    try:
+        kv.predict(f"{outer}+{store}", SHAPE, 64, 64)
+    except InputError as refused:
+        assert outer in str(refused)
+        assert store in str(refused)

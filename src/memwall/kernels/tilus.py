@@ -7,7 +7,7 @@ of the tile that the matrix instruction wants in that thread: `view` costs nothi
 GPU (`matmul_program`, `direct_program`) and on a CPU (`matvec_program`), where 32 threads are lanes of vectors.
 Units and shapes: codes uint8 [K, N]; packed uint8 [K / tile_k, N / tile_n, bytes]; scales float16 [K / group, N];
 activations [M, K]; results [M, N]. Value of a weight = type's value of its code times its group's scale.
-Differs from the paper: shapes are static; no ldmatrix, only its addresses are counted (`tile_cost`); Triton's program
+Differs from the paper: shapes are static; the NumPy and C++ forms count ldmatrix only (`tile_cost`); Triton's program
 has no shared memory of its own, since Triton manages that itself.
 Cost: K N b / 8 bytes of codes and 2 K N / group of scales, read once per ceil(M / block rows).
 Holds when: tile sizes are multiples of 16, the group one of the tile's k; K and N are filled up to whole blocks.
