@@ -612,8 +612,8 @@ def speed(folders: list[tuple[Path, dict[str, Path]]], rounds: int) -> Claim:
     )
 
 
-def beside_transformers(folder: Path, packed: dict[str, Path], rounds: int) -> Claim:
-    """Our steps and those of transformers' own Mamba-2, which is plain torch on a CPU, in turn."""
+def beside_transformers(folder: Path, packed: dict[str, Path]) -> Claim:
+    """Our steps and those of transformers' own Mamba-2, in turn: on a CPU its reference form in plain torch."""
     name, required = "decoding in 4 bits is faster than transformers' Mamba-2 in float32", "less time a token"
     try:
         import torch
@@ -624,19 +624,19 @@ def beside_transformers(folder: Path, packed: dict[str, Path], rounds: int) -> C
     session = open_model(packed["w4a16"], "saved", exact=False, rows=1)
     prompt, best = torch.full((1, 8), 5), math.inf
     ours = math.inf
-    for _ in range(rounds):
+    for _ in range(2):
         ours = min(ours, step_seconds({"ours": session}, 1)["ours"])
         ends = []
-        for count in (1, 9):  # what eight more tokens take
+        for count in (1, 3):  # what two more tokens take
             began = time.perf_counter()
             model.generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
             ends.append(time.perf_counter() - began)
-        best = min(best, (ends[1] - ends[0]) / 8)
+        best = min(best, (ends[1] - ends[0]) / 2)
     count = session.config.num_parameters
     session.release()
     return Claim(
         claim=name,
-        measured=f"{count / 1e6:.0f}M: {1e3 * ours:.2f} ms a token, transformers {1e3 * best:.2f}",
+        measured=f"{count / 1e6:.0f}M: {1e3 * ours:.2f} ms a token, transformers' reference form {1e3 * best:.2f}",
         required=required,
         passed=ours < best,
     )
@@ -679,7 +679,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         large = large_models(work, sizes)
         claims += memory(*large[-1])
         claims.append(speed(large, sizes.rounds))
-        claims.append(beside_transformers(*large[1], sizes.rounds))
+        claims.append(beside_transformers(*large[1]))
     gpu = "on a GPU first token and decoding are faster than mamba-ssm in float16"
     claims.append(not_run(gpu, "time to first token and per token, at batch 1 and 64"))
     return claims
