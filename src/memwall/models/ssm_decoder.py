@@ -11,7 +11,7 @@ Shapes: T new tokens, B rows of a chunk, d hidden, W rows of in_proj, E inner si
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -191,6 +191,28 @@ class SsmDecoder:
             else:
                 self._static_rows(layer, static, normed, rows, state, inputs)
 
+    def _scan(
+        self,
+        layer: int,
+        conv: np.ndarray,
+        selected: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+        parts: dict[str, np.ndarray],
+        state: np.ndarray,
+        y: np.ndarray,
+        **told: Any,
+    ) -> None:
+        """y [T, inner] of the convolution's outputs; selected: Mamba-1's B, C and dt, which Mamba-2 has in its parts."""
+        ssm, mixer, vectors = self._ssm, f"model.layers.{layer}.mixer.", self.weights.vectors
+        if selected is not None:
+            x, (b, c, dt), bias = conv, selected, vectors[mixer + "dt_proj.bias"]
+        else:
+            x, b, c = _cut(conv, {"x": ssm.inner_size, "b": ssm.bc_size, "c": ssm.bc_size}).values()
+            dt, bias = parts["dt"], vectors[mixer + "dt_bias"]
+        scan.selective_scan(
+            x, b, c, dt, dt_bias=bias, decay=self._tables.layers[layer].decay, skip=vectors[mixer + "D"],
+            dt_limits=ssm.dt_limits, state=state, y=y, scratch=self._buffers["scan"], **told,
+        )  # fmt: skip
+
     # -- layers of floats ----------------------------------------------------------------------------------------
 
     def _float_rows(
@@ -205,25 +227,8 @@ class SsmDecoder:
         into = parts["x"] if ssm.is_first else proj[:, ssm.inner_size : ssm.inner_size + ssm.conv_size]
         scan.conv_silu(into, inputs, self._conv_weight(mixer), vector(mixer + "conv1d.bias"), conv)
         self._see(mixer + "conv", conv)
-        if ssm.is_first:
-            x, b, c, dt, bias = (conv, *self._select(mixer, conv), self.weights.vectors[mixer + "dt_proj.bias"])
-        else:
-            x, b, c = _cut(conv, {"x": ssm.inner_size, "b": ssm.bc_size, "c": ssm.bc_size}).values()
-            dt, bias = parts["dt"], self.weights.vectors[mixer + "dt_bias"]
-        scan.selective_scan(
-            x,
-            b,
-            c,
-            dt,
-            dt_bias=bias,
-            decay=self._tables.layers[layer].decay,
-            skip=self.weights.vectors[mixer + "D"],
-            dt_limits=ssm.dt_limits,
-            state=state,
-            y=y,
-            scratch=self._buffers["scan"],
-            peak=self.peaks.get(layer),
-        )
+        selected = self._select(mixer, conv) if ssm.is_first else None
+        self._scan(layer, conv, selected, parts, state, y, peak=self.peaks.get(layer))
         self._gate(mixer, y, parts["z"], 0.0)
         self._linear(mixer + "out_proj.weight", y, residual, vector(mixer + "out_proj.bias"), accumulate=True)
 
@@ -267,26 +272,8 @@ class SsmDecoder:
             in_scale=scales.conv_in,
             out_inverse=scales.conv_inverse,
         )
-        if ssm.is_first:
-            x, b, c, dt = (conv, *self._select_static(mixer, scales, conv))
-            bias = self.weights.vectors[mixer + "dt_proj.bias"]
-        else:
-            x, b, c = _cut(conv, {"x": ssm.inner_size, "b": ssm.bc_size, "c": ssm.bc_size}).values()
-            dt, bias = parts["dt"], self.weights.vectors[mixer + "dt_bias"]
-        scan.selective_scan(
-            x,
-            b,
-            c,
-            dt,
-            dt_bias=bias,
-            decay=self._tables.layers[layer].decay,
-            skip=self.weights.vectors[mixer + "D"],
-            dt_limits=ssm.dt_limits,
-            state=state,
-            y=y,
-            scratch=self._buffers["scan"],
-            tables=scales.scan,
-        )
+        selected = self._select_static(mixer, scales, conv) if ssm.is_first else None
+        self._scan(layer, conv, selected, parts, state, y, tables=scales.scan)
         self._gate(mixer, y, parts["z"], scales.parts["z"])
         scan.round_static(y, scales.out, y8)
         matrices[mixer + "out_proj.weight"].multiply(y8, scales.out, residual, accumulate=True)
