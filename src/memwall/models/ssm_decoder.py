@@ -201,7 +201,7 @@ class SsmDecoder:
         y: np.ndarray,
         **told: Any,
     ) -> None:
-        """y [T, inner] of the convolution's outputs; selected: Mamba-1's B, C and dt, which Mamba-2 has in its parts."""
+        """y [T, inner] of the convolution's outputs; selected: Mamba-1's B, C and dt; Mamba-2 has them in its parts."""
         ssm, mixer, vectors = self._ssm, f"model.layers.{layer}.mixer.", self.weights.vectors
         if selected is not None:
             x, (b, c, dt), bias = conv, selected, vectors[mixer + "dt_proj.bias"]
