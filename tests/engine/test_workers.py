@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from memwall.engine.base import PHASES, Costs, Phase, Scheduler, Shares, State, Step
@@ -135,30 +137,24 @@ def test_tokens_stay_the_same_across_switches(fresh: bool, expected: list[tuple[
     made.release()
 
 
-def mapped(pid: int, address: int) -> tuple[int, int]:
-    """Private and resident kB of the mapping at an address."""
-    inside, found = False, {"Rss": 0, "Private_Clean": 0, "Private_Dirty": 0}
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if "-" in line.split()[0]:
-            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
-            inside = begin <= address < end
-        elif inside and name in found:
-            found[name] += int(rest.split()[0])
-    return found["Private_Clean"] + found["Private_Dirty"], found["Rss"]
+def own_pages(pid: int, address: int, nbytes: int) -> tuple[int, int]:
+    """Pages that no other process maps, and pages that are resident, of `nbytes` at an address (proc_pid_pagemap(5))."""
+    with Path(f"/proc/{pid}/pagemap").open("rb") as file:
+        file.seek(address // mmap.PAGESIZE * 8)
+        entries = np.frombuffer(file.read(nbytes // mmap.PAGESIZE * 8), np.uint64)
+    present = (entries >> 63) & 1
+    return int((present & (entries >> 56)).sum()), int(present.sum())
 
 
 def test_one_copy_of_the_weights(serving: Serving) -> None:
     tokens_of(serving)
     assert serving.workers is not None
-    for region in (*serving._loaded.weights.regions, serving.pool._region):
-        assert region is not None
+    for region in serving._loaded.weights.regions:
         assert region._pages is not None
         for pid in serving.workers.pids:
-            own, held = mapped(pid, region._pages._address)
-            # nothing of it became a copy; the system may show some pages beside a small region as part of it
-            assert own <= max(0.02 * held, 64)
-            assert held > 0 or pid == serving.workers.pids[0]  # the first of them computes nothing
+            own, held = own_pages(pid, region._pages._address, region.committed_bytes)
+            assert own == 0
+            assert held == region.committed_bytes // mmap.PAGESIZE
     serving.workers.measure()
     row = next(row for row in serving.ledger.rows() if row.owner == "workers")
     assert row.nbytes == serving.workers.unseen_bytes > 0

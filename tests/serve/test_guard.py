@@ -25,7 +25,7 @@ ROUTES = (
     "/", "/memory", "/health", "/ping", "/metrics", "/version", "/v1/models", "/v1/models/demo", "/v1/completions",
     "/v1/chat/completions", "/v1/budget", "/tokenize", "/detokenize", "/nothing",
 )  # fmt: skip
-BUDGET = 110_000_000
+BUDGET = 120_000_000
 
 
 @pytest.fixture(scope="module")
