@@ -622,23 +622,23 @@ def beside_transformers(folder: Path, packed: dict[str, Path]) -> Claim:
         return not_run(name, required, "torch and transformers")
     model = Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     session = open_model(packed["w4a16"], "saved", exact=False, rows=1)
-    prompt, best = torch.full((1, 8), 5), math.inf
-    ours = math.inf
-    for _ in range(2):
+    prompt, counts = torch.full((1, 8), 5), (1, 5)
+    best, ours = dict.fromkeys(counts, math.inf), math.inf
+    model.generate(prompt, max_new_tokens=1, do_sample=False)  # the first call sets things up
+    for _ in range(3):
         ours = min(ours, step_seconds({"ours": session}, 1)["ours"])
-        ends = []
-        for count in (1, 3):  # what two more tokens take
+        for count in counts:
             began = time.perf_counter()
             model.generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
-            ends.append(time.perf_counter() - began)
-        best = min(best, (ends[1] - ends[0]) / 2)
+            best[count] = min(best[count], time.perf_counter() - began)
+    theirs = (best[5] - best[1]) / 4  # what four more tokens take
     count = session.config.num_parameters
     session.release()
     return Claim(
         claim=name,
-        measured=f"{count / 1e6:.0f}M: {1e3 * ours:.2f} ms a token, transformers' reference form {1e3 * best:.2f}",
+        measured=f"{count / 1e6:.0f}M: {1e3 * ours:.2f} ms a token, transformers' reference form {1e3 * theirs:.2f}",
         required=required,
-        passed=ours < best,
+        passed=ours < theirs,
     )
 
 
