@@ -30,38 +30,50 @@ class Pool:
         return place, np.array([pages[t // PAGE] * PAGE + t % PAGE for t in range(length)])
 
 
-def case(
-    seed: int, groups: list[tuple[int, list[tuple[int, int]]]], *, heads: int = 6, kv_heads: int = 2, dim: int = 24,
-    window: int | None = None, dtype: Any = np.float32,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """groups: a prefix's length (0 for none) and, for each member, its own tokens and how many of these are queries."""
-    pool = Pool(seed, kv_heads, dim, dtype)
-    own, prefixes, wanted, row = [], [], [], 0
-    rows = sum(count for _, members in groups for _, count in members)
-    q = pool.draw.standard_normal((rows, heads, dim)).astype(np.float32)
-    for length, members in groups:
-        place, before = pool.hold(length)
-        first = row
-        for mine, count in members:
-            at, after = pool.hold(mine)
-            own.append((row, count, at, mine, mine - count))
-            line, out = np.concatenate([before, after]).astype(int), np.empty((count, heads, dim), np.float32)
-            attend_float(
-                q[row : row + count], pool.k[line], pool.v[line], scale=0.3, first_position=length + mine - count,
-                window=window, out=out,
-            )  # fmt: skip
-            wanted.append(out)
-            if length and window is not None:
-                prefixes.append((row, count, place, length, length + mine - count))
-            row += count
-        if length and window is None:
-            prefixes.append((first, row - first, place, length, length))
-    out = np.empty((rows, heads, dim), np.float32)
+class Case:
+    """Queries of groups over pages, and what attention over prefix and own keys in a line gives.
+
+    groups: a prefix's length (0 for none) and, for each member, its own tokens and how many of these are queries.
+    """
+
+    def __init__(
+        self, seed: int, groups: list[tuple[int, list[tuple[int, int]]]], *, heads: int = 6, kv_heads: int = 2,
+        dim: int = 24, window: int | None = None, dtype: Any = np.float32,
+    ) -> None:  # fmt: skip
+        self.pool, self.window = Pool(seed, kv_heads, dim, dtype), window
+        own, prefixes, wanted, row = [], [], [], 0
+        rows = sum(count for _, members in groups for _, count in members)
+        self.q = self.pool.draw.standard_normal((rows, heads, dim)).astype(np.float32)
+        for length, members in groups:
+            place, before = self.pool.hold(length)
+            first = row
+            for mine, count in members:
+                at, after = self.pool.hold(mine)
+                own.append((row, count, at, mine, mine - count))
+                line, out = np.concatenate([before, after]).astype(int), np.empty((count, heads, dim), np.float32)
+                attend_float(
+                    self.q[row : row + count], self.pool.k[line], self.pool.v[line], scale=0.3,
+                    first_position=length + mine - count, window=window, out=out,
+                )  # fmt: skip
+                wanted.append(out)
+                if length and window is not None:
+                    prefixes.append((row, count, place, length, length + mine - count))
+                row += count
+            if length and window is None:
+                prefixes.append((first, row - first, place, length, length))
+        self.tables, self.own = np.array(self.pool.tables, np.int32), np.array(own, np.int64)
+        self.prefixes, self.wanted = np.array(prefixes, np.int64).reshape(-1, 5), np.concatenate(wanted)
+
+
+def case(*args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel gives, and what it should."""
+    one = Case(*args, **options)
+    out = np.empty_like(one.q)
     attend_shared(
-        q, pool.k, pool.v, np.array(pool.tables, np.int32), np.array(own, np.int64),
-        np.array(prefixes, np.int64).reshape(-1, 5), page_tokens=PAGE, scale=0.3, window=window, out=out,
+        one.q, one.pool.k, one.pool.v, one.tables, one.own, one.prefixes, page_tokens=PAGE, scale=0.3,
+        window=one.window, out=out,
     )  # fmt: skip
-    return out, np.concatenate(wanted)
+    return out, one.wanted
 
 
 GROUPS = [
