@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +13,10 @@ pytest.importorskip("triton")
 
 from memwall.errors import InputError  # noqa: E402
 from memwall.formats import codec  # noqa: E402
-from memwall.kernels import marlin  # noqa: E402
+from memwall.kernels import marlin, triton_marlin  # noqa: E402
 from memwall.kernels.marlin_model import multiply as modelled  # noqa: E402
 from memwall.kernels.triton_marlin import MarlinLinear, fits, multiply  # noqa: E402
+from tests.kernels.gpu_compile import compiled  # noqa: E402
 from tests.kernels.test_marlin_model import case  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -80,37 +78,15 @@ def test_large_layer_on_a_gpu() -> None:
     assert np.abs(found - want).mean() < 1e-3 * np.abs(want).mean()
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from memwall.kernels import triton_marlin as ours
-POINTERS = {"x": "*fp16", "words": "*i32", "scales": "*fp16", "out": "*fp16", "room": "*fp32"}
-for grouped in (True, False):
-    settings = {"ROWS": 16, "K_TILE": 128, "N_TILE": 128, "GROUPED": grouped}
-    for kernel in (ours._stripe, ours._reduce):
-        constants = {name: value for name, value in settings.items() if name in kernel.arg_names}
-        types = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-        options = {"num_warps": ours.WARPS, "num_stages": ours.STAGES}
-        code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm
-        text = code["ptx"]
-        seen = [text.count(what) for what in ("mma.sync", "cp.async", "cvt.rn.f16.s")]
-        print(len(code["cubin"]), *seen)
-"""
-
-
 def test_compiles_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     """To machine code of compute capability 8.0: tensor cores, asynchronous copies, no conversion of integers."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    script = tmp_path / "compile.py"
-    script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
-    if done.returncode and "ptxas" in done.stderr:
-        pytest.skip("this build of Triton has no assembler for GPUs")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+    types = {"x": "*fp16", "words": "*i32", "scales": "*fp16", "out": "*fp16", "room": "*fp32"}
+    found = compiled(
+        tmp_path, triton_marlin.__name__, ["_stripe", "_reduce"], types,
+        [{"ROWS": 16, "K_TILE": 128, "N_TILE": 128, "GROUPED": grouped} for grouped in (True, False)],
+        ["mma.sync", "cp.async", "cvt.rn.f16.s"],
+        {"num_warps": triton_marlin.WARPS, "num_stages": triton_marlin.STAGES},
+    )  # fmt: skip
     assert len(found) == 4
     assert all(size > 0 for size, *_ in found)
     assert all(products > 0 and copies > 0 and not casts for _, products, copies, casts in found[::2])

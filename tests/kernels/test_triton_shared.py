@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,17 @@ torch = pytest.importorskip("torch")
 HAS_GPU = torch.cuda.is_available()
 pytest.importorskip("triton")
 
-from memwall.kernels.triton_shared import RUN, attend_shared, work_list  # noqa: E402
+from memwall.kernels import triton_shared  # noqa: E402
+from memwall.kernels.triton_shared import (  # noqa: E402
+    FEW_ROWS,
+    FIELDS,
+    KEYS,
+    MANY_ROWS,
+    RUN,
+    attend_shared,
+    work_list,
+)
+from tests.kernels.gpu_compile import compiled  # noqa: E402
 from tests.kernels.test_attention_shared import GROUPS, PAGE, Case  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -74,34 +81,17 @@ def test_what_does_not_fit_is_refused() -> None:
         )  # fmt: skip
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from memwall.kernels import triton_shared as ours
-POINTERS = {"q": "*fp16", "k": "*fp16", "v": "*fp16", "tables": "*i32", "tasks": "*i64", "outs": "*fp32",
-            "stats": "*fp32", "starts": "*i64", "pieces": "*i64", "out": "*fp32", "scale": "fp32", "window": "i64"}
-for tile in (16, 64):
-    settings = {"FIELDS": 8, "PAGE": 16, "SHARED": 4, "ROWS": tile, "KEYS": ours.KEYS, "DIM": 128}
-    for kernel in (ours._attend, ours._join):
-        constants = {name: value for name, value in settings.items() if name in kernel.arg_names}
-        types = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-        code = triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
-        print(len(code["cubin"]), code["ptx"].count("mma.sync"))
-"""
-
-
 def test_compiles_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     """To machine code of compute capability 8.0, whose tensor cores do the products."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    script = tmp_path / "compile.py"
-    script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
-    if done.returncode and "ptxas" in done.stderr:
-        pytest.skip("this build of Triton has no assembler for GPUs")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+    types = {
+        "q": "*fp16", "k": "*fp16", "v": "*fp16", "tables": "*i32", "tasks": "*i64", "outs": "*fp32",
+        "stats": "*fp32", "starts": "*i64", "pieces": "*i64", "out": "*fp32", "scale": "fp32", "window": "i64",
+    }  # fmt: skip
+    constants = {"FIELDS": FIELDS, "PAGE": 16, "SHARED": 4, "KEYS": KEYS, "DIM": 128}
+    found = compiled(
+        tmp_path, triton_shared.__name__, ["_attend", "_join"], types,
+        [{**constants, "ROWS": tile} for tile in (FEW_ROWS, MANY_ROWS)], ["mma.sync"],
+    )  # fmt: skip
+    assert len(found) == 4
     assert all(size > 0 for size, _ in found)
     assert all(products > 0 for _, products in found[::2])

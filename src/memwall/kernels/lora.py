@@ -47,17 +47,25 @@ class LoraRoom:
         return -(-units // self.units_per_block)
 
 
+def lora_table(room: LoraRoom, form: str, shapes: dict[str, tuple[int, int, int]]) -> tuple[np.ndarray, int]:
+    """Where an adapter's parts lie among its units: int64 [targets, 4] of (rank, inputs, outputs, first unit), rows of
+    A from there and those of B transposed behind them; and all its units. shapes: by target, (rank, inputs, outputs).
+    """
+    itemsize = 4 if form == "float32" else 2
+    table, units = np.zeros((len(TARGETS), 4), np.int64), 0
+    for name, (rank, inputs, outputs) in shapes.items():
+        table[TARGETS.index(name)] = (rank, inputs, outputs, units)
+        units += rank * (room.row_units(inputs, itemsize) + room.row_units(outputs, itemsize))
+    return table, units
+
+
 class PagedLora:
     """One adapter's shape, and where it lies. shapes: by target, (rank, inputs, outputs)."""
 
     def __init__(self, room: LoraRoom, form: str, scale: float, shapes: dict[str, tuple[int, int, int]]) -> None:
         self.room = room
         self.form = form
-        itemsize = 4 if form == "float32" else 2
-        table, self.units = np.zeros((len(TARGETS), 4), np.int64), 0
-        for name, (rank, inputs, outputs) in shapes.items():
-            table[TARGETS.index(name)] = (rank, inputs, outputs, self.units)
-            self.units += rank * (room.row_units(inputs, itemsize) + room.row_units(outputs, itemsize))
+        table, self.units = lora_table(room, form, shapes)
         self.native: LoraAdapter = _native.lora_adapter(form, scale, table)
 
     @property
