@@ -785,7 +785,7 @@ def peft_worker(path: Path) -> None:
 
 
 def on_a_gpu() -> Claim:
-    """A step of 64 requests, each with an adapter of its own, ranks 8 to 64 in turn: one projection of 4,096 numbers."""
+    """A step of 64 requests, each with an adapter of its own, ranks 8 to 64: one projection of 4,096 numbers."""
     name = "on a GPU, shrink and expand over pages take less time than products padded to the largest rank"
     required = "less time than two batched products (torch.bmm) over copies padded to rank 64"
     if any(importlib.util.find_spec(each) is None for each in ("torch", "triton")):
