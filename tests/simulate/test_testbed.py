@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from memwall.engine.arrivals import Load
-from memwall.engine.serving import ServingSettings, load_engine
+from memwall.engine.serving import LoraSettings, ServingSettings, load_engine
 from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.models.config import ModelConfig
+from memwall.models.lora import LoraWeights, target_shapes
 from memwall.simulate.parts import Kind, cut_model, serve_loads
 from memwall.simulate.testbed import Setting, TwoProcesses
+from tests.models.loras import ATTENTION, make_lora
 
 SETTINGS = ServingSettings(
     weights="float32", context_tokens=128, token_budget=32, max_sequences=4, keep_prefixes=False, swap_bytes=0,
@@ -42,10 +45,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def alone(model: Path, loads: list[Load]) -> list[tuple[int, ...]]:
-    serving = load_engine(model, SETTINGS)
+def alone(model: Path, loads: list[Load], adapters: tuple[Path, ...] = ()) -> list[tuple[int, ...]]:
+    lora = LoraSettings(most_rank=16, exact=True) if adapters else None
+    serving = load_engine(model, dataclasses.replace(SETTINGS, lora=lora))
     try:
-        served = serve_loads(serving.engine, loads, time.time(), serving.config.vocab_size)
+        keys = [serving.add_adapter(path.name, LoraWeights.read(path, serving.config)) for path in adapters]
+        served = serve_loads(
+            serving.engine, loads, time.time(), serving.config.vocab_size, adapters=[*keys, None]
+        )  # fmt: skip
     finally:
         serving.release()
     return [one.made for one in served]
@@ -67,6 +74,43 @@ def test_a_cut_model_makes_the_tokens_of_the_whole(model: Path, kind: Kind, tmp_
     assert sorted(one.made for one in served) == expected
     assert sorted(one.made for one in again) == expected
     assert all(one.tokens == 6 for one in served)
+
+
+@pytest.mark.slow
+def test_adapters_in_halves_make_the_tokens_of_whole_ones(model: Path, tmp_path: Path) -> None:
+    config = ModelConfig.from_directory(model)
+    ranks = {"attention": 8, "odd": 5, "everywhere": 4}
+    adapters = tuple(
+        make_lora(
+            tmp_path / name, config, rank=rank, seed=rank, dtype=np.float32, strength=2.0,
+            targets=ATTENTION if name != "everywhere" else tuple(target_shapes(config)),
+        )
+        for name, rank in ranks.items()
+    )  # fmt: skip
+    folders = (cut_model(model, tmp_path / "0", "tensor", 0), cut_model(model, tmp_path / "1", "tensor", 1))
+    setting = Setting(
+        kind="tensor", folders=folders, settings=SETTINGS, num_pages=64, wire=tmp_path / "wire", whole=model,
+        adapters=adapters,
+    )  # fmt: skip
+    loads = [Load(at=0.0, prompt_tokens=11 + 9 * i, output_tokens=6) for i in range(8)]
+    with TwoProcesses(setting) as testbed:
+        served = testbed.serve(loads)
+        told = testbed.lora_numbers()
+    assert [one.made for one in served] == alone(model, loads, adapters)
+    assert [one.made for one in served] != alone(model, loads)
+    # each token passes once, the last one made not at all; ranks are filled up to even ones
+    tokens = [load.prompt_tokens + load.output_tokens - 1 for load in loads]
+    even, per_token = (
+        [8, 6, 4],
+        [5 / 2, 5 / 2, (5 + 4) / 2],
+    )  # gathers of q, k, v, gate, up: a half; sums of o, down: all
+    each = sum(count * even[at % 4] * per_token[at % 4] for at, count in enumerate(tokens) if at % 4 < 3)
+    assert [sent for sent, _ in told] == [config.num_layers * each] * 2
+    shapes = target_shapes(config)
+    numbers = sum(
+        rank * sum(sum(shapes[target]) for target in (ATTENTION if rank > 4 else shapes)) for rank in even
+    )  # fmt: skip
+    assert sum(nbytes for _, nbytes in told) == 4 * config.num_layers * numbers  # nothing is held twice
 
 
 def test_parts_of_a_model_hold_all_of_it(model: Path, tmp_path: Path) -> None:

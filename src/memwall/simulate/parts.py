@@ -16,13 +16,14 @@ import numpy as np
 from memwall import kernels
 from memwall.engine.arrivals import Load
 from memwall.engine.core import Engine
+from memwall.engine.s_lora_parallel import LoraParts
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
 from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, ModelConfig
-from memwall.models.decoder import Decoder
+from memwall.models.decoder import DOWN, OUTPUT, Decoder
 from memwall.simulate.iterations import Served
 
 Kind = Literal["data", "tensor", "pipeline"]
@@ -101,7 +102,10 @@ class Wire:
 
 
 class TensorDecoder(Decoder):
-    """Half of every block: sums with the other half's after the products that write to the residual."""
+    """Half of every block of a dense model: sums with the other half's after products that write to the residual."""
+
+    parts: LoraParts | None = None
+    """Of adapters, where requests have some."""
 
     def join(self, wire: Wire, head: kernels.Matrix, rows: int) -> None:
         """Call it before the first step. head: this half's rows of the head."""
@@ -116,13 +120,22 @@ class TensorDecoder(Decoder):
         biases: list[np.ndarray | None] | None = None,
         accumulate: bool = False,
     ) -> None:
-        if not accumulate:
-            super()._linear(x, names, outs, biases)
-            return
-        part = np.empty_like(outs[0])
-        super()._linear(x, names, [part], biases)
-        outs[0] += part
-        outs[0] += self.wire.exchange(part)
+        if accumulate:  # exchanged by the call that follows, once adapters have added their slice
+            self._sums = np.empty_like(outs[0])
+            outs = [self._sums]
+        super()._linear(x, names, outs, biases)
+
+    def _add_lora(
+        self, index: int, rows: slice, x: np.ndarray, targets: tuple[int, ...], outs: list[np.ndarray]
+    ) -> None:
+        summed = targets in (OUTPUT, DOWN)
+        if self.parts is not None and summed:
+            self.parts.add_to_sums(index, rows.start, x, targets[0], self._sums)
+        elif self.parts is not None:
+            self.parts.add(index, rows.start, x, targets, outs)
+        if summed:
+            outs[0] += self._sums
+            outs[0] += self.wire.exchange(self._sums)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """See `Decoder`: half of them from the other process."""
@@ -163,9 +176,10 @@ def serve_loads(
     vocabulary: int,
     *,
     before_step: Callable[[], None] | None = None,
+    adapters: Sequence[str | None] = (None,),
 ) -> list[Served]:
     """Serves loads on the real clock with prompts drawn at random; began: a time of `time.time`, arrivals count from
-    it. before_step: called before each step.
+    it. before_step: called before each step. adapters: keys of the engine's, dealt to requests in turn.
     """
     draw, coming = random.Random(1), sorted(loads, key=lambda load: load.at or 0.0)
     prompts = [tuple(draw.randrange(8, vocabulary) for _ in range(load.prompt_tokens)) for load in coming]
@@ -178,7 +192,8 @@ def serve_loads(
         while at < len(coming) and (coming[at].at or 0.0) <= now:
             load, arrival = coming[at], coming[at].at or 0.0
             sampling = Sampling(max_new_tokens=load.output_tokens, ignore_eos=True)
-            one = engine.submit(Request(prompt=prompts[at], sampling=sampling), offset + arrival)
+            request = Request(prompt=prompts[at], sampling=sampling, adapter=adapters[at % len(adapters)])
+            one = engine.submit(request, offset + arrival)
             served[one.id] = (Served(arrival=arrival, prompt=load.prompt_tokens, output=load.output_tokens), one)
             at += 1
         if not engine.busy:

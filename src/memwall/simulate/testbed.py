@@ -32,6 +32,7 @@ from memwall.engine.executor import Entry, Output
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import cache_shape
+from memwall.engine.s_lora_parallel import LoraParts
 from memwall.engine.sampling import Sampler
 from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
@@ -41,6 +42,7 @@ from memwall.memory import PagePool
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
 from memwall.models.decoder import Decoder
+from memwall.models.lora import LoraWeights
 from memwall.simulate.host import Profile, profile_engine
 from memwall.simulate.iterations import Served
 from memwall.simulate.parts import RANKS, Kind, StageDecoder, TensorDecoder, Wire, serve_loads
@@ -55,13 +57,17 @@ LEAST_VALUES = 1 << 18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """How a plan is carried out. num_pages: of each process (pipeline: of both flights together)."""
+    """How a plan is carried out. num_pages: of each process (pipeline: of both flights together). adapters: PEFT
+    directories made for `whole`, dealt to requests in turn with the bare base behind them (tensor only).
+    """
 
     kind: Kind
     folders: tuple[Path, Path]
     settings: ServingSettings
     num_pages: int
     wire: Path
+    whole: Path | None = None
+    adapters: tuple[Path, ...] = ()
 
     @property
     def most_values(self) -> int:
@@ -118,6 +124,10 @@ class TwoProcesses:
         began = time.time() + START_SECONDS
         found = self._ask("serve", [(part, began) for part in parts])
         return sorted((one for part in found for one in part), key=lambda one: one.arrival)
+
+    def lora_numbers(self) -> list[tuple[int, int]]:
+        """(numbers shown to the other for adapters, bytes of adapters held) of each process."""
+        return self._ask("lora_numbers", [None] * RANKS)
 
     def messages(self, sizes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:
         """((bytes, seconds) of an exchange of so many bytes and their sum, seconds of a short message by a pipe)."""
@@ -186,7 +196,7 @@ class _Part:
                 x += self.wire.exchange(x)
                 times.append(time.perf_counter() - began)
             found.append((size, float(np.median(times))))
-        told = [(0, 1, True, list(range(16)), [0])] * 8
+        told = [(0, 0, 1, True, list(range(16)), [0])] * 8
         for _ in range(40):
             began = time.perf_counter()
             if self.rank == 0:
@@ -256,9 +266,30 @@ class _Tensor(_Part):
         spec = self.executor.decoder.weights.matrices[HEAD].spec
         decoder = self.rebuild(TensorDecoder)
         decoder.join(self.wire, kernels.matrix(codec(spec).encode(values)), rows)
+        if self.setting.adapters:
+            assert self.setting.whole is not None
+            whole = ModelConfig.from_directory(self.setting.whole)
+            adapters = [LoraWeights.read(folder, whole) for folder in self.setting.adapters]
+            decoder.parts = LoraParts(adapters, whole, self.wire, self.serving.arena)
+            self.executor.assign = self._deal  # type: ignore[method-assign]
         if self.rank == 1:
             _hold_all(self.engine, self.setting.num_pages)
         self._joined = True
+
+    def _deal(self, batch: list[Entry]) -> None:
+        """Instead of the executor's own: which rows have which adapter."""
+        segments, row = [], 0
+        for entry in batch:
+            which = entry.sequence.id % (len(self.setting.adapters) + 1)
+            if which < len(self.setting.adapters):
+                segments.append((row, entry.count, which))
+            row += entry.count
+        parts = self.executor.decoder.parts  # type: ignore[attr-defined]
+        parts.assign(segments)
+
+    def lora_numbers(self, _: object) -> tuple[int, int]:
+        parts = self.executor.decoder.parts  # type: ignore[attr-defined]
+        return parts.sent_numbers, parts.nbytes
 
 
 class _Pipeline(_Part):
@@ -370,17 +401,23 @@ def _tokens(entries: Sequence[Entry]) -> np.ndarray:
     return np.array([t for one in entries for t in one.sequence.tokens[one.first : one.first + one.count]], np.int64)
 
 
-def _told(batch: Sequence[Entry]) -> list[tuple[int, int, bool, list[int], list[int]]]:
-    """A step as the other process needs it: pages and tokens of each entry."""
+Told = tuple[int, int, int, bool, list[int], list[int]]
+
+
+def _told(batch: Sequence[Entry]) -> list[Told]:
+    """A step as the other process needs it: whose each entry is, its pages and its tokens."""
     return [
-        (one.first, one.count, one.sample, one.sequence.pages, one.sequence.tokens[one.first : one.first + one.count])
+        (
+            one.sequence.id, one.first, one.count, one.sample, one.sequence.pages,
+            one.sequence.tokens[one.first : one.first + one.count],
+        )
         for one in batch
-    ]
+    ]  # fmt: skip
 
 
-def _entries(told: Sequence[tuple[int, int, bool, list[int], list[int]]]) -> list[Entry]:
+def _entries(told: Sequence[Told]) -> list[Entry]:
     entries = []
-    for number, (first, count, sample, pages, tokens) in enumerate(told):
+    for number, first, count, sample, pages, tokens in told:
         one = Running(id=number, request=Request(prompt=(0,)), arrival=0.0, eos=())
         one.pages, one.tokens = pages, [0] * first + tokens
         entries.append(Entry(one, first, count, sample))
