@@ -34,7 +34,7 @@ from memwall import kernels
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine import Sampling
 from memwall.engine.adapters import Adapters
-from memwall.engine.arrivals import gamma_gaps
+from memwall.engine.arrivals import Load, gamma_gaps
 from memwall.engine.base import Limits, RequestView, State
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.core import Engine
@@ -55,6 +55,8 @@ from memwall.models.lora import LoraWeights, target_shapes, tensor_name, write_l
 from memwall.models.random_llama import write_random_llama
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Weights
+from memwall.simulate.parts import cut_model, serve_loads
+from memwall.simulate.testbed import Setting, TwoProcesses
 
 RANKS = (8, 16, 32, 64)
 ATTENTION = TARGETS[:4]
@@ -781,6 +783,45 @@ def peft_worker(path: Path) -> None:
     print(json.dumps({"adapters": losses}))
 
 
+# ---- two processes -------------------------------------------------------------------------------------------------
+
+
+def parallel_claim(work: Path, base: Path, files: Sequence[Path], requests: int) -> Claim:
+    """Requests deal adapters of ranks 8 to 64 and the bare base in turn, in float32; greedy tokens are compared."""
+    config = ModelConfig.from_directory(base)
+    settings = ServingSettings(
+        weights="float32", context_tokens=128, token_budget=64, max_sequences=8, keep_prefixes=False, swap_bytes=0,
+        exact=True, threads=1,
+    )  # fmt: skip
+    loads = [Load(at=0.0, prompt_tokens=20 + 3 * i, output_tokens=8) for i in range(requests)]
+    whole = load_engine(base, dataclasses.replace(settings, lora=LoraSettings(most_rank=64)))
+    try:
+        keys = [whole.add_adapter(path.name, LoraWeights.read(path, config)) for path in files]
+        wanted = serve_loads(whole.engine, loads, time.time(), config.vocab_size, adapters=[*keys, None])
+    finally:
+        whole.release()
+    one, other = (cut_model(base, work / f"half {rank}", "tensor", rank) for rank in range(2))
+    setting = Setting(
+        kind="tensor", folders=(one, other), settings=settings, num_pages=128, wire=work / "wire", whole=base, adapters=tuple(files),
+    )  # fmt: skip
+    with TwoProcesses(setting) as testbed:
+        found = testbed.serve(loads)
+        sent = [numbers for numbers, _ in testbed.lora_numbers()]
+    equal = sum(one.made == two.made for one, two in zip(found, wanted))
+    tokens = [load.prompt_tokens + load.output_tokens - 1 for load in loads]  # the last one made passes no layer
+    dealt = [LoraWeights.read(path, config).rank for path in files] + [0]
+    ranks = sum(count * dealt[at % len(dealt)] for at, count in enumerate(tokens))
+    formula = config.num_layers * 5 * ranks // 2  # 5 (N - 1) B r / N
+    sums = config.num_layers * sum(tokens) * config.hidden_size  # 2 (N - 1) B h / N
+    return Claim(
+        claim="two processes with halves of base and adapters give the same, and send few numbers more",
+        measured=f"{equal} of {requests} requests equal; {sent[0]:,} and {sent[1]:,} numbers sent for adapters, "
+        f"{formula:,} by the formula; the base's sums after attention {sums:,}",
+        required="all equal, numbers as the formula, below a fifth of the base's",
+        passed=equal == requests and sent == [formula] * 2 and 5 * formula < sums,
+    )
+
+
 # ---- all -----------------------------------------------------------------------------------------------------------
 
 
@@ -856,10 +897,8 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         claims += [unified_claim(quick), leak_claim(sizes.operations), adversarial_claim(sizes.mixes)]
         claims += abort_claims(quick)
         claims.append(trained_claim(folder, sizes, tick))
-    claims.append(
-        not_run("two ranks of tensor parallel give the same, and move few bytes more", "equal; bytes as the formula",
-                needs="tensor parallel, which is not built")
-    )  # fmt: skip
+        tick("two processes")
+        claims.append(parallel_claim(folder, folder / "base", files[:4], 4 if quick else 12))
     claims.append(on_a_gpu())
     return claims
 
