@@ -802,7 +802,8 @@ def parallel_claim(work: Path, base: Path, files: Sequence[Path], requests: int)
         whole.release()
     one, other = (cut_model(base, work / f"half {rank}", "tensor", rank) for rank in range(2))
     setting = Setting(
-        kind="tensor", folders=(one, other), settings=settings, num_pages=128, wire=work / "wire", whole=base, adapters=tuple(files),
+        kind="tensor", folders=(one, other), settings=settings, num_pages=128, wire=work / "wire", whole=base,
+        adapters=tuple(files),
     )  # fmt: skip
     with TwoProcesses(setting) as testbed:
         found = testbed.serve(loads)
