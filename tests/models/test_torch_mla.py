@@ -18,10 +18,7 @@ def test_the_cache_holds_latents_and_turned_keys_only() -> None:
     with torch.no_grad():
         mixer.prefill(torch.randn(2, 9, 32), cache)
         mixer.step(torch.randn(2, 1, 32), cache)
-    assert {name: tuple(rows.shape) for name, rows in cache.held.items()} == {
-        "latents": (2, 30, 12),
-        "turned": (2, 30, 4),
-    }
+    assert {name: tuple(rows.shape) for name, rows in cache.held.items()} == {"rows": (2, 30, 12 + 4)}
     assert cache.nbytes == 2 * 4 * SPEC.cached_values(10) == 2 * 4 * 16 * 10
     tensors = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
     assert not tensors  # no keys or values beside them
@@ -36,10 +33,11 @@ def test_heads_share_one_turned_key() -> None:
         mixer.prefill(x, first)
         mixer.key_up.mul_(2)
         mixer.prefill(x, second)
-    assert torch.equal(first.held["turned"], second.held["turned"])
-    raw = mixer.down_proj(x)[..., SPEC.rank :]
-    assert torch.allclose(first.held["turned"][:, 0], raw[:, 0])  # position 0 is not turned
-    assert torch.allclose(first.held["turned"].norm(dim=-1), raw.norm(dim=-1), atol=1e-5)
+    assert torch.equal(first.held["rows"], second.held["rows"])
+    turned, raw = first.held["rows"][..., SPEC.rank :], mixer.down_proj(x)[..., SPEC.rank :]
+    assert torch.allclose(turned[:, 0], raw[:, 0])  # position 0 is not turned
+    assert not torch.allclose(turned[:, 1], raw[:, 1])
+    assert torch.allclose(turned.norm(dim=-1), raw.norm(dim=-1), atol=1e-5)
 
 
 def test_latents_are_normed() -> None:
@@ -47,7 +45,7 @@ def test_latents_are_normed() -> None:
     cache = mixer.cache(1, 5)
     with torch.no_grad():
         mixer.prefill(5 * torch.randn(1, 5, 32), cache)
-    assert torch.allclose(cache.held["latents"].pow(2).mean(-1), torch.ones(1, 5), atol=1e-3)
+    assert torch.allclose(cache.held["rows"][..., : SPEC.rank].pow(2).mean(-1), torch.ones(1, 5), atol=1e-3)
 
 
 @pytest.mark.parametrize(("rank", "turned"), [(0, 4), (8, 3), (8, 0)])

@@ -146,6 +146,13 @@ def rotated(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def scores_of(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries [..., n, D] by keys [..., T, D] -> [..., n, T], for few queries and many keys: read row by row, this
+    order takes little more than half the time of the other.
+    """
+    return (keys @ queries.transpose(-1, -2)).transpose(-1, -2)
+
+
 def norm_of(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Root-mean-square norm over the last axis."""
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

@@ -4,7 +4,7 @@
 *Idea*: c = x W_dkv, normed; keys k_h = c W_uk,h and values v_h = c W_uv,h. Positions cannot pass through W_uk, so
 each key has a second part, turned, from x directly and shared by all heads. A step never rebuilds keys: q_h W_uk,h is
 compared with c itself, and the heads' means of c are taken through W_uv,h afterwards.
-*Units and shapes*: as `torch_blocks`; the cache holds c [B, tokens, r] and the turned key [B, tokens, R], float32.
+*Units and shapes*: as `torch_blocks`; the cache holds rows [B, tokens, r + R]: c, then the turned key; float32.
 *Differs from the paper*: queries are not compressed (as in DeepSeek-V2-Lite).
 *Cost*: r + R numbers a token; a step reads all of them, and does h (2 r + R) multiply-adds a token.
 *Holds when*: r + R is small beside 2 h D; else plain attention is as small.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memwall.errors import InputError
-from memwall.models.torch_blocks import Mixer, Rows, linear, norm_of, rotary, rotated
+from memwall.models.torch_blocks import Mixer, Rows, linear, norm_of, rotary, rotated, scores_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class LatentAttention(Mixer):
         self.o_proj = linear(heads * size, width)
 
     def cache(self, batch: int, capacity: int) -> Rows:
-        return Rows(capacity, {"latents": (batch, self.spec.rank), "turned": (batch, self.spec.turned_dim)})
+        return Rows(capacity, {"rows": (batch, self.spec.rank + self.spec.turned_dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self._whole(x, None)
@@ -69,23 +69,26 @@ class LatentAttention(Mixer):
     def _whole(self, x: Tensor, cache: Rows | None) -> Tensor:
         plain, turned, latents, key = self._parts(x, 0)
         if cache is not None:
-            cache.append(latents=latents, turned=key)
+            cache.append(rows=torch.cat([latents, key], -1))
         keys = torch.einsum("btr,hdr->bhtd", latents, self.key_up)
         values = torch.einsum("btr,hdr->bhtd", latents, self.value_up)
         shared = key[:, None].expand(-1, self.spec.heads, -1, -1)
+        # values get zeros to the keys' size, which the product needs to run without a matrix of all scores
         mixed = functional.scaled_dot_product_attention(
-            torch.cat([plain, turned], -1), torch.cat([keys, shared], -1), values, is_causal=True
+            torch.cat([plain, turned], -1),
+            torch.cat([keys, shared], -1),
+            functional.pad(values, (0, self.spec.turned_dim)),
+            is_causal=True,
         )
-        return self._out(mixed)
+        return self._out(mixed[..., : self.spec.head_dim])
 
     def step(self, x: Tensor, cache: Rows) -> Tensor:
         spec = self.spec
         plain, turned, latents, key = self._parts(x, cache.length)
-        rows, keys = cache.append(latents=latents, turned=key)
-        asked = torch.einsum("bhd,hdr->bhr", plain[:, :, 0], self.key_up)
-        scores = asked @ rows.transpose(-1, -2) + turned[:, :, 0] @ keys.transpose(-1, -2)
-        share = (scores / math.sqrt(spec.head_dim + spec.turned_dim)).softmax(-1)
-        mixed = torch.einsum("bhr,hdr->bhd", share @ rows, self.value_up)
+        (rows,) = cache.append(rows=torch.cat([latents, key], -1))
+        asked = torch.cat([torch.einsum("bhd,hdr->bhr", plain[:, :, 0], self.key_up), turned[:, :, 0]], -1)
+        scores = scores_of(asked, rows) / math.sqrt(spec.head_dim + spec.turned_dim)
+        mixed = torch.einsum("bhr,hdr->bhd", scores.softmax(-1) @ rows[..., : spec.rank], self.value_up)
         return self._out(mixed[:, :, None])
 
     def _parts(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memwall.errors import InputError
-from memwall.models.torch_blocks import Cache, Mixer, linear, rotary, rotated
+from memwall.models.torch_blocks import Cache, Mixer, linear, rotary, rotated, scores_of
 
 BRANCHES = ("compressed", "selected", "window")
 FIRST_BLOCKS, LAST_BLOCKS = 1, 2
@@ -218,7 +218,7 @@ class SparseAttention(Mixer):
         repeats = self.spec.heads // self.spec.kv_heads
         if queries.shape[2] == 1:  # a step: the queries of a group read their rows once
             grouped = queries.squeeze(2).unflatten(1, (self.spec.kv_heads, -1))
-            scores = grouped @ rows[0].transpose(-1, -2) / math.sqrt(self.spec.head_dim)
+            scores = scores_of(grouped, rows[0]) / math.sqrt(self.spec.head_dim)
             scores = scores if seen is None else scores.masked_fill(~seen, -math.inf)
             return (scores.softmax(-1) @ rows[1]).flatten(1, 2)[:, :, None]
         keys, values = (part.repeat_interleave(repeats, 1) for part in rows)
@@ -229,12 +229,12 @@ class SparseAttention(Mixer):
     def _choose(self, share: Tensor, at: Tensor) -> Tensor:
         """Blocks [B, g, T, n] that tokens at these places read. Where fewer have begun, later ones fill up (masked)."""
         spec = self.spec
-        blocks, whole = int(at[-1]) // spec.selected + 1, share.shape[-1]
-        # eq. 9: what compressed block i, chunks i to i + block / stride, gives to the block that holds these chunks
-        chunk = torch.arange(whole)[:, None] + torch.arange(spec.block // spec.stride)
-        owner = (chunk * spec.stride // spec.selected).clamp(max=blocks - 1)
-        overlap = functional.one_hot(owner, blocks).sum(1).to(share.dtype)
-        importance = share.detach().sum(2) @ overlap
+        blocks, per_block = int(at[-1]) // spec.selected + 1, spec.selected // spec.stride
+        # eq. 9: compressed block i gives to each of its chunks i to i + block / stride, and blocks sum their chunks
+        last, given = spec.block // spec.stride - 1, share.detach().sum(2)
+        chunks = torch.stack([functional.pad(given, (shift, last - shift)) for shift in range(last + 1)]).sum(0)
+        chunks = functional.pad(chunks, (0, blocks * per_block - chunks.shape[-1]))
+        importance = chunks.unflatten(-1, (blocks, per_block)).sum(-1)
         places, own = torch.arange(blocks)[None], (at // spec.selected)[:, None]
         always = (places < FIRST_BLOCKS) | (places > own - LAST_BLOCKS)
         importance = importance.masked_fill(always, math.inf).masked_fill(places > own, -math.inf)
