@@ -25,7 +25,8 @@ TRAINED = (ATTENTION, POSITIONS, EXPERTS)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Of models: width, layers, heads, inner numbers of the feed. Of training: steps of batch x tokens, after `warm_up`
-    others that are not measured. Of decoding: `decoded` tokens with `context` before them. windows: of held-out text.
+    others that are not measured. Of decoding: `decoded` tokens with `context` before them; a stored model for
+    at least `stored_s` seconds. windows: of held-out text.
     """
 
     width: int = 128
@@ -39,8 +40,9 @@ class Sizes:
     steps: int = 100
     warm_up: int = 3
     learning_rate: float = 3e-3
-    context: int = 8192
-    decoded: int = 64
+    context: int = 16384
+    decoded: int = 96
+    stored_s: float = 1.5
     windows: int = 32
     seeds: int = 3
     training_dt_s: float = 0.25
@@ -62,12 +64,12 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    num_layers=2, batch=4, tokens=128, steps=24, context=2048, decoded=32, windows=8, seeds=1, training_dt_s=0.05,
-    inference_dt_s=0.02,
+    num_layers=2, batch=4, tokens=128, steps=24, context=4096, decoded=32, stored_s=0.5, windows=8, seeds=1,
+    training_dt_s=0.05, inference_dt_s=0.02,
 )  # fmt: skip
 TINY = Sizes(
     width=32, num_layers=1, heads=4, feed=48, experts=4, batch=2, tokens=48, steps=3, warm_up=1, context=64, decoded=4,
-    windows=2, seeds=1, training_dt_s=0.005, inference_dt_s=0.005,
+    stored_s=0.02, windows=2, seeds=1, training_dt_s=0.005, inference_dt_s=0.005,
 )  # fmt: skip
 """For tests."""
 
