@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from memwall.errors import InputError
+from memwall.hardware.meter import check_interval
 
 ATTENTION, POSITIONS, EXPERTS, PRECISION, PEFT = "attention", "positions", "experts", "precision", "peft"
 AXES: dict[str, tuple[str, ...]] = {
@@ -13,9 +14,9 @@ AXES: dict[str, tuple[str, ...]] = {
     POSITIONS: ("rotary", "sinusoidal", "learned", "relative", "none"),
     EXPERTS: ("dense", "moe"),
     PRECISION: ("float32", "bfloat16", "int8", "int4"),
-    PEFT: (),
+    PEFT: ("lora", "lora-plus", "rslora", "dora", "pissa", "freeze", "full"),
 }
-"""Axis -> its techniques. Those of `peft` are told by the module that runs them."""
+"""Axis -> its techniques."""
 BASELINES = {ATTENTION: "mha", POSITIONS: "rotary", EXPERTS: "dense", PRECISION: "bfloat16", PEFT: "full"}
 """What a technique's losses are held against."""
 TRAINED = (ATTENTION, POSITIONS, EXPERTS)
@@ -54,6 +55,8 @@ class Sizes:
         for name in ("num_layers", "batch", "steps", "decoded", "windows", "seeds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        for dt in (self.training_dt_s, self.inference_dt_s):
+            check_interval(dt)
         if self.tokens <= self.decoded + self.warm_up:
             raise InputError(f"{self.tokens} tokens a text: must be more than the {self.decoded} decoded")
 
@@ -68,7 +71,7 @@ QUICK = Sizes(
     training_dt_s=0.05, inference_dt_s=0.02,
 )  # fmt: skip
 TINY = Sizes(
-    width=32, num_layers=1, heads=4, feed=48, experts=4, batch=2, tokens=48, steps=3, warm_up=1, context=64, decoded=4,
+    width=32, num_layers=1, heads=4, feed=128, experts=4, batch=2, tokens=48, steps=3, warm_up=1, context=64, decoded=4,
     stored_s=0.02, windows=2, seeds=1, training_dt_s=0.005, inference_dt_s=0.005,
 )  # fmt: skip
 """For tests."""
