@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -82,7 +82,13 @@ def efficiency(
 
     chosen = select(_names("--axes", axes), _names("--techniques", techniques))
     weights = None if score is None else parse_weights(score)
-    asked = {"steps": steps, "seeds": seeds, "context": context, "training_dt_s": dt, "inference_dt_s": dt}
+    asked: dict[str, Any] = {
+        "steps": steps,
+        "seeds": seeds,
+        "context": context,
+        "training_dt_s": dt,
+        "inference_dt_s": dt,
+    }
     sizes = replace(QUICK if quick else FULL, **{name: value for name, value in asked.items() if value is not None})
     if out is not None:
         efficiency_report.check()

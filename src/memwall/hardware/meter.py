@@ -94,7 +94,9 @@ class Series:
     @staticmethod
     def from_dict(told: dict[str, Any]) -> Series:
         """What `to_dict` gave, lists for tuples."""
-        held = {name: tuple(value) if isinstance(value, list | tuple) else value for name, value in told.items()}
+        held: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list | tuple) else value for name, value in told.items()
+        }
         return Series(**{**held, "busy": tuple(tuple(cores) for cores in held["busy"])})
 
 

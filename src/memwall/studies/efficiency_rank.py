@@ -175,12 +175,12 @@ def _beats(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 def gap(records: Sequence[Record], base: Sequence[Record]) -> Estimate | None:
     """Mean difference of losses over windows and seeds that both have; None without losses."""
-    mine = {record.seed: record.quality.get("losses") for record in records}
-    theirs = {record.seed: record.quality.get("losses") for record in base}
+    mine = {record.seed: record.quality.get("losses", []) for record in records}
+    theirs = {record.seed: record.quality.get("losses", []) for record in base}
     columns = [
         np.array(mine[seed]) - np.array(theirs[seed])
         for seed in sorted(mine.keys() & theirs.keys())
-        if mine[seed] and theirs[seed] and len(mine[seed]) == len(theirs[seed])
+        if mine[seed] and len(mine[seed]) == len(theirs[seed])
     ]
     if not columns or len({len(column) for column in columns}) != 1:
         return None

@@ -30,7 +30,7 @@ from memwall.memory import resident_bytes
 from memwall.models.torch_blocks import MixerSpec
 from memwall.models.torch_grouped import Grouped
 from memwall.models.torch_mla import Latent
-from memwall.models.torch_moe import Dense, Experts
+from memwall.models.torch_moe import Dense, ExpertFeed, Experts
 from memwall.models.torch_nsa import Sparse
 from memwall.models.torch_small import SmallConfig, SmallLm, matched_feed
 from memwall.studies.efficiency_records import Record, metrics_of, software_versions
@@ -158,7 +158,8 @@ def decode(request: dict[str, Any], report: Report) -> dict[str, Any]:
     prompt = min(sizes.tokens - rest, context)
     tokens = held[: prompt + rest].long()[None]
     caches = model.caches(1, context + rest)
-    work, steps_s = WorkModel(), []
+    work = WorkModel()
+    steps_s: list[float] = []
     meter = Meter(dt_s=sizes.inference_dt_s, memory=resident_bytes, power=power_source(work))
     active = 4 * model.num_active
     with torch.inference_mode():
@@ -245,14 +246,14 @@ def _schedule(step: int, total: int) -> float:
 
 
 def _reset(model: SmallLm) -> None:
-    for layer in model.layers:
-        if hasattr(layer.feed, "reset"):
+    for layer in model.blocks:
+        if isinstance(layer.feed, ExpertFeed):
             layer.feed.reset()
 
 
 def _load(model: SmallLm) -> dict[str, Any]:
     """Of experts: the largest share of choices over a fair one, by layer, and the share dropped."""
-    feeds = [layer.feed for layer in model.layers if hasattr(layer.feed, "load")]
+    feeds = [layer.feed for layer in model.blocks if isinstance(layer.feed, ExpertFeed)]
     if not feeds:
         return {}
     loads = [feed.load.tolist() for feed in feeds]

@@ -114,24 +114,23 @@ class Runner:
             stage: self.key(axis=axis, technique=technique, seed=seed, stage=stage) for stage in ("train", "decode")
         }
         weights = self.waiting / f"{keys['train']}.safetensors"
-        found = {stage: self.store.read(key) for stage, key in keys.items()}
+        made, decoded = self.store.read(keys["train"]), self.store.read(keys["decode"])
         what = f"{axis} {technique}, seed {seed}"
         request = {"axis": axis, "technique": technique, "seed": seed, "weights": str(weights)}
         module = "memwall.studies.efficiency_torch"
         self.step(what)
-        if found["train"] is None or (found["decode"] is None and not weights.exists()):
-            found["train"] = self.call(module, "pretrain", what, request | {"text": str(self._text)})
-            self.store.write(keys["train"], found["train"])
-        yield found["train"]
+        if made is None or (decoded is None and not weights.exists()):
+            made = self.call(module, "pretrain", what, request | {"text": str(self._text)})
+            self.store.write(keys["train"], made)
+        yield made
         self.done += 1
         self.step(what)
-        if found["decode"] is None:
-            losses = found["train"].quality["losses"]
-            found["decode"] = self.call(module, "decode", what, request | {"losses": losses})
-            self.store.write(keys["decode"], found["decode"])
+        if decoded is None:
+            decoded = self.call(module, "decode", what, request | {"losses": made.quality["losses"]})
+            self.store.write(keys["decode"], decoded)
         weights.unlink(missing_ok=True)
         self.done += 1
-        yield found["decode"]
+        yield decoded
 
     def precisions(self, techniques: Sequence[str]) -> Iterator[Record]:
         """A record a precision; the baseline's comes first, whatever is asked for, as others are held against it."""
