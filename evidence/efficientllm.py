@@ -30,6 +30,7 @@ import numpy as np
 
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.compress.calibration import BUNDLED_TEXT
+from memwall.compress.tune import tune_model
 from memwall.engine.quality import read_text
 from memwall.errors import InputError
 from memwall.hardware.meter import Meter, Series
@@ -48,10 +49,8 @@ from memwall.studies.efficiency_sizes import QUICK as QUICK_STUDY
 from memwall.studies.efficiency_worker import Worker
 from memwall.studies.efficientllm import Study, missing, study_efficiency
 
-FULL = Sizes(steps=50, windows=48)
+FULL = Sizes(steps=40, windows=48)
 QUICK = replace(QUICK_STUDY, steps=20)
-TUNED = Sizes(steps=12, seeds=1, batch=4)
-QUICK_TUNED = replace(QUICK_STUDY, steps=4, batch=2)
 STORE: Path | None = None
 """Where records are kept; None: a folder of this run alone, so that everything is measured anew."""
 DENSE_ORDER = ("mqa", "gqa", "mha")
@@ -401,12 +400,36 @@ def peft_claims(study: Study, lacking: Sequence[str]) -> Iterator[Claim]:
     )
 
 
+def rank_one_claim(text: bytes) -> Claim:
+    """rsLoRA divides alpha by the root of the rank, LoRA by the rank: at rank 1 the same training, loss by loss."""
+    losses, others = {}, {}
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "text.txt"
+        path.write_bytes(text[:12_000])
+        for rank, found in (("1", losses), ("4", others)):
+            for method in ("lora", "rslora"):
+                options = {"rank": rank, "steps": "3", "context": "64", "batch": "2", "held_out": "0.05",
+                           "save_every": "1", "learning_rate": "0.001"}  # fmt: skip
+                made = tune_model(
+                    model_directory("demo"), path, Path(name) / f"{method}-{rank}", method=method, options=options,
+                    weights="float32",
+                )  # fmt: skip
+                found[method] = [each["held_out"] for each in made.history if "held_out" in each]
+    return Claim(
+        claim="rsLoRA is LoRA at rank 1",
+        measured=f"held-out losses of three steps, rank 1: {losses['lora']} and {losses['rslora']}; rank 4: "
+        f"{others['lora'][-1]:.6f} and {others['rslora'][-1]:.6f} at the end",
+        required="equal at rank 1, not at rank 4",
+        passed=losses["lora"] == losses["rslora"] and others["lora"] != others["rslora"],
+    )
+
+
 # ---- all -----------------------------------------------------------------------------------------------------------
 
 
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     """Measures and judges."""
-    sizes, tuned = (QUICK, QUICK_TUNED) if quick else (FULL, TUNED)
+    sizes = QUICK if quick else FULL
     train, held_out = texts(data)
     done = SimpleNamespace(count=0)
 
@@ -415,29 +438,27 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         if progress is not None:
             progress(min(done.count, 9), 100, what)
 
-    def studied(axes: dict[str, tuple[str, ...]], sizes: Sizes, low: int, high: int) -> Study:
-        def scaled(part: int, whole: int, what: str) -> None:
-            if progress is not None:
-                progress(low + (high - low) * part // max(whole, 1), 100, what)
-
-        with tempfile.TemporaryDirectory() as own_store:
-            return study_efficiency(
-                model_directory("demo"), "demo", axes=axes, sizes=sizes, text=train, held_out=held_out,
-                store=STORE or Path(own_store), progress=scaled,
-            )  # fmt: skip
+    def scaled(part: int, whole: int, what: str) -> None:
+        if progress is not None:
+            progress(10 + 70 * part // max(whole, 1), 100, what)
 
     claims = list(meter_claims(quick, tick))
-    axes = {axis: AXES[axis] for axis in (ATTENTION, EXPERTS, PRECISION)}
-    lacking = missing({**axes, PEFT: ()})
+    axes = {axis: AXES[axis] for axis in (ATTENTION, EXPERTS, PRECISION, PEFT)}
+    lacking = missing(axes)
     if ATTENTION in lacking:
         raise InputError(f"the experiment {lacking[ATTENTION]}")
-    study = studied(axes, sizes, 10, 70)
+    with tempfile.TemporaryDirectory() as own_store:
+        study = study_efficiency(
+            model_directory("demo"), "demo", axes=axes, sizes=sizes, text=train, held_out=held_out,
+            store=STORE or Path(own_store), progress=scaled,
+        )  # fmt: skip
     claims.append(energy_claim(study))
     claims += attention_claims(study, sizes)
     claims += expert_claims(study)
     claims += precision_claims(study, quick, tick)
-    adapted = study if PEFT in lacking else studied({PEFT: AXES[PEFT]}, tuned, 80, 99)
-    claims += peft_claims(adapted, [lacking[PEFT]] if PEFT in lacking else [])
+    claims += peft_claims(study, [lacking[PEFT]] if PEFT in lacking else [])
+    if PEFT not in lacking:
+        claims.append(rank_one_claim(train))
     claims.append(
         not_run("rsLoRA overtakes LoRA in efficiency beyond 14 billion parameters", "as published", "models beyond 14B")
     )

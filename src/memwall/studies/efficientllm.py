@@ -185,7 +185,7 @@ def study_efficiency(
         for technique in techniques  # seed by seed, so that what drifts on the machine meets all techniques
     ]
     precisions = [] if PRECISION in lacking else list(axes.get(PRECISION, ()))
-    tuned = 0 if PEFT in lacking else len(axes.get(PEFT, ())) * sizes.seeds
+    tuned = 0 if PEFT in lacking else len(axes.get(PEFT, ())) * sizes.tuned.seeds
     extra = bool(precisions) and BASELINES[PRECISION] not in precisions
     runner.whole = 2 * len(jobs) + len(precisions) + extra + tuned
     records: list[Record] = []
@@ -196,6 +196,7 @@ def study_efficiency(
             records += runner.precisions(precisions)
         if tuned:
             runner.step(PEFT)
+            runner.sizes, runner.text = sizes.tuned, runner.text[: sizes.tuned_bytes]
             records += importlib.import_module(PEFT_MODULE).peft_axis(runner, axes[PEFT])
         runner.done = runner.whole
         runner.step("done")
