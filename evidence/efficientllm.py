@@ -54,6 +54,7 @@ QUICK = replace(QUICK_STUDY, steps=20)
 STORE: Path | None = None
 """Where records are kept; None: a folder of this run alone, so that everything is measured anew."""
 DENSE_ORDER = ("mqa", "gqa", "mha")
+ATTENDING = ("mha", "mqa", "gqa", "mla", "nsa")
 LATENT_ORDER = ("mqa", "mla", "gqa", "mha")
 ONE_B = {"hidden": 2048, "intermediate": 8192, "layers": 16}
 FORMS = AXES[PRECISION]
@@ -443,7 +444,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
             progress(10 + 70 * part // max(whole, 1), 100, what)
 
     claims = list(meter_claims(quick, tick))
-    axes = {axis: AXES[axis] for axis in (ATTENTION, EXPERTS, PRECISION, PEFT)}
+    axes = {ATTENTION: ATTENDING, **{axis: AXES[axis] for axis in (EXPERTS, PRECISION, PEFT)}}
     lacking = missing(axes)
     if ATTENTION in lacking:
         raise InputError(f"the experiment {lacking[ATTENTION]}")

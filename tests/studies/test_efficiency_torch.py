@@ -39,6 +39,8 @@ def test_attention_variants_have_equal_parameters_and_ordered_caches(sizes: Any)
         kept = {name: config.mixer.cached_values(4096) for name, config in configs.items()}
     assert kept["mqa"] < kept["mla"] < kept["gqa"] < kept["mha"]
     assert kept["gqa"] < kept["nsa"] < kept["mha"]
+    for name in ("mamba", "rwkv"):
+        assert configs[name].mixer.cached_values(64) == configs[name].mixer.cached_values(4096) < kept["mqa"]
 
 
 def test_experts_have_a_dense_feeds_operations() -> None:

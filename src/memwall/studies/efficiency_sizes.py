@@ -10,7 +10,7 @@ from memwall.hardware.meter import check_interval
 
 ATTENTION, POSITIONS, EXPERTS, PRECISION, PEFT = "attention", "positions", "experts", "precision", "peft"
 AXES: dict[str, tuple[str, ...]] = {
-    ATTENTION: ("mha", "mqa", "gqa", "mla", "nsa"),
+    ATTENTION: ("mha", "mqa", "gqa", "mla", "nsa", "mamba", "rwkv"),
     POSITIONS: ("rotary", "sinusoidal", "learned", "relative", "none"),
     EXPERTS: ("dense", "moe"),
     PRECISION: ("float32", "bfloat16", "int8", "int4"),
