@@ -76,24 +76,34 @@ def texts(data: Path | None) -> tuple[bytes, bytes]:
 
 # ---- the meter -----------------------------------------------------------------------------------------------------
 
-STAIR_BYTES, STAIRS, STAIR_S = 4 * MIB, 16, 0.02
+STAIR_BYTES, STAIRS, STAIR_S = 4 * MIB, 16, 0.05
+SAW_DT_S = 0.017
+"""No divisor of the stairs' length: samples in step with a signal see the same side of every stair."""
 
 
-def sawtooth(periods: int) -> tuple[float, Series]:
-    """Memory that rises by stairs of 4 MiB and falls at once: its mean over what was there before, and the series."""
-    room = mmap.mmap(-1, STAIR_BYTES * STAIRS)
-    meter = Meter(dt_s=STAIR_S / 2, memory=resident_bytes)
-    base = resident_bytes(exact=True)
+def sawtooth(periods: int) -> tuple[float, float, Series]:
+    """Memory that rises by stairs of 4 MiB and falls at once: the meter's mean over what was there before, the mean by
+    the times at which it rose and fell, and the series.
+    """
+    room, stair = mmap.mmap(-1, STAIR_BYTES * STAIRS), b"x" * STAIR_BYTES
+    meter = Meter(dt_s=SAW_DT_S, memory=resident_bytes)
+    base, area, held = resident_bytes(exact=True), 0.0, 0
     with meter:
-        began = time.perf_counter()
-        for period in range(periods):
-            for stair in range(STAIRS):
-                room[stair * STAIR_BYTES : (stair + 1) * STAIR_BYTES] = b"x" * STAIR_BYTES
-                due = began + STAIR_S * (period * STAIRS + stair + 1)
-                time.sleep(max(due - time.perf_counter(), 0))
-            room.madvise(mmap.MADV_DONTNEED)
+        began = last = time.perf_counter()
+        for number in range(periods * STAIRS):
+            place = number % STAIRS * STAIR_BYTES
+            room[place : place + STAIR_BYTES] = stair
+            now = time.perf_counter()
+            area, held, last = area + (now - last) * (held + STAIR_BYTES / 2), held + STAIR_BYTES, now
+            time.sleep(max(began + STAIR_S * (number + 1) - now, 0))
+            now = time.perf_counter()
+            area, last = area + (now - last) * held, now
+            if number % STAIRS == STAIRS - 1:
+                room.madvise(mmap.MADV_DONTNEED)  # milliseconds, in which pages go one by one
+                now = time.perf_counter()
+                area, held, last = area + (now - last) * held / 2, 0, now
     room.close()
-    return meter.series.mean_memory_bytes - base, meter.series
+    return meter.series.mean_memory_bytes - base, area / (last - began), meter.series
 
 
 def work_for(seconds: float) -> int:
@@ -134,8 +144,7 @@ def overhead(pairs: int, seconds: float) -> tuple[float, float]:
 
 def meter_claims(quick: bool, tick: Tick) -> Iterator[Claim]:
     tick("the meter")
-    mean, series = sawtooth(3 if quick else 10)
-    truth = STAIR_BYTES * (STAIRS + 1) / 2
+    mean, truth, series = sawtooth(2 if quick else 8)
     yield Claim(
         claim="the mean of memory that rises and falls like a saw is its analytic mean",
         measured=f"{format_bytes(int(mean))} against {format_bytes(int(truth))}, {mean / truth - 1:+.2%}, in "

@@ -78,8 +78,9 @@ def test_bytes_a_token_by_hand(experiment: ModuleType) -> None:
 
 
 def test_a_saw_is_seen(experiment: ModuleType) -> None:
-    mean, series = experiment.sawtooth(1)
+    mean, truth, series = experiment.sawtooth(1)
     assert 0 < mean < experiment.STAIR_BYTES * experiment.STAIRS
+    assert 0 < truth < experiment.STAIR_BYTES * experiment.STAIRS
     assert max(series.memory_bytes) - series.memory_bytes[0] > 0.9 * experiment.STAIR_BYTES * experiment.STAIRS
 
 
