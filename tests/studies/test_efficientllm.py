@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from memwall.compress.model import compress_model
 from memwall.errors import InputError
 from memwall.plan.choose import held_out_text
 from memwall.studies import efficiency_report, efficientllm
@@ -169,3 +170,19 @@ def test_bad_sizes_are_refused(wrong: dict[str, int]) -> None:
 def test_too_little_text_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="held-out text has 5 bytes"):
         studied(folder, held_out=b"short")
+
+
+def test_models_that_cannot_be_compared_are_refused_before_training(folder: Path, tmp_path: Path) -> None:
+    """The axes with training come first, so a wrong folder must not wait for them."""
+    text = held_out_text().encode()
+    for wrong, says in ((tmp_path / "nowhere", "nowhere"), (compressed(tmp_path), "compressed weights")):
+        with pytest.raises(InputError, match=says):
+            study_efficiency(
+                wrong, "wrong", axes=AXES, sizes=TINY, text=text, held_out=text, store=tmp_path / "records"
+            )
+    assert not list((tmp_path / "records").glob("*.json"))
+
+
+def compressed(folder: Path) -> Path:
+    compress_model(make_model(folder / "float"), folder / "packed", bits="int8", method="rtn")
+    return folder / "packed"

@@ -134,9 +134,7 @@ class Runner:
 
     def precisions(self, techniques: Sequence[str]) -> Iterator[Record]:
         """A record a precision; the baseline's comes first, whatever is asked for, as others are held against it."""
-        config = ModelConfig.from_directory(self.directory)
-        with Checkpoint(self.directory, config) as checkpoint:
-            fingerprint = checkpoint.fingerprint()
+        fingerprint = checked(self.directory)
         baseline: dict[str, Any] | None = None
         for technique in dict.fromkeys((BASELINES[PRECISION], *techniques)):
             self.step(f"{PRECISION} {technique}")
@@ -176,6 +174,8 @@ def study_efficiency(
         threads=threads or usable_processors(), progress=progress,
     )  # fmt: skip
     lacking = missing(axes)
+    if PRECISION in axes or PEFT in axes:
+        checked(directory)  # before the minutes that training takes
     left_out = [f"{axis}: {why}" for axis, why in lacking.items()]
     jobs = [
         (axis, technique, seed)
@@ -206,6 +206,17 @@ def study_efficiency(
         records=tuple(records), left_out=tuple(left_out), sizes=sizes, machine=machine,
         seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def checked(directory: Path) -> str:
+    """Fingerprint of a stored model; InputError for one whose precisions cannot be compared."""
+    config = ModelConfig.from_directory(directory)
+    if config.ssm is not None:
+        raise InputError(f"{directory}: a {config.family} model; precisions are compared of models with attention")
+    with Checkpoint(directory, config) as checkpoint:
+        if checkpoint.manifest is not None:
+            raise InputError(f"{directory}: holds compressed weights; give the folder of the float model")
+        return checkpoint.fingerprint()
 
 
 def missing(axes: Mapping[str, Sequence[str]]) -> dict[str, str]:
