@@ -26,13 +26,13 @@ def judged(directory: Path, weights: str, read: Material, *, exact: bool) -> dic
     model = StudyModel(directory, weights, max(longest + 1, prompts + 32), exact=exact, logit_rows=LOGIT_ROWS)
     subject = CacheSubject(model, "float16")
     try:
-        losses = [float(np.mean(_losses(subject, model, window[:1], window[1:]))) for window in read.windows]
+        losses = [float(np.mean(token_losses(subject, model, window[:1], window[1:]))) for window in read.windows]
         right = [
             _recalls(subject, each.prompt, asked, answer) for each in read.hidden for asked, answer in each.questions
         ]
         chosen = []
         for question in read.questions:
-            sums = [-sum(_losses(subject, model, question.context, choice)) for choice in question.choices]
+            sums = [-sum(token_losses(subject, model, question.context, choice)) for choice in question.choices]
             chosen.append(chose_right(question, sums))
         held = model.decoder.weights
         nbytes = sum(matrix.nbytes for matrix in {id(m): m for m in held.matrices.values()}.values())
@@ -50,7 +50,7 @@ def judged(directory: Path, weights: str, read: Material, *, exact: bool) -> dic
         model.decoder.weights.release()
 
 
-def _losses(
+def token_losses(
     subject: CacheSubject, model: StudyModel, given: Sequence[int] | np.ndarray, scored: Sequence[int] | np.ndarray
 ) -> list[float]:
     """-log p of each of the tokens `scored` after `given`, in nats; a text opens with the model's begin token."""
