@@ -1,4 +1,5 @@
-"""Training a model's own weights: all of them (`full`), or those of the last layers while the rest is frozen (`freeze`).
+"""Training a model's own weights: all of them (`full`), or those of the last layers while the rest is frozen
+(`freeze`).
 
 Source: the two plain ends of the fine-tuning axis of "EfficientLLM: Efficiency in Large Language Models" (2025, arXiv
 2505.13840); freezing as in "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning" (Jaejun Lee, 2019,

@@ -5,12 +5,12 @@ arXiv 2404.02948), section 3; the result is written as PEFT converts it to plain
 
 Idea: W = U S V^T. B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T are trained, and the rest of W stays as it is. So nothing
 changes at the start, and gradients are large from the first step, where LoRA's A has none.
-Units and shapes: y = (W - s B0 A0) x + s B A dropout(x) with s B0 A0 the first r terms of W, A [rank, in], B [out, rank];
-result: a plain adapter of rank 2 r that adds s (B A - B0 A0), by stacking.
-Differs from the paper: the rest of W is not made, let alone packed: W x - s B0 (A0 x) is the same product, over any base,
-which needs no second copy and starts from exactly no change. So what a packed base lost it has lost (the paper packs the
-rest alone, which is a little nearer). Singular vectors come from subspace iteration over products with the packed base
-(`sweeps` of them; PEFT's `pissa_niter_16` does so too); exact where rank + 8 reaches the narrower side.
+Units and shapes: y = (W - s B0 A0) x + s B A dropout(x) with s B0 A0 the first r terms of W, A [rank, in], B [out,
+rank]; result: a plain adapter of rank 2 r that adds s (B A - B0 A0), by stacking.
+Differs from the paper: the rest of W is not made, let alone packed: W x - s B0 (A0 x) is the same product, over any
+base, which needs no second copy and starts from exactly no change. So what a packed base lost it has lost (the paper
+packs the rest alone, which is a little nearer). Singular vectors come from subspace iteration over products with the
+packed base (`sweeps` of them; PEFT's `pissa_niter_16` does so too); exact where rank + 8 reaches the narrower side.
 Cost: A0 and B0 beside LoRA's 16 bytes per adapter weight, 4 each; the result has twice the rank.
 Holds when: rank is at most 256, and at most the narrower side.
 """

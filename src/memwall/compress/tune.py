@@ -47,9 +47,9 @@ class TuneReport:
     """What a run made.
 
     history: per measurement the step, the mean training loss since the one before, and the loss of the windows held
-    out. adapter_bytes: what was written, a whole model where the method trains that. effective_bits: bytes of the adapted
-    matrices as packed and of the adapter, per weight of these matrices.
-    rows: the ledger while steps were worked; predicted: what was expected of each row beforehand.
+    out. adapter_bytes: what was written, a whole model where the method trains that. effective_bits: bytes of the
+    adapted matrices as packed and of the adapter, per weight of these matrices. rows: the ledger while steps were
+    worked; predicted: what was expected of each row beforehand.
     """
 
     directory: str
@@ -122,8 +122,8 @@ def tune_model(
     progress: Progress | None = None,
     force: bool = False,
 ) -> TuneReport:
-    """Train an adapter for `model` on the text `data` and write it to the new folder `out`, in PEFT's form; methods that
-    train the model itself write a model there.
+    """Train an adapter for `model` on the text `data` and write it to the new folder `out`, in PEFT's form; methods
+    that train the model itself write a model there.
 
     weights: the form of the base, a choice of `models.precision`; None is the method's own, or that of a compressed
     model. teacher: the float model whose answers are learned. lora: an adapter to go on from. budget_bytes: resident
@@ -270,9 +270,7 @@ class _Run:
     def _report(self, trainer: Trainer, adapter_bytes: int, rows: list[dict[str, str | int]]) -> TuneReport:
         asked, method = self.asked, self.asked.method
         names = tuple(method.shapes(asked.config)) if method.makes_adapter else ()
-        matrices = [
-            t for t in asked.config.tensors() if is_matrix(t) and (not names or t.name.split(".")[-2] in names)
-        ]
+        matrices = [t for t in asked.config.tensors() if is_matrix(t) and (not names or t.name.split(".")[-2] in names)]
         size = sum(tensor.size for tensor in matrices)
         packed = sum(codec(asked.specs[tensor.name]).nbytes(tensor.shape) for tensor in matrices)
         peak = peak_resident_bytes()
@@ -313,7 +311,9 @@ def _trained(asked: Asked) -> int:
 def _start(lora: Path, config: ModelConfig, method: TuneMethod) -> LoraWeights:
     found = LoraWeights.read(lora, config)
     if not method.makes_adapter:
-        raise InputError(f"--lora {lora}: method {method.name} trains the model itself and has no adapter to go on from")
+        raise InputError(
+            f"--lora {lora}: method {method.name} trains the model itself and has no adapter to go on from"
+        )
     if found.dora and "use_dora" not in method.told:
         raise InputError(f"--lora {lora}: is a DoRA adapter; go on from it with --method dora")
     return found

@@ -89,7 +89,9 @@ class ShiftedCodec(LevelCodec):
         columns = values.shape[1]
         short = columns % BLOCK
         if short:
-            values = np.concatenate([values, np.resize(values[:, columns - short :].T, (BLOCK - short, len(values))).T], 1)
+            values = np.concatenate(
+                [values, np.resize(values[:, columns - short :].T, (BLOCK - short, len(values))).T], 1
+            )
         return np.ascontiguousarray(values.reshape(-1, BLOCK))
 
     def encode_slab(self, values: np.ndarray, shifts: np.ndarray) -> dict[str, np.ndarray]:

@@ -64,8 +64,9 @@ class DecodeStep:
         lora: LoraBatch | None = None,
         apart: bool = False,
     ) -> None:
-        """apart: products that are added to the residual are complete before that (`LoraBatch.lengthens`). buffers: float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of B rows
-        each, `cos` and `sin` [B, D / 2].
+        """apart: products that are added to the residual are complete before that (`LoraBatch.lengthens`). buffers:
+        float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of B rows each, `cos`
+        and `sin` [B, D / 2].
         """
         self.generation = weights.generation
         self._buffers = buffers

@@ -3,9 +3,9 @@
 Source: "DoRA: Weight-Decomposed Low-Rank Adaptation" (Shih-Yang Liu, 2024, arXiv 2402.09353), section 4.1, equation 5;
 rows and names as in PEFT, whose `lora_magnitude_vector` has one length for each output.
 
-Idea: the adapted weight is m (W + s B A) / ||W + s B A||, row by row. The fraction m / || || is one number for each output
-once the adapter is trained, so the product is (m / || ||) (W x + s B A x): nothing is merged and W stays packed. The
-lengths are those of the base at hand, as its codes decode, which is how PEFT takes them for quantized bases.
+Idea: the adapted weight is m (W + s B A) / ||W + s B A||, row by row. The fraction m / || || is one number for each
+output once the adapter is trained, so the product is (m / || ||) (W x + s B A x): nothing is merged and W stays packed.
+The lengths are those of the base at hand, as its codes decode, which is how PEFT takes them for quantized bases.
 Units and shapes: float32 [layers, 2, out] for each target: y becomes y + rows[layer, 0] y + rows[layer, 1]; the second
 takes back what the first did to the bias.
 Cost: 8 bytes for each output. Made once, from a slab of decoded rows at a time.

@@ -190,7 +190,8 @@ def write_lora(
             writer.write(name, np.ascontiguousarray(value))
     told = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none",
-        "target_modules": sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors}), "base_model_name_or_path": base, **fields,
+        "target_modules": sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors}),
+        "base_model_name_or_path": base, **fields,
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return folder

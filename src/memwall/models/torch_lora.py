@@ -100,8 +100,8 @@ class Adapted:
                 yield f"{layer}.{target}.{name}", parameter
 
     def factors(self) -> dict[str, np.ndarray]:
-        """A and B of every target as float16, lengths as float32, under PEFT's names. InputError where a number has left
-        that range.
+        """A and B of every target as float16, lengths as float32, under PEFT's names. InputError where a number has
+        left that range.
         """
         found = {}
         for (layer, target), module in self.layers.items():
