@@ -2,7 +2,7 @@
 
 *Source*: EfficientLLM (2025), arXiv 2505.13840, the fine-tuning axis: LoRA, LoRA+, rsLoRA, DoRA, PiSSA, freeze, full.
 *Idea*: every method is run by what `memwall tune` runs, from the same weights on the same windows, and metered while it
-steps: after the first ones, before the last, which is judged and saved. The domain is the study's text with every letter
+steps: after the first ones, before the last, which is judged and saved. The domain is the study's text with each letter
 thirteen places on: a language that no model of English has seen, with the structure of one that it knows, and the same
 on every machine. The model before the first step is the yardstick.
 *Units and shapes*: `efficiency_records`; ST is samples (windows) per parameter of the whole model and second.
