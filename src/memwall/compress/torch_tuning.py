@@ -74,6 +74,8 @@ class Trainer:
         self.step = self.resumed_from = self.skipped = self.best_step = 0
         self.best = math.inf
         self.history: list[dict[str, float]] = []
+        self.window_losses: list[float] = []
+        """Of the windows held out when they were last measured."""
         self._per_epoch = -(-windows.num_train // method.batch)
         self.num_steps = method.steps or method.epochs * self._per_epoch
 
@@ -126,13 +128,14 @@ class Trainer:
             return None
         self.adapted.decoder.eval()
         share = Share(tokens=len(chosen) * (self.windows.tokens.shape[1] - 1), sequences=len(chosen))
-        total = 0.0
+        found: list[float] = []
         with torch.no_grad():
             for window in chosen:
                 tokens = torch.from_numpy(self.windows.tokens[None, window])
                 hidden = self.adapted.decoder.hidden(tokens[:, :-1])
-                total += self._judge(hidden, tokens, [int(window)], share)
-        return total
+                found.append(self._judge(hidden, tokens, [int(window)], share))
+        self.window_losses = [each * len(chosen) for each in found]
+        return sum(found)
 
     # -- one piece of a batch ----------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ class TuneReport:
     history: per measurement the step, the mean training loss since the one before, and the loss of the windows held
     out. adapter_bytes: what was written, a whole model where the method trains that. effective_bits: bytes of the
     adapted matrices as packed and of the adapter, per weight of these matrices. rows: the ledger while steps were
-    worked; predicted: what was expected of each row beforehand.
+    worked; predicted: what was expected of each row beforehand. held_out_losses: the last measured, window by window.
     """
 
     directory: str
@@ -65,6 +65,7 @@ class TuneReport:
     resumed_from: int
     tokens: int
     history: list[dict[str, float]]
+    held_out_losses: list[float]
     trained_parameters: int
     adapter_bytes: int
     base_bits: float
@@ -291,6 +292,7 @@ class _Run:
             resumed_from=trainer.resumed_from,
             tokens=asked.windows.num_train * (method.context - 1),
             history=trainer.history,
+            held_out_losses=trainer.window_losses,
             trained_parameters=_trained(asked),
             adapter_bytes=adapter_bytes,
             base_bits=8 * packed / size,

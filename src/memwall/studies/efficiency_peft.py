@@ -23,7 +23,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,8 @@ MODULE = "memwall.studies.efficiency_peft"
 RATES = {"full": 1e-4, "freeze": 5e-4}
 """Learning rates beside 1e-3. The paper's examples (1e-4, full 1e-5) are for billions of weights and long runs."""
 CONTEXT = 128
+MOST_STEPS, MOST_BATCH = 24, 4
+"""The stored model is larger than those that other axes train from nothing: fewer of the study's steps and texts."""
 HELD_OUT = 0.1
 
 
@@ -61,6 +63,7 @@ def peft_axis(runner: Runner, techniques: Sequence[str] = TECHNIQUES) -> list[Re
     with Checkpoint(runner.directory, config) as checkpoint:
         fingerprint = checkpoint.fingerprint()
     found: list[Record] = []
+    runner.whole += len(techniques) * runner.sizes.seeds - 1  # the axis was counted as one
     with tempfile.TemporaryDirectory(prefix="memwall-peft-") as name:
         text = Path(name) / "domain.txt"
         text.write_text(domain_text(runner.text.decode(errors="replace")), encoding="utf-8")
@@ -74,14 +77,20 @@ def peft_axis(runner: Runner, techniques: Sequence[str] = TECHNIQUES) -> list[Re
                     record = runner.call(MODULE, "tuned", f"{PEFT} {technique}, seed {seed}", request)
                     runner.store.write(key, record)
                 found.append(record)
+                runner.done += 1
     return found
+
+
+def fitted(sizes: Sizes) -> Sizes:
+    """The study's sizes as this axis takes them."""
+    return replace(sizes, steps=min(sizes.steps, MOST_STEPS), batch=min(sizes.batch, MOST_BATCH))
 
 
 def settings_of(technique: str, seed: int, sizes: Sizes) -> dict[str, str]:
     """What `memwall tune` is given."""
     found = {
         "learning_rate": RATES.get(technique, 1e-3), "batch": sizes.batch, "context": CONTEXT, "seed": seed,
-        "steps": sizes.warm_up + sizes.steps + 1, "save_every": 1 << 30, "held_out": HELD_OUT,
+        "steps": sizes.warm_up + sizes.steps + 1, "save_every": 1 << 40, "held_out": HELD_OUT,
     }  # fmt: skip
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in found.items()}
 
@@ -89,7 +98,7 @@ def settings_of(technique: str, seed: int, sizes: Sizes) -> dict[str, str]:
 def tuned(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """One method and seed. request: directory, name, technique, seed, text, out (a free path), sizes, threads."""
     kernels.set_num_threads(request["threads"])
-    sizes, technique, directory = Sizes(**request["sizes"]), request["technique"], Path(request["directory"])
+    sizes, technique, directory = fitted(Sizes(**request["sizes"])), request["technique"], Path(request["directory"])
     options = settings_of(technique, request["seed"], sizes)
     method, config = tune_method(technique, options), ModelConfig.from_directory(directory)
     stretch = _Stretch(method, config, sizes, report)
@@ -125,7 +134,7 @@ def tuned(request: dict[str, Any], report: Report) -> dict[str, Any]:
         dt_s=sizes.training_dt_s,
         series=series,
         metrics=metrics,
-        quality={"losses": [held_out[-1]]},
+        quality={"losses": made.held_out_losses},
         figures={
             "loss_before": held_out[0], "steps_s": stretch.steps_s, "others": series.mean_others, "rows": rows,
             "optimizer_bytes": rows["optimizer"], "peak_bytes": made.peak_resident_bytes,
