@@ -285,3 +285,25 @@ def test_windows_are_of_the_text_in_order(model: Path, text: Path) -> None:
     assert (windows.tokens[:, 0] == tokenizer.bos_token_id).all()
     np.testing.assert_array_equal(windows.tokens[:, 1:].reshape(-1), ids[: windows.tokens[:, 1:].size])
     assert len(windows.held_out) == max(int(len(windows.tokens) * 0.1), 1)
+
+
+@pytest.mark.parametrize("method", ["dora", "pissa", "full"])
+def test_rows_are_as_planned(model: Path, text: Path, tmp_path: Path, method: str) -> None:
+    """Every owner's bytes are those that were worked out before a weight was read."""
+    options = {name: value for name, value in QUICK.items() if name != "rank" or method != "full"}
+    report = tune_model(model, text, tmp_path / "out", method=method, options={**options, "steps": "2"})
+    rows = {row["owner"]: int(row["bytes"]) for row in report.rows}
+    assert {owner: rows[owner] for owner in report.predicted} == dict(report.predicted)
+    assert report.peak_resident_bytes <= sum(report.predicted.values()) + HEADROOM_BYTES
+
+
+def test_adapters_that_do_not_go_on(model: Path, text: Path, tmp_path: Path) -> None:
+    for method in ("dora", "lora"):
+        trained(model, text, tmp_path / method, method=method, options={"steps": "1"})
+    with pytest.raises(InputError, match="go on from it with --method dora"):
+        trained(model, text, tmp_path / "out", method="lora", lora=tmp_path / "dora")
+    with pytest.raises(InputError, match="has no adapter to go on from"):
+        tune_model(model, text, tmp_path / "out", method="full", lora=tmp_path / "lora")
+    report = trained(model, text, tmp_path / "out", method="dora", lora=tmp_path / "lora", options={"steps": "1"})
+    before = trained(model, text, tmp_path / "more", method="lora", lora=tmp_path / "lora", options={"steps": "1"})
+    assert report.history[0]["held_out"] == pytest.approx(before.history[0]["held_out"], rel=1e-4)

@@ -38,7 +38,7 @@ for adapter in adapters:
 
 @pytest.mark.skipif("MEMWALL_PEER_PYTHON" not in os.environ, reason="MEMWALL_PEER_PYTHON names no Python with peft")
 def test_peft_reads_what_was_written(tmp_path: Path) -> None:
-    model, text = make_model(tmp_path / "model"), tmp_path / "text.txt"
+    model, text = make_model(tmp_path / "model", model_type="llama"), tmp_path / "text.txt"
     text.write_text("A city lies on a river, and the river comes down from the hills. " * 60)
     options = {"rank": "4", "alpha": "8", "context": "64", "batch": "4", "steps": "6", "learning_rate": "0.01"}
     for method in METHODS:
