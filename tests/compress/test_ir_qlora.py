@@ -106,4 +106,4 @@ def test_tuned_on_the_calibrated_base(tmp_path: Path) -> None:
     losses = [each["held_out"] for each in report.history]
     assert losses[-1] < losses[0]
     assert report.base == "irnf4"
-    assert report.base_bits == pytest.approx(4.26, abs=0.02)
+    assert report.base_bits == pytest.approx(4.27, abs=0.03)
