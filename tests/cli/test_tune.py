@@ -48,7 +48,7 @@ def test_refusals(memwall: Any, text: Path, tmp_path: Path, monkeypatch: pytest.
     model = make_model(tmp_path / "model")
     cases = (
         (("--set", "rank"), 2, "NAME=VALUE"),
-        (("--method", "lora"), 2, "known are qlora"),
+        (("--method", "lore"), 2, "known are qlora"),
         (("--teacher", "demo"), 2, "no teacher"),
         (("--lora", str(tmp_path)), 2, "adapter_config.json"),
         (("--memory", "20MB"), 1, "try --memory"),

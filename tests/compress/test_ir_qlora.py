@@ -1,17 +1,28 @@
-"""IR-QLoRA: the connection against its definition, merged exactly; codes that tell more than NF4's."""
+"""IR-QLoRA: the connection against its definition, merged exactly; the calibrated base."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from memwall.compress.ir_qlora import averaging, calibrate, entropies, parts
+from memwall import kernels
+from memwall.compress import weight_method
+from memwall.compress.ir_qlora import averaging, parts
+from memwall.compress.model import compress_model
+from memwall.compress.tune import tune_model
 from memwall.compress.tuning import tune_method
 from memwall.errors import InputError
-from memwall.formats import codec
+from memwall.memory import Arena, Ledger
+from memwall.models import Checkpoint
+from memwall.models.config import ModelConfig
+from memwall.models.precision import resolve
+from memwall.models.weights import load_weights
+from tests.compress.tiny_model import make_model
 
 
 def test_connection_is_the_published_one_and_merges_exactly() -> None:
@@ -54,22 +65,45 @@ def test_parts_are_consecutive_and_as_equal_as_can_be(rank: int, width: int) -> 
     np.testing.assert_allclose(averaging(rank, width).sum(axis=1), 1, rtol=1e-6)
 
 
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 1000), lean=st.floats(-0.5, 0.5))
-def test_calibrated_codes_tell_more(seed: int, lean: float) -> None:
-    weight = np.random.default_rng(seed).standard_normal((8, 256)).astype(np.float32) + np.float32(lean)
-    plain, shifted = calibrate(weight, 1), calibrate(weight, 41)
-    assert shifted.entropy > plain.entropy
-    error = np.abs(shifted.decode() - weight).max()
-    assert error <= 0.16 * np.abs(weight - np.median(weight)).max() + 0.05  # half the widest gap between levels, shifts
+def test_the_base_is_calibrated_and_so_is_what_compress_makes(tmp_path: Path) -> None:
+    """`memwall compress --method ir-qlora`, saved and read again, is the base that the method trains on, bit for
+    bit.
+    """
+    model, out = make_model(tmp_path / "model"), tmp_path / "packed"
+    report = compress_model(model, out, method="ir-qlora")
+    assert tune_method("ir-qlora").base == "irnf4"
+    assert report.bits_per_weight == pytest.approx(4.26, abs=0.05)
+    config = ModelConfig.from_directory(model)
+    held = []
+    for folder, choice in ((model, "irnf4"), (out, "saved")):
+        with Checkpoint(folder, ModelConfig.from_directory(folder)) as checkpoint:
+            specs = resolve(config, choice, checkpoint)
+            weights = load_weights(config, checkpoint, specs, Arena(1 << 40, Ledger()))
+        rows = {}
+        for name, matrix in weights.matrices.items():
+            rows[name] = np.empty((matrix.rows, matrix.cols), np.float32)
+            kernels.gather_rows(matrix, np.arange(matrix.rows), rows[name])
+        held.append(rows)
+    assert held[0].keys() == held[1].keys()
+    for name, values in held[0].items():
+        np.testing.assert_array_equal(values, held[1][name], err_msg=name)
 
 
-def test_without_a_shift_codes_are_those_of_nf4() -> None:
-    weight = np.random.default_rng(0).standard_normal((4, 128)).astype(np.float32)
-    plain = calibrate(weight, 1)
-    np.testing.assert_allclose(plain.decode(), codec("nf4").decode(codec("nf4").encode(weight)), rtol=1e-6)
+def test_it_makes_one_width() -> None:
+    method = weight_method("ir-qlora")
+    assert method.form("irnf4") == method.form(4.0) == "irnf4"
+    with pytest.raises(InputError, match="makes irnf4"):
+        method.form(3.0)
+    with pytest.raises(InputError, match="not int4"):
+        method.check("int4")
 
 
-def test_entropy_by_hand() -> None:
-    codes = np.array([[0] * 32 + [5] * 32, list(range(16)) * 4], np.uint8)
-    np.testing.assert_allclose(entropies(codes), [1, 4])
+def test_tuned_on_the_calibrated_base(tmp_path: Path) -> None:
+    model, text = make_model(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text("A city lies on a river, and the river comes down from the hills. " * 40)
+    options = {"rank": "4", "context": "64", "batch": "4", "steps": "4", "learning_rate": "0.01"}
+    report = tune_model(model, text, tmp_path / "out", method="ir-qlora", options=options)
+    losses = [each["held_out"] for each in report.history]
+    assert losses[-1] < losses[0]
+    assert report.base == "irnf4"
+    assert report.base_bits == pytest.approx(4.27, abs=0.03)

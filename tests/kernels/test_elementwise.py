@@ -116,3 +116,13 @@ def test_int8_rows_are_checked() -> None:
     for arguments, words in wrong:
         with pytest.raises(ValueError, match=words):
             kernels.store_int8(*arguments)
+
+
+def test_added_rows_recorded() -> None:
+    x, out = normal(3, 17), normal(3, 17, seed=1)
+    program, wanted = kernels.Program(), out + x
+    program.add(x, out)
+    program.run()
+    np.testing.assert_array_equal(out, wanted)
+    with pytest.raises(ValueError, match="shape of x"):
+        program.add(x, out[:2])

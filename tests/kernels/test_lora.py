@@ -170,3 +170,40 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     one.paged.place(one.pages)
     with pytest.raises(OSError, match="Bad file descriptor"):
         one.paged.fetch(pool, -1, "float16", np.zeros((1, 7, 2), np.int64))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    unit=st.integers(1, 20).map(lambda n: 4 * n), rank=st.integers(1, 9), outputs=st.integers(1, 300),
+    tokens=st.integers(1, 9), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_outputs_are_lengthened_once_all_is_added(
+    unit: int, rank: int, outputs: int, tokens: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """y + d y + c of y with what the adapter adds; rows of the other adapter, and of none, stay as they are."""
+    draw = np.random.default_rng(seed)
+    room, folder = LoraRoom(num_layers=2, unit_bytes=unit, units_per_block=4), tmp_path_factory.mktemp("lora")
+    shapes = {"q_proj": (rank, 24, outputs)}
+    need = PagedLora(room, "float16", 1.0, shapes).num_pages
+    pool, pages = pool_of(room, 2 * need), list(draw.permutation(2 * need))
+    one, other = (Made(room, pool, pages, "float16", shapes, draw, folder) for _ in range(2))
+    rows = draw.standard_normal((2, 2, outputs)).astype(np.float32)
+    one.paged.lengthen("q_proj", rows)
+    assert one.paged.row_bytes == rows.nbytes
+    batch = LoraBatch(room, np.empty((2 * tokens + 1, 3 * rank), np.float32))
+    batch.assign(pool, [(0, tokens, other.paged)])
+    assert not batch.lengthens
+    batch.assign(pool, [(0, tokens, one.paged), (tokens, tokens, other.paged)])
+    assert batch.lengthens
+    x = draw.standard_normal((2 * tokens + 1, 24)).astype(np.float32)
+    start = draw.standard_normal((len(x), outputs)).astype(np.float32)
+    for layer in range(2):
+        out = start.copy()
+        batch.add(layer, 0, x, [0], [out])
+        wanted = start.astype(np.float64)
+        wanted[:tokens] += one.added(layer, "q_proj", x[:tokens])
+        wanted[:tokens] += rows[layer, 0] * wanted[:tokens] + rows[layer, 1]
+        wanted[tokens:-1] += other.added(layer, "q_proj", x[tokens:-1])
+        assert np.abs(out - wanted).max() < 1e-4
+    with pytest.raises(ValueError, match="rows must be"):
+        one.paged.lengthen("q_proj", rows[:, :1])

@@ -30,7 +30,9 @@ def striped(x: np.ndarray, matrix: kernels.Matrix, threads: int, **options: obje
     return out, _native.linear_striped_products() - before
 
 
-@pytest.mark.parametrize("spec", ["int4-g128", "int3-g32-asym", "nf4", "e4m3", "sparse4-g256", "sparse2-g64-asym"])
+@pytest.mark.parametrize(
+    "spec", ["int4-g128", "int3-g32-asym", "nf4", "irnf4", "e4m3", "sparse4-g256", "sparse2-g64-asym"]
+)
 def test_stripes_give_the_product_and_no_thread_count_changes_it(spec: str, isa: str) -> None:
     matrix, weight = weights(ROWS, COLS, spec)
     group = int(codec(spec).group)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from memwall import kernels
 from memwall.formats import codec
 from memwall.kernels.torch_frozen import FrozenEmbedding, FrozenLinear, input_gradient, slab_rows
 
-SPECS = ("int2-g64-asym", "int3-g32-asym", "int4-g64", "int8-g128", "nf4-dq", "e2m1", "float16", "float32")
+SPECS = ("int2-g64-asym", "int3-g32-asym", "int4-g64", "int8-g128", "nf4-dq", "irnf4", "e2m1", "float16", "float32")
 
 
 def pair(spec: str, rows: int, columns: int) -> tuple[kernels.Matrix, torch.Tensor]:

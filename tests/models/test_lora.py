@@ -77,7 +77,7 @@ def test_fetched_rows_give_the_factors_products(tmp_path: Path, dtype: Any, exac
 
 
 REFUSED = [
-    ({"use_dora": True}, "use_dora is set"),
+    ({"use_qalora": True}, "use_qalora is set"),
     ({"bias": "all"}, "bias must be one of none"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
     ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is set"),

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("loras")
     for number, name in enumerate(("red", "green", "blue")):
         make_lora(where / "served" / name, CONFIG, rank=8 << number, seed=number)
-    make_lora(where / "served" / "bad", CONFIG, use_dora=True)
+    make_lora(where / "served" / "bad", CONFIG, use_qalora=True)
     make_lora(where / "outside", CONFIG, seed=7)
     make_lora(where / "named", CONFIG, rank=4, seed=9, strength=2.0)
     return where
@@ -111,7 +111,7 @@ def test_loading_and_unloading(server: Running, folder: Path) -> None:
         ({"lora_name": "x", "lora_path": "."}, 403, "outside the server's --lora-dir"),
         ({"lora_name": "x", "lora_path": "a\0b"}, 400, "lora_path is missing"),
         ({"lora_name": "x", "lora_path": "nothing"}, 400, "there is no such folder"),
-        ({"lora_name": "x", "lora_path": "bad"}, 400, "use_dora is set"),
+        ({"lora_name": "x", "lora_path": "bad"}, 400, "use_qalora is set"),
         ({"lora_name": "x"}, 400, "lora_path is missing"),
         ({"lora_path": "red"}, 400, "lora_name is missing"),
         ({"lora_name": "demo", "lora_path": "red"}, 400, "base model's own name"),
@@ -161,7 +161,7 @@ def test_the_key_guards_the_routes_and_nothing_is_loaded_without_a_folder(starte
         (["--lora", "x"], "give NAME=DIR"),
         (["--lora", "demo={folder}/named"], "base model's own name"),
         (["--lora", "x={folder}/nothing"], "no such folder"),
-        (["--lora", "x={folder}/served/bad"], "use_dora is set"),
+        (["--lora", "x={folder}/served/bad"], "use_qalora is set"),
         (["--lora", "x={folder}/named", "--lora", "x={folder}/named"], "given twice"),
         (["--lora-dir", "{folder}/nothing"], "no such folder"),
         (["--lora-batch", "4"], "need adapters"),

@@ -13,8 +13,8 @@ from memwall.cli.run import parse_budget
 from memwall.errors import InputError
 
 METHOD_NAMES = (
-    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "edkm", "billm", "pb-llm", "db-llm", "quip", "bitstack",
-    "sparsegpt", "accllm", "comet", "xr-npe", "quamba2",
+    "gptq", "rtn", "awq", "smoothquant", "spqr", "vptq", "edkm", "billm", "pb-llm", "db-llm", "ir-qlora", "quip",
+    "bitstack", "sparsegpt", "accllm", "comet", "xr-npe", "quamba2",
 )  # fmt: skip
 
 
@@ -55,8 +55,8 @@ def compress(
             "smoothquant (activations' outliers moved to weights), spqr (two-level scales, sparse outliers), "
             "vptq (codebooks of vectors, for about 2 bits), edkm (a palette per matrix, trained; needs torch), "
             "billm (signs, salient columns twice), pb-llm (signs, "
-            "salient weights in 8 bits), db-llm (two binary matrices), quip (turned at random, one scale), bitstack "
-            "(blocks of signs and low rank, of which any number can be loaded), sparsegpt (two of every four weights "
+            "salient weights in 8 bits), db-llm (two binary matrices), ir-qlora (NF4 of shifted blocks, for tuning), "
+            "quip (turned at random, one scale), bitstack (blocks of signs and low rank, of which any number can be loaded), sparsegpt (two of every four weights "
             "pruned, the others rounded), accllm (the same at 2 bits, trained), comet (4-bit weights, activations in 4 "
             "and 8 bits: W4A4KV4), xr-npe (4-bit floats, 4 and 8-bit posits by layer; needs torch) or, for Mamba, "
             "quamba2 (activations and state in 8 bits too).",

@@ -12,7 +12,7 @@ from memwall.cli.compress import parse_settings
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run import parse_budget
 
-METHODS = ("qlora", "ir-qlora", "int2-1")
+METHODS = ("qlora", "ir-qlora", "int2-1", "lora", "lora-plus", "rslora", "dora", "pissa", "freeze", "full")
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +31,9 @@ def tune(
         str,
         typer.Option(
             help="qlora (adapters over 4-bit NormalFloat with scales quantized twice), ir-qlora (the same with an "
-            "elastic connection) or int2-1 (over integers; with --teacher a correction of what they lost).",
+            "elastic connection), int2-1 (over integers; with --teacher a correction of what they lost), lora, "
+            "lora-plus, rslora, dora or pissa (adapters over any base), freeze (the last layers themselves) or full "
+            "(all weights).",
             metavar="METHOD",
             autocompletion=lambda: list(METHODS),
         ),
@@ -71,7 +73,8 @@ def tune(
 ) -> None:
     """Fine-tune MODEL on the text DATA and write an adapter in PEFT's form to OUT, for `memwall run MODEL --lora OUT`.
 
-    The base stays packed and as it is; only the adapter is trained. A run that was interrupted goes on after the last
+    The base stays packed and as it is; only the adapter is trained. The methods freeze and full train weights of the
+    model itself and write a model to OUT. A run that was interrupted goes on after the last
     saved step when it is called again with the same settings.
     """
     from memwall.compress.tune import tune_model
@@ -104,6 +107,7 @@ def tune(
     losses = [each["held_out"] for each in report.history if "held_out" in each]
     moved = f"held-out loss {losses[0]:.4f} to {losses[-1]:.4f}, " if losses else ""
     size, peak = format_bytes(report.adapter_bytes), format_bytes(report.peak_resident_bytes)
+    what = "adapter" if report.targets else "model"
     steps = f"{report.steps} steps" + (f" (from {report.resumed_from})" if report.resumed_from else "")
-    note(f"{out}: {steps}, {moved}adapter {size}, {report.seconds:.0f} s, peak resident {peak}", quiet=quiet)
+    note(f"{out}: {steps}, {moved}{what} {size}, {report.seconds:.0f} s, peak resident {peak}", quiet=quiet)
     note(f"run it with: {report.run_with}", quiet=quiet)

@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "awq": "memwall.compress.awq:Awq",
     "smoothquant": "memwall.compress.smoothquant:SmoothQuant",
     "spqr": "memwall.compress.spqr:Spqr",
+    "ir-qlora": "memwall.compress.ir_qlora:InformationCalibrated",
     "billm": "memwall.compress.billm:Billm",
     "quip": "memwall.compress.quip:Quip",
     "db-llm": "memwall.compress.db_llm:DbLlm",

@@ -102,23 +102,33 @@ class AdamW:
         self.moments = moments
         self.steps = 0
 
-    def step(self, values: Sequence[np.ndarray], gradients: Sequence[np.ndarray], scale: float = 1.0) -> None:
-        """values, gradients: float32 of equal shapes, C-contiguous; gradients are multiplied by `scale` on the way."""
+    def step(
+        self,
+        values: Sequence[np.ndarray],
+        gradients: Sequence[np.ndarray],
+        scale: float = 1.0,
+        rates: Sequence[float] | None = None,
+    ) -> None:
+        """values, gradients: float32 of equal shapes, C-contiguous; gradients are multiplied by `scale` on the way.
+        rates: what each tensor's learning rate is multiplied by.
+        """
         self.steps += 1
         for index, (value, gradient) in enumerate(zip(values, gradients, strict=True)):
             flat, slope, moments = value.reshape(-1), gradient.reshape(-1), self.moments.get(index)
+            rate = self.settings.learning_rate * (1.0 if rates is None else rates[index])
             for start in range(0, len(flat), _PIECE_VALUES):
                 piece = slice(start, start + _PIECE_VALUES)
-                self._update(flat[piece], slope[piece] * np.float32(scale), moments[0, piece], moments[1, piece])
+                slopes = slope[piece] * np.float32(scale)
+                self._update(flat[piece], slopes, moments[0, piece], moments[1, piece], rate)
             del moments
             self.moments.done(index)
 
-    def _update(self, value: np.ndarray, slope: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+    def _update(self, value: np.ndarray, slope: np.ndarray, first: np.ndarray, second: np.ndarray, rate: float) -> None:
         chosen = self.settings
-        value *= np.float32(1 - chosen.learning_rate * chosen.weight_decay)
+        value *= np.float32(1 - rate * chosen.weight_decay)
         first *= np.float32(chosen.beta1)
         first += np.float32(1 - chosen.beta1) * slope
         second *= np.float32(chosen.beta2)
         second += np.float32(1 - chosen.beta2) * slope * slope
         length = np.sqrt(second / np.float32(1 - chosen.beta2**self.steps)) + np.float32(chosen.eps)
-        value -= np.float32(chosen.learning_rate / (1 - chosen.beta1**self.steps)) * first / length
+        value -= np.float32(rate / (1 - chosen.beta1**self.steps)) * first / length

@@ -9,47 +9,38 @@ is coded, by the constant near its median that makes the code frequencies most e
 numbers; a connection without weights of its own goes along it: the mean of each of r parts of the input is added to
 what A gives, each of the r numbers, repeated, to what B gives, with one trained factor each.
 Units and shapes: y = W^ x + (alpha / rank) (B + b2 R) (A + b1 P) dropout(x); P [rank, in] averages consecutive inputs,
-R [out, rank] repeats; b1, b2 scalars that start at 0. `calibrate`: weight [rows, cols] float -> NF4 codes and shifts.
+R [out, rank] repeats; b1, b2 scalars that start at 0.
 Differs from the paper: both connections are linear, so they are trained as above and written merged into A and B: the
-result is a plain adapter. Where rank does not divide a width, parts differ by one. The method trains on the base
-`nf4-dq`: no product reads shifted codes yet, so `calibrate` stands for itself.
-Cost: two numbers per product more than QLoRA, and A and B once more while a layer is worked. Shifts: 8 bits per 64
-weights and a float32 per 256 blocks, 0.127 bits per weight. Calibration: 201 codings of each block.
+result is a plain adapter. Where rank does not divide a width, parts differ by one. Shifts: see `formats.shifted`.
+Cost: the base has 4.254 bits per weight, 0.127 of them for shifts. Two numbers per product more than QLoRA, and A and B
+once more while a layer is worked.
 Holds when: rank is at most the narrowest width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from memwall.compress.qlora import QLora
+from memwall.compress.rtn import RoundToNearest
 from memwall.errors import InputError
-from memwall.formats import levels
-from memwall.formats.levels import dynamic8
+from memwall.formats.shifted import SPEC
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from memwall.models.torch_lora import LoraLinear, Place
 
-BLOCK = 64
-SHIFT_BLOCK = 256
-"""Blocks whose shifts share one float32."""
-SPREAD = 0.5411
-"""Standard deviation of a normal variable's part within one largest magnitude, of the paper's search range."""
-CANDIDATES = 201
-_SLAB_BLOCKS = 512
-
 
 @dataclass(frozen=True, kw_only=True)
 class IrQLora(QLora):
-    """QLoRA's settings with the elastic connection."""
+    """QLoRA's settings with the elastic connection, over the calibrated base."""
 
     name: ClassVar[str] = "ir-qlora"
+    base: ClassVar[str] = SPEC
 
     def linear(self, base: nn.Module, shape: tuple[int, int], place: Place) -> LoraLinear:
         if self.rank > min(shape):
@@ -108,91 +99,20 @@ def averaging(rank: int, width: int) -> np.ndarray:
     return found
 
 
-# -- information calibration -----------------------------------------------------------------------------------------
+# -- information calibration: the base ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibrated:
-    """Blocks of 64 numbers, value = scale * level + shift. codes uint8 [blocks, 64]; scales float32 [blocks]; shifts as
-    kept: uint8 codes [blocks], float32 [blocks / 256] largest magnitudes. entropy: bits per code, mean over blocks.
-    """
+class InformationCalibrated(RoundToNearest):
+    """Every matrix in shifted NormalFloat (`formats.shifted`); there is one width."""
 
-    shape: tuple[int, ...]
-    codes: np.ndarray
-    scales: np.ndarray
-    shift_codes: np.ndarray
-    shift_peaks: np.ndarray
-    entropy: float
+    name: ClassVar[str] = "ir-qlora"
+    default_bits: ClassVar[str] = SPEC
 
-    def shifts(self) -> np.ndarray:
-        """float32 [blocks]."""
-        peaks = np.repeat(self.shift_peaks, SHIFT_BLOCK)[: len(self.shift_codes)]
-        found: np.ndarray = dynamic8().decode(self.shift_codes) * peaks
-        return found
+    def form(self, bits: float | str) -> str | None:
+        if bits in (SPEC, 4, 4.25):
+            return SPEC
+        raise InputError(f"bits {bits}: ir-qlora makes {SPEC}, 4.25 bits per weight; leave out --bits")
 
-    def decode(self) -> np.ndarray:
-        """float32 of `shape`."""
-        values = self.scales[:, None] * levels.nf4().decode(self.codes) + self.shifts()[:, None]
-        return values.reshape(-1)[: int(np.prod(self.shape))].reshape(self.shape)
-
-
-def calibrate(weight: np.ndarray, candidates: int = CANDIDATES) -> Calibrated:
-    """Each block's shift among `candidates` (1: none but zero), rounded as it is kept, with codes made after that."""
-    values = np.asarray(weight, np.float32).reshape(-1)
-    if not np.isfinite(values).all():
-        raise InputError("calibration of NF4 codes: the weight holds NaN or infinite values")
-    blocks = np.pad(values, (0, -len(values) % BLOCK)).reshape(-1, BLOCK)
-    shifts = np.concatenate([_best_shifts(slab, candidates) for slab in _slabs(blocks)])
-    padded = np.pad(shifts, (0, -len(shifts) % SHIFT_BLOCK)).reshape(-1, SHIFT_BLOCK)
-    peaks = np.abs(padded).max(axis=1)
-    codes = dynamic8().encode(padded / np.maximum(peaks, 1e-30)[:, None]).reshape(-1)[: len(shifts)]
-    kept = dynamic8().decode(codes) * np.repeat(peaks, SHIFT_BLOCK)[: len(shifts)]
-    coded = [_coded(slab - kept[at : at + len(slab), None]) for at, slab in _numbered(blocks)]
-    made = np.concatenate([each[0] for each in coded])
-    return Calibrated(
-        shape=weight.shape,
-        codes=made,
-        scales=np.concatenate([each[1] for each in coded]),
-        shift_codes=codes,
-        shift_peaks=peaks.astype(np.float32),
-        entropy=float(entropies(made).mean()),
-    )
-
-
-def entropies(codes: np.ndarray) -> np.ndarray:
-    """Bits per code of each block [blocks, 64] of 4-bit codes."""
-    offsets = np.arange(len(codes))[:, None] * 16
-    counts = np.bincount((codes + offsets).reshape(-1), minlength=16 * len(codes)).reshape(-1, 16)
-    shares = counts / codes.shape[1]
-    logs: np.ndarray = np.log2(shares, where=shares > 0, out=np.zeros_like(shares))
-    found: np.ndarray = -(shares * logs).sum(axis=1)
-    return found
-
-
-def _best_shifts(blocks: np.ndarray, candidates: int) -> np.ndarray:
-    """tau0 + f * m: the median, and parts of the largest distance from it; of equal entropies the nearest to tau0."""
-    if candidates == 1:
-        return np.zeros(len(blocks), np.float32)
-    centre = np.median(blocks, axis=1).astype(np.float32)
-    reach = np.abs(blocks - centre[:, None]).max(axis=1)
-    steps = np.linspace(-0.1 * SPREAD, 0.1 * SPREAD, candidates)
-    best, chosen = np.full(len(blocks), -1.0), centre.copy()
-    for step in steps[np.argsort(np.abs(steps), kind="stable")]:
-        shift = centre + np.float32(step) * reach
-        found = entropies(_coded(blocks - shift[:, None])[0])
-        better = found > best
-        best[better], chosen[better] = found[better], shift[better]
-    return chosen
-
-
-def _coded(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scales = np.abs(blocks).max(axis=1)
-    return levels.nf4().encode(blocks / np.maximum(scales, 1e-30)[:, None]), scales
-
-
-def _numbered(blocks: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    return ((at, blocks[at : at + _SLAB_BLOCKS]) for at in range(0, len(blocks), _SLAB_BLOCKS))
-
-
-def _slabs(blocks: np.ndarray) -> Iterator[np.ndarray]:
-    return (slab for _, slab in _numbered(blocks))
+    def check(self, spec: str) -> None:
+        if spec != SPEC:
+            raise InputError(f"ir-qlora makes {SPEC}, not {spec}")

@@ -55,11 +55,12 @@ class Trainer:
         self._values = [parameter.detach().numpy() for _, parameter in named]
         self._gradients = []
         for _, parameter in named:
-            gradient = arena.allocate("adapters/gradients", tuple(parameter.shape), np.float32)
+            gradient = arena.allocate(f"{method.owner}/gradients", tuple(parameter.shape), np.float32)
             gradient[...] = 0
             parameter.grad = torch.from_numpy(gradient)
             self._gradients.append(gradient)
         sizes = [value.size for value in self._values]
+        self._rates = [method.rate(name) for name in self.names]
         self._places = {name: index for index, name in enumerate(self.names)}
         self._moments: Moments = (
             PagedMoments(sizes, work.path / MOMENTS_NAME, arena) if paged else HeldMoments(sizes, arena)
@@ -69,10 +70,12 @@ class Trainer:
         )
         self._optimizer = AdamW(settings, self._moments)
         kept = self._values if method.keep_best and windows.held_out else []
-        self._best = [arena.allocate("adapters/best", value.shape, np.float32) for value in kept]
+        self._best = [arena.allocate(f"{method.owner}/best", value.shape, np.float32) for value in kept]
         self.step = self.resumed_from = self.skipped = self.best_step = 0
         self.best = math.inf
         self.history: list[dict[str, float]] = []
+        self.window_losses: list[float] = []
+        """Of the windows held out when they were last measured."""
         self._per_epoch = -(-windows.num_train // method.batch)
         self.num_steps = method.steps or method.epochs * self._per_epoch
 
@@ -111,7 +114,8 @@ class Trainer:
         length = math.sqrt(sum(float(np.vdot(each, each)) for each in self._gradients))
         if math.isfinite(loss) and math.isfinite(length):
             limit = self.method.max_grad_norm
-            self._optimizer.step(self._values, self._gradients, limit / length if limit and length > limit else 1.0)
+            scale = limit / length if limit and length > limit else 1.0
+            self._optimizer.step(self._values, self._gradients, scale, self._rates)
         else:
             self.skipped += 1
         self.step += 1
@@ -124,29 +128,33 @@ class Trainer:
             return None
         self.adapted.decoder.eval()
         share = Share(tokens=len(chosen) * (self.windows.tokens.shape[1] - 1), sequences=len(chosen))
-        total = 0.0
+        found: list[float] = []
         with torch.no_grad():
             for window in chosen:
                 tokens = torch.from_numpy(self.windows.tokens[None, window])
                 hidden = self.adapted.decoder.hidden(tokens[:, :-1])
-                total += self._judge(hidden, tokens, [int(window)], share)
-        return total
+                found.append(self._judge(hidden, tokens, [int(window)], share))
+        self.window_losses = [each * len(chosen) for each in found]
+        return sum(found)
 
     # -- one piece of a batch ----------------------------------------------------------------------------------------
 
     def _learn(self, chosen: np.ndarray, share: Share, place: tuple[int, int]) -> float:
         """The share of these windows in the batch's loss; their gradients are added to those of the adapters."""
-        decoder = self.adapted.decoder
+        decoder, first, below = self.adapted.decoder, self.adapted.first_layer, self.adapted.trains_embedding
         tokens = torch.from_numpy(self.windows.tokens[chosen])
         context = decoder.context(tokens.shape[1] - 1)
         layers = list(decoder.model.layers)
         seeds = np.random.default_rng((self.method.seed, 1, *place)).integers(1 << 62, size=len(layers)).tolist()
         with torch.no_grad(), _own_randomness() as random:
-            between: list[Tensor] = [decoder.model.embed_tokens(tokens[:, :-1])]
-            for layer, seed in zip(layers, seeds, strict=True):
+            between: list[Tensor] = []  # inputs of the layers that learn
+            last = decoder.model.embed_tokens(tokens[:, :-1])
+            for index, (layer, seed) in enumerate(zip(layers, seeds, strict=True)):
+                if index >= first:
+                    between.append(last)
                 random.manual_seed(seed)
-                between.append(layer(between[-1], context))
-        last = between.pop().requires_grad_()
+                last = layer(last, context)
+        last.requires_grad_()
         normed = decoder.model.norm(last)
         leaf = normed.detach().requires_grad_()
         loss = self._judge(leaf, tokens, chosen.tolist(), share)
@@ -154,11 +162,13 @@ class Trainer:
         gradient = last.grad
         del last, normed, leaf
         with _own_randomness() as random:
-            for layer, seed in zip(reversed(layers), reversed(seeds), strict=True):
-                x = between.pop().requires_grad_(bool(between))  # nothing before the first layer learns
+            for layer, seed in zip(reversed(layers[first:]), reversed(seeds[first:]), strict=True):
+                x = between.pop().requires_grad_(bool(between) or below)
                 random.manual_seed(seed)
                 layer(x, context).backward(gradient)
                 gradient = x.grad
+        if below:
+            decoder.model.embed_tokens(tokens[:, :-1]).backward(gradient)
         return loss
 
     def _judge(self, hidden: Tensor, tokens: Tensor, windows: list[int], share: Share) -> float:

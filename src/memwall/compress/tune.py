@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -10,13 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from memwall import kernels
 from memwall.compress.saved import check_disk, file_sha256
 from memwall.compress.teacher import Teacher, teacher_config
-from memwall.compress.tune_memory import ACTIVATIONS, SCRATCH, adapter_shapes, tune_bytes
-from memwall.compress.tune_work import TEACHER_NAME, TuneWork, Windows
+from memwall.compress.tune_memory import ACTIVATIONS, SCRATCH, tune_bytes
+from memwall.compress.tune_work import TEACHER_NAME, ModelWork, TuneWork, Windows
 from memwall.compress.tuning import TuneMethod, tune_method
-from memwall.errors import BudgetExceeded, DoesNotFit, MissingDependency
+from memwall.errors import BudgetExceeded, DoesNotFit, InputError, MissingDependency
 from memwall.formats import codec
 from memwall.hardware import available_memory_bytes
 from memwall.hardware.units import format_bytes
@@ -25,7 +28,7 @@ from memwall.memory.resident import RUNTIME_OWNER
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.lora import LoraWeights
-from memwall.models.precision import resolve
+from memwall.models.precision import is_matrix, resolve, source_spec
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 
@@ -44,8 +47,9 @@ class TuneReport:
     """What a run made.
 
     history: per measurement the step, the mean training loss since the one before, and the loss of the windows held
-    out. effective_bits: bytes of the adapted matrices as packed and of the adapter, per weight of these matrices.
-    rows: the ledger while steps were worked; predicted: what was expected of each row beforehand.
+    out. adapter_bytes: what was written, a whole model where the method trains that. effective_bits: bytes of the
+    adapted matrices as packed and of the adapter, per weight of these matrices. rows: the ledger while steps were
+    worked; predicted: what was expected of each row beforehand. held_out_losses: the last measured, window by window.
     """
 
     directory: str
@@ -61,6 +65,7 @@ class TuneReport:
     resumed_from: int
     tokens: int
     history: list[dict[str, float]]
+    held_out_losses: list[float]
     trained_parameters: int
     adapter_bytes: int
     base_bits: float
@@ -118,7 +123,8 @@ def tune_model(
     progress: Progress | None = None,
     force: bool = False,
 ) -> TuneReport:
-    """Train an adapter for `model` on the text `data` and write it to the new folder `out`, in PEFT's form.
+    """Train an adapter for `model` on the text `data` and write it to the new folder `out`, in PEFT's form; methods
+    that train the model itself write a model there.
 
     weights: the form of the base, a choice of `models.precision`; None is the method's own, or that of a compressed
     model. teacher: the float model whose answers are learned. lora: an adapter to go on from. budget_bytes: resident
@@ -134,8 +140,8 @@ def tune_model(
         teacher_config(teacher, config.vocab_size)
     with Checkpoint(model, config) as checkpoint:
         checkpoint.verify_once()
-        choice = weights or ("saved" if checkpoint.manifest is not None else chosen.base)
-        specs = resolve(config, choice, checkpoint)
+        choice = weights or ("saved" if checkpoint.manifest is not None else chosen.base or source_spec(config))
+        specs = chosen.forms(config, choice, resolve(config, choice, checkpoint))
         tokenizer = Tokenizer.from_directory(model, config.vocab_size)
         asked = Asked(
             model=model,
@@ -146,11 +152,13 @@ def tune_model(
             weights=choice,
             specs=specs,
             teacher=teacher,
-            start=None if lora is None else LoraWeights.read(lora, config),
+            start=None if lora is None else _start(lora, config, chosen),
             windows=Windows.read(data, tokenizer, config, chosen.context, chosen.held_out),
         )
-        check_disk(out.parent if out.parent.is_dir() else Path(), 16 * _trained(asked) + (1 << 20))
-        with TuneWork(out, asked.settings(checkpoint), force=force) as work:
+        result = 0 if chosen.makes_adapter else sum(checkpoint.stored_bytes(t.name) for t in config.tensors())
+        check_disk(out.parent if out.parent.is_dir() else Path(), 16 * _trained(asked) + result + (1 << 20))
+        kind = TuneWork if chosen.makes_adapter else ModelWork
+        with kind(out, asked.settings(checkpoint), force=force) as work:
             return _Run(asked, checkpoint, work, budget_bytes, progress, began).finish()
 
 
@@ -181,36 +189,37 @@ class _Run:
         """All of it."""
         from memwall.compress.torch_tuning import Trainer
         from memwall.models.torch_frozen import frozen_decoder
-        from memwall.models.torch_lora import adapt
 
         asked, method = self.asked, self.asked.method
         reset_peak_resident()
         objective = method.objective(self._ask_teacher())
         loaded = load_weights(asked.config, self.checkpoint, asked.specs, self.arena)
         charges = [self.arena.charge(owner, self.predicted[owner]) for owner in (SCRATCH, ACTIVATIONS)]
-        place = self._place
-        adapted = adapt(
-            frozen_decoder(asked.config, loaded),
-            method.shapes(asked.config),
-            lambda base, shape: method.linear(base, shape, place),
-            seed=method.seed,
-        )
+        adapted = method.fit(frozen_decoder(asked.config, loaded), loaded, self._place)
         if asked.start is not None:
             adapted.load(asked.start)
         trainer = Trainer(adapted, method, asked.windows, objective, self.work, self.arena, paged=self.paged)
         trainer.run(self.progress, settle=self._check)
         rows = self.ledger.to_json()
-        num_bytes = self.work.finish_adapter(
-            adapted.factors(),
-            rank=method.rank,
-            alpha=method.alpha,
-            base=str(asked.model),
-            lora_dropout=method.dropout,
-            memwall={"method": method.name, "weights": asked.weights, "settings": method.settings()},
-        )
+        num_bytes = self._write(adapted.factors())
         for charge in charges:
             charge.release()
         return self._report(trainer, num_bytes, rows)
+
+    def _write(self, made: Mapping[str, np.ndarray]) -> int:
+        asked, method = self.asked, self.asked.method
+        told = {"method": method.name, "weights": asked.weights, "settings": method.settings()}
+        if isinstance(self.work, ModelWork):
+            return self.work.finish_model(self.checkpoint, made, told)
+        return self.work.finish_adapter(
+            made,
+            rank=method.rank * method.stacked,
+            alpha=method.alpha * method.stacked,
+            base=str(asked.model),
+            lora_dropout=method.dropout,
+            memwall=told,
+            **method.told,
+        )
 
     def _ask_teacher(self) -> Teacher | None:
         """All answers of the teacher, made before the student is there."""
@@ -226,7 +235,6 @@ class _Run:
         return teacher
 
     def _place(self, shape: tuple[int, ...]) -> Any:
-        import numpy as np
         import torch
 
         held = self.arena.allocate("adapters/weights", shape, np.float32)
@@ -262,18 +270,19 @@ class _Run:
 
     def _report(self, trainer: Trainer, adapter_bytes: int, rows: list[dict[str, str | int]]) -> TuneReport:
         asked, method = self.asked, self.asked.method
-        names = tuple(method.shapes(asked.config))
-        matrices = [t for t in asked.config.tensors() if t.name.split(".")[-2] in names and len(t.shape) == 2]
+        names = tuple(method.shapes(asked.config)) if method.makes_adapter else ()
+        matrices = [t for t in asked.config.tensors() if is_matrix(t) and (not names or t.name.split(".")[-2] in names)]
         size = sum(tensor.size for tensor in matrices)
         packed = sum(codec(asked.specs[tensor.name]).nbytes(tensor.shape) for tensor in matrices)
         peak = peak_resident_bytes()
         where = asked.model if asked.model.name != "demo" else "demo"
         form = "" if asked.weights == "saved" else f" --weights {asked.weights}"
+        run = f"{where}{form} --lora {asked.out}" if method.makes_adapter else str(asked.out)
         return TuneReport(
             directory=str(asked.out),
             method=method.name,
             base=asked.weights,
-            run_with=f"memwall run {where}{form} --lora {asked.out}",
+            run_with=f"memwall run {run}",
             rank=method.rank,
             alpha=method.alpha,
             targets=names,
@@ -283,10 +292,11 @@ class _Run:
             resumed_from=trainer.resumed_from,
             tokens=asked.windows.num_train * (method.context - 1),
             history=trainer.history,
+            held_out_losses=trainer.window_losses,
             trained_parameters=_trained(asked),
             adapter_bytes=adapter_bytes,
             base_bits=8 * packed / size,
-            effective_bits=8 * (packed + adapter_bytes) / size,
+            effective_bits=8 * (packed + (adapter_bytes if method.makes_adapter else 0)) / size,
             predicted=self.predicted | {RUNTIME_OWNER: self.runtime.nbytes},
             rows=rows,
             budget_bytes=self.budget_bytes,
@@ -297,13 +307,18 @@ class _Run:
 
 
 def _trained(asked: Asked) -> int:
-    total = 0
-    for shape in adapter_shapes(asked.config, asked.method):
-        size = 1
-        for each in shape:
-            size *= each
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in asked.method.trained_shapes(asked.config))
+
+
+def _start(lora: Path, config: ModelConfig, method: TuneMethod) -> LoraWeights:
+    found = LoraWeights.read(lora, config)
+    if not method.makes_adapter:
+        raise InputError(
+            f"--lora {lora}: method {method.name} trains the model itself and has no adapter to go on from"
+        )
+    if found.dora and "use_dora" not in method.told:
+        raise InputError(f"--lora {lora}: is a DoRA adapter; go on from it with --method dora")
+    return found
 
 
 def _import_torch() -> None:

@@ -22,30 +22,32 @@ SLAB_BYTES = 1 << 20
 """What decodes a packed matrix on the way back."""
 
 
-def adapter_shapes(config: ModelConfig, method: TuneMethod) -> list[tuple[int, ...]]:
-    """Shapes of all that is trained, layer by layer."""
-    one: list[tuple[int, ...]] = []
-    for inputs, outputs in method.shapes(config).values():
-        one += [(method.rank, inputs), (outputs, method.rank), *method.extra_shapes((inputs, outputs))]
-    return one * config.num_layers
-
-
 def tune_bytes(
     config: ModelConfig, specs: Mapping[str, str], method: TuneMethod, *, paged: bool, held_out: bool = True
 ) -> dict[str, int]:
     """Bytes of each ledger owner while steps are worked; `runtime` is not among them."""
-    shapes = adapter_shapes(config, method)
-    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
-    weights = sum(allocated_bytes(4 * size) for size in sizes)
+    sizes = _sizes(method.trained_shapes(config))
+    trained = _allocated(sizes)
     found = {owner: round_up(size) for owner, size in weight_bytes(config, specs).items()}
-    found |= {"adapters/weights": weights, "adapters/gradients": weights}
+    if method.makes_adapter:
+        held = [shape for each in method.shapes(config).values() for shape in method.held_shapes(each)]
+        found["adapters/weights"] = trained + _allocated(_sizes(held * config.num_layers))
+    found[f"{method.owner}/gradients"] = trained
     if method.keep_best and held_out:
-        found["adapters/best"] = weights
+        found[f"{method.owner}/best"] = trained
     found[OPTIMIZER] = moment_bytes(sizes, paged=paged)
     tokens = method.micro_batch * (method.context - 1)
     found[SCRATCH] = SLAB_BYTES + scratch_bytes(config, specs, tokens, exact=True)
     found[ACTIVATIONS] = activation_bytes(config, method)
     return found
+
+
+def _sizes(shapes: list[tuple[int, ...]]) -> list[int]:
+    return [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
+
+
+def _allocated(sizes: list[int]) -> int:
+    return sum(allocated_bytes(4 * size) for size in sizes)
 
 
 def activation_bytes(config: ModelConfig, method: TuneMethod) -> int:
@@ -58,13 +60,19 @@ def activation_bytes(config: ModelConfig, method: TuneMethod) -> int:
     heads = config.query_size + 2 * config.kv_size
     length = method.context - 1
     tokens = method.micro_batch * length
-    targets = method.shapes(config)
-    # dropout keeps its input scaled, and a byte of mask each; without it an adapter keeps its input itself
-    kept = sum(inputs for inputs, _ in targets.values()) * (5 if method.dropout else 1)
-    between = 4 * tokens * hidden * (config.num_layers + 2)
-    inside = tokens * (4 * (12 * hidden + 6 * heads + 7 * wide) + kept)
+    between = 4 * tokens * hidden * (config.num_layers - method.first_layer(config) + 2)
     logits = 4 * 4 * max(LOGIT_VALUES, config.vocab_size)
-    return between + max(inside, logits + 4 * 3 * tokens * hidden)
+    if method.makes_adapter:
+        targets = method.shapes(config).values()
+        # dropout keeps its input scaled, and a byte of mask each; without it an adapter keeps its input itself
+        kept = sum(inputs for inputs, _ in targets) * (5 if method.dropout else 1)
+        kept += 4 * sum(method.kept_values(each) for each in targets)
+        gradient = 0
+    else:  # products keep their inputs, and a gradient is made whole before it is added
+        kept = 4 * (2 * hidden + config.query_size + wide)
+        gradient = 4 * max(_sizes(method.trained_shapes(config)))
+    inside = tokens * (4 * (12 * hidden + 6 * heads + 7 * wide) + kept)
+    return between + gradient + max(inside, logits + 4 * 3 * tokens * hidden)
 
 
 def logit_rows(config: ModelConfig) -> int:

@@ -8,7 +8,7 @@ depends on, each newer one written whole before the older one goes. At the end t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,15 +16,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.compress.calibration import read_text
-from memwall.compress.saved import Part, WorkDirectory, disk_errors
+from memwall.compress.saved import COPIED_NAMES, Part, WorkDirectory, disk_errors, write_file
 from memwall.errors import InputError
 from memwall.formats import checked_json
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.lora import CONFIG, write_lora
 from memwall.models.tokenizer import Tokenizer
 
 MOMENTS_NAME, TEACHER_NAME = "moments.bin", "teacher.bin"
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,3 +115,37 @@ class TuneWork(WorkDirectory):
                 (self.path / name).unlink(missing_ok=True)
         self._rename()
         return sum(array.nbytes for array in factors.values())
+
+
+class ModelWork(TuneWork):
+    """The folder of a run that ends in a model."""
+
+    mark: ClassVar[str] = "memwall_tune.json"
+    what: ClassVar[str] = "model that was tuned here"
+
+    def finish_model(self, source: Checkpoint, trained: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> int:
+        """Write the model `source` with some tensors as they are now, each in the numbers that it had; bytes."""
+        names = {each.name: np.dtype(source.source_dtype(each.name)) for each in source.config.tensors()}
+        specs = [(each.name, names[each.name], each.shape) for each in source.config.tensors()]
+        with disk_errors(self.path):
+            with SafetensorsWriter(self.path / "model.safetensors", specs, {"format": "pt"}) as writer:
+                for name, dtype in names.items():
+                    if name in trained:
+                        for rows in _row_blocks(trained[name]):
+                            writer.write(name, rows.astype(dtype))
+                        continue
+                    for _, piece in source.pieces(name, _PIECE_BYTES):
+                        writer.write(name, np.ascontiguousarray(piece))
+            for name in COPIED_NAMES:
+                if (source.directory / name).is_file():
+                    write_file(self.path / name, (source.directory / name).read_bytes())
+            write_file(self.path / self.mark, json.dumps(dict(told), indent=1).encode())
+            for name in (MOMENTS_NAME, *(part.file for part in self.parts)):
+                (self.path / name).unlink(missing_ok=True)
+        self._rename()
+        return writer.nbytes
+
+
+def _row_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    step = max(_PIECE_BYTES // max(array[:1].nbytes, 1), 1)
+    return (array[start : start + step] for start in range(0, len(array), step))

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from memwall.compress.teacher import Teacher
-    from memwall.models.torch_lora import LoraLinear, Place
+    from memwall.models.torch_decoder import TorchDecoder
+    from memwall.models.torch_lora import Adapted, LoraLinear, Place
+    from memwall.models.weights import Weights
 
 METHODS: dict[str, str] = {
     "qlora": "memwall.compress.qlora:QLora",
     "ir-qlora": "memwall.compress.ir_qlora:IrQLora",
     "int2-1": "memwall.compress.int2_1:MemoryFrugal",
+    "lora": "memwall.compress.lora:Lora",
+    "lora-plus": "memwall.compress.lora:LoraPlus",
+    "rslora": "memwall.compress.lora:RsLora",
+    "dora": "memwall.compress.dora:Dora",
+    "pissa": "memwall.compress.pissa:Pissa",
+    "freeze": "memwall.compress.full:Freeze",
+    "full": "memwall.compress.full:Full",
 }
 OPTIMIZERS = ("adamw", "paged")
 
@@ -70,9 +79,20 @@ class TuneMethod(ABC):
     """
 
     name: ClassVar[str]
-    base: ClassVar[str]
-    """Format of the base where a float model is given and none is asked for."""
+    base: ClassVar[str] = ""
+    """Format of the base where a float model is given and none is asked for; empty: the numbers it is kept in."""
     takes_teacher: ClassVar[bool] = False
+    makes_adapter: ClassVar[bool] = True
+    """Else the result is a model."""
+    owner: ClassVar[str] = "adapters"
+    """Of gradients and the best state in the ledger."""
+    has_no: ClassVar[tuple[str, ...]] = ()
+    """Fields below that mean nothing here."""
+    told: ClassVar[dict[str, Any]] = {}
+    """Fields of PEFT's configuration that say how the adapter is meant."""
+    most_rank: ClassVar[int] = MOST_RANK
+    stacked: ClassVar[int] = 1
+    """Rank of what is written over the rank that is trained."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -96,7 +116,8 @@ class TuneMethod(ABC):
     @classmethod
     def configured(cls, options: Mapping[str, str]) -> Self:
         """The method with settings as they are written, such as {"rank": "16"}; others keep theirs."""
-        return cls(**parsed_settings(cls.name, {each.name: each.default for each in fields(cls)}, options))
+        known = {each.name: each.default for each in fields(cls) if each.name not in cls.has_no}
+        return cls(**parsed_settings(cls.name, known, options))
 
     @classmethod
     def taught(cls) -> type[TuneMethod]:
@@ -107,7 +128,7 @@ class TuneMethod(ABC):
 
     def __post_init__(self) -> None:
         for name, least, most in (
-            ("rank", 1, MOST_RANK), ("context", 2, 1 << 24), ("batch", 1, 1 << 20), ("micro_batch", 1, self.batch),
+            ("rank", 1, self.most_rank), ("context", 2, 1 << 24), ("batch", 1, 1 << 20), ("micro_batch", 1, self.batch),
             ("epochs", 1, 1 << 20), ("steps", 0, 1 << 40), ("save_every", 1, 1 << 40), ("seed", 0, 1 << 62),
             ("dropout", 0, 0.99), ("held_out", 0, 0.9), ("alpha", -1e6, 1e6), ("weight_decay", 0, 1),
             ("learning_rate", 1e-12, 10), ("beta2", 0.5, 1 - 1e-9), ("max_grad_norm", 0, 1e8),
@@ -121,7 +142,7 @@ class TuneMethod(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Its settings as plain data."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in self.has_no}
 
     @property
     def scale(self) -> float:
@@ -152,6 +173,42 @@ class TuneMethod(ABC):
     def extra_shapes(self, shape: tuple[int, int]) -> list[tuple[int, ...]]:
         """Shapes of what is trained for a product of (inputs, outputs) beside A and B."""
         return []
+
+    def held_shapes(self, shape: tuple[int, int]) -> list[tuple[int, ...]]:
+        """Shapes of what is kept for it and not trained."""
+        return []
+
+    def kept_values(self, shape: tuple[int, int]) -> int:
+        """Numbers that are kept for the way back, a token and product, beside a plain adapter's."""
+        return 0
+
+    def rate(self, parameter: str) -> float:
+        """What the learning rate is multiplied by for the trained tensor of that name."""
+        return 1.0
+
+    def trained_shapes(self, config: ModelConfig) -> list[tuple[int, ...]]:
+        """Shapes of all that is trained."""
+        one: list[tuple[int, ...]] = []
+        for inputs, outputs in self.shapes(config).values():
+            one += [(self.rank, inputs), (outputs, self.rank), *self.extra_shapes((inputs, outputs))]
+        return one * config.num_layers
+
+    def first_layer(self, config: ModelConfig) -> int:
+        """Layers before this one need no gradient."""
+        return 0
+
+    def forms(self, config: ModelConfig, choice: str, specs: Mapping[str, str]) -> Mapping[str, str]:
+        """Formats of all tensors, where `specs` are those of the base that was asked for. InputError for a base that
+        cannot be trained on.
+        """
+        return specs
+
+    def fit(self, decoder: TorchDecoder, weights: Weights, place: Place) -> Adapted:
+        """The decoder over `weights` with what is trained in it. place: where trained numbers are to lie."""
+        from memwall.models.torch_lora import adapt
+
+        shapes = self.shapes(decoder.config)
+        return adapt(decoder, shapes, lambda base, shape: self.linear(base, shape, place), seed=self.seed)
 
     def objective(self, teacher: Teacher | None) -> Objective:
         """What is minimised."""

@@ -121,12 +121,16 @@ class Adapters:
         key = self._key_of.get(name)
         return None if key is None else self._known[key]
 
-    def add(self, name: str, weights: LoraWeights) -> str:
-        """Makes an adapter known; its key. InputError when the name is taken."""
+    def add(self, name: str, weights: LoraWeights, rows: Mapping[str, np.ndarray] | None = None) -> str:
+        """Makes an adapter known; its key. rows: of a `dora` adapter, see `models.dora.row_changes`; they stay in
+        memory. InputError when the name is taken.
+        """
         assert self.room is not None
         paged = weights.paged(self.room, exact=self.exact)
+        for target, each in (rows or {}).items():
+            paged.lengthen(target, each)
         key = self._add(name, paged.num_pages, weights, paged)
-        self._count_known(KNOWN_BYTES + weights.offsets.nbytes)
+        self._count_known(KNOWN_BYTES + weights.offsets.nbytes + paged.row_bytes)
         return key
 
     def add_counted(self, name: str, num_pages: int) -> str:
@@ -347,7 +351,8 @@ class Adapters:
             self._soon.remove(adapter)
         del self._known[adapter.key]
         if adapter.weights is not None:
-            self._count_known(-KNOWN_BYTES - adapter.weights.offsets.nbytes)
+            rows = adapter.paged.row_bytes if adapter.paged is not None else 0
+            self._count_known(-KNOWN_BYTES - adapter.weights.offsets.nbytes - rows)
 
     def _count_known(self, nbytes: int) -> None:
         if self._known_entry is not None:

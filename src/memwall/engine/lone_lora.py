@@ -15,20 +15,22 @@ from memwall.errors import InputError
 from memwall.kernels.lora import MOST_TOGETHER, LoraBatch, LoraRoom
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import BLOCK_ROWS
+from memwall.models.dora import row_bytes, row_changes
 from memwall.models.lora import LoraWeights
 
 if TYPE_CHECKING:
     from memwall.engine.session import Session
 
 UNITS_PER_BLOCK = 32
-OWNER, SCRATCH = "adapters/pages", "adapters/scratch"
+OWNER, SCRATCH, ROWS = "adapters/pages", "adapters/scratch", "adapters/rows"
 
 
 def lone_bytes(weights: LoraWeights, config: ModelConfig, segment_tokens: int = BLOCK_ROWS) -> Mapping[str, int]:
     """Bytes that `wear` will hold, by owner; for plans."""
     room = _room(config)
     scratch = np.dtype(np.float32).itemsize * int(np.prod(_scratch_shape(weights, segment_tokens)))
-    return {OWNER: weights.paged(room).num_pages * room.page_bytes, SCRATCH: scratch}
+    rows = row_bytes(weights, config)
+    return {OWNER: weights.paged(room).num_pages * room.page_bytes, SCRATCH: scratch, **({ROWS: rows} if rows else {})}
 
 
 def wear(session: Session, weights: LoraWeights) -> None:
@@ -46,6 +48,10 @@ def wear(session: Session, weights: LoraWeights) -> None:
     paged = weights.paged(room)
     pool = arena.allocate(OWNER, (paged.num_pages, room.page_bytes), np.uint8)
     scratch = arena.allocate(SCRATCH, _scratch_shape(weights, segment), np.float32)
+    if weights.dora:
+        arena.charge(ROWS, row_bytes(weights, session.config))
+        for target, rows in row_changes(weights, session.decoder.weights, session.config).items():
+            paged.lengthen(target, rows)
     paged.place(range(paged.num_pages))
     weights.fetch(paged, pool)
     batch = LoraBatch(room, scratch)

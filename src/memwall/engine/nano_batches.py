@@ -39,7 +39,8 @@ from memwall.engine.nano_schedule import (
 from memwall.engine.serving import MOST_LOGIT_ROWS, Serving
 from memwall.errors import InputError
 from memwall.models.config import EMBEDDING
-from memwall.models.decoder import BLOCK_ROWS, OWNER, Decoder, Layer
+from memwall.models.decode import Layer
+from memwall.models.decoder import BLOCK_ROWS, OWNER, Decoder
 
 CHAIN: tuple[tuple[str, Resource, tuple[str, ...]], ...] = (
     ("kqv", "compute", ()),

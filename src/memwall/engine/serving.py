@@ -37,6 +37,7 @@ from memwall.kv import CacheShape
 from memwall.memory import Arena, Budget, Ledger, PagePool, measure_runtime, resident_bytes
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import BLOCK_ROWS, Decoder
+from memwall.models.dora import row_changes
 from memwall.models.lora import LoraWeights
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Progress
@@ -192,7 +193,7 @@ class Serving:
         """
         adapters = self.engine.adapters
         assert adapters is not None
-        key = adapters.add(name, weights)
+        key = adapters.add(name, weights, row_changes(weights, self._loaded.decoder.weights, self.config))
         known = adapters.describe(name)
         assert known is not None
         if self.budget_bytes is None:

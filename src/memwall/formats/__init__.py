@@ -27,6 +27,7 @@ CODECS: dict[str, str] = {
     "bipolar": "memwall.formats.leveled:LevelCodec",
     "ternary": "memwall.formats.leveled:LevelCodec",
     "binary": "memwall.formats.leveled:ResidualBinaryCodec",
+    "irnf": "memwall.formats.shifted:ShiftedCodec",
     "dual": "memwall.formats.db_llm:DualBinaryCodec",
     "billm": "memwall.formats.sign_mask:BillmCodec",
     "pbllm": "memwall.formats.sign_mask:PbLlmCodec",

@@ -15,6 +15,7 @@ from memwall.formats.bitpack import TILE_ROWS
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
 from memwall.formats.scales import inverse_scale
+from memwall.formats.shifted import ShiftedCodec, information_weights, search_steps
 
 __all__ = ["encode"]
 
@@ -54,6 +55,8 @@ def _encode_native(form: object, values: np.ndarray, out: Mapping[str, np.ndarra
     name = values.dtype.name
     if isinstance(form, BitPlaneCodec):
         return _encode_planes(values, out)
+    if isinstance(form, ShiftedCodec):
+        return _encode_shifted(form, values, out)
     if isinstance(form, LevelCodec) and not form.encodes_natively:
         return False
     if isinstance(form, LevelCodec):
@@ -76,6 +79,20 @@ def _encode_planes(values: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:
     slab = max(1, _SLAB_VALUES // max(values.shape[1], 1))
     parts = (slice(row, row + slab) for row in range(0, len(values), slab))
     return all(_native.pack_planes(values[rows].astype(np.float32), words[rows], scales[rows]) for rows in parts)
+
+
+def _encode_shifted(form: ShiftedCodec, values: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:
+    """Shifts in compiled code, a slab of rows at a time; the rest in NumPy."""
+    rows, columns = values.shape
+    for start, stop in form.slabs(rows, columns) if columns else ():
+        slab = np.ascontiguousarray(values[start:stop], np.float32)
+        blocks = form.blocks(slab)
+        shifts = np.empty(len(blocks), np.float32)
+        _native.best_shifts(blocks, search_steps(), form.levels.thresholds, information_weights(), shifts)
+        tiles = slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
+        for name, held in form.encode_slab(slab, shifts.reshape(stop - start, -1)).items():
+            out[name][tiles] = held
+    return True
 
 
 def _encode_levels(form: LevelCodec, values: np.ndarray, out: Mapping[str, np.ndarray]) -> bool:

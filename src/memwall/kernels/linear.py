@@ -92,7 +92,7 @@ def matrix(packed: Packed) -> Matrix:
 
 def _level_matrix(form: LevelCodec, packed: Packed) -> Matrix:
     halves = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
-    extra = [halves[name] for name in ("second", "nested", "offsets") if name in halves]
+    extra = [halves[name] for name in ("second", "nested", "offsets", "shifts", "shift_peaks") if name in halves]
     return _native.level_matrix(
         form.spec,
         *packed.shape,

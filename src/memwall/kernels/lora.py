@@ -67,6 +67,8 @@ class PagedLora:
         self.form = form
         table, self.units = lora_table(room, form, shapes)
         self.native: LoraAdapter = _native.lora_adapter(form, scale, table)
+        self.row_bytes = 0
+        """Held outside the pages, see `lengthen`."""
 
     @property
     def num_pages(self) -> int:
@@ -76,6 +78,14 @@ class PagedLora:
     def place(self, pages: Sequence[int]) -> None:
         """The pages it lies in from now on."""
         self.native.set_pages(np.asarray(pages, np.int32))
+
+    def lengthen(self, target: str, rows: np.ndarray) -> None:
+        """Once all is added to an output y of `target`, it becomes y + rows[layer, 0] * y + rows[layer, 1] (DoRA).
+
+        rows: float32 [layers, 2, outputs], copied.
+        """
+        self.native.set_rows(TARGETS.index(target), np.ascontiguousarray(rows, np.float32))
+        self.row_bytes += rows.size * np.dtype(np.float32).itemsize
 
     def fetch(self, pool: np.ndarray, file: int, stored: str, offsets: np.ndarray) -> int:
         """Reads the tensors of an open file into the pages; bytes read. Other threads run meanwhile.
@@ -102,6 +112,8 @@ class LoraBatch:
     def __init__(self, room: LoraRoom, scratch: np.ndarray) -> None:
         self.room = room
         self._native = _native.LoraBatch(scratch)
+        self.lengthens = False
+        """Whether products are to be complete before they are added to anything: an adapter at hand lengthens them."""
 
     @property
     def multiplies(self) -> int:
@@ -121,10 +133,12 @@ class LoraBatch:
         room = self.room
         found = [(first, count, adapter.native) for first, count, adapter in segments]
         self._native.assign(pool, room.num_layers, room.unit_bytes, room.units_per_block, found)
+        self.lengthens = any(adapter.row_bytes > 0 for _, _, adapter in segments)
 
     def clear(self) -> None:
         """No row belongs to an adapter."""
         self._native.clear()
+        self.lengthens = False
 
     def add(
         self, layer: int, first_row: int, x: np.ndarray, targets: Sequence[int], outs: Sequence[np.ndarray]

@@ -63,6 +63,22 @@ def slab_rows(matrix: Matrix) -> int:
     return max(min(SLAB_VALUES // max(matrix.cols, 1), matrix.rows), 1)
 
 
+def row_squares(layer: nn.Module) -> Tensor:
+    """Sum of squares of each row of a linear layer's weight, frozen or plain: float32 [out]."""
+    if not isinstance(layer, FrozenLinear):
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().float().square().sum(1)
+    matrix = layer.matrix
+    out, step = torch.empty(matrix.rows), slab_rows(matrix)
+    slab = torch.empty(step, matrix.cols)
+    for start in range(0, matrix.rows, step):
+        rows = slab[: min(step, matrix.rows - start)]
+        kernels.gather_rows(matrix, np.arange(start, start + len(rows)), rows.numpy())
+        out[start : start + len(rows)] = rows.square().sum(1)
+    return out
+
+
 class FrozenLinear(nn.Module):
     """A linear layer over a packed matrix that stays as it is. x [..., cols] float32 -> [..., rows]."""
 

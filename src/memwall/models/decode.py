@@ -20,8 +20,34 @@ from memwall import kernels
 if TYPE_CHECKING:
     from memwall.kernels.lora import LoraBatch
     from memwall.models.base import DecoderCache
-    from memwall.models.decoder import Layer
+    from memwall.models.config import ModelConfig
     from memwall.models.weights import Weights
+
+
+class Layer:
+    """Names and matrices of one layer, looked up once."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        prefix = f"model.layers.{index}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        vector = weights.vectors.get
+        self.weights = weights
+        self.input_norm = weights.vectors[prefix + "input_layernorm.weight"]
+        self.post_norm = weights.vectors[prefix + "post_attention_layernorm.weight"]
+        self.qkv = [attention + name + ".weight" for name in ("q_proj", "k_proj", "v_proj")]
+        self.qkv_bias = [vector(attention + name + ".bias") for name in ("q_proj", "k_proj", "v_proj")]
+        self.output = attention + "o_proj.weight"
+        self.output_bias = vector(attention + "o_proj.bias")
+        self.q_norm, self.k_norm = vector(attention + "q_norm.weight"), vector(attention + "k_norm.weight")
+        self.gate_up = [mlp + "gate_proj.weight", mlp + "up_proj.weight"]
+        self.gate_up_bias = [vector(mlp + "gate_proj.bias"), vector(mlp + "up_proj.bias")]
+        self.down, self.down_bias = mlp + "down_proj.weight", vector(mlp + "down_proj.bias")
+        moe = prefix + "block_sparse_moe."
+        self.router = moe + "gate.weight"
+        self.experts = [
+            ([f"{moe}experts.{e}.w1.weight", f"{moe}experts.{e}.w3.weight"], f"{moe}experts.{e}.w2.weight")
+            for e in range(config.num_experts)
+        ]
 
 
 class DecodeStep:
@@ -36,14 +62,16 @@ class DecodeStep:
         eps: float,
         exact: bool,
         lora: LoraBatch | None = None,
+        apart: bool = False,
     ) -> None:
-        """buffers: float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of B rows
-        each, `cos` and `sin` [B, D / 2].
+        """apart: products that are added to the residual are complete before that (`LoraBatch.lengthens`). buffers:
+        float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of B rows each, `cos`
+        and `sin` [B, D / 2].
         """
         self.generation = weights.generation
         self._buffers = buffers
         self._weights = weights
-        self._eps, self._exact, self._lora = eps, exact, lora
+        self._eps, self._exact, self._lora, self._apart = eps, exact, lora, apart
         rows, head_dim = len(buffers["cos"]), 2 * buffers["cos"].shape[1]
         self._k, self._v, self._q, self._out = (
             buffers[name].reshape(rows, -1, head_dim) for name in ("keys", "values", "queries", "attended")
@@ -81,14 +109,22 @@ class DecodeStep:
 
     def _record_after(self, program: kernels.Program, index: int, layer: Layer) -> None:
         b = self._buffers
-        self._linear(program, b["attended"], [layer.output], [b["hidden"]], [layer.output_bias], accumulate=True)
-        self._add_lora(program, index, b["attended"], (3,), [b["hidden"]])
+        self._add_product(program, index, b["attended"], layer.output, layer.output_bias, 3)
         program.rms_norm(b["hidden"], layer.post_norm, self._eps, b["normed"])
         self._linear(program, b["normed"], layer.gate_up, [b["gate"], b["up"]], layer.gate_up_bias)
         self._add_lora(program, index, b["normed"], (4, 5), [b["gate"], b["up"]])
         program.swiglu(b["gate"], b["up"], b["gate"])
-        self._linear(program, b["gate"], [layer.down], [b["hidden"]], [layer.down_bias], accumulate=True)
-        self._add_lora(program, index, b["gate"], (6,), [b["hidden"]])
+        self._add_product(program, index, b["gate"], layer.down, layer.down_bias, 6)
+
+    def _add_product(
+        self, program: kernels.Program, index: int, x: np.ndarray, name: str, bias: np.ndarray | None, target: int
+    ) -> None:
+        """hidden += the product with what adapters make of it; `normed` is free where this is wanted."""
+        out = self._buffers["normed" if self._apart else "hidden"]
+        self._linear(program, x, [name], [out], [bias], accumulate=not self._apart)
+        self._add_lora(program, index, x, (target,), [out])
+        if self._apart:
+            program.add(out, self._buffers["hidden"])
 
     def _add_lora(
         self, program: kernels.Program, index: int, x: np.ndarray, targets: tuple[int, ...], outs: list[np.ndarray]

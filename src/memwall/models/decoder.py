@@ -19,7 +19,7 @@ from memwall.kernels.lora import LoraBatch
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache, SelectedCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention
-from memwall.models.decode import DecodeStep
+from memwall.models.decode import DecodeStep, Layer
 from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
 
@@ -96,32 +96,6 @@ def scratch_bytes(
     return panels + rounded + attention
 
 
-class Layer:
-    """Names and matrices of one layer, looked up once."""
-
-    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
-        prefix = f"model.layers.{index}."
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        vector = weights.vectors.get
-        self.weights = weights
-        self.input_norm = weights.vectors[prefix + "input_layernorm.weight"]
-        self.post_norm = weights.vectors[prefix + "post_attention_layernorm.weight"]
-        self.qkv = [attention + name + ".weight" for name in ("q_proj", "k_proj", "v_proj")]
-        self.qkv_bias = [vector(attention + name + ".bias") for name in ("q_proj", "k_proj", "v_proj")]
-        self.output = attention + "o_proj.weight"
-        self.output_bias = vector(attention + "o_proj.bias")
-        self.q_norm, self.k_norm = vector(attention + "q_norm.weight"), vector(attention + "k_norm.weight")
-        self.gate_up = [mlp + "gate_proj.weight", mlp + "up_proj.weight"]
-        self.gate_up_bias = [vector(mlp + "gate_proj.bias"), vector(mlp + "up_proj.bias")]
-        self.down, self.down_bias = mlp + "down_proj.weight", vector(mlp + "down_proj.bias")
-        moe = prefix + "block_sparse_moe."
-        self.router = moe + "gate.weight"
-        self.experts = [
-            ([f"{moe}experts.{e}.w1.weight", f"{moe}experts.{e}.w3.weight"], f"{moe}experts.{e}.w2.weight")
-            for e in range(config.num_experts)
-        ]
-
-
 class Decoder:
     """A model ready to run on the CPU.
 
@@ -148,7 +122,7 @@ class Decoder:
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
         self._lora: LoraBatch | None = None
-        self._steps: dict[int, DecodeStep] = {}
+        self._steps: dict[tuple[int, bool], DecodeStep] = {}
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
         self._arena = arena
@@ -253,12 +227,14 @@ class Decoder:
         """
         if self.config.num_experts or self.observer is not None:
             return None
-        step = self._steps.get(num_rows)
+        apart = self._lora is not None and self._lora.lengthens
+        step = self._steps.get((num_rows, apart))
         if step is None or step.generation != self.weights.generation:
             rows = {name: buffer[:num_rows] for name, buffer in self._buffers.items()}
             eps = self.config.rms_norm_eps
-            step = DecodeStep(self._layers, self.weights, rows, eps=eps, exact=self.exact, lora=self._lora)
-            self._steps[num_rows] = step
+            own = {"lora": self._lora, "apart": apart}
+            step = DecodeStep(self._layers, self.weights, rows, eps=eps, exact=self.exact, **own)
+            self._steps[num_rows, apart] = step
         return step
 
     def run_layer(self, index: int, hidden: np.ndarray, cache: DecoderCache) -> None:
@@ -332,8 +308,7 @@ class Decoder:
             attended = self._block("attended", rows)
             q_shape = (len(queries), self.config.num_heads, self.config.head_dim)
             cache.attend(index, queries.reshape(q_shape), positions[rows], attended.reshape(q_shape))
-            self._linear(attended, [layer.output], [hidden[rows]], [layer.output_bias], accumulate=True)
-            self._add_lora(index, rows, attended, OUTPUT, [hidden[rows]])
+            self._add_product(index, rows, attended, layer.output, layer.output_bias, OUTPUT, hidden[rows])
             kernels.rms_norm(hidden[rows], layer.post_norm, eps, normed)
             if self.config.num_experts:
                 self._experts(layer, normed, hidden[rows])
@@ -359,8 +334,19 @@ class Decoder:
         self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
         self._add_lora(index, rows, normed, GATE_UP, [gate, up])
         kernels.swiglu(gate, up, gate)
-        self._linear(gate, [layer.down], [residual], [layer.down_bias], accumulate=True)
-        self._add_lora(index, rows, gate, DOWN, [residual])
+        self._add_product(index, rows, gate, layer.down, layer.down_bias, DOWN, residual)
+
+    def _add_product(
+        self, index: int, rows: slice, x: np.ndarray, name: str, bias: np.ndarray | None, target: tuple[int, ...],
+        residual: np.ndarray,
+    ) -> None:  # fmt: skip
+        """residual += the product with what adapters make of it, which some make of the whole product alone."""
+        apart = self._lora is not None and self._lora.lengthens
+        out = self._block("normed", rows) if apart else residual
+        self._linear(x, [name], [out], [bias], accumulate=not apart)
+        self._add_lora(index, rows, x, target, [out])
+        if apart:
+            residual += out
 
     def _add_lora(
         self, index: int, rows: slice, x: np.ndarray, targets: tuple[int, ...], outs: list[np.ndarray]

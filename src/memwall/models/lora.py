@@ -30,9 +30,11 @@ from memwall.models.config import ModelConfig
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MOST_RANK = 512
-KEY = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d{1,6})\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+)"
+    r"\.lora_(?:([AB])\.weight|magnitude_vector)"
+)
 UNSUPPORTED = {
-    "use_dora": "DoRA changes the length of weight columns",
     "use_qalora": "QA-LoRA pools inputs",
     "lora_bias": "biases of the low-rank factors",
     "modules_to_save": "whole layers trained beside the adapter",
@@ -45,6 +47,8 @@ UNSUPPORTED = {
     "alora_invocation_tokens": "adapters that begin at a token",
 }
 """Fields of the configuration that change what an adapter does, and what they stand for."""
+MAGNITUDE = 2
+"""Place of a row's lengths behind A and B."""
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
@@ -52,7 +56,8 @@ CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 class LoraWeights:
     """One adapter on disk, made for one shape of model.
 
-    form: numbers of the file. offsets: int64 [layers, 7, 2], the byte where A and B of each target begin, or -1.
+    form: numbers of A and B in the file. offsets: int64 [layers, 7, 2], the byte where A and B of each target begin, or
+    -1. dora: each adapted weight's rows have lengths of their own, kept beside A and B (`models.dora`).
     """
 
     path: Path
@@ -65,6 +70,7 @@ class LoraWeights:
     shapes: dict[str, tuple[int, int, int]]
     offsets: np.ndarray
     nbytes: int
+    dora: bool
     identity: tuple[int, int, int] = field(repr=False)
 
     @staticmethod
@@ -84,14 +90,16 @@ class LoraWeights:
                     f"{path}: the adapter changes layer {layers - 1}, but the model has {config.num_layers} layers; "
                     f"it was made for {shown(base)}"
                 )
-            offsets = np.full((config.num_layers, len(TARGETS), 2), -1, np.int64)
+            offsets = np.full((config.num_layers, len(TARGETS), 3), -1, np.int64)
             for (layer, name, part), info in found.items():
                 place = TARGETS.index(name)
                 _check(path, info, name, part, rank, shapes, base, config)
                 offsets[layer, place, part] = info.start
-            forms = {info.dtype for info in found.values()}
+            forms = {info.dtype for (_, _, part), info in found.items() if part != MAGNITUDE}
             state = os.stat(path)
-        _check_pairs(path, offsets, forms)
+        dora = fields.flag("use_dora", False)
+        _check_pairs(path, offsets[..., :MAGNITUDE], forms)
+        _check_magnitudes(path, offsets, dora)
         targets = tuple(name for place, name in enumerate(TARGETS) if (offsets[:, place, 0] >= 0).any())
         return LoraWeights(
             path=path,
@@ -102,8 +110,9 @@ class LoraWeights:
             form=FORMS[forms.pop()],
             base=base,
             shapes={name: (rank, *shapes[name]) for name in targets},
-            offsets=offsets,
-            nbytes=sum(info.nbytes for info in found.values()),
+            offsets=np.ascontiguousarray(offsets[..., :MAGNITUDE]),
+            nbytes=sum(info.nbytes for (_, _, part), info in found.items() if part != MAGNITUDE),
+            dora=dora,
             identity=_identity(state),
         )
 
@@ -142,6 +151,15 @@ class LoraWeights:
                 found.append(file.tensor(name).astype(np.float32).reshape(shape))
         return found[0], found[1]
 
+    def magnitudes(self) -> dict[tuple[int, str], np.ndarray]:
+        """Of a `dora` adapter, the lengths of the rows of each adapted weight, float32 [out], by layer and target."""
+        with SafetensorsFile(self.path) as file:
+            return {
+                (layer, target): file.tensor(info.name).astype(np.float32)
+                for (layer, target, part), info in _tensors(file, self.path)
+                if part == MAGNITUDE
+            }
+
 
 def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each projection that an adapter may change."""
@@ -155,9 +173,10 @@ def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def tensor_name(layer: int, target: str, part: str) -> str:
-    """PEFT's name of factor `part` (A or B)."""
+    """PEFT's name of factor `part` (A or B), or of the rows' lengths (`magnitude_vector`)."""
     parent = "self_attn" if target in TARGETS[:4] else "mlp"
-    return f"base_model.model.model.layers.{layer}.{parent}.{target}.lora_{part}.weight"
+    end = ".weight" if part in ("A", "B") else ""
+    return f"base_model.model.model.layers.{layer}.{parent}.{target}.lora_{part}{end}"
 
 
 def write_lora(
@@ -171,7 +190,8 @@ def write_lora(
             writer.write(name, np.ascontiguousarray(value))
     told = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none",
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}), "base_model_name_or_path": base, **fields,
+        "target_modules": sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors}),
+        "base_model_name_or_path": base, **fields,
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return folder
@@ -208,16 +228,16 @@ def _scaling(fields: Fields) -> tuple[int, float, float]:
 
 
 def _tensors(file: SafetensorsFile, path: Path) -> Iterator[tuple[tuple[int, str, int], TensorInfo]]:
-    """((layer, target, 0 for A or 1 for B), where it lies) of each tensor."""
+    """((layer, target, 0 for A, 1 for B or `MAGNITUDE`), where it lies) of each tensor."""
     for name in file.names():
         match = KEY.fullmatch(name)
-        if match is None or match[3] not in TARGETS:
+        if match is None or match[2] not in TARGETS:
             what = re.sub(r"\.lora_\w+(\.weight)?$", "", name).rsplit(".", 1)[-1] if ".lora_" in name else name
             raise InputError(
                 f"{path}: tensor {shown(name)} is not supported: adapters may change {', '.join(TARGETS)}, "
                 f"not {shown(what)}"
             )
-        yield (int(match[1]), match[3], "AB".index(match[4])), file.info(name)
+        yield (int(match[1]), match[2], MAGNITUDE if match[3] is None else "AB".index(match[3])), file.info(name)
 
 
 def _check(
@@ -235,6 +255,10 @@ def _check(
     if info.dtype not in FORMS:
         raise InputError(f"{path}: {shown(info.name)} is {info.dtype}; known are {', '.join(FORMS)}")
     inputs, outputs = shapes[name]
+    if part == MAGNITUDE:
+        if info.shape != (outputs,):
+            raise InputError(f"{path}: {shown(info.name)} is {list(info.shape)}, but {name} needs [{outputs}]")
+        return
     wanted, widths = ((rank, inputs), (outputs, rank))[part], ((1, 0), (0, 1))[part]
     if info.shape == wanted:
         return
@@ -256,6 +280,17 @@ def _check_pairs(path: Path, offsets: np.ndarray, forms: set[str]) -> None:
         raise InputError(f"{path}: layer {layer} has lora_{has} of {TARGETS[place]} without its other half")
     if len(forms) > 1:
         raise InputError(f"{path}: tensors are of several number formats ({', '.join(sorted(forms))}); save one")
+
+
+def _check_magnitudes(path: Path, offsets: np.ndarray, dora: bool) -> None:
+    wrong = np.argwhere((offsets[:, :, 0] >= 0) & dora != (offsets[:, :, MAGNITUDE] >= 0))
+    if len(wrong):
+        layer, place = (int(value) for value in wrong[0])
+        what = "set, but" if dora else "not set, and yet"
+        raise InputError(
+            f"{path}: use_dora is {what} layer {layer} has {'no' if dora else 'a'} lora_magnitude_vector of "
+            f"{TARGETS[place]}"
+        )
 
 
 def _identity(state: os.stat_result) -> tuple[int, int, int]:

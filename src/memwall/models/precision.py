@@ -29,6 +29,7 @@ INT_CHOICES = ("int8", "int6", "int5", "int4", "int3", "int2")
 LEVEL_CHOICES = (
     "nf4",
     "nf4-dq",
+    "irnf4",
     "fp4",
     "e2m1",
     "e4m3",

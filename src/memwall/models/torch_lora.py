@@ -47,6 +47,17 @@ class LoraLinear(nn.Module):
         out: Tensor = self.base(x) + self.scale * self.low_rank(kept)
         return out
 
+    def product(self, x: Tensor) -> Tensor:
+        """The base's product without its bias."""
+        out: Tensor = self.base(x)
+        return out if self.base.bias is None else out - self.base.bias
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """y [n, out] @ W, [n, in]: the base's gradient."""
+        with torch.enable_grad():
+            x = torch.zeros(len(y), self.lora_A.shape[1], requires_grad=True)
+            return torch.autograd.grad(self.base(x), x, y.contiguous())[0]
+
     def low_rank(self, x: Tensor) -> Tensor:
         """What is added, less the scale. x [..., in] -> [..., out]."""
         return (x @ self.lora_A.T) @ self.lora_B.T
@@ -55,9 +66,28 @@ class LoraLinear(nn.Module):
         """A and B of a plain adapter that does the same."""
         return self.lora_A.detach(), self.lora_B.detach()
 
+    def exported(self) -> dict[str, Tensor]:
+        """All that is written, by PEFT's names behind `lora_`."""
+        return dict(zip("AB", self.merged(), strict=True))
+
+    def load(self, weights: LoraWeights, layer: int, target: str) -> None:
+        """Begin from a saved adapter of the same rank, where that has this target."""
+        factors = weights.factors(layer, target)
+        if factors is None:
+            return
+        if factors[0].shape != tuple(self.lora_A.shape):
+            raise InputError(f"{weights.path}: has rank {weights.rank}; set rank={weights.rank} to go on from it")
+        with torch.no_grad():
+            self.lora_A.copy_(torch.from_numpy(factors[0]))
+            # the scale that it was trained with stays in the numbers
+            self.lora_B.copy_(torch.from_numpy(factors[1] * (weights.scale / self.scale)))
+
 
 class Adapted:
     """A decoder with an adapter in every target of every layer. Trained tensors come in a fixed order with names."""
+
+    first_layer, trains_embedding = 0, False
+    """What a step needs no gradient before."""
 
     def __init__(self, decoder: TorchDecoder, layers: dict[tuple[int, str], LoraLinear]) -> None:
         self.decoder = decoder
@@ -70,28 +100,22 @@ class Adapted:
                 yield f"{layer}.{target}.{name}", parameter
 
     def factors(self) -> dict[str, np.ndarray]:
-        """A and B of every target as float16, under PEFT's names. InputError where a number has left that range."""
+        """A and B of every target as float16, lengths as float32, under PEFT's names. InputError where a number has
+        left that range.
+        """
         found = {}
         for (layer, target), module in self.layers.items():
-            for part, factor in zip("AB", module.merged(), strict=True):
-                half = factor.numpy().astype(np.float16)
-                if not np.isfinite(half).all():
+            for part, factor in module.exported().items():
+                kept = factor.numpy().astype(np.float16 if part in ("A", "B") else np.float32)
+                if not np.isfinite(kept).all():
                     raise InputError(f"the adapter of layer {layer} {target} outgrew float16: lower the learning rate")
-                found[tensor_name(layer, target, part)] = half
+                found[tensor_name(layer, target, part)] = kept
         return found
 
     def load(self, weights: LoraWeights) -> None:
         """Begin from a saved adapter of the same rank; targets that it lacks keep their start."""
         for (layer, target), module in self.layers.items():
-            factors = weights.factors(layer, target)
-            if factors is None:
-                continue
-            if factors[0].shape != tuple(module.lora_A.shape):
-                raise InputError(f"{weights.path}: has rank {weights.rank}; set rank={weights.rank} to go on from it")
-            with torch.no_grad():
-                module.lora_A.copy_(torch.from_numpy(factors[0]))
-                # the scale that it was trained with stays in the numbers
-                module.lora_B.copy_(torch.from_numpy(factors[1] * (weights.scale / module.scale)))
+            module.load(weights, layer, target)
 
 
 def adapt(

@@ -52,6 +52,8 @@ class Weights:
     """Blocks beside the first of each matrix, of a model that has them (BitStack)."""
     static: dict[str, StaticMatrix] = field(default_factory=dict)
     """Matrices whose products take 8-bit inputs on fixed scales (Quamba2)."""
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    """The numbers of float32 matrices, for training them where they lie."""
 
     def keep(self, name: str, packed: Packed) -> None:
         """Make a matrix of its packed form, of the kind that its products take."""
@@ -59,11 +61,14 @@ class Weights:
             self.static[name] = StaticMatrix(packed)
         else:
             self.matrices[name] = kernels.matrix(packed)
+            if packed.spec == "float32":
+                self.arrays[name] = packed.buffers[PLAIN_BUFFER]
 
     def release(self) -> None:
         """Gives the memory back; the tensors are of no more use."""
         self.matrices.clear()
         self.static.clear()
+        self.arrays.clear()
         self.vectors.clear()
         for region in self.regions:
             region.release()

@@ -31,7 +31,8 @@ from memwall.engine.sequence import Sequence as Running
 from memwall.engine.serving import MOST_LOGIT_ROWS, Serving
 from memwall.errors import InputError
 from memwall.models.config import HEAD
-from memwall.models.decoder import BLOCK_ROWS, Layer
+from memwall.models.decode import Layer
+from memwall.models.decoder import BLOCK_ROWS
 from memwall.simulate.serving_model import Formats
 from memwall.simulate.tables import AttentionTable, Curve, along
 

@@ -37,6 +37,14 @@ mw::Step swiglu(In<2> gate, In<2> up, Out<2> out) {
   return [=] { mw::swiglu(gate.data(), up.data(), static_cast<std::int64_t>(gate.shape(0) * gate.shape(1)), out.data()); };
 }
 
+mw::Step add(In<2> x, Out<2> out) {
+  require(x.shape(0) == out.shape(0) && x.shape(1) == out.shape(1), "add: out must have the shape of x");
+  return [=] {
+    float* to = out.data();
+    for (std::size_t i = 0; i < x.size(); ++i) to[i] += x.data()[i];
+  };
+}
+
 void store_int8(In<3> x, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> places,
                 nb::ndarray<std::int8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> out) {
   require(x.shape(1) == out.shape(1) && x.shape(2) + 2 == out.shape(2), "store_int8: out must have the heads of x, each two bytes longer");
@@ -51,6 +59,7 @@ void store_int8(In<3> x, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_cont
 }  // namespace
 
 void bind_elementwise(nb::module_& m, nb::class_<Program>& program) {
+  bind_step(m, program, "add", &add, "x"_a.noconvert(), "out"_a.noconvert());
   bind_step(m, program, "rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert());
   bind_step(m, program, "rope", &rope, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert());
   m.def("store_int8", &store_int8, "x"_a.noconvert(), "places"_a.noconvert(), "out"_a.noconvert());

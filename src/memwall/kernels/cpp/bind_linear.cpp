@@ -333,7 +333,8 @@ const T* statistics_of(const nb::object& array, const mw::Matrix& view, const ch
   return values.data();
 }
 
-// scales: float16 as integers, float32 or bytes, by scale_form. extra: the second scales, or nested scales and offsets.
+// scales: float16 as integers, float32 or bytes, by scale_form. extra: the second scales; or nested scales, offsets, and perhaps shifts
+// and their peaks.
 PyMatrix level_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, int group, Codes codes, const PyLevels& levels,
                       const std::string& scale_form, nb::object scales, nb::list extra) {
   require(bits >= 1 && bits <= 8, "tiles hold 1 to 8 bits, got " + std::to_string(bits));
@@ -342,7 +343,7 @@ PyMatrix level_matrix(const std::string& spec, std::int64_t rows, std::int64_t c
   m.levels = levels.levels;
   view.levels = m.levels.get();
   m.owners[1] = scales;
-  for (std::size_t i = 0; i < nb::len(extra) && i < 3; ++i) m.owners[2 + i] = extra[i];
+  for (std::size_t i = 0; i < nb::len(extra) && i < 5; ++i) m.owners[2 + i] = extra[i];
   if (scale_form == "f16") {
     view.scales = statistics_of<std::uint16_t>(scales, view, "scales");
     if (nb::len(extra) == 1) view.second = statistics_of<std::uint16_t>(extra[0], view, "second scales");
@@ -353,7 +354,8 @@ PyMatrix level_matrix(const std::string& spec, std::int64_t rows, std::int64_t c
     view.scale_form = mw::ScaleForm::exponent;
     view.scales = statistics_of<std::uint8_t>(scales, view, "scales");
   } else {
-    require(scale_form == "dq" && nb::len(extra) == 2, "scales are f16, f32, e8m0, or dq with nested scales and offsets");
+    require(scale_form == "dq" && (nb::len(extra) == 2 || nb::len(extra) == 4),
+            "scales are f16, f32, e8m0, or dq with nested scales, offsets and, where numbers are shifted, shifts and their peaks");
     view.scale_form = mw::ScaleForm::nested;
     view.scales = statistics_of<std::uint8_t>(scales, view, "scales");
     const auto nested = nb::cast<Numbers<float, 2>>(extra[0], false);
@@ -364,6 +366,12 @@ PyMatrix level_matrix(const std::string& spec, std::int64_t rows, std::int64_t c
             "nested scales must have shape [row tiles, groups / 16] and offsets [row tiles]");
     view.nested = nested.data();
     view.offsets = offsets.data();
+    if (nb::len(extra) == 4) {
+      view.shifts = statistics_of<std::uint8_t>(extra[2], view, "shifts");
+      const auto peaks = nb::cast<Numbers<float, 2>>(extra[3], false);
+      require(peaks.shape(0) == nested.shape(0) && peaks.shape(1) == nested.shape(1), "peaks of shifts must have the shape of nested scales");
+      view.shift_peaks = peaks.data();
+    }
   }
   require((view.second != nullptr) == view.levels->pairs, "second scales do not go with these levels");
   return m;

@@ -56,6 +56,14 @@ void set_pages(PyAdapter& self, Array<const std::int32_t, 1> pages) {
   self.adapter->pages.assign(pages.data(), pages.data() + pages.shape(0));
 }
 
+// rows: [layers, 2, out], see LoraAdapter; they are copied
+void set_rows(PyAdapter& self, int target, Array<const float, 3> rows) {
+  require(target >= 0 && target < mw::kLoraTargets, "there is no such target");
+  const auto out = static_cast<std::int64_t>(rows.shape(2));
+  require(rows.shape(1) == 2 && out == self.adapter->targets[target].out, "rows must be [layers, 2, outputs of the target]");
+  self.adapter->rows[target].assign(rows.data(), rows.data() + rows.size());
+}
+
 struct Batch {
   mw::LoraPool pool;
   std::vector<mw::LoraSegment> segments;
@@ -138,6 +146,8 @@ mw::Step add_lora(const PyBatch& lora, std::int64_t layer, std::int64_t first_ro
       for (const auto& output : held->outputs) {
         const auto& t = segment.adapter->targets[output.target];
         if (t.rank && (t.in != in || t.out != output.width)) return;  // checked where adapters are read
+        const std::size_t rows_held = segment.adapter->rows[output.target].size();
+        if (rows_held && rows_held < static_cast<std::size_t>((layer + 1) * 2 * output.width)) return;
       }
     if ((layer + 1) * batch->pool.layer_bytes > batch->pool.page_bytes) return;
     const mw::LoraCall call{&batch->pool, batch->segments.data(), batch->segments.size(), layer, first_row, rows, x.data(), in,
@@ -168,6 +178,7 @@ std::int64_t fetch(const PyAdapter& self, Array<std::uint8_t, 2> pages, std::int
 void bind_lora(nb::module_& m, nb::class_<Program>& program) {
   nb::class_<PyAdapter>(m, "LoraAdapter", "One adapter's shape and the pages it lies in")
       .def("set_pages", &set_pages, "pages"_a.noconvert())
+      .def("set_rows", &set_rows, "target"_a, "rows"_a.noconvert(), "What each output is lengthened by once all is added: y += rows[0] y + rows[1]")
       .def("fetch", &fetch, "pages"_a.noconvert(), "layers"_a, "unit_bytes"_a, "units_per_block"_a, "file"_a, "stored"_a, "offsets"_a.noconvert(),
            "Reads tensors from a file into the adapter's pages; bytes read, or -1 - errno");
   m.def("lora_adapter", &make_adapter, "form"_a, "scale"_a, "targets"_a.noconvert());

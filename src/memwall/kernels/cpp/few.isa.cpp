@@ -72,13 +72,13 @@ void few_tokens_tile(const Matrix& m, const Activations& a, std::int64_t tile, f
       const Vf scale = group_scale(m, tile, g, p);
       Vf least{};
       const std::int64_t at = (tile * m.groups + g) * kTileRows + p * kWidth;
-      if (m.mins) least = load_half(m.mins + at);
+      if (m.adds()) least = group_least(m, tile, g, p);
       if (m.zeros) least = -scale * to_float(load_bytes(m.zeros + at));
       for (int t = 0; t < Tokens; ++t) {
         Vi sum = dot[t][p][0].total();
         for (int i = 1; i < kParts; ++i) sum += dot[t][p][i].total();
         total[t][p] += scale * (x_scales[t] * one) * to_float(sum);
-        if (offset == 0) total[t][p] += least * (x_scales[t] * static_cast<float>(x_sums[t]));
+        if (offset == 0 || m.shifts) total[t][p] += least * (x_scales[t] * static_cast<float>(x_sums[t]));
       }
     }
   }

@@ -554,7 +554,8 @@ std::int64_t Matrix::nbytes() const {
   if (wide_groups) return row_tiles * (tile_bytes() + groups * kTileRows * 2) + groups + (order ? cols * (wide ? 4 : 2) : 0);
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
   const std::int64_t nested_bytes = nested ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups + 1) : 0;
-  return row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0)) + nested_bytes);
+  const std::int64_t shift_bytes = shifts ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups) : 0;
+  return row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0) + (shifts ? 1 : 0)) + nested_bytes + shift_bytes);
 }
 
 std::size_t linear_scratch_bytes() {
@@ -634,12 +635,13 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
       const std::int64_t g = col / m.group, at = (tile * m.groups + g) * kTileRows + lane;
       scale = scale_at(m, tile, g, lane);
       if (m.mins) least = half_to_float(m.mins[at]);
+      if (m.shifts) least = dynamic_levels[m.shifts[at]] * m.shift_peaks[tile * ((m.groups + kNestedGroups - 1) / kNestedGroups) + g / kNestedGroups];
       if (m.second) second = half_to_float(m.second[at]);
     }
     const int code = tile_code(m, row, col);
     if (m.wide_groups) out[m.column_at(col)] = scale * static_cast<float>(code - m.low_offset());
     else if (m.levels == nullptr) out[col] = scale * static_cast<float>(code - m.low_offset()) + least;
-    else out[col] = scale * m.levels->values[code];
+    else out[col] = scale * m.levels->values[code] + least;
     if (m.second) out[col] += second * m.levels->second[code];
   }
 }

@@ -86,6 +86,8 @@ struct Matrix {
   const std::uint16_t* second = nullptr;  // float16, the same shape: second scales, else null
   const float* nested = nullptr;          // [row_tiles, (groups + 15) / 16], for nested scales
   const float* offsets = nullptr;         // [row_tiles], for nested scales
+  const std::uint8_t* shifts = nullptr;   // dynamic levels, the shape of scales, of `shift_peaks`, like nested: what is added to each number; else null
+  const float* shift_peaks = nullptr;
   const Levels* levels = nullptr;         // null for integers
   const std::uint8_t* zeros = nullptr;    // sparse only, the shape of scales: the code that stands for zero; null when symmetric
   // planes only, beside data, bits and scales (float32 [rows]): bits that activations are rounded to
@@ -144,6 +146,7 @@ struct Matrix {
   // what is taken off a code, or off its low byte
   int low_offset() const { return levels ? levels->low_offset : mins || zeros ? 0 : 1 << (bits - 1); }
   float unit() const { return levels ? levels->unit : 1.0f; }
+  bool adds() const { return mins || shifts; }
   std::int64_t nbytes() const;
 };
 

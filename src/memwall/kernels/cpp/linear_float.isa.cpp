@@ -181,7 +181,7 @@ void decode_tile(const Matrix& m, std::int64_t tile, std::int64_t first_col, int
     const std::int64_t g = first_group + c / m.group, at = (tile * m.groups + g) * kTileRows;
     for (int p = 0; p < kPieces; ++p) {
       const Vf scale = group_scale(m, tile, g, p);
-      const Vf least = m.mins ? load_half(m.mins + at + p * kWidth) : Vf{};
+      const Vf least = group_least(m, tile, g, p);
       const Vf second = m.second ? load_half(m.second + at + p * kWidth) : Vf{};
       static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
         constexpr int I = decltype(block)::value;
@@ -190,7 +190,7 @@ void decode_tile(const Matrix& m, std::int64_t tile, std::int64_t first_col, int
           const Vi code = (codes >> (8 * byte)) & 0xff;
           Vf value;
           if (m.levels == nullptr) value = scale * to_float(code - zero) + least;
-          else value = scale * look_up<Bits>(m.levels->values, code);
+          else value = scale * look_up<Bits>(m.levels->values, code) + least;
           if (m.second) value += second * look_up<Bits>(m.levels->second, code);
           store(panel.weights[c + 4 * I + byte] + slot * kTileRows + p * kWidth, value);
         }

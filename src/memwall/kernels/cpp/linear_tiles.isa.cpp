@@ -58,7 +58,6 @@ void one_token_tile(const Matrix& m, const Activations& a, std::int64_t tile, fl
   const int units = m.group / kUnitColumns, offsets[2] = {m.low_offset(), Bytes >= 2 ? m.levels->high_offset : 0};
   const std::uint8_t* tables[2] = {Bytes ? m.levels->low : nullptr, Bytes >= 2 ? m.levels->high : nullptr};
   const std::uint8_t* unit = m.tile(tile);
-  const std::uint16_t* mins = m.mins ? m.mins + tile * m.groups * kTileRows : nullptr;
   const std::int8_t* x = a.codes;
   const float one = m.unit();
   Vf total[kPieces] = {};
@@ -92,10 +91,9 @@ void one_token_tile(const Matrix& m, const Activations& a, std::int64_t tile, fl
       total[p] += scale * x_scale * to_float(sums[0]);
       if constexpr (kSums == 2) total[p] += high_scale(m, tile, g, p, scale) * x_scale * to_float(sums[1]);
     }
-    if (mins) {
+    if (m.adds()) {
       const float sum = a.scales[g] * static_cast<float>(a.sums[g]);
-      for (int p = 0; p < kPieces; ++p) total[p] += load_half(mins + p * kWidth) * sum;
-      mins += kTileRows;
+      for (int p = 0; p < kPieces; ++p) total[p] += group_least(m, tile, g, p) * sum;
     }
   }
   for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
@@ -192,7 +190,7 @@ void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, i
       const Vf scale = group_scale(m, tile, first_group + g, p);
       store(panel.parts[0].scales[g] + at, scale * one);
       if constexpr (Bytes >= 2) store(panel.parts[1].scales[g] + at, high_scale(m, tile, first_group + g, p, scale) * one);
-      if (m.mins) store(panel.mins[g] + at, load_half(m.mins + ((tile * m.groups + first_group + g) * kTileRows + p * kWidth)));
+      if (m.adds()) store(panel.mins[g] + at, group_least(m, tile, first_group + g, p));
     }
 }
 
@@ -243,7 +241,7 @@ void panel_block(const Part& part, const Part& other, const float (*mins)[kStrip
   for (int g = 0; g < num_groups; ++g, x_scales += kTokenBlock, x_sums += kTokenBlock) {
     DotType dot[Tokens][kStripVectors];
     for (int t = 0; t < Tokens; ++t)
-      for (auto& d : dot[t]) d.start(Asymmetric ? Vi{} : splat(-(x_sums[t] * offset)));
+      for (auto& d : dot[t]) d.start(splat(-(x_sums[t] * offset)));
     for (int c = 0; c < blocks_per_group; c += kUnitBlocks)
       static_for<kUnitBlocks>([&](auto index) __attribute__((always_inline)) {
         constexpr int I = decltype(index)::value;
@@ -280,11 +278,12 @@ PanelBlock panel_block_for(int tokens) {
   return found;
 }
 
-PanelBlock pick_panel_block(const Matrix& m, int tokens) {
+// first: of the bytes that bring along what is added to numbers.
+PanelBlock pick_panel_block(const Matrix& m, int tokens, bool first = true) {
   PanelBlock found = nullptr;
   with_form(m, [&](auto bits, auto bytes) {
     using D = LevelDot<decltype(bits)::value, decltype(bytes)::value>;
-    found = m.mins || m.zeros ? panel_block_for<D, true>(tokens) : panel_block_for<D, false>(tokens);
+    found = first && (m.adds() || m.zeros) ? panel_block_for<D, true>(tokens) : panel_block_for<D, false>(tokens);
   });
   return found;
 }
@@ -332,7 +331,9 @@ void tiles_part(const Matrix& m, const Input& input, std::int64_t strip, std::in
       const PanelBlock block = pick_panel_block(m, tokens - t < kTokenBlock ? tokens - t : kTokenBlock);
       const std::int64_t index = (first_token + t) / kTokenBlock;
       block(panel.parts[0], panel.parts[1], panel.mins, input.coded, index, g, num_groups, m.low_offset(), to + t);
-      if (two_sums) block(panel.parts[1], panel.parts[1], panel.mins, input.coded, index, g, num_groups, m.levels->high_offset, to + t);
+      if (two_sums)
+        pick_panel_block(m, tokens - t < kTokenBlock ? tokens - t : kTokenBlock, false)(panel.parts[1], panel.parts[1], panel.mins, input.coded, index, g,
+                                                                                        num_groups, m.levels->high_offset, to + t);
     }
   }
 }
@@ -343,6 +344,7 @@ void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
   const int last = tokens % kTokenBlock;
   const PanelBlock full = pick_panel_block(m, kTokenBlock), rest = last ? pick_panel_block(m, last) : nullptr;
   const bool two_sums = m.second || (!kWords && m.bytes() == 2);
+  const PanelBlock full_more = pick_panel_block(m, kTokenBlock, false), rest_more = last ? pick_panel_block(m, last, false) : nullptr;
   for (std::int64_t strip = begin; strip < end; ++strip) {
     __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * tokens);
     for (std::int64_t g = 0; g < m.groups; g += chunk) {
@@ -354,7 +356,8 @@ void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
         for (int i = t; is_last && i < t + count; ++i) expect_rows(i, strip * kStripRows, kStripRows, out);
         const PanelBlock block = count == kTokenBlock ? full : rest;
         block(panel.parts[0], panel.parts[1], panel.mins, input.coded, t / kTokenBlock, g, num_groups, m.low_offset(), panel.sums + t);
-        if (two_sums) block(panel.parts[1], panel.parts[1], panel.mins, input.coded, t / kTokenBlock, g, num_groups, m.levels->high_offset, panel.sums + t);
+        const PanelBlock more = count == kTokenBlock ? full_more : rest_more;
+        if (two_sums) more(panel.parts[1], panel.parts[1], panel.mins, input.coded, t / kTokenBlock, g, num_groups, m.levels->high_offset, panel.sums + t);
         for (int i = t; is_last && i < t + count; ++i) write_rows(panel.sums[i], i, strip * kStripRows, kStripRows, out);
       }
     }

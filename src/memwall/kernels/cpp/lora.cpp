@@ -86,6 +86,19 @@ std::int64_t list_tasks(const LoraCall& call, Tasks& tasks) {
   return multiplies;
 }
 
+// The outputs that a task has finished, by what their rows of the weight are lengthened.
+void lengthen(const LoraCall& call, const Task& task, std::int64_t unit_values) {
+  const std::vector<float>& table = task.segment->adapter->rows[task.output->target];
+  if (table.empty()) return;
+  const std::int64_t width = task.output->width, begin = task.begin * unit_values, end = std::min(width, task.end * unit_values);
+  const float* change = table.data() + call.layer * 2 * width;
+  const float* shift = change + width;
+  for (std::int64_t n = 0; n < task.count; ++n) {
+    float* y = task.output->data + (task.first + n) * width;
+    for (std::int64_t i = begin; i < end; ++i) y[i] += change[i] * y[i] + shift[i];
+  }
+}
+
 }  // namespace
 
 std::int64_t add_lora(const LoraCall& call) {
@@ -113,6 +126,7 @@ std::int64_t add_lora(const LoraCall& call) {
       kernels.expand[static_cast<int>(adapter.form)](rows, call.scratch + task.first * call.scratch_width + task.scratch_at, call.scratch_width,
                                                      task.count, t.rank, adapter.scale, task.begin, task.end,
                                                      task.output->data + task.first * task.output->width, task.output->width);
+      lengthen(call, task, rows.unit_values);
     }
   });
   return multiplies;

@@ -34,6 +34,7 @@ struct LoraAdapter {
   float scale = 1.0f;
   LoraTarget targets[kLoraTargets];
   std::vector<std::int32_t> pages;
+  std::vector<float> rows[kLoraTargets];  // [layers, 2, out]: y += rows[0] y + rows[1] once all is added (DoRA); empty: as it is
 
   std::int64_t itemsize() const { return form == Form::float32 ? 4 : 2; }
   std::int64_t row_units(const LoraPool& pool, std::int64_t width) const {
@@ -94,7 +95,7 @@ struct LoraCall {
   std::int64_t scratch_width = 0;
 };
 
-// Adds to every output; gives the number of multiplications that were done.
+// Adds to every output, and lengthens its numbers where the adapter says so; gives the number of multiplications that were done.
 std::int64_t add_lora(const LoraCall& call);
 
 // Reads an adapter's tensors from a file into its pages. offsets: [layers, targets, 2], the byte where A [rank, in] and

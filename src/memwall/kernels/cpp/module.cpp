@@ -20,6 +20,7 @@ void bind_heap(nb::module_& m);       // the C heap's habits
 void bind_range_coder(nb::module_& m);  // entropy coding of symbol streams
 void bind_planes(nb::module_& m);       // products of bit planes
 void bind_nearest(nb::module_& m);      // the nearest of many centroids
+void bind_information(nb::module_& m);  // shifts of blocks under which codes tell the most
 void bind_scan(nb::module_& m);         // state space layers, static 8-bit products
 void bind_lora(nb::module_& m, nb::class_<Program>&);  // low-rank additions to products
 
@@ -50,6 +51,7 @@ NB_MODULE(_native, m) {
   bind_range_coder(m);
   bind_planes(m);
   bind_nearest(m);
+  bind_information(m);
   bind_scan(m);
   bind_lora(m, program);
 }

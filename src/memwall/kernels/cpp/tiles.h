@@ -99,6 +99,14 @@ MW_INLINE Vf group_scale(const Matrix& m, std::int64_t tile, std::int64_t g, int
     }
   }
 }
+// What is added to every number of rows p * kWidth and on of group g of a tile.
+MW_INLINE Vf group_least(const Matrix& m, std::int64_t tile, std::int64_t g, int p) {
+  const std::int64_t at = (tile * m.groups + g) * kTileRows + p * kWidth;
+  if (m.mins) return load_half(m.mins + at);
+  if (!m.shifts) return Vf{};
+  const float peak = m.shift_peaks[tile * ((m.groups + kNestedGroups - 1) / kNestedGroups) + g / kNestedGroups];
+  return look_up<8>(dynamic_levels, load_bytes(m.shifts + at)) * peak;
+}
 // What the high bytes of codes are multiples of.
 MW_INLINE Vf high_scale(const Matrix& m, std::int64_t tile, std::int64_t g, int p, Vf scale) {
   if (m.second == nullptr) return scale * 256.0f;
