@@ -31,6 +31,15 @@ inline auto larger(A a, B b) {
 }
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
+// body(number of heads, first head) over the query heads of one kv head: kHeads of them at a time, then those that are left at once
+template <typename Body>
+inline void by_heads(int head, int count, Body&& body) {
+  for (; count >= kHeads; head += kHeads, count -= kHeads) body(std::integral_constant<int, kHeads>(), head);
+  if (kHeads > 2 && count == 3) return body(std::integral_constant<int, 3>(), head);
+  if (kHeads > 2 && count == 2) return body(std::integral_constant<int, 2>(), head);
+  if (count == 1) body(std::integral_constant<int, 1>(), head);
+}
+
 template <typename T>
 struct View {
   const T* data;
@@ -90,9 +99,37 @@ const float* query_tails(const Attention& a, const float* q, float* tails) {
   return tails;
 }
 
-// logits of four tokens for R query heads of one kv head
+// the scales of rows of codes go to their logits
+template <int R, typename T>
+inline void scale_logits(const T* const k[4], int dim, float* scores) {
+  if constexpr (kScaled<T>) {
+    const float scales[4] = {scale_of(k[0], dim), scale_of(k[1], dim), scale_of(k[2], dim), scale_of(k[3], dim)};
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < 4; ++t) scores[r * kStep + t] *= scales[t];
+  }
+}
+
+// Logits of four tokens for R query heads of one kv head, whose keys are N whole vectors: known to the compiler, all sums stay in
+// registers from the first product to the last shuffle.
+template <int R, int N, typename T>
+inline void dot_whole(const T* const k[4], const float* q, int padded, float* scores) {
+  vf sum[R][4];
+  for (int i = 0; i < N; ++i) {
+    const vf key[4] = {vload(k[0] + i * W), vload(k[1] + i * W), vload(k[2] + i * W), vload(k[3] + i * W)};
+    for (int r = 0; r < R; ++r) {
+      const vf query = vload(q + r * padded + i * W);
+      for (int t = 0; t < 4; ++t) sum[r][t] = i == 0 ? vmul(query, key[t]) : vfma(query, key[t], sum[r][t]);
+    }
+  }
+  store_sums<R>(scores, kStep, sum);
+  scale_logits<R>(k, N * W, scores);
+}
+
+// the same for keys of any width
 template <int R, typename T>
 inline void dot_tile(const T* const k[4], const float* q, const float* tails, int dim, int padded, float* scores) {
+  if (dim == 64) return dot_whole<R, 64 / W>(k, q, padded, scores);
+  if (dim == 128) return dot_whole<R, 128 / W>(k, q, padded, scores);
   vf sum[R][4];
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < 4; ++t) sum[r][t] = vset(0.0f);
@@ -116,12 +153,8 @@ inline void dot_tile(const T* const k[4], const float* q, const float* tails, in
     const vf key[4] = {vload_part(k[0] + d, n), vload_part(k[1] + d, n), vload_part(k[2] + d, n), vload_part(k[3] + d, n)};
     step(key, q + d, padded);
   }
-  for (int r = 0; r < R; ++r) store_sums4(scores + r * kStep, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-  if constexpr (kScaled<T>) {
-    const float scales[4] = {scale_of(k[0], dim), scale_of(k[1], dim), scale_of(k[2], dim), scale_of(k[3], dim)};
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < 4; ++t) scores[r * kStep + t] *= scales[t];
-  }
+  store_sums<R>(scores, kStep, sum);
+  scale_logits<R>(k, dim, scores);
 }
 
 template <template <typename> class V, typename T>
@@ -143,12 +176,9 @@ void exact_scores(const Attention& a, const V<T>& keys, const float* q, const fl
         const char* ahead = reinterpret_cast<const char*>(next[i] + static_cast<std::int64_t>(h) * keys.width());
         for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
-      int r = 0;
-      const auto at = [&](int n) { return h * rep + n; };
-      for (; r + kHeads <= rep; r += kHeads)
-        dot_tile<kHeads>(k, q + at(r) * padded, tails_of(at(r)), a.key_dim, padded, scores + at(r) * kStep + t);
-      for (; r < rep; ++r)
-        dot_tile<1>(k, q + at(r) * padded, tails_of(at(r)), a.key_dim, padded, scores + at(r) * kStep + t);
+      by_heads(h * rep, rep, [&](auto heads, int head) {
+        dot_tile<decltype(heads)::value>(k, q + head * padded, tails_of(head), a.key_dim, padded, scores + head * kStep + t);
+      });
     }
   }
 }
@@ -202,11 +232,9 @@ void exact_values(const Attention& a, const V<T>& values, const float* p, std::i
         const char* ahead = reinterpret_cast<const char*>(next + i * values.stride + static_cast<std::int64_t>(h) * values.width());
         for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
-      int r = 0;
-      const auto at = [&](int i) { return h * rep + i; };
-      for (; r + kHeads <= rep; r += kHeads)
-        sum_rows<kHeads>(v, values.stride, n, p + at(r) * kStep + t, out + at(r) * padded, a.head_dim, padded);
-      for (; r < rep; ++r) sum_rows<1>(v, values.stride, n, p + at(r) * kStep + t, out + at(r) * padded, a.head_dim, padded);
+      by_heads(h * rep, rep, [&](auto heads, int head) {
+        sum_rows<decltype(heads)::value>(v, values.stride, n, p + head * kStep + t, out + head * padded, a.head_dim, padded);
+      });
     }
   }
 }
