@@ -24,6 +24,9 @@ inline void relax() {
 #endif
 }
 
+constexpr std::size_t kLine = 64;
+constexpr std::size_t kCallerAhead = 4096;  // the caller has work of its own between two calls
+
 constexpr int kSpins = 4000;  // about 50-100 us: the gap between two kernels of one token, not more
 
 class Pool {
@@ -39,6 +42,38 @@ class Pool {
   }
 
   void run(std::size_t n, std::size_t grain, ChunkBody body) {
+    start_region(n, grain, body, [&] {
+      runs_in_use_ = false;
+      next_.store(0, std::memory_order_relaxed);
+    });
+  }
+
+  void run_in_runs(std::size_t n, std::size_t least, ChunkBody body, const Ahead* ahead, int num_ahead) {
+    start_region(n, least, body, [&] {
+      runs_in_use_ = true;
+      for (int w = 0; w < size(); ++w) {
+        Run& run = runs_[static_cast<std::size_t>(w)];
+        run.next.store(run_begin(n, w, size()), std::memory_order_relaxed);
+        run.end = run_begin(n, w + 1, size());
+        run.ahead = w < num_ahead ? ahead[w] : Ahead{};
+      }
+    });
+    if (num_ahead > 0)
+      for (std::size_t i = 0; i < std::min(ahead[0].bytes, kCallerAhead); i += kLine) fetch(ahead[0].at + i);
+  }
+
+ private:
+  struct alignas(64) Run {
+    std::atomic<std::size_t> next{0};
+    std::size_t end = 0;
+    Ahead ahead;
+  };
+
+  // To the second-level cache; an address that is not there does nothing.
+  static void fetch(const char* at) { __builtin_prefetch(at, 0, 2); }
+
+  template <class Prepare>
+  void start_region(std::size_t n, std::size_t grain, ChunkBody body, Prepare&& prepare) {
     if (n == 0) return;
     grain = std::max<std::size_t>(grain, 1);
     if (n <= grain) return body(0, n, 0);
@@ -47,7 +82,7 @@ class Pool {
     body_ = &body;
     n_ = n;
     grain_ = grain;
-    next_.store(0, std::memory_order_relaxed);
+    prepare();
     open_.store(true, std::memory_order_seq_cst);
     epoch_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
@@ -62,9 +97,23 @@ class Pool {
     }
   }
 
- private:
+  // Takes from a run; half of what is left, so that few chunks make it up and yet the last ones are small.
+  void drain_run(Run& run, const ChunkBody& body, int worker) {
+    std::size_t begin = run.next.load(std::memory_order_relaxed);
+    while (begin < run.end) {
+      const std::size_t left = run.end - begin, count = std::min(left, std::max(grain_, left / 2));
+      if (!run.next.compare_exchange_weak(begin, begin + count, std::memory_order_relaxed)) continue;
+      body(begin, begin + count, worker);
+      begin = run.next.load(std::memory_order_relaxed);
+    }
+  }
+
   void drain(int worker) {
     const ChunkBody body = *body_;
+    if (runs_in_use_) {
+      for (int i = 0; i < size(); ++i) drain_run(runs_[static_cast<std::size_t>((worker + i) % size())], body, worker);
+      return;
+    }
     const std::size_t n = n_, grain = grain_;
     for (;;) {
       const std::size_t begin = next_.fetch_add(grain, std::memory_order_relaxed);
@@ -75,6 +124,7 @@ class Pool {
 
   void start(int n) {
     quit_ = false;
+    runs_ = std::make_unique<Run[]>(static_cast<std::size_t>(n));
     const unsigned seen = epoch_.load();
     for (int i = 1; i < n; ++i) workers_.emplace_back([this, i, seen] { loop(i, seen); });
   }
@@ -107,8 +157,16 @@ class Pool {
       // Say "inside" first and look second, while the caller closes first and looks second: either the caller waits for this
       // worker, or this worker sees that it came too late and leaves `body_` alone.
       inside_.fetch_add(1, std::memory_order_seq_cst);
-      if (open_.load(std::memory_order_seq_cst)) drain(worker);
+      Ahead ahead;
+      if (open_.load(std::memory_order_seq_cst)) {
+        if (runs_in_use_) ahead = runs_[static_cast<std::size_t>(worker)].ahead;
+        drain(worker);
+      }
       inside_.fetch_sub(1, std::memory_order_seq_cst);
+      for (std::size_t i = 0; i < ahead.bytes; i += kLine) {
+        fetch(ahead.at + i);
+        if (i % 1024 == 0 && epoch_.load(std::memory_order_relaxed) != seen) break;
+      }
     }
   }
 
@@ -121,6 +179,8 @@ class Pool {
   alignas(64) std::atomic<std::size_t> next_{0};
   alignas(64) std::atomic<int> inside_{0};  // workers that may be using body_
   std::atomic<bool> open_{false};           // chunks are being handed out
+  std::unique_ptr<Run[]> runs_;             // of each worker
+  bool runs_in_use_ = false;                // else chunks come from next_
   const ChunkBody* body_ = nullptr;
   std::size_t n_ = 0, grain_ = 1;
 };
@@ -183,6 +243,12 @@ void parallel_for(std::size_t n, std::size_t grain, ChunkBody body) {
   if (t_pool && t_pool->size() <= num_threads()) return t_pool->run(n, grain, body);
   grain = std::max<std::size_t>(grain, 1);
   for (std::size_t begin = 0; begin < n; begin += grain) body(begin, std::min(begin + grain, n), 0);
+}
+
+void parallel_runs(std::size_t n, std::size_t least, ChunkBody body, const Ahead* ahead, int num_ahead) {
+  if (t_lane == 0) return pool().run_in_runs(n, least, body, ahead, num_ahead);
+  if (t_pool && t_pool->size() <= num_threads()) return t_pool->run_in_runs(n, least, body, ahead, num_ahead);
+  if (n > 0) body(0, n, 0);
 }
 
 }  // namespace mw
