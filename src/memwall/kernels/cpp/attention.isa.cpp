@@ -17,8 +17,8 @@ constexpr int kHeads = 4;  // query heads that share one load of a key: as many 
 #else
 constexpr int kHeads = 2;
 #endif
-constexpr int kWindow = 16;         // value rows summed before moving to the next head
-constexpr std::int64_t kAhead = 8;  // rows fetched ahead
+constexpr int kWindow = 16;  // value rows summed before moving to the next head
+constexpr std::int64_t kAheadBytes = 4096, kLeastAhead = 8;  // of rows fetched ahead: what is worked on in the time that memory takes
 constexpr int kTile = 64;
 
 template <typename A, typename B>
@@ -157,24 +157,37 @@ inline void dot_tile(const T* const k[4], const float* q, const float* tails, in
   scale_logits<R>(k, dim, scores);
 }
 
+// Rows of one head, some places on: fetched while those before them are worked on, head by head, as more at once would wait for each
+// other.
+template <typename Rows>
+struct RowsAhead {
+  const Rows& rows;
+  std::int64_t far, bytes;
+  RowsAhead(const Rows& all, int kv_heads, std::int64_t least) : rows(all), bytes(rows.width() * static_cast<std::int64_t>(sizeof(*rows.data))) {
+    far = larger(least, kAheadBytes / (kv_heads * bytes));
+  }
+  void fetch(std::int64_t token, int kv_head) const {
+    const char* at = reinterpret_cast<const char*>(rows.ahead(token + far)) + kv_head * bytes;
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+  }
+};
+
 template <template <typename> class V, typename T>
 void exact_scores(const Attention& a, const V<T>& keys, const float* q, const float* tails, std::int64_t first, int count,
                   float* scores) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_key();
-  const std::int64_t row_bytes = static_cast<std::int64_t>(keys.width()) * sizeof(T);
+  const RowsAhead next(keys, a.num_kv_heads, kLeastAhead);
   const auto tails_of = [&](int head) { return tails == nullptr ? tails : tails + head * W; };
   for (int t = 0; t < count; t += 4) {
-    const T *rows[4], *next[4];
+    const T* rows[4];
     for (int i = 0; i < 4; ++i) {
       rows[i] = keys.row(first + smaller(t + i, count - 1), 0);  // the last row again instead of rows that are not there
-      next[i] = keys.ahead(first + t + i + kAhead);
     }
     for (int h = 0; h < a.num_kv_heads; ++h) {
       const T* k[4];
       for (int i = 0; i < 4; ++i) {
         k[i] = rows[i] + static_cast<std::int64_t>(h) * keys.width();
-        const char* ahead = reinterpret_cast<const char*>(next[i] + static_cast<std::int64_t>(h) * keys.width());
-        for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+        next.fetch(first + t + i, h);
       }
       by_heads(h * rep, rep, [&](auto heads, int head) {
         dot_tile<decltype(heads)::value>(k, q + head * padded, tails_of(head), a.key_dim, padded, scores + head * kStep + t);
@@ -222,16 +235,13 @@ inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p,
 template <template <typename> class V, typename T>
 void exact_values(const Attention& a, const V<T>& values, const float* p, std::int64_t first, int count, float* out) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
-  const std::int64_t row_bytes = static_cast<std::int64_t>(values.width()) * sizeof(T);
+  const RowsAhead next(values, a.num_kv_heads, kWindow);
   for (int t = 0, n = 0; t < count; t += n) {
     n = values.run(first + t, smaller(kWindow, count - t));
-    const T *row = values.row(first + t, 0), *next = values.ahead(first + t + kWindow);
+    const T* row = values.row(first + t, 0);
     for (int h = 0; h < a.num_kv_heads; ++h) {
+      for (int i = 0; i < n; ++i) next.fetch(first + t + i, h);
       const T* v = row + static_cast<std::int64_t>(h) * values.width();
-      for (int i = 0; i < n; ++i) {
-        const char* ahead = reinterpret_cast<const char*>(next + i * values.stride + static_cast<std::int64_t>(h) * values.width());
-        for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
-      }
       by_heads(h * rep, rep, [&](auto heads, int head) {
         sum_rows<decltype(heads)::value>(v, values.stride, n, p + head * kStep + t, out + head * padded, a.head_dim, padded);
       });
