@@ -24,8 +24,9 @@ inline void relax() {
 #endif
 }
 
-constexpr std::size_t kLine = 64;
-constexpr std::size_t kCallerAhead = 4096;  // the caller has work of its own between two calls
+constexpr int kCallerLines = 64;  // of 64 bytes, that the caller fetches ahead at once: it has work of its own between two calls
+
+thread_local Ahead t_ahead;
 
 constexpr int kSpins = 4000;  // about 50-100 us: the gap between two kernels of one token, not more
 
@@ -58,8 +59,8 @@ class Pool {
         run.ahead = w < num_ahead ? ahead[w] : Ahead{};
       }
     });
-    if (num_ahead > 0)
-      for (std::size_t i = 0; i < std::min(ahead[0].bytes, kCallerAhead); i += kLine) fetch(ahead[0].at + i);
+    t_ahead = num_ahead > 0 ? ahead[0] : Ahead{};
+    t_ahead.fetch(kCallerLines);
   }
 
  private:
@@ -68,9 +69,6 @@ class Pool {
     std::size_t end = 0;
     Ahead ahead;
   };
-
-  // To the second-level cache; an address that is not there does nothing.
-  static void fetch(const char* at) { __builtin_prefetch(at, 0, 2); }
 
   template <class Prepare>
   void start_region(std::size_t n, std::size_t grain, ChunkBody body, Prepare&& prepare) {
@@ -157,16 +155,12 @@ class Pool {
       // Say "inside" first and look second, while the caller closes first and looks second: either the caller waits for this
       // worker, or this worker sees that it came too late and leaves `body_` alone.
       inside_.fetch_add(1, std::memory_order_seq_cst);
-      Ahead ahead;
       if (open_.load(std::memory_order_seq_cst)) {
-        if (runs_in_use_) ahead = runs_[static_cast<std::size_t>(worker)].ahead;
+        if (runs_in_use_) t_ahead = runs_[static_cast<std::size_t>(worker)].ahead;
         drain(worker);
       }
       inside_.fetch_sub(1, std::memory_order_seq_cst);
-      for (std::size_t i = 0; i < ahead.bytes; i += kLine) {
-        fetch(ahead.at + i);
-        if (i % 1024 == 0 && epoch_.load(std::memory_order_relaxed) != seen) break;
-      }
+      while (t_ahead.left() && epoch_.load(std::memory_order_relaxed) == seen) t_ahead.fetch(16);
     }
   }
 
@@ -250,5 +244,7 @@ void parallel_runs(std::size_t n, std::size_t least, ChunkBody body, const Ahead
   if (t_pool && t_pool->size() <= num_threads()) return t_pool->run_in_runs(n, least, body, ahead, num_ahead);
   if (n > 0) body(0, n, 0);
 }
+
+Ahead& ahead_here() { return t_ahead; }
 
 }  // namespace mw
