@@ -96,6 +96,7 @@ class PromptCache:
     length = 0
 
     takes_inputs: ClassVar[bool] = False
+    records: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config

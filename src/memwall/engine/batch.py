@@ -76,6 +76,7 @@ class BatchCache:
     """The decoder's view of one step: rows in, rows attended; whose they are is known here."""
 
     takes_inputs: ClassVar[bool] = False
+    records: ClassVar[bool] = False
     length = next_position = 0  # positions come with the tokens
 
     def __init__(self, shape: CacheShape, pool: PagePool, page_tokens: int, kv: str = "float16") -> None:

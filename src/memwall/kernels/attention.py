@@ -17,6 +17,7 @@ from functools import cache
 import numpy as np
 
 import memwall._native as _native
+from memwall._native import Program
 
 __all__ = [
     "attend_float",
@@ -34,6 +35,7 @@ __all__ = [
     "kivi_key_block_bytes",
     "merge_partials",
     "predict_attention_scratch_bytes",
+    "record_attend_next",
 ]
 
 VALUE_BLOCK_TOKENS = 32
@@ -58,6 +60,28 @@ def attend_float(
     """
     _native.attend_float(q, _plain(k), _plain(v), out, scale, first_position, window, key_start, stats)
     return out
+
+
+def record_attend_next(
+    program: Program,
+    q: np.ndarray,
+    new_k: np.ndarray,
+    new_v: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    place: np.ndarray,
+    *,
+    scale: float,
+    window: int | None = None,
+    out: np.ndarray,
+) -> None:
+    """Adds to a program: the key and value of a sequence's next token are stored, and its query attends.
+
+    q [1, H, Dk], new_k [1, Hkv, Dk], new_v [1, Hkv, D] go to row place[0] of k, v [capacity, Hkv, ..], of any type that
+    `attend_float` reads, and out [1, H, D] gets the attention over rows 0 .. place[0]. place: int64 [1], read whenever
+    the program runs; IndexError then where it lies beyond the capacity.
+    """
+    program.attend_next(q, new_k, new_v, _plain(k), _plain(v), place, out, scale, window)
 
 
 def attend_scattered(

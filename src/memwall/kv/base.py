@@ -132,6 +132,8 @@ class KVCache(ABC):
     """Whether it must be fitted to the model once (`fit`, `kv.fitted`)."""
     takes_inputs: ClassVar[bool] = False
     """Whether the decoder must hand it the layers' inputs (`take_inputs`)."""
+    records: ClassVar[bool] = False
+    """Whether it has `record` (`models.base.RecordedCache`): one that wraps another has not, it must see each token."""
     codes_prompt: ClassVar[bool] = False
     """Whether settling changes what a prompt's later tokens would see, so that it must come in one segment to attend
     exactly.

@@ -136,6 +136,7 @@ class Stage:
     """One layer of the prompt at a time, as the decoder sees it (`models.base.SelectedCache`)."""
 
     takes_inputs: ClassVar[bool] = False
+    records: ClassVar[bool] = False
 
     def __init__(
         self,

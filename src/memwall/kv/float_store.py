@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.kernels.attention import attend_float
+from memwall.kernels import Program
+from memwall.kernels.attention import attend_float, record_attend_next
 from memwall.kernels.elementwise import int8_rows, store_int8
 from memwall.kv.base import CacheModel, CacheShape, Facts, KVCache, Reader
 from memwall.kv.policy import Policy
@@ -107,6 +108,10 @@ class GrowingRows:
         self._whole = self._whole[:0]
         self.region.release()
 
+    def capacity(self) -> np.ndarray:
+        """A view of all rows that may ever come, of which those reserved may be touched; it stays where it is."""
+        return self.region.whole((self.region.capacity_bytes // self.row_bytes, *self.row_shape), self.dtype)
+
     def _view(self) -> np.ndarray:
         num_tokens = min(self.region.committed_bytes, self.region.capacity_bytes) // self.row_bytes
         return self.region.array((num_tokens, *self.row_shape), self.dtype)
@@ -117,6 +122,7 @@ class FloatCache(KVCache):
 
     saves = True
     plain_rows = True
+    records = True
 
     def __init__(
         self,
@@ -132,6 +138,7 @@ class FloatCache(KVCache):
         self._keys: list[GrowingRows] = []
         self._values: list[GrowingRows] = []
         self._lengths = [0] * shape.num_layers
+        self._place = np.zeros(1, np.int64)
         for _ in range(shape.num_layers):
             self._keys.append(GrowingRows(arena, OWNER, capacity_tokens, shape, self._dtype, self._width))
             self._values.append(GrowingRows(arena, OWNER, capacity_tokens, shape, self._dtype, self._width))
@@ -189,6 +196,24 @@ class FloatCache(KVCache):
 
     def settle(self, layer: int) -> None:
         """Nothing: the rows are their own final form."""
+
+    def record(
+        self, program: Program, layer: int, k: np.ndarray, v: np.ndarray, q: np.ndarray, out: np.ndarray
+    ) -> None:
+        """See `models.base.RecordedCache`."""
+        scale, window = self.shape.logit_scale, self.shape.window(layer)
+        keys, values = self._keys[layer].capacity(), self._values[layer].capacity()
+        record_attend_next(program, q, k, v, keys, values, self._place, scale=scale, window=window, out=out)
+
+    def begin_recorded(self, positions: np.ndarray) -> None:
+        held = self.length
+        self._check_append(held, 1, positions)
+        for rows in (*self._keys, *self._values):
+            rows.reserve(held + 1)
+        self._place[0] = held
+
+    def end_recorded(self) -> None:
+        self._lengths = [int(self._place[0]) + 1] * self.shape.num_layers
 
     def truncate(self, length: int) -> None:
         self._check_truncate(length)

@@ -142,6 +142,13 @@ class Region:
             )
         return pages.view(shape, kind, offset_bytes)
 
+    def whole(self, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+        """An array over the range's start whatever is committed: who holds it touches no more than that."""
+        kind = np.dtype(dtype)
+        if math.prod(shape) * kind.itemsize > self.capacity_bytes:
+            raise ValueError(f"{self.owner}: an array {shape} of {kind} is larger than the {self.capacity_bytes:,} reserved")
+        return self._live().view(tuple(shape), kind, 0)
+
     def release(self) -> None:
         """Gives everything back; the region is of no more use. Doing so twice does nothing."""
         with self._lock:

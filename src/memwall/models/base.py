@@ -9,11 +9,15 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from memwall.kernels import Program
+
 
 class DecoderCache(Protocol):
     """Keys and values of the tokens seen so far, in a form of the cache's own choosing."""
 
     takes_inputs: ClassVar[bool]
+    records: ClassVar[bool]
+    """Whether its part of a token's step can be recorded (`RecordedCache`)."""
 
     @property
     def length(self) -> int:
@@ -37,6 +41,21 @@ class DecoderCache(Protocol):
 
     def truncate(self, length: int) -> None:
         """Forget tokens from `length` on."""
+
+
+class RecordedCache(DecoderCache, Protocol):
+    """One whose part of a step is kernel calls alone, so that all layers of a token can run without Python between."""
+
+    def record(
+        self, program: Program, layer: int, k: np.ndarray, v: np.ndarray, q: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Adds to a program what `append` and `attend` do for one token: k, v, q, out as there, T being 1."""
+
+    def begin_recorded(self, positions: np.ndarray) -> None:
+        """The next run of what was recorded takes in the token at positions [1]: makes room for it in all layers."""
+
+    def end_recorded(self) -> None:
+        """That run is over: the token is held."""
 
 
 class SelectedCache(DecoderCache, Protocol):

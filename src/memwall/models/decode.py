@@ -3,15 +3,16 @@
 Decoding makes the same kernel calls for every token. Through Python each costs microseconds of checks and look-ups, the
 more so as the weights sweep the interpreter out of the processor's caches at every token: a twentieth of a step of a
 1B model, most of one of a small model. So the calls between two uses of the cache are recorded once, over fixed
-buffers, and run as one (`kernels.Program`).
+buffers, and run as one (`kernels.Program`); with a cache whose part is kernel calls too, all layers are one.
 
 Shapes: B tokens, one unless sequences are worked together; H hidden size, D numbers a head.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from memwall import kernels
 
 if TYPE_CHECKING:
     from memwall.kernels.lora import LoraBatch
-    from memwall.models.base import DecoderCache
+    from memwall.models.base import DecoderCache, RecordedCache
     from memwall.models.config import ModelConfig
     from memwall.models.weights import Weights
 
@@ -82,18 +83,34 @@ class DecodeStep:
             self._record_after(self._programs[index + 1], index, layer)
         last = self._programs[-1]
         last.rms_norm(buffers["hidden"], weights.vectors["model.norm.weight"], eps, buffers["hidden"])
+        self._whole: tuple[weakref.ref[RecordedCache], kernels.Program] | None = None
 
     def run(self, cache: DecoderCache, positions: np.ndarray) -> None:
         """From the embedding in `hidden` to the normed last hidden state there; keys and values go to the cache.
 
         `cos` and `sin` must hold the token's rotation.
         """
+        if cache.records:
+            return self._run_recorded(cast("RecordedCache", cache), positions)
         for index, program in enumerate(self._programs[:-1]):
             program.run()
             cache.append(index, self._k, self._v, positions)
             cache.attend(index, self._q, positions, self._out)
             cache.settle(index)
         self._programs[-1].run()
+
+    def _run_recorded(self, cache: RecordedCache, positions: np.ndarray) -> None:
+        """All layers at once: what uses the cache is recorded too, anew whenever another one comes."""
+        if self._whole is None or self._whole[0]() is not cache:
+            whole = kernels.Program()
+            for index, program in enumerate(self._programs[:-1]):
+                whole.extend(program)
+                cache.record(whole, index, self._k, self._v, self._q, self._out)
+            whole.extend(self._programs[-1])
+            self._whole = (weakref.ref(cache), whole)
+        cache.begin_recorded(positions)
+        self._whole[1].run()
+        cache.end_recorded()
 
     def _record_before(self, program: kernels.Program, index: int, layer: Layer) -> None:
         b = self._buffers

@@ -10,6 +10,7 @@
 #include "attention_table.h"
 #include "attention_work.h"
 #include "dispatch.h"
+#include "elementwise.h"
 #include "threads.h"
 
 namespace mw {
@@ -49,6 +50,19 @@ void merge(const Attention& a, const float* partials, std::size_t stride, int ch
     const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
     for (int d = 0; d < a.head_dim; ++d) out[d] *= inverse;
     if (a.stats != nullptr) a.stats[2 * h] = peak, a.stats[2 * h + 1] = sum;
+  }
+}
+
+// one token's numbers to their place among rows of any type
+void store_row(const Rows& rows, std::int64_t place, const float* x, int heads, int dim) {
+  const std::int64_t count = static_cast<std::int64_t>(heads) * dim, width = count + (rows.type == Real::int8 ? heads * kScaleBytes : 0);
+  auto* at = static_cast<char*>(const_cast<void*>(rows.data)) + place * (rows.stride ? rows.stride : width) * static_cast<std::int64_t>(bytes_of(rows.type));
+  constexpr std::int64_t kFirst = 0;
+  switch (rows.type) {
+    case Real::float32: return void(std::copy(x, x + count, reinterpret_cast<float*>(at)));
+    case Real::float16: return store_half(x, count, reinterpret_cast<std::uint16_t*>(at));
+    case Real::bfloat16: return store_bfloat(x, count, reinterpret_cast<std::uint16_t*>(at));
+    case Real::int8: return store_int8(x, &kFirst, 1, heads, dim, reinterpret_cast<std::int8_t*>(at));
   }
 }
 
@@ -277,6 +291,14 @@ void attend(const Attention& a) {
   Attention one = a;
   one.first_key += a.place(0), one.query_key += a.place(0), one.places = nullptr;
   attend_each(&one, 1, kernels);
+}
+
+void attend_next(Attention a, const float* key, const float* value, std::int64_t place, std::int64_t window) {
+  store_row(a.keys, place, key, a.num_kv_heads, a.key_dim);
+  store_row(a.values, place, value, a.num_kv_heads, a.head_dim);
+  a.length = place + 1, a.query_key = place;
+  a.first_key = window > 0 ? place - window + 1 : 0;
+  attend_each(&a, 1, attention_kernels());
 }
 
 void attend_sequences(const Attention* sequences, int count) {

@@ -119,6 +119,9 @@ constexpr int kStep = 128;  // tokens scored before their values are summed: sco
 
 const AttentionKernels& attention_kernels();
 void attend(const Attention&);
+// the one query of `a` over the tokens before `place` and its own, whose key and value [kv heads][dim] are stored there first; the
+// rows are without a coded part, as wide as two dims say and writable. window: 0 for none
+void attend_next(Attention a, const float* key, const float* value, std::int64_t place, std::int64_t window);
 void attend_ragged(const Ragged&);
 
 constexpr int kSequencesTogether = 16;  // more go in turns: what they share scratch for is bounded

@@ -7,6 +7,7 @@
 #include "attention_simd.h"
 
 #include "attention_table.h"
+#include "threads.h"
 
 namespace mw::MW_ISA {
 namespace {
@@ -17,8 +18,8 @@ constexpr int kHeads = 4;  // query heads that share one load of a key: as many 
 #else
 constexpr int kHeads = 2;
 #endif
-constexpr int kWindow = 16;         // value rows summed before moving to the next head
-constexpr std::int64_t kAhead = 8;  // rows fetched ahead
+constexpr int kWindow = 16;  // value rows summed before moving to the next head
+constexpr std::int64_t kAheadBytes = 4096, kLeastAhead = 8;  // of rows fetched ahead: what is worked on in the time that memory takes
 constexpr int kTile = 64;
 
 template <typename A, typename B>
@@ -30,6 +31,15 @@ inline auto larger(A a, B b) {
   return a > b ? a : b;
 }
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+// body(number of heads, first head) over the query heads of one kv head: kHeads of them at a time, then those that are left at once
+template <typename Body>
+inline void by_heads(int head, int count, Body&& body) {
+  for (; count >= kHeads; head += kHeads, count -= kHeads) body(std::integral_constant<int, kHeads>(), head);
+  if (kHeads > 2 && count == 3) return body(std::integral_constant<int, 3>(), head);
+  if (kHeads > 2 && count == 2) return body(std::integral_constant<int, 2>(), head);
+  if (count == 1) body(std::integral_constant<int, 1>(), head);
+}
 
 template <typename T>
 struct View {
@@ -90,9 +100,37 @@ const float* query_tails(const Attention& a, const float* q, float* tails) {
   return tails;
 }
 
-// logits of four tokens for R query heads of one kv head
+// the scales of rows of codes go to their logits
+template <int R, typename T>
+inline void scale_logits(const T* const k[4], int dim, float* scores) {
+  if constexpr (kScaled<T>) {
+    const float scales[4] = {scale_of(k[0], dim), scale_of(k[1], dim), scale_of(k[2], dim), scale_of(k[3], dim)};
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < 4; ++t) scores[r * kStep + t] *= scales[t];
+  }
+}
+
+// Logits of four tokens for R query heads of one kv head, whose keys are N whole vectors: known to the compiler, all sums stay in
+// registers from the first product to the last shuffle.
+template <int R, int N, typename T>
+inline void dot_whole(const T* const k[4], const float* q, int padded, float* scores) {
+  vf sum[R][4];
+  for (int i = 0; i < N; ++i) {
+    const vf key[4] = {vload(k[0] + i * W), vload(k[1] + i * W), vload(k[2] + i * W), vload(k[3] + i * W)};
+    for (int r = 0; r < R; ++r) {
+      const vf query = vload(q + r * padded + i * W);
+      for (int t = 0; t < 4; ++t) sum[r][t] = i == 0 ? vmul(query, key[t]) : vfma(query, key[t], sum[r][t]);
+    }
+  }
+  store_sums<R>(scores, kStep, sum);
+  scale_logits<R>(k, N * W, scores);
+}
+
+// the same for keys of any width
 template <int R, typename T>
 inline void dot_tile(const T* const k[4], const float* q, const float* tails, int dim, int padded, float* scores) {
+  if (dim == 64) return dot_whole<R, 64 / W>(k, q, padded, scores);
+  if (dim == 128) return dot_whole<R, 128 / W>(k, q, padded, scores);
   vf sum[R][4];
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < 4; ++t) sum[r][t] = vset(0.0f);
@@ -116,39 +154,56 @@ inline void dot_tile(const T* const k[4], const float* q, const float* tails, in
     const vf key[4] = {vload_part(k[0] + d, n), vload_part(k[1] + d, n), vload_part(k[2] + d, n), vload_part(k[3] + d, n)};
     step(key, q + d, padded);
   }
-  for (int r = 0; r < R; ++r) store_sums4(scores + r * kStep, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-  if constexpr (kScaled<T>) {
-    const float scales[4] = {scale_of(k[0], dim), scale_of(k[1], dim), scale_of(k[2], dim), scale_of(k[3], dim)};
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < 4; ++t) scores[r * kStep + t] *= scales[t];
+  store_sums<R>(scores, kStep, sum);
+  scale_logits<R>(k, dim, scores);
+}
+
+// Rows of one head, some places on: fetched while those before them are worked on, head by head, as more at once would wait for each
+// other.
+template <typename Rows>
+struct RowsAhead {
+  const Rows& rows;
+  std::int64_t far, bytes;
+  RowsAhead(const Rows& all, int kv_heads, std::int64_t least) : rows(all), bytes(rows.width() * static_cast<std::int64_t>(sizeof(*rows.data))) {
+    far = larger(least, kAheadBytes / (kv_heads * bytes));
   }
+  void fetch(std::int64_t token, int kv_head) const {
+    const char* at = reinterpret_cast<const char*>(rows.ahead(token + far)) + kv_head * bytes;
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+  }
+};
+
+// Where many query heads share a key, arithmetic takes longer than reading it: so many lines of other things can be fetched for every
+// four tokens of a head, at about 0.8 bytes read in the time of a product.
+template <typename T>
+inline int lines_to_spare(const Attention& a) {
+  const int products = 4 * a.queries_per_kv_head() * a.key_dim, own_bytes = 4 * (a.key_dim + a.head_dim) * static_cast<int>(sizeof(T));
+  return larger(products * 4 / 5 - own_bytes, 0) / 64;
 }
 
 template <template <typename> class V, typename T>
 void exact_scores(const Attention& a, const V<T>& keys, const float* q, const float* tails, std::int64_t first, int count,
                   float* scores) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_key();
-  const std::int64_t row_bytes = static_cast<std::int64_t>(keys.width()) * sizeof(T);
+  const RowsAhead next(keys, a.num_kv_heads, kLeastAhead);
+  Ahead& weights = ahead_here();
+  const int spare = lines_to_spare<T>(a);
   const auto tails_of = [&](int head) { return tails == nullptr ? tails : tails + head * W; };
   for (int t = 0; t < count; t += 4) {
-    const T *rows[4], *next[4];
+    const T* rows[4];
     for (int i = 0; i < 4; ++i) {
       rows[i] = keys.row(first + smaller(t + i, count - 1), 0);  // the last row again instead of rows that are not there
-      next[i] = keys.ahead(first + t + i + kAhead);
     }
     for (int h = 0; h < a.num_kv_heads; ++h) {
       const T* k[4];
       for (int i = 0; i < 4; ++i) {
         k[i] = rows[i] + static_cast<std::int64_t>(h) * keys.width();
-        const char* ahead = reinterpret_cast<const char*>(next[i] + static_cast<std::int64_t>(h) * keys.width());
-        for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+        next.fetch(first + t + i, h);
       }
-      int r = 0;
-      const auto at = [&](int n) { return h * rep + n; };
-      for (; r + kHeads <= rep; r += kHeads)
-        dot_tile<kHeads>(k, q + at(r) * padded, tails_of(at(r)), a.key_dim, padded, scores + at(r) * kStep + t);
-      for (; r < rep; ++r)
-        dot_tile<1>(k, q + at(r) * padded, tails_of(at(r)), a.key_dim, padded, scores + at(r) * kStep + t);
+      by_heads(h * rep, rep, [&](auto heads, int head) {
+        dot_tile<decltype(heads)::value>(k, q + head * padded, tails_of(head), a.key_dim, padded, scores + head * kStep + t);
+      });
+      weights.fetch(spare);
     }
   }
 }
@@ -192,21 +247,16 @@ inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p,
 template <template <typename> class V, typename T>
 void exact_values(const Attention& a, const V<T>& values, const float* p, std::int64_t first, int count, float* out) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
-  const std::int64_t row_bytes = static_cast<std::int64_t>(values.width()) * sizeof(T);
+  const RowsAhead next(values, a.num_kv_heads, kWindow);
   for (int t = 0, n = 0; t < count; t += n) {
     n = values.run(first + t, smaller(kWindow, count - t));
-    const T *row = values.row(first + t, 0), *next = values.ahead(first + t + kWindow);
+    const T* row = values.row(first + t, 0);
     for (int h = 0; h < a.num_kv_heads; ++h) {
+      for (int i = 0; i < n; ++i) next.fetch(first + t + i, h);
       const T* v = row + static_cast<std::int64_t>(h) * values.width();
-      for (int i = 0; i < n; ++i) {
-        const char* ahead = reinterpret_cast<const char*>(next + i * values.stride + static_cast<std::int64_t>(h) * values.width());
-        for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
-      }
-      int r = 0;
-      const auto at = [&](int i) { return h * rep + i; };
-      for (; r + kHeads <= rep; r += kHeads)
-        sum_rows<kHeads>(v, values.stride, n, p + at(r) * kStep + t, out + at(r) * padded, a.head_dim, padded);
-      for (; r < rep; ++r) sum_rows<1>(v, values.stride, n, p + at(r) * kStep + t, out + at(r) * padded, a.head_dim, padded);
+      by_heads(h * rep, rep, [&](auto heads, int head) {
+        sum_rows<decltype(heads)::value>(v, values.stride, n, p + head * kStep + t, out + head * padded, a.head_dim, padded);
+      });
     }
   }
 }

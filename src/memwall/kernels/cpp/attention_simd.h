@@ -125,6 +125,28 @@ static inline void store_sums4(float* p, vf a, vf b, vf c, vf d) {
   _MM_TRANSPOSE4_PS(w, x, y, z);
   _mm_storeu_ps(p, _mm_add_ps(_mm_add_ps(w, x), _mm_add_ps(y, z)));
 }
+// the sums of vectors whose lanes are done two by two: a in the lower half, b in the upper one; then four, in 128 bits each
+static inline vf halve(vf a, vf b) { return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e)); }
+static inline vf quarter(vf a, vf b, vf c, vf d) {
+  const vf x = halve(a, b), y = halve(c, d);
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+// sums of 16 vectors at the price of eleven shuffles by four: row r, place t to p[r * stride + t]
+template <int R>
+static inline void store_sums(float* p, int stride, const vf (&sum)[R][4]) {
+  if constexpr (R == 1) return store_sums4(p, sum[0][0], sum[0][1], sum[0][2], sum[0][3]);
+  constexpr int kLast = R - 1, kThird = R > 2 ? 2 : kLast;
+  vf q[4];  // of place t: row r in lane r of 128 bits
+  for (int t = 0; t < 4; ++t) q[t] = quarter(sum[0][t], sum[1][t], sum[kThird][t], sum[kLast][t]);
+  const vf x = _mm512_add_ps(_mm512_unpacklo_ps(q[0], q[1]), _mm512_unpackhi_ps(q[0], q[1]));
+  const vf y = _mm512_add_ps(_mm512_unpacklo_ps(q[2], q[3]), _mm512_unpackhi_ps(q[2], q[3]));
+  const auto pairs = [](vf v) { return _mm512_castps_pd(v); };
+  const vf all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs(x), pairs(y))), _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(x), pairs(y))));
+  _mm_storeu_ps(p, _mm512_castps512_ps128(all));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(all, 1));
+  if constexpr (R > 2) _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(all, 2));
+  if constexpr (R > 3) _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(all, 3));
+}
 static inline vi iload(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
 static inline vi iload(const std::uint16_t* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -177,6 +199,22 @@ static inline void store_sums4(float* p, vf a, vf b, vf c, vf d) {
   __m128 w = fold128(a), x = fold128(b), y = fold128(c), z = fold128(d);
   _MM_TRANSPOSE4_PS(w, x, y, z);
   _mm_storeu_ps(p, _mm_add_ps(_mm_add_ps(w, x), _mm_add_ps(y, z)));
+}
+// sums of R x 4 vectors: row r, place t to p[r * stride + t]; of two rows at once by half the shuffles
+template <int R>
+static inline void store_sums(float* p, int stride, const vf (&sum)[R][4]) {
+  if constexpr (R == 2) {
+    vf q[4];  // of place t: row r in lane r of 128 bits
+    for (int t = 0; t < 4; ++t)
+      q[t] = _mm256_add_ps(_mm256_blend_ps(sum[0][t], sum[1][t], 0xf0), _mm256_permute2f128_ps(sum[0][t], sum[1][t], 0x21));
+    const vf x = _mm256_add_ps(_mm256_unpacklo_ps(q[0], q[1]), _mm256_unpackhi_ps(q[0], q[1]));
+    const vf y = _mm256_add_ps(_mm256_unpacklo_ps(q[2], q[3]), _mm256_unpackhi_ps(q[2], q[3]));
+    const vf all = _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+    _mm_storeu_ps(p, _mm256_castps256_ps128(all));
+    _mm_storeu_ps(p + stride, _mm256_extractf128_ps(all, 1));
+  } else {
+    for (int r = 0; r < R; ++r) store_sums4(p + r * stride, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+  }
 }
 static inline vi iload(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 static inline vi iload(const std::uint16_t* p) {
@@ -246,6 +284,10 @@ static inline vf vwithin(vf s, vf index, vf lo, vf hi) {
 static inline vf vzero_below(vf y, vf x, vf limit) { return x > limit ? y : vset(0.0f); }
 static inline void store_sums4(float* p, vf a, vf b, vf c, vf d) {
   p[0] = hsum(a), p[1] = hsum(b), p[2] = hsum(c), p[3] = hsum(d);
+}
+template <int R>
+static inline void store_sums(float* p, int stride, const vf (&sum)[R][4]) {
+  for (int r = 0; r < R; ++r) store_sums4(p + r * stride, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 static inline vi iload(const std::uint32_t* p) {
   vi x;

@@ -1,6 +1,11 @@
 // Python face of attention.h: checks shapes and types, lets go of the interpreter's lock, calls.
 #include "bind_attention.h"
 
+#include <algorithm>
+#include <stdexcept>
+
+#include "program.h"
+
 namespace {
 
 mw::KiviForm form_of(int bits, int group, std::size_t head_dim) {
@@ -18,6 +23,24 @@ void attend_float(const Float3& q, const Spread& k, const Spread& v, const Out3&
   a.length = static_cast<std::int64_t>(k.shape(0));
   nb::gil_scoped_release release;
   mw::attend(a);
+}
+
+// One token of a sequence whose rows lie in k, v [capacity, kv_heads, ..]: stored at place[0], which is read at every run, and attended
+// with all tokens before it.
+mw::Step attend_next(Float3 q, Float3 new_k, Float3 new_v, Room k, Room v, Place place, Out3 out, float scale, std::optional<std::int64_t> window) {
+  const mw::Attention a = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0, true);
+  const std::int64_t capacity = static_cast<std::int64_t>(std::min(k.shape(0), v.shape(0)));
+  const auto is_row = [&](const Float3& row, int dim) {
+    return row.shape(0) == 1 && row.shape(1) == k.shape(1) && row.shape(2) == static_cast<std::size_t>(dim);
+  };
+  require(q.shape(0) == 1 && is_row(new_k, a.key_dim) && is_row(new_v, a.head_dim), "attend_next: one token's query, key and value");
+  require(place.shape(0) == 1, "attend_next: place holds one number");
+  return [=] {
+    const std::int64_t at = place.data()[0];
+    if (at < 0 || at >= capacity) throw std::out_of_range("attend_next: place " + std::to_string(at) + " of " + std::to_string(capacity));
+    (void)out, (void)k, (void)v, (void)q;  // held
+    mw::attend_next(a, new_k.data(), new_v.data(), at, window.value_or(0));
+  };
 }
 
 // queries at any ascending positions, over keys that start at position 0
@@ -190,7 +213,9 @@ void decode_blocks(bool keys, const Blocks& blocks, std::int64_t first, const Ou
 
 }  // namespace
 
-void bind_attention(nb::module_& m) {
+void bind_attention(nb::module_& m, nb::class_<Program>& program) {
+  bind_step(m, program, "attend_next", &attend_next, "q"_a.noconvert(), "new_k"_a.noconvert(), "new_v"_a.noconvert(), "k"_a.noconvert(),
+            "v"_a.noconvert(), "place"_a.noconvert(), "out"_a.noconvert(), "scale"_a, "window"_a.none());
   m.def("attend_float", &attend_float, "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "first_position"_a, "window"_a.none(),
         "key_start"_a, "stats"_a.none());
   m.def("attend_scattered", &attend_scattered, "q"_a, "k"_a, "v"_a, "positions"_a, "out"_a, "scale"_a, "window"_a.none(),

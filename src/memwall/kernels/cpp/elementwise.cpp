@@ -2,6 +2,7 @@
 #include "elementwise.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "dispatch.h"
 #include "threads.h"
@@ -48,6 +49,17 @@ void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, s
     for (auto row = static_cast<std::int64_t>(begin); row < static_cast<std::int64_t>(end); ++row)
       kernel(x + row * heads * dim, heads, dim, out + places[row] * heads * (dim + 2));
   });
+}
+
+void store_half(const float* x, std::int64_t count, std::uint16_t* out) { elementwise_kernels_in_use().to_half(x, count, out); }
+
+void store_bfloat(const float* x, std::int64_t count, std::uint16_t* out) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    const bool none = (bits & 0x7fffffffu) > 0x7f800000u;  // rounding would make an infinity of what is no number
+    out[i] = static_cast<std::uint16_t>((none ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  }
 }
 
 }  // namespace mw

@@ -14,6 +14,8 @@ struct ElementwiseKernels {
   void (*swiglu)(const float* gate, const float* up, std::int64_t count, float* out);
   // `heads` rows of `dim` numbers to codes -127 .. 127 with, behind each row, its scale in half precision
   void (*to_int8)(const float* x, std::int64_t heads, std::int64_t dim, std::int8_t* out);
+  // float16, ties to even, infinity beyond its range
+  void (*to_half)(const float* x, std::int64_t count, std::uint16_t* out);
 };
 
 void rms_norm(const float* x, const float* weight, float eps, std::int64_t rows, std::int64_t width, float* out);
@@ -23,5 +25,7 @@ void swiglu(const float* gate, const float* up, std::int64_t count, float* out);
 // Row i of x [rows, heads, dim] goes to row places[i] of out [.., heads, dim + 2]; codes are to nearest, ties to even, and a head with
 // infinities or what is no number gets a scale that is none.
 void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int8_t* out);
+void store_half(const float* x, std::int64_t count, std::uint16_t* out);
+void store_bfloat(const float* x, std::int64_t count, std::uint16_t* out);
 
 }  // namespace mw

@@ -81,9 +81,18 @@ void to_int8(const float* x, std::int64_t heads, std::int64_t dim, std::int8_t* 
   }
 }
 
+void to_half(const float* x, std::int64_t count, std::uint16_t* out) {
+  std::int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < count; ++i) out[i] = float_to_half(x[i]);
+}
+
 }  // namespace
 
 extern const ElementwiseKernels elementwise_kernels;
-const ElementwiseKernels elementwise_kernels = {rms_norm, rope, swiglu, to_int8};
+const ElementwiseKernels elementwise_kernels = {rms_norm, rope, swiglu, to_int8, to_half};
 
 }  // namespace mw::MW_ISA

@@ -47,10 +47,7 @@ std::int64_t g_products = 0, g_striped = 0;
 
 // Below this a call runs on its own thread: waking another costs about as much.
 constexpr double kInlineSeconds = 20e-6;
-// A thread that takes a new chunk starts reading elsewhere, and the hardware's prefetch with it: chunks are long where there is
-// much to read, and short where threads would otherwise wait for the last one.
-constexpr double kLeastChunkSeconds = 5e-6, kMostChunkSeconds = 30e-6;
-constexpr double kChunksPerThread = 16;
+constexpr double kLeastChunkSeconds = 2e-6;  // a shorter one costs more to hand out than it saves at the end
 // Rough speeds of one core, for the size of chunks only.
 constexpr double kBytesPerSecond = 15e9, kMultipliesPerSecond = 150e9;
 constexpr double kMultipliesPerLookup = 150.0;
@@ -270,20 +267,69 @@ char* panel_scratch() {
   return g_workers.at_least(kWorkerScratchBytes * num_threads());
 }
 
+// Decoding multiplies by the same matrices in the same order for every token: what followed a call follows it again. So threads can
+// fetch the next weights while the caller is at a norm, an activation or in Python, or while attention keeps them busy with arithmetic:
+// else nothing, or little, would be read in a tenth of a step. A call goes by the address of its first matrix, which may be gone.
+constexpr int kMostCalls = 509, kAheadWorkers = 8;
+constexpr std::size_t kAheadBytes = std::size_t{1} << 20;  // of each thread: what a second-level cache holds
+struct Call {
+  const void* first = nullptr;
+  const void* next = nullptr;           // first matrix of the call that came after it
+  Ahead::Span begins[kAheadWorkers];  // where each thread's run begins
+};
+Call g_calls[kMostCalls];
+const void* g_last_call = nullptr;
+
+Call& call_at(const void* first) { return g_calls[reinterpret_cast<std::uintptr_t>(first) / 64 % kMostCalls]; }
+
+// What a thread reads whose run of strips is [strip, end).
+Ahead::Span read_by(const Job* jobs, std::size_t count, std::int64_t strip, std::int64_t end) {
+  const Job* job = jobs;
+  while (job + 1 < jobs + count && strip >= job->first_strip + job->num_strips) ++job;
+  const Matrix& m = *job->matrix;
+  if (m.form != Form::tiles && m.form > Form::bfloat16) return {};
+  const std::int64_t each = (m.form == Form::tiles ? m.row_tiles * m.tile_bytes() : m.nbytes()) / std::max<std::int64_t>(job->num_strips, 1);
+  const std::int64_t from = strip - job->first_strip, to = std::min(end - job->first_strip, job->num_strips);
+  return {static_cast<const char*>(m.data) + each * from, static_cast<std::size_t>(each * (to - from))};
+}
+
+// Notes this call, and gives what each thread is to read after it.
+void expect_next(const Job* jobs, std::size_t count, std::int64_t strips, Ahead (&ahead)[kAheadWorkers]) {
+  const void* first = jobs->matrix->data;
+  if (g_last_call != nullptr) call_at(g_last_call).next = first;
+  g_last_call = first;
+  Call& call = call_at(first);
+  if (call.first != first) call = {};
+  call.first = first;
+  const int workers = std::min(num_threads(), kAheadWorkers);
+  const auto begin_of = [&](int w) { return static_cast<std::int64_t>(run_begin(static_cast<std::size_t>(strips), w, num_threads())); };
+  for (int w = 0; w < workers; ++w) call.begins[w] = read_by(jobs, count, begin_of(w), begin_of(w + 1));
+  for (int w = 0; w < workers; ++w) {
+    std::size_t room = kAheadBytes;
+    const Call* at = &call;
+    for (int i = 0; i < Ahead::kSpans && at->next != nullptr && call_at(at->next).first == at->next; ++i) {
+      at = &call_at(at->next);
+      ahead[w].spans[i] = {at->begins[w].at, std::min(room, at->begins[w].bytes)};
+      room -= ahead[w].spans[i].bytes;
+    }
+  }
+}
+
 void run_jobs(const Job* jobs, std::size_t count, double seconds) {
   const std::int64_t strips = jobs[count - 1].first_strip + jobs[count - 1].num_strips;
   if (strips == 0) return;
-  const double wanted = std::clamp(seconds / (kChunksPerThread * num_threads()), kLeastChunkSeconds, kMostChunkSeconds);
-  const double chunk = std::max(1.0, wanted / (seconds / static_cast<double>(strips)));
-  const std::size_t grain = seconds < kInlineSeconds ? strips : static_cast<std::size_t>(std::min<double>(chunk, strips));
+  const double chunk = std::max(1.0, kLeastChunkSeconds / (seconds / static_cast<double>(strips)));
+  const std::size_t least = seconds < kInlineSeconds ? strips : static_cast<std::size_t>(std::min<double>(chunk, strips));
   char* scratch = panel_scratch();
-  parallel_for(strips, grain, [&](std::size_t begin, std::size_t end, int worker) {
+  Ahead next[kAheadWorkers];
+  expect_next(jobs, count, strips, next);
+  parallel_runs(strips, least, [&](std::size_t begin, std::size_t end, int worker) {
     for (const Job* job = jobs; job != jobs + count; ++job) {
       const std::int64_t first = std::max<std::int64_t>(begin, job->first_strip) - job->first_strip;
       const std::int64_t last = std::min<std::int64_t>(end, job->first_strip + job->num_strips) - job->first_strip;
       if (first < last) job->kernel(*job->matrix, *job->input, first, last, job->output, scratch + worker * kWorkerScratchBytes);
     }
-  });
+  }, next, kAheadWorkers);
 }
 
 // At most kMaxTokens tokens and kMaxJobs products.

@@ -12,7 +12,7 @@ using namespace nb::literals;
 
 void bind_linear(nb::module_& m, nb::class_<Program>&);       // linear.h: matrices and products
 void bind_elementwise(nb::module_& m, nb::class_<Program>&);  // norms, rotary embedding, activations
-void bind_attention(nb::module_& m);  // attention over full-precision and coded caches
+void bind_attention(nb::module_& m, nb::class_<Program>&);  // attention over full-precision and coded caches
 void bind_bfp(nb::module_& m);        // block floating point caches
 void bind_latent(nb::module_& m);     // rows in few bits, attention over rebuilt blocks
 void bind_probe(nb::module_& m);      // measurements of this machine
@@ -40,10 +40,11 @@ NB_MODULE(_native, m) {
   nb::class_<Program> program(m, "Program", "Kernel calls recorded once and run in a row, many times; holds their arrays");
   program.def(nb::init<>())
       .def("run", &Program::run)
+      .def("extend", &Program::extend, "other"_a, "Adds the calls of another program")
       .def("__len__", [](const Program& self) { return self.steps.size(); });
   bind_linear(m, program);
   bind_elementwise(m, program);
-  bind_attention(m);
+  bind_attention(m, program);
   bind_bfp(m);
   bind_latent(m);
   bind_probe(m);

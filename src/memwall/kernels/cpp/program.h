@@ -19,6 +19,8 @@ using Step = std::function<void()>;
 struct Program {
   std::vector<mw::Step> steps;
 
+  void extend(const Program& other) { steps.insert(steps.end(), other.steps.begin(), other.steps.end()); }
+
   void run() const {
     nanobind::gil_scoped_release release;
     for (const auto& step : steps) step();

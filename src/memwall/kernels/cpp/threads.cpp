@@ -24,6 +24,10 @@ inline void relax() {
 #endif
 }
 
+constexpr int kCallerLines = 64;  // of 64 bytes, that the caller fetches ahead at once: it has work of its own between two calls
+
+thread_local Ahead t_ahead;
+
 constexpr int kSpins = 4000;  // about 50-100 us: the gap between two kernels of one token, not more
 
 class Pool {
@@ -39,6 +43,35 @@ class Pool {
   }
 
   void run(std::size_t n, std::size_t grain, ChunkBody body) {
+    start_region(n, grain, body, [&] {
+      runs_in_use_ = false;
+      next_.store(0, std::memory_order_relaxed);
+    });
+  }
+
+  void run_in_runs(std::size_t n, std::size_t least, ChunkBody body, const Ahead* ahead, int num_ahead) {
+    start_region(n, least, body, [&] {
+      runs_in_use_ = true;
+      for (int w = 0; w < size(); ++w) {
+        Run& run = runs_[static_cast<std::size_t>(w)];
+        run.next.store(run_begin(n, w, size()), std::memory_order_relaxed);
+        run.end = run_begin(n, w + 1, size());
+        run.ahead = w < num_ahead ? ahead[w] : Ahead{};
+      }
+    });
+    t_ahead = num_ahead > 0 ? ahead[0] : Ahead{};
+    t_ahead.fetch(kCallerLines);
+  }
+
+ private:
+  struct alignas(64) Run {
+    std::atomic<std::size_t> next{0};
+    std::size_t end = 0;
+    Ahead ahead;
+  };
+
+  template <class Prepare>
+  void start_region(std::size_t n, std::size_t grain, ChunkBody body, Prepare&& prepare) {
     if (n == 0) return;
     grain = std::max<std::size_t>(grain, 1);
     if (n <= grain) return body(0, n, 0);
@@ -47,7 +80,7 @@ class Pool {
     body_ = &body;
     n_ = n;
     grain_ = grain;
-    next_.store(0, std::memory_order_relaxed);
+    prepare();
     open_.store(true, std::memory_order_seq_cst);
     epoch_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
@@ -62,9 +95,23 @@ class Pool {
     }
   }
 
- private:
+  // Takes from a run; half of what is left, so that few chunks make it up and yet the last ones are small.
+  void drain_run(Run& run, const ChunkBody& body, int worker) {
+    std::size_t begin = run.next.load(std::memory_order_relaxed);
+    while (begin < run.end) {
+      const std::size_t left = run.end - begin, count = std::min(left, std::max(grain_, left / 2));
+      if (!run.next.compare_exchange_weak(begin, begin + count, std::memory_order_relaxed)) continue;
+      body(begin, begin + count, worker);
+      begin = run.next.load(std::memory_order_relaxed);
+    }
+  }
+
   void drain(int worker) {
     const ChunkBody body = *body_;
+    if (runs_in_use_) {
+      for (int i = 0; i < size(); ++i) drain_run(runs_[static_cast<std::size_t>((worker + i) % size())], body, worker);
+      return;
+    }
     const std::size_t n = n_, grain = grain_;
     for (;;) {
       const std::size_t begin = next_.fetch_add(grain, std::memory_order_relaxed);
@@ -75,6 +122,7 @@ class Pool {
 
   void start(int n) {
     quit_ = false;
+    runs_ = std::make_unique<Run[]>(static_cast<std::size_t>(n));
     const unsigned seen = epoch_.load();
     for (int i = 1; i < n; ++i) workers_.emplace_back([this, i, seen] { loop(i, seen); });
   }
@@ -107,8 +155,12 @@ class Pool {
       // Say "inside" first and look second, while the caller closes first and looks second: either the caller waits for this
       // worker, or this worker sees that it came too late and leaves `body_` alone.
       inside_.fetch_add(1, std::memory_order_seq_cst);
-      if (open_.load(std::memory_order_seq_cst)) drain(worker);
+      if (open_.load(std::memory_order_seq_cst)) {
+        if (runs_in_use_) t_ahead = runs_[static_cast<std::size_t>(worker)].ahead;
+        drain(worker);
+      }
       inside_.fetch_sub(1, std::memory_order_seq_cst);
+      while (t_ahead.left() && epoch_.load(std::memory_order_relaxed) == seen) t_ahead.fetch(16);
     }
   }
 
@@ -121,6 +173,8 @@ class Pool {
   alignas(64) std::atomic<std::size_t> next_{0};
   alignas(64) std::atomic<int> inside_{0};  // workers that may be using body_
   std::atomic<bool> open_{false};           // chunks are being handed out
+  std::unique_ptr<Run[]> runs_;             // of each worker
+  bool runs_in_use_ = false;                // else chunks come from next_
   const ChunkBody* body_ = nullptr;
   std::size_t n_ = 0, grain_ = 1;
 };
@@ -184,5 +238,13 @@ void parallel_for(std::size_t n, std::size_t grain, ChunkBody body) {
   grain = std::max<std::size_t>(grain, 1);
   for (std::size_t begin = 0; begin < n; begin += grain) body(begin, std::min(begin + grain, n), 0);
 }
+
+void parallel_runs(std::size_t n, std::size_t least, ChunkBody body, const Ahead* ahead, int num_ahead) {
+  if (t_lane == 0) return pool().run_in_runs(n, least, body, ahead, num_ahead);
+  if (t_pool && t_pool->size() <= num_threads()) return t_pool->run_in_runs(n, least, body, ahead, num_ahead);
+  if (n > 0) body(0, n, 0);
+}
+
+Ahead& ahead_here() { return t_ahead; }
 
 }  // namespace mw
