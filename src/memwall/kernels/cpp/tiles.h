@@ -76,8 +76,14 @@ MW_INLINE Vf look_up(const float* table, Vi codes) {
 
 // kWidth bytes as integers.
 MW_INLINE Vi load_bytes(const std::uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (Vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
   typedef std::uint8_t Narrow __attribute__((vector_size(kWidth)));
   return __builtin_convertvector(load<Narrow>(from), Vi);
+#endif
 }
 
 // Scales of rows p * kWidth and on of group g of a tile.
