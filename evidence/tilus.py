@@ -31,7 +31,7 @@ from memwall.claims import Claim, Progress, main, not_run
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.kernels import tile_interpreter, tilus
-from memwall.kernels.tile_build import NoCompiler, build, find_compiler
+from memwall.kernels.tile_build import Compiled, NoCompiler, build, find_compiler
 from memwall.kernels.tile_casts import cast_codes
 from memwall.kernels.tile_cost import cost
 from memwall.kernels.tile_cuda import emit as emit_cuda
@@ -441,9 +441,11 @@ class Model:
         held = 32 * tilus.thread_bytes(name, tilus.WEIGHT_TILE)
         fill = random.integers(0, 256, 1 << 24, np.uint8)
         self.nbytes, self.steps = 0, []
-        programs = {(k, n): build(tilus.matvec_program(name, 1, n, k)) for k, n in set(shapes)}
+        programs = {
+            (k, n): build(tilus.matvec_program(name, 1, n, k, by_columns=True, rounded=True)) for k, n in set(shapes)
+        }
         for k, n in shapes:
-            packed = np.resize(fill, (k // 16, n // 16, held))
+            packed = np.resize(fill, (n // 16, k // 16, held))  # by columns
             scales = np.full((k // 128, n), 0.01, np.float16)
             arrays = {
                 "x": random.normal(size=(1, k)).astype(np.float32), "packed": packed, "scales": scales,
@@ -453,8 +455,10 @@ class Model:
             self.steps.append((programs[k, n], arrays))
 
     def token(self) -> None:
+        """Each product rounds its activations to 8 bits first, as memwall's own kernels and llama.cpp do."""
         for program, arrays in self.steps:
-            program(arrays)
+            codes, scales = tilus.round_activations(arrays["x"])
+            program({**arrays, "x": codes, "x_scales": scales})
 
 
 def speed(sizes: Sizes) -> Iterator[Claim]:
@@ -498,18 +502,25 @@ def speed(sizes: Sizes) -> Iterator[Claim]:
 
 
 def against_decoding(rounds: int) -> Iterator[Claim]:
-    """The tile product, memwall's own kernels, and decoding to float32 before a NumPy product, in turn."""
+    """Tile products, memwall's own kernels, and decoding to float32 before a NumPy product, in turn."""
     k, n = 2048, 8192
     x = np.random.default_rng(0).normal(size=(1, k)).astype(np.float32)
     slower, shown = [], []
     for bits in (8, 4, 3):
         weights = random_weights(f"i{bits}", k, n)
-        arrays = product_arrays(x, weights, np.float32)
-        program = build(tilus.matvec_program(f"i{bits}", 1, n, k))
+        arrays = product_arrays(x, weights, np.float32) | {"packed": weights.by_columns()}
+        program = build(tilus.matvec_program(f"i{bits}", 1, n, k, by_columns=True))
+        rounded = build(tilus.matvec_program(f"i{bits}", 1, n, k, by_columns=True, rounded=True))
+
+        def round_first(rounded: Compiled = rounded, arrays: dict[str, np.ndarray] = arrays) -> None:
+            codes, scales = tilus.round_activations(x)
+            rounded({**arrays, "x": codes, "x_scales": scales})
+
         own = kernels.matrix(codec(f"int{bits}-g128").encode(np.random.default_rng(0).normal(size=(n, k))))
         out = np.zeros((1, n), np.float32)
         works: dict[str, Callable[[], object]] = {
             "tile program": lambda program=program, arrays=arrays: program(arrays),
+            "tile program, x rounded to 8 bits": round_first,
             "memwall": lambda own=own, out=out: kernels.linear(x, [own], [out]),
             "memwall exact": lambda own=own, out=out: kernels.linear(x, [own], [out], exact=True),
             "decode and multiply": lambda weights=weights: x @ weights.decode(),

@@ -94,8 +94,7 @@ MW_INLINE Vf group_scale(const Matrix& m, std::int64_t tile, std::int64_t g, int
     case ScaleForm::single: return load<Vf>(static_cast<const float*>(m.scales) + at);
     case ScaleForm::exponent: {
       // byte 0 is 2^-127, which float32 writes without the hidden bit; 255, which is NaN, becomes an infinity
-      const Vi bits = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at) << 23, least = splat(0x00400000);
-      return (Vf)(bits > least ? bits : least);
+      return vmax((Vf)(load_bytes(static_cast<const std::uint8_t*>(m.scales) + at) << 23), (Vf)splat(0x00400000));
     }
     case ScaleForm::one: return splat(1.0f);
     default: {
