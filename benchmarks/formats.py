@@ -214,7 +214,8 @@ def markdown(result: dict[str, Any]) -> str:
     measured = result["measured"]
     lines = [
         f"Decode steps of {result['model']} in every number format, {result['threads']} threads, "
-        f"{result['hardware']['cpu']}. Medians of alternating rounds; one part of the table is measured at a time.",
+        f"{result['hardware']['cpu']}. Medians of alternating rounds; one part of the table is measured at a time. Other "
+        f"programs took up to {max((one['others_share'] for one in measured.values()), default=0):.0%} of the processors.",
         "",
         *(f"- {'yes' if row['passed'] else '**no**'}: {row['wanted']}: {row['figure']}" for row in wanted(measured)),
         "",

@@ -103,10 +103,13 @@ def test_parts_are_merged_and_other_machines_refused(formats, tmp_path):
     found = formats.stored(path, arguments)
     contender = {"weight_bits": 4.25, "about": {}}
     summary = {"steps_per_s": 100.0, "step_bytes": 1e6, "bandwidth_fraction": 0.5}
-    found["measured"]["int4"] = {"contenders": {"memwall:int4": contender}, "summary": {"memwall:int4": summary}}
+    part = {"contenders": {"memwall:int4": contender}, "summary": {"memwall:int4": summary}, "others_share": 0.25}
+    found["measured"]["int4"] = part
     formats.write(path, found)
     assert formats.stored(path, arguments)["measured"].keys() == {"int4"}
-    assert "| `int4` | memwall:int4 | 4.25 |" in path.with_suffix(".md").read_text()
+    text = path.with_suffix(".md").read_text()
+    assert "| `int4` | memwall:int4 | 4.25 |" in text
+    assert "up to 25% of the processors" in text
     path.write_text(json.dumps(found | {"threads": 64}))
     with pytest.raises(SystemExit, match="another machine"):
         formats.stored(path, arguments)
