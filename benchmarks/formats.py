@@ -212,10 +212,11 @@ def wanted(measured: dict[str, Any]) -> list[dict[str, Any]]:
 def markdown(result: dict[str, Any]) -> str:
     """What was wanted, one row per format, then widths and libraries."""
     measured = result["measured"]
+    others = max((one["others_share"] for one in measured.values()), default=0.0)
     lines = [
         f"Decode steps of {result['model']} in every number format, {result['threads']} threads, "
-        f"{result['hardware']['cpu']}. Medians of alternating rounds; one part of the table is measured at a time. Other "
-        f"programs took up to {max((one['others_share'] for one in measured.values()), default=0):.0%} of the processors.",
+        f"{result['hardware']['cpu']}. Medians of alternating rounds; one part of the table is measured at a time. "
+        f"Other programs took up to {others:.0%} of the processors.",
         "",
         *(f"- {'yes' if row['passed'] else '**no**'}: {row['wanted']}: {row['figure']}" for row in wanted(measured)),
         "",
