@@ -73,7 +73,7 @@ class Process:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if name == "memory":  # it starts its own threads
             environment["OPENBLAS_NUM_THREADS"] = "1"
-        if name.partition(":")[0] in ("memory", *MEMWALL):
+        if name.partition(":")[0] in ("memory", "products", *MEMWALL):
             environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "src"), environment.get("PYTHONPATH", "")])
         self.started = time.perf_counter()
         self.process = subprocess.Popen(

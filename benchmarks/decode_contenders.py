@@ -239,20 +239,31 @@ class Memory(Contender):
 
 
 GGUF_BITS = {
-    "Q4_0": 4.5,
-    "Q8_0": 8.5,
-    "Q5_0": 5.5,
-    "IQ4_NL": 4.5,
-    "MXFP4": 4.25,
+    "Q1_0": 1.125,
+    "TQ1_0": 1.6875,
     "TQ2_0": 2.0625,
+    "Q2_K": 2.625,
+    "Q3_K": 3.4375,
+    "MXFP4": 4.25,
+    "IQ4_NL": 4.5,
+    "Q4_0": 4.5,
+    "Q4_K": 4.5,
+    "Q5_0": 5.5,
+    "Q5_K": 5.5,
+    "Q6_K": 6.5625,
+    "Q8_0": 8.5,
     "BF16": 16.0,
 }
 """Types of llama.cpp by their bits per weight, as its block sizes give them."""
 
 
 def make_contender(name: str) -> Contender:
-    """`memwall:FORMAT` and `llama.cpp:TYPE` name any format of either."""
+    """`memwall:FORMAT` and `llama.cpp:TYPE` name any format of either; products alone: `product_contenders`."""
     engine, _, form = name.partition(":")
+    if form and engine in ("products", "torchao", "bitsandbytes"):
+        from product_contenders import make_products
+
+        return make_products(engine, form)
     if form and engine == "memwall":
         return Memwall(kv="float16", weights=form)
     if form in GGUF_BITS and engine == "llama.cpp":

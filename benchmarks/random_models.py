@@ -54,7 +54,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape(name="tiny", num_layers=4, hidden=512, num_heads=8, num_kv_heads=2, intermediate=1408, vocab=8192),
+        Shape(name="tiny", num_layers=4, hidden=512, num_heads=8, num_kv_heads=2, intermediate=1536, vocab=8192),
         Shape(
             name="demo",
             num_layers=8,

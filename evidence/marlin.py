@@ -41,6 +41,7 @@ from memwall.kernels.marlin_model import fragment_tile, multiply
 from memwall.kernels.stripes import Stripes, whole_slices
 from memwall.models import ModelConfig, model_directory
 from memwall.models.precision import tensor_bytes
+from memwall.peers import Peers, peer_python
 from memwall.plan.choose import held_out_text
 from memwall.simulate import marlin as roofline
 from memwall.simulate.base import Device
@@ -630,70 +631,6 @@ def _weights_held(folder: Path) -> dict[str, int]:
 
 # ---- peers ---------------------------------------------------------------------------------------------------------
 
-PEER = """
-import json, sys, time, warnings
-warnings.filterwarnings("ignore")
-job = json.loads(sys.stdin.readline())
-import torch
-torch.set_num_threads(job["threads"])
-torch.set_grad_enabled(False)
-def stepped(layers):
-    inputs = {}
-    def step(tokens):
-        for layer, (_, cols) in layers:
-            key = tokens, cols
-            if key not in inputs:
-                inputs[key] = torch.randn(tokens, cols, dtype=torch.bfloat16)
-            layer(inputs[key])
-    return step
-def linear(rows, cols):
-    return torch.nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16)
-def torchao():
-    from torchao.quantization import quantize_
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-    layers = []
-    for rows, cols in job["shapes"]:
-        layer = torch.nn.Sequential(linear(rows, cols))
-        quantize_(layer, PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False))
-        layers.append((layer, (rows, cols)))
-    return stepped(layers)
-def bitsandbytes():
-    import bitsandbytes as bnb
-    layers = []
-    for rows, cols in job["shapes"]:
-        layer = bnb.nn.Linear4bit(cols, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        layer.load_state_dict({"weight": linear(rows, cols).weight.float()})
-        layers.append((layer.to("cpu"), (rows, cols)))
-    return stepped(layers)
-def llama_cpp():
-    sys.path.insert(0, job["benchmarks"])
-    import random_models as models
-    from pathlib import Path
-    from llama_cpp import Llama
-    shape = models.Shape(**job["model"])
-    folder = Path(job["work"]) / "model"
-    path = models.make_gguf(shape, models.make_directory(shape, folder), Path(job["work"]) / "model.gguf", "Q4_0")
-    threads = job["threads"]
-    model = Llama(str(path), n_ctx=512, n_batch=256, n_threads=threads, n_threads_batch=threads, verbose=False)
-    def step(tokens):
-        model.reset()
-        model.eval(list(range(3, 3 + tokens)))
-    return step
-steps = {}
-for name, make in (("torchao", torchao), ("bitsandbytes", bitsandbytes), ("llama.cpp", llama_cpp)):
-    try:
-        steps[name] = make()
-        steps[name](1)
-        answer = {}
-    except Exception as error:
-        answer = {"error": repr(error)[:200]}
-    print("answer", json.dumps({"name": name, **answer}), flush=True)
-for line in sys.stdin:
-    name, tokens = json.loads(line)
-    began = time.perf_counter()
-    steps[name](tokens)
-    print("answer", time.perf_counter() - began, flush=True)
-"""
 PEER_MODEL = {
     "name": "four", "num_layers": 4, "hidden": HIDDEN, "num_heads": 32, "num_kv_heads": 8, "intermediate": WIDE,
     "vocab": 2048,
@@ -702,52 +639,19 @@ PEER_BATCHES, PEER_ROUNDS = (1, 8, 64), 7
 PEERS = ("torchao", "bitsandbytes", "llama.cpp")
 
 
-class Peers:
-    """The process with the peers, which makes one step when asked."""
-
-    def __init__(self, python: str, job: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [python, "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self._ask(job)
-        self.errors = {each["name"]: each.get("error") for each in (json.loads(self._answer()) for _ in PEERS)}
-
-    def _ask(self, question: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("answer "):
-                return line.removeprefix("answer ")
-        raise RuntimeError("the process with the peers ended")
-
-    def seconds(self, name: str, tokens: int) -> float:
-        self._ask((name, tokens))
-        return float(self._answer())
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
 def peers(layers: int) -> list[Claim]:
     claim, required = "4-bit products are no slower than those of {}", "no slower at batch 1, 8 and 64"
-    python, benchmarks = os.environ.get("MEMWALL_PEER_PYTHON"), Path(__file__).parents[1] / "benchmarks"
+    python, benchmarks = peer_python(), Path(__file__).parents[1] / "benchmarks"
     if not python or not (benchmarks / "random_models.py").is_file():
         return [not_run(claim.format(name), required, f"MEMWALL_PEER_PYTHON with {name}") for name in PEERS]
     with tempfile.TemporaryDirectory() as folder:
-        job = {
-            "threads": kernels.num_threads(), "shapes": SHAPES * layers, "benchmarks": str(benchmarks), "work": folder,
-            "model": PEER_MODEL,
-        }  # fmt: skip
-        theirs = Peers(python, job)
-        try:
+        steps: dict[str, dict[str, Any]] = {
+            "torchao": {"library": "torchao", "form": "int4", "shapes": SHAPES * layers},
+            "bitsandbytes": {"library": "bitsandbytes", "form": "nf4", "shapes": SHAPES * layers},
+            "llama.cpp": {"library": "llama_cpp", "form": "Q4_0", "model": PEER_MODEL, "work": folder},
+        }
+        with Peers(python, steps, threads=kernels.num_threads(), benchmarks=benchmarks) as theirs:
             return [_beside(theirs, name, layers, Path(folder), claim.format(name), required) for name in PEERS]
-        finally:
-            theirs.close()
 
 
 def _beside(theirs: Peers, name: str, layers: int, folder: Path, claim: str, required: str) -> Claim:

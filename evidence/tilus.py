@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +31,7 @@ from memwall.claims import Claim, Progress, main, not_run
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.kernels import tile_interpreter, tilus
-from memwall.kernels.tile_build import NoCompiler, build, find_compiler
+from memwall.kernels.tile_build import Compiled, NoCompiler, build, find_compiler
 from memwall.kernels.tile_casts import cast_codes
 from memwall.kernels.tile_cost import cost
 from memwall.kernels.tile_cuda import emit as emit_cuda
@@ -50,6 +51,7 @@ from memwall.kernels.tile_program import TileProgram
 from memwall.kernels.tile_types import PUBLISHED, tile_type
 from memwall.kernels.tilus import Config
 from memwall.kernels.tilus_check import check, model_product, product_arrays, random_weights
+from memwall.peers import Peers, peer_python
 
 WIDTHS = (8, 7, 6, 5, 4, 3)
 # inputs x outputs of a block of Llama-3.2-1B, q, k, v and gate, up joined; then the head
@@ -87,6 +89,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         ("CUDA", lambda: cuda_claims(sizes.cuda)),
         ("memwall's own kernel", lambda: hand_written(data)),
         ("speed", lambda: speed(sizes)),
+        ("peers", lambda: peers(sizes.rounds)),
     ]
     claims: list[Claim] = []
     for index, (name, step) in enumerate(steps):
@@ -438,9 +441,11 @@ class Model:
         held = 32 * tilus.thread_bytes(name, tilus.WEIGHT_TILE)
         fill = random.integers(0, 256, 1 << 24, np.uint8)
         self.nbytes, self.steps = 0, []
-        programs = {(k, n): build(tilus.matvec_program(name, 1, n, k)) for k, n in set(shapes)}
+        programs = {
+            (k, n): build(tilus.matvec_program(name, 1, n, k, by_columns=True, rounded=True)) for k, n in set(shapes)
+        }
         for k, n in shapes:
-            packed = np.resize(fill, (k // 16, n // 16, held))
+            packed = np.resize(fill, (n // 16, k // 16, held))  # by columns
             scales = np.full((k // 128, n), 0.01, np.float16)
             arrays = {
                 "x": random.normal(size=(1, k)).astype(np.float32), "packed": packed, "scales": scales,
@@ -450,8 +455,10 @@ class Model:
             self.steps.append((programs[k, n], arrays))
 
     def token(self) -> None:
+        """Each product rounds its activations to 8 bits first, as memwall's own kernels and llama.cpp do."""
         for program, arrays in self.steps:
-            program(arrays)
+            codes, scales = tilus.round_activations(arrays["x"])
+            program({**arrays, "x": codes, "x_scales": scales})
 
 
 def speed(sizes: Sizes) -> Iterator[Claim]:
@@ -495,18 +502,25 @@ def speed(sizes: Sizes) -> Iterator[Claim]:
 
 
 def against_decoding(rounds: int) -> Iterator[Claim]:
-    """The tile product, memwall's own kernels, and decoding to float32 before a NumPy product, in turn."""
+    """Tile products, memwall's own kernels, and decoding to float32 before a NumPy product, in turn."""
     k, n = 2048, 8192
     x = np.random.default_rng(0).normal(size=(1, k)).astype(np.float32)
     slower, shown = [], []
     for bits in (8, 4, 3):
         weights = random_weights(f"i{bits}", k, n)
-        arrays = product_arrays(x, weights, np.float32)
-        program = build(tilus.matvec_program(f"i{bits}", 1, n, k))
+        arrays = product_arrays(x, weights, np.float32) | {"packed": weights.by_columns()}
+        program = build(tilus.matvec_program(f"i{bits}", 1, n, k, by_columns=True))
+        rounded = build(tilus.matvec_program(f"i{bits}", 1, n, k, by_columns=True, rounded=True))
+
+        def round_first(rounded: Compiled = rounded, arrays: dict[str, np.ndarray] = arrays) -> None:
+            codes, scales = tilus.round_activations(x)
+            rounded({**arrays, "x": codes, "x_scales": scales})
+
         own = kernels.matrix(codec(f"int{bits}-g128").encode(np.random.default_rng(0).normal(size=(n, k))))
         out = np.zeros((1, n), np.float32)
         works: dict[str, Callable[[], object]] = {
             "tile program": lambda program=program, arrays=arrays: program(arrays),
+            "tile program, x rounded to 8 bits": round_first,
             "memwall": lambda own=own, out=out: kernels.linear(x, [own], [out]),
             "memwall exact": lambda own=own, out=out: kernels.linear(x, [own], [out], exact=True),
             "decode and multiply": lambda weights=weights: x @ weights.decode(),
@@ -537,9 +551,62 @@ def gpu_claims() -> list[Claim]:
         not_run("GPU: at 1 to 16 tokens latency is ordered by bits", "u8 > u4 > u2, odd widths between neighbours"),
         not_run("GPU: u4 is close to Marlin, faster than cuBLAS float16 and Triton int4", "ratios as stated"),
         not_run("GPU: beside the authors' own package", "ratios shown"),
-        not_run("CPU: beside torchao's int4 and int8 and llama.cpp's Q4, Q5, Q6", "ratios shown",
-                needs="torchao and llama-cpp-python in one environment with this package"),
-    ]  # fmt: skip
+    ]
+
+
+# ---- peers ---------------------------------------------------------------------------------------------------------
+
+PEER_LAYERS = 4
+PEER_MODEL = {
+    "name": "four", "num_layers": PEER_LAYERS, "hidden": 2048, "num_heads": 32, "num_kv_heads": 8,
+    "intermediate": 8192, "vocab": 2048,
+}  # fmt: skip
+# name -> (library, its form, the width of ours with which it is compared)
+PEERS = {
+    "torchao int4": ("torchao", "int4", 4), "torchao int8": ("torchao", "int8", 8),
+    "llama.cpp Q4_0": ("llama_cpp", "Q4_0", 4), "llama.cpp Q5_K": ("llama_cpp", "Q5_K", 5),
+    "llama.cpp Q6_K": ("llama_cpp", "Q6_K", 6),
+}  # fmt: skip
+
+
+def peers(rounds: int) -> Iterator[Claim]:
+    """One token through the matrices of some layers, ours and theirs in turn; llama.cpp's are a whole small model."""
+    title, required = "CPU: beside torchao's int4 and int8 and llama.cpp's Q4, Q5, Q6", "ratios shown"
+    python, benchmarks = peer_python(), Path(__file__).parents[1] / "benchmarks"
+    if not python or not (benchmarks / "drawn_models.py").is_file():
+        yield not_run(title, required, needs="MEMWALL_PEER_PYTHON with torchao and llama-cpp-python")
+        return
+    try:
+        find_compiler()
+    except NoCompiler:
+        yield not_run(title, required, "a C++ compiler")
+        return
+    shapes = [*BLOCK * PEER_LAYERS]
+    models = {bits: Model(bits, shapes) for bits in sorted({bits for _, _, bits in PEERS.values()})}
+    with tempfile.TemporaryDirectory() as folder:
+        steps: dict[str, dict[str, Any]] = {
+            name: {"library": library, "form": form, "shapes": [(n, k) for k, n in shapes]}
+            if library == "torchao"
+            else {"library": library, "form": form, "model": PEER_MODEL, "work": folder, "drawn": True}
+            for name, (library, form, _) in PEERS.items()
+        }
+        with Peers(python, steps, threads=kernels.num_threads(), benchmarks=benchmarks) as theirs:
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in PEERS if theirs.errors[name] is None}
+            for _ in range(rounds + 1):
+                for name in times:
+                    began = time.perf_counter()
+                    models[PEERS[name][2]].token()
+                    times[name].append((time.perf_counter() - began, theirs.seconds(name, 1)))
+            errors = [f"{name}: {error}" for name, error in theirs.errors.items() if error is not None]
+    shown = []
+    for name, pairs in times.items():
+        ours, other = (statistics.median(each) for each in zip(*pairs[1:], strict=True))
+        ratio = statistics.median(b / a for a, b in pairs[1:])
+        shown.append(f"{name} {1e3 * other:.1f} ms, {PEERS[name][2]} bits {1e3 * ours:.1f} ms ({ratio:.2f} times)")
+    if errors:
+        yield not_run(title, required, f"peers that work: {'; '.join(errors)}")
+        return
+    yield Claim(claim=title, measured="; ".join(shown), required=required, passed=True)
 
 
 if __name__ == "__main__":

@@ -70,15 +70,19 @@ def test_products_equal_the_model_bit_for_bit(dtype: str, isa: str) -> None:
         np.testing.assert_array_equal(arrays["out"], model_product(x, weights, 2).astype(np.float16))
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("tile", [(16, 16), (32, 32)])
 @pytest.mark.parametrize("dtype", ["i7", "i8", "u4"])
-def test_matvec_reads_the_same_packed_weights(dtype: str, tile: tuple[int, int], isa: str) -> None:
+def test_matvec_reads_the_same_packed_weights(dtype: str, tile: tuple[int, int], by_columns: bool, isa: str) -> None:
     weights = random_weights(dtype, 128, 64, columns=64)
     codes = tilus.unpack_weights(weights.packed, dtype)
     weights = tilus.prepare(codes, weights.scales, dtype, weight_tile=tile, columns=64)
     x = np.random.default_rng(1).normal(size=(2, 128)).astype(np.float32)
-    program = tilus.matvec_program(dtype, 2, 64, 128, weight_tile=tile, config=Config(cpu_tiles=1))
+    config = Config(cpu_tiles=64 // tile[1])
+    program = tilus.matvec_program(dtype, 2, 64, 128, weight_tile=tile, config=config, by_columns=by_columns)
     arrays = product_arrays(x, weights, np.float32)
+    if by_columns:
+        arrays["packed"] = weights.by_columns()
     build(program, isa=isa, fast=False)(arrays, threads=2)
     np.testing.assert_allclose(arrays["out"], x @ weights.decode(), atol=1e-5)
 
@@ -176,3 +180,42 @@ def test_what_the_back_end_does_not_do() -> None:
 def test_check_finds_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tilus_check, "instruction_sets", lambda: [str(kernels.isa())])
     assert [row.what for row in check("i4") if not row.same] == []
+
+
+def test_prefetch_asks_for_each_run_of_bytes_apart() -> None:
+    """Rows of tiles are one run, columns of tiles one each; a step of k is as far ahead as the layout says."""
+    source = emit(tilus.matvec_program("i8", 1, 128, 256, config=Config(cpu_tiles=4)), 16)
+    assert "for (long at = 0; at < 1024; at += 64) __builtin_prefetch(p_r2 + 8192 + at);" in source
+    source = emit(tilus.matvec_program("i8", 1, 128, 256, config=Config(cpu_tiles=4), by_columns=True), 16)
+    loop = next(line for line in source.splitlines() if "__builtin_prefetch" in line)
+    assert "< 4; ++run" in loop
+    assert "at < 256; at += 64" in loop
+    assert "* 4096L)" in loop
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", ["i8", "u8", "i7", "u5", "i4", "i3", "u1", "f4e2m1"])
+def test_rounded_activations_make_integer_dots_with_the_same_numbers(dtype: str, tokens: int, isa: str) -> None:
+    """Sums of integers are exact in float32: four products at once are the interpreter's numbers, bit for bit."""
+    weights = random_weights(dtype, 256, 32, columns=32)
+    codes, scales = tilus.round_activations(np.random.default_rng(1).normal(size=(tokens, 256)))
+    codes[0, :2] = np.int8(-128).view(np.uint8)  # no activation is rounded to this, and it works
+    program = tilus.matvec_program(dtype, tokens, 32, 256, config=Config(cpu_tiles=2), by_columns=True, rounded=True)
+    arrays = {"x": codes, "x_scales": scales, "packed": weights.by_columns(), "scales": weights.scales}
+    expected, found = ({**arrays, "out": np.zeros((tokens, 32), np.float32)} for _ in range(2))
+    run(program, expected)
+    compiled = build(program, isa=isa, fast=False)
+    assert ("dot4(VI{}, " in compiled.source) == (dtype != "f4e2m1")
+    compiled(found)
+    np.testing.assert_array_equal(found["out"], expected["out"])
+    x = codes.view(np.int8).astype(np.float32) * np.repeat(scales, 128, axis=1)
+    np.testing.assert_allclose(found["out"], x @ weights.decode(), atol=1e-4)
+
+
+def test_rounding_keeps_each_group_within_half_a_step() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
+    x[1] = 0
+    codes, scales = tilus.round_activations(x)
+    steps = np.repeat(scales, 128, axis=1)
+    assert (np.abs(codes.view(np.int8) * steps - x) <= 0.501 * steps).all()
+    assert not codes[1].any()

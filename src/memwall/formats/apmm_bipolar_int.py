@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, real_float32
 
 WORD_BITS = 64
 _SPEC = re.compile(r"w(?P<weights>[0-9]+)a(?P<activations>[0-9]+)")
@@ -119,11 +119,11 @@ class BitPlaneCodec(Codec):
         return {"words": (words, np.dtype(np.uint64)), "scales": (shape[:1], np.dtype(np.float32))}
 
     def encode(self, x: Any) -> Packed:
-        values = np.asarray(x)
+        values = real_float32(self.spec, x)
         buffers = {name: np.empty(shape, dtype) for name, (shape, dtype) in self.buffers(values.shape).items()}
         for row in range(0, len(values), _ROWS_AT_ONCE):
             part = slice(row, row + _ROWS_AT_ONCE)
-            codes, buffers["scales"][part] = codes_of(values[part].astype(np.float32), self.weight_bits)
+            codes, buffers["scales"][part] = codes_of(values[part], self.weight_bits)
             buffers["words"][part] = pack(codes, self.weight_bits)
         return Packed(spec=self.spec, shape=values.shape, buffers=buffers)
 

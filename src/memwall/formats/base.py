@@ -70,6 +70,25 @@ def array_namespace(x: Any) -> Any:
     return array_api_compat.array_namespace(x)
 
 
+def real_numbers(spec: str, x: Any) -> Any:
+    """`x` if it holds real numbers, a list as an array; what has an imaginary part or is no number is refused."""
+    if isinstance(x, list | tuple | float | int):
+        x = np.asarray(x)
+    kind = x.dtype.kind if isinstance(x, np.ndarray | np.generic) else "f"
+    if kind in "cOSUMm" or "complex" in str(x.dtype):  # kind V has bfloat16 and the like
+        raise InputError(f"{spec} holds real numbers, got an array of {x.dtype}: convert it to float32")
+    return x
+
+
+def real_float32(spec: str, x: Any) -> np.ndarray:
+    """Any array of real numbers as a NumPy float32 one in C order, torch tensors of the CPU included."""
+    x = real_numbers(spec, x)
+    if not isinstance(x, np.ndarray):
+        xp = array_namespace(x)
+        x = np.asarray(xp.astype(x, xp.float32))
+    return np.ascontiguousarray(x, dtype=np.float32)
+
+
 class Codec(ABC):
     """Encodes arrays to `Packed` and back. Instances are frozen dataclasses: settings and technique are one object."""
 

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import matrix_shape
 
 PANEL_COLUMNS = 64
@@ -174,7 +174,7 @@ class BitStackCodec(Codec):
 
     def encode(self, x: Any) -> Packed:
         """Taken apart with all inputs alike. What calibration adds is up to `compress.bitstack`."""
-        weight = np.asarray(x, np.float32)
+        weight = real_float32(self.spec, x)
         shape = matrix_shape(self.spec, weight.shape)
         made = [pack_block(block) for block in blocks_of(weight, self.rank, self.blocks)]
         return Packed(spec=self.spec, shape=shape, buffers={f"block{i}": data for i, data in enumerate(made)})

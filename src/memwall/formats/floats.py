@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import PLAIN_BUFFER, Codec, Packed, array_namespace
+from memwall.formats.base import PLAIN_BUFFER, Codec, Packed, array_namespace, real_numbers
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -49,6 +49,7 @@ class FloatCodec(Codec):
         return {PLAIN_BUFFER: (tuple(shape), self.dtype)}
 
     def encode(self, x: Any) -> Packed:
+        x = real_numbers(self.spec, x)
         xp = array_namespace(x)
         is_numpy = isinstance(x, np.ndarray)
         with np.errstate(over="ignore"):

@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed, array_namespace
+from memwall.formats.base import Codec, Packed, array_namespace, real_float32, real_numbers
 from memwall.formats.bitpack import (
     LANE_BYTES,
     TILE_ROWS,
@@ -176,6 +176,7 @@ class IntegerCodec(Codec):
     # -- whole arrays -----------------------------------------------------------------------------------------------
 
     def encode(self, x: Any) -> Packed:
+        x = real_numbers(self.spec, x)
         return self._encode_tiles(x) if self.layout == "tiles" else self._encode_rows(x)
 
     def decode(self, packed: Packed) -> Any:
@@ -254,7 +255,7 @@ class IntegerCodec(Codec):
         for start, stop in self._slabs(shape):
             if shape[1] == 0:
                 continue
-            groups = self._grouped(np, _float32(x[start:stop]))
+            groups = self._grouped(np, real_float32(self.spec, x[start:stop]))
             scales, mins = self.fit(groups)
             codes = self._ungrouped(np, self.quantize(groups, scales, mins), shape[1])
             self._fill(buffers, start, codes, {"scales": scales} if mins is None else {"scales": scales, "mins": mins})
@@ -299,11 +300,3 @@ class IntegerCodec(Codec):
             decoded = self.dequantize(self._grouped(np, codes), scales, mins)
             values[start:stop] = self._ungrouped(np, decoded, columns)
         return values
-
-
-def _float32(x: Any) -> np.ndarray:
-    """Any float array to a NumPy float32 one, torch tensors of the CPU included."""
-    if not isinstance(x, np.ndarray):
-        xp = array_namespace(x)
-        x = np.asarray(xp.astype(x, xp.float32))
-    return np.ascontiguousarray(x, dtype=np.float32)

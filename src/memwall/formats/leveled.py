@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed, array_namespace
+from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import (
     LANE_BYTES,
     TILE_ROWS,
@@ -199,7 +199,7 @@ class LevelCodec(Codec):
         shape = tuple(x.shape)
         if self.layout == "tiles":
             return self._encode_tiles(x, shape)
-        values = _float32(x)
+        values = real_float32(self.spec, x)
         values = values.reshape(-1) if self.layout == "flat" or not shape else values
         if math.prod(shape) == 0:
             empty = {name: np.zeros(s, d) for name, (s, d) in self.buffers(shape).items()}
@@ -291,7 +291,7 @@ class LevelCodec(Codec):
         rows, columns = matrix_shape(self.spec, shape)
         buffers = {name: np.zeros(s, d) for name, (s, d) in self.buffers(shape).items()}
         for start, stop in self.slabs(rows, columns) if columns else ():
-            values = _float32(x[start:stop])
+            values = real_float32(self.spec, x[start:stop])
             groups, scales = self._grouped(values), self.statistics(values)
             codes = self._ungrouped(self.quantize(groups, scales), columns)
             first, tiles = start // TILE_ROWS, -(-(stop - start) // TILE_ROWS)
@@ -379,11 +379,3 @@ def _signed(positive: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def _swap_halves(stream: np.ndarray) -> np.ndarray:
     return (stream << np.uint8(4)) | (stream >> np.uint8(4))
-
-
-def _float32(x: Any) -> np.ndarray:
-    """Any float array to a NumPy float32 one in C order, torch tensors of the CPU included."""
-    if not isinstance(x, np.ndarray):
-        xp = array_namespace(x)
-        x = np.asarray(xp.astype(x, xp.float32))
-    return np.ascontiguousarray(x, dtype=np.float32)

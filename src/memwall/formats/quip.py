@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import TILE_ROWS, matrix_shape, pack_tiles, unpack_tiles
 from memwall.formats.leveled import LevelCodec
 from memwall.formats.levels import LevelSet
@@ -166,7 +166,7 @@ class QuipCodec(Codec):
 
     def scale_of(self, turned: np.ndarray, spread: float = RANGE) -> float:
         """What a turned matrix' levels are multiplied by."""
-        size = math.sqrt(float(np.mean(np.square(turned), dtype=np.float64))) if turned.size else 0.0
+        size = math.sqrt(float(np.mean(np.square(turned, dtype=np.float64)))) if turned.size else 0.0
         return float(np.float32(spread * size / self.levels.largest))
 
     def quantize(self, turned: np.ndarray, scale: float) -> np.ndarray:
@@ -176,7 +176,7 @@ class QuipCodec(Codec):
 
     def encode(self, x: Any) -> Packed:
         """Turned, and each number to its nearest level. What calibration adds is up to `compress.quip`."""
-        values = np.ascontiguousarray(np.asarray(x), np.float32)
+        values = real_float32(self.spec, x)
         matrix_shape(self.spec, values.shape)
         if not np.isfinite(values).all():
             raise InputError(f"{self.spec} cannot hold NaN or infinite values")

@@ -39,7 +39,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import TILE_ROWS, matrix_shape, pack_tiles, unpack_tiles
 
 BLOCK = 128
@@ -87,7 +87,7 @@ class SignMaskCodec(Codec):
 
     def encode(self, x: Any) -> Packed:
         """Every block on its own, columns of equal weight. What calibration adds is up to the methods."""
-        values = np.ascontiguousarray(np.asarray(x), np.float32)
+        values = real_float32(self.spec, x)
         matrix_shape(self.spec, values.shape)
         if not np.isfinite(values).all():
             raise InputError(f"{self.spec} cannot hold NaN or infinite values")

@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import LANE_BYTES, TILE_ROWS, UNIT_COLUMNS, matrix_shape, pack_tiles, unpack_tiles
 from memwall.formats.scales import statistic_rows, statistic_tiles
 
@@ -230,7 +230,7 @@ class SparseCodec(Codec):
 
     def encode(self, x: Any) -> Packed:
         """Prunes the two smallest of every four and rounds the others; `compress` chooses better, by calibration."""
-        values = np.ascontiguousarray(np.asarray(x), np.float32)
+        values = real_float32(self.spec, x)
         rows, columns = matrix_shape(self.spec, values.shape)
         groups, kept = self.num_groups(columns), kept_columns(columns)
         positions, codes = np.empty((rows, kept), np.uint8), np.empty((rows, kept), np.uint8)

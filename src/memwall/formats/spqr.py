@@ -37,7 +37,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import (
     LANE_BYTES,
     TILE_ROWS,
@@ -192,7 +192,7 @@ class SpqrCodec(Codec):
 
         Columns stay in order. What calibration adds is up to `compress.spqr`.
         """
-        values = np.ascontiguousarray(np.asarray(x), np.float32)
+        values = real_float32(self.spec, x)
         rows, columns = matrix_shape(self.spec, values.shape)
         if self.num_outliers > values.size:
             raise InputError(f"{self.spec}: a matrix of shape {list(values.shape)} has fewer weights than outliers")
@@ -252,10 +252,10 @@ def pack(bits: int, parts: Parts) -> Packed:
         held = slice(slab.start * TILE_ROWS, slab.stop * TILE_ROWS)
         codes = _padded(parts.codes[held], slab.stop - slab.start, units * UNIT_COLUMNS)
         packed = pack_tiles(codes, bits, UNIT_COLUMNS)
-        buffers["codes"][slab] = packed.reshape(packed.shape[0], units, -1)
+        buffers["codes"][slab] = packed.reshape(packed.shape[0], units, bits * LANE_BYTES)
         for first, numbers in ((0, parts.scale_codes), (_CODE_BYTES, parts.zero_codes)):
             small = _padded(numbers[held], slab.stop - slab.start, 2 * units)
-            runs = small.reshape(-1, TILE_ROWS, 2 * units).transpose(0, 2, 1)
+            runs = small.reshape(slab.stop - slab.start, TILE_ROWS, 2 * units).transpose(0, 2, 1)
             buffers["statistics"][slab, :, first : first + _CODE_BYTES] = pack_rows(runs, SECOND_BITS)
     groups = parts.second.shape[1]
     pairs = np.ascontiguousarray(parts.second).view(np.uint8).reshape(tiles, groups, 8)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import LANE_BYTES, TILE_ROWS, UNIT_COLUMNS, matrix_shape, pack_tiles, unpack_tiles
 
 GROUPS = (32, 64, 128)
@@ -119,7 +119,7 @@ class StaticCodec(Codec):
         return found
 
     def encode(self, x: Any) -> Packed:
-        values = np.ascontiguousarray(np.asarray(x), np.float32)
+        values = real_float32(self.spec, x)
         rows, cols = matrix_shape(self.spec, values.shape)
         channels = self.fit_rows(values)
         codes = np.full((rows, cols), self.zero_code, np.uint8)
@@ -150,7 +150,9 @@ class StaticCodec(Codec):
         codes = unpack_tiles(packed.buffers["codes"], self.bits, self.group)[:rows, :cols]
         channels = packed.buffers["channels"]
         groups = packed.buffers.get("groups")
-        flat = None if groups is None else groups.transpose(1, 0, 2).reshape(groups.shape[1], -1)[:, :rows]
+        flat = None
+        if groups is not None:
+            flat = groups.transpose(1, 0, 2).reshape(groups.shape[1], len(groups) * TILE_ROWS)[:, :rows]
         values = np.empty((rows, cols), np.float32)
         for index, start in enumerate(range(0, cols, self.group)):
             part = slice(start, start + self.group)

@@ -38,7 +38,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Codec, Packed
+from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import matrix_shape
 from memwall.formats.streams import pack_stream, unpack_stream
 from memwall.formats.vector_parts import (
@@ -205,8 +205,10 @@ class VptqCodec(Codec):
 
         Columns stay in order. What training and calibration add is up to `compress.vptq`.
         """
-        values = np.ascontiguousarray(np.asarray(x), np.float32)
+        values = real_float32(self.spec, x)
         form = self.laid_out(values.shape)
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.spec} cannot hold NaN or infinite values")
         norm = ranges(values) if form.norm else None
         if norm is not None:
             values = (values - norm[1].astype(np.float32)) / norm[0].astype(np.float32)
@@ -272,7 +274,9 @@ def ranges(values: np.ndarray) -> np.ndarray:
     if not values.size:
         return np.ones((2, values.shape[1]), np.float16)
     low, high = values.min(axis=0), values.max(axis=0)
-    return checked_halves(np.stack([np.where(high > low, high - low, 1), low]), "a scale")
+    # a range that float16 would store as 0 could not be divided by
+    spread = np.where(high - low >= np.finfo(np.float16).smallest_subnormal, high - low, 1)
+    return checked_halves(np.stack([spread, low]), "a scale")
 
 
 def _encoded(part: Part, values: np.ndarray, spec: str) -> Coded:

@@ -88,6 +88,21 @@ def _linear_blocks(counts: np.ndarray, form: LevelCodec) -> tuple[np.ndarray, np
     return bases, steps
 
 
+def _magnitudes(counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """(low, high, bytes) of levels whose highest bit is a sign, low + 128 * high units; None where there is no such.
+
+    Sums of 16 bits hold two products of 63 with an activation twice, of 127 once, and of 16 eight times.
+    """
+    positive, negative = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+    if not 5 <= bits <= 7 or (positive < 0).any() or (negative != -positive).any():
+        return None
+    if positive.max() <= 63:
+        return positive.astype(np.uint8), np.zeros(len(positive), np.uint8), 1
+    if positive.max() < 17 * 128:
+        return (positive % 128).astype(np.uint8), (positive // 128).astype(np.uint8), 2
+    return None
+
+
 @lru_cache(maxsize=128)
 def native_levels(form: LevelCodec) -> _native.Levels:
     """The tables of a format as the compiled code wants them; made once per format."""
@@ -123,6 +138,9 @@ def native_levels(form: LevelCodec) -> _native.Levels:
     blocks = _linear_blocks(counts, form) if found.bytes == 2 and form.bits > 4 else None
     if blocks is not None:
         levels.set_linear(*blocks)
+    magnitudes = _magnitudes(counts, form.bits) if found.bytes else None
+    if magnitudes is not None:
+        levels.set_signed(*magnitudes)
     match = re.search(r"e(\d)m(\d)$", form.name)
     if match and int(match[1]) <= _HALF_EXPONENT_BITS:
         # sign, exponent and mantissa of a code stand in a float16 as they are, but that its exponent is wider

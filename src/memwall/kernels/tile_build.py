@@ -27,7 +27,9 @@ from memwall.kernels.tile_program import TileProgram
 
 COMPILERS = ("c++", "g++", "clang++")
 _X86 = ("-mfma", "-mf16c", "-mavx2")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+_AVX512 = (
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi", "-mprefer-vector-width=512",
+)  # fmt: skip
 FLAGS: dict[str, tuple[str, ...]] = {"avx512": (*_X86, *_AVX512), "avx2": _X86}
 LANES = {"avx512": 16, "avx2": 8}
 COMPILE_SECONDS = 300

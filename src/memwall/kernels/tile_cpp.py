@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memwall.errors import InputError
+from memwall.kernels.tile_cpp_dot import PRELUDE as DOT_PRELUDE
 from memwall.kernels.tile_cpp_memory import (
     copy_code,
     is_regular,
@@ -71,7 +72,7 @@ class _Emitter(SlotValues):
         body = "\n".join(["    " + line for line in self.lines])
         return "\n".join(
             [
-                PRELUDE.replace("@LANES@", str(self.lanes)),
+                (PRELUDE + DOT_PRELUDE).replace("@LANES@", str(self.lanes)),
                 *self.tables,
                 f"static void block({names}, Semaphores& semaphores, uint8_t* shared, {indices}) {{",
                 body,
@@ -155,15 +156,21 @@ class _Emitter(SlotValues):
             self.used(step)
 
     def prefetch(self, step: Instruction) -> str:
-        """Ask for the bytes that this load will want rounds of its loop later; a step of k is a row of the source."""
+        """Ask for the bytes that this load will want rounds of its loop later; a step of k is one of the first axis."""
         assert step.out is not None
         source, ahead = step.args[0], step.attrs["prefetch"]
         size = source.dtype.bits // 8
         stride = source.placed.strides[0] * size * ahead
-        extent = 1
-        for d, n in zip(step.attrs["dims"], step.out.shape, strict=True):
-            extent += (n - 1) * source.placed.strides[d] * size
-        return f"for (long at = 0; at < {extent}; at += 64) __builtin_prefetch(p_{step.out.name} + {stride} + at);"
+        extent, apart, place = size, "", f"p_{step.out.name} + {stride} + at"
+        sides = [(source.placed.strides[d] * size, n) for d, n in zip(step.attrs["dims"], step.out.shape, strict=True)]
+        for bytes_apart, n in sorted(side for side in sides if side[1] > 1):
+            if bytes_apart <= extent:
+                extent += (n - 1) * bytes_apart
+                continue
+            index = self.fresh("run")
+            apart += f"for (long {index} = 0; {index} < {n}; ++{index}) "
+            place += f" + {index} * {bytes_apart}L"
+        return f"{apart}for (long at = 0; at < {extent}; at += 64) __builtin_prefetch({place});"
 
     # -- tiles in arrays -----------------------------------------------------------------------------------------------
 

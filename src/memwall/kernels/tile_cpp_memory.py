@@ -156,6 +156,8 @@ def _lanes_load(p: str, at: list[int], width: int) -> str:
     apart = at[1] - at[0]
     if all(o == at[0] + lane * apart for lane, o in enumerate(at)) and apart in (width, 2 * width, 4 * width):
         return f"load_{name}{'' if apart == width else f'_{apart // width}'}({p} + {at[0]})"
+    if len(set(at)) > 1 and all(o == at[lane % 4] for lane, o in enumerate(at)):
+        return f"repeat4w({', '.join(f'one_{name}({p} + {o})' for o in at[:4])})"
     return f"VU{{{', '.join(f'one_{name}({p} + {o})' for o in at)}}}"
 
 

@@ -168,6 +168,15 @@ static inline VF repeat4(float a, float b, float c, float d) {
     return v;
 #endif
 }
+static inline VU repeat4w(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(__AVX512F__) && @LANES@ == 16
+    return (VU)_mm512_broadcast_i32x4(_mm_setr_epi32(a, b, c, d));
+#else
+    VU v;
+    for (int lane = 0; lane < LANES; lane += 4) v[lane] = a, v[lane + 1] = b, v[lane + 2] = c, v[lane + 3] = d;
+    return v;
+#endif
+}
 static inline void store_f32(uint8_t* p, VF v) { std::memcpy(p, &v, sizeof v); }
 static inline void put_f32(uint8_t* p, float x) { std::memcpy(p, &x, 4); }
 static inline void put_f16(uint8_t* p, float x) {

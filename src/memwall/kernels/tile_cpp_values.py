@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from memwall.errors import InputError
+from memwall.kernels.tile_cpp_dot import integer_sum
 from memwall.kernels.tile_cpp_memory import Range, float_load, is_regular, word_load
 from memwall.kernels.tile_infer import slot_map
 from memwall.kernels.tile_program import Instruction, Tensor, TileProgram
@@ -111,6 +112,9 @@ class SlotValues:
             source = self.value(arg, self.order(arg, out)[slot], chunk)
             return self.rounded(out, source) if arg.dtype.bits > out.dtype.bits or arg.dtype.bits == 16 else source
         if step.op == "reduce":
+            summed = integer_sum(self, step, slot, chunk)
+            if summed is not None:
+                return summed
             terms = [self.value(arg, s, chunk) for s in self.terms(step, slot)]
             found = terms[0]
             for term in terms[1:]:

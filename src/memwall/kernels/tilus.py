@@ -4,7 +4,8 @@ Source: "Tilus: A Virtual Machine for Arbitrary Low-Precision GPGPU Computation 
 later "A Tile-Level GPGPU Programming Language for Low-Precision Computation", ASPLOS 2026), weight layout, matmul.
 Idea: weights are stored so that the bytes which a thread loads in wide vectors *are*, read as codes of b bits, the part
 of the tile that the matrix instruction wants in that thread: `view` costs nothing, for any b. The same bytes run on a
-GPU (`matmul_program`, `direct_program`) and on a CPU (`matvec_program`), where 32 threads are lanes of vectors.
+GPU (`matmul_program`, `direct_program`) and on a CPU (`matvec_program`), where 32 threads are lanes of vectors and
+tiles may lie column by column.
 Units and shapes: codes uint8 [K, N]; packed uint8 [K / tile_k, N / tile_n, bytes]; scales float16 [K / group, N];
 activations [M, K]; results [M, N]. Value of a weight = type's value of its code times its group's scale.
 Differs from the paper: shapes are static; the NumPy and C++ forms count ldmatrix only (`tile_cost`); Triton's program
@@ -33,6 +34,7 @@ from memwall.kernels.tilus_weights import (
     pack_weights,
     prepare,
     quantize,
+    round_activations,
     thread_bytes,
     tile_layout,
     unpack_weights,
@@ -51,6 +53,7 @@ __all__ = [
     "prelayout_program",
     "prepare",
     "quantize",
+    "round_activations",
     "thread_bytes",
     "tile_layout",
     "unpack_weights",
@@ -69,7 +72,7 @@ class Config:
     warp_repeat: tuple[int, int, int] = (1, 4, 2)
     num_stages: int = 3
     split_k: int = 1
-    cpu_tiles: int = 8
+    cpu_tiles: int = 4
 
     @property
     def block(self) -> tuple[int, int, int]:
@@ -83,6 +86,8 @@ WARP_REPEATS = ((2, 4, 1), (1, 8, 1), (2, 4, 2), (4, 2, 2), (1, 8, 2))
 NUM_STAGES = (3, 4)
 SPLITS = (1, 8, 16)
 CPU_TILES = (4, 8, 16)
+AHEAD_BYTES = 1024
+"""Of a run of tiles along k that a processor asks for before they are read."""
 
 
 # -- programs --------------------------------------------------------------------------------------------------------
@@ -270,12 +275,17 @@ def matvec_program(
     group: int = DEFAULT_GROUP,
     config: Config | None = None,
     weight_tile: tuple[int, int] = WEIGHT_TILE,
+    by_columns: bool = False,
+    rounded: bool = False,
 ) -> TileProgram:
-    """Few tokens, all in float32: each code is read and converted once, and multiplied with its x of every token.
+    """Few tokens: each code is read and converted once, and multiplied with its x of every token, in float32.
 
     Parameters: x float32 [m, k], packed, scales, out float32 [m, n]. A group's sum is multiplied by its scale once. The
     k of a tile is cut in (places of a thread, 4 threads, places): the places are summed in the thread, threads at the
-    end.
+    end. by_columns: packed lies as `Weights.by_columns` has it, the tiles of a block one after the other along k; a
+    processor reads such runs up to twice as fast as pieces of some hundred bytes a power of two apart. rounded: x as
+    `round_activations` makes it, i8 [m, k] with x_scales float32 [m, k / group]; products of integers of up to 8 bits
+    then are integer dot products.
     """
     config = config or Config()
     tile_k, tile_n = weight_tile
@@ -285,18 +295,22 @@ def matvec_program(
         raise InputError(f"matvec takes 1 to 16 tokens, got {m}: more go through matmul")
     p = TileProgram(f"matvec_{dtype}", grid=(n // block_n,))
     held = thread_bytes(dtype, weight_tile)
-    x = p.global_view("x", "f32", (k, 1, m), MemoryLayout((k, 1, m), (1, 1, k)))
-    packed = p.global_view("packed", "u8", (k // tile_k, n // tile_n, LANES * held))
+    x = p.global_view("x", "i8" if rounded else "f32", (m, k, 1))
+    tiles, tile_bytes = (k // tile_k, n // tile_n, LANES * held), LANES * held
+    along = MemoryLayout(tiles, (tile_bytes, tiles[0] * tile_bytes, 1)) if by_columns else None
+    packed = p.global_view("packed", "u8", tiles, along)
     scales = p.global_view("scales", "f16", (k // group, n))
-    out = p.global_view("out", "f32", (n, m), MemoryLayout((n, m), (1, n)))
+    out = p.global_view("out", "f32", (m, n))
     side_by_side = local(1, config.cpu_tiles)
     bytes_layout = side_by_side.unsqueeze(2).compose(flat_layout(held).reshape((1, 1, LANES * held)))
     codes_layout = side_by_side.compose(tile_layout(weight_tile))
-    places = (tile_k // 8, 4, 2, block_n, m)
-    total = p.register_tensor("f32", (1, 4, 1, block_n, m))
+    places, sums = (m, tile_k // 8, 4, 2, block_n), (m, 1, 4, 1, block_n)
+    total = p.register_tensor("f32", sums)
+    if rounded:
+        x_scales = p.global_view("x_scales", "f32", (m, k // group, 1, 1, 1))
     column = p.block(0) * block_n
     with p.loop(k // group) as part:
-        acc = p.register_tensor("f32", (1, 4, 1, block_n, m))
+        acc = p.register_tensor("f32", sums)
         with p.loop(group // tile_k) as inner:
             step = part * (group // tile_k) + inner
             raw = p.load_global(
@@ -304,15 +318,19 @@ def matvec_program(
                 (step, p.block(0) * config.cpu_tiles, 0),
                 (1, config.cpu_tiles, LANES * held),
                 layout=bytes_layout,
-                prefetch=4,
+                prefetch=-(-AHEAD_BYTES // tile_bytes) if by_columns else 4,
             )
             codes = p.cast(p.view(raw, dtype, codes_layout), "f32")
-            values = p.load_global(x, (step * tile_k, 0, 0), (tile_k, 1, m))
-            products = p.mul(p.reshape(codes, (tile_k, block_n, 1)), values)
-            p.annotate(products, codes_layout.concat(local(m)))
-            p.assign(acc, p.add(acc, p.reduce("sum", p.reshape(products, places), (0, 2))))
+            values = p.load_global(x, (0, step * tile_k, 0), (m, tile_k, 1))
+            if rounded:
+                values = p.cast(values, "f32")
+            products = p.mul(p.reshape(codes, (1, tile_k, block_n)), values)
+            p.annotate(products, local(m).concat(codes_layout))
+            p.assign(acc, p.add(acc, p.reduce("sum", p.reshape(products, places), (1, 3))))
         scale = p.cast(p.load_global(scales, (part, column), (1, block_n)), "f32")
-        p.assign(total, p.add(total, p.mul(acc, p.reshape(scale, (1, 1, 1, block_n, 1)))))
-    sums = p.reshape(p.reduce("sum", total, (1,)), (block_n, m))
-    p.store_global(out, sums, (column, 0))
+        scaled = p.mul(acc, p.reshape(scale, (1, 1, 1, 1, block_n)))
+        if rounded:
+            scaled = p.mul(scaled, p.load_global(x_scales, (0, part, 0, 0, 0), (m, 1, 1, 1, 1)))
+        p.assign(total, p.add(total, scaled))
+    p.store_global(out, p.reshape(p.reduce("sum", total, (2,)), (m, block_n)), (0, column))
     return infer(p)

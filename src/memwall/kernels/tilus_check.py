@@ -118,31 +118,46 @@ def instruction_sets() -> list[str]:
 def matvec(weights: Weights, tokens: int, config: Config) -> Callable[[np.ndarray, np.ndarray], None]:
     """x float32 [tokens, padded K], out float32 [tokens, padded N] -> the compiled product, as a function of both."""
     k, n = weights.padded
-    compiled = build(tilus.matvec_program(weights.dtype, tokens, n, k, group=weights.group, config=config))
-    held = {"packed": weights.packed, "scales": weights.scales}
+    program = tilus.matvec_program(weights.dtype, tokens, n, k, group=weights.group, config=config, by_columns=True)
+    compiled = build(program)
+    held = {"packed": weights.by_columns(), "scales": weights.scales}
     return lambda x, out: compiled({"x": x, "out": out, **held})
 
 
 def measure(dtype: str, tokens: int, n: int, k: int, *, group: int = DEFAULT_GROUP) -> dict[str, Any]:
-    """Median seconds of the tuned CPU program and of memwall's hand-written integer kernel of that width, in turn."""
+    """Median seconds of the tuned CPU programs and of memwall's hand-written integer kernel of that width, in turn.
+
+    Activations of the second program are rounded to 8 bits, as those of the hand-written kernel are.
+    """
     weights = random_weights(dtype, k, n, group=group)
     padded_k, padded_n = weights.padded
     x = np.random.default_rng(0).normal(size=(tokens, padded_k)).astype(np.float32)
     out = np.zeros((tokens, padded_n), np.float32)
-    held = {"x": x, "packed": weights.packed, "scales": weights.scales, "out": out}
+    held = {"x": x, "packed": weights.by_columns(), "scales": weights.scales, "out": out}
 
     def make(settings: Config) -> TileProgram:
-        return tilus.matvec_program(dtype, tokens, padded_n, padded_k, group=group, config=settings)
+        return tilus.matvec_program(dtype, tokens, padded_n, padded_k, group=group, config=settings, by_columns=True)
 
     def runner(program: TileProgram) -> Callable[[], Any]:
         compiled = build(program)
         return lambda: compiled(held)
 
-    key = f"matvec {dtype} {tokens} {padded_n} {padded_k} {group} {kernels.isa()} {find_compiler()}"
+    key = f"matvec by columns {dtype} {tokens} {padded_n} {padded_k} {group} {kernels.isa()} {find_compiler()}"
     choice = tile_tune.tune(key, tile_tune.cpu_candidates(), make, runner)
     works: dict[str, tuple[Callable[[], Any], int]] = {
         f"tile program {dtype}": (runner(make(choice.settings)), weights.nbytes)
     }
+    rounded = build(
+        tilus.matvec_program(
+            dtype, tokens, padded_n, padded_k, group=group, config=choice.settings, by_columns=True, rounded=True
+        )
+    )
+
+    def round_first() -> None:
+        codes, scales = tilus.round_activations(x, group)
+        rounded({**held, "x": codes, "x_scales": scales})
+
+    works[f"tile program {dtype}, x rounded"] = (round_first, weights.nbytes)
     bits = max(tile_type(dtype).bits, 2)
     own = kernels.matrix(codec(f"int{bits}-g{min(group, 128)}").encode(np.random.default_rng(0).normal(size=(n, k))))
     short, result = np.ascontiguousarray(x[:, :k]), np.zeros((tokens, n), np.float32)

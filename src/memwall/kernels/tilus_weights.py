@@ -42,6 +42,10 @@ class Weights:
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales.nbytes
 
+    def by_columns(self) -> np.ndarray:
+        """The packed bytes as [N / tile_n, K / tile_k, bytes]: each column of tiles in one piece, for a processor."""
+        return np.ascontiguousarray(self.packed.transpose(1, 0, 2))
+
     def decode(self) -> np.ndarray:
         """float32 [K, N], code's value times scale."""
         codes = unpack_weights(self.packed, self.dtype, self.weight_tile)
@@ -116,6 +120,14 @@ def quantize(weights: np.ndarray, dtype: str, group: int = DEFAULT_GROUP) -> tup
         raise InputError(f"{dtype}: weights up to {np.abs(weights).max():.3g} need scales beyond float16")
     codes = form.encode(grouped / scales[:, None].astype(np.float32))
     return codes.reshape(weights.shape), scales
+
+
+def round_activations(x: np.ndarray, group: int = DEFAULT_GROUP) -> tuple[np.ndarray, np.ndarray]:
+    """float [M, K], K a multiple of the group -> int8 codes as uint8 [M, K], float32 scales [M, K / group]."""
+    grouped = np.asarray(x, np.float32).reshape(len(x), -1, group)
+    scales = np.abs(grouped).max(axis=2) * np.float32(1 / 127)
+    codes = np.rint(grouped / np.maximum(scales, np.float32(1e-30))[:, :, None])
+    return codes.astype(np.int8).view(np.uint8).reshape(x.shape), scales
 
 
 def prepare(

@@ -414,12 +414,14 @@ void set_dynamic_levels(Table<float> values) {
 mw::Product product_of(const PyMatrix& m, nb::handle out, nb::handle bias, std::size_t tokens, std::size_t cols, bool accumulate) {
   require(static_cast<std::size_t>(m.view.cols) == cols,
           "linear: x has " + std::to_string(cols) + " columns, a matrix has " + std::to_string(m.view.cols));
-  const auto to = nb::cast<Rows<float>>(out, false);
+  Rows<float> to;
+  require(nb::try_cast(out, to, false), "linear: outs and biases must be C-contiguous float32 arrays that can be written");
   require(to.shape(0) == tokens && static_cast<std::int64_t>(to.shape(1)) == m.view.rows,
           "linear: out must have shape [" + std::to_string(tokens) + ", " + std::to_string(m.view.rows) + "]");
   mw::Product product{&m.view, {to.data(), m.view.rows, nullptr, accumulate}};
   if (!bias.is_none()) {
-    const auto values = nb::cast<Vector>(bias, false);
+    Vector values;
+    require(nb::try_cast(bias, values, false), "linear: outs and biases must be C-contiguous float32 arrays that can be written");
     require(static_cast<std::int64_t>(values.shape(0)) == m.view.rows, "linear: a bias needs one number per row of its matrix");
     product.output.bias = values.data();
   }
@@ -613,7 +615,18 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
             self.levels->half_mask = static_cast<std::uint16_t>(mask);
             self.levels->half_unit = unit;
           },
-          "shift"_a, "mask"_a, "unit"_a, "Says how the codes become float16: see mw::Levels");
+          "shift"_a, "mask"_a, "unit"_a, "Says how the codes become float16: see mw::Levels")
+      .def(
+          "set_signed",
+          [](PyLevels& self, Table<std::uint8_t> low, Table<std::uint8_t> high, int bytes) {
+            require(low.shape(0) <= 64 && high.shape(0) == low.shape(0) && (bytes == 1 || bytes == 2), "no table of magnitudes");
+            for (int i = 0; i < 64; ++i) {
+              self.levels->magnitude_low[i] = low.data()[i % low.shape(0)];
+              self.levels->magnitude_high[i] = high.data()[i % low.shape(0)];
+            }
+            self.levels->magnitude_bytes = bytes;
+          },
+          "low"_a, "high"_a, "bytes"_a, "Says that the highest bit of a code is a sign: see mw::Levels");
   m.def("level_matrix", &level_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "levels"_a, "scale_form"_a,
         "scales"_a, "extra"_a);
   m.def("turned_matrix", &turned_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a.noconvert(), "levels"_a, "into"_a, "back"_a,

@@ -44,6 +44,9 @@ struct Levels {
   int half_shift = 0;
   std::uint16_t half_mask = 0;
   float half_unit = 0.0f;
+  // Levels whose highest bit is a sign: what the other bits stand for in units, low + 128 * high where there are two bytes. None: 0.
+  alignas(64) std::uint8_t magnitude_low[64], magnitude_high[64];
+  int magnitude_bytes = 0;
 };
 
 // Bilevel tiles (formats/spqr.py defines them): statistics of 16 rows by 16 columns are 16 scale codes and 16 zero codes of 3 bits

@@ -6,18 +6,25 @@ namespace mw::MW_ISA {
 namespace {
 
 // One group of one token: scale = largest magnitude / 127. Returns the sum of the codes; `stride` bytes lie between two fours.
+// Magnitudes order as their bits do, with infinities and what is not a number last: nothing is made up for a group that has one.
 template <int Group>
 std::int32_t quantize_group(const float* x, std::int64_t stride, std::int8_t* codes, float* scale) {
   typedef std::int8_t Bytes __attribute__((vector_size(kWidth)));
   constexpr int kVectors = Group / kWidth;
-  Vf largest{};
-  for (int i = 0; i < kVectors; ++i) largest = vmax(largest, vabs(load<Vf>(x + i * kWidth)));
-  const float peak = max_of(largest);
-  const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;  // a smaller peak would overflow the quotient
-  *scale = peak * (1.0f / 127.0f);
+  Vi largest{};
+  for (int i = 0; i < kVectors; ++i) {
+    const Vi bits = load<Vi>(x + i * kWidth) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  const std::int32_t most = across(largest, [](Vi a, Vi b) { return a > b ? a : b; });
+  float peak;
+  __builtin_memcpy(&peak, &most, sizeof peak);
+  const bool finite = most < 0x7f800000;
+  const float inverse = finite && peak > 1e-30f ? 127.0f / peak : 0.0f;  // a smaller peak would overflow the quotient
+  *scale = finite ? peak * (1.0f / 127.0f) : __builtin_nanf("");
   Vi sum{};
   for (int i = 0; i < kVectors; ++i) {
-    const Vi rounded = round_to_int(load<Vf>(x + i * kWidth) * inverse);
+    const Vi rounded = finite ? round_to_int(load<Vf>(x + i * kWidth) * inverse) : Vi{};
     sum += rounded;
     std::int8_t bytes[kWidth];
     store(bytes, __builtin_convertvector(rounded, Bytes));
@@ -141,7 +148,56 @@ void one_token_halves(const Matrix& m, const Activations& a, std::int64_t tile, 
   for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
 }
 
-// Whether one token's product takes that way.
+// One token, one tile of levels with a sign bit: the table of magnitudes is half as large, and the sign is given to the
+// activations. Magnitudes are one byte of 63 at most, or 128 * a byte of 16 at most + a byte of 127 at most.
+template <int Bits, bool Two>
+void one_token_signed(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
+  const Levels& levels = *m.levels;
+  const int units = m.group / kUnitColumns;
+  const std::uint8_t* unit = m.tile(tile);
+  const std::int8_t* x = a.codes;
+  Vf total[kPieces] = {};
+  for (std::int64_t g = 0; g < m.groups; ++g) {
+    NarrowDot<Two ? 1 : 2> low[kPieces];
+    NarrowDot<Two ? 8 : 1> high[kPieces];
+    for (int p = 0; p < kPieces; ++p) {
+      low[p].start(Vi{});
+      high[p].start(Vi{});
+    }
+    for (int u = 0; u < units; ++u, unit += kLaneVectorBytes * Bits, x += kUnitColumns)
+      static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+        constexpr int I = decltype(block)::value;
+        if constexpr (I < Bits) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
+        const Vb four = repeat_four(x + 4 * I);
+        for (int p = 0; p < kPieces; ++p) {
+          const Vb codes = code_block<Bits, I>(unit + p * kVectorBytes);
+          const Vb sign = (Vb)((Vh)codes << (8 - Bits)) | 1;
+          const Vb turned = (Vb)_mm256_sign_epi8((__m256i)four, (__m256i)sign);
+          // the sign bit of a code of 7 bits at most disturbs no shuffle
+          low[p].template add<I>(look_up<Bits - 1>(levels.magnitude_low, codes), turned);
+          if constexpr (Two) high[p].template add<I>(look_up<Bits - 1>(levels.magnitude_high, codes), turned);
+        }
+      });
+    for (int p = 0; p < kPieces; ++p) {
+      Vf sum = to_float(low[p].total());
+      if constexpr (Two) sum += to_float(high[p].total()) * 128.0f;
+      total[p] += group_scale(m, tile, g, p) * (a.scales[g] * levels.unit) * sum;
+    }
+  }
+  for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
+}
+
+template <int Bits>
+void tiles_signed(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out) {
+  const auto one = m.levels->magnitude_bytes == 2 ? one_token_signed<Bits, true> : one_token_signed<Bits, false>;
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    alignas(64) float values[kTileRows];
+    one(m, input.coded, tile, values);
+    write_rows(values, 0, tile * kTileRows, kTileRows, out);
+  }
+}
+
+// Whether one token's product goes by way of float16.
 bool takes_halves(const Matrix& m) { return m.levels && m.levels->half_unit != 0.0f && m.bits > 4 && m.bytes() == 2; }
 #endif
 
@@ -299,6 +355,11 @@ void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t i
 
 void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  if (m.levels && m.levels->magnitude_bytes) {
+    if (m.bits == 5) return tiles_signed<5>(m, input, begin, end, out);
+    if (m.bits == 6) return tiles_signed<6>(m, input, begin, end, out);
+    return tiles_signed<7>(m, input, begin, end, out);
+  }
   if (takes_halves(m) && !m.levels->linear)
     return with_bits(m.bits, [&](auto bits) {
       for (std::int64_t tile = begin; tile < end; ++tile) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <limits>
 
 #include "dispatch.h"
 #include "threads.h"
@@ -79,7 +80,12 @@ bool pack_planes(const float* x, std::int64_t rows, std::int64_t cols, int bits,
         std::memcpy(&magnitude, row + c, sizeof magnitude);
         most = std::max(most, magnitude & 0x7fffffff);
       }
-      if (most >= 0x7f800000) return good.store(false, std::memory_order_relaxed);
+      if (most >= 0x7f800000) {  // nothing is made up for a row that has one
+        good.store(false, std::memory_order_relaxed);
+        std::fill_n(words + r * stride, stride, std::uint64_t{0});
+        scales[r] = std::numeric_limits<float>::quiet_NaN();
+        continue;
+      }
       float largest;
       std::memcpy(&largest, &most, sizeof largest);
       scales[r] = largest / static_cast<float>((1 << bits) - 1);

@@ -76,8 +76,14 @@ MW_INLINE Vf look_up(const float* table, Vi codes) {
 
 // kWidth bytes as integers.
 MW_INLINE Vi load_bytes(const std::uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (Vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
   typedef std::uint8_t Narrow __attribute__((vector_size(kWidth)));
   return __builtin_convertvector(load<Narrow>(from), Vi);
+#endif
 }
 
 // Scales of rows p * kWidth and on of group g of a tile.
@@ -88,8 +94,7 @@ MW_INLINE Vf group_scale(const Matrix& m, std::int64_t tile, std::int64_t g, int
     case ScaleForm::single: return load<Vf>(static_cast<const float*>(m.scales) + at);
     case ScaleForm::exponent: {
       // byte 0 is 2^-127, which float32 writes without the hidden bit; 255, which is NaN, becomes an infinity
-      const Vi bits = load_bytes(static_cast<const std::uint8_t*>(m.scales) + at) << 23, least = splat(0x00400000);
-      return (Vf)(bits > least ? bits : least);
+      return vmax((Vf)(load_bytes(static_cast<const std::uint8_t*>(m.scales) + at) << 23), (Vf)splat(0x00400000));
     }
     case ScaleForm::one: return splat(1.0f);
     default: {
