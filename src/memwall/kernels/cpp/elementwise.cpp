@@ -50,4 +50,8 @@ void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, s
   });
 }
 
+void to_int8_rows(const float* x, std::int64_t heads, std::int64_t dim, std::int8_t* out) {
+  elementwise_kernels_in_use().to_int8(x, heads, dim, out);
+}
+
 }  // namespace mw

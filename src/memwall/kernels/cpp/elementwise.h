@@ -23,5 +23,7 @@ void swiglu(const float* gate, const float* up, std::int64_t count, float* out);
 // Row i of x [rows, heads, dim] goes to row places[i] of out [.., heads, dim + 2]; codes are to nearest, ties to even, and a head with
 // infinities or what is no number gets a scale that is none.
 void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int8_t* out);
+// The same for heads in a row, on the calling thread.
+void to_int8_rows(const float* x, std::int64_t heads, std::int64_t dim, std::int8_t* out);
 
 }  // namespace mw
