@@ -52,7 +52,7 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
     for name in (SchedulerName.fcfs, SchedulerName.nexus):
         with pytest.raises(InputError, match="add --scheduler semi-pd"):
             options_of(name, 0.5, None, adapters=False)
-    for name in (SchedulerName.semi_pd, SchedulerName.nexus, SchedulerName.distserve):
+    for name in (SchedulerName.nanoflow, SchedulerName.distserve):
         with pytest.raises(InputError, match="serves no adapters"):
             options_of(name, None, None, adapters=True)
     with pytest.raises(InputError, match="objectives of 0 s"):

@@ -135,11 +135,12 @@ def test_a_mixed_batch_gives_the_logits_of_merged_weights(folder: Path, singles:
 def test_adapters_lie_in_pages_of_coded_rows_too(folder: Path) -> None:
     names: tuple[str | None, ...] = ("r8", None, "r64", "r16", "r32")
     found = []
-    for kv in ("float32", "int8"):
+    for kv in ("float32", "int8", "int4"):
         held = start(folder, max_sequences=8, kv=kv)
         found.append(logits_of(held, names, singles=False))
         held.release()
-    assert np.abs(found[0] - found[1]).max() < 0.02 * np.abs(found[0]).max()
+    for other, share in zip(found[1:], (0.02, 0.15)):
+        assert np.abs(found[0] - other).max() < share * np.abs(found[0]).max()
 
 
 @pytest.mark.parametrize(("weights", "kv"), [("float32", "float16"), ("int4", "float16"), ("int4", "int8")])

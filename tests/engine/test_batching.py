@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,41 @@ def test_pages_of_int8_rows_hold_almost_twice_the_tokens(swap: int) -> None:
     assert run(held, requests(), num_pages=9) == alone("float32", "int8")
     assert sum(held.engine.totals.preempted.values()) > 0
     held.release()
-    with pytest.raises(InputError, match="float32, float16, int8"):
+    with pytest.raises(InputError, match="float32, float16, int8, int4"):
         ServingSettings(kv="kivi(4bit)")
+
+
+def test_pages_of_4_bit_blocks_hold_more_than_twice_the_tokens() -> None:
+    told = {"weights": "int8", "swap_bytes": 1 << 24, "token_budget": 512, "keep_prefixes": False}
+    held, plain = serving(kv="int4", **told), serving()
+    assert 2.6 * held.pool.page_bytes / held.settings.page_tokens < plain.pool.page_bytes / plain.settings.page_tokens
+    plain.release()
+    assert run(held, requests()) == alone("int8", "int4")
+    sampling = Sampling(max_new_tokens=75, ignore_eos=True)  # over two borders of pages
+    wanted = [replace(one, prompt=(0, *TEXT[:10], *one.prompt), sampling=sampling) for one in requests()]
+    made = run(held, wanted)
+    held.engine.costs, held.engine._measures = Costs(seconds_per_token=1.0, seconds_per_page=1e-6), False
+    assert run(held, wanted, num_pages=8) == made
+    assert held.engine.totals.preempted["swap"] > 0
+    assert set(held.engine.totals.preempted) == {"swap"}
+    held.release()
+    with pytest.raises(InputError, match="page_tokens is 16; it must be 32"):
+        ServingSettings(kv="int4", page_tokens=16)
+
+
+@pytest.mark.parametrize("changes", [{}, {"swap_bytes": 0}, {"token_budget": 16}])
+def test_4_bit_blocks_in_chunks_shared_and_computed_again(changes: dict[str, int]) -> None:
+    """What is coded when depends on how a prompt was cut, so that answers may differ; all of them come."""
+    held = serving(kv="int4", **changes)
+    wanted = [replace(one, prompt=(0, *TEXT[:40], *one.prompt)) for one in requests()]
+    first = run(held, wanted)
+    assert run(held, wanted[:1]) == run(held, wanted[:1])  # from the same pages, in the same pieces
+    assert held.engine.totals.prefix_hits >= 2 * 32
+    again = run(held, wanted, num_pages=8)
+    assert [len(made) for made in again] == [len(made) for made in first] == [MADE - n for n in range(len(PROMPTS))]
+    agreed = sum(a == b for one, two in zip(first, again) for a, b in zip(one, two))
+    assert agreed > 0.3 * sum(map(len, first))
+    held.release()
 
 
 @pytest.mark.parametrize(("swap", "by"), [(0, "recompute"), (1 << 24, "swap")])

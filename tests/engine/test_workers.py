@@ -281,8 +281,8 @@ def test_engine_and_simulator_decide_alike(name: str) -> None:
 
 
 def test_bad_input_and_budgets_that_do_not_hold_two_workers() -> None:
-    with pytest.raises(InputError, match="adapters are served by one worker"):
-        ServingSettings(phases=PhaseSettings(shares=HALVES), lora=LoraSettings())
+    with pytest.raises(InputError, match="adapters need one memory"):
+        ServingSettings(phases=PhaseSettings.apart(2), lora=LoraSettings())
     made = start(PhaseSettings(shares=HALVES))
     least, own = made.least_budget_bytes(), made.workers.reserve_bytes  # type: ignore[union-attr]
     made.release()

@@ -19,6 +19,7 @@ SETTINGS = (
     "float16",
     "bfloat16",
     "int8",
+    "int4",
     "kivi",
     "kivi(bits=3,group=16,residual=0)",
     "kivi(8bit,exact=bfloat16)",

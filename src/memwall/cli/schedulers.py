@@ -86,7 +86,7 @@ def options_of(
         raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
     if name in (SchedulerName.fcfs, SchedulerName.fastswitch):
         return {}
-    if adapters:
+    if adapters and name not in (SchedulerName.semi_pd, SchedulerName.nexus):
         raise InputError(f"--scheduler {name.value} serves no adapters; leave --lora out, or choose fcfs")
     if name is SchedulerName.nanoflow:
         from memwall.engine.nanoflow import NanoFlow

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
-PAGED = {"auto": "float16", "float32": "float32", "float16": "float16", "int8": "int8"}
+PAGED = {"auto": "float16", "float32": "float32", "float16": "float16", "int8": "int8", "int4": "int4", "kv4": "int4"}
 PagedKV = Annotated[
     str,
     typer.Option(
@@ -130,7 +130,14 @@ def serve(
         "swap_bytes": _swap_bytes(swap), "kv": stored,
     }  # fmt: skip
     options |= fair
-    options |= _lora_options(loras, path, stored, lora_batch, first_token_limit)
+    own = _lora_options(loras, path, stored, lora_batch, first_token_limit)
+    if scheduler is not SchedulerName.fcfs:
+        if lora_batch is not None or first_token_limit is not None:
+            raise InputError(
+                "--lora-batch and --first-token-limit are for the scheduler of adapters; leave out --scheduler"
+            )
+        own.pop("scheduler", None)
+    options |= own
     options |= options_of(scheduler, slo_first, slo_token, adapters="lora" in options, threads=threads, ray=ray)
     serving = start(path, budget, weights, parse_context(context), options, tokenizer, template, quiet=quiet)
     loras.add_to(serving)
@@ -212,7 +219,7 @@ def _lora_options(
     from memwall.engine.serving import ServingSettings
     from memwall.models.config import ModelConfig
 
-    settings = loras.settings(ModelConfig.from_directory(path), ServingSettings().page_tokens, kv)
+    settings = loras.settings(ModelConfig.from_directory(path), ServingSettings(kv=kv).page_tokens, kv)
     if settings is None:
         if lora_batch is not None or first_token_limit is not None:
             raise InputError("--lora-batch and --first-token-limit need adapters: give --lora or --lora-dir")

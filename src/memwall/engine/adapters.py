@@ -274,6 +274,16 @@ class Adapters:
         assert paged is not None
         return paged
 
+    def told(self, key: str) -> dict[str, Any]:
+        """What a process that sees the same pages must know of an adapter that is held (`told_adapters`)."""
+        adapter = self._known[key]
+        assert adapter.weights is not None
+        assert adapter.paged is not None
+        return {
+            "form": adapter.paged.form, "scale": adapter.weights.scale, "shapes": adapter.weights.shapes,
+            "pages": adapter.pages,
+        }  # fmt: skip
+
     def stop(self) -> None:
         """Ends the thread and lets go of all pages; of no more use."""
         self.settle()

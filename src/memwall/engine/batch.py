@@ -1,13 +1,11 @@
 """The executor with a model: one step's tokens of all sequences go through each matrix together.
 
-Keys and values are floats or int8 rows in pages of the pool: one page holds `page_tokens` tokens of all layers,
+Keys and values lie in pages of the pool (`page_forms`): one page holds `page_tokens` tokens of all layers,
 so that moving, sharing or swapping a page is one copy. Native attention finds tokens through page tables
 (`attend_paged`): the cost over rows that lie in a line is a table look-up every 16 tokens, and in return any page can
 be anywhere, which sharing and a moving budget need; ranges of address space per sequence (`kv/vattention.py`) keep
 plain rows but share and move only blocks of megabytes. All decoding sequences of a step are attended in one parallel
 region, and so are all those that go on from shared prefixes, which are read once for all of them.
-
-Layout of a page: [layer][keys, values][page_tokens][Hkv][D], in int8 with two bytes of scale behind each head.
 
 Numbers: attention and packed weights give a sequence the same bits whatever else is in its batch; dense float weights
 are summed in an order that depends on how many tokens are multiplied at once, so their last bits may differ.
@@ -17,36 +15,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
-from memwall.engine.adapters import Adapters
 from memwall.engine.executor import Entry, Output
 from memwall.engine.kv_pages import KVPages
+from memwall.engine.page_forms import PAGED as PAGED
+from memwall.engine.page_forms import held_as
+from memwall.engine.page_forms import page_bytes as page_bytes
 from memwall.engine.pooling import Pooler
 from memwall.engine.sampling import Sampler
 from memwall.engine.sequence import Sequence as EngineSequence
 from memwall.engine.sequence import TokenLogprobs
-from memwall.kernels.attention import attend_paged, attend_paged_sequences, attend_shared
 from memwall.kernels.lora import LoraBatch, LoraRoom, PagedLora
 from memwall.kv import CacheShape
-from memwall.kv.float_store import put_rows, row_bytes, row_form
 from memwall.memory import PagePool
 from memwall.models.decoder import Decoder
-
-PAGED = ("float32", "float16", "int8")
-"""What pages may hold, by the names of `memwall.kv`."""
-
-
-def page_bytes(shape: CacheShape, page_tokens: int, kv: str = "float16") -> int:
-    """Bytes of one page: `page_tokens` tokens of all layers, stored as `kv` says."""
-    return 2 * shape.num_layers * page_tokens * row_bytes(kv, shape)
 
 
 def lora_room(shape: CacheShape, page_tokens: int, kv: str = "float16") -> LoraRoom:
     """How adapters lie in these pages: a unit is as long as one token's keys, or values, of a layer."""
-    unit_bytes = row_bytes(kv, shape) // 4 * 4  # of whole float32 numbers
+    units = 2 * shape.num_layers * page_tokens
+    unit_bytes = page_bytes(shape, page_tokens, kv) // units // 4 * 4  # of whole float32 numbers
     return LoraRoom(num_layers=shape.num_layers, unit_bytes=unit_bytes, units_per_block=2 * page_tokens)
 
 
@@ -84,9 +75,9 @@ class BatchCache:
         self.pool = pool
         self.page_tokens = page_tokens
         self.kv = kv
-        self._dtype, self._width = row_form(kv, shape.head_dim)
+        self._held = held_as(kv, shape, page_tokens)
         self._committed = -1
-        self._views: list[tuple[np.ndarray, np.ndarray]] = []
+        self._fresh: tuple[np.ndarray, np.ndarray] | None = None
         self._segments: list[_Segment] = []
         self._grouped: list[_Segment] = []
         self._pieces: dict[tuple[int, int, bool], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -95,7 +86,7 @@ class BatchCache:
     def begin(self, batch: list[Entry]) -> np.ndarray:
         """The batch of the next forward pass, in `batch_order`; gives all positions."""
         self._look()
-        step = 2 * self.shape.num_layers  # from a page of the pool to the next page of the same layer
+        step, self._fresh = self._held.step, None
         tables = [np.asarray(entry.sequence.pages, np.int32) * np.int32(step) for entry in batch]
         self._singles = sum(entry.count == 1 and entry.sequence.parent is None for entry in batch)
         singles = batch[: self._singles]
@@ -126,16 +117,24 @@ class BatchCache:
         return np.concatenate(positions)
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
-        """Keys and values [B, Hkv, D] of all rows go to their pages."""
-        self.append_rows(layer, k, v, 0)
+        """Keys and values [B, Hkv, D] of all rows go to their pages, some of them when the layer settles."""
+        now = [slice(0, len(k))]
+        if self._held.defers and self._segments and not self._grouped:  # whose prefixes may be among these rows
+            self._fresh = (k, v)
+            first, last = self._segments[0], self._segments[-1]
+            now = [slice(0, first.row), slice(last.row + last.count, len(k))]
+            for one in self._segments:
+                page, held = divmod(one.first, self.page_tokens)
+                if held:
+                    self._held.cut(layer, int(one.table[page]), held)
+        for rows in now:
+            if rows.start < rows.stop:
+                self.append_rows(layer, k[rows], v[rows], rows.start)
         self._at = 0
 
     def append_rows(self, layer: int, k: np.ndarray, v: np.ndarray, begin: int) -> None:
-        """The same for rows [begin, begin + n) of the batch."""
-        keys, values = self._views[layer]
-        rows = self._rows[begin : begin + len(k)]
-        put_rows(keys, k, rows)
-        put_rows(values, v, rows)
+        """The same for rows [begin, begin + n) of the batch, which go to their pages now."""
+        self._held.store(layer, k, v, self._rows[begin : begin + len(k)])
 
     @property
     def singles(self) -> int:
@@ -149,32 +148,26 @@ class BatchCache:
 
     def attend_rows(self, layer: int, q: np.ndarray, begin: int, out: np.ndarray) -> np.ndarray:
         """Attention of rows [begin, begin + n) of the batch; threads may attend different rows at once."""
-        stop = begin + len(q)
-        keys, values = self._views[layer]
-        scale, window = self.shape.logit_scale, self.shape.window(layer)
+        stop, window = begin + len(q), self.shape.window(layer)
         end = min(self._singles, stop)
         if begin < end:
-            attend_paged_sequences(
-                q[: end - begin], keys, values, self._tables[begin:end], self._lengths[begin:end],
-                page_tokens=self.page_tokens, scale=scale, window=window, out=out[: end - begin],
-            )  # fmt: skip
+            self._held.attend_singles(
+                layer, q[: end - begin], self._tables[begin:end], self._lengths[begin:end], out[: end - begin]
+            )
         for segment in self._segments:
             first, last = max(segment.row, begin), min(segment.row + segment.count, stop)
             if first >= last:
                 continue
-            place = slice(first - begin, last - begin)
-            attend_paged(
-                q[place], keys, values, segment.table, page_tokens=self.page_tokens,
-                length=segment.first + segment.count, scale=scale,
-                first_position=segment.first + first - segment.row, window=window, out=out[place],
-            )  # fmt: skip
+            place, fresh = slice(first - begin, last - begin), None
+            if self._fresh is not None:
+                mine = slice(segment.row, segment.row + segment.count)
+                fresh = (self._fresh[0][mine], self._fresh[1][mine])
+            span = (segment.first + segment.count, segment.first + first - segment.row)
+            self._held.attend_rows(layer, q[place], segment.table, span, out[place], fresh)
         grouped = max(self._grouped[0].row, begin) if self._grouped else stop
         if grouped < stop:
-            tables, own, prefixes = self._group_pieces(grouped, stop, window)
-            attend_shared(
-                q[grouped - begin :], keys, values, tables, own, prefixes, page_tokens=self.page_tokens, scale=scale,
-                window=window, out=out[grouped - begin :],
-            )  # fmt: skip
+            pieces = self._group_pieces(grouped, stop, window)
+            self._held.attend_groups(layer, q[grouped - begin :], pieces, out[grouped - begin :])
         return out
 
     def _group_pieces(self, begin: int, end: int, window: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -185,7 +178,12 @@ class BatchCache:
         return self._pieces[key]
 
     def settle(self, layer: int) -> None:
-        """Rows are stored as they will stay."""
+        """All rows are stored as they will stay."""
+        if self._fresh is not None:
+            first, last = self._segments[0], self._segments[-1]
+            rows = slice(first.row, last.row + last.count)
+            self.append_rows(layer, self._fresh[0][rows], self._fresh[1][rows], first.row)
+            self._fresh = None
 
     def truncate(self, length: int) -> None:
         """What a failed step wrote lies beyond every sequence's computed tokens and is written again."""
@@ -194,18 +192,10 @@ class BatchCache:
         raise NotImplementedError
 
     def _look(self) -> None:
-        """Rows of each layer's keys and values over what is resident now."""
-        if self.pool.committed_bytes == self._committed:
-            return
-        self._committed = self.pool.committed_bytes
-        rows = self.pool.array((self.shape.num_kv_heads, self._width), self._dtype)
-        planes = 2 * self.shape.num_layers
-        held = len(rows) - (planes - 1) * self.page_tokens
-        starts = [plane * self.page_tokens for plane in range(planes)]
-        self._views = [
-            (rows[starts[2 * layer] :][:held], rows[starts[2 * layer + 1] :][:held])
-            for layer in range(self.shape.num_layers)
-        ]
+        """The pages that are resident now."""
+        if self.pool.committed_bytes != self._committed:
+            self._committed = self.pool.committed_bytes
+            self._held.look(self.pool)
 
 
 def group_pieces(
@@ -239,6 +229,16 @@ def group_pieces(
     return np.concatenate(tables), np.array(own, np.int64), np.array(shared, np.int64)
 
 
+class HeldAdapters(Protocol):
+    """Adapters in pages."""
+
+    def paged(self, key: str) -> PagedLora:
+        """Where an adapter that is held lies."""
+
+    def array(self) -> np.ndarray:
+        """All resident pages, uint8 [pages, page bytes]."""
+
+
 class ModelExecutor:
     """Runs steps on a decoder."""
 
@@ -251,7 +251,7 @@ class ModelExecutor:
         logit_rows: int,
         scratch: np.ndarray,
         kv: str = "float16",
-        adapters: Adapters | None = None,
+        adapters: HeldAdapters | None = None,
         lora: LoraBatch | None = None,
     ) -> None:
         """logit_rows: as the decoder was built with; scratch: of `Sampler.scratch_shape`, for all requests in turn; kv:

@@ -36,11 +36,13 @@ from memwall.engine.nano_schedule import (
     edges_of,
     in_turn,
 )
+from memwall.engine.page_forms import INT4
 from memwall.engine.serving import MOST_LOGIT_ROWS, Serving
 from memwall.errors import InputError
+from memwall.memory import Charge
 from memwall.models.config import EMBEDDING
 from memwall.models.decode import Layer
-from memwall.models.decoder import BLOCK_ROWS, OWNER, Decoder
+from memwall.models.decoder import BLOCK_ROWS, OWNER, SCRATCH, Decoder, product_scratch_bytes
 
 CHAIN: tuple[tuple[str, Resource, tuple[str, ...]], ...] = (
     ("kqv", "compute", ()),
@@ -193,6 +195,7 @@ class NanoDecoder(Decoder):
     """Runs batches as nano-batches; the rest as `Decoder` does. Dense feed-forward models without adapters."""
 
     _streams: dict[Resource, _Stream] | None = None
+    _own_scratch: Charge | None = None
 
     def pipeline(
         self,
@@ -214,6 +217,22 @@ class NanoDecoder(Decoder):
         if self._streams is None:
             self._streams = {}
             self._widen()
+        self._charge_lanes()
+
+    def _charge_lanes(self) -> None:
+        """Scratch of the threads that streams have to themselves; what the shared ones keep is counted already.
+
+        A batch's rows may all go through a product, or attention, at once; that of the network adds and keeps nothing.
+        """
+        rows, config = self.segment_tokens, self.config
+        lane = {name: max(self._lanes.get(name, 0), 1) for name in RESOURCES}
+        if self._own_scratch is None:
+            self._own_scratch = self._arena.charge(SCRATCH, 0)
+        products = product_scratch_bytes(config, self.weights.specs, rows, exact=self.exact, threads=lane["compute"])
+        attention = kernels.predict_attention_scratch_bytes(
+            config.num_heads, config.num_kv_heads, config.head_dim, rows, threads=lane["memory"], sequences=rows,
+        )  # fmt: skip
+        self._own_scratch.resize(products + (attention if self._overlap else 0))
 
     def _widen(self) -> None:
         """Every row has its own place in all buffers, since several blocks are under way."""
@@ -228,6 +247,8 @@ class NanoDecoder(Decoder):
         """See `Decoder`; the streams end."""
         for stream in (self._streams or {}).values():
             stream.stop()
+        if self._own_scratch is not None:
+            self._own_scratch.release()
         super().release()
 
     def batch(self, tokens: np.ndarray, positions: np.ndarray, cache: Any) -> np.ndarray:
@@ -359,6 +380,10 @@ def nano_decoder(serving: Serving, schedule: Schedule, **told: Any) -> NanoDecod
     settings, executor = serving.settings, serving.engine.executor
     if not isinstance(executor, ModelExecutor) or serving.workers is not None or executor.lora is not None:
         raise InputError("nano-batches are for one worker without adapters; choose the scheduler fcfs or nanoflow")
+    if settings.kv == INT4:
+        raise InputError(
+            "--kv int4: nano-batches store a prompt's tokens out of order, which blocks of codes are not for; use int8"
+        )
     made = NanoDecoder(
         serving.config, executor.decoder.weights, serving.arena, segment_tokens=settings.token_budget,
         logit_rows=min(settings.max_sequences, MOST_LOGIT_ROWS), exact=settings.exact,

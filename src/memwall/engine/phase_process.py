@@ -32,6 +32,7 @@ from memwall.engine.pacing import Pacer, be_nice
 from memwall.engine.ranked import layout_of
 from memwall.engine.sampling import Sampler, Sampling
 from memwall.engine.sequence import Request, Sequence, TokenLogprobs
+from memwall.engine.told_adapters import ToldAdapters
 from memwall.memory import PagePool
 
 LENGTH = struct.Struct("<I")
@@ -73,6 +74,8 @@ def entry_message(entry: Entry, draw: float | None) -> dict[str, Any]:
         "pages": one.pages,
         "tokens": one.tokens[entry.first : entry.first + entry.count],
     }
+    if one.request.adapter is not None:
+        told["adapter"] = one.request.adapter
     if entry.sample:
         asked = one.request.sampling
         told |= {"t": asked.temperature, "k": asked.top_k, "p": asked.top_p, "draw": draw, "lp": one.request.logprobs}
@@ -113,6 +116,8 @@ class Worker:
         pulls = [Pull(*told) for told in job["pulls"]]
         moved = self.hand_over.copy((self.pools["prefill"],), (self.pools["decode"],), pulls)
         pulled = time.perf_counter() - began
+        if isinstance(self.executor.adapters, ToldAdapters):
+            self.executor.adapters.tell(job["adapters"])
         outputs = self.executor.run([entry_of(told) for told in job["entries"]]) if job["entries"] else []
         self.pacer.pace()
         return answer_message(outputs, began, used, (moved, pulled))
@@ -140,7 +145,8 @@ class DrawingExecutor(ModelExecutor):
     """Draws with the random numbers that come with the job, so that it does not matter which worker draws."""
 
     def __init__(self, made: ModelExecutor, cache: BatchCache) -> None:
-        self.decoder, self.adapters, self.lora = made.decoder, None, None
+        self.decoder, self.lora = made.decoder, made.lora
+        self.adapters = None if made.lora is None else ToldAdapters(cache.pool, made.lora.room)
         self.cache = cache
         self._logit_rows, self._scratch = made._logit_rows, made._scratch
 
@@ -155,9 +161,10 @@ def entry_of(told: dict[str, Any]) -> Entry:
     """In a worker: what `entry_message` told."""
     first, tokens, sample = told["first"], told["tokens"], "t" in told
     sampling = Sampling(temperature=told["t"], top_k=told["k"], top_p=told["p"]) if sample else Sampling()
-    request = Request(prompt=(0,), sampling=sampling, logprobs=told.get("lp"))
+    request = Request(prompt=(0,), sampling=sampling, logprobs=told.get("lp"), adapter=told.get("adapter"))
     one = Sequence(id=told["id"], request=request, arrival=told.get("draw") or 0.0, eos=())
     one.tokens, one.pages = [0] * first + tokens, told["pages"]
+    one.holds_adapter = request.adapter is not None  # or the engine would not have told it
     return Entry(one, first, len(tokens), sample)
 
 

@@ -110,10 +110,8 @@ class PhasedEngine(Engine):
         window: int = WINDOW_ITERATIONS,
         **others: Any,
     ) -> None:
-        """others: as for `Engine`; adapters are not served."""
+        """others: as for `Engine`; adapters: with workers that see the engine's pages."""
         super().__init__(scheduler, workers, pages, limits=limits, context_tokens=context_tokens, **others)
-        if self.adapters is not None:
-            raise InputError("adapters are not served by two workers; choose the scheduler fcfs")
         self.workers = workers
         self.window = window
         self.windows: deque[Window] = deque(maxlen=KEPT_WINDOWS)

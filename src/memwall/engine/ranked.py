@@ -15,6 +15,7 @@ import numpy as np
 from memwall.engine.batch import BatchCache, ModelExecutor
 from memwall.engine.executor import Entry
 from memwall.engine.hand_over import HandOver, Layout, Part, parts_of, pulls_of
+from memwall.engine.page_forms import INT4, page_bytes
 from memwall.engine.sequence import Sequence as Running
 from memwall.kv import CacheShape
 from memwall.kv.float_store import row_bytes
@@ -24,6 +25,8 @@ from memwall.memory import Arena, PagePool
 def layout_of(shape: CacheShape, page_tokens: int, kv: str = "float16") -> Layout:
     """A model's keys and values in pages of so many tokens, stored as `kv` says."""
     heads, layers = shape.num_kv_heads, shape.num_layers
+    if kv == INT4:  # a page is one piece: its heads and tokens lie in blocks
+        return Layout(layers=1, heads=1, head_bytes=page_bytes(shape, page_tokens, kv) // 2, page_tokens=1)
     return Layout(layers=layers, heads=heads, head_bytes=row_bytes(kv, shape) // heads, page_tokens=page_tokens)
 
 

@@ -23,6 +23,7 @@ from memwall.engine.core import Engine
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import POOL_OWNER, KVPages
 from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_decoder
+from memwall.engine.page_forms import check_page_tokens, page_tokens_of
 from memwall.engine.priorities import Priorities
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
@@ -80,7 +81,7 @@ class ServingSettings:
     """How a model serves.
 
     weights: as for a session. kv: how pages hold keys and values, one of `batch.PAGED`. context_tokens: longest
-    request, prompt and answer; None for the model's positions. token_budget: tokens computed in one step. swap_bytes:
+    request, prompt and answer; None for the model's positions. page_tokens: 0 for what suits `kv`. token_budget: tokens computed in one step. swap_bytes:
     disk for requests set aside. headroom_bytes: kept free for what the process comes to hold outside the arena. exact:
     float arithmetic on packed weights. lora: None where requests have no adapters. shared_prefixes: room for requests
     that go on from prefixes (see `shared`). phases: None where one worker computes prompts and tokens together. ahead:
@@ -92,7 +93,7 @@ class ServingSettings:
     context_tokens: int | None = None
     max_sequences: int = 16
     token_budget: int = 256
-    page_tokens: int = 16
+    page_tokens: int = 0
     swap_bytes: int = 256 * MIB
     swap_folder: Path | None = None
     switch: SwitchSettings = field(default_factory=SwitchSettings)
@@ -121,12 +122,13 @@ class ServingSettings:
                 f"a step of {self.token_budget} tokens cannot give one to each of {self.max_sequences} sequences; "
                 f"raise it to {self.max_sequences} or more"
             )
-        if self.phases is not None and self.lora is not None:
-            raise InputError("adapters are served by one worker; leave them out, or choose the scheduler fcfs")
+        if self.phases is not None and self.phases.memories > 1 and self.lora is not None:
+            raise InputError("adapters need one memory; leave them out, or choose another scheduler than distserve")
         if self.ahead and (self.phases is not None or self.lora is not None):
             raise InputError("batches are formed ahead for one worker without adapters; choose the scheduler fcfs")
-        if self.page_tokens < 16 or self.page_tokens & (self.page_tokens - 1):
-            raise InputError(f"page_tokens is {self.page_tokens}; it must be 16, 32, 64 or another power of two")
+        if not self.page_tokens:
+            object.__setattr__(self, "page_tokens", page_tokens_of(self.kv))
+        check_page_tokens(self.kv, self.page_tokens)
 
 
 class Serving:
@@ -371,7 +373,7 @@ def load_engine(
     shape, adapters, lora = cache_shape(config), None, None
     if settings.lora is not None:
         adapters, lora = _make_adapters(settings, settings.lora, pages, arena, shape)
-        scheduler = scheduler or SLora()
+        scheduler = scheduler or (SLora() if settings.phases is None else None)
     own: dict[str, Any] = {"logit_rows": rows, "scratch": scratch, "adapters": adapters, "lora": lora}
     executor = ModelExecutor(loaded.decoder, shape, pages, kv=settings.kv, **own)
     common: dict[str, Any] = {
@@ -379,11 +381,12 @@ def load_engine(
         "context_tokens": context,
         "eos": tuple(config.eos_token_ids),
         "switch": _make_switcher(settings, pages, arena),
+        "adapters": adapters,
         "priorities": priorities,
         "clock": clock or time.perf_counter,
     }
     if settings.phases is None:
-        engine = _kind_of(settings)(scheduler or FirstComeFirstServed(), executor, pages, adapters=adapters, **common)
+        engine = _kind_of(settings)(scheduler or FirstComeFirstServed(), executor, pages, **common)
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.govern()
         return serving

@@ -22,6 +22,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from memwall.engine.adapters import Adapters
 from memwall.engine.base import PHASES, Phase, Shares
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry, Output
@@ -30,6 +31,7 @@ from memwall.engine.pacing import niceness
 from memwall.engine.phase_process import entry_message, fork_resident, order_worker, outputs_of, receive, send
 from memwall.engine.phased import Done
 from memwall.engine.sequence import Sequence
+from memwall.engine.told_adapters import adapters_message
 from memwall.errors import InputError, MemwallError
 from memwall.hardware.units import KIB
 from memwall.memory import Ledger, PagePool
@@ -119,6 +121,7 @@ class ForkedWorkers:
         self.cores = cores
         self.lost = 0
         self._page_tokens = page_tokens
+        self._adapters = executor.adapters if isinstance(executor.adapters, Adapters) else None
         self._whole_threads = whole_threads
         self._ledger = ledger
         self._busy: dict[Phase, tuple[list[Entry], float]] = {}
@@ -150,7 +153,10 @@ class ForkedWorkers:
         told = [entry_message(entry, self.draws.of(entry)) for entry in batch]
         percent = self._process[phase].percent if self.fresh else self.shares.of(phase)
         committed = [self.pools[one].committed_bytes for one in PHASES]
-        job = {"percent": percent, "committed": committed, "entries": told, "pulls": [astuple(one) for one in pulls]}
+        job = {
+            "percent": percent, "committed": committed, "entries": told, "pulls": [astuple(one) for one in pulls],
+            "adapters": adapters_message(batch, self._adapters),
+        }  # fmt: skip
         try:
             send(self._process[phase].connection, job)
         except OSError:  # it was lost while it was idle

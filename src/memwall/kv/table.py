@@ -24,6 +24,7 @@ POLICIES = {
     "float16": "memwall.kv.float_store:FloatCache",
     "bfloat16": "memwall.kv.float_store:FloatCache",
     "int8": "memwall.kv.float_store:FloatCache",
+    "int4": "memwall.kv.int4_store:Int4Cache",
     "kivi": "memwall.kv.kivi:KiviCache",
     "kv4": "memwall.kv.kv4:Kv4Cache",
     "bfp": "memwall.kv.bfp_outlier_reorder:BfpCache",

@@ -80,10 +80,6 @@ def scratch_bytes(
     shared: and these may go on from prefixes that they share.
     """
     tokens = min(segment_tokens, BLOCK_ROWS)
-    widest = max(config.hidden_size, config.intermediate_size, config.query_size)
-    groups = {group for spec in set(specs.values()) for group in kernels.roundings(spec, exact=exact)}
-    panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
-    rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
     attention = kernels.predict_attention_scratch_bytes(
         config.num_heads,
         config.num_kv_heads,
@@ -93,7 +89,18 @@ def scratch_bytes(
         sequences=sequences,
         shared_rows=tokens if shared else 0,
     )
-    return panels + rounded + attention
+    return product_scratch_bytes(config, specs, tokens, exact=exact, threads=threads) + attention
+
+
+def product_scratch_bytes(
+    config: ModelConfig, specs: Mapping[str, str], tokens: int, *, exact: bool = False, threads: int | None = None
+) -> int:
+    """What of these bytes products keep that are of so many tokens at once."""
+    widest = max(config.hidden_size, config.intermediate_size, config.query_size)
+    groups = {group for spec in set(specs.values()) for group in kernels.roundings(spec, exact=exact)}
+    panels = kernels.predict_scratch_bytes(tokens, widest, group=0, threads=threads)
+    rounded = sum(kernels.predict_scratch_bytes(tokens, widest, group=g, threads=threads) - panels for g in groups)
+    return panels + rounded
 
 
 class Decoder:

@@ -28,6 +28,7 @@ from memwall.plan.search import Candidate
 CACHES = (
     "float16",
     "int8",
+    "int4",
     "kivi(4bit)",
     "kivi(3bit)",
     "kivi(2bit)",

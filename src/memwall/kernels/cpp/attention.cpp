@@ -276,6 +276,18 @@ std::size_t KiviForm::plane_bytes(int channels, int tokens) const {
   return (bits == 3 ? row_bytes(2) + row_bytes(1) : row_bytes(bits)) * static_cast<std::size_t>(tokens);
 }
 
+void Attention::look_up(const std::int32_t* table, std::int64_t tokens) {
+  length = tokens;
+  if (pages.data == nullptr) {
+    keys.table = values.table = table;
+    return;
+  }
+  pages.table = table;
+  coded_keys = tokens - tokens % form.key_tokens(), coded_values = tokens;
+  keys = {nullptr, Real::int8};  // what waits for its block to be full lies in that block's place
+  if (coded_keys < tokens) keys.data = key_block(coded_keys);
+}
+
 const AttentionKernels& attention_kernels() {
 #if defined(MW_X86)
   if (active_isa() == Isa::avx512) return avx512::attention_table();
@@ -287,7 +299,7 @@ const AttentionKernels& attention_kernels() {
 void attend(const Attention& a) {
   if (a.num_tokens == 0) return;
   const AttentionKernels& kernels = attention_kernels();
-  if (a.num_tokens > 1) return attend_many(a, kernels);
+  if (a.num_tokens > 1 || a.waiting != nullptr) return attend_many(a, kernels);
   Attention one = a;
   one.first_key += a.place(0), one.query_key += a.place(0), one.places = nullptr;
   attend_each(&one, 1, kernels);

@@ -54,6 +54,21 @@ struct KiviForm {
   std::size_t plane_bytes(int channels, int tokens) const;
 };
 
+// Coded blocks that lie in pages anywhere in `data`: the page that holds tokens p * 2^shift on is table[p]. One layer of a page has its
+// key blocks, behind them (`values_at`) its value blocks; see pages.h.
+struct CodedPages {
+  const std::uint8_t* data = nullptr;
+  std::size_t stride = 0, values_at = 0;  // bytes from one page to the next, and to the values of one
+  const std::int32_t* table = nullptr;
+  int shift = 0;
+
+  const std::uint8_t* page(std::int64_t token) const { return data + static_cast<std::size_t>(table[token >> shift]) * stride; }
+  // which block of `tokens` tokens of its page a token is in
+  std::size_t block(std::int64_t token, int tokens) const {
+    return static_cast<std::size_t>((token & ((std::int64_t{1} << shift) - 1)) / tokens);
+  }
+};
+
 struct Attention {
   const float* q = nullptr;  // [num_tokens][num_heads][key_dim]
   float* out = nullptr;      // [num_tokens][num_heads][head_dim]
@@ -70,12 +85,29 @@ struct Attention {
   BfpForm bfp;
   const std::uint8_t* key_blocks = nullptr;    // [block][kv head][key_block_bytes]
   const std::uint8_t* value_blocks = nullptr;  // [block][kv head][value_block_bytes]
+  CodedPages pages;  // where KIVI's blocks lie instead, if it has any
   std::int64_t coded_keys = 0, coded_values = 0;
+  // prefill over pages: keys from here up to `coded_keys` wait in int8 rows for their block to be full
+  const void* waiting = nullptr;
+  std::int64_t first_waiting = 0;
   // prefill of one head of a ragged cache: its past rows [token][head_dim], coded_keys = coded_values of them, before the tail
   Rows past_keys, past_values;
 
   std::int64_t place(int query) const { return places != nullptr ? places[query] : query; }
   int queries_per_kv_head() const { return num_heads / num_kv_heads; }
+  const std::uint8_t* key_block(std::int64_t token) const {
+    const int tokens = form.key_tokens();
+    const std::size_t size = form.key_block_bytes(key_dim) * static_cast<unsigned>(num_kv_heads);
+    if (pages.data != nullptr) return pages.page(token) + pages.block(token, tokens) * size;
+    return key_blocks + static_cast<std::size_t>(token / tokens) * size;
+  }
+  const std::uint8_t* value_block(std::int64_t token) const {
+    const std::size_t size = form.value_block_bytes(head_dim) * static_cast<unsigned>(num_kv_heads);
+    if (pages.data != nullptr) return pages.page(token) + pages.values_at + pages.block(token, KiviForm::kValueBlock) * size;
+    return value_blocks + static_cast<std::size_t>(token / KiviForm::kValueBlock) * size;
+  }
+  // The first `tokens` tokens are those of a table's pages, which `keys` and `values`, or `pages`, lie in.
+  void look_up(const std::int32_t* table, std::int64_t tokens);
   int padded_dim() const { return (head_dim + 15) / 16 * 16; }
   int padded_key() const { return (key_dim + 15) / 16 * 16; }
 };

@@ -384,7 +384,13 @@ void exact_tile(const V<T>& rows, int kv_head, std::int64_t first, int count, fl
 }
 
 void coded_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld) {
-  (a.bfp.bits ? bfp_key_tile : kivi_key_tile)(a, kv_head, begin, end, tile, ld);
+  if (a.waiting != nullptr && end > a.first_waiting) {
+    const std::int64_t from = larger(begin, a.first_waiting);
+    const View<i8> rows{static_cast<const i8*>(a.waiting), static_cast<std::int64_t>(a.num_kv_heads) * (a.key_dim + kBehind<i8>), a.key_dim};
+    for (std::int64_t t = from; t < end; ++t) exact_tile(rows, kv_head, t - a.first_waiting, 1, tile + (t - begin) * ld, a.key_dim);
+    end = from;
+  }
+  if (begin < end) (a.bfp.bits ? bfp_key_tile : kivi_key_tile)(a, kv_head, begin, end, tile, ld);
 }
 void coded_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld) {
   (a.bfp.bits ? bfp_value_tile : kivi_value_tile)(a, kv_head, begin, end, tile, ld);

@@ -30,9 +30,9 @@ Attention over(const Attention& all, const Piece& piece, std::int64_t window, fl
   a.q = all.q + row * heads * static_cast<std::size_t>(all.key_dim);
   a.out = out + row * heads * static_cast<std::size_t>(all.head_dim);
   a.stats = stats + row * heads * 2;
-  a.num_tokens = piece.count, a.length = piece.length, a.query_key = piece.query_key;
+  a.num_tokens = piece.count, a.query_key = piece.query_key;
   a.first_key = window > 0 ? piece.query_key - window + 1 : -(std::int64_t{1} << 40);
-  a.keys.table = a.values.table = piece.table;
+  a.look_up(piece.table, piece.length);
   return a;
 }
 

@@ -62,16 +62,9 @@ void attend_paged(const Float3& q, const Cache& k, const Cache& v, const Table& 
                   std::optional<Out3> stats) {
   mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, 0, true);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
-  require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
-  const std::int64_t pages = (length + page_tokens - 1) / page_tokens, held = static_cast<std::int64_t>(k.shape(0)) / page_tokens;
-  require(length >= 0 && static_cast<std::int64_t>(table.shape(0)) >= pages, "the table is too short for the length");
-  for (std::int64_t i = 0; i < pages; ++i)
-    require(table.data()[i] >= 0 && table.data()[i] < held, "the table names a page that is not there");
-  a.length = length;
-  for (mw::Rows* rows : {&a.keys, &a.values}) {
-    rows->table = table.data();
-    while ((1 << rows->page_shift) < page_tokens) ++rows->page_shift;
-  }
+  a.keys.page_shift = a.values.page_shift = shift_of(page_tokens);
+  check_table(table.data(), table.shape(0), length, page_tokens, static_cast<std::int64_t>(k.shape(0)) / page_tokens);
+  a.look_up(table.data(), length);
   nb::gil_scoped_release release;
   mw::attend(a);
 }
@@ -79,29 +72,10 @@ void attend_paged(const Float3& q, const Cache& k, const Cache& v, const Table& 
 // the same for one query of each of several sequences, which is its last token: row i of `tables` finds the pages of sequence i
 void attend_paged_sequences(const Float3& q, const Cache& k, const Cache& v, const Tables& tables, const Offsets& lengths,
                             int page_tokens, const Out3& out, float scale, std::optional<std::int64_t> window) {
-  const mw::Attention shared = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0, true);
+  mw::Attention all = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0, true);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
-  require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
-  const std::size_t count = q.shape(0);
-  require(tables.shape(0) == count && lengths.size() == count, "one table and one length for each query");
-  const std::int64_t held = static_cast<std::int64_t>(k.shape(0)) / page_tokens;
-  std::vector<mw::Attention> sequences(count, shared);
-  for (std::size_t s = 0; s < count; ++s) {
-    mw::Attention& a = sequences[s];
-    const std::int64_t length = lengths.data()[s], pages = (length + page_tokens - 1) / page_tokens;
-    const std::int32_t* table = tables.data() + s * tables.shape(1);
-    require(length > 0 && static_cast<std::int64_t>(tables.shape(1)) >= pages, "a table is too short for its length");
-    for (std::int64_t i = 0; i < pages; ++i) require(table[i] >= 0 && table[i] < held, "a table names a page that is not there");
-    a.num_tokens = 1, a.length = length, a.query_key = length - 1;
-    a.first_key = window ? a.query_key - *window + 1 : a.first_key;
-    a.q += s * q.shape(1) * q.shape(2), a.out += s * out.shape(1) * out.shape(2);
-    for (mw::Rows* rows : {&a.keys, &a.values}) {
-      rows->table = table;
-      while ((1 << rows->page_shift) < page_tokens) ++rows->page_shift;
-    }
-  }
-  nb::gil_scoped_release release;
-  mw::attend_sequences(sequences.data(), static_cast<int>(count));
+  all.keys.page_shift = all.values.page_shift = shift_of(page_tokens);
+  over_sequences(all, tables, lengths, page_tokens, static_cast<std::int64_t>(k.shape(0)) / page_tokens, window);
 }
 
 // own, prefixes: rows of (row, count, place of the table in `tables`, length, query_key); see attention.h
@@ -109,31 +83,8 @@ void attend_shared(const Float3& q, const Cache& k, const Cache& v, const Table&
                    int page_tokens, const Out3& out, float scale, std::optional<std::int64_t> window) {
   mw::Attention all = prepare(q, k, v, out, std::nullopt, scale, 0, window, 0, true);
   require(k.shape(0) == v.shape(0), "k and v must hold the same number of pages");
-  require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
-  for (mw::Rows* rows : {&all.keys, &all.values})
-    while ((1 << rows->page_shift) < page_tokens) ++rows->page_shift;
-  const std::int64_t held = static_cast<std::int64_t>(k.shape(0)) / page_tokens, places = static_cast<std::int64_t>(tables.shape(0));
-  const auto read = [&](const Pieces& list, const char* name, bool all_rows) {
-    std::vector<mw::Piece> pieces;
-    std::int64_t next = 0;
-    for (std::size_t i = 0; i < list.shape(0); ++i) {
-      const std::int64_t* p = list.data() + 5 * i;
-      const std::int64_t pages = (p[3] + page_tokens - 1) / page_tokens;
-      require(p[0] >= next && p[1] > 0 && p[0] + p[1] <= all.num_tokens && (!all_rows || p[0] == next),
-              std::string(name) + ": pieces must follow each other over the rows");
-      next = p[0] + p[1];
-      require(p[3] > 0 && p[3] < (std::int64_t{1} << 24) && p[2] >= 0 && p[2] + pages <= places, std::string(name) + ": a table is too short for its length");
-      require(p[4] >= 0, std::string(name) + ": query_key must not be negative");
-      for (std::int64_t j = 0; j < pages; ++j)
-        require(tables.data()[p[2] + j] >= 0 && tables.data()[p[2] + j] < held, "a table names a page that is not there");
-      pieces.push_back({static_cast<int>(p[0]), static_cast<int>(p[1]), tables.data() + p[2], p[3], p[4]});
-    }
-    require(!all_rows || next == all.num_tokens, std::string(name) + ": every row needs a piece");
-    return pieces;
-  };
-  const std::vector<mw::Piece> mine = read(own, "own", true), shared = read(prefixes, "prefixes", false);
-  nb::gil_scoped_release release;
-  mw::attend_shared(all, mine.data(), static_cast<int>(mine.size()), shared.data(), static_cast<int>(shared.size()), window.value_or(0));
+  all.keys.page_shift = all.values.page_shift = shift_of(page_tokens);
+  over_prefixes(all, tables, own, prefixes, page_tokens, static_cast<std::int64_t>(k.shape(0)) / page_tokens, window);
 }
 
 void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_blocks, std::int64_t coded_keys,
@@ -212,6 +163,63 @@ void decode_blocks(bool keys, const Blocks& blocks, std::int64_t first, const Ou
 }
 
 }  // namespace
+
+int shift_of(int page_tokens) {
+  require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");
+  int shift = 4;
+  while ((1 << shift) < page_tokens) ++shift;
+  return shift;
+}
+
+void check_table(const std::int32_t* table, std::size_t entries, std::int64_t length, int page_tokens, std::int64_t held) {
+  const std::int64_t pages = (length + page_tokens - 1) / page_tokens;
+  require(length >= 0 && static_cast<std::int64_t>(entries) >= pages, "a table is too short for its length");
+  for (std::int64_t i = 0; i < pages; ++i) require(table[i] >= 0 && table[i] < held, "the table names a page that is not there");
+}
+
+void over_sequences(const mw::Attention& all, const Tables& tables, const Offsets& lengths, int page_tokens, std::int64_t held,
+                    std::optional<std::int64_t> window) {
+  const auto count = static_cast<std::size_t>(all.num_tokens), heads = static_cast<std::size_t>(all.num_heads);
+  require(tables.shape(0) == count && lengths.size() == count, "one table and one length for each query");
+  std::vector<mw::Attention> sequences(count, all);
+  for (std::size_t s = 0; s < count; ++s) {
+    mw::Attention& a = sequences[s];
+    const std::int64_t length = lengths.data()[s];
+    const std::int32_t* table = tables.data() + s * tables.shape(1);
+    require(length > 0, "a sequence needs a token");
+    check_table(table, tables.shape(1), length, page_tokens, held);
+    a.num_tokens = 1, a.query_key = length - 1;
+    a.first_key = window ? a.query_key - *window + 1 : a.first_key;
+    a.q += s * heads * static_cast<std::size_t>(a.key_dim), a.out += s * heads * static_cast<std::size_t>(a.head_dim);
+    a.look_up(table, length);
+  }
+  nb::gil_scoped_release release;
+  mw::attend_sequences(sequences.data(), static_cast<int>(count));
+}
+
+void over_prefixes(const mw::Attention& all, const Table& tables, const Pieces& own, const Pieces& prefixes, int page_tokens,
+                   std::int64_t held, std::optional<std::int64_t> window) {
+  const std::int64_t places = static_cast<std::int64_t>(tables.shape(0));
+  const auto read = [&](const Pieces& list, const char* name, bool all_rows) {
+    std::vector<mw::Piece> pieces;
+    std::int64_t next = 0;
+    for (std::size_t i = 0; i < list.shape(0); ++i) {
+      const std::int64_t* p = list.data() + 5 * i;
+      require(p[0] >= next && p[1] > 0 && p[0] + p[1] <= all.num_tokens && (!all_rows || p[0] == next),
+              std::string(name) + ": pieces must follow each other over the rows");
+      next = p[0] + p[1];
+      require(p[3] > 0 && p[3] < (std::int64_t{1} << 24) && p[2] >= 0 && p[2] <= places, std::string(name) + ": a table is too short for its length");
+      require(p[4] >= 0, std::string(name) + ": query_key must not be negative");
+      check_table(tables.data() + p[2], static_cast<std::size_t>(places - p[2]), p[3], page_tokens, held);
+      pieces.push_back({static_cast<int>(p[0]), static_cast<int>(p[1]), tables.data() + p[2], p[3], p[4]});
+    }
+    require(!all_rows || next == all.num_tokens, std::string(name) + ": every row needs a piece");
+    return pieces;
+  };
+  const std::vector<mw::Piece> mine = read(own, "own", true), shared = read(prefixes, "prefixes", false);
+  nb::gil_scoped_release release;
+  mw::attend_shared(all, mine.data(), static_cast<int>(mine.size()), shared.data(), static_cast<int>(shared.size()), window.value_or(0));
+}
 
 void bind_attention(nb::module_& m, nb::class_<Program>& program) {
   bind_step(m, program, "attend_next", &attend_next, "q"_a.noconvert(), "new_k"_a.noconvert(), "new_v"_a.noconvert(), "k"_a.noconvert(),

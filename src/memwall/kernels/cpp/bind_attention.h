@@ -87,3 +87,13 @@ mw::Attention prepare(const Float3& q, const Array& k, const Array& v, const Out
   a.keys = rows_of(k, "k", codes), a.values = rows_of(v, "v", codes);
   return a;
 }
+
+// log2 of the tokens of a page
+int shift_of(int page_tokens);
+// a table must have the pages of `length` tokens, and these must be among the `held` ones
+void check_table(const std::int32_t* table, std::size_t entries, std::int64_t length, int page_tokens, std::int64_t held);
+// `all` but for its pages: one query of each of several sequences, its last token; rows of sequences that share prefixes
+void over_sequences(const mw::Attention& all, const Tables& tables, const Offsets& lengths, int page_tokens, std::int64_t held,
+                    std::optional<std::int64_t> window);
+void over_prefixes(const mw::Attention& all, const Table& tables, const Pieces& own, const Pieces& prefixes, int page_tokens,
+                   std::int64_t held, std::optional<std::int64_t> window);

@@ -62,4 +62,8 @@ void store_bfloat(const float* x, std::int64_t count, std::uint16_t* out) {
   }
 }
 
+void to_int8_rows(const float* x, std::int64_t heads, std::int64_t dim, std::int8_t* out) {
+  elementwise_kernels_in_use().to_int8(x, heads, dim, out);
+}
+
 }  // namespace mw

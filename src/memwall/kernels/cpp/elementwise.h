@@ -27,5 +27,7 @@ void swiglu(const float* gate, const float* up, std::int64_t count, float* out);
 void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int8_t* out);
 void store_half(const float* x, std::int64_t count, std::uint16_t* out);
 void store_bfloat(const float* x, std::int64_t count, std::uint16_t* out);
+// The same for heads in a row, on the calling thread.
+void to_int8_rows(const float* x, std::int64_t heads, std::int64_t dim, std::int8_t* out);
 
 }  // namespace mw

@@ -313,7 +313,7 @@ void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::in
     constexpr int B = decltype(width)::value;
     const Codes<B> codes;
     for (std::int64_t token = begin; token < end; token += tokens) {
-      const std::uint8_t* block = a.key_blocks + static_cast<std::size_t>(token / tokens * a.num_kv_heads) * size;
+      const std::uint8_t* block = a.key_block(token);
       for (int h = 0; h < a.num_kv_heads; ++h, block += size) {
         for (std::size_t byte = 0; byte < size; byte += 64) __builtin_prefetch(block + 4 * size + byte);
         const f16* scales = halves(block + code_bytes);
@@ -340,7 +340,7 @@ void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::in
     constexpr int B = decltype(width)::value;
     const Codes<B> codes;
     for (std::int64_t token = begin; token < end; token += kBlock) {
-      const std::uint8_t* block = a.value_blocks + static_cast<std::size_t>(token / kBlock * a.num_kv_heads) * size;
+      const std::uint8_t* block = a.value_block(token);
       const int count = static_cast<int>(end - token < kBlock ? end - token : kBlock);
       for (int h = 0; h < a.num_kv_heads; ++h, block += size) {
         for (std::size_t byte = 0; byte < size; byte += 64) __builtin_prefetch(block + 4 * size + byte);
@@ -378,7 +378,7 @@ void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int
     const Codes<B> codes;
     alignas(64) float lane[W];
     for (std::int64_t first = begin / tokens * tokens; first < end; first += tokens) {
-      const std::uint8_t* block = a.key_blocks + static_cast<std::size_t>(first / tokens * a.num_kv_heads + kv_head) * size;
+      const std::uint8_t* block = a.key_block(first) + static_cast<std::size_t>(kv_head) * size;
       const f16* scales = halves(block + a.form.key_code_bytes(dim));
       const Planes<B> planes(block, tokens, dim);
       for (int t = 0; t < tokens; t += W) {
@@ -405,7 +405,7 @@ void kivi_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::i
     constexpr int B = decltype(width)::value;
     const Codes<B> codes;
     for (std::int64_t token = begin; token < end; ++token) {
-      const std::uint8_t* block = a.value_blocks + static_cast<std::size_t>(token / kBlock * a.num_kv_heads + kv_head) * size;
+      const std::uint8_t* block = a.value_block(token) + static_cast<std::size_t>(kv_head) * size;
       const f16* scales = halves(block + a.form.value_code_bytes(dim));
       const std::uint32_t* main = words(block);
       const std::uint32_t* extra = main + kBlock / kPerWord<B> * dim;

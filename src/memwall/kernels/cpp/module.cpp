@@ -14,6 +14,7 @@ void bind_linear(nb::module_& m, nb::class_<Program>&);       // linear.h: matri
 void bind_elementwise(nb::module_& m, nb::class_<Program>&);  // norms, rotary embedding, activations
 void bind_attention(nb::module_& m, nb::class_<Program>&);  // attention over full-precision and coded caches
 void bind_bfp(nb::module_& m);        // block floating point caches
+void bind_pages(nb::module_& m);      // pages of coded blocks
 void bind_latent(nb::module_& m);     // rows in few bits, attention over rebuilt blocks
 void bind_probe(nb::module_& m);      // measurements of this machine
 void bind_heap(nb::module_& m);       // the C heap's habits
@@ -46,6 +47,7 @@ NB_MODULE(_native, m) {
   bind_elementwise(m, program);
   bind_attention(m, program);
   bind_bfp(m);
+  bind_pages(m);
   bind_latent(m);
   bind_probe(m);
   bind_heap(m);
