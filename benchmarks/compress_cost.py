@@ -66,10 +66,12 @@ class Cost:
     output: str
 
 
-def measured(command: list[str], environment: dict[str, str], until: Callable[[], bool] | None = None) -> Cost:
-    """Runs to its end, or to SIGKILL once `until` says so."""
+def measured(
+    command: list[str], environment: dict[str, str], folder: Path, until: Callable[[], bool] | None = None
+) -> Cost:
+    """Runs in `folder` to its end, or to SIGKILL once `until` says so."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=folder)
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     most, output = 0, b""
@@ -179,7 +181,7 @@ def run_ours(method: str, arguments: argparse.Namespace, shape: Shape, source: P
     if not arguments.resume:
         for folder in (out, out.with_name(out.name + ".partial")):
             shutil.rmtree(folder, ignore_errors=True)
-    cost = measured(command, environment)
+    cost = measured(command, environment, arguments.work)
     if cost.status:
         return {"failed": cost.output.strip().splitlines()[-1][-300:]}
     report = json.loads(cost.output[cost.output.index("{") :])
@@ -207,8 +209,8 @@ def killed_and_resumed(command: list[str], environment: dict[str, str], out: Pat
     wanted = digests(out)
     shutil.rmtree(out)
     partial = out.with_name(out.name + ".partial")
-    killed = measured(command, environment, until=lambda: len(list(partial.glob("model-*.safetensors"))) >= 2)
-    ended = measured(command, environment)
+    killed = measured(command, environment, out.parent, lambda: len(list(partial.glob("model-*.safetensors"))) >= 2)
+    ended = measured(command, environment, out.parent)
     return killed.status == -signal.SIGKILL and ended.status == 0 and digests(out) == wanted
 
 
@@ -224,9 +226,8 @@ def run_peer(arguments: argparse.Namespace, shape: Shape, source: Path) -> dict[
     out = arguments.work / f"out-{PEER}-{shape.num_layers}"
     shutil.rmtree(out, ignore_errors=True)
     command = [arguments.peer_python, str(HERE / "compress_cost_peer.py"), str(source), str(out), str(arguments.tokens)]
-    cost = measured(
-        command, threaded(arguments.threads, PYTHONPATH=arguments.peer_path or "", GPTQMODEL_CPU_WORKERS="2")
-    )
+    environment = threaded(arguments.threads, PYTHONPATH=arguments.peer_path or "", GPTQMODEL_CPU_WORKERS="2")
+    cost = measured(command, environment, arguments.work)  # it leaves logs where it runs
     if cost.status:
         return {"failed": cost.output.strip().splitlines()[-1][-300:]}
     marks = json.loads(cost.output.rsplit("MEASURED ", 1)[1].splitlines()[0])
@@ -320,6 +321,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments, machine = parse(), hardware()
+    arguments.work = arguments.work.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
     shape = replace(SHAPES[arguments.model], num_layers=arguments.layers)
     source = make_directory(shape, arguments.work / f"llama-{shape.name}-{shape.num_layers}")
