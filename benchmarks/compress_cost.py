@@ -189,6 +189,8 @@ def run_ours(method: str, arguments: argparse.Namespace, shape: Shape, source: P
     layers = [late - early for early, late in pairwise(stamps)][: shape.num_layers]
     row = figures(cost, sum(path.stat().st_size for path in out.iterdir()), layers, shape)
     row |= {"bits_per_weight": report["bits_per_weight"], "resumed_parts": report["num_resumed_parts"]}
+    if row["resumed_parts"]:  # of the last piece alone, which also went through all earlier layers again
+        row["layer_processor_seconds"] = None
     if arguments.kill:
         row[KILLED] = killed_and_resumed(command, environment, out)
     if not arguments.keep:
@@ -248,11 +250,12 @@ def finish(row: dict[str, Any], method: str, result: dict[str, Any], shape: Shap
     else:
         known = "gptq" if method == PEER else method
         row["floor_seconds"] = layer_operations(shape, result["tokens"], known) / result["operations_per_s"]
-    row["layer_mean_seconds"] = float(np.mean(row["layer_seconds"]))
-    row["floor_share"] = row["floor_seconds"] / row["layer_mean_seconds"]
-    row["floor_processor_share"] = row["floor_seconds"] * result["threads"] / row["layer_processor_seconds"]
-    outside = max(0.0, row["seconds"] - sum(row["layer_seconds"]))
-    row["whole_seconds"] = outside + ALL_LAYERS * row["layer_mean_seconds"]
+    row["layer_median_seconds"] = float(np.median(row["layer_seconds"]))
+    row["floor_share"] = row["floor_seconds"] / row["layer_median_seconds"]
+    if row["layer_processor_seconds"]:
+        row["floor_processor_share"] = row["floor_seconds"] * result["threads"] / row["layer_processor_seconds"]
+        outside = max(0.0, row["processor_seconds"] - shape.num_layers * row["layer_processor_seconds"])
+        row["whole_processor_seconds"] = outside + ALL_LAYERS * row["layer_processor_seconds"]
     return row
 
 
@@ -262,35 +265,41 @@ def markdown(result: dict[str, Any]) -> str:
         "# What compressing a model of Llama-3.2-1B's shape costs",
         "",
         f"{result['date']}, {machine['cpu']}, {machine['cores']} cores, {', '.join(machine['vector'])}. Random "
-        f"weights, {result['tokens']} tokens of calibration in sequences of {SEQUENCE}, {result['threads']} thread(s), "
-        f"{result['jobs']} job(s); large float32 products {result['operations_per_s'] / 1e9:.0f} GFLOP/s, copies "
-        f"{result['copy_bytes_per_s'] / 1e9:.1f} GB/s. Others used the share of the processors named in each row; "
-        "under load the clock says little, processor seconds more.",
+        f"weights, calibration in sequences of {SEQUENCE} tokens, {result['threads']} thread(s). Large float32 "
+        f"products {result['operations_per_s'] / 1e9:.0f} GFLOP/s by processor time, copies "
+        f"{result['copy_bytes_per_s'] / 1e9:.1f} GB/s. Others had the share of the processors named in each row: where "
+        "it is large the clock says little, and processor seconds are what to compare.",
         "",
-        "| method | layers run | s | processor s | peak resident | written | s a layer | processor s a layer "
-        "| floor, s a layer | floor / clock, / processor | 16 layers, s | others |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | layers | tokens | s | processor s | peak resident | written | s a layer | processor s a layer "
+        "| floor, s a layer | floor / processor s | all 16 layers, processor s | others |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in result["methods"].items():
         if "failed" in row:
-            lines.append(f"| {name} | not run: {row['failed']} " + "| " * 10 + "|")
+            lines.append(f"| {name} | not run: {row['failed']} " + "| " * 11 + "|")
             continue
-        run = f"{row['layers']}" if row["layers"] == ALL_LAYERS else f"first {row['layers']} of {ALL_LAYERS}"
-        whole = "measured" if row["layers"] == ALL_LAYERS else f"about {row['whole_seconds']:.0f}"
+        run = "all 16" if row["layers"] == ALL_LAYERS else f"first {row['layers']} of {ALL_LAYERS}"
+        whole = f"{row['processor_seconds']:.0f}"
+        if row["layers"] != ALL_LAYERS:
+            whole = f"about {row['whole_processor_seconds']:.0f}"
+        elif row.get("resumed_parts"):
+            whole = f"not known: taken up again with {row['resumed_parts']} parts made"
+        busy, share = row["layer_processor_seconds"], row.get("floor_processor_share")
         lines.append(
-            f"| {name} | {run} | {row['seconds']:.0f} | {row['processor_seconds']:.0f} "
+            f"| {name} | {run} | {row['tokens'] or 'none'} | {row['seconds']:.0f} | {row['processor_seconds']:.0f} "
             f"| {row['peak_bytes'] / 1e9:.2f} GB | {row['bytes_written'] / 1e6:.0f} MB "
-            f"| {row['layer_mean_seconds']:.1f} "
-            f"| {row['layer_processor_seconds']:.1f} | {row['floor_seconds']:.2f} | {row['floor_share']:.2f}, "
-            f"{row['floor_processor_share']:.2f} | {whole} | {row['others_share']:.0%} |"
+            f"| {row['layer_median_seconds']:.1f} | {f'{busy:.1f}' if busy else '-'} | {row['floor_seconds']:.2f} "
+            f"| {f'{share:.2f}' if share else '-'} | {whole} | {row['others_share']:.0%} |"
         )
-    kills = {name: row[KILLED] for name, row in result["methods"].items() if KILLED in row}
+    kills = [f"{name}: {'yes' if row[KILLED] else 'no'}" for name, row in result["methods"].items() if KILLED in row]
+    most = max((row["peak_bytes"] for row in ours(result)), default=0)
     lines += [
         "",
-        f"Killed once the first layer was written and taken up again, the same bytes: {kills or 'not tried'}.",
+        "Killed once the first layer was written and taken up again, the same bytes? "
+        f"{', '.join(kills) or 'not tried'}.",
+        f"Most resident of memwall's: {most / (1 << 30):.2f} GiB; at most 6 GiB: "
+        f"{'yes' if most <= LIMIT_BYTES else 'no'}.",
     ]
-    most = max((row["peak_bytes"] for row in ours(result)), default=0)
-    lines += [f"Most resident of memwall's: {most / (1 << 30):.2f} GiB, at most 6 GiB: {most <= LIMIT_BYTES}."]
     return "\n".join(lines) + "\n"
 
 
@@ -336,7 +345,7 @@ def main() -> int:
         result = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     result |= {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"), "hardware": machine,
-        "tokens": arguments.tokens, "threads": arguments.threads, "jobs": arguments.jobs,
+        "tokens": arguments.tokens, "threads": arguments.threads,
         "operations_per_s": product_speed(arguments.threads), "copy_bytes_per_s": copy_speed(),
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -344,7 +353,8 @@ def main() -> int:
         note(f"{method}, {shape.num_layers} layers")
         before = processor_seconds()
         row = run_peer(arguments, shape, source) if method == PEER else run_ours(method, arguments, shape, source)
-        row["others_share"] = others_share(before, processor_seconds())
+        row |= {"others_share": others_share(before, processor_seconds()), "jobs": arguments.jobs}
+        row["tokens"] = 0 if method in WITHOUT_TEXT else arguments.tokens
         name = method if method == PEER or shape.num_layers != ALL_LAYERS else f"{method}, whole"
         result["methods"][name] = finish(row, method, result, shape)
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
