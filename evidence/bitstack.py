@@ -117,6 +117,7 @@ class Study:
         self.index = index
         self.whole = {t.name: form for t in self.linears if (form := self.checkpoint.packed(t.name)) is not None}
         self.float = self.perplexity(self.source, "float16", {})
+        self._decoded: dict[str, tuple[int, Packed]] = {}
 
     def close(self) -> None:
         self.checkpoint.close()
@@ -147,9 +148,16 @@ class Study:
         return float(np.exp(loss / count))
 
     def at(self, counts: Mapping[str, int]) -> float:
-        """Perplexity of the stack's model with so many blocks of each matrix."""
-        forms = {name: first_blocks(self.whole[name], count) for name, count in counts.items()}
-        return self.perplexity(self.stack, "stack-0", forms)
+        """Perplexity of the stack's model with so many blocks of each matrix.
+
+        In exact arithmetic products of the stored blocks are those of what they decode to, bit for bit, so each first
+        part of a matrix is decoded once and not for every window of text.
+        """
+        for name, count in counts.items():
+            if name not in self._decoded or self._decoded[name][0] != count:
+                form = first_blocks(self.whole[name], count)
+                self._decoded[name] = (count, codec("float32").encode(codec(form.spec).decode(form)))
+        return self.perplexity(self.stack, "stack-0", {name: self._decoded[name][1] for name in counts})
 
     def nbytes(self, counts: Mapping[str, int]) -> int:
         return sum(first_blocks(self.whole[name], count).nbytes for name, count in counts.items())

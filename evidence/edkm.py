@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
 BITS, LEARNERS = 3, 8
 WINDOW = 512
+SOFT_STEPS = 40
 USUAL = Edkm(steps=0)
 MODES = ("each", "M", "M+S", "M+U", "M+U+S")
 
@@ -490,18 +491,20 @@ class Study:
         form = MethodConfig(spec=spec, activation_order=True, damping=Gptq.damping)
         return self.scored_with(self.by_layer(lambda weight, known: Gptq().compress(weight, known, form)))
 
-    def edkm(self, bits: int, steps: int, start: str) -> tuple[Result, Result, Any]:
-        """As it begins, and trained; and what was seen on the way."""
-        from memwall.compress.edkm_tuning_torch import Recipe, Report, tuned_palettes
-
-        method = Edkm(steps=0, start=start, groups=USUAL.groups if start == USUAL.start else 1)
+    def begun(self, bits: int, start: str) -> dict[str, Packed]:
+        """eDKM's matrices before any training."""
+        method = starting(start)
         spec = method.form(bits)
         assert spec is not None
         form = MethodConfig(spec=spec, damping=Edkm.damping)
         if method.calibrates:
-            made = self.by_layer(lambda weight, known: method.compress(weight, known, form))
-        else:
-            made = self.by_matrix(lambda weight: method.compress(weight, None, form))
+            return self.by_layer(lambda weight, known: method.compress(weight, known, form))
+        return self.by_matrix(lambda weight: method.compress(weight, None, form))
+
+    def trained(self, made: dict[str, Packed], steps: int, start: str) -> tuple[Result, Any]:
+        """After training, and what was seen on the way."""
+        from memwall.compress.edkm_tuning_torch import Recipe, Report, tuned_palettes
+
         others = {EMBEDDING: self.embedding}
         for tensor in self.config.tensors():
             if len(tensor.shape) == 1:
@@ -509,10 +512,14 @@ class Study:
         report = Report()
         recipe = Recipe(
             steps=steps, rate=USUAL.rate, batch=USUAL.batch, tau=USUAL.tau, rounds=USUAL.rounds,
-            from_stored=method.calibrates,
+            from_stored=starting(start).calibrates,
         )  # fmt: skip
         found = tuned_palettes(self.checkpoint, self.calibration, made | others, recipe, report=report)
-        return self.scored_with(made), self.scored_with({**made, **found}), report
+        return self.scored_with({**made, **found}), report
+
+
+def starting(start: str) -> Edkm:
+    return Edkm(steps=0, start=start, groups=USUAL.groups if start == USUAL.start else 1)
 
 
 def whole_scale(weight: np.ndarray, bits: int) -> Packed:
@@ -556,22 +563,23 @@ def accuracy(study: Study, widths: tuple[int, ...], steps: int) -> list[Claim]:
     looks = {}
     for bits in widths:
         spec = f"int{bits}-g128-asym"
-        began, ours, report = study.edkm(bits, steps, USUAL.start)
-        means, other, plain_report = study.edkm(bits, steps if bits == 3 else 1, "line")
+        began, line = study.begun(bits, USUAL.start), study.begun(bits, "line")
+        ours, report = study.trained(began, steps, USUAL.start)
         results[bits] = {
             "eDKM": ours,
-            "its start": began,
-            **({"trained from k-means": other} if bits == 3 else {}),
+            "its start": study.scored_with(began),
             "GPTQ": study.gptq(spec),
             "GPTQ without minimum": study.gptq(f"int{bits}-g128"),
-            "k-means": means,
+            "k-means": study.scored_with(line),
             "rounding": study.scored_with(study.by_matrix(lambda weight, s=spec: kernels.encode(s, weight))),
             "rounding, one scale a matrix": study.scored_with(
                 study.by_matrix(lambda weight, b=bits: whole_scale(np.asarray(weight, np.float32), b))
             ),
         }
         looks[f"{bits} bits"] = report.looks
-        if bits == 3:
+        if bits == 3:  # a shorter run: what it is for is how far soft and hard weights are apart
+            fewer = min(steps, SOFT_STEPS)
+            results[bits][f"from k-means, {fewer} steps"], plain_report = study.trained(line, fewer, "line")
             looks["3 bits from k-means"] = plain_report.looks
     plain = study.perplexity({})
     three = results[3]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from memwall.compress import calibration, model
+from memwall.compress.base import MethodConfig
 from memwall.compress.calibration import PromptCache
+from memwall.compress.gptq import Gptq
 from memwall.compress.model import compress_model
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
-from memwall.formats import codec
+from memwall.formats import Packed, codec
 from memwall.memory import Arena, Ledger
 from memwall.models import Checkpoint, ModelConfig
 from memwall.models.decoder import Decoder
@@ -147,6 +150,36 @@ def stop_after(share: float) -> Callable[[str, int, int], None]:
             raise Stop
 
     return progress
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "vptq"])
+def test_jobs_make_the_same_bytes(source: Path, tmp_path: Path, method: str) -> None:
+    bits = {"rtn": "int4", "gptq": 4.0, "vptq": 2.5}[method]
+    for jobs in (1, 3):
+        compress(source, tmp_path / f"{jobs}", method=method, bits=bits, tuning=replace(QUICK, jobs=jobs))
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_an_error_in_one_of_several_jobs_ends_the_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = "model.layers.1.self_attn.k_proj.weight"
+    honest = Gptq.compress
+
+    def fails(self: Gptq, weight: np.ndarray, statistics: Any, config: MethodConfig) -> Packed:
+        if config.tensor == damaged:
+            raise InputError("weights hold NaN")
+        return honest(self, weight, statistics, config)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Gptq, "compress", fails)
+        with pytest.raises(InputError, match=f"{damaged}: weights hold NaN"):
+            compress(source, tmp_path / "out", bits="int4", tuning=replace(QUICK, jobs=2))
+    # embedding and first layer are not lost
+    again = compress(source, tmp_path / "out", bits="int4", tuning=replace(QUICK, jobs=2))
+    assert again.num_resumed_parts == 2
+    compress(source, tmp_path / "straight", bits="int4")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
 def test_a_damaged_part_is_made_again(source: Path, tmp_path: Path) -> None:

@@ -179,6 +179,19 @@ def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+def test_a_run_that_gets_no_better_ends_early(model: Path, text: Path, tmp_path: Path) -> None:
+    """At such a rate it gets worse with every step."""
+    options = {"steps": "40", "save_every": "1", "learning_rate": "2", "keep_best": "yes"}
+    stopped = trained(model, text, tmp_path / "stopped", options={**options, "patience": "3"})
+    assert stopped.steps == stopped.best_step + 3 < 40
+    short = {**options, "steps": str(stopped.steps)}
+    assert trained(model, text, tmp_path / "whole", options=short).best_step == stopped.best_step
+    assert (
+        contents(tmp_path / "stopped")["adapter_model.safetensors"]
+        == (contents(tmp_path / "whole")["adapter_model.safetensors"])
+    )
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(model: Path, text: Path, tmp_path: Path) -> None:
     options = {"steps": "24", "dropout": "0.2", "targets": "q_proj,down_proj"}
     more = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
@@ -251,6 +264,7 @@ def test_budget_is_kept_and_paging_moments_helps(model: Path, text: Path, tmp_pa
         ({"optimizer": "sgd"}, "adamw, paged"),
         ({"context": "100000"}, "at most 256 positions"),
         ({"learning_rate": "fast"}, "expected a number"),
+        ({"patience": "2", "held_out": "0"}, "nothing is measured"),
     ],
 )
 def test_bad_settings(model: Path, text: Path, tmp_path: Path, options: dict[str, str], message: str) -> None:

@@ -76,6 +76,15 @@ def compress(
         Path | None, typer.Option(help="Text file to calibrate on (default: the bundled text).")
     ] = None,
     group: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64 or 128.")] = 64,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help="Matrices to compress at once, where memory allows; worth it for methods whose matrices take long "
+            "(vptq, spqr, billm, quip). The result does not depend on it. bitstack and quamba2 take one at a time.",
+            min=1,
+            max=256,
+        ),
+    ] = 1,
     memory: Memory = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing compressed model, and forget an unfinished run.")
@@ -89,6 +98,7 @@ def compress(
 
     A run that was interrupted goes on where it stopped when it is called again with the same settings.
     """
+    from memwall.compress.job_plan import Tuning
     from memwall.compress.model import compress_model
     from memwall.hardware.units import format_bytes, parse_bytes
     from memwall.models import model_directory
@@ -113,6 +123,7 @@ def compress(
             budget_bytes=budget.ram if budget is not None else None,
             progress=bar.staged,
             force=force,
+            tuning=Tuning(jobs=jobs),
         )
     if json:
         print_json(report.to_dict())

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Trained = Callable[[int, int], None]
 """progress(done, total) of training."""
+PRODUCT_COLUMNS = 1024
+"""Columns of H that are brought up to date together: the product that is added is never as large as H."""
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class Statistics:
     magnitude: np.ndarray | None = None
     peak: np.ndarray | None = None
     _factor: tuple[tuple[float, bool], Factor] | None = None
+    _making: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @staticmethod
     def identity(num_columns: int) -> Statistics:
@@ -50,7 +54,24 @@ class Statistics:
 
     def add(self, x: np.ndarray) -> None:
         """Take in inputs x [tokens, cols] float32."""
-        self.hessian += x.T @ x
+        self.gather(x)
+        self.mirror()
+
+    def mirror(self) -> None:
+        """The half of H above the diagonal, once `gather` is done."""
+        size = len(self.hessian)
+        for start in range(0, size, PRODUCT_COLUMNS):
+            stop = min(start + PRODUCT_COLUMNS, size)
+            corner = self.hessian[start:stop, start:stop]
+            corner[...] = np.tril(corner) + np.tril(corner, -1).T
+            self.hessian[start:stop, stop:] = self.hessian[stop:, start:stop].T
+
+    def gather(self, x: np.ndarray) -> None:
+        """As `add`, but H is only brought up to date below its diagonal, which takes half of the work."""
+        size = len(self.hessian)
+        for start in range(0, size, PRODUCT_COLUMNS):
+            stop = min(start + PRODUCT_COLUMNS, size)
+            self.hessian[start:, start:stop] += x[:, start:].T @ x[:, start:stop]
         self.num_tokens += len(x)
         sizes = np.abs(x)
         magnitude, peak = sizes.sum(axis=0), sizes.max(axis=0, initial=0)
@@ -61,9 +82,10 @@ class Statistics:
     def factor(self, damping: float, activation_order: bool) -> Factor:
         """H's factor for the sweep; made once for all matrices that read these inputs."""
         key = (damping, activation_order)
-        if self._factor is None or self._factor[0] != key:
-            self._factor = (key, Factor.of(self.hessian, damping, activation_order))
-        return self._factor[1]
+        with self._making:  # matrices that are compressed at once wait for the first of them
+            if self._factor is None or self._factor[0] != key:
+                self._factor = (key, Factor.of(self.hessian, damping, activation_order))
+            return self._factor[1]
 
     def error(self, difference: np.ndarray) -> float:
         """Squared error of the outputs when the weights change by `difference` [rows, cols]."""

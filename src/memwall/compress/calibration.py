@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from memwall import kernels
-from memwall.compress.base import Statistics
+from memwall.compress.base import PRODUCT_COLUMNS, Statistics
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.kernels import attention
@@ -155,7 +155,7 @@ class Collector:
     @staticmethod
     def work_bytes(num_columns: int) -> int:
         """Bytes held once while the widest input's rows are multiplied."""
-        return 4 * num_columns**2
+        return 4 * num_columns * min(num_columns, PRODUCT_COLUMNS)
 
     def __call__(self, name: str, x: np.ndarray) -> None:
         if name not in self._staged:
@@ -166,7 +166,7 @@ class Collector:
             staged[count : count + taken] = x[:taken]
             x, count = x[taken:], count + taken
             if count == STAGED_ROWS:
-                self.statistics[name].add(staged)
+                self.statistics[name].gather(staged)
                 count = 0
         self._staged[name] = (staged, count)
 
@@ -174,7 +174,8 @@ class Collector:
         """The statistics, with all rows taken in."""
         for name, (staged, count) in self._staged.items():
             if count:
-                self.statistics[name].add(staged[:count])
+                self.statistics[name].gather(staged[:count])
+            self.statistics[name].mirror()
             self._staged[name] = (staged, 0)
         self._work.resize(0)
         return self.statistics

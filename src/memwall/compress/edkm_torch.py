@@ -57,22 +57,22 @@ class Softness:
 
 
 def distinct(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values that occur [U] (float32, or the wider type of `weights`), how often [U] of that type, and the value's
-    index of every weight, int64 [weights.numel()]. 16-bit weights are counted by their bits; minus zero is one more
+    """Values that occur [U] (float32, or the wider type of `weights`), how often [U] of that type, and the place among
+    them of every weight, integers [weights.numel()]. 16-bit weights are counted by their bits; minus zero is one more
     value.
     """
     flat = weights.detach().reshape(-1)
     if flat.dtype not in HALF_TYPES:
         values, index, counts = torch.unique(flat, return_inverse=True, return_counts=True)
         return values, counts.to(values.dtype), index
-    bits = flat.view(torch.int16).to(torch.int64) & (NUM_HALVES - 1)
+    bits = flat.view(torch.int16).to(torch.int32).bitwise_and_(NUM_HALVES - 1)
     counts = torch.bincount(bits, minlength=NUM_HALVES)
-    there = counts > 0
-    places = torch.nonzero(there).flatten()
+    places = torch.nonzero(counts).flatten()
     signed = torch.where(places >= NUM_HALVES // 2, places - NUM_HALVES, places)  # int16 has no other way in
     values = signed.to(torch.int16).view(flat.dtype).float()
-    rank = there.cumsum(0) - 1
-    return values, counts[there].float(), rank[bits]
+    rank = torch.empty(NUM_HALVES, dtype=torch.int32, device=flat.device)
+    rank[places] = torch.arange(len(places), dtype=torch.int32, device=flat.device)
+    return values, counts[places].float(), rank.index_select(0, bits)
 
 
 def _shares(values: Tensor, centroids: Tensor, softness: Softness) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ class _Cluster(torch.autograd.Function):
         context.softness, context.dtype = softness, given.dtype
         context.save_for_backward(weights, torch.stack(path))
         context.mark_non_differentiable(path[-1])
-        return table[index].view(weights.shape), path[-1]
+        return table.index_select(0, index).view(weights.shape), path[-1]
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -132,7 +132,7 @@ class _Cluster(torch.autograd.Function):
             shared += (exponents * apart).sum(1) * (-2 / softness.tau) + clamped @ weight
             pull += exponents * counts[:, None]
             after = (pull * apart).sum(0) * (2 / softness.tau)
-        found = own * direct[index] + shared[index]
+        found = own.mul(direct.index_select(0, index)).add_(shared.index_select(0, index))
         return found.view(weights.shape).to(context.dtype), None, None, None
 
 

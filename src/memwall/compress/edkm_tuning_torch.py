@@ -13,7 +13,8 @@ and palettes out; norms as they were stored.
 Differs from the paper: distillation in place of the labels of a task; tau is a share of each matrix' variance, and
 falls to a tenth over the run, which closes the gap between soft and hard weights; embedding and head are fixed.
 Cost: the model in float32 three times (float, trained, soft), two moments and a gradient a weight, and the activations
-of a batch; beside them 2 bytes a weight for the clustering's way back.
+of a batch; beside them 2 bytes a weight for the clustering's way back, and the float model's last hidden states of all
+text, tokens * hidden * 4 bytes.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def tuned_palettes(
     aside = torch.arange(len(pieces)) % KEPT_ASIDE == KEPT_ASIDE - 1
     read, judged = (pieces[~aside], pieces[aside]) if len(pieces) >= KEPT_ASIDE else (pieces, pieces)
     optimizer = torch.optim.AdamW(student.learning, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    best = start = student.look(judged, report, 0)
+    wanted, judged_wanted = student.teach(read), student.teach(judged)
+    best = start = student.look(judged, judged_wanted, report, 0)
     kept = student.state()
     generator = torch.Generator().manual_seed(recipe.seed)
     order: list[int] = []
@@ -158,11 +160,11 @@ def tuned_palettes(
             group["lr"] = recipe.rate * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * done))
         student.harden(HARDER**done)
         optimizer.zero_grad()
-        student.loss(read[chosen], hard=False).backward()
+        student.loss(read[chosen], wanted[chosen], hard=False).backward()
         nn.utils.clip_grad_norm_(student.learning, 1.0)
         optimizer.step()
         if (step + 1) % max(1, recipe.steps // LOOKS) == 0 or step + 1 == recipe.steps:
-            now = student.look(judged, report, step + 1)
+            now = student.look(judged, judged_wanted, report, step + 1)
             if now < best:
                 best, kept, report.best_step = now, student.state(), step + 1
         if progress is not None:
@@ -195,10 +197,15 @@ class _Student:
         for matrix in self.matrices.values():
             matrix.hardness = hardness
 
-    def loss(self, sequences: Tensor, *, hard: bool) -> Tensor:
-        """Divergence from the float model [nats a token]."""
+    @torch.no_grad()
+    def teach(self, sequences: Tensor) -> Tensor:
+        """The float model's last hidden states [sequences, tokens, hidden]: it reads each text once, not every step."""
+        return torch.cat([self._teacher.hidden(part) for part in sequences.split(8)])
+
+    def loss(self, sequences: Tensor, hidden: Tensor, *, hard: bool) -> Tensor:
+        """Divergence from the float model [nats a token], whose states over the sequences are `hidden`."""
         with torch.no_grad():
-            wanted = self._teacher(sequences).log_softmax(-1)
+            wanted = self._teacher.logits(hidden).log_softmax(-1)
         weights = {name: each.hard() if hard else each.soft() for name, each in self.matrices.items()}
         logits: Any = torch.func.functional_call(self._teacher, weights | self._norms | self._fixed, (sequences,))
         return functional.kl_div(
@@ -206,12 +213,13 @@ class _Student:
         )
 
     @torch.no_grad()
-    def look(self, judged: Tensor, report: Report, step: int) -> float:
+    def look(self, judged: Tensor, hidden: Tensor, report: Report, step: int) -> float:
         """The loss of the stored form; the palettes stay where they are."""
         held = [each.palettes.clone() for each in self.matrices.values()]
         losses = []
         for hard in (False, True):
-            parts = [float(self.loss(part, hard=hard)) * len(part) for part in judged.split(8)]
+            pairs = zip(judged.split(8), hidden.split(8), strict=True)
+            parts = [float(self.loss(part, known, hard=hard)) * len(part) for part, known in pairs]
             losses.append(sum(parts) / len(judged))
             for matrix, palettes in zip(self.matrices.values(), held, strict=True):
                 matrix.palettes = palettes.clone()

@@ -8,9 +8,12 @@ rounded to nearest (every row is an input of its own: H = I) and, like the head,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
 
 from memwall import kernels
 from memwall.compress import sensitivity, weight_method
@@ -179,10 +182,34 @@ class Job(JobPlan):
             if not is_matrix(tensor):
                 yield tensor.name, float_packed(self.checkpoint, tensor.name)
         for tensors, statistics in self._statistics(part, stream):
-            for tensor in tensors:
-                yield tensor.name, self._compress(tensor, statistics.get(shared_input(tensor.name)))
-                done += tensor.size
-                self._progress("compress", done, self._num_weights)
+            with closing(self._at_once(tensors, statistics)) as made:
+                for tensor, packed in zip(tensors, made, strict=True):
+                    yield tensor.name, packed
+                    done += tensor.size
+                    self._progress("compress", done, self._num_weights)
+
+    def _at_once(self, tensors: list[TensorSpec], statistics: dict[str, Statistics]) -> Generator[Packed, None, None]:
+        """Their forms in turn, so many of them in work as are wanted and fit into memory."""
+        known = [statistics.get(shared_input(tensor.name)) for tensor in tensors]
+        most_bytes = max(
+            (self._form_bytes(t, self._method_for(k)) for t, k in zip(tensors, known, strict=True)), default=1
+        )
+        jobs = min(self.tuning.jobs, len(tensors), self.arena.free_bytes // most_bytes)
+        if jobs < 2:
+            yield from map(self._compress, tensors, known)
+            return
+        with ThreadPoolExecutor(jobs) as pool:
+            running: deque[Future[Packed]] = deque()
+            waiting = iter(zip(tensors, known, strict=True))
+            try:
+                # never more results than workers: a form that is not yet written is memory too
+                running.extend(pool.submit(self._compress, *each) for each in islice(waiting, jobs))
+                while running:
+                    packed = running.popleft().result()
+                    running.extend(pool.submit(self._compress, *each) for each in islice(waiting, 1))
+                    yield packed
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     @staticmethod
     def _held(made: Iterable[tuple[str, Packed]], charge: Charge) -> Iterator[tuple[str, Packed]]:

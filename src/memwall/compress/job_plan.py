@@ -31,15 +31,24 @@ Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): `stage` is "measure" or "compress", which count weights, or "train", in steps."""
 
 MIN_BITS, MAX_BITS = 2.0, 16.0
+MOST_JOBS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """What seldom needs changing: see `MethodConfig` and `CalibrationSettings`. damping: None for the method's own."""
+    """What seldom needs changing: see `MethodConfig` and `CalibrationSettings`. damping: None for the method's own.
+
+    jobs: matrices that are compressed at once; the bytes that are made do not depend on it.
+    """
 
     damping: float | None = None
     activation_order: bool = True
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.jobs <= MOST_JOBS:
+            raise InputError(f"jobs is {self.jobs}; give a number of matrices to work on at once, 1 to {MOST_JOBS}")
 
 
 class JobPlan:

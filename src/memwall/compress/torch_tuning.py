@@ -87,7 +87,7 @@ class Trainer:
         if not self.history:
             self._note(None)
         since: list[float] = []
-        while self.step < self.num_steps:
+        while self.step < self.num_steps and not self._stalled:
             since.append(self.train_step())
             if settle is not None:
                 settle()
@@ -100,6 +100,12 @@ class Trainer:
         if self._best:
             for value, best in zip(self._values, self._best, strict=True):
                 np.copyto(value, best)
+
+    @property
+    def _stalled(self) -> bool:
+        """Whether the last measurements, as many as there is patience for, were all no better than one before them."""
+        later = sum(note["step"] > self.best_step for note in self.history)
+        return 0 < self.method.patience <= later
 
     def train_step(self) -> float:
         """One step; its loss. A loss or gradient that is no number leaves the adapters as they are."""

@@ -75,7 +75,8 @@ class TuneMethod(ABC):
     (0: by epochs) says how many steps. max_grad_norm: gradients of more length are shortened (0: never). optimizer:
     `adamw` keeps its two moments in memory, `paged` in a file where memory is short. held_out: share of the windows,
     the last ones, that is not trained on but measured every save_every steps, when progress is saved too; keep_best:
-    the result is the adapter of least held-out loss, not the last one.
+    the result is the adapter of least held-out loss, not the last one. patience: the run ends early once so many such
+    measurements in a row brought no new least loss (0: it never does).
     """
 
     name: ClassVar[str]
@@ -111,6 +112,7 @@ class TuneMethod(ABC):
     held_out: float = 0.05
     save_every: int = 50
     keep_best: bool = False
+    patience: int = 0
     seed: int = 0
 
     @classmethod
@@ -130,6 +132,7 @@ class TuneMethod(ABC):
         for name, least, most in (
             ("rank", 1, self.most_rank), ("context", 2, 1 << 24), ("batch", 1, 1 << 20), ("micro_batch", 1, self.batch),
             ("epochs", 1, 1 << 20), ("steps", 0, 1 << 40), ("save_every", 1, 1 << 40), ("seed", 0, 1 << 62),
+            ("patience", 0, 1 << 40),
             ("dropout", 0, 0.99), ("held_out", 0, 0.9), ("alpha", -1e6, 1e6), ("weight_decay", 0, 1),
             ("learning_rate", 1e-12, 10), ("beta2", 0.5, 1 - 1e-9), ("max_grad_norm", 0, 1e8),
         ):  # fmt: skip
@@ -138,6 +141,11 @@ class TuneMethod(ABC):
                 raise InputError(f"setting {name}={value:g}: must be {least:g} to {most:g}")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"setting optimizer={self.optimizer}: it is one of {', '.join(OPTIMIZERS)}")
+        if self.patience and not self.held_out:
+            raise InputError(
+                f"setting patience={self.patience} with held_out=0: nothing is measured that could stop getting "
+                "better; give a held_out such as 0.05, or leave patience out"
+            )
         self.chosen(TARGETS)
 
     def settings(self) -> dict[str, Any]:
