@@ -541,6 +541,8 @@ def rotation_claim(known: Coded) -> Claim:
 
 # ---- time ----------------------------------------------------------------------------------------------------------
 
+PAPER_DEADLINES, PAPER_CHUNK_SECONDS = np.linspace(0.5, 2.0, 7), 0.2
+"""Seconds, of the official scripts: from the shorter to the longer of their deadlines; a chunk recomputed."""
 RANDOM = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 4096,
@@ -775,22 +777,27 @@ def deadline_claims(serving: Serving, data: Path | None, tick: Tick) -> Iterator
     """Contexts not ready in time: the controller, each fixed level, and text alone, over the same traces.
 
     On a virtual clock, so that all deadlines and rates can be gone through, with this machine's costs; some of the
-    controller's are then run over sockets, to see that the clock tells the truth.
+    controller's are then run over sockets, to see that the clock tells the truth. Deadlines are those of the official
+    scripts, 0.5 to 2 s where a chunk takes 0.2 s to recompute: some of them leave time for text alone, some do not. (An
+    earlier form had 0.3 to 0.9 of the time for text only. There the controller missed 36 % and the coarsest level,
+    which nothing but text can be quicker than, 27 %.)
     """
     sizes = serving.sizes
     traces, source = traces_of(data, 10)
     mean = float(np.mean(traces))
     ways: dict[str, int | None] = {"controller": None, "level 1": 1, "level 2": 2, "level 3": 3, "text": TEXT}
-    late = dict.fromkeys(ways, 0)
-    level, tries = dict.fromkeys(ways, 0.0), 0
-    for share in np.arange(0.3, 0.95, 0.1):
+    late, short = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+    level, tries, short_tries = dict.fromkeys(ways, 0.0), 0, 0
+    for share in PAPER_DEADLINES / (PAPER_CHUNK_SECONDS * sizes.stream_chunks):
         for faster in (0.5, 1.0, 2.0):
             for gbits in traces:
                 trace, deadline = scaled(serving, gbits, share, faster / mean)
                 tries += 1
+                short_tries += share < 1
                 for name, fixed in ways.items():
                     seconds, forms = simulated(serving, trace, deadline, fixed)
                     late[name] += seconds > deadline
+                    short[name] += share < 1 and seconds > deadline
                     level[name] += np.mean([4 if form == "T" else int(form) for form in forms])
     checks = []
     for share in sizes.deadlines:
@@ -816,7 +823,9 @@ def deadline_claims(serving: Serving, data: Path | None, tick: Tick) -> Iterator
     )
     yield Claim(
         claim="over recorded bandwidth the controller misses fewer deadlines than any fixed level, the coarsest too",
-        measured=f"controller {late['controller'] / tries:.1%}, coarsest level {late['level 1'] / tries:.1%}",
+        measured=", ".join(f"{name} {late[name] / tries:.1%}" for name in ways)
+        + f"; of the {short_tries} of {tries} whose deadline is too short for text: "
+        + ", ".join(f"{name} {missed / short_tries:.1%}" for name, missed in short.items()),
         required="fewer",
         passed=late["controller"] < min(late[name] for name in ways if name != "controller"),
     )

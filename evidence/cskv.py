@@ -4,6 +4,12 @@ Factors are found on the calibration text that ships with memwall, and judged on
 perplexity against the float32 cache over tokens decoded through the cache after an exact prompt, squared errors of
 rebuilt keys and values per layer, and recall of facts hidden in the prompt.
 
+A finding, which is a claim that fails: training with codes lowers what it minimizes, the squared error of keys and
+values read back (at 2 bits by a sixth to a tenth in layers 1 and 4, at 4 bits by nothing that matters), and yet the
+predictions stray a little more than with factors that were coded afterwards. Factors that allow for the noise give
+less: at 2 bits in layer 1 what is read back along the true keys falls from 1.03 to 0.97 of them, along the true values
+from 0.93 to 0.82, which the squared error does not mind, and attention does.
+
 Text: `--data` a UTF-8 file to judge on; the held-out text that ships with the planner otherwise.
 """
 
@@ -169,14 +175,16 @@ def code_claim(scores: Any, widths: tuple[int, ...]) -> Claim:
     for bits in widths:
         policy = coded.format(bits)
         with_codes = scores.of(policy)
+        error = sum(demo.errors(policy))
         demo._factors[f"kept {bits}"] = demo.pairs(policy)
         key = CskvCache.fit_key(kv.parse(policy))
         demo._factors[key] = demo.pairs(plain)
-        afterwards = scores.of(f"{policy} afterwards", demo.cache(policy))
+        afterwards, error_afterwards = scores.of(f"{policy} afterwards", demo.cache(policy)), sum(demo.errors(policy))
         demo._factors[key] = demo._factors.pop(f"kept {bits}")
         wins.append(with_codes.divergence < afterwards.divergence)
         shown.append(
-            f"{bits} bits: KL {with_codes.divergence:.4f} trained with codes, {afterwards.divergence:.4f} without"
+            f"{bits} bits: KL {with_codes.divergence:.4f} trained with codes, {afterwards.divergence:.4f} without, "
+            f"squared error of keys and values {error:.1f} and {error_afterwards:.1f}"
         )
     return Claim(
         claim="features trained with their codes lose less than features coded afterwards",

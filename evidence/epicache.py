@@ -8,6 +8,11 @@ questions about all facts come in random order. With `--data` a file of conversa
 What this does not show: episodes have three windows, so that all of them stand in the patched prompt (n = 8), and every
 fact with them. With one or two of the three in it, 11 % and 42 % were right on ten other dialogues instead of 80 %:
 this small model keeps what the prompt repeats, and little that is only about the same.
+
+A finding, which is a claim that fails: budgets by the sensitivity of layers answer less than equal ones (65 % against
+72 % of 120 at a tenth). The keys of this model's layers change by 0.1 to 0.6 % under a block mask, the more the deeper
+they lie, so that the budgets go to the last layers; its facts are found by heads of layers 3, 4 and 5 of 8, and layer 3
+is left a third of its share.
 """
 
 from __future__ import annotations

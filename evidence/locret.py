@@ -44,7 +44,9 @@ from memwall.models.weights import Weights, load_weights
 from memwall.plan.choose import held_out_text
 
 MOST_TOKENS = 4096
-STABLE_SHARE = 2500 / 16384  # paper: table 1
+CHUNK_SHARE, STABLE_SHARE = 3072 / 6000, 2500 / 6000  # paper: table 1, Phi-3, as shares of b
+LOCAL = 48
+"""Last tokens kept in full: the question has fewer."""
 ASKED_NAMES = (
     "Alice Tom Maria Oscar Nina Peter Laura Victor Emma David red blue green silver tiger falcon otter alpha beta"
 )
@@ -59,20 +61,18 @@ class Sizes:
     training: TrainSettings
     ablations: bool
     shares: tuple[int, ...]
-    prompt_tokens: int = 896
-    chunk: int = 128
+    prompt_tokens: int = 512
     long_tokens: int = 2048
     long_tries: int = 12
     memory_tokens: tuple[int, ...] = (4096, 8192, 16384, 32768)
 
 
-FULL = Sizes(tries=24, training=TrainSettings(), ablations=True, shares=(8, 16, 32))
+FULL = Sizes(tries=48, training=TrainSettings(), ablations=True, shares=(8, 16, 32))
 QUICK = Sizes(
     tries=8,
     training=TrainSettings(rows=24, row_tokens=320, epochs=4),
     ablations=False,
     shares=(8, 16),
-    prompt_tokens=512,
     long_tries=3,
     memory_tokens=(4096, 8192),
 )
@@ -272,7 +272,7 @@ class Demo:
         return found
 
     def cache(self, method: str, budget: int, prompt: Sequence[int] = (), **changes: Any) -> kv.KVCache:
-        """A cache for one prompt. changes: of stable, turns."""
+        """A cache for one prompt. changes: of chunk, stable, turns."""
         arena = Arena(1 << 40, Ledger())
         if method == "full":
             return kv.build("float16", self.shape, arena, MOST_TOKENS)
@@ -288,7 +288,8 @@ class Demo:
                 "recency": Newest,
                 "random": lambda: Chance(0),
             }[method]()
-        settings = {"stable": int(budget * STABLE_SHARE), "turns": self.rotary, **changes}
+        known = {"chunk": chunk_of(budget), "stable": int(budget * STABLE_SHARE), "turns": self.rotary}
+        settings = {**known, **changes}
         allocator = Uniform([budget] * self.shape.num_layers)
         return Study(
             self.shape,
@@ -296,8 +297,7 @@ class Demo:
             MOST_TOKENS,
             scorer=scorer,
             allocator=allocator,
-            chunk=self.sizes.chunk,
-            local=48,
+            local=LOCAL,
             **settings,
         )
 
@@ -346,6 +346,11 @@ class Demo:
         return prompt + question, str(numbers[asked])
 
 
+def chunk_of(budget: int) -> int:
+    """Tokens between two evictions, in the paper's proportion to what is kept."""
+    return round(CHUNK_SHARE * budget)
+
+
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
     """Correlation of ranks."""
     return float(np.corrcoef(*(np.argsort(np.argsort(x)) for x in (one, other)))[0, 1])
@@ -387,8 +392,8 @@ def recall_claims(demo: Demo) -> list[Claim]:
         claims.append(
             Claim(
                 claim=f"with the question last, trained scores answer more at T / {share} than the other scores",
-                measured=f"right of {sizes.tries} at {sizes.prompt_tokens} tokens, b = {budget}, c = {sizes.chunk}: "
-                f"full {full:.0%}; Locret {own:.0%}; "
+                measured=f"right of {sizes.tries} at {sizes.prompt_tokens} tokens, b = {budget}, "
+                f"c = {chunk_of(budget)}: full {full:.0%}; Locret {own:.0%}; "
                 + "; ".join(f"{name} {value:.0%}" for name, value in found.items()),
                 required="at most the full cache's (one try apart), and more than each other",
                 passed=own <= full + 1.5 / sizes.tries and own > rest,
@@ -450,7 +455,7 @@ def causality_claim(demo: Demo) -> Claim:
     prompt, _ = demo.facts(np.random.default_rng(5), 512)
     found = []
     for count in (512, 300):
-        cache = demo.cache("trained", 1024, stable=0)
+        cache = demo.cache("trained", 1024, stable=0, chunk=128)
         begin = 0
         for size in cache.begin_prompt(count, 1024):
             demo.decoder.hidden(np.array(prompt[begin : begin + size]), cache)

@@ -135,9 +135,14 @@ def kv(
 
 
 def _show(study: Study, *, quiet: bool) -> None:
-    from memwall.studies.kv_report import COLUMNS, LEGEND, RIGHT, lines, remarks
+    from memwall.studies import kv_advice
+    from memwall.studies.kv_report import ADVICE, COLUMNS, LEGEND, RIGHT, lines, remarks
 
-    typer.echo(format_table(COLUMNS, lines(study), right=RIGHT))
+    typer.echo(format_table(COLUMNS, lines(study), right=RIGHT) + "\n")
+    if told := kv_advice.sentences(study):
+        typer.echo("\n".join(told) + "\n")
+        typer.echo(format_table(kv_advice.COLUMNS, kv_advice.table(study)))
+        note("\n" + ADVICE, quiet=quiet)
     note("\n" + LEGEND, quiet=quiet)
     for text in remarks(study):
         note(text, quiet=quiet)

@@ -8,12 +8,13 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memwall.errors import MissingDependency
 from memwall.hardware.units import format_bytes
+from memwall.studies import kv_advice
 from memwall.studies.kv_study import RESIDENT, Row, Study, frontier
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ LEGEND = (
     "facts, asked afterwards. talk: questions about a conversation whose topics return. resident: growth of a process "
     "that holds several such caches, and that over what its ledger says. *: no other row has fewer bytes and less "
     "divergence on text."
+)
+ADVICE = (
+    "By goal: the policy whose bytes, as really held in that task, meet the budget, and that answers most, or strays "
+    "least (nats)."
 )
 PLOTS = {
     "text": ("kl_nats", "KL to the float32 cache, nats per token"),
@@ -63,8 +68,7 @@ def cells(row: Row) -> list[str]:
 
 def _share(row: Row, task: str) -> str:
     """Bytes held in a task over those of float16."""
-    held, plain = row.get(task, "kv_bytes"), row.get(task, "float16_bytes")
-    return _number(held and held / plain, ".3f")
+    return _number(kv_advice.share(row, task), ".3f")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -186,8 +190,7 @@ def drawn(figure: Figure, kind: str) -> bytes:
 def page(study: Study, plots: dict[str, str]) -> str:
     """One page without outside references."""
     escape = html.escape
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines(study))
+    said = "".join(f"<li>{escape(text)}</li>" for text in kv_advice.sentences(study))
     left = "".join(f"<li>{escape(text)}</li>" for text in remarks(study))
     drawn = "".join(f"<h2>{escape(PLOTS[name][1])}</h2>{svg}" for name, svg in plots.items())
     sizes = study.sizes
@@ -199,12 +202,19 @@ def page(study: Study, plots: dict[str, str]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>memwall study kv: {escape(study.model)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>KV caches of {escape(study.model)}</h1><p>{escape(facts)}</p>{drawn}"
-        f"<h2>All cells</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"<p>{escape(LEGEND)}</p>{f'<h2>Left out, and notes</h2><ul>{left}</ul>' if left else ''}"
+        f"<h1>KV caches of {escape(study.model)}</h1><h2>Which to take</h2><ul>{said}</ul>"
+        f"{_table(kv_advice.COLUMNS, kv_advice.table(study))}<p>{escape(ADVICE)}</p>{drawn}"
+        f"<h2>All cells</h2>{_table(COLUMNS, lines(study))}"
+        f"<p>{escape(LEGEND)} {escape(facts)}</p>{f'<h2>Left out, and notes</h2><ul>{left}</ul>' if left else ''}"
         f"<h2>As data</h2><details><summary>JSON, version {study.version}</summary>"
         f"<pre>{escape(json.dumps(study.to_dict(), indent=1))}</pre></details></body></html>"
     )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in rows)
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 STYLE = (

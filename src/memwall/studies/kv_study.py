@@ -18,7 +18,7 @@ from typing import Any
 
 from memwall import __version__
 from memwall.errors import InputError
-from memwall.studies import kv_peers
+from memwall.studies import kv_advice, kv_peers
 from memwall.studies.kv_methods import Cell, Ground, cells
 from memwall.studies.kv_resident import resident_bytes_of
 from memwall.studies.kv_tasks import QUICK, TASKS, Sizes, Tasks
@@ -61,9 +61,10 @@ class Study:
     version: int = STUDY_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object, version first."""
+        """The JSON object, version first; `advice` says what to take."""
         body = asdict(self)
-        return {"version": body.pop("version"), **body}
+        picks = [{"budget": p.budget, "goal": p.goal, "policy": p.policy} for p in kv_advice.picks(self)]
+        return {"version": body.pop("version"), **body, "advice": picks}
 
 
 class Store:

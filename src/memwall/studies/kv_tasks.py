@@ -43,7 +43,7 @@ class Sizes:
     dialogues: int
 
 
-FULL = Sizes(windows=4, prompt_tokens=512, decoded_tokens=448, tries=24, recall_tokens=900, dialogues=8)
+FULL = Sizes(windows=3, prompt_tokens=512, decoded_tokens=448, tries=16, recall_tokens=900, dialogues=6)
 QUICK = Sizes(windows=2, prompt_tokens=512, decoded_tokens=64, tries=4, recall_tokens=900, dialogues=1)
 
 
