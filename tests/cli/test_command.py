@@ -13,8 +13,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from memwall.cli.command import add_command, complete_kv, complete_model, complete_weights, describe_os_error
+from memwall.cli.command import (
+    KV_POLICIES,
+    add_command,
+    complete_kv,
+    complete_model,
+    complete_weights,
+    describe_os_error,
+)
 from memwall.errors import BudgetExceeded, InputError, MissingDependency
+from memwall.kv.table import POLICIES
 
 
 def run_verb(error: BaseException, **options: Any) -> Any:
@@ -65,6 +73,8 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(complete_model(f"{tmp_path}/l")) == [f"{tmp_path}/llama/"]
     assert complete_weights("int") == ["int8", "int4", "int3", "int2"]
     assert "kivi" in complete_kv("k")
+    policies = {part.split("(")[0] for name in KV_POLICIES for part in name.split("+")} - {"auto", "W4A4KV4"}
+    assert policies == set(POLICIES)
 
 
 def environment() -> dict[str, str]:

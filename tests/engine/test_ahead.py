@@ -147,7 +147,12 @@ def test_a_fault_beside_a_batch_waits_for_it_before_its_pages_are_free() -> None
     held.engine.step()
     assert begun.wait(60)
     release = held.engine.pages.release
-    held.engine.pages.release = lambda pages: (over.append(False), release(pages))  # type: ignore[method-assign]
+
+    def watched(pages: Any) -> None:
+        over.append(False)
+        release(pages)
+
+    held.engine.pages.release = watched  # type: ignore[method-assign]
     threading.Timer(0.05, go_on.set).start()
     assert [event.finish for event in held.engine.abandon()] == ["error", "error"]  # as after a scheduler's fault
     assert over[0]

@@ -83,7 +83,9 @@ def test_the_same_tokens_as_one_batch(schedule: Schedule, told: dict[str, Any], 
     held.release()
 
 
-def test_plans_are_kept_for_some_shapes_and_not_for_all(monkeypatch: pytest.MonkeyPatch, plain: list[list[int]]) -> None:
+def test_plans_are_kept_for_some_shapes_and_not_for_all(
+    monkeypatch: pytest.MonkeyPatch, plain: list[list[int]]
+) -> None:
     monkeypatch.setattr(nano_batches, "MOST_PLANS", 2)
     held = serving()
     decoder = nano_decoder(held, alternating(2))

@@ -87,7 +87,7 @@ def test_the_tiers_by_hand() -> None:
 
 
 def test_an_emptied_area_keeps_nothing_in_memory_that_would_make_the_file_grow() -> None:
-    pool, made, arena = area(host_pages=4)  # one block in memory
+    _, made, arena = area(host_pages=4)  # one block in memory
     places = made.take(12)
     made.write(range(4), places[8:]).run()
     made.drop(places)

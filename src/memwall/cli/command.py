@@ -112,6 +112,7 @@ KV_POLICIES = (
     "float32",
     "float16",
     "bfloat16",
+    "int8",
     "kivi",
     "kivi(4bit)",
     "kv4",
@@ -129,6 +130,8 @@ KV_POLICIES = (
     "epicache",
     "instinfer",
     "instinfer(1)",
+    "lambda(window=512)",
+    "lambda(window=512)+kivi(4bit)",
 )
 
 Model = Annotated[
