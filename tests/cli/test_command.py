@@ -117,8 +117,21 @@ def test_interrupt_ends_with_130_and_no_traceback() -> None:
     assert "interrupted" in errors
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    script = f"{sys.executable} -m memwall systems --json | exec true; exit ${{PIPESTATUS[0]}}"
+def test_an_interrupt_before_the_verbs_are_imported_is_as_quiet(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "memwall", "systems"], env=environment() | {"PYTHONPATH": paths}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr == "memwall: interrupted\n"
+
+
+@pytest.mark.parametrize("verb", ["systems --json", "systems", "plan demo --memory 200MB --no-measure --context 128"])
+def test_a_closed_pipe_is_no_error(verb: str) -> None:
+    # the reader is gone before the first byte comes
+    script = f"(sleep 0.2; {sys.executable} -m memwall {verb}) | exec true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 141
     assert "Error" not in done.stderr

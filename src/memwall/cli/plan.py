@@ -130,4 +130,6 @@ def _show(plan: Plan) -> None:
 
     # in a pipe or a file lines are not folded
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
-    console.print(table(plan, console.width))
+    with console.capture() as shown:  # rich by itself ends with status 1 where a pipe is closed
+        console.print(table(plan, console.width))
+    typer.echo(shown.get(), nl=False)
