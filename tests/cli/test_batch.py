@@ -122,7 +122,8 @@ def test_what_ends_at_once(memwall: Memwall, tmp_path: Path) -> None:
         ((source, source), 2, "cannot be one file"),
         ((source, other), 2, "no answer of a batch"),
         ((empty, target), 2, "no requests in it"),
-        ((write(tmp_path / "bad.jsonl", ["{"]), tmp_path / "bad-out.jsonl"), 2, ""),
+        ((write(tmp_path / "bad.jsonl", ["{"]), tmp_path / "bad-out.jsonl"), 2, "the first error: line 1: "),
+        ((tmp_path, target), 2, "is a folder"),
         ((source, target, "--memory", "30MB"), 1, "do not fit|does not fit|needs|fits"),
         ((source, target, "--scheduler", "lifo"), 2, ""),
     ]:

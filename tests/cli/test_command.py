@@ -13,8 +13,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from memwall.cli.command import add_command, complete_kv, complete_model, complete_weights, describe_os_error
+from memwall.cli.command import (
+    KV_POLICIES,
+    add_command,
+    complete_kv,
+    complete_model,
+    complete_weights,
+    describe_os_error,
+)
 from memwall.errors import BudgetExceeded, InputError, MissingDependency
+from memwall.kv.table import POLICIES
 
 
 def run_verb(error: BaseException, **options: Any) -> Any:
@@ -65,6 +73,8 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(complete_model(f"{tmp_path}/l")) == [f"{tmp_path}/llama/"]
     assert complete_weights("int") == ["int8", "int4", "int3", "int2"]
     assert "kivi" in complete_kv("k")
+    policies = {part.split("(")[0] for name in KV_POLICIES for part in name.split("+")} - {"auto", "W4A4KV4"}
+    assert policies == set(POLICIES)
 
 
 def environment() -> dict[str, str]:
@@ -107,8 +117,21 @@ def test_interrupt_ends_with_130_and_no_traceback() -> None:
     assert "interrupted" in errors
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    script = f"{sys.executable} -m memwall systems --json | exec true; exit ${{PIPESTATUS[0]}}"
+def test_an_interrupt_before_the_verbs_are_imported_is_as_quiet(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "memwall", "systems"], env=environment() | {"PYTHONPATH": paths}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr == "memwall: interrupted\n"
+
+
+@pytest.mark.parametrize("verb", ["systems --json", "systems", "plan demo --memory 200MB --no-measure --context 128"])
+def test_a_closed_pipe_is_no_error(verb: str) -> None:
+    # the reader is gone before the first byte comes
+    script = f"(sleep 0.2; {sys.executable} -m memwall {verb}) | exec true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 141
     assert "Error" not in done.stderr

@@ -43,3 +43,23 @@ def test_report(memwall: Any, tmp_path: Path) -> None:
     text = report.read_text()
     assert "<html" in text
     assert "weights/" in text
+
+
+def test_a_folder_with_only_a_config_is_planned_for_before_its_weights_are_there(memwall: Any, tmp_path: Path) -> None:
+    from memwall.models import model_directory
+
+    whole = model_directory("demo")
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    settings = ["--memory", "200MB", "--context", "256", "--weights", "int4", "--kv", "kivi", "--json"]
+    done = memwall("plan", tmp_path, *settings)  # measuring is not left out, but there is nothing to measure
+    assert done.exit_code == 0, done.stderr
+    plan, other = json.loads(done.stdout), json.loads(memwall("plan", "demo", "--no-measure", *settings).stdout)
+    assert "holds no weights" in plan["explanation"]
+    assert plan["quality"] is None
+    owners = [{row["owner"]: row["bytes"] for row in one["rows"] if row["owner"] != "runtime"} for one in (plan, other)]
+    assert owners[0] == owners[1]
+    done = memwall("plan", tmp_path, "--memory", "200MB", "--max-kl", "0.1")
+    assert done.exit_code == 2
+    assert "holds no weights" in done.stderr
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"half a download")
+    assert memwall("plan", tmp_path, "--memory", "200MB").exit_code == 2

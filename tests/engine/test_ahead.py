@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -125,6 +126,40 @@ def test_a_batch_that_fails_raises_and_the_engine_goes_on() -> None:
     held.engine.executor.run = whole  # type: ignore[method-assign]
     assert [event.finish for event in held.engine.abandon()] == ["error"]
     assert run(held, requests()) == step_by_step(requests())
+    held.release()
+
+
+def test_a_fault_beside_a_batch_waits_for_it_before_its_pages_are_free() -> None:
+    held = serving(ahead=True, keep_prefixes=False)
+    assert isinstance(held.engine, AheadEngine)
+    whole, begun, go_on = held.engine.executor.run, threading.Event(), threading.Event()
+    over: list[bool] = []
+
+    def slow(batch: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        over.append(True)
+        return whole(batch)
+
+    for request in requests()[:2]:
+        held.engine.submit(request)
+    held.engine.executor.run = slow  # type: ignore[method-assign]
+    held.engine.step()
+    assert begun.wait(60)
+    release = held.engine.pages.release
+
+    def watched(pages: Any) -> None:
+        over.append(False)
+        release(pages)
+
+    held.engine.pages.release = watched  # type: ignore[method-assign]
+    threading.Timer(0.05, go_on.set).start()
+    assert [event.finish for event in held.engine.abandon()] == ["error", "error"]  # as after a scheduler's fault
+    assert over[0]
+    assert False in over
+    held.engine.executor.run, held.engine.pages.release = whole, release  # type: ignore[method-assign]
+    assert not held.engine.in_flight
+    assert run(held, requests()) == step_by_step(requests())  # no batch is taken for one of those before
     held.release()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memwall import _native, kernels
-from memwall.engine import Sampling
+from memwall.engine import Sampling, nano_batches
 from memwall.engine.nano_batches import Plan, alternating, nano_decoder, two_phases
 from memwall.engine.nano_schedule import Edge, NanoOperation, Placed, Schedule, edges_of, in_turn, turns_of
 from memwall.engine.nano_wire import Link, wire_pair
@@ -80,6 +80,17 @@ def test_the_same_tokens_as_one_batch(schedule: Schedule, told: dict[str, Any], 
     decoder.trace = []
     assert texts(held) == plain
     assert {one.operation.name for one in decoder.trace} == {"kqv", "decode", "prefill", "o", "up_gate", "down"}
+    held.release()
+
+
+def test_plans_are_kept_for_some_shapes_and_not_for_all(
+    monkeypatch: pytest.MonkeyPatch, plain: list[list[int]]
+) -> None:
+    monkeypatch.setattr(nano_batches, "MOST_PLANS", 2)
+    held = serving()
+    decoder = nano_decoder(held, alternating(2))
+    assert texts(held) == plain
+    assert 0 < len(decoder._plans) <= 2
     held.release()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_the_tiers_by_hand() -> None:
     assert [int(pool.run(page, 1)[0]) for page in (*order, 20, 26)] == [10, 11, 12, 13, 18, 21]
     made.release()
     assert not {row.owner for row in arena.ledger.rows() if row.nbytes} & {"kv/host", "kv/staging", "kv/swap"}
+
+
+def test_an_emptied_area_keeps_nothing_in_memory_that_would_make_the_file_grow() -> None:
+    _, made, arena = area(host_pages=4)  # one block in memory
+    places = made.take(12)
+    made.write(range(4), places[8:]).run()
+    made.drop(places)
+    made.empty()
+    made.write(range(4), made.take(4)).run()  # would have moved the old block to the end of the file
+    assert made._file is not None
+    assert os.fstat(made._file.fileno()).st_size == 0
+    assert arena.ledger.total("disk") == 4 * PAGE
+    made.release()
 
 
 def test_scattered_pages_are_one_copy_where_places_lie_in_a_line() -> None:

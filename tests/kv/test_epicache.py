@@ -313,6 +313,8 @@ def test_histories_are_read_and_checked(tmp_path: Path) -> None:
         path.write_text(line)
         with pytest.raises(InputError, match=says):
             read_history(path)
+    with pytest.raises(InputError, match=r"conversation .*none\.jsonl: cannot be read"):
+        read_history(tmp_path / "none.jsonl")
 
 
 def test_questions_on_the_command_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import pytest
 
 from memwall.errors import InputError, MissingDependency
 from memwall.plan.base import Choice, Option, Plan, PlanRow, Quality
-from memwall.plan.report import render_html, table, write_html
+from memwall.plan.report import chosen_option, render_html, table, write_html
 
 CHOICE = Choice(weights="mixed-3.70", kv="kivi(2bit)", context=512)
 QUALITY = Quality(kl_nats=0.031, perplexity=20.5, top1_agreement=0.93, measured_on="bundled held-out text", tokens=512)
@@ -87,11 +88,25 @@ def test_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_a_narrow_terminal_has_fewer_columns_and_whole_cells(width: int) -> None:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(PLAN, width))
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for option in (chosen_option(PLAN), *PLAN.runners_up):
+        assert any(option.choice.weights in line and option.choice.kv in line for line in text.splitlines())
+    assert ("left out" in text) == (width < 160)
+
+
 def test_table_names_everything() -> None:
     from rich.console import Console
 
     console = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(PLAN))
+    console.print(table(PLAN, 220))
     text = console.export_text()
     for part in (
         "weights/int4-g64",

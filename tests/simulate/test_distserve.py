@@ -56,6 +56,31 @@ def test_the_same_draws_at_every_rate() -> None:
         assert a.at == pytest.approx(4 * b.at)
 
 
+def test_room_is_a_line_over_devices_less_the_weights() -> None:
+    known = {n: OPT_13B[n] for n in (1, 2)}  # the paper's own figures lie on one
+    assert replace(MODEL, latencies=known).kv_tokens(1, 4) == OPT_13B[4].kv_tokens
+    assert replace(MODEL, latencies={1: OPT_13B[1], 4: OPT_13B[4]}).kv_tokens(1, 2) == OPT_13B[2].kv_tokens
+    tight = {1: replace(OPT_13B[1], kv_tokens=0), 2: replace(OPT_13B[2], kv_tokens=1000), 4: OPT_13B[4]}
+    model = replace(MODEL, latencies=tight)
+    assert model.kv_tokens(1, 1) == 0
+    assert model.kv_tokens(1, 2) == 1000
+    assert model.kv_tokens(1, 8) == 1000 + 3 * (OPT_13B[4].kv_tokens - 1000)  # weights that one device cannot hold
+    assert replace(MODEL, latencies={4: OPT_13B[4]}).kv_tokens(4, 2) == 2 * OPT_13B[4].kv_tokens
+    assert model.kv_tokens(3, 2) is None
+
+
+def test_plans_over_nodes_hold_weights_that_one_device_does_not() -> None:
+    tight = {1: replace(OPT_13B[1], kv_tokens=0), 2: replace(OPT_13B[2], kv_tokens=20_000), 4: OPT_13B[4]}
+    search = replace(
+        SEARCH,
+        model=replace(MODEL, latencies=tight),
+        cluster=Cluster(devices=16, per_node=4),
+        requests=10,
+        rate_step=2.0,
+    )
+    assert {plan.segments for plan in search.in_segments()} == {1, 2, 4}
+
+
 def test_plans_fit_the_cluster_and_the_model() -> None:
     plans = SEARCH.together()
     assert plans == sorted(plans, key=lambda plan: -plan.goodput)

@@ -95,7 +95,8 @@ def batch(
 
 def _check_files(source: Path, target: Path) -> None:
     if not source.is_file():
-        raise InputError(f"{source}: there is no such file; give a file with one request a line")
+        why = "is a folder" if source.is_dir() else "there is no such file"
+        raise InputError(f"{source}: {why}; give a file with one request a line")
     if target.exists() and target.samefile(source):
         raise InputError(f"{target}: requests and answers cannot be one file; choose another for the answers")
 
@@ -166,6 +167,8 @@ def _tell(report: dict[str, Any], target: Path, *, quiet: bool) -> None:
     sharing, steps, budget = report["sharing"], report["steps"], report["budget_bytes"]
     kept = f" ({report['kept']:,} were there)" if report["kept"] else ""
     note(f"{target}: {report['answered'] + report['kept']:,} answers{kept}, {report['errors']:,} errors", quiet=quiet)
+    if report["first_error"]:
+        note(f"the first error: {report['first_error']}", quiet=quiet)
     note(
         f"{report['computed_prompt_tokens']:,} of {report['prompt_tokens']:,} prompt tokens computed "
         f"({sharing['groups']:,} groups of {sharing['mean_degree']:g} prompts, {sharing['saved']:.1%} planned to be "

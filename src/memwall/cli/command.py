@@ -26,10 +26,10 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except MemwallError as error:
-            fail(error, error.exit_status, debug=kwargs.get("debug", False))
             # what is still in the buffer must meet a closed pipe here, not when Python ends
             sys.stdout.flush()
+        except MemwallError as error:
+            fail(error, error.exit_status, debug=kwargs.get("debug", False))
         except BrokenPipeError:
             # the reader (`head`, say) went away; keep Python from complaining again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,6 +112,7 @@ KV_POLICIES = (
     "float32",
     "float16",
     "bfloat16",
+    "int8",
     "kivi",
     "kivi(4bit)",
     "kv4",
@@ -129,6 +130,8 @@ KV_POLICIES = (
     "epicache",
     "instinfer",
     "instinfer(1)",
+    "lambda(window=512)",
+    "lambda(window=512)+kivi(4bit)",
 )
 
 Model = Annotated[

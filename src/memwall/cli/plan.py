@@ -109,6 +109,7 @@ def plan(
             measure_all=html is not None and not no_measure,
             search_kv=search_kv,
             profile=True,
+            config_only=True,
             progress=bar.counted,
         )
     if html is not None:
@@ -129,4 +130,6 @@ def _show(plan: Plan) -> None:
 
     # in a pipe or a file lines are not folded
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
-    console.print(table(plan))
+    with console.capture() as shown:  # rich by itself ends with status 1 where a pipe is closed
+        console.print(table(plan, console.width))
+    typer.echo(shown.get(), nl=False)

@@ -65,7 +65,8 @@ def read_text(path: Path, what: str = "calibration text") -> str:
     except OSError as error:
         raise InputError(f"{what} {path}: cannot be read: {error.strerror or error}") from None
     if not data.strip():
-        raise InputError(f"{what} {path} is empty; give some pages of the kind of text the model will read")
+        hint = "; give some pages of the kind of text the model will read" if what.endswith("text") else ""
+        raise InputError(f"{what} {path} is empty{hint}")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

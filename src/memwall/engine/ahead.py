@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -201,8 +202,10 @@ class AheadEngine(Engine):
         return events
 
     def abandon(self) -> list[Event]:
-        """See `Engine`."""
-        self._flying.clear()
+        """See `Engine`; pages are free only once nobody computes on them."""
+        while self._flying:
+            with suppress(Exception):  # they all end with an error
+                self._collect()
         self._over.clear()
         return super().abandon()
 
@@ -281,7 +284,11 @@ class AheadEngine(Engine):
 
     def _collect(self) -> tuple[list[Entry], Computed]:
         batch = self._flying.popleft()
-        done = self.runner.collect()
+        try:
+            done = self.runner.collect()
+        except BaseException:
+            self._flying.clear()  # those after it are not computed
+            raise
         if self._last_end is not None:
             self.counts.gaps += 1
             self.counts.gap_seconds += done.began - self._last_end

@@ -56,6 +56,8 @@ CHAIN: tuple[tuple[str, Resource, tuple[str, ...]], ...] = (
 )
 """Operations of a layer that is split by heads and filters, with the sums of both parts' results."""
 NOMINAL = 1 << 16
+MOST_PLANS = 256
+"""Kept at once: a server sees thousands of pairs of rows and rows that decode."""
 ROW_BUFFERS = ("normed", "queries", "attended", "gate", "up")
 Lanes = Mapping[Resource, int]
 
@@ -263,6 +265,8 @@ class NanoDecoder(Decoder):
         self._cache, self._hidden = cache, hidden
         plan = self._plans.get((singles, rows))
         if plan is None:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
             plan = Plan.of(self._schedule, singles, rows, network=self._wire is not None)
             self._plans[singles, rows] = plan
         if self._overlap:

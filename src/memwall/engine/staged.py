@@ -87,6 +87,13 @@ class StagedArea(SwapArea):
         self.read_bytes += len(pages) * self.pool.page_bytes
         return self._staged(pages, places, 1)
 
+    def empty(self) -> None:
+        """See `SwapArea`; what is in memory is wanted no more either, and must not make the file grow again."""
+        if not self._used:
+            self._free_slots += [slot.at for slot in self._slots.values()]
+            self._slots.clear()
+        super().empty()
+
     def release(self) -> None:
         """See `SwapArea`."""
         for held in (self._host, self._staging):

@@ -115,7 +115,11 @@ class EngineThread:
                 self._deliver(self.engine.abandon())
                 with self._wake:
                     self._calls.extendleft(reversed(calls))
-        self._deliver(self.engine.drain())
+        try:
+            self._deliver(self.engine.drain())
+        except Exception:
+            log.exception("the last step failed; all requests in the engine end")
+            self._deliver(self.engine.abandon())
         self._deliver([event for number in self._left() if (event := self.engine.cancel(number)) is not None])
 
     def _left(self) -> list[int]:

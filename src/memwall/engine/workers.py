@@ -174,6 +174,8 @@ class ForkedWorkers:
                 if key.data is None:
                     woken = True
                     self._drain_wakes()
+                elif key.data.connection.fileno() < 0:  # dropped by what was read just before
+                    continue
                 elif key.data.pid:
                     done += self._receive(key.data)
                 else:

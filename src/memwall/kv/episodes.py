@@ -63,7 +63,7 @@ class Utterance:
 def read_history(path: Path) -> list[Utterance]:
     """Utterances of a file: JSON lines with `text` and perhaps `speaker`, or plain lines."""
     found = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, "conversation").splitlines(), 1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):

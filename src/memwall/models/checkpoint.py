@@ -36,6 +36,11 @@ _READ_BYTES = 1 << 20
 Progress = Callable[[str, int, int], None]
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there is any file that tells of weights, whole or not."""
+    return any(directory.glob("*.safetensors")) or any((directory / n).exists() for n in (INDEX_NAME, MANIFEST_NAME))
+
+
 class Checkpoint:
     """Tensors of one model folder. Arrays are read-only views on the map; `drop` gives their pages back after use."""
 

@@ -72,8 +72,12 @@ class Tokenizer:
         model's files say. Special tokens written out in the text (chat templates do that) are recognized in each case.
         """
         try:
+            text.encode()
             ids = list(self._tokenizer.encode(text, add_special_tokens=add_bos is None).ids)
-        except (TypeError, UnicodeError) as error:
+        except UnicodeEncodeError as error:
+            near = text[max(error.start - 20, 0) : error.end].encode(errors="backslashreplace").decode()
+            raise InputError(f"the text cannot be encoded: not UTF-8 at the end of {near!r}") from None
+        except TypeError as error:
             raise InputError(f"the text cannot be encoded: {error}") from None
         begin = self.bos_token_id
         wanted = self._add_bos if add_bos is None else add_bos

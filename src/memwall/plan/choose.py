@@ -7,6 +7,7 @@ model's fingerprint.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from memwall.hardware.machine import Machine, load_machine
 from memwall.hardware.units import format_bytes
 from memwall.kv import fitted
 from memwall.memory import Budget
-from memwall.models.checkpoint import Checkpoint
+from memwall.models.checkpoint import Checkpoint, has_weights
 from memwall.models.config import ModelConfig
 from memwall.models.precision import resolve
 from memwall.models.stack_index import StackIndex
@@ -77,11 +78,12 @@ class Planner:
         profile: bool = True,
         measure_all: bool = False,
         search_kv: bool = False,
+        config_only: bool = False,
         extra_bytes: Mapping[str, int] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """machine: a preset's name; None is this one. device: cpu or gpu; None is the gpu of a machine that has one,
-        else the cpu.
+        else the cpu. config_only: a folder without weights will do, its config.json tells their sizes.
 
         text: held-out text instead of the bundled one. measure_all: the runners-up too, where quality is measured.
         search_kv: where the cache is left open, combinations of policies too (`plan.survey`), which takes a while.
@@ -90,10 +92,17 @@ class Planner:
         """
         self.model = Path(model)
         config = ModelConfig.from_directory(self.model)
-        with Checkpoint(self.model, config) as checkpoint:
-            saved = resolve(config, "saved", checkpoint) if checkpoint.manifest is not None else None
-            stack = StackIndex.of(checkpoint)
-            self.fingerprint = checkpoint.fingerprint()
+        self._no_weights = config_only and not has_weights(self.model)
+        saved = stack = None
+        if self._no_weights:
+            self.fingerprint = hashlib.sha256(
+                json.dumps(config.source, sort_keys=True, default=str).encode()
+            ).hexdigest()
+        else:
+            with Checkpoint(self.model, config) as checkpoint:
+                saved = resolve(config, "saved", checkpoint) if checkpoint.manifest is not None else None
+                stack = StackIndex.of(checkpoint)
+                self.fingerprint = checkpoint.fingerprint()
         self.elsewhere: Machine | None = load_machine(machine) if machine is not None else None
         self.machine_name = self.elsewhere.title if self.elsewhere is not None else "this machine"
         device_tier, host_tier = _tiers(self.elsewhere, device)
@@ -120,6 +129,9 @@ class Planner:
         goal = self._complete(goal)
         check_weights(self.space, goal.weights)
         check_policy(self.space, goal.kv)
+        if self._no_weights and (self._search_kv or goal.max_kl is not None):
+            raise InputError(f"{self.model}: holds no weights to measure losses on; leave out --search-kv and --max-kl")
+        measure = measure and not self._no_weights
         if self._search_kv:
             return self._surveyed(goal, measure)
         if measure:
@@ -176,7 +188,7 @@ class Planner:
     def quality(self, choice: Choice) -> Quality | None:
         """Measured loss of a choice, from the cache file where it was measured before."""
         known = self._read_quality(choice)
-        if known is not None:
+        if known is not None or self._no_weights:
             return known
         from memwall.engine.quality import Evaluator
 
@@ -282,7 +294,12 @@ class Planner:
             + _considered(candidates)
             + self._arithmetic(best.choice)
             + self._batching(best.choice)
-            + self._fit_first(best.choice),
+            + self._fit_first(best.choice)
+            + (
+                " The folder holds no weights: their sizes are those that config.json tells."
+                if self._no_weights
+                else ""
+            ),
             runners_up=tuple(self._runners_up(goal, candidates)),
         )
 
@@ -355,6 +372,7 @@ def make_plan(
     profile: bool | None = None,
     measure_all: bool = False,
     search_kv: bool = False,
+    config_only: bool = False,
     extra_bytes: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -364,8 +382,9 @@ def make_plan(
     prompt_tokens: length of the prompt, where known. budget: caps per tier (None: no cap, or another machine's
     capacities). measure: measure quality on held-out text where it is not known; profile: measure kernels where they
     are not known (None: as `measure`), otherwise speeds may be missing; measure_all: the runners-up's quality too, for
-    a fuller plot; search_kv: many caches and their combinations, measured as far as that is worth it; extra_bytes: by
-    owner, what the caller will hold besides. progress(done, total) counts windows of text, or caches with `search_kv`.
+    a fuller plot; search_kv: many caches and their combinations, measured as far as that is worth it; config_only:
+    see `Planner`; extra_bytes: by owner, what the caller will hold besides. progress(done, total) counts windows of
+    text, or caches with `search_kv`.
     """
     planner = Planner(
         model,
@@ -376,6 +395,7 @@ def make_plan(
         profile=measure if profile is None else profile,
         measure_all=measure and measure_all,
         search_kv=search_kv,
+        config_only=config_only,
         extra_bytes=extra_bytes,
         progress=progress,
     )

@@ -24,13 +24,15 @@ _COLOURS = {"weights": "#2f6db3", "kv": "#d98324", "activations": "#5a9e5f", "ke
 _OTHER_COLOUR = "#b0b0b0"
 
 
-def table(plan: Plan) -> Group:
-    """The plan as rich tables: bytes by owner and tier, then the choice beside its runners-up."""
+def table(plan: Plan, width: int) -> Group:
+    """The plan as rich tables for a terminal of `width` columns: bytes by owner and tier, then the choice beside its
+    runners-up.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    rows = Table(title=f"{plan.model} on {plan.machine}", title_justify="left")
+    rows = Table()
     for name in ("owner", "tier", "bytes"):
         rows.add_column(name, justify="right" if name == "bytes" else "left")
     for row in plan.rows:
@@ -40,15 +42,37 @@ def table(plan: Plan) -> Group:
         cap = plan.budget.get(tier)
         share = f" ({100 * peak / cap:.0f} % of {format_bytes(cap)})" if cap else ""
         rows.add_row("predicted peak", tier, format_bytes(peak) + share)
-    options = Table(title="options", title_justify="left")
-    for name in OPTION_COLUMNS:
-        options.add_column(name, justify="left" if name in ("", "weights", "cache", "note") else "right")
-    for mark, option in [("*", chosen_option(plan)), *(("", one) for one in plan.runners_up)]:
-        options.add_row(mark, *option_cells(option))
+    cells = [
+        [mark, *option_cells(one)] for mark, one in [("*", chosen_option(plan)), *(("", o) for o in plan.runners_up)]
+    ]
+    shown = _columns_that_fit(cells, width)
+    left_out = [name for name in OPTION_COLUMNS if name not in shown]
+    options = Table(title="options", title_justify="left", caption_justify="left")
+    options.caption = f"left out in {width} columns: {', '.join(left_out)}" if left_out else None
+    for name in shown:
+        left = name in ("", "weights", "cache", "note")
+        options.add_column(name, justify="left" if left else "right", no_wrap=name != "note", overflow="fold")
+    for row in cells:
+        options.add_row(*(cell for name, cell in zip(OPTION_COLUMNS, row, strict=True) if name in shown))
     lines = [Text(line) for line in (speed_line(plan), savings_line(plan)) if line]
-    return Group(rows, *lines, options, Text(plan.explanation))
+    return Group(Text(f"{plan.model} on {plan.machine}"), rows, *lines, options, Text(plan.explanation))
 
 
+def _columns_that_fit(cells: list[list[str]], width: int) -> list[str]:
+    """Names of the columns that a table `width` wide shows whole; a note may be folded."""
+    needs = {name: max(len(name), *(len(row[at]) for row in cells)) for at, name in enumerate(OPTION_COLUMNS)}
+    needs["note"] = min(needs["note"], NOTE_WIDTH)
+    shown = list(OPTION_COLUMNS)
+    for name in DISPENSABLE_COLUMNS:
+        if sum(needs[one] + 3 for one in shown) + 1 <= width:
+            break
+        shown.remove(name)
+    return shown
+
+
+NOTE_WIDTH = 16
+DISPENSABLE_COLUMNS = ("context", "batch", "bits/value", "perplexity", "bits/weight", "note", "tokens/s")
+"""Those of the options that narrow terminals are spared, in this order."""
 OPTION_COLUMNS = (
     "",
     "weights",

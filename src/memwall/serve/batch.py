@@ -258,6 +258,7 @@ class BatchRun:
             "answered": len(self.output.answered) - self.output.kept,
             "kept": self.output.kept,
             "errors": len(self.output.errors),
+            "first_error": self.output.first_error,
             "seconds": round(self.seconds, 3),
             "completion_tokens": self.completion_tokens,
             "prompt_tokens": sharing.logical,

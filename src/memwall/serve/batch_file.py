@@ -146,6 +146,7 @@ class BatchOutput:
     path: Path
     answered: dict[str, Place] = field(default_factory=dict)
     errors: dict[int, Place] = field(default_factory=dict)
+    first_error: str | None = None
     kept: int = 0
     _file: BinaryIO | None = None
     _end: int = 0
@@ -218,7 +219,9 @@ class BatchOutput:
 
     def fail(self, found: Found, error: ApiError) -> None:
         """Appends an error line."""
-        told = {"code": error.code or "invalid_request", "message": f"line {found.number}: {error.message}"}
+        message = f"line {found.number}: {error.message}"
+        self.first_error = self.first_error or message
+        told = {"code": error.code or "invalid_request", "message": message}
         self.errors[found.number] = self._append(found.custom_id, None, {**told, "param": error.param})
 
     def _append(self, custom_id: str | None, response: Any, error: Any) -> Place:

@@ -58,15 +58,22 @@ class Served:
     kv_bytes_per_token: int
 
     def kv_tokens(self, tensor: int, pipeline: int) -> int | None:
-        """Room for keys and values of an instance; None where the weights do not fit.
+        """Room for keys and values of an instance; None where nothing is known of its tensor degree.
 
-        As many devices side by side hold as much as one after the other: each has the same share of the weights.
+        As many devices side by side hold as much as one after the other: each has the same share of the weights. So
+        room is a line over devices, less the weights; where one point of it is known, its share of a device is.
         """
-        whole = self.latencies.get(tensor * pipeline)
-        if whole is not None:
-            return whole.kv_tokens
-        group = self.latencies.get(tensor)
-        return None if group is None else group.kv_tokens * pipeline
+        devices = tensor * pipeline
+        whole = self.latencies.get(devices)
+        if whole is not None or tensor not in self.latencies:
+            return None if whole is None else whole.kv_tokens
+        known = sorted((n, latency.kv_tokens) for n, latency in self.latencies.items() if latency.kv_tokens)
+        if not known:
+            return 0
+        (few, least), (many, most) = known[0], known[-1]
+        if few == many:
+            return least * devices // few if devices >= few else 0
+        return max(least + (most - least) * (devices - few) // (many - few), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
