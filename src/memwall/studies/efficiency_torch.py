@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from memwall import _native
 from memwall.hardware.meter import Meter
 from memwall.hardware.power import WorkModel, power_source
 from memwall.hardware.system import describe_system
@@ -118,8 +119,10 @@ def pretrain(request: dict[str, Any], report: Report) -> dict[str, Any]:
     steps_s: list[float] = []
     for step in range(total):
         if step == sizes.warm_up:
-            _reset(model)
+            _native.give_back_freed_memory()
             meter.start()
+        if step == sizes.warm_up + sizes.steps // 2:
+            _reset(model)
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = sizes.learning_rate * _schedule(step, total)
@@ -173,6 +176,7 @@ def decode(request: dict[str, Any], report: Report) -> dict[str, Any]:
         if context > prompt:
             for cache in caches:
                 cache.fill(context - prompt)
+        _native.give_back_freed_memory()  # copies of the weights from reading them, and what the prompt took
         for step in range(rest):
             if step == sizes.warm_up:
                 meter.start()
@@ -240,6 +244,7 @@ def _begin(request: dict[str, Any]) -> tuple[Sizes, int]:
     first.loss(torch.zeros(2, 33, dtype=torch.long)).backward()
     optimizer.step()
     del first, optimizer
+    _native.give_back_freed_memory()
     return sizes, resident_bytes(exact=True)
 
 
@@ -252,13 +257,16 @@ def _schedule(step: int, total: int) -> float:
 
 
 def _reset(model: SmallLm) -> None:
+    """The first half is left out: the router begins with what chance gave it."""
     for layer in model.blocks:
         if isinstance(layer.feed, ExpertFeed):
             layer.feed.reset()
 
 
 def _load(model: SmallLm) -> dict[str, Any]:
-    """Of experts: the largest share of choices over a fair one, by layer, and the share dropped."""
+    """Of experts in the second half of training: choices by layer and expert, the largest over a fair share, and the
+    share dropped.
+    """
     feeds = [layer.feed for layer in model.blocks if isinstance(layer.feed, ExpertFeed)]
     if not feeds:
         return {}
