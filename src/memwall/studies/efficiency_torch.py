@@ -37,7 +37,7 @@ from memwall.models.torch_nsa import Sparse
 from memwall.models.torch_rwkv import Rwkv
 from memwall.models.torch_small import SmallConfig, SmallLm, matched_feed
 from memwall.studies.efficiency_records import Record, metrics_of, software_versions
-from memwall.studies.efficiency_sizes import ATTENTION, EXPERTS, POSITIONS, Sizes
+from memwall.studies.efficiency_sizes import ATTENTION, EXPERTS, POSITIONS, TINY, Sizes
 from memwall.studies.efficiency_worker import Report
 
 BYTES_A_TRAINED_PARAMETER = 10 * 4
@@ -233,19 +233,23 @@ def held_out_losses(model: SmallLm, text: bytes, sizes: Sizes) -> list[float]:
 
 
 def _begin(request: dict[str, Any]) -> tuple[Sizes, int]:
-    """Sizes, and the resident bytes before there is a model. A small model is trained and dropped first, so that code
-    which all techniques use is in memory already.
+    """Sizes, and the resident bytes before there is a model. A tiny one of the same kind is trained, decoded with and
+    dropped first, so that what the run adds is data and not the code of libraries.
     """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
-    sizes = Sizes(**request["sizes"])
-    first = SmallLm(SmallConfig(mixer=Grouped(heads=4, kv_heads=2, head_dim=8), feed=Dense(size=32), width=32))
+    first = SmallLm(config_of(request["axis"], request["technique"], TINY))
     optimizer = torch.optim.AdamW(first.parameters())
-    first.loss(torch.zeros(2, 33, dtype=torch.long)).backward()
+    tokens = torch.zeros(2, TINY.tokens + 1, dtype=torch.long)
+    first.loss(tokens).backward()
     optimizer.step()
-    del first, optimizer
+    with torch.inference_mode():
+        caches = first.eval().caches(1, TINY.tokens)
+        first.prefill(tokens[:1, :-2], caches)
+        first.step(tokens[:1, :1], caches)
+    del first, optimizer, caches
     _native.give_back_freed_memory()
-    return sizes, resident_bytes(exact=True)
+    return Sizes(**request["sizes"]), resident_bytes(exact=True)
 
 
 def _schedule(step: int, total: int) -> float:
