@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import shutil
 import statistics
 import sys
 import tempfile
@@ -364,6 +365,8 @@ def billion(sizes: Sizes, tick: Tick) -> dict[str, Record]:
         tick("writing a billion weights")
         folder = Path(name) / "model"
         write_random_llama(folder, **ONE_B)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(model_directory("demo") / file, folder)
         for form in FORMS:
             tick(f"a billion weights as {form}")
             request = {"directory": str(folder), "name": "1B", "technique": form, "sizes": sizes.to_dict(),
