@@ -47,7 +47,9 @@ class Pissa(Lora):
     def linear(self, base: nn.Module, shape: tuple[int, int], place: Place) -> LoraLinear:
         if self.rank > min(shape):
             raise InputError(f"setting rank={self.rank}: a weight of {shape[1]} x {shape[0]} has {min(shape)} at most")
-        return _pissa_linear()(base, shape, self.rank, self.scale, self.dropout, place, sweeps=self.sweeps)
+        found = _pissa_linear()(base, shape, self.rank, self.scale, self.dropout, place)
+        setattr(found, "sweeps", self.sweeps)  # noqa: B010
+        return found
 
     def held_shapes(self, shape: tuple[int, int]) -> list[tuple[int, ...]]:
         return [(self.rank, shape[0]), (shape[1], self.rank)]
@@ -62,12 +64,13 @@ def _pissa_linear() -> type[LoraLinear]:
     class PissaLinear(LoraLinear):
         """An adapter with its own first values taken off."""
 
+        sweeps = 16
+
         def __init__(
-            self, base: nn.Module, shape: tuple[int, int], rank: int, scale: float, dropout: float, place: Place,
-            *, sweeps: int = 16,
-        ) -> None:  # fmt: skip
+            self, base: nn.Module, shape: tuple[int, int], rank: int, scale: float, dropout: float, place: Place
+        ) -> None:
             super().__init__(base, shape, rank, scale, dropout, place)
-            self.first_a, self.first_b, self.sweeps = place((rank, shape[0])), place((shape[1], rank)), sweeps
+            self.first_a, self.first_b = place((rank, shape[0])), place((shape[1], rank))
 
         def start(self, generator: torch.Generator) -> None:
             rank, inputs = self.lora_A.shape

@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from memwall import kernels
 from memwall.compress.tune import tune_model
@@ -35,12 +35,9 @@ from memwall.hardware.power import WorkModel, power_source
 from memwall.hardware.system import describe_system
 from memwall.memory import resident_bytes
 from memwall.models import Checkpoint, ModelConfig
-from memwall.studies.efficiency_records import Record, metrics_of, software_versions
+from memwall.studies.efficiency_records import Record, RecordStore, metrics_of, software_versions
 from memwall.studies.efficiency_sizes import PEFT, Sizes
 from memwall.studies.efficiency_worker import Report
-
-if TYPE_CHECKING:
-    from memwall.studies.efficientllm import Runner
 
 TECHNIQUES = ("lora", "lora-plus", "rslora", "dora", "pissa", "freeze", "full")
 MODULE = "memwall.studies.efficiency_peft"
@@ -50,6 +47,24 @@ CONTEXT = 128
 MOST_STEPS, MOST_BATCH = 24, 4
 """The stored model is larger than those that other axes train from nothing: fewer of the study's steps and texts."""
 HELD_OUT = 0.1
+
+
+class Runner(Protocol):
+    """What the study gives: its sizes, text and model, a store of records, and how jobs are called."""
+
+    sizes: Sizes
+    text: bytes
+    directory: Path
+    name: str
+    store: RecordStore
+    whole: int
+    done: int
+
+    def key(self, **more: Any) -> str:
+        """Of a record's file."""
+
+    def call(self, module: str, job: str, what: str, request: dict[str, Any]) -> Record:
+        """A record from a job of `module`."""
 
 
 def domain_text(text: str) -> str:
