@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from memwall.errors import InputError  # noqa: E402
 from memwall.models.torch_blocks import FeedSpec, MixerSpec  # noqa: E402
 from memwall.models.torch_grouped import Grouped  # noqa: E402
+from memwall.models.torch_mamba import Mamba  # noqa: E402
 from memwall.models.torch_mla import Latent  # noqa: E402
 from memwall.models.torch_moe import Dense, Experts  # noqa: E402
 from memwall.models.torch_nsa import Sparse  # noqa: E402
+from memwall.models.torch_rwkv import Rwkv  # noqa: E402
 from memwall.models.torch_small import SmallConfig, SmallLm, matched_feed, sinusoids  # noqa: E402
 
 MIXERS: dict[str, MixerSpec] = {
@@ -23,6 +25,8 @@ MIXERS: dict[str, MixerSpec] = {
     "gqa": Grouped(heads=4, kv_heads=2, head_dim=8),
     "mqa": Grouped(heads=4, kv_heads=1, head_dim=8),
     "mla": Latent(heads=4, head_dim=8, rank=12, turned_dim=4),
+    "mamba": Mamba(heads=4, head_dim=8, state=8),
+    "rwkv": Rwkv(size=32),
     "nsa": Sparse(heads=4, kv_heads=2, head_dim=8, block=4, stride=2, selected=4, chosen=4, window=6),
 }
 FEEDS: dict[str, FeedSpec] = {"dense": Dense(size=24), "experts": Experts(count=4, top=2, size=12)}

@@ -1,5 +1,5 @@
 """`memwall study`: comparisons of many methods on equal terms; `study kv` is that of KV caches, `study ptq-impact` of
-weight formats, `study low-bit` of weight compression.
+weight formats, `study low-bit` of weight compression, `study efficiency` of techniques under one meter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import typer
 
 from memwall.cli.command import AsJson, Debug, ModelOrDemo, Quiet, Threads, add_command, complete_weights
 from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.cli.study_efficiency import efficiency
 from memwall.cli.study_low_bit import low_bit
 from memwall.cli.study_ptq import ptq_impact
 
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "kv", kv)
     add_command(group, "ptq-impact", ptq_impact)
     add_command(group, "low-bit", low_bit)
+    add_command(group, "efficiency", efficiency)
     app.add_typer(group, name="study")
 
 

@@ -94,7 +94,9 @@ class Series:
     @staticmethod
     def from_dict(told: dict[str, Any]) -> Series:
         """What `to_dict` gave, lists for tuples."""
-        held = {name: tuple(value) if isinstance(value, list | tuple) else value for name, value in told.items()}
+        held: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list | tuple) else value for name, value in told.items()
+        }
         return Series(**{**held, "busy": tuple(tuple(cores) for cores in held["busy"])})
 
 
@@ -114,8 +116,7 @@ class Meter:
     """
 
     def __init__(self, *, dt_s: float, memory: Callable[[], int], power: PowerSource | None = None) -> None:
-        if not SHORTEST_DT_S <= dt_s <= LONGEST_DT_S:
-            raise InputError(f"dt {dt_s:g} s: must be from {SHORTEST_DT_S:g} to {LONGEST_DT_S:g} seconds")
+        check_interval(dt_s)
         self.dt_s, self._memory, self._power = dt_s, memory, power
         self._samples: list[_Sample] = []
         self._sampler_s = 0.0
@@ -196,6 +197,12 @@ class Meter:
             power_source="" if self._power is None else self._power.name,
             sampler_share=self._sampler_s / max(samples[-1].at - began, 1e-9),
         )
+
+
+def check_interval(dt_s: float) -> None:
+    """InputError for an interval that a meter does not take."""
+    if not SHORTEST_DT_S <= dt_s <= LONGEST_DT_S:
+        raise InputError(f"dt {dt_s:g} s: must be from {SHORTEST_DT_S:g} to {LONGEST_DT_S:g} seconds")
 
 
 def processor_ticks() -> tuple[tuple[int, int], ...]:

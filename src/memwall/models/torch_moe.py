@@ -75,6 +75,9 @@ class Experts:
 class ExpertFeed(Feed):
     """See the module."""
 
+    load: Tensor
+    dropped: Tensor
+
     def __init__(self, spec: Experts, width: int) -> None:
         super().__init__()
         self.spec, self.width = spec, width

@@ -10,8 +10,8 @@ Shapes: tokens [B, T]; logits [B, T, V].
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from memwall.errors import InputError
 from memwall.models.torch_blocks import Cache, Feed, FeedSpec, Mixer, MixerSpec, described, norm_of
+from memwall.models.torch_moe import Dense, ExpertFeed
 
 POSITIONS = ("rotary", "sinusoidal", "learned", "relative", "none")
 BALANCE_WEIGHT = 0.01
@@ -84,6 +85,11 @@ class SmallLm(nn.Module):
             if self.places is not None:
                 nn.init.normal_(self.places.weight, std=0.02)
 
+    @property
+    def blocks(self) -> list[SmallLayer]:
+        """The layers."""
+        return cast("list[SmallLayer]", list(self.layers))
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of whole sequences."""
         return self._run(tokens, None, stepping=False)
@@ -92,11 +98,11 @@ class SmallLm(nn.Module):
         """Mean loss in nats of tokens [B, T + 1] after the first, and the balance loss of experts."""
         logits = self(tokens[:, :-1])
         lost = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        return lost + BALANCE_WEIGHT * sum(layer.feed.balance for layer in self.layers) / len(self.layers)
+        return lost + BALANCE_WEIGHT * torch.stack([layer.feed.balance for layer in self.blocks]).mean()
 
     def caches(self, batch: int, capacity: int) -> list[Cache]:
         """Empty ones, a layer each."""
-        return [layer.mixer.cache(batch, capacity) for layer in self.layers]
+        return [layer.mixer.cache(batch, capacity) for layer in self.blocks]
 
     def prefill(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
         """Logits of a prompt, which the caches hold afterwards."""
@@ -110,7 +116,7 @@ class SmallLm(nn.Module):
         start = caches[0].length if caches else 0
         x: Tensor = self.embed(tokens) * math.sqrt(self.config.width)
         x = x + self._places(start, tokens.shape[1])
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.blocks):
             x = layer(x, caches[number] if caches else None, stepping)
         return functional.linear(norm_of(x, self.norm), self.embed.weight)
 
@@ -133,16 +139,16 @@ class SmallLm(nn.Module):
     def num_active(self) -> int:
         """Parameters that work on a token: experts that are not chosen do not."""
         idle = 0
-        for layer in self.layers:
-            spec = getattr(layer.feed, "spec", None)
-            if spec is not None:
-                per_expert = (layer.feed.gate_up.numel() + layer.feed.down.numel()) // spec.count
-                idle += per_expert * (spec.count - spec.top)
+        for layer in self.blocks:
+            feed = layer.feed
+            if isinstance(feed, ExpertFeed):
+                per_expert = (feed.gate_up.numel() + feed.down.numel()) // feed.spec.count
+                idle += per_expert * (feed.spec.count - feed.spec.top)
         return self.num_parameters - idle
 
     def flop(self, context: int) -> float:
         """Operations of one token's forward pass with `context` tokens to see, itself included."""
-        inside = sum(layer.mixer.flop(context) + layer.feed.flop() for layer in self.layers)
+        inside = sum(layer.mixer.flop(context) + layer.feed.flop() for layer in self.blocks)
         return inside + 2.0 * self.embed.weight.numel()
 
 
@@ -155,10 +161,6 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
 
 def matched_feed(config: SmallConfig, num_parameters: int) -> int:
     """The size of a dense feed with which the model comes nearest to `num_parameters`; InputError where none does."""
-    from dataclasses import replace
-
-    from memwall.models.torch_moe import Dense
-
     with torch.device("meta"):
         rest = SmallLm(replace(config, feed=Dense(size=1))).num_parameters - 3 * config.width * config.num_layers
     size = round((num_parameters - rest) / (3 * config.width * config.num_layers))

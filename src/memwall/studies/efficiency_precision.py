@@ -75,7 +75,8 @@ def _decode(
     subject.read(head)
     for token in rest[: sizes.warm_up]:
         subject.step(token)
-    work, steps_s = WorkModel(), []
+    work = WorkModel()
+    steps_s: list[float] = []
     flop, per_token = flop_of(model), 4 * config.num_heads * config.head_dim * config.num_layers
     meter = Meter(dt_s=sizes.inference_dt_s, memory=resident_bytes, power=power_source(work))
     meter.start()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from memwall.errors import InputError
+from memwall.hardware.meter import check_interval
 
 ATTENTION, POSITIONS, EXPERTS, PRECISION, PEFT = "attention", "positions", "experts", "precision", "peft"
 AXES: dict[str, tuple[str, ...]] = {
-    ATTENTION: ("mha", "mqa", "gqa", "mla", "nsa"),
+    ATTENTION: ("mha", "mqa", "gqa", "mla", "nsa", "mamba", "rwkv"),
     POSITIONS: ("rotary", "sinusoidal", "learned", "relative", "none"),
     EXPERTS: ("dense", "moe"),
     PRECISION: ("float32", "bfloat16", "int8", "int4"),
-    PEFT: (),
+    PEFT: ("lora", "lora-plus", "rslora", "dora", "pissa", "freeze", "full"),
 }
-"""Axis -> its techniques. Those of `peft` are told by the module that runs them."""
+"""Axis -> its techniques."""
 BASELINES = {ATTENTION: "mha", POSITIONS: "rotary", EXPERTS: "dense", PRECISION: "bfloat16", PEFT: "full"}
 """What a technique's losses are held against."""
 TRAINED = (ATTENTION, POSITIONS, EXPERTS)
@@ -26,7 +27,8 @@ TRAINED = (ATTENTION, POSITIONS, EXPERTS)
 class Sizes:
     """Of models: width, layers, heads, inner numbers of the feed. Of training: steps of batch x tokens, after `warm_up`
     others that are not measured. Of decoding: `decoded` tokens with `context` before them; a stored model for
-    at least `stored_s` seconds. windows: of held-out text.
+    at least `stored_s` seconds. windows: of held-out text. tuned_bytes: of the text that models are
+    fine-tuned on, a tenth of which is judged before and after.
     """
 
     width: int = 128
@@ -45,6 +47,10 @@ class Sizes:
     stored_s: float = 1.5
     windows: int = 32
     seeds: int = 3
+    tuned_steps: int = 12
+    tuned_batch: int = 4
+    tuned_seeds: int = 1
+    tuned_bytes: int = 48_000
     training_dt_s: float = 0.25
     inference_dt_s: float = 0.05
 
@@ -54,8 +60,15 @@ class Sizes:
         for name in ("num_layers", "batch", "steps", "decoded", "windows", "seeds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        for dt in (self.training_dt_s, self.inference_dt_s):
+            check_interval(dt)
         if self.tokens <= self.decoded + self.warm_up:
             raise InputError(f"{self.tokens} tokens a text: must be more than the {self.decoded} decoded")
+
+    @property
+    def tuned(self) -> Sizes:
+        """As fine-tuning takes them."""
+        return replace(self, steps=self.tuned_steps, batch=self.tuned_batch, seeds=self.tuned_seeds, warm_up=1)
 
     def to_dict(self) -> dict[str, Any]:
         """As records hold it."""
@@ -65,11 +78,12 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     num_layers=2, batch=4, tokens=128, steps=24, context=4096, decoded=32, stored_s=0.5, windows=8, seeds=1,
-    training_dt_s=0.05, inference_dt_s=0.02,
+    tuned_steps=3, tuned_batch=2, tuned_bytes=12_000, training_dt_s=0.05, inference_dt_s=0.02,
 )  # fmt: skip
 TINY = Sizes(
-    width=32, num_layers=1, heads=4, feed=48, experts=4, batch=2, tokens=48, steps=3, warm_up=1, context=64, decoded=4,
-    stored_s=0.02, windows=2, seeds=1, training_dt_s=0.005, inference_dt_s=0.005,
+    width=32, num_layers=1, heads=4, feed=128, experts=4, batch=2, tokens=48, steps=3, warm_up=1, context=64, decoded=4,
+    stored_s=0.02, windows=2, seeds=1, tuned_steps=1, tuned_batch=1, tuned_bytes=8_000, training_dt_s=0.005,
+    inference_dt_s=0.005,
 )  # fmt: skip
 """For tests."""
 

@@ -29,9 +29,11 @@ from memwall.hardware.system import describe_system
 from memwall.memory import resident_bytes
 from memwall.models.torch_blocks import MixerSpec
 from memwall.models.torch_grouped import Grouped
+from memwall.models.torch_mamba import Mamba
 from memwall.models.torch_mla import Latent
-from memwall.models.torch_moe import Dense, Experts
+from memwall.models.torch_moe import Dense, ExpertFeed, Experts
 from memwall.models.torch_nsa import Sparse
+from memwall.models.torch_rwkv import Rwkv
 from memwall.models.torch_small import SmallConfig, SmallLm, matched_feed
 from memwall.studies.efficiency_records import Record, metrics_of, software_versions
 from memwall.studies.efficiency_sizes import ATTENTION, EXPERTS, POSITIONS, Sizes
@@ -41,12 +43,16 @@ BYTES_A_TRAINED_PARAMETER = 10 * 4
 
 
 def mixer_of(name: str, sizes: Sizes) -> MixerSpec:
-    """Attention by its name. Grouped has half of the heads for keys and values. The latent row with its turned part is
-    2.5 heads long: more than multi-query's key and value, less than those of two heads.
+    """Attention, or what stands for it, by its name. Grouped has half of the heads for keys and values. The latent row
+    with its turned part is 2.5 heads long: more than multi-query's key and value, less than those of two heads.
     """
     heads, size = sizes.heads, sizes.width // sizes.heads
     if name == "mla":
         return Latent(heads=heads, head_dim=size, rank=2 * size, turned_dim=size // 2)
+    if name == "mamba":
+        return Mamba(heads=2 * heads, head_dim=size)
+    if name == "rwkv":
+        return Rwkv(size=sizes.width)
     if name == "nsa":
         return Sparse(heads=heads, kv_heads=heads // 2, head_dim=size)
     return Grouped(heads=heads, head_dim=size, kv_heads={"mha": heads, "gqa": heads // 2, "mqa": 1}[name])
@@ -158,7 +164,8 @@ def decode(request: dict[str, Any], report: Report) -> dict[str, Any]:
     prompt = min(sizes.tokens - rest, context)
     tokens = held[: prompt + rest].long()[None]
     caches = model.caches(1, context + rest)
-    work, steps_s = WorkModel(), []
+    work = WorkModel()
+    steps_s: list[float] = []
     meter = Meter(dt_s=sizes.inference_dt_s, memory=resident_bytes, power=power_source(work))
     active = 4 * model.num_active
     with torch.inference_mode():
@@ -245,14 +252,14 @@ def _schedule(step: int, total: int) -> float:
 
 
 def _reset(model: SmallLm) -> None:
-    for layer in model.layers:
-        if hasattr(layer.feed, "reset"):
+    for layer in model.blocks:
+        if isinstance(layer.feed, ExpertFeed):
             layer.feed.reset()
 
 
 def _load(model: SmallLm) -> dict[str, Any]:
     """Of experts: the largest share of choices over a fair one, by layer, and the share dropped."""
-    feeds = [layer.feed for layer in model.layers if hasattr(layer.feed, "load")]
+    feeds = [layer.feed for layer in model.blocks if isinstance(layer.feed, ExpertFeed)]
     if not feeds:
         return {}
     loads = [feed.load.tolist() for feed in feeds]
