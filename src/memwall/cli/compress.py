@@ -59,7 +59,8 @@ def compress(
             "quip (turned at random, one scale), bitstack (blocks of signs and low rank, of which any number can be "
             "loaded), sparsegpt (two of every four weights pruned, the others rounded), accllm (the same at 2 "
             "bits, trained), comet (4-bit weights, activations in 4 and 8 bits: W4A4KV4), xr-npe (4-bit "
-            "floats, 4 and 8-bit posits by layer; needs torch) or, for Mamba, quamba2 (activations and state in 8 bits too).",
+            "floats, 4 and 8-bit posits by layer; needs torch) or, for Mamba, quamba2 (activations and "
+            "state in 8 bits too).",
             metavar="METHOD",
             autocompletion=lambda: list(METHOD_NAMES),
         ),

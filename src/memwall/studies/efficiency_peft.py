@@ -70,7 +70,10 @@ def domain_text(text: str) -> str:
 
 
 def peft_axis(runner: Runner, techniques: Sequence[str] = TECHNIQUES) -> list[Record]:
-    """runner.sizes and runner.text: of this axis (`Sizes.tuned`, `Sizes.tuned_bytes`). A record a method and seed, seed by seed; one that the store has is not made again."""
+    """A record a method and seed, seed by seed; one that the store has is not made again.
+
+    runner.sizes and runner.text: as this axis takes them (`Sizes.tuned`, `Sizes.tuned_bytes`).
+    """
     config = ModelConfig.from_directory(runner.directory)
     with Checkpoint(runner.directory, config) as checkpoint:
         fingerprint = checkpoint.fingerprint()
