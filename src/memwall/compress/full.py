@@ -123,7 +123,7 @@ def _made(decoder: TorchDecoder, weights: Weights, names: list[str], first: int)
         else:
             setattr(module, field, found[name])
     if HEAD not in found and EMBEDDING in found:
-        setattr(decoder, "lm_head", _plain(found[EMBEDDING], decoder.lm_head, embedding=False))  # noqa: B010
+        decoder.add_module("lm_head", _plain(found[EMBEDDING], decoder.lm_head, embedding=False))
     return Trained(found)
 
 
