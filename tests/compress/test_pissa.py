@@ -58,6 +58,8 @@ def test_starts_from_exactly_no_change_and_merges_exactly() -> None:
 def test_what_it_cannot_start_from() -> None:
     with pytest.raises(InputError, match="rank=32"):
         made(torch.nn.Linear(24, 16), (24, 16), rank="32")
+    with pytest.raises(InputError, match="alpha=0"):
+        tune_method("pissa", {"alpha": "0"})
     with pytest.raises(InputError, match="rank=300"):
         tune_method("pissa", {"rank": "300"})
     with pytest.raises(InputError, match="--method lora"):

@@ -321,3 +321,20 @@ def test_adapters_that_do_not_go_on(model: Path, text: Path, tmp_path: Path) -> 
     report = trained(model, text, tmp_path / "out", method="dora", lora=tmp_path / "lora", options={"steps": "1"})
     before = trained(model, text, tmp_path / "more", method="lora", lora=tmp_path / "lora", options={"steps": "1"})
     assert report.history[0]["held_out"] == pytest.approx(before.history[0]["held_out"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dora", "pissa"])
+def test_what_is_not_saved_is_made_again(model: Path, text: Path, tmp_path: Path, method: str) -> None:
+    """Row lengths and first factors are no part of the saved progress; a run that goes on makes the same ones."""
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        trained(model, text, tmp_path / "cut", method=method, progress=stop)
+    report = trained(model, text, tmp_path / "cut", method=method)
+    assert report.resumed_from == 2
+    trained(model, text, tmp_path / "whole", method=method)
+    name = "adapter_model.safetensors"
+    assert contents(tmp_path / "cut")[name] == contents(tmp_path / "whole")[name]

@@ -31,7 +31,6 @@ class InOneProcess:
     text: bytes = TEXT.encode()
     name: str = "tiny"
     calls: list[str] = field(default_factory=list)
-    whole: int = 1
     done: int = 0
 
     def key(self, **more: Any) -> str:

@@ -56,10 +56,11 @@ def compress(
             "vptq (codebooks of vectors, for about 2 bits), edkm (a palette per matrix, trained; needs torch), "
             "billm (signs, salient columns twice), pb-llm (signs, "
             "salient weights in 8 bits), db-llm (two binary matrices), ir-qlora (NF4 of shifted blocks, for tuning), "
-            "quip (turned at random, one scale), bitstack (blocks of signs and low rank, of which any number can be loaded), sparsegpt (two of every four weights "
-            "pruned, the others rounded), accllm (the same at 2 bits, trained), comet (4-bit weights, activations in 4 "
-            "and 8 bits: W4A4KV4), xr-npe (4-bit floats, 4 and 8-bit posits by layer; needs torch) or, for Mamba, "
-            "quamba2 (activations and state in 8 bits too).",
+            "quip (turned at random, one scale), bitstack (blocks of signs and low rank, of which any number can be "
+            "loaded), sparsegpt (two of every four weights pruned, the others rounded), accllm (the same at 2 "
+            "bits, trained), comet (4-bit weights, activations in 4 and 8 bits: W4A4KV4), xr-npe (4-bit "
+            "floats, 4 and 8-bit posits by layer; needs torch) or, for Mamba, quamba2 (activations and "
+            "state in 8 bits too).",
             metavar="METHOD",
             autocompletion=lambda: list(METHOD_NAMES),
         ),

@@ -77,7 +77,7 @@ def _dora_linear() -> type[LoraLinear]:
             kept = functional.dropout(x, self.dropout) if self.training and self.dropout else x
             whole = self.product(x) + self.scale * self.low_rank(kept)
             out = whole * (self.lora_magnitude_vector / self.lengths())
-            return out if self.base.bias is None else out + self.base.bias
+            return out if self.bias is None else out + self.bias
 
         @torch.no_grad()
         def lengths(self) -> Tensor:

@@ -114,16 +114,16 @@ def _made(decoder: TorchDecoder, weights: Weights, names: list[str], first: int)
         owner, _, field = name.rpartition(".")
         module = decoder.get_submodule(owner)
         if name in weights.arrays:
-            module = _plain(found[name], module, embedding=name == EMBEDDING)
             parent, _, child = owner.rpartition(".")
-            setattr(decoder.get_submodule(parent), child, module)
+            plain = _plain(found[name], module, embedding=name == EMBEDDING)
+            setattr(decoder.get_submodule(parent), child, plain)
         elif field == "bias":
             module.register_parameter("bias", None)
             module.bias = found[name]
         else:
             setattr(module, field, found[name])
     if HEAD not in found and EMBEDDING in found:
-        decoder.lm_head = _plain(found[EMBEDDING], decoder.lm_head, embedding=False)
+        decoder.add_module("lm_head", _plain(found[EMBEDDING], decoder.lm_head, embedding=False))
     return Trained(found)
 
 

@@ -44,16 +44,21 @@ class Pissa(Lora):
     alpha: float = 8.0
     sweeps: int = 16
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha <= 0 or self.sweeps < 1:
+            raise InputError(f"settings alpha={self.alpha:g}, sweeps={self.sweeps}: both must be above 0")
+
     def linear(self, base: nn.Module, shape: tuple[int, int], place: Place) -> LoraLinear:
         if self.rank > min(shape):
             raise InputError(f"setting rank={self.rank}: a weight of {shape[1]} x {shape[0]} has {min(shape)} at most")
-        return _pissa_linear()(base, shape, self.rank, self.scale, self.dropout, place, sweeps=self.sweeps)
+        return _pissa_linear(self.sweeps)(base, shape, self.rank, self.scale, self.dropout, place)
 
     def held_shapes(self, shape: tuple[int, int]) -> list[tuple[int, ...]]:
         return [(self.rank, shape[0]), (shape[1], self.rank)]
 
 
-def _pissa_linear() -> type[LoraLinear]:
+def _pissa_linear(sweeps: int) -> type[LoraLinear]:
     """The class below needs torch, which only training imports."""
     import torch
 
@@ -63,15 +68,14 @@ def _pissa_linear() -> type[LoraLinear]:
         """An adapter with its own first values taken off."""
 
         def __init__(
-            self, base: nn.Module, shape: tuple[int, int], rank: int, scale: float, dropout: float, place: Place,
-            *, sweeps: int = 16,
-        ) -> None:  # fmt: skip
+            self, base: nn.Module, shape: tuple[int, int], rank: int, scale: float, dropout: float, place: Place
+        ) -> None:
             super().__init__(base, shape, rank, scale, dropout, place)
-            self.first_a, self.first_b, self.sweeps = place((rank, shape[0])), place((shape[1], rank)), sweeps
+            self.first_a, self.first_b = place((rank, shape[0])), place((shape[1], rank))
 
         def start(self, generator: torch.Generator) -> None:
             rank, inputs = self.lora_A.shape
-            left, values, right = principal(self, rank, inputs, self.sweeps, generator)
+            left, values, right = principal(self, rank, inputs, sweeps, generator)
             root = (values / self.scale).sqrt()
             with torch.no_grad():
                 # rounded as they will be written, so that the result starts from no change too

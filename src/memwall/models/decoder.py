@@ -239,8 +239,7 @@ class Decoder:
         if step is None or step.generation != self.weights.generation:
             rows = {name: buffer[:num_rows] for name, buffer in self._buffers.items()}
             eps = self.config.rms_norm_eps
-            own = {"lora": self._lora, "apart": apart}
-            step = DecodeStep(self._layers, self.weights, rows, eps=eps, exact=self.exact, **own)
+            step = DecodeStep(self._layers, self.weights, rows, eps=eps, exact=self.exact, lora=self._lora, apart=apart)
             self._steps[num_rows, apart] = step
         return step
 

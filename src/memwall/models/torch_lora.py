@@ -47,10 +47,16 @@ class LoraLinear(nn.Module):
         out: Tensor = self.base(x) + self.scale * self.low_rank(kept)
         return out
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's."""
+        found = self.base.bias
+        return found if isinstance(found, Tensor) else None
+
     def product(self, x: Tensor) -> Tensor:
         """The base's product without its bias."""
         out: Tensor = self.base(x)
-        return out if self.base.bias is None else out - self.base.bias
+        return out if self.bias is None else out - self.bias
 
     def transposed(self, y: Tensor) -> Tensor:
         """y [n, out] @ W, [n, in]: the base's gradient."""

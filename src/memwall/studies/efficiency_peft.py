@@ -23,9 +23,9 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from memwall import kernels
 from memwall.compress.tune import tune_model
@@ -35,21 +35,33 @@ from memwall.hardware.power import WorkModel, power_source
 from memwall.hardware.system import describe_system
 from memwall.memory import resident_bytes
 from memwall.models import Checkpoint, ModelConfig
-from memwall.studies.efficiency_records import Record, metrics_of, software_versions
-from memwall.studies.efficiency_sizes import PEFT, Sizes
+from memwall.studies.efficiency_records import Record, RecordStore, metrics_of, software_versions
+from memwall.studies.efficiency_sizes import AXES, PEFT, Sizes
 from memwall.studies.efficiency_worker import Report
 
-if TYPE_CHECKING:
-    from memwall.studies.efficientllm import Runner
-
-TECHNIQUES = ("lora", "lora-plus", "rslora", "dora", "pissa", "freeze", "full")
+TECHNIQUES = AXES[PEFT]
 MODULE = "memwall.studies.efficiency_peft"
 RATES = {"full": 1e-4, "freeze": 5e-4}
 """Learning rates beside 1e-3. The paper's examples (1e-4, full 1e-5) are for billions of weights and long runs."""
 CONTEXT = 128
-MOST_STEPS, MOST_BATCH = 24, 4
-"""The stored model is larger than those that other axes train from nothing: fewer of the study's steps and texts."""
 HELD_OUT = 0.1
+
+
+class Runner(Protocol):
+    """What the study gives: its sizes, text and model, a store of records, and how jobs are called."""
+
+    sizes: Sizes
+    text: bytes
+    directory: Path
+    name: str
+    store: RecordStore
+    done: int
+
+    def key(self, **more: Any) -> str:
+        """Of a record's file."""
+
+    def call(self, module: str, job: str, what: str, request: dict[str, Any]) -> Record:
+        """A record from a job of `module`."""
 
 
 def domain_text(text: str) -> str:
@@ -58,12 +70,14 @@ def domain_text(text: str) -> str:
 
 
 def peft_axis(runner: Runner, techniques: Sequence[str] = TECHNIQUES) -> list[Record]:
-    """A record a method and seed, seed by seed; one that the store has is not made again."""
+    """A record a method and seed, seed by seed; one that the store has is not made again.
+
+    runner.sizes and runner.text: as this axis takes them (`Sizes.tuned`, `Sizes.tuned_bytes`).
+    """
     config = ModelConfig.from_directory(runner.directory)
     with Checkpoint(runner.directory, config) as checkpoint:
         fingerprint = checkpoint.fingerprint()
     found: list[Record] = []
-    runner.whole += len(techniques) * runner.sizes.seeds - 1  # the axis was counted as one
     with tempfile.TemporaryDirectory(prefix="memwall-peft-") as name:
         text = Path(name) / "domain.txt"
         text.write_text(domain_text(runner.text.decode(errors="replace")), encoding="utf-8")
@@ -81,11 +95,6 @@ def peft_axis(runner: Runner, techniques: Sequence[str] = TECHNIQUES) -> list[Re
     return found
 
 
-def fitted(sizes: Sizes) -> Sizes:
-    """The study's sizes as this axis takes them."""
-    return replace(sizes, steps=min(sizes.steps, MOST_STEPS), batch=min(sizes.batch, MOST_BATCH))
-
-
 def settings_of(technique: str, seed: int, sizes: Sizes) -> dict[str, str]:
     """What `memwall tune` is given."""
     found = {
@@ -98,7 +107,7 @@ def settings_of(technique: str, seed: int, sizes: Sizes) -> dict[str, str]:
 def tuned(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """One method and seed. request: directory, name, technique, seed, text, out (a free path), sizes, threads."""
     kernels.set_num_threads(request["threads"])
-    sizes, technique, directory = fitted(Sizes(**request["sizes"])), request["technique"], Path(request["directory"])
+    sizes, technique, directory = Sizes(**request["sizes"]), request["technique"], Path(request["directory"])
     options = settings_of(technique, request["seed"], sizes)
     method, config = tune_method(technique, options), ModelConfig.from_directory(directory)
     stretch = _Stretch(method, config, sizes, report)
