@@ -54,3 +54,30 @@ def test_child_of_a_fork_gets_its_own_threads() -> None:
     if child == 0:
         os._exit(0 if abs(big_product() / (2048 * 1024) - 1) < 1e-3 else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_neither_threads_nor_what_was_fetched_ahead_change_a_bit() -> None:
+    rng = np.random.default_rng(0)
+    sizes = ((300, 1024), (2048, 1024), (1040, 2048))
+
+    def products() -> list[np.ndarray]:
+        """Matrices that come, follow each other twice, and go: what was noted of them may be of memory that is gone."""
+        held = [kernels.matrix(codec("int4-g64").encode(weights)) for weights in all_weights]
+        outs = [np.empty((1, rows), np.float32) for rows, _ in sizes]
+        for _ in range(2):
+            kernels.linear(x[:, :1024].copy(), held[:2], outs[:2])
+            kernels.linear(x, held[2:], outs[2:])
+        return outs
+
+    all_weights = [rng.standard_normal(size).astype(np.float32) for size in sizes]
+    x = rng.standard_normal((1, 2048)).astype(np.float32)
+    before = kernels.num_threads()
+    try:
+        kernels.set_num_threads(1)
+        wanted = products()
+        for count in (2, 3, 9, 2):
+            kernels.set_num_threads(count)
+            for got, want in zip(products(), wanted):
+                np.testing.assert_array_equal(got, want)
+    finally:
+        kernels.set_num_threads(before)

@@ -8,7 +8,7 @@ import torch
 
 from memwall import kv
 from memwall.errors import BudgetExceeded, DoesNotFit
-from memwall.kernels import attention_reference, int8_rows, store_int8
+from memwall.kernels import Program, attention_reference, int8_rows, store_int8
 from memwall.memory import Arena, Ledger
 
 SHAPE = kv.CacheShape(num_layers=2, num_heads=6, num_kv_heads=2, head_dim=20, windows=(None, 9))
@@ -95,3 +95,44 @@ def test_refusals() -> None:
         cache.append(0, row[:1], row[:1], np.arange(3, 4))
     with pytest.raises(ValueError, match="truncate"):
         cache.truncate(1)
+
+
+@pytest.mark.parametrize("policy", ["float32", "float16", "bfloat16", "int8"])
+def test_recorded_steps_are_the_same_to_the_bit(policy: str) -> None:
+    rng = np.random.default_rng(3)
+    recorded, plain = (kv.build(policy, SHAPE, Arena(1 << 24, Ledger()), 300) for _ in range(2))
+    k, v = rng.standard_normal((2, 1, 2, 20)).astype(np.float32)
+    q = rng.standard_normal((1, 6, 20)).astype(np.float32)
+    outs = [np.empty_like(q) for _ in range(SHAPE.num_layers)]
+    program = Program()
+    for layer, out in enumerate(outs):
+        recorded.record(program, layer, k, v, q, out)
+    for token in range(290):
+        for x in (k, v, q):
+            x[:] = rng.standard_normal(x.shape)
+        recorded.begin_recorded(np.array([token]))
+        program.run()
+        recorded.end_recorded()
+        for got, want in zip(outs, step(plain, k, v, q, token)):
+            np.testing.assert_array_equal(got, want)
+        if token == 200:  # as the decoder takes back what it made
+            recorded.truncate(150)
+            plain.truncate(150)
+            break
+    assert (recorded.length, recorded.nbytes) == (plain.length, plain.nbytes)
+    recorded.begin_recorded(np.array([150]))
+    program.run()
+    recorded.end_recorded()
+    np.testing.assert_array_equal(outs[0], step(plain, k, v, q, 150)[0])
+
+
+def test_a_recorded_step_beyond_the_budget_is_refused_before_it_runs() -> None:
+    cache = kv.build("float16", SHAPE, Arena(4 * 4096, Ledger()), 4000)  # a page for each range
+    for token in range(51):
+        cache.begin_recorded(np.array([token]))
+        cache.end_recorded()
+    with pytest.raises(BudgetExceeded):
+        cache.begin_recorded(np.array([51]))
+    assert cache.length == 51
+    with pytest.raises(ValueError, match="next position is 51"):
+        cache.begin_recorded(np.array([52]))

@@ -241,3 +241,16 @@ def test_arenas_of_other_tiers_share_the_ledger_and_have_caps_of_their_own() -> 
         charge.resize(4097)
     arena.beside("net").charge("copy", 1 << 50)  # no cap was given
     assert (ledger.total("disk"), ledger.total("ram"), arena.used_bytes) == (4096, 0, 0)
+
+
+def test_an_array_over_a_whole_range_stays_where_it_is_while_it_is_committed() -> None:
+    arena = Arena(1 << 20, Ledger())
+    region = arena.reserve("kv", 100_000)
+    whole = region.whole((100, 250), np.float32)
+    region.commit(50_000)
+    assert (whole[:50] == 0).all()
+    region.array((50, 250), np.float32)[:] = 3
+    assert (whole[:50] == 3).all()
+    assert arena.used_bytes == -(-50_000 // PAGE) * PAGE
+    with pytest.raises(ValueError, match="larger than"):
+        region.whole((101, 250), np.float32)

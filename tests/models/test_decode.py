@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memwall import kv
 from memwall.formats import codec
 from tests.models.families import FAMILIES, make_family
 from tests.models.test_decoder import DEMO_DIRECTORY, Loaded, some_tokens
@@ -38,3 +39,17 @@ def test_a_replaced_matrix_is_recorded_anew() -> None:
     loaded.decoder.weights.replace(name, codec("float32").encode(np.zeros(shape, np.float32)))
     loaded.cache.truncate(0)
     assert not np.array_equal(loaded.decoder.forward(tokens[:1], loaded.cache), before)
+
+
+def test_two_caches_in_turn_give_what_each_gives_alone() -> None:
+    loaded, alone = (Loaded(DEMO_DIRECTORY, "int4", segment=8, kv_policy="float16") for _ in range(2))
+    other = kv.build("float16", loaded.cache.shape, loaded.arena, 16)
+    tokens = some_tokens(DEMO_DIRECTORY, 10)
+    wanted = [alone.decoder.forward(tokens[i : i + 1], alone.cache).copy() for i in range(5)]
+    for i in range(5):
+        for cache in (loaded.cache, other):
+            np.testing.assert_array_equal(loaded.decoder.forward(tokens[i : i + 1], cache), wanted[i])
+    other.release()
+    again = kv.build("float16", loaded.cache.shape, loaded.arena, 16)
+    for i in range(5):
+        np.testing.assert_array_equal(loaded.decoder.forward(tokens[i : i + 1], again), wanted[i])

@@ -93,6 +93,10 @@ class GrowingRows:
             self.region.commit(num_tokens * self.row_bytes)
             self._whole = self._view()
 
+    def has(self, num_tokens: int) -> bool:
+        """Whether there is room for the first `num_tokens` rows."""
+        return num_tokens <= len(self._whole)
+
     def rows(self, begin: int, end: int) -> np.ndarray:
         """A view of rows [begin, end), which must have been reserved."""
         return self._whole[begin:end]
@@ -208,8 +212,9 @@ class FloatCache(KVCache):
     def begin_recorded(self, positions: np.ndarray) -> None:
         held = self.length
         self._check_append(held, 1, positions)
-        for rows in (*self._keys, *self._values):
-            rows.reserve(held + 1)
+        if not self._values[-1].has(held + 1):  # the last one to be reserved: where it has room, all have
+            for rows in (*self._keys, *self._values):
+                rows.reserve(held + 1)
         self._place[0] = held
 
     def end_recorded(self) -> None:

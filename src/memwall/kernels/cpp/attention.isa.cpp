@@ -18,6 +18,15 @@ constexpr int kHeads = 4;  // query heads that share one load of a key: as many 
 #else
 constexpr int kHeads = 2;
 #endif
+// Where no instruction widens halves, that is done once for all query heads of a key; else doing it again costs less than reading back.
+#if defined(__AVX2__)
+template <typename T>
+constexpr bool kWiden = false;
+#else
+template <typename T>
+constexpr bool kWiden = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
+#endif
+constexpr int kMostWide = 128;  // numbers of a head that is widened
 constexpr int kWindow = 16;  // value rows summed before moving to the next head
 constexpr std::int64_t kAheadBytes = 4096, kLeastAhead = 8;  // of rows fetched ahead: what is worked on in the time that memory takes
 constexpr int kTile = 64;
@@ -174,11 +183,22 @@ struct RowsAhead {
 };
 
 // Where many query heads share a key, arithmetic takes longer than reading it: so many lines of other things can be fetched for every
-// four tokens of a head, at about 0.8 bytes read in the time of a product.
+// four tokens of a head, at about a byte read in the time of a product.
 template <typename T>
 inline int lines_to_spare(const Attention& a) {
   const int products = 4 * a.queries_per_kv_head() * a.key_dim, own_bytes = 4 * (a.key_dim + a.head_dim) * static_cast<int>(sizeof(T));
-  return larger(products * 4 / 5 - own_bytes, 0) / 64;
+  return larger(products - own_bytes, 0) / 64;
+}
+
+template <typename T>
+inline bool widens(const Attention& a, int dim) {
+  return kWiden<T> && a.queries_per_kv_head() > kHeads && dim <= kMostWide && dim % W == 0;
+}
+
+template <typename T>
+inline const float* widen(const T* from, int dim, float* to) {
+  for (int d = 0; d < dim; d += W) vstore(to + d, vload(from + d));
+  return to;
 }
 
 template <template <typename> class V, typename T>
@@ -200,9 +220,18 @@ void exact_scores(const Attention& a, const V<T>& keys, const float* q, const fl
         k[i] = rows[i] + static_cast<std::int64_t>(h) * keys.width();
         next.fetch(first + t + i, h);
       }
-      by_heads(h * rep, rep, [&](auto heads, int head) {
-        dot_tile<decltype(heads)::value>(k, q + head * padded, tails_of(head), a.key_dim, padded, scores + head * kStep + t);
-      });
+      const auto score = [&](const auto* const (&at)[4]) {
+        by_heads(h * rep, rep, [&](auto heads, int head) {
+          dot_tile<decltype(heads)::value>(at, q + head * padded, tails_of(head), a.key_dim, padded, scores + head * kStep + t);
+        });
+      };
+      if (widens<T>(a, a.key_dim)) {
+        alignas(64) float wide[4][kMostWide];
+        const float* const at[4] = {widen(k[0], a.key_dim, wide[0]), widen(k[1], a.key_dim, wide[1]), widen(k[2], a.key_dim, wide[2]), widen(k[3], a.key_dim, wide[3])};
+        score(at);
+      } else {
+        score(k);
+      }
       weights.fetch(spare);
     }
   }
@@ -254,9 +283,18 @@ void exact_values(const Attention& a, const V<T>& values, const float* p, std::i
     for (int h = 0; h < a.num_kv_heads; ++h) {
       for (int i = 0; i < n; ++i) next.fetch(first + t + i, h);
       const T* v = row + static_cast<std::int64_t>(h) * values.width();
-      by_heads(h * rep, rep, [&](auto heads, int head) {
-        sum_rows<decltype(heads)::value>(v, values.stride, n, p + head * kStep + t, out + head * padded, a.head_dim, padded);
-      });
+      const auto sum = [&](const auto* rows, std::int64_t stride) {
+        by_heads(h * rep, rep, [&](auto heads, int head) {
+          sum_rows<decltype(heads)::value>(rows, stride, n, p + head * kStep + t, out + head * padded, a.head_dim, padded);
+        });
+      };
+      if (widens<T>(a, a.head_dim)) {
+        alignas(64) float wide[kWindow][kMostWide];
+        for (int i = 0; i < n; ++i) widen(v + i * values.stride, a.head_dim, wide[i]);
+        sum(&wide[0][0], kMostWide);
+      } else {
+        sum(v, values.stride);
+      }
     }
   }
 }
