@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from memwall.kernels.tile_cpp_values import SlotValues
 
 TOGETHER = 4
+Place = tuple[Tensor, int]
+"""A tile of narrow integers and one of its slots."""
 
 PRELUDE = r"""
 // ---- four codes of each lane as unsigned bytes, and their products with signed bytes
@@ -65,25 +67,23 @@ def integer_sum(values: SlotValues, step: Instruction, slot: int, chunk: int) ->
         product = made.args[0]
     if made is None or made.op != "elementwise" or made.attrs["fn"] != "mul" or id(product) in values.kept:
         return None
-    terms = values.terms(step, slot)
-    pairs = []
-    for term in terms:
-        both = [_source(values, arg, values.order(arg, product)[term]) for arg in made.args]
-        codes, x = both if both[1] is not None and _signed_byte(both[1][0]) else both[::-1]
-        if codes is None or x is None or not _signed_byte(x[0]):
+    pairs: list[tuple[Place, Place]] = []
+    for term in values.terms(step, slot):
+        a, b = (_source(values, arg, values.order(arg, product)[term]) for arg in made.args)
+        if a is None or b is None:
             return None
-        pairs.append((codes, x))
+        pair = (a, b) if _signed_byte(b[0]) else (b, a)
+        if not _signed_byte(pair[1][0]):
+            return None
+        pairs.append(pair)
     if not pairs or len(pairs) % TOGETHER:
         return None
     found, starts = "VI{}", []
     for first in range(0, len(pairs), TOGETHER):
-        four = pairs[first : first + TOGETHER]
-        (codes, code), (x, place) = four[0]
-        expected = [((codes, code + j), (x, place + j)) for j in range(TOGETHER)]
+        (codes, code), (x, place) = pairs[first]
         in_a_row = all(
-            (a[0] is b[0] and a[1] == b[1])
-            for ours, wanted in zip(four, expected, strict=True)
-            for a, b in zip(ours, wanted, strict=True)
+            ours is codes and theirs is x and at == code + j and where == place + j
+            for j, ((ours, at), (theirs, where)) in enumerate(pairs[first : first + TOGETHER])
         )
         if not in_a_row or place % TOGETHER:
             return None
@@ -100,7 +100,7 @@ def _signed_byte(tensor: Tensor) -> bool:
     return tensor.dtype.kind == "int" and tensor.dtype.bits == 8
 
 
-def _source(values: SlotValues, tensor: Tensor, slot: int) -> tuple[Tensor, int] | None:
+def _source(values: SlotValues, tensor: Tensor, slot: int) -> Place | None:
     """The narrow integers and the slot that a number is the float32 of."""
     while not tensor.dtype.narrow:
         step = values.made_by.get(id(tensor))
