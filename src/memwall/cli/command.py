@@ -112,6 +112,8 @@ KV_POLICIES = (
     "float32",
     "float16",
     "bfloat16",
+    "int8",
+    "int4",
     "kivi",
     "kivi(4bit)",
     "kv4",
@@ -173,7 +175,7 @@ KV = Annotated[
     str,
     typer.Option(
         "--kv",
-        help="Keys and values: float16, int8, kivi(4bit), snapkv(0.25), think(0.4), joined by +; or auto.",
+        help="Keys and values: float16, int8, int4, kivi(4bit), snapkv(0.25), think(0.4), joined by +; or auto.",
         metavar="POLICY",
         autocompletion=complete_kv,
     ),
