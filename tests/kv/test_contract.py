@@ -20,6 +20,7 @@ SETTINGS = (
     "bfloat16",
     "int8",
     "int4",
+    "snapkv(0.5)+int4",
     "kivi",
     "kivi(bits=3,group=16,residual=0)",
     "kivi(8bit,exact=bfloat16)",

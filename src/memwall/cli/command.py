@@ -113,6 +113,7 @@ KV_POLICIES = (
     "float16",
     "bfloat16",
     "int8",
+    "int4",
     "kivi",
     "kivi(4bit)",
     "kv4",
@@ -176,7 +177,7 @@ KV = Annotated[
     str,
     typer.Option(
         "--kv",
-        help="Keys and values: float16, int8, kivi(4bit), snapkv(0.25), think(0.4), joined by +; or auto.",
+        help="Keys and values: float16, int8, int4, kivi(4bit), snapkv(0.25), think(0.4), joined by +; or auto.",
         metavar="POLICY",
         autocompletion=complete_kv,
     ),

@@ -62,7 +62,7 @@ class Held(Protocol):
         """The pages that are resident now."""
 
     def store(self, layer: int, k: np.ndarray, v: np.ndarray, places: np.ndarray) -> None:
-        """Rows of k and v [n, Hkv, D] float32 go to `places` [n]: entry of a table * page_tokens + place in the page."""
+        """Rows of k and v [n, Hkv, D] float32 go to `places` [n]: entry of a table * page_tokens + place in it."""
 
     def cut(self, layer: int, page: int, tokens: int) -> None:
         """The page holds so many tokens, whatever a step that failed has left behind them."""

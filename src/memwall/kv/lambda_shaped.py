@@ -139,7 +139,7 @@ class LambdaCache(KVCache):
     packs_positions = True
     streams_prompt = True
     refuses: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("int8", "kv4", "bfp", "think", "cskv", "xquant", "vattention", "instinfer"), _WHY
+        ("int8", "int4", "kv4", "bfp", "think", "cskv", "xquant", "vattention", "instinfer"), _WHY
     )
 
     def __init__(

@@ -91,7 +91,8 @@ class DecodeStep:
         `cos` and `sin` must hold the token's rotation.
         """
         if cache.records:
-            return self._run_recorded(cast("RecordedCache", cache), positions)
+            self._run_recorded(cast("RecordedCache", cache), positions)
+            return
         for index, program in enumerate(self._programs[:-1]):
             program.run()
             cache.append(index, self._k, self._v, positions)

@@ -28,8 +28,8 @@ from memwall.plan.search import Candidate
 CACHES = (
     "float16",
     "int8",
-    "int4",
     "kivi(4bit)",
+    "int4",
     "kivi(3bit)",
     "kivi(2bit)",
     "think(0.4)",
