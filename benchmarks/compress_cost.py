@@ -187,6 +187,7 @@ def run_ours(method: str, arguments: argparse.Namespace, shape: Shape, source: P
     report = json.loads(cost.output[cost.output.index("{") :])
     stamps = [path.stat().st_mtime for path in sorted(out.glob("model-*.safetensors"))]
     layers = [late - early for early, late in pairwise(stamps)][: shape.num_layers]
+    layers = layers[1:] or layers  # before the first there is none whose outputs have to be worked out
     row = figures(cost, sum(path.stat().st_size for path in out.iterdir()), layers, shape)
     row |= {"bits_per_weight": report["bits_per_weight"], "resumed_parts": report["num_resumed_parts"]}
     if row["resumed_parts"]:  # of the last piece alone, which also went through all earlier layers again

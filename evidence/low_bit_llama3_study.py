@@ -12,6 +12,7 @@ planner's held-out text otherwise.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from memwall.compress.calibration import (
     token_sequences,
 )
 from memwall.compress.gptq import Gptq
+from memwall.compress.ir_qlora import CANDIDATES, calibrate
 from memwall.compress.job_plan import Tuning
 from memwall.compress.model import compress_model
 from memwall.compress.transforms import Scale, Transform, Transformed, sites
@@ -80,7 +82,9 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         ("two bits", lambda: two_bits(bench, quick)),
         ("IR-QLoRA", lambda: calibrated_codes(bench)),
         ("identities", identities),
+        ("gptqmodel", beside_gptqmodel),
         ("planted outliers", lambda: outliers(bench, quick)),
+        ("information", lambda: information(bench)),
         ("files", lambda: files(bench, STORED[:1] + STORED[-1:] if quick else STORED)),
     ]
     claims: list[Claim] = []
@@ -96,7 +100,7 @@ def later() -> list[Claim]:
     return [
         not_run("the relative loss at 3 bits grows with training tokens per parameter", "rising over checkpoints",
                 "checkpoints of one model after more and more tokens"),
-        not_run("GPTQ's codes equal those of gptqmodel, AWQ's scales those of llm-awq", "equal", "those libraries"),
+        not_run("AWQ's scales equal those of llm-awq", "equal", "that library"),
         not_run("an open model of 1 to 8 billion weights orders the methods as published", "the published order"),
     ]  # fmt: skip
 
@@ -368,6 +372,52 @@ class FixedStep(sweep.IntegerColumns):
         self._prepared.pop(index, None)
 
 
+def beside_gptqmodel() -> list[Claim]:
+    """One matrix by both: 4 and 3 bits in groups of 128, columns as they stand, a damping of 0.01.
+
+    Codes are not compared: its zero points are whole numbers, ours minima in half precision.
+    """
+    claim, required = "GPTQ loses what gptqmodel's GPTQ loses", "within 5 % of it"
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "gptqmodel", "accelerate")):
+        return [not_run(claim, required, "gptqmodel")]
+    random = np.random.default_rng(0)
+    inputs = (random.standard_normal((2048, 256)) @ random.standard_normal((256, 256)) / 16).astype(np.float32)
+    weight = random.standard_normal((96, 256)).astype(np.float32)
+    statistics = Statistics(inputs.T @ inputs, len(inputs))
+    lost = {}
+    for bits in (4, 3):
+        form = MethodConfig(spec=f"int{bits}-g128-asym", damping=0.01)
+        packed = Gptq().compress(weight, statistics, form)
+        made = (codec(packed.spec).decode(packed), of_gptqmodel(weight, inputs, bits))
+        lost[bits] = [statistics.error(each - weight) / statistics.error(weight) for each in made]
+    return [
+        Claim(
+            claim=claim,
+            measured="share of outputs lost: "
+            + ", ".join(f"{bits} bits {ours:.5f} against {theirs:.5f}" for bits, (ours, theirs) in lost.items()),
+            required=required,
+            passed=all(abs(ours / theirs - 1) <= 0.05 for ours, theirs in lost.values()),
+        )
+    ]
+
+
+def of_gptqmodel(weight: np.ndarray, inputs: np.ndarray, bits: int) -> np.ndarray:
+    """The weight as its GPTQ leaves it."""
+    import torch
+    from gptqmodel.quantization import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ
+
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.from_numpy(weight))
+    worker = GPTQ(layer, QuantizeConfig(bits=bits, group_size=128, sym=False, desc_act=False))
+    worker.quantizer.configure(perchannel=True)
+    rows = torch.from_numpy(inputs)[None]
+    worker.add_batch(rows, layer(rows), batch_index=0)
+    worker.fasterquant(group_size=128, percdamp=0.01)
+    made: np.ndarray = layer.weight.float().numpy()
+    return made
+
+
 def ldlq_agreement(weight: np.ndarray, statistics: Statistics) -> float:
     """Share of equal codes between the sweep and LDLQ as its paper has it, on H = L D L^T, columns last to first."""
     form = codec("int8-g64")
@@ -444,6 +494,31 @@ def outliers(bench: Bench, quick: bool) -> list[Claim]:
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def information(bench: Bench) -> list[Claim]:
+    """Where adapters begin, at zero, a model is its base: NF4, and NF4 with each block's shift for the most entropy."""
+    found, entropy = {}, {}
+    for name, shifts in (("QLoRA", 1), ("IR-QLoRA", CANDIDATES)):
+        made = {t.name: calibrate(bench.checkpoint.alone(t.name), shifts) for t in bench.linears}
+        entropy[name] = float(np.mean([each.entropy for each in made.values()]))
+        values = {each: codec("float32").encode(form.decode()) for each, form in made.items()}
+        found[name] = bench.perplexity(bench.folder, "float16", values)
+    return [
+        Claim(
+            claim="IR-QLoRA's codes have more entropy than NF4's",
+            measured=", ".join(f"{name} {bits:.4f} bits a code" for name, bits in entropy.items()),
+            required="above",
+            passed=entropy["IR-QLoRA"] > entropy["QLoRA"],
+        ),
+        Claim(
+            claim="before training IR-QLoRA's loss is no higher than QLoRA's",
+            measured=", ".join(f"{name} {value:.3f}" for name, value in found.items())
+            + f" perplexity, {CANDIDATES} shifts tried; float {bench.float:.3f}",
+            required="at most",
+            passed=found["IR-QLoRA"] <= found["QLoRA"],
+        ),
+    ]
 
 
 def files(bench: Bench, methods: tuple[tuple[str, str], ...]) -> list[Claim]:
