@@ -67,7 +67,7 @@ class Sizes:
     memory_tokens: tuple[int, ...] = (4096, 8192, 16384, 32768)
 
 
-FULL = Sizes(tries=48, training=TrainSettings(), ablations=True, shares=(8, 16, 32))
+FULL = Sizes(tries=32, training=TrainSettings(), ablations=True, shares=(8, 16, 32))
 QUICK = Sizes(
     tries=8,
     training=TrainSettings(rows=24, row_tokens=320, epochs=4),
