@@ -9,6 +9,8 @@ others do, with the same bytes read; one claim ties them to the drive. The simul
 After an earlier run was seen, one claim on the order SparF, H2O, last tokens became two, so that what fails is plain,
 and SnapKV, part of it for a while, is shown but not judged, since it reads more (at 1/8 it lost a little less);
 the emulated rates were lowered, and the fastest rounds taken, as a busy machine delayed processes more than links did.
+The mean of the values was judged at 1/8 only, where it does nothing for this model (nor does it with the true share of
+what was chosen in place of the guessed one); that claim stands, and another says what it does at 1/4.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """
@@ -718,14 +720,15 @@ def quality_claims(quality: Any, sizes: Sizes, tick: Callable[[str], None]) -> I
         required="at 1/4 and at 1/8",
         passed=all(row["H2O"].divergence < row["last tokens"].divergence for row in ways.values()),
     )
-    without = quality.score("without the mean", ChoosingCache(shape, by_channels(1 / 8)))
-    yield Claim(
-        claim="the mean of the values, in place of what was not read, lowers the loss",
-        measured=quality.shown({"with": at[8], "without": without})
-        + f"; KL without it above in standard errors: {without.errors_above(at[8]):+.1f}",
-        required="KL lower with it, by 2 standard errors",
-        passed=without.errors_above(at[8]) > 2,
-    )
+    for share in (4, 8):
+        without = quality.score(f"without the mean 1/{share}", ChoosingCache(shape, by_channels(1 / share)))
+        yield Claim(
+            claim=f"the mean of the values, in place of what was not read, lowers the loss at 1/{share}",
+            measured=quality.shown({"with": at[share], "without": without})
+            + f"; KL without it above in standard errors: {without.errors_above(at[share]):+.1f}",
+            required="KL lower with it, by 2 standard errors",
+            passed=without.errors_above(at[share]) > 2,
+        )
 
 
 def tie_claim(demo: Any, tick: Callable[[str], None]) -> Claim:
@@ -894,7 +897,7 @@ def _pairs(row: list[float], counts: tuple[int, ...]) -> Iterator[tuple[float, i
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     """All claims; quick: fewer lengths, prompts and tokens."""
     sizes = QUICK if quick else FULL
-    steps, done = len(sizes.lengths) + len(sizes.links) + sizes.tries // 4 + 25, 0
+    steps, done = len(sizes.lengths) + len(sizes.links) + sizes.tries // 4 + 26, 0
 
     def tick(what: str) -> None:
         nonlocal done

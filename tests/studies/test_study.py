@@ -125,6 +125,21 @@ def test_the_frontier_has_no_row_beaten_twice() -> None:
     assert [one.policy for one in frontier(ROWS)] == ["float16", "kivi(4bit)", "kivi(2bit)"]
 
 
+def test_plots_name_what_is_best_for_its_size() -> None:
+    points = [
+        (ROWS[0], 1.0, 0.0),
+        (ROWS[1], 0.4, 0.01),
+        (ROWS[3], 0.5, 0.1),
+        (ROWS[2], 0.25, 0.3),
+        (ROWS[4], 0.25, 0.4),
+    ]
+    told = [one.policy for one, _, _ in kv_report.best_of_each_size(points, lower=True)]
+    assert told == ["kivi(2bit)", "kivi(4bit)", "float16"]
+    told = [one.policy for one, _, _ in kv_report.best_of_each_size(points, lower=False)]
+    assert told == ["SnapKVPress(0.5)"]
+    assert kv_report.best_of_each_size([], lower=True) == []
+
+
 def test_table_page_and_plots(tmp_path: Path) -> None:
     study = a_study()
     lines = kv_report.lines(study)

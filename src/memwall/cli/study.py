@@ -73,7 +73,7 @@ def kv(
     *,
     methods: Methods = None,
     budgets: Budgets = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer methods and small samples: minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer methods and small samples: under a minute.")] = False,
     out: Out = None,
     text: Text = None,
     weights: WeightsAsTheyAre = "float32",

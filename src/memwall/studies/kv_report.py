@@ -143,8 +143,20 @@ def _points(study: Study, name: str) -> Iterator[tuple[Row, float, float]]:
             yield row, held / row.get(task, "float16_bytes"), value
 
 
+Point = tuple["Row", float, float]
+
+
+def best_of_each_size(points: list[Point], *, lower: bool) -> list[Point]:
+    """Of (row, bytes, figure) those that are better than all smaller ones, the smallest first. lower: is better."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda each: (each[1], each[2] if lower else -each[2])):
+        if not found or (point[2] < found[-1][2] if lower else point[2] > found[-1][2]):
+            found.append(point)
+    return found
+
+
 def plot(study: Study, name: str) -> Figure:
-    """One figure of quality against real bytes: a line a method, peers dashed."""
+    """One figure of quality against real bytes: a line a method, peers dashed, the best for each size named."""
     from matplotlib.figure import Figure as Drawing
 
     figure = Drawing(figsize=(8.5, 5), layout="constrained")
@@ -161,15 +173,22 @@ def plot(study: Study, name: str) -> Figure:
             shares, values, marker=markers[number % len(markers)], label=method, color=f"C{number % 10}",
             linestyle="-" if own[method] else "--", alpha=0.9,
         )  # fmt: skip
+    best = best_of_each_size(list(_points(study, name)), lower=name == "text")
+    axes.plot(
+        [held for _, held, _ in best], [value for _, _, value in best], "k:", linewidth=1.2, label="best for its size"
+    )
+    for row, held, value in best:
+        axes.annotate(row.policy, (held, value), (4, 5), textcoords="offset points", fontsize=7)
     axes.set_xlabel("bytes of the cache over those of float16")
     axes.set_ylabel(PLOTS[name][1])
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda share, place: f"{share:g}")
     if name == "text":
         axes.set_yscale("symlog", linthresh=1e-3)  # exact caches lose nothing, which a logarithm does not show
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 2 * max(value for _, _, value in _points(study, name)) + 1e-4)
     else:
         axes.set_ylim(-0.03, 1.03)
+    axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     return figure
