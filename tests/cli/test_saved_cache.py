@@ -141,11 +141,11 @@ def served(memwall: Any, tmp_path: Path) -> Iterator[str]:
         yield server.stdout.readline().strip()
         server.send_signal(signal.SIGINT)
         try:
-            server.wait(20)
+            server.wait(60)
         except subprocess.TimeoutExpired:  # a shell's background jobs ignore the signal, and so do their children
             server.kill()
             raise
-        assert server.wait(20) == 130
+        assert server.wait(60) == 130
 
 
 def test_a_context_comes_over_a_link(memwall: Any, served: str) -> None:

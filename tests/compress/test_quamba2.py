@@ -63,6 +63,16 @@ def test_compressed_models_are_near_the_float_one(tmp_path: Path, family: str, b
     assert forms == ({"w4a8", "w4a16"} if bits == "w4ax" else {bits})
 
 
+def test_biases_of_projections_are_added_or_refused(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", {**MAMBA2, "use_bias": True})
+    compress(source, tmp_path / "out", "w4a16")
+    want, got = logits(source, "float32"), logits(tmp_path / "out", "saved")
+    assert np.linalg.norm(got - want) < 0.5 * np.linalg.norm(want)
+    for bits in ("w8a8", "w4a8", "w4ax"):
+        with pytest.raises(InputError, match=r"use_bias.*use --bits w4a16"):
+            compress(source, tmp_path / bits, bits)
+
+
 def test_activations_and_state_are_bytes(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", MAMBA2)
     compress(source, tmp_path / "out", "w8a8")

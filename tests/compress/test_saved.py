@@ -12,7 +12,7 @@ import pytest
 
 from memwall.compress import saved
 from memwall.compress.model import compress_model
-from memwall.compress.saved import WorkDirectory, check_disk, check_output, read_part, write_file
+from memwall.compress.saved import WorkDirectory, check_disk, check_output, read_part
 from memwall.errors import DoesNotFit, InputError
 from memwall.formats import codec
 from memwall.models import Checkpoint
@@ -120,18 +120,6 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
     with WorkDirectory(tmp_path / "out", SETTINGS) as work:
         assert len(work.parts) == 1
-
-
-def test_small_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_file(tmp_path / "a", b"old")
-
-    def interrupted(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_file(tmp_path / "a", b"new")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
 
 
 def damage(path: Path, how: str) -> None:

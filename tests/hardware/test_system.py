@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,26 @@ def test_description_of_this_machine_makes_sense() -> None:
     assert [cache.level for cache in found.caches] == sorted({cache.level for cache in found.caches})
     assert found.last_cache_bytes > 0
     assert len(set(system.processor_order())) == len(system.processor_order())
+
+
+def test_small_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system.write_whole(tmp_path / "a", b"old")
+    for raised, told in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space left"), OSError)):
+
+        def broken(descriptor: int, raised: BaseException = raised) -> None:
+            raise raised
+
+        monkeypatch.setattr(os, "fsync", broken)
+        with pytest.raises(told) as caught:
+            system.write_whole(tmp_path / "a", "new")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
+        if isinstance(caught.value, OSError):
+            assert caught.value.filename == str(tmp_path / "a")
+    monkeypatch.undo()
+    system.write_whole(tmp_path / "a", "caf\N{LATIN SMALL LETTER E WITH ACUTE}")
+    assert (tmp_path / "a").read_bytes() == b"caf\xc3\xa9"
+    with pytest.raises(FileNotFoundError, match="none/b"):
+        system.write_whole(tmp_path / "none" / "b", b"")
 
 
 def test_cache_directory_follows_the_convention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

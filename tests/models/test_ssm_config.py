@@ -12,6 +12,8 @@ from memwall.models import Checkpoint, ModelConfig
 from memwall.models.ssm_config import Quantized, with_quantized
 from tests.models.ssm_models import MAMBA, MAMBA2, write_model
 
+QUANTIZED = Quantized(layers=("w8a8", "w4a16"), head="w4a8", state="int8", head_ranges=2, channel_ranges=4)
+
 
 @pytest.mark.parametrize("text", ['{"__float__": "Infinity"}', "Infinity", '"Infinity"'])
 def test_infinity_in_a_file(tmp_path: Path, text: str) -> None:
@@ -42,6 +44,7 @@ def test_tensors_are_those_of_the_file(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quamba2": {"layers": ["w3a3"] * 2}}, "layers"),
         ({"quamba2": {"layers": [], "what": 1}}, "unknown field"),
+        ({"use_bias": True, "quamba2": {**QUANTIZED.to_dict(), "layers": ["w4a16", "w4a8"]}}, "use_bias must be false"),
     ],
 )
 def test_a_bad_field_is_named(change: dict[str, object], message: str) -> None:
@@ -50,7 +53,7 @@ def test_a_bad_field_is_named(change: dict[str, object], message: str) -> None:
 
 
 def test_choices_of_a_compressed_model_survive_its_configuration() -> None:
-    made = Quantized(layers=("w8a8", "w4a16"), head="w4a8", state="int8", head_ranges=2, channel_ranges=4)
+    made = QUANTIZED
     config = ModelConfig.from_dict(with_quantized({**MAMBA2, "tie_word_embeddings": True}, made))
     assert config.ssm is not None
     assert config.ssm.quantized == made

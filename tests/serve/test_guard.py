@@ -48,7 +48,7 @@ def stream_to(server: Running, body: dict[str, object]) -> socket.socket:
     return made
 
 
-def wait_until(server: Running, holds: Callable[[dict[str, Any]], bool], seconds: float = 20.0) -> dict[str, Any]:
+def wait_until(server: Running, holds: Callable[[dict[str, Any]], bool], seconds: float = 120.0) -> dict[str, Any]:
     end = time.monotonic() + seconds
     while True:
         found = server.memory()
@@ -202,7 +202,7 @@ def test_the_end_lets_requests_finish_or_hands_back_what_there_is(starter: Start
         answers[name] = server.post("/v1/completions", body)
 
     threads = [
-        threading.Thread(target=ask, args=("short", 30, 1)),
+        threading.Thread(target=ask, args=("short", 8, 1)),
         threading.Thread(target=ask, args=("long", 1000, 16)),
     ]
     threads[0].start()
@@ -213,7 +213,7 @@ def test_the_end_lets_requests_finish_or_hands_back_what_there_is(starter: Start
     for one in threads:
         one.join()
     assert {name: answer.status_code for name, answer in answers.items()} == {"short": 200, "long": 200}
-    assert answers["short"].json()["usage"]["completion_tokens"] == 30
+    assert answers["short"].json()["usage"]["completion_tokens"] == 8
     assert 0 < answers["long"].json()["usage"]["completion_tokens"] <= 16000
     assert server.process.wait(30) == 0
     with pytest.raises(httpx.ConnectError):

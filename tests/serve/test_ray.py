@@ -38,7 +38,7 @@ def test_actors_serve_as_one_worker_does(starter: Starter, server: Running) -> N
     assert "start again with another --memory" in refused.text
     processes = remote.memory()["phases"]["processes"]
     remote.end()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(lives, processes)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(lives, processes))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from memwall.engine.nano_wire import Link
+from memwall.errors import InputError
 from memwall.models import DEMO_DIRECTORY
 from memwall.simulate.nano_testbed import (
     OWN_CORES,
@@ -72,3 +74,15 @@ def test_two_halves_agree_over_a_slow_link(tmp_path: Path) -> None:
             _, waited, again = two.ask(Asked(way=way, link=slow, context=20, rounds=1))  # type: ignore[arg-type]
             assert np.array_equal(hidden, again)
             assert waited >= 2 * 2 * two.bench.serving.config.num_layers * 2e-4 / 2
+
+
+def test_the_other_half_ends_with_this_one(tmp_path: Path) -> None:
+    half = cut_model(DEMO_DIRECTORY, tmp_path / "1", "tensor", 1)
+    with pytest.raises(InputError, match="there is no such folder"):
+        TwoHalves((tmp_path / "none", half), rows=4)
+    two = TwoHalves((cut_model(DEMO_DIRECTORY, tmp_path / "0", "tensor", 0), half), rows=4)
+    two._pipe.close()  # as when this process is killed
+    two._process.join(60)
+    assert two._process.exitcode == 0
+    two.bench.release()
+    assert not multiprocessing.active_children()

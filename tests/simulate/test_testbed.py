@@ -130,3 +130,11 @@ def test_a_process_that_fails_says_why_and_both_end(model: Path, tmp_path: Path)
     )
     with pytest.raises(RuntimeError, match="no such folder"), TwoProcesses(setting):
         pass
+
+
+def test_a_flight_that_fails_is_told_and_nobody_waits_for_it(model: Path, tmp_path: Path) -> None:
+    stages = (cut_model(model, tmp_path / "0", "pipeline", 0), cut_model(model, tmp_path / "1", "pipeline", 1))
+    setting = Setting(kind="pipeline", folders=stages, settings=SETTINGS, num_pages=64, wire=tmp_path / "wire")
+    too_long = [Load(at=0.0, prompt_tokens=500, output_tokens=6)]
+    with TwoProcesses(setting) as testbed, pytest.raises(RuntimeError, match="the prompt has 500 tokens"):
+        testbed.serve(too_long)

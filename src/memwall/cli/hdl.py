@@ -112,13 +112,13 @@ def _unit(quire_bits: int) -> Any:
 
 
 def _write_verilog(path: Path, quire_bits: int) -> dict[str, Any]:
-    from memwall.compress.saved import write_file
+    from memwall.hardware.system import write_whole
     from memwall.simulate.hdl import verilog
 
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"--verilog {path}: give the name of a file in a folder that exists")
     text = verilog(_unit(quire_bits), "xr_npe")
-    write_file(path, text.encode())
+    write_whole(path, text)
     return {"file": str(path), "bytes": len(text.encode()), "lines": text.count("\n")}
 
 

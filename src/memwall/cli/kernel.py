@@ -149,11 +149,11 @@ def _source(program: TileProgram, language: str) -> str:
 
 def _deliver(text: str, out: Path | None, *, json: bool, quiet: bool, language: str) -> None:
     if out is not None:
-        from memwall.compress.saved import write_file
+        from memwall.hardware.system import write_whole
 
         if out.is_dir() or not out.parent.is_dir():
             raise InputError(f"--out {out}: give the name of a file in a folder that exists")
-        write_file(out, text.encode())
+        write_whole(out, text)
         note(f"wrote {out}: {text.count(chr(10)):,} lines", quiet=quiet)
         text = "" if not json else text
     if json:

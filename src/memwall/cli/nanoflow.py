@@ -49,6 +49,7 @@ def nanoflow(
     with --search how near operations come that run beside each other. MODEL needs no more than a config.json.
     """
     from memwall.hardware import load_machine
+    from memwall.hardware.system import write_whole
     from memwall.hardware.units import parse_flop_rate
     from memwall.models import model_directory
     from memwall.models.config import ModelConfig
@@ -68,7 +69,7 @@ def nanoflow(
     rows, bound = operation_table(served, node, batch), bound_of(served, node, batch_tokens)
     found = _search(served, node, batch, seconds, quiet=quiet) if search else None
     if plot is not None and found is not None:
-        plot.write_text(nano_report.picture(found.schedule), encoding="utf-8")
+        write_whole(plot, nano_report.picture(found.schedule))
         note(f"memwall: wrote {plot}", quiet=quiet)
     share = None if reached is None else reached / bound.optimal_tokens_per_s
     if json:

@@ -24,6 +24,7 @@ from memwall.formats import Packed, checked_json, codec
 from memwall.formats.base import tensor_name
 from memwall.formats.manifest import MANIFEST_NAME, FileEntry, Manifest, PackedEntry
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+from memwall.hardware.system import write_whole
 
 JOURNAL_NAME = "progress.json"
 LOCK_NAME = "lock"
@@ -122,10 +123,10 @@ class WorkDirectory:
             for name in COPIED_NAMES:
                 if (source / name).is_file():
                     data = (source / name).read_bytes()
-                    write_file(self.path / name, data)
+                    write_whole(self.path / name, data)
                     files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             manifest = Manifest(model_config=model_config, files=files, tensors=tensors, info=info)
-            write_file(self.path / MANIFEST_NAME, manifest.to_json().encode())
+            write_whole(self.path / MANIFEST_NAME, manifest.to_json().encode())
         self._rename()
 
     def close(self) -> None:
@@ -214,7 +215,7 @@ class WorkDirectory:
         parts = [{"file": part.file, "bytes": part.bytes, "sha256": part.sha256} for part in self.parts]
         document = {"settings": self._settings, "specs": self.specs, "notes": self.notes, "parts": parts}
         with disk_errors(self.path):
-            write_file(self.path / JOURNAL_NAME, json.dumps(document, indent=1).encode())
+            write_whole(self.path / JOURNAL_NAME, json.dumps(document, indent=1).encode())
 
     def _rename(self) -> None:
         old = self.out.with_name(f"{self.out.name}.replaced")
@@ -306,20 +307,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """A small file, whole or not at all: temporary name, flush, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _packed_entries(file: SafetensorsFile) -> Iterable[tuple[str, PackedEntry]]:

@@ -24,6 +24,7 @@ from memwall.compress.quamba2 import MIXED, Quamba2, matrix_spec
 from memwall.compress.saved import WorkDirectory, read_part
 from memwall.compress.sort_cluster import Order
 from memwall.compress.ssm_run import LayerRun, Seen
+from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.kernels.scan import hadamard_size
 from memwall.memory import Arena
@@ -57,6 +58,11 @@ class SsmJob:
         self.method = cast(Quamba2, weight_method(method, options))
         self.ssm: SsmConfig = config.ssm
         self.form = self.method.form(self.method.default_bits if bits is None else bits)
+        if self.ssm.proj_bias and self.form != "w4a16":
+            raise InputError(
+                f"{self.form}: this model's projections have biases (use_bias), which products in 8 bits do not add; "
+                "use --bits w4a16"
+            )
         for width in (config.hidden_size, self.ssm.inner_size):
             hadamard_size(width)
             matrix_spec("w4a8" if self.form == MIXED else self.form, width)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 from memwall import __version__
 from memwall.errors import InputError
 from memwall.hardware.report import ProbeReport
-from memwall.hardware.system import System, cache_directory, describe_system
+from memwall.hardware.system import System, cache_directory, describe_system, write_whole
 from memwall.hardware.units import GIB, MIB
 
 _LARGEST_FILE_BYTES = 4 * MIB
@@ -87,20 +85,9 @@ def _save(data: Mapping[str, Any]) -> bool:
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".probe-", dir=path.parent)
+        write_whole(path, json.dumps(data, indent=1))
     except OSError:
         return False
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            return False
-        raise
     return True
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,22 @@ def available_memory_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * KIB
     return _memory_bytes() // 2
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """A file that appears whole or not at all: temporary name, flush, rename. OSError names `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def cache_directory() -> Path:

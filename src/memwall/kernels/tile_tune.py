@@ -6,19 +6,17 @@ counts as empty. Candidates that do not divide the shape are left out; if none i
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from memwall.errors import InputError
-from memwall.hardware.system import cache_directory
+from memwall.hardware.system import cache_directory, write_whole
 from memwall.kernels.tile_program import TileProgram
 from memwall.kernels.tilus import CPU_TILES, NUM_STAGES, SPLITS, WARP_REPEATS, WARP_SPATIALS, Config
 
@@ -115,13 +113,6 @@ def _read() -> dict[str, str]:
 def _write(entries: Mapping[str, str]) -> None:
     """Whole or not at all; a cache that cannot be written is measured again next time."""
     folder = cache_directory()
-    temporary: str | None = None
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(entries, file, indent=1, sort_keys=True)
-        os.replace(temporary, folder / FILE)
-    except OSError:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        write_whole(folder / FILE, json.dumps(entries, indent=1, sort_keys=True))

@@ -187,6 +187,9 @@ def read(fields: Fields, kind: Kind, hidden_size: int, num_layers: int) -> SsmCo
             raise fields.error("head_dim", head_dim, wanted)
         if heads % groups:
             raise fields.error("n_groups", groups, f"a divisor of num_heads ({heads})")
+    bias, made = fields.flag("use_bias", False), _quantized(fields, num_layers) if fields.has(SETTINGS) else None
+    if bias and made is not None and any(form.endswith("a8") for form in made.layers):
+        raise fields.error("use_bias", True, "false: layers on 8-bit activations add no biases")
     rank = fields.values.get("time_step_rank")
     automatic = rank in (None, "auto")
     return SsmConfig(
@@ -198,11 +201,11 @@ def read(fields: Fields, kind: Kind, hidden_size: int, num_layers: int) -> SsmCo
         num_groups=groups,
         conv_taps=fields.integer("conv_kernel", 2, MOST_TAPS, 4),
         conv_bias=fields.flag("use_conv_bias", True),
-        proj_bias=fields.flag("use_bias", False),
+        proj_bias=bias,
         dt_rank=math.ceil(hidden_size / 16) if automatic else fields.integer("time_step_rank", 1, hidden_size),
         dt_limits=(0.0, math.inf) if kind == "mamba" else _limits(fields),
         chunk_tokens=fields.integer("chunk_size", 1, 2**20, 256),
-        quantized=_quantized(fields, num_layers) if fields.has(SETTINGS) else None,
+        quantized=made,
     )
 
 

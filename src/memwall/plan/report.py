@@ -9,11 +9,11 @@ import importlib.util
 import io
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memwall.errors import InputError, MissingDependency
+from memwall.hardware.system import write_whole
 from memwall.hardware.units import format_bytes
 from memwall.plan.base import Option, Plan, Quality
 
@@ -153,18 +153,7 @@ def write_html(plan: Plan, path: str | os.PathLike[str]) -> Path:
     """Write the page; the file appears whole or not at all. Raises MissingDependency before anything is written."""
     check_html(path)
     target = Path(path)
-    page = render_html(plan)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(target, render_html(plan))
     return target
 
 

@@ -6,13 +6,12 @@ A damaged or foreign file counts as absent: everything in it can be measured aga
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from memwall.hardware.system import cache_directory
+from memwall.hardware.system import cache_directory, write_whole
 
 MAX_FILE_BYTES = 1 << 24
 
@@ -37,15 +36,6 @@ def update(name: str, entries: dict[str, Any]) -> None:
         return
     folder: Path = cache_directory()
     text = json.dumps(read(name) | entries, indent=1, sort_keys=True, allow_nan=False)
-    temporary: str | None = None
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / f"{name}.json")
-    except OSError:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        write_whole(folder / f"{name}.json", text)

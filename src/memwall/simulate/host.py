@@ -11,7 +11,7 @@ Medians of a few rounds: a run meets the machine as it usually is.
 from __future__ import annotations
 
 import csv
-import os
+import io
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
 from memwall.engine.serving import MOST_LOGIT_ROWS, Serving
 from memwall.errors import InputError
+from memwall.hardware.system import write_whole
 from memwall.models.config import HEAD
 from memwall.models.decode import Layer
 from memwall.models.decoder import BLOCK_ROWS
@@ -89,14 +90,11 @@ def _us(seconds: float) -> str:
 
 
 def _put(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
     return path
 
 

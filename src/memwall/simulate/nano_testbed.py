@@ -318,12 +318,16 @@ class TwoHalves:
         self._ends = wire_pair(1 << 20, Link())
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_follow, args=(halves[1], rows, most_context, self._ends, theirs), daemon=True
+            target=_follow, args=(halves[1], rows, most_context, self._ends, (self._pipe, theirs)), daemon=True
         )
         self._process.start()
         theirs.close()
         self._ends[1].close()
-        self.bench = Bench(halves[0], rows=rows, most_context=most_context, threads=1)
+        try:
+            self.bench = Bench(halves[0], rows=rows, most_context=most_context, threads=1)
+        except BaseException:
+            self._process.kill()
+            raise
 
     def ask(self, asked: Asked) -> tuple[float, float, np.ndarray]:
         """Seconds of a pass, of which the wire kept its stream waiting, and the hidden states."""
@@ -356,8 +360,12 @@ def _passes(bench: Bench, wire: SharedWire, asked: Asked) -> tuple[float, float,
     return seconds, (wire.waited_seconds - before) / asked.rounds, bench.step().copy()
 
 
-def _follow(half: Path, rows: int, most_context: int, ends: tuple[SharedWire, SharedWire], pipe: Connection) -> None:
+def _follow(
+    half: Path, rows: int, most_context: int, ends: tuple[SharedWire, SharedWire], pipes: tuple[Connection, Connection]
+) -> None:
     ends[0].close()
+    pipes[0].close()  # else nothing would tell that the other process has ended
+    pipe = pipes[1]
     bench: Any = Bench(half, rows=rows, most_context=most_context, threads=1)
     try:
         while (asked := pipe.recv()) is not None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from memwall.errors import InputError
+from memwall.hardware.system import write_whole
 from memwall.hardware.units import format_bytes
 from memwall.simulate.apex import Result, Search
 
@@ -97,16 +96,7 @@ def write_page(search: Search, case: dict[str, Any], path: Path) -> Path:
 def write_text(text: str, path: Path) -> Path:
     """A page; it appears whole or not at all."""
     check_page(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(path, text)
     return path
 
 

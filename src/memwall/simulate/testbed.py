@@ -89,6 +89,7 @@ class TwoProcesses:
             others = tuple(pair[rank] for pair in between)
             worker = context.Process(target=_work, args=(rank, setting, theirs, others), daemon=True)
             worker.start()
+            theirs.close()  # else nobody would hear that it has ended
             self._pipes.append(ours)
             self._workers.append(worker)
         try:
@@ -327,6 +328,7 @@ class _Pipeline(_Part):
     def _lead(self, decoder: StageDecoder, loads: Sequence[Load], began: float) -> list[Served]:
         lock = threading.Lock()
         found: list[list[Served]] = [[], []]
+        faults: list[BaseException] = []
 
         def flight(number: int) -> None:
             engine, executor = self._flights[number]
@@ -347,14 +349,20 @@ class _Pipeline(_Part):
                 return outputs
 
             executor.run = run  # type: ignore[method-assign]
-            found[number] = serve_loads(engine, loads[number::RANKS], began, self.config.vocab_size)
-            pipe.send(None)
+            try:
+                found[number] = serve_loads(engine, loads[number::RANKS], began, self.config.vocab_size)
+            except BaseException as error:
+                faults.append(error)
+            finally:
+                pipe.send(None)
 
         threads = [threading.Thread(target=flight, args=(number,)) for number in range(RANKS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        if faults:
+            raise faults[0]
         return [*found[0], *found[1]]
 
     def _follow(self, decoder: StageDecoder) -> list[Served]:

@@ -6,13 +6,12 @@ import html
 import importlib.util
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memwall.errors import MissingDependency
+from memwall.hardware.system import write_whole
 from memwall.hardware.units import format_bytes
 from memwall.studies import kv_advice
 from memwall.studies.kv_study import RESIDENT, Row, Study, frontier
@@ -115,23 +114,8 @@ def write(study: Study, folder: Path) -> list[Path]:
         pages[name] = drawn(figure, "svg").decode()
     made["study.html"] = page(study, pages).encode()
     for name, content in made.items():
-        put(folder / name, content)
+        write_whole(folder / name, content)
     return [folder / name for name in made]
-
-
-def put(path: Path, content: bytes) -> None:
-    """A file that appears whole or not at all."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _points(study: Study, name: str) -> Iterator[tuple[Row, float, float]]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +16,7 @@ from typing import Any
 
 from memwall import __version__
 from memwall.errors import InputError
+from memwall.hardware.system import write_whole
 from memwall.studies import kv_advice, kv_peers
 from memwall.studies.kv_methods import Cell, Ground, cells
 from memwall.studies.kv_resident import resident_bytes_of
@@ -85,16 +84,7 @@ class Store:
     def write(self, key: str, described: dict[str, Any], figures: dict[str, Any]) -> None:
         """Keeps a cell, and beside the figures what they are of, for a person who looks."""
         text = json.dumps({"cell": described, "figures": figures}, indent=1, allow_nan=False)
-        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".cell.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.folder / f"{key}.json")
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(self.folder / f"{key}.json", text)
 
 
 class Runner:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memwall.hardware.system import write_whole
 from memwall.hardware.units import format_bytes
-from memwall.studies.kv_report import STYLE, check, drawn, put
+from memwall.studies.kv_report import STYLE, check, drawn
 from memwall.studies.low_bit_llama3_study import BASE, Row, Study
 from memwall.studies.ptq_statistics import Estimate, estimate
 
@@ -136,7 +137,7 @@ def write(study: Study, folder: Path) -> list[Path]:
         pages[name] = drawn(figure, "svg").decode()
     made["study.html"] = page(study, pages).encode()
     for name, content in made.items():
-        put(folder / name, content)
+        write_whole(folder / name, content)
     return [folder / name for name in made]
 
 

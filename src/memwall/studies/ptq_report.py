@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from memwall.hardware.system import write_whole
 from memwall.hardware.units import format_bytes
-from memwall.studies.kv_report import STYLE, check, drawn, put
+from memwall.studies.kv_report import STYLE, check, drawn
 from memwall.studies.ptq_answers import (
     advice,
     answers,
@@ -132,7 +133,7 @@ def write(study: Study, folder: Path, memory_bytes: int | None = None) -> list[P
         pages[name] = drawn(figure, "svg").decode()
     made["study.html"] = page(study, pages, memory_bytes).encode()
     for name, content in made.items():
-        put(folder / name, content)
+        write_whole(folder / name, content)
     return [folder / name for name in made]
 
 
