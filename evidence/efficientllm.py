@@ -369,8 +369,8 @@ def billion(sizes: Sizes, tick: Tick) -> dict[str, Record]:
             shutil.copy(model_directory("demo") / file, folder)
         for form in FORMS:
             tick(f"a billion weights as {form}")
-            request = {"directory": str(folder), "name": "1B", "technique": form, "sizes": sizes.to_dict(),
-                       "threads": usable_processors()}  # fmt: skip
+            request = {"directory": str(folder), "name": "1B", "technique": form,
+                       "sizes": replace(sizes, decoded=16).to_dict(), "threads": usable_processors()}  # fmt: skip
             found[form] = Record.from_dict(worker.call("stored", request))
     return found
 

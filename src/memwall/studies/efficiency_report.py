@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from memwall.hardware.units import format_bytes, format_seconds
 from memwall.studies.efficiency_rank import BY_NAME, DEFAULT_WEIGHTS, METRICS, Row, ranked
+from memwall.studies.efficiency_records import Record
 from memwall.studies.efficiency_sizes import ATTENTION, BASELINES
 from memwall.studies.efficientllm import Study
 from memwall.studies.kv_report import STYLE, check, drawn, put
@@ -27,7 +28,8 @@ COLUMNS = (
 )  # fmt: skip
 RIGHT = frozenset(range(1, len(COLUMNS)))
 LEGEND = (
-    "In brackets: rank in the group, 1 is best. loss: nats per token of held-out windows, the mean over seeds; over "
+    "In brackets: rank in the group, 1 is best. parameters: those that are trained, where not all are. "
+    "loss: nats per token of held-out windows, the mean over seeds; over "
     "baseline: paired by window and seed, ± one standard error. AMU: mean resident bytes of the process; of it the "
     "model's: without what was there before. PCU: mean use of all processors. AL: mean time of a step (training) or "
     "token. throughput: TT tokens, ST samples per second and parameter; IT tokens per second. AEC: mean watts. MCR: "
@@ -62,7 +64,7 @@ def _line(row: Row) -> list[str]:
     joules = [record.metrics.joules_per_token for record in row.records]
     return [
         row.technique,
-        f"{row.records[0].num_parameters:,}",
+        _parameters(row.records[0]),
         _cell(row, "quality", lambda value: f"{value:.4f}"),
         _gap(row),
         _cell(row, "amu", lambda value: format_bytes(int(value))),
@@ -77,6 +79,12 @@ def _line(row: Row) -> list[str]:
         "-" if row.score is None else f"{row.score:.2f}",
         "*" if row.front else "",
     ]
+
+
+def _parameters(record: Record) -> str:
+    trained = record.num_trainable
+    whole = f"{record.num_parameters:,}"
+    return whole if trained in (None, record.num_parameters) else f"{trained:,} of {whole}"
 
 
 def _cell(row: Row, name: str, shown: Any) -> str:
