@@ -48,7 +48,7 @@ def test_perplexities_in_order_in_the_other_order_and_not_separable(experiment: 
 
 
 def expert_runs(moe_loss: float, moe_memory: int, flop: float = 100.0) -> Study:
-    figures = {"expert_load": [[30, 20, 25, 25]], "dropped": 0.1, "others": 0.0, "steps_s": [1.0]}
+    figures = {"expert_load": [[30, 20, 25, 25]], "dropped": 0.1, "others": 0.0, "steps_s": [1.0] * 40}
     records = []
     for name, loss, memory, count in (("dense", 2.0, 1000, 100), ("moe", moe_loss, moe_memory, 300)):
         for stage in ("pretraining", "inference"):

@@ -74,7 +74,9 @@ def test_every_variant_trains_and_decodes(tmp_path: Path, axis: str, technique: 
     assert trained.metrics.power_source in ("modelled", "rapl")
     assert trained.metrics.aec_w > 0
     if technique == "moe":
-        assert sum(trained.figures["expert_load"][0]) == TINY.top * TINY.batch * TINY.tokens * TINY.steps
+        assert sum(trained.figures["expert_load"][0]) == TINY.top * TINY.batch * TINY.tokens * (
+            TINY.steps - TINY.steps // 2
+        )
         assert 0 <= trained.figures["dropped"] < 1
 
 

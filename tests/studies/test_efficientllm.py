@@ -134,7 +134,13 @@ def test_json_page_and_table_are_of_the_records(study: Study, tmp_path: Path) ->
     )  # fmt: skip
     assert efficiency_report.to_dict(again) == told
     paths = {path.name for path in efficiency_report.write(study, tmp_path)}
-    assert {"study.json", "study.html", "series.png", "attention-inference.png", "precision-inference.png"} <= paths
+    assert {
+        "study.json",
+        "study.html",
+        "precision-inference-series.png",
+        "attention-inference.png",
+        "precision-inference.png",
+    } <= paths
     page = (tmp_path / "study.html").read_text()
     assert "src=" not in page
     assert "modelled" in page or "rapl" in page

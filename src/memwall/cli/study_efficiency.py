@@ -12,6 +12,7 @@ from memwall.cli.command import AsJson, Debug, ModelOrDemo, Quiet, Threads
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from memwall.studies.efficiency_sizes import Sizes
     from memwall.studies.efficientllm import Study
 
 DEMO = "demo"
@@ -72,32 +73,43 @@ def efficiency(
     is run in several precisions; fine-tuning methods adapt one model. A sampler in the background meters every run; a
     run is a record on disk, tables are made of records, and a study that was stopped goes on where it was.
     """
-    from memwall.claims import describe_machine
-    from memwall.hardware.system import cache_directory
-    from memwall.models import model_directory
     from memwall.studies import efficiency_report
     from memwall.studies.efficiency_rank import parse_weights
     from memwall.studies.efficiency_sizes import FULL, QUICK, select
-    from memwall.studies.efficientllm import study_efficiency
 
     chosen = select(_names("--axes", axes), _names("--techniques", techniques))
     weights = None if score is None else parse_weights(score)
     asked: dict[str, Any] = {
-        "steps": steps,
-        "seeds": seeds,
-        "context": context,
-        "training_dt_s": dt,
-        "inference_dt_s": dt,
-    }
+        "steps": steps, "seeds": seeds, "context": context, "training_dt_s": dt, "inference_dt_s": dt,
+    }  # fmt: skip
     sizes = replace(QUICK if quick else FULL, **{name: value for name, value in asked.items() if value is not None})
     if out is not None:
         efficiency_report.check()
+    study = _run(model, chosen, sizes, text, out, threads, quiet)
+    if out is not None:
+        for path in efficiency_report.write(study, out, weights):
+            note(f"wrote {path}", quiet=quiet)
+    if json:
+        print_json(efficiency_report.to_dict(study, weights))
+    else:
+        _show(study, weights, quiet=quiet)
+
+
+def _run(
+    model: str, axes: dict[str, tuple[str, ...]], sizes: Sizes, text: Path | None, out: Path | None,
+    threads: int | None, quiet: bool,
+) -> Study:  # fmt: skip
+    from memwall.claims import describe_machine
+    from memwall.hardware.system import cache_directory
+    from memwall.models import model_directory
+    from memwall.studies.efficientllm import study_efficiency
+
     train, held_out = _texts(text)
     with progress_bar("study", quiet=quiet) as bar:
-        study = study_efficiency(
+        return study_efficiency(
             model_directory(model),
             model,
-            axes=chosen,
+            axes=axes,
             sizes=sizes,
             text=train,
             held_out=held_out,
@@ -106,13 +118,6 @@ def efficiency(
             machine=describe_machine(),
             progress=bar.labelled,
         )
-    if out is not None:
-        for path in efficiency_report.write(study, out, weights):
-            note(f"wrote {path}", quiet=quiet)
-    if json:
-        print_json(efficiency_report.to_dict(study, weights))
-    else:
-        _show(study, weights, quiet=quiet)
 
 
 def _show(study: Study, weights: dict[str, float] | None, *, quiet: bool) -> None:

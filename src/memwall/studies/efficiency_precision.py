@@ -31,6 +31,8 @@ from memwall.studies.subjects import CacheSubject, StudyModel
 
 CACHE = "float16"
 WINDOW_TOKENS = 256
+RANDOM_PROMPT_TOKENS = 32
+"""Before what is decoded, where no text is given: only time and bytes are measured then."""
 
 
 def stored(request: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def stored(request: dict[str, Any], report: Report) -> dict[str, Any]:
 def _tokens(model: StudyModel, request: dict[str, Any]) -> np.ndarray:
     if request.get("held_out"):
         return np.asarray(model.encode(Path(request["held_out"]).read_text(encoding="utf-8")))
-    return np.random.default_rng(0).integers(0, model.config.vocab_size, WINDOW_TOKENS)
+    count = Sizes(**request["sizes"]).decoded + RANDOM_PROMPT_TOKENS
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, count)
 
 
 def _decode(
@@ -68,7 +71,7 @@ def _decode(
 ) -> tuple[Any, list[float], int]:
     """The metered stretch: its series, seconds of each token, and the mean context."""
     config = model.config
-    prompt = max(min(WINDOW_TOKENS, model.context_tokens) - sizes.decoded - len(model.opening), 1)
+    prompt = max(min(WINDOW_TOKENS, model.context_tokens, len(tokens)) - sizes.decoded - len(model.opening), 1)
     head = [*model.opening, *map(int, tokens[:prompt])]
     rest = [int(token) for token in tokens[prompt : prompt + sizes.decoded]]
     subject.begin()

@@ -159,7 +159,7 @@ def _figures(study: Study, weights: Mapping[str, float] | None) -> Iterator[tupl
     for key, rows in groups(study, weights).items():
         if len(rows) > 1 and all("quality" in row.values for row in rows):
             yield f"{key[0]}-{key[2]}", _front_plot(key, rows)
-    yield "series", _series_plot(study)
+        yield f"{key[0]}-{key[2]}-series", _series_plot(key, rows)
 
 
 def _front_plot(key: tuple[str, str, str], rows: Sequence[Row]) -> Figure:
@@ -175,26 +175,29 @@ def _front_plot(key: tuple[str, str, str], rows: Sequence[Row]) -> Figure:
             axes.annotate(row.technique, (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
         axes.set_xlabel(BY_NAME[name].label)
         axes.grid(alpha=0.3)
+        axes.margins(0.15)
+        axes.tick_params(axis="x", labelrotation=20)
         if name == "amu":
             axes.set_ylabel("perplexity of held-out text")
             axes.xaxis.set_major_formatter(lambda value, place: format_bytes(int(value)))
-            axes.tick_params(axis="x", labelrotation=20)
+        else:
+            axes.xaxis.set_major_formatter(lambda value, place: format_seconds(max(value, 0)))
     return figure
 
 
-def _series_plot(study: Study) -> Figure:
+def _series_plot(key: tuple[str, str, str], rows: Sequence[Row]) -> Figure:
     """Memory and processor use over time: the raw samples of each technique's first run."""
     from matplotlib.figure import Figure as Drawing
 
-    figure = Drawing(figsize=(9, 4), layout="constrained")
+    figure = Drawing(figsize=(9, 3.5), layout="constrained")
+    figure.suptitle(f"{', '.join(key)}: samples of the first runs")
     memory, use = figure.subplots(1, 2)
-    for number, row in enumerate(ranked(study.records)):
-        series = row.records[0].series
+    for number, row in enumerate(rows):
+        series, color = row.records[0].series, f"C{number % 10}"
         share = [at / series.seconds for at in series.times_s]
-        memory.plot(
-            share, series.memory_bytes, color=f"C{number % 10}", linewidth=1, label=f"{row.axis} {row.technique}"
-        )
-        use.plot(share[1:], series.utilisation[1:], color=f"C{number % 10}", linewidth=1)
+        memory.plot(share, series.memory_bytes, color=color, linewidth=1, label=row.technique)
+        use.plot(share[1:], series.utilisation[1:], color=color, linewidth=1)
+    memory.legend(fontsize=8, ncols=2)
     memory.yaxis.set_major_formatter(lambda value, place: format_bytes(int(value)))
     for axes, label in ((memory, "resident bytes"), (use, "use of the processors")):
         axes.set_xlabel("share of the stretch")
@@ -210,10 +213,10 @@ def page(study: Study, plots: Mapping[str, str], weights: Mapping[str, float] | 
     tables = ""
     for key, rows in groups(study, weights).items():
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines(rows))
-        plot = plots.get(f"{key[0]}-{key[2]}", "")
+        plot, samples = (plots.get(f"{key[0]}-{key[2]}{more}", "") for more in ("", "-series"))
         tables += (
             f"<h2>{escape(title(key, rows))}</h2>{plot}<div class=wide><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>"
+            f"<tbody>{body}</tbody></table></div>{samples}"
         )
     told = "".join(f"<li>{escape(text)}</li>" for text in remarks(study, weights))
     facts = (
@@ -224,7 +227,7 @@ def page(study: Study, plots: Mapping[str, str], weights: Mapping[str, float] | 
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>memwall study efficiency</title><style>{STYLE}</style></head><body>"
         f"<h1>Efficiency of techniques</h1><p>{escape(facts)}</p><h2>What it shows</h2><ul>{told}</ul>{tables}"
-        f"<p>{escape(LEGEND)}</p><h2>Raw samples</h2>{plots.get('series', '')}"
+        f"<p>{escape(LEGEND)}</p>"
         f"<h2>As data</h2><details><summary>JSON, version {study.version}</summary>"
         f"<pre>{escape(json.dumps(to_dict(study, weights), indent=1))}</pre></details></body></html>"
     )

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from memwall import _native
 from memwall.hardware.meter import Meter
 from memwall.hardware.power import WorkModel, power_source
 from memwall.hardware.system import describe_system
@@ -36,7 +37,7 @@ from memwall.models.torch_nsa import Sparse
 from memwall.models.torch_rwkv import Rwkv
 from memwall.models.torch_small import SmallConfig, SmallLm, matched_feed
 from memwall.studies.efficiency_records import Record, metrics_of, software_versions
-from memwall.studies.efficiency_sizes import ATTENTION, EXPERTS, POSITIONS, Sizes
+from memwall.studies.efficiency_sizes import ATTENTION, EXPERTS, POSITIONS, TINY, Sizes
 from memwall.studies.efficiency_worker import Report
 
 BYTES_A_TRAINED_PARAMETER = 10 * 4
@@ -118,8 +119,10 @@ def pretrain(request: dict[str, Any], report: Report) -> dict[str, Any]:
     steps_s: list[float] = []
     for step in range(total):
         if step == sizes.warm_up:
-            _reset(model)
+            _native.give_back_freed_memory()
             meter.start()
+        if step == sizes.warm_up + sizes.steps // 2:
+            _reset(model)
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = sizes.learning_rate * _schedule(step, total)
@@ -173,6 +176,7 @@ def decode(request: dict[str, Any], report: Report) -> dict[str, Any]:
         if context > prompt:
             for cache in caches:
                 cache.fill(context - prompt)
+        _native.give_back_freed_memory()  # copies of the weights from reading them, and what the prompt took
         for step in range(rest):
             if step == sizes.warm_up:
                 meter.start()
@@ -229,18 +233,23 @@ def held_out_losses(model: SmallLm, text: bytes, sizes: Sizes) -> list[float]:
 
 
 def _begin(request: dict[str, Any]) -> tuple[Sizes, int]:
-    """Sizes, and the resident bytes before there is a model. A small model is trained and dropped first, so that code
-    which all techniques use is in memory already.
+    """Sizes, and the resident bytes before there is a model. A tiny one of the same kind is trained, decoded with and
+    dropped first, so that what the run adds is data and not the code of libraries.
     """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
-    sizes = Sizes(**request["sizes"])
-    first = SmallLm(SmallConfig(mixer=Grouped(heads=4, kv_heads=2, head_dim=8), feed=Dense(size=32), width=32))
+    first = SmallLm(config_of(request["axis"], request["technique"], TINY))
     optimizer = torch.optim.AdamW(first.parameters())
-    first.loss(torch.zeros(2, 33, dtype=torch.long)).backward()
+    tokens = torch.zeros(2, TINY.tokens + 1, dtype=torch.long)
+    first.loss(tokens).backward()
     optimizer.step()
-    del first, optimizer
-    return sizes, resident_bytes(exact=True)
+    with torch.inference_mode():
+        caches = first.eval().caches(1, TINY.tokens)
+        first.prefill(tokens[:1, :-2], caches)
+        first.step(tokens[:1, :1], caches)
+    del first, optimizer, caches
+    _native.give_back_freed_memory()
+    return Sizes(**request["sizes"]), resident_bytes(exact=True)
 
 
 def _schedule(step: int, total: int) -> float:
@@ -252,13 +261,16 @@ def _schedule(step: int, total: int) -> float:
 
 
 def _reset(model: SmallLm) -> None:
+    """The first half is left out: the router begins with what chance gave it."""
     for layer in model.blocks:
         if isinstance(layer.feed, ExpertFeed):
             layer.feed.reset()
 
 
 def _load(model: SmallLm) -> dict[str, Any]:
-    """Of experts: the largest share of choices over a fair one, by layer, and the share dropped."""
+    """Of experts in the second half of training: choices by layer and expert, the largest over a fair share, and the
+    share dropped.
+    """
     feeds = [layer.feed for layer in model.blocks if isinstance(layer.feed, ExpertFeed)]
     if not feeds:
         return {}
