@@ -44,7 +44,9 @@ def test_equals_storing_and_attending(isa: str, threads: int, dtype: str, dim: i
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves_are_rounded_as_numpy_does(isa: str, dtype: str) -> None:
     special = [0.0, -0.0, 1e-8, -6e-8, 65519.0, 65520.0, -1e30, np.inf, -np.inf, 1.00048828125, 1.00146484375, 3e38]
-    numbers = np.concatenate([np.array(special), np.random.default_rng(1).standard_normal(52) * 1e-4]).astype(np.float32)
+    numbers = np.concatenate([np.array(special), np.random.default_rng(1).standard_normal(52) * 1e-4]).astype(
+        np.float32
+    )
     x = np.zeros((1, KV_HEADS, len(numbers)), np.float32)
     x[0, 1] = numbers
     k, v = room(dtype, len(numbers)), room(dtype, len(numbers))

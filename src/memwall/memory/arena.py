@@ -146,7 +146,9 @@ class Region:
         """An array over the range's start whatever is committed: who holds it touches no more than that."""
         kind = np.dtype(dtype)
         if math.prod(shape) * kind.itemsize > self.capacity_bytes:
-            raise ValueError(f"{self.owner}: an array {shape} of {kind} is larger than the {self.capacity_bytes:,} reserved")
+            raise ValueError(
+                f"{self.owner}: an array {shape} of {kind} is larger than the {self.capacity_bytes:,} reserved"
+            )
         return self._live().view(tuple(shape), kind, 0)
 
     def release(self) -> None:
