@@ -114,6 +114,14 @@ def test_tokens_are_those_of_one_process_and_a_hand_over_copies_nothing(
     assert serving.engine.swap.written_bytes == 0
 
 
+@pytest.mark.parametrize("phases", [PhaseSettings(shares=HALVES), PhaseSettings.apart(2)], ids=["one", "two"])
+def test_blocks_of_codes_are_handed_over(phases: PhaseSettings) -> None:
+    """In one memory or from one to another; prompts come in other chunks than in one process, and are coded so."""
+    made = start(phases, kv="int4", token_budget=256)
+    assert len(tokens_of(made)) == 10
+    made.release()
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_tokens_stay_the_same_across_switches(fresh: bool, expected: list[tuple[int, ...]]) -> None:
     made = start(PhaseSettings(shares=Shares(prefill=80, decode=100) if fresh else HALVES, fresh=fresh))
@@ -138,7 +146,7 @@ def test_tokens_stay_the_same_across_switches(fresh: bool, expected: list[tuple[
 
 
 def own_pages(pid: int, address: int, nbytes: int) -> tuple[int, int]:
-    """Pages that no other process maps, and pages that are resident, of `nbytes` at an address (proc_pid_pagemap(5))."""
+    """Pages that only this process maps, and those that are resident, of `nbytes` at an address (proc_pid_pagemap(5))."""
     with Path(f"/proc/{pid}/pagemap").open("rb") as file:
         file.seek(address // mmap.PAGESIZE * 8)
         entries = np.frombuffer(file.read(nbytes // mmap.PAGESIZE * 8), np.uint64)
