@@ -146,7 +146,7 @@ def test_tokens_stay_the_same_across_switches(fresh: bool, expected: list[tuple[
 
 
 def own_pages(pid: int, address: int, nbytes: int) -> tuple[int, int]:
-    """Pages that only this process maps, and those that are resident, of `nbytes` at an address (proc_pid_pagemap(5))."""
+    """Pages that no other process maps, and resident ones, of `nbytes` at an address: see proc_pid_pagemap(5)."""
     with Path(f"/proc/{pid}/pagemap").open("rb") as file:
         file.seek(address // mmap.PAGESIZE * 8)
         entries = np.frombuffer(file.read(nbytes // mmap.PAGESIZE * 8), np.uint64)
