@@ -120,6 +120,30 @@ def test_classes_run_beside_each_other_and_a_fault_ends_the_step() -> None:
     held.release()
 
 
+def test_scratch_of_the_lanes_is_on_the_ledger() -> None:
+    def scratch() -> int:
+        return sum(row.nbytes for row in held.ledger.rows() if row.owner == "kernels/scratch")
+
+    held = serving()
+    shared = scratch()
+    decoder = nano_decoder(held, two_phases(), lanes={"compute": 1, "memory": 1})
+    one_each = scratch()
+    assert one_each > shared
+    decoder.pipeline(two_phases(), lanes={"compute": 2, "memory": 1})
+    assert scratch() > one_each
+    decoder.pipeline(two_phases(), overlap=False, lanes={"compute": 1, "memory": 1})
+    assert shared < scratch() < one_each
+    held.release()
+    assert scratch() == 0
+
+
+def test_blocks_that_fill_in_order_are_refused() -> None:
+    held = serving(kv="int4")
+    with pytest.raises(InputError, match="--kv int4"):
+        nano_decoder(held, two_phases())
+    held.release()
+
+
 def test_a_plan_keeps_what_waits_for_what() -> None:
     plan = Plan.of(searched(), 5, 40, network=False)
     spans = {(one.name, one.index): (one.first, one.end) for one in plan.operations}

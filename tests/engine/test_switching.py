@@ -84,8 +84,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
-def alone(requests: list[Request]) -> list[list[int]]:
-    held = serving()
+def alone(requests: list[Request], **changes: object) -> list[list[int]]:
+    held = serving(**changes)  # type: ignore[arg-type]
     made = [finish(held, [request])[0] for request in requests]
     assert not held.engine.totals.preempted
     held.release()
@@ -94,11 +94,14 @@ def alone(requests: list[Request]) -> list[list[int]]:
 
 @pytest.mark.parametrize("link", [None, Link(bytes_per_s=2e7, seconds_per_copy=1e-4)])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_swapped_requests_make_what_each_makes_alone(poisoned: list[int], link: Link | None, overlap: bool) -> None:
+@pytest.mark.parametrize("changes", [{}, {"kv": "int4", "token_budget": 512}], ids=["rows", "blocks"])
+def test_swapped_requests_make_what_each_makes_alone(
+    poisoned: list[int], link: Link | None, overlap: bool, changes: dict[str, object]
+) -> None:
     requests = [asked(prompt, 30 - number) for number, prompt in enumerate(prompts(9))]
-    held = serving(SwitchSettings(group_pages=4, keep_turns=True, reuse=True, link=link))
+    held = serving(SwitchSettings(group_pages=4, keep_turns=True, reuse=True, link=link), **changes)
     held.engine.scheduler = FastSwitch(overlap=overlap, short=0.0, busy=0.0)
-    assert finish(held, requests) == alone(requests)
+    assert finish(held, requests) == alone(requests, **changes)
     counts = held.engine.switch.counts
     assert counts.switched >= 3
     assert poisoned[0] > 0

@@ -114,6 +114,14 @@ def test_tokens_are_those_of_one_process_and_a_hand_over_copies_nothing(
     assert serving.engine.swap.written_bytes == 0
 
 
+@pytest.mark.parametrize("phases", [PhaseSettings(shares=HALVES), PhaseSettings.apart(2)], ids=["one", "two"])
+def test_blocks_of_codes_are_handed_over(phases: PhaseSettings) -> None:
+    """In one memory or from one to another; prompts come in other chunks than in one process, and are coded so."""
+    made = start(phases, kv="int4", token_budget=256)
+    assert len(tokens_of(made)) == 10
+    made.release()
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_tokens_stay_the_same_across_switches(fresh: bool, expected: list[tuple[int, ...]]) -> None:
     made = start(PhaseSettings(shares=Shares(prefill=80, decode=100) if fresh else HALVES, fresh=fresh))

@@ -38,8 +38,8 @@ PagedKV = Annotated[
     str,
     typer.Option(
         "--kv",
-        help="Keys and values in pages: float16 (the same as auto), float32, int8 for about twice the tokens, or int4 (kv4 means "
-        "the same here) for 2.7 times as many.",
+        help="Keys and values in pages: float16 (the same as auto), float32, int8 for about twice the tokens, or int4 "
+        "(kv4 means the same here) for 2.7 times as many.",
     ),
 ]
 
