@@ -59,9 +59,17 @@ def picks(study: Study) -> list[Pick]:
     for budget in budgets:
         found.append(Pick(budget, ALL, _best(own, budget, TASKS, answers)))
         for goal, (task, name) in GOALS.items():
-            measure = (lambda row: 0.0) if name == "kl_nats" else (lambda row, t=task, n=name: row.get(t, n))
-            found.append(Pick(budget, goal, _best(own, budget, (task,), measure)))
+            found.append(Pick(budget, goal, _best(own, budget, (task,), _answers_of(task, name))))
     return found
+
+
+def _answers_of(task: str, name: str) -> Callable[[Row], float]:
+    """Right answers of one kind; of text there are none, and what is left to compare is how far it strays."""
+
+    def measure(row: Row) -> float:
+        return 0.0 if name == "kl_nats" else float(row.get(task, name))
+
+    return measure
 
 
 def _own(study: Study) -> list[Row]:
@@ -86,7 +94,9 @@ def _best(rows: Sequence[Row], budget: float, tasks: Sequence[str], measure: Cal
         held = [share(row, task) for task in tasks]
         if None not in shares and all(part is not None and part <= budget for part in held):
             fitting.append(row)
-    return min(fitting, key=lambda row: (-measure(row), row.get("text", "kl_nats"), share(row, tasks[0])), default=None)
+    return min(
+        fitting, key=lambda row: (-measure(row), row.get("text", "kl_nats"), share(row, tasks[0]) or 0.0), default=None
+    )
 
 
 def sentences(study: Study) -> list[str]:

@@ -127,7 +127,7 @@ def _points(study: Study, name: str) -> Iterator[tuple[Row, float, float]]:
             yield row, held / row.get(task, "float16_bytes"), value
 
 
-Point = tuple["Row", float, float]
+Point = tuple[Row, float, float]
 
 
 def best_of_each_size(points: list[Point], *, lower: bool) -> list[Point]:
