@@ -117,7 +117,7 @@ def kv(
             methods=names,
             budgets=shares,
             sizes=kv_tasks.QUICK if quick else kv_tasks.FULL,
-            text=held_out_text() if text is None else read_text(text, "text"),
+            text=held_out_text() if text is None else read_text(text),
             store=(out or cache_directory() / "studies") / "cells",
             weights=weights,
             peers=not no_peers,

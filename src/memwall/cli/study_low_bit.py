@@ -85,7 +85,7 @@ def low_bit(
             model,
             variants=variants,
             sizes=QUICK if quick else FULL,
-            text=held_out_text() if text is None else read_text(text, "text"),
+            text=held_out_text() if text is None else read_text(text),
             store=(out or cache_directory() / "studies") / "cells",
             questions=questions,
             calibration=calibration,

@@ -133,7 +133,7 @@ def _run(
     from memwall.studies.ptq_models import FORMATS, PROMPTS
 
     few = QUICK_PROMPTS if grid.windows == QUICK.windows else len(PROMPTS)
-    asked = PROMPTS[:few] if prompts is None else _lines(prompts, read_text(prompts, "prompts"))
+    asked = PROMPTS[:few] if prompts is None else _lines(prompts, read_text(prompts))
     names = list(FORMATS) if formats is None else _names(formats)
     if threads is not None:
         kernels.set_num_threads(threads)
@@ -144,7 +144,7 @@ def _run(
             formats=names,
             grid=grid,
             prompts=asked,
-            text=held_out_text() if text is None else read_text(text, "text"),
+            text=held_out_text() if text is None else read_text(text),
             store=(out or cache_directory() / "studies") / "cells",
             costs=costs,
             peer_python=None if python is None else str(python),

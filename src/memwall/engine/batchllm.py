@@ -26,7 +26,6 @@ from memwall.engine.prefix_tree import Prompts, one_level, sort_prompts
 LEAST_PREFIX_TOKENS = 16
 THRESHOLD = 0.9
 """Share of the pages that the prediction may come to (assumed: the paper gives none)."""
-FOREVER = float("inf")
 
 
 # ---- the plan of a batch -------------------------------------------------------------------------------------------

@@ -345,8 +345,3 @@ def load(
     )
     session.budget_bytes = budget.ram if budget is not None else None
     return session
-
-
-def unaccounted_bytes(ledger: Ledger) -> int:
-    """Resident bytes of the process that no ledger row explains (negative: the ledger says more than is resident)."""
-    return resident_bytes() - ledger.total("ram")

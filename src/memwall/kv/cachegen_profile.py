@@ -229,12 +229,6 @@ def smoothed(seen: np.ndarray, spread: float = 0.0) -> np.ndarray:
     return range_coder.cumulative(weights + _SMOOTHING_COUNTS * whole / max(whole.sum(), 1) + 1e-9)
 
 
-def entropy_bits(seen: np.ndarray) -> float:
-    """Bits a symbol of channels [C, S] under their own distributions."""
-    shares = seen / np.maximum(seen.sum(axis=1, keepdims=True), 1)
-    return float(-(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=1).mean())
-
-
 class OwnTables:
     """Coders of one chunk's own numbers, as they travel with it: means, spreads and counts, compressed by zlib."""
 

@@ -57,11 +57,6 @@ class LatentForm:
             return self.width * self.bits // 8
         return latent.record_bytes(self.width, self.bits, self.group, along_tokens=self.along_tokens)
 
-    @property
-    def bits_per_number(self) -> float:
-        """Scales and zero points included."""
-        return 8 * self.record_bytes / (self.cycle * self.width)
-
     def nbytes(self, tokens: int) -> int:
         """Bytes of the records of so many tokens; those of a group that is not full wait elsewhere."""
         return tokens // self.cycle * self.record_bytes

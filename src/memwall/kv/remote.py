@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from memwall.kv.base import CacheModel, KVCache
     from memwall.models.decoder import Decoder
 
-SCHEME = "tcp://"
 _ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})")
 
 

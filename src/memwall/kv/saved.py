@@ -41,7 +41,6 @@ PIECE_BYTES = 1 << 20
 """Bytes of the file that are resident at once while it is read."""
 _KEYS = ("format", "version", "model", "weights", "weights_sha256", "content", "sha256")
 _DIGEST_LENGTH = 64
-_MOST_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ PEFT's names for `models.lora.write_lora`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -142,8 +142,3 @@ def adapt(
             setattr(owner, target, module)
             layers[index, target] = module
     return Adapted(decoder, layers)
-
-
-def parameter_shapes(shapes: Sequence[tuple[int, int]], rank: int) -> list[tuple[int, int]]:
-    """Shapes of A and B of each product of (inputs, outputs)."""
-    return [each for inputs, outputs in shapes for each in ((rank, inputs), (outputs, rank))]

@@ -52,8 +52,9 @@ def table(plan: Plan, width: int) -> Group:
     for name in shown:
         left = name in ("", "weights", "cache", "note")
         options.add_column(name, justify="left" if left else "right", no_wrap=name != "note", overflow="fold")
-    for row in cells:
-        options.add_row(*(cell for name, cell in zip(OPTION_COLUMNS, row, strict=True) if name in shown))
+    places = [OPTION_COLUMNS.index(name) for name in shown]
+    for cell in cells:
+        options.add_row(*(cell[place] for place in places))
     lines = [Text(line) for line in (speed_line(plan), savings_line(plan)) if line]
     return Group(Text(f"{plan.model} on {plan.machine}"), rows, *lines, options, Text(plan.explanation))
 

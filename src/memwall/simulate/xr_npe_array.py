@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from memwall.errors import InputError
-from memwall.formats.xr_npe import FORMATS, GRID_BLOCKS, POSIT16, LaneFormat
+from memwall.formats.xr_npe import FORMATS, POSIT16, LaneFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,11 +208,6 @@ def model_cost(
         name: product_cost(tokens, columns, rows, formats[name], array, out_bits=16)
         for name, (rows, columns) in shapes.items()
     }
-
-
-def blocks_at_rest(found: LaneFormat) -> int:
-    """Multiplier blocks that can be gated: dark silicon of a unit without gates."""
-    return GRID_BLOCKS - found.blocks
 
 
 def table() -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def from_text(
 def from_file(path: Path, encode: Callable[[str], list[int]]) -> list[Question]:
     """One JSON object a line: {"context": text, "choices": [text, ...], "answer": index from 0}."""
     found = []
-    for number, line in enumerate(read_text(path, "questions").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
