@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.compress.calibration import read_text
-from memwall.compress.saved import COPIED_NAMES, Part, WorkDirectory, disk_errors, write_file
+from memwall.compress.saved import COPIED_NAMES, Part, WorkDirectory, disk_errors
 from memwall.errors import InputError
 from memwall.formats import checked_json
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+from memwall.hardware.system import write_whole
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.lora import CONFIG, write_lora
@@ -138,8 +139,8 @@ class ModelWork(TuneWork):
                         writer.write(name, np.ascontiguousarray(piece))
             for name in COPIED_NAMES:
                 if (source.directory / name).is_file():
-                    write_file(self.path / name, (source.directory / name).read_bytes())
-            write_file(self.path / self.mark, json.dumps(dict(told), indent=1).encode())
+                    write_whole(self.path / name, (source.directory / name).read_bytes())
+            write_whole(self.path / self.mark, json.dumps(dict(told), indent=1).encode())
             for name in (MOMENTS_NAME, *(part.file for part in self.parts)):
                 (self.path / name).unlink(missing_ok=True)
         self._rename()

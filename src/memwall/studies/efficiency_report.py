@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memwall.hardware.system import write_whole
 from memwall.hardware.units import format_bytes, format_seconds
 from memwall.studies.efficiency_rank import BY_NAME, DEFAULT_WEIGHTS, METRICS, Row, ranked
 from memwall.studies.efficiency_records import Record
 from memwall.studies.efficiency_sizes import ATTENTION, BASELINES
 from memwall.studies.efficientllm import Study
-from memwall.studies.kv_report import STYLE, check, drawn, put
+from memwall.studies.kv_report import STYLE, check, drawn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,7 +160,7 @@ def write(study: Study, folder: Path, weights: Mapping[str, float] | None = None
         pages[name] = drawn(figure, "svg").decode()
     made["study.html"] = page(study, pages, weights).encode()
     for name, content in made.items():
-        put(folder / name, content)
+        write_whole(folder / name, content)
     return [folder / name for name in made]
 
 
