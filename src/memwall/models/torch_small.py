@@ -23,7 +23,7 @@ from memwall.models.torch_moe import Dense, ExpertFeed
 
 POSITIONS = ("rotary", "sinusoidal", "learned", "relative", "none")
 BALANCE_WEIGHT = 0.01
-"""Of the balance loss (Switch Transformers, section 2.2)."""
+"""Of each layer's balance loss (Switch Transformers, section 2.2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ class SmallLm(nn.Module):
         """Mean loss in nats of tokens [B, T + 1] after the first, and the balance loss of experts."""
         logits = self(tokens[:, :-1])
         lost = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        return lost + BALANCE_WEIGHT * torch.stack([layer.feed.balance for layer in self.blocks]).mean()
+        return lost + BALANCE_WEIGHT * torch.stack([layer.feed.balance for layer in self.blocks]).sum()
 
     def caches(self, batch: int, capacity: int) -> list[Cache]:
         """Empty ones, a layer each."""
