@@ -36,7 +36,6 @@ from memwall.compress.calibration import (
     token_sequences,
 )
 from memwall.compress.gptq import Gptq
-from memwall.compress.ir_qlora import CANDIDATES, calibrate
 from memwall.compress.job_plan import Tuning
 from memwall.compress.model import compress_model
 from memwall.compress.transforms import Scale, Transform, Transformed, sites
@@ -84,7 +83,6 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         ("identities", identities),
         ("gptqmodel", beside_gptqmodel),
         ("planted outliers", lambda: outliers(bench, quick)),
-        ("information", lambda: information(bench)),
         ("files", lambda: files(bench, STORED[:1] + STORED[-1:] if quick else STORED)),
     ]
     claims: list[Claim] = []
@@ -494,31 +492,6 @@ def outliers(bench: Bench, quick: bool) -> list[Claim]:
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
-
-
-def information(bench: Bench) -> list[Claim]:
-    """Where adapters begin, at zero, a model is its base: NF4, and NF4 with each block's shift for the most entropy."""
-    found, entropy = {}, {}
-    for name, shifts in (("QLoRA", 1), ("IR-QLoRA", CANDIDATES)):
-        made = {t.name: calibrate(bench.checkpoint.alone(t.name), shifts) for t in bench.linears}
-        entropy[name] = float(np.mean([each.entropy for each in made.values()]))
-        values = {each: codec("float32").encode(form.decode()) for each, form in made.items()}
-        found[name] = bench.perplexity(bench.folder, "float16", values)
-    return [
-        Claim(
-            claim="IR-QLoRA's codes have more entropy than NF4's",
-            measured=", ".join(f"{name} {bits:.4f} bits a code" for name, bits in entropy.items()),
-            required="above",
-            passed=entropy["IR-QLoRA"] > entropy["QLoRA"],
-        ),
-        Claim(
-            claim="before training IR-QLoRA's loss is no higher than QLoRA's",
-            measured=", ".join(f"{name} {value:.3f}" for name, value in found.items())
-            + f" perplexity, {CANDIDATES} shifts tried; float {bench.float:.3f}",
-            required="at most",
-            passed=found["IR-QLoRA"] <= found["QLoRA"],
-        ),
-    ]
 
 
 def files(bench: Bench, methods: tuple[tuple[str, str], ...]) -> list[Claim]:

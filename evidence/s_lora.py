@@ -260,6 +260,8 @@ class Rates:
 class PaddedProducts:
     """The ablation `bmm`: factors of every row gathered, padded to rank 64, one batched product."""
 
+    lengthens = False
+
     def __init__(self, rates: Rates) -> None:
         self.rates, self.rows = rates, np.empty(0, np.int64)
         self.factors: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}

@@ -20,12 +20,12 @@ SHAPE = replace(SHAPES["tiny"], num_layers=2)
 
 
 def test_operations_by_hand() -> None:
-    weights = 512 * 512 * 2 + 128 * 512 * 2 + 3 * 1408 * 512
+    weights = 512 * 512 * 2 + 128 * 512 * 2 + 3 * 1536 * 512
     passes = 4 * 100 * weights
     assert layer_operations(SHAPE, 100, "awq") == passes
-    inputs = (512, 512, 512, 1408)
+    inputs = (512, 512, 512, 1536)
     statistics = sum(100 * n * (n + 1) + n**3 / 3 for n in inputs)
-    feedback = (2 * 512 + 2 * 128 + 2 * 1408) * 512**2 + 512 * 1408**2
+    feedback = (2 * 512 + 2 * 128 + 2 * 1536) * 512**2 + 512 * 1536**2
     assert layer_operations(SHAPE, 100, "gptq") == pytest.approx(passes + statistics + feedback)
 
 

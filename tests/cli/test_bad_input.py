@@ -133,6 +133,8 @@ def test_damaged_models(case: str, command: tuple[str, ...], memwall: Any, model
     damage, word = MODELS[case]
     if command[0] == "plan" and "tokenizer" in case:
         pytest.skip("a plan without measuring reads no tokenizer")
+    if command[0] == "plan" and case == "no weights":
+        pytest.skip("a plan without measuring needs config.json alone")
     damage(model)
     result = memwall(*(argument.format(model=model, folder=folder) for argument in command))
     check_refusal(result, 2, word)

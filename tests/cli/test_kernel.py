@@ -79,4 +79,4 @@ def test_measured_beside_memwalls_own(memwall: Callable[..., Any]) -> None:
     pytest.importorskip("memwall.kernels.tile_build").find_compiler()
     result = memwall("kernel", "i4", "--program", "matvec", "--shape", "256x128", "--measure", "--json")
     names = [row["kernel"] for row in json.loads(result.stdout)["measure"]["rows"]]
-    assert names == ["tile program i4", "memwall int4", "memwall int4, exact"]
+    assert names == ["tile program i4", "tile program i4, x rounded", "memwall int4", "memwall int4, exact"]

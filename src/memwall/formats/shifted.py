@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from memwall.errors import InputError
-from memwall.formats.base import Packed
+from memwall.formats.base import Packed, real_numbers
 from memwall.formats.bitpack import TILE_ROWS, matrix_shape, pack_tiles
 from memwall.formats.leveled import LevelCodec, Scales
 from memwall.formats.levels import dynamic8, nf4
@@ -71,6 +71,7 @@ class ShiftedCodec(LevelCodec):
         return (*LevelCodec._scales_of_tiles(self, buffers, num_rows), _shifts_of(buffers, num_rows))
 
     def encode(self, x: Any) -> Packed:
+        x = real_numbers(self.spec, x)
         shape = tuple(x.shape)
         rows, columns = matrix_shape(self.spec, shape)
         buffers = {name: np.zeros(s, d) for name, (s, d) in self.buffers(shape).items()}
