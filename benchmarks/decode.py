@@ -27,6 +27,8 @@ from typing import Any
 from decode_report import agreement, markdown, wanted_rows
 from random_models import SHAPES, Shape, make_directory
 
+from memwall.peers import peer_environment
+
 HERE = Path(__file__).resolve().parent
 LLAMA_CPP = ("llama.cpp", "llama.cpp-unfused", "llama.cpp-unpacked")
 MEMWALL = ("memwall", "memwall-kivi")
@@ -70,7 +72,7 @@ class Process:
 
     def __init__(self, name: str, python: str, shape: Shape, threads: int) -> None:
         self.name = name
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = peer_environment() | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if name == "memory":  # it starts its own threads
             environment["OPENBLAS_NUM_THREADS"] = "1"
         if name.partition(":")[0] in ("memory", "products", *MEMWALL):

@@ -21,7 +21,6 @@ import asyncio
 import contextlib
 import datetime
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from decode import hardware, note, others_share, processor_seconds
 from random_models import SHAPES, Shape, make_directory, with_words
 
 from memwall.engine.arrivals import Load, clipped, drawn_lengths, read_trace, scaled
+from memwall.peers import peer_environment
 from memwall.serve.bench import Target, measure, report
 
 HERE = Path(__file__).resolve().parent
@@ -146,7 +146,7 @@ def servers(shape: Shape, settings: Settings, arguments: argparse.Namespace) -> 
         "--port", str(ports[1]), "-t", threads, "-tb", threads, "-np", str(STREAMS),
         "-c", str(settings.context * STREAMS), "--log-disable",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent / "src")}
+    environment = {**peer_environment(), "PYTHONPATH": str(HERE.parent / "src")}
     started: dict[str, Running] = {}
     try:
         for name, line, port in (("memwall", own, ports[0]), ("llama.cpp", peer, ports[1])):

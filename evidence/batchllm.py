@@ -47,6 +47,7 @@ from memwall.engine.simulated import StepCost, simulated_engine
 from memwall.kernels.attention import attend_float, attend_paged_sequences, attend_shared
 from memwall.models import DEMO_DIRECTORY
 from memwall.models.tokenizer import Tokenizer
+from memwall.peers import peer_environment
 from memwall.plan.choose import held_out_text
 
 PAGE = 16
@@ -476,7 +477,9 @@ def peer_claim(load: Workload, seconds: float) -> Claim:
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-c", PEER, str(models.parent), folder, str(kernels.num_threads())]
         try:
-            done = subprocess.run(command, input=told, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                command, input=told, capture_output=True, text=True, check=True, env=peer_environment()
+            )  # fmt: skip
         except (OSError, subprocess.CalledProcessError) as error:
             why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
             return not_run(claim, required, f"llama-cpp-python that works: {why[:200]}")
