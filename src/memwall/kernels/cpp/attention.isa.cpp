@@ -167,8 +167,8 @@ inline void dot_tile(const T* const k[4], const float* q, const float* tails, in
   scale_logits<R>(k, dim, scores);
 }
 
-// Rows of one head, some places on: fetched while those before them are worked on, head by head, as more at once would wait for each
-// other.
+// Rows some places on: fetched while those before them are worked on, head by head, as more at once would wait for each other. Where a
+// row lies is looked up once for all of its heads: in pages that costs as much as a head's share of the work.
 template <typename Rows>
 struct RowsAhead {
   const Rows& rows;
@@ -176,9 +176,9 @@ struct RowsAhead {
   RowsAhead(const Rows& all, int kv_heads, std::int64_t least) : rows(all), bytes(rows.width() * static_cast<std::int64_t>(sizeof(*rows.data))) {
     far = larger(least, kAheadBytes / (kv_heads * bytes));
   }
-  void fetch(std::int64_t token, int kv_head) const {
-    const char* at = reinterpret_cast<const char*>(rows.ahead(token + far)) + kv_head * bytes;
-    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+  const char* row(std::int64_t token) const { return reinterpret_cast<const char*>(rows.ahead(token + far)); }
+  void fetch(const char* row, int kv_head) const {
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + kv_head * bytes + byte);
   }
 };
 
@@ -211,14 +211,16 @@ void exact_scores(const Attention& a, const V<T>& keys, const float* q, const fl
   const auto tails_of = [&](int head) { return tails == nullptr ? tails : tails + head * W; };
   for (int t = 0; t < count; t += 4) {
     const T* rows[4];
+    const char* ahead[4];
     for (int i = 0; i < 4; ++i) {
       rows[i] = keys.row(first + smaller(t + i, count - 1), 0);  // the last row again instead of rows that are not there
+      ahead[i] = next.row(first + t + i);
     }
     for (int h = 0; h < a.num_kv_heads; ++h) {
       const T* k[4];
       for (int i = 0; i < 4; ++i) {
         k[i] = rows[i] + static_cast<std::int64_t>(h) * keys.width();
-        next.fetch(first + t + i, h);
+        next.fetch(ahead[i], h);
       }
       const auto score = [&](const auto* const (&at)[4]) {
         by_heads(h * rep, rep, [&](auto heads, int head) {
@@ -280,8 +282,10 @@ void exact_values(const Attention& a, const V<T>& values, const float* p, std::i
   for (int t = 0, n = 0; t < count; t += n) {
     n = values.run(first + t, smaller(kWindow, count - t));
     const T* row = values.row(first + t, 0);
+    const char* ahead[kWindow];
+    for (int i = 0; i < n; ++i) ahead[i] = next.row(first + t + i);
     for (int h = 0; h < a.num_kv_heads; ++h) {
-      for (int i = 0; i < n; ++i) next.fetch(first + t + i, h);
+      for (int i = 0; i < n; ++i) next.fetch(ahead[i], h);
       const T* v = row + static_cast<std::int64_t>(h) * values.width();
       const auto sum = [&](const auto* rows, std::int64_t stride) {
         by_heads(h * rep, rep, [&](auto heads, int head) {
