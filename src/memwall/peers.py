@@ -146,7 +146,7 @@ class Peers:
 
 def peer_environment() -> dict[str, str]:
     """This process' environment without what would make another library's threads wait otherwise than it is used to:
-    OMP_WAIT_POLICY=passive alone makes llama.cpp three times slower.
+    OMP_WAIT_POLICY=passive alone makes llama.cpp two to three times slower.
     """
     return {name: value for name, value in os.environ.items() if name not in WAITING}
 
