@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from memwall.kernels.triton_softmax import fold_tile
+
 ROWS = 64  # query tokens times the heads that share a key-value head
 KEYS = 64
 
@@ -42,16 +44,9 @@ def _attend(  # type: ignore[no-untyped-def]
         there = key < end
         at = (key * num_kv_heads + kv_head)[:, None] * DIM + channel[None, :]
         keys = tl.load(k + at, mask=there[:, None], other=0.0)
-        logit = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
         seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window) & there[None, :]
-        logit = tl.where(seen, logit, -1e30)
-        new_peak = tl.maximum(peak, tl.max(logit, axis=1))
-        chance = tl.where(seen, tl.exp(logit - new_peak[:, None]), 0.0)
-        fade = tl.exp(peak - new_peak)
-        total = total * fade + tl.sum(chance, axis=1)
         values = tl.load(v + at, mask=there[:, None], other=0.0)
-        held = held * fade[:, None] + tl.dot(chance.to(values.dtype), values, input_precision="ieee")
-        peak = new_peak
+        peak, total, held = fold_tile(query, keys, values, seen, scale, peak, total, held)
     held = held / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + place, held, mask=live[:, None])
 

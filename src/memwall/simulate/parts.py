@@ -16,6 +16,7 @@ import numpy as np
 from memwall import kernels
 from memwall.engine.arrivals import Load
 from memwall.engine.core import Engine
+from memwall.engine.executor import Entry
 from memwall.engine.s_lora_parallel import LoraParts
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
@@ -164,6 +165,45 @@ class StageDecoder(Decoder):
         if last:
             kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
         return hidden
+
+
+# ---- steps that one process tells the other ------------------------------------------------------------------------
+
+
+def hold_all(engine: Engine, num_pages: int) -> None:
+    """Makes all pages resident: the other process says which ones a request has."""
+    engine.wanted_pages = num_pages
+    engine.fit_limit()
+    engine.pages.take(num_pages)
+
+
+def tokens_of(entries: Sequence[Entry]) -> np.ndarray:
+    """Token ids that the entries compute, in a row."""
+    return np.array([t for one in entries for t in one.sequence.tokens[one.first : one.first + one.count]], np.int64)
+
+
+Told = tuple[int, int, int, bool, list[int], list[int]]
+
+
+def told_step(batch: Sequence[Entry]) -> list[Told]:
+    """A step as the other process needs it: whose each entry is, its pages and its tokens."""
+    return [
+        (
+            one.sequence.id, one.first, one.count, one.sample, one.sequence.pages,
+            one.sequence.tokens[one.first : one.first + one.count],
+        )
+        for one in batch
+    ]  # fmt: skip
+
+
+def entries_of(told: Sequence[Told]) -> list[Entry]:
+    """The step as it was told."""
+    entries = []
+    for number, first, count, sample, pages, tokens in told:
+        one = Running(id=number, request=Request(prompt=(0,)), arrival=0.0, eos=())
+        one.pages, one.tokens = pages, [0] * first + tokens
+        entries.append(Entry(one, first, count, sample))
+    return entries
 
 
 # ---- a load on the real clock --------------------------------------------------------------------------------------

@@ -34,8 +34,6 @@ from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import cache_shape
 from memwall.engine.s_lora_parallel import LoraParts
 from memwall.engine.sampling import Sampler
-from memwall.engine.sequence import Request
-from memwall.engine.sequence import Sequence as Running
 from memwall.engine.serving import MOST_LOGIT_ROWS, Serving, ServingSettings, load_engine
 from memwall.formats import codec
 from memwall.memory import PagePool
@@ -45,7 +43,18 @@ from memwall.models.decoder import Decoder
 from memwall.models.lora import LoraWeights
 from memwall.simulate.host import Profile, profile_engine
 from memwall.simulate.iterations import Served
-from memwall.simulate.parts import RANKS, Kind, StageDecoder, TensorDecoder, Wire, serve_loads
+from memwall.simulate.parts import (
+    RANKS,
+    Kind,
+    StageDecoder,
+    TensorDecoder,
+    Wire,
+    entries_of,
+    hold_all,
+    serve_loads,
+    tokens_of,
+    told_step,
+)
 
 START_SECONDS = 0.3
 LEAST_VALUES = 1 << 18
@@ -247,7 +256,7 @@ class _Tensor(_Part):
             plain, pipe = self.executor.run, self.others[0]
 
             def run(batch: list[Entry]) -> list[Output | None]:
-                pipe.send(_told(batch))
+                pipe.send(told_step(batch))
                 return plain(batch)
 
             self.executor.run = run  # type: ignore[method-assign]
@@ -257,7 +266,7 @@ class _Tensor(_Part):
                 del self.executor.run
                 pipe.send(None)
         while (told := self.others[0].recv()) is not None:
-            self.executor.run(_entries(told))
+            self.executor.run(entries_of(told))
         return []
 
     def _join(self) -> None:
@@ -274,7 +283,7 @@ class _Tensor(_Part):
             decoder.parts = LoraParts(adapters, whole, self.wire, self.serving.arena)
             self.executor.assign = self._deal  # type: ignore[method-assign]
         if self.rank == 1:
-            _hold_all(self.engine, self.setting.num_pages)
+            hold_all(self.engine, self.setting.num_pages)
         self._joined = True
 
     def _deal(self, batch: list[Entry]) -> None:
@@ -322,7 +331,7 @@ class _Pipeline(_Part):
             FirstComeFirstServed(), executor, held, limits=settings.limits, context_tokens=self.serving.context_tokens
         )
         if self.rank == 1:
-            _hold_all(engine, pages)
+            hold_all(engine, pages)
         return engine, executor
 
     def _lead(self, decoder: StageDecoder, loads: Sequence[Load], began: float) -> list[Served]:
@@ -339,10 +348,10 @@ class _Pipeline(_Part):
                 entries = [batch[i] for i in order]
                 with lock:
                     positions = executor.cache.begin(entries)
-                    hidden = decoder.enter(_tokens(entries))
+                    hidden = decoder.enter(tokens_of(entries))
                     decoder.go_on(hidden, positions, executor.cache, last=False)
                     area[: len(hidden) * hidden_size] = hidden.ravel()
-                pipe.send(_told(entries))
+                pipe.send(told_step(entries))
                 outputs: list[Output | None] = [None] * len(batch)
                 for place, token in zip(order, pipe.recv()):
                     outputs[place] = None if token is None else Output(token)
@@ -375,7 +384,7 @@ class _Pipeline(_Part):
                 if told is None:
                     del live[pipe]
                     continue
-                executor, entries = self._flights[number][1], _entries(told)
+                executor, entries = self._flights[number][1], entries_of(told)
                 positions = executor.cache.begin(entries)
                 area = self.wire.area(number)[: len(positions) * self.config.hidden_size]
                 hidden = decoder.go_on(area.reshape(len(positions), -1).copy(), positions, executor.cache, last=True)
@@ -396,37 +405,3 @@ class _Pipeline(_Part):
 
 
 _PARTS: dict[str, type[_Part]] = {"data": _Data, "tensor": _Tensor, "pipeline": _Pipeline}
-
-
-def _hold_all(engine: Engine, num_pages: int) -> None:
-    """Makes all pages resident: the other process says which ones a request has."""
-    engine.wanted_pages = num_pages
-    engine.fit_limit()
-    engine.pages.take(num_pages)
-
-
-def _tokens(entries: Sequence[Entry]) -> np.ndarray:
-    return np.array([t for one in entries for t in one.sequence.tokens[one.first : one.first + one.count]], np.int64)
-
-
-Told = tuple[int, int, int, bool, list[int], list[int]]
-
-
-def _told(batch: Sequence[Entry]) -> list[Told]:
-    """A step as the other process needs it: whose each entry is, its pages and its tokens."""
-    return [
-        (
-            one.sequence.id, one.first, one.count, one.sample, one.sequence.pages,
-            one.sequence.tokens[one.first : one.first + one.count],
-        )
-        for one in batch
-    ]  # fmt: skip
-
-
-def _entries(told: Sequence[Told]) -> list[Entry]:
-    entries = []
-    for number, first, count, sample, pages, tokens in told:
-        one = Running(id=number, request=Request(prompt=(0,)), arrival=0.0, eos=())
-        one.pages, one.tokens = pages, [0] * first + tokens
-        entries.append(Entry(one, first, count, sample))
-    return entries
