@@ -60,6 +60,8 @@ def test_numbers() -> None:
         parse("snapkv(window=0.5)").numbers(defaults)
     with pytest.raises(InputError, match="a bare number; it takes bits"):
         parse("kivi(2)").integers({"bits": 2})
+    with pytest.raises(InputError, match="a bare number; it takes no settings"):
+        parse("int4(2)").integers({})
 
 
 def test_parts() -> None:

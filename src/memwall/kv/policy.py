@@ -70,7 +70,7 @@ class Policy:
             bare = key == AMOUNT
             raise InputError(
                 f"policy {self}: {'a bare number' if bare else f'unknown setting {key!r}'}; it takes "
-                f"{', '.join(defaults)}"
+                f"{', '.join(defaults) or 'no settings'}"
             )
 
 
