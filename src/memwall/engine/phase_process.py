@@ -198,9 +198,7 @@ def _logprobs(output: Output) -> Any:
     return None if found is None else [found.own, [list(pair) for pair in found.top]]
 
 
-def fork_resident(
-    executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board
-) -> tuple[int, socket.socket]:
+def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board) -> tuple[int, socket.socket]:
     """Forks the resident process; its number, and the socket that asks it for workers."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
@@ -212,9 +210,7 @@ def fork_resident(
     raise AssertionError
 
 
-def _resident(
-    orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board
-) -> None:
+def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board) -> None:
     gc.freeze()  # a collection would write to every object, and so copy their pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
