@@ -1,14 +1,14 @@
-"""FastSwitch's claims: real copies and a real engine on a random model of 19 million weights, longer loads on the same
+"""FastSwitch's claims: real copies and a real engine on a random model of 80 million weights, longer loads on the same
 engine with a virtual clock.
 
 There is no PCIe between two memories of this machine, so the link of the loads is emulated (pages are really copied,
 and a copy then lasts as long as the link says). Its rates are the paper's set-up by the length of a step: a page of
 LLaMA-8B is 64 copies of 10 us and 2.1 MB at 25 GB/s, and a step 25 ms; the virtual clock has these numbers. What a
-switch costs is told in steps: ShareGPT's conversations take about two to move. So both loads have them: the real
-engine's steps are timed first, its conversations are half as long as those of the virtual clock to save time, and its
-link is slower by the length of a step and by that half. Arrivals, pauses and frequencies are the virtual clock's in
-steps, and so is the room: half of what the load would take. (With conversations of a tenth of that length a switch took
-0.4 steps, the engine stalled for 6 % of the time, and no order of the variants showed.)
+switch costs is told in steps: ShareGPT's conversations take about two to move. The real engine's steps are timed first,
+its link is slower by their length, and its load is that of the virtual clock in steps: the same conversations,
+arrivals, pauses and frequencies, and room for half of what the load would take. Keys and values have few heads, as in
+LLaMA-8B. (It was once given conversations of a fifth of that length: a switch then took 0.4 steps, few of them were
+seen by anybody, and no order of the variants showed.)
 
 Frequencies are those of the paper, 0.02 for the larger model and 0.04 for the smaller one, and half of the lower.
 Beyond them the tail of both variants is the time that a request is outside by its priority, which no copy shortens: the
@@ -58,7 +58,6 @@ GROUP = 60
 STEP_SECONDS = 0.025
 LAUNCH_SECONDS = 64 * 10e-6
 PAGE_SECONDS = 2 * 32 * 16 * 8 * 128 * 2 / 25e9
-SHORTER = 2
 PATTERNS = ("random", "markov")
 VARIANTS = ("single pages, waited for", "+ groups", "+ overlap", "+ reuse")
 Tick = Callable[[str], None]
@@ -66,10 +65,10 @@ Tick = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    layers: int = 6
-    hidden: int = 512
-    intermediate: int = 1376
-    chats: int = 60
+    layers: int = 12
+    hidden: int = 768
+    intermediate: int = 2048
+    chats: int = 40
     real_loads: int = 2
     virtual_chats: int = 150
     loads: int = 3
@@ -78,7 +77,17 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(layers=4, chats=8, real_loads=1, virtual_chats=24, loads=1, frequencies=(0.01, 0.04), repeats=3)
+QUICK = Sizes(
+    layers=4,
+    hidden=512,
+    intermediate=1376,
+    chats=8,
+    real_loads=1,
+    virtual_chats=24,
+    loads=1,
+    frequencies=(0.01, 0.04),
+    repeats=3,
+)
 
 
 def settings_of(variant: int, link: Link | None = None) -> SwitchSettings:
@@ -405,7 +414,7 @@ def write_model(folder: Path, sizes: Sizes) -> Path:
 
 def load(model: Path, variant: int, pattern: str, *, frequency: float = FREQUENCY, link: Link | None = None,
          swap_bytes: int = 1 << 30, **settings: Any) -> Serving:  # fmt: skip
-    chosen = {"weights": "int8", "context_tokens": 1024, "token_budget": 128, "max_sequences": 32,
+    chosen = {"weights": "int8", "context_tokens": 2048, "token_budget": 256, "max_sequences": 64,
               "keep_prefixes": False, **settings}  # fmt: skip
     return load_engine(
         model,
@@ -420,7 +429,7 @@ def step_seconds(model: Path) -> float:
     held = load(model, 0, "fixed")
     for number in range(16):
         sampling = Sampling(max_new_tokens=60, ignore_eos=True)
-        held.engine.submit(Request(prompt=(number + 8,) * 200, sampling=sampling))
+        held.engine.submit(Request(prompt=(number + 8,) * 400, sampling=sampling))
     while len(held.engine.running) < 16 or any(not one.num_made for one in held.engine.running.values()):
         held.engine.step()
     times = []
@@ -465,18 +474,17 @@ def real_claims(data: Path | None, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
         step = step_seconds(model)
         held = load(model, 3, "random")
         page = held.pool.page_bytes
-        slower = SHORTER * step / STEP_SECONDS
+        slower = step / STEP_SECONDS
         link = Link(bytes_per_s=page / (PAGE_SECONDS * slower), seconds_per_copy=LAUNCH_SECONDS * slower)
-        lengths = [(max(new // SHORTER, 1), max(answer // SHORTER, 2)) for new, answer in lengths_of(data, 600)]
         loads = [
-            draw_chats(sizes.chats, rate_per_s=2.5 * STEP_SECONDS / step, lengths=lengths,
-                       most_tokens=2000 // SHORTER, seed=41 + number, think_seconds=3.0 * step / STEP_SECONDS)
+            draw_chats(sizes.chats, rate_per_s=2.5 / slower, lengths=lengths_of(data, 600), most_tokens=2000,
+                       seed=41 + number, think_seconds=3.0 * slower)
             for number in range(sizes.real_loads)
         ]  # fmt: skip
         tick("real engine: demand")
         demand = hold(held, loads[0], None).peak_pages
         held.release()
-        pages = max(demand // 2, 65)
+        pages = max(demand // 2, 129)
         for pattern in PATTERNS:
             found = []
             for variant, name in enumerate(VARIANTS):

@@ -222,6 +222,11 @@ def chunked(coming: Sequence[Arrival]) -> Figures:
     return serve_all(engine, coming)
 
 
+def capacity(figures: Figures) -> float:
+    """Requests a second that prompts were begun to be answered at, of a load that was there at once."""
+    return len(figures.first) / max(figures.first)
+
+
 def policies(coming: Sequence[Arrival], costs: Costs) -> dict[str, tuple[Figures, int]]:
     """Figures of each way, and how often shares changed."""
     one = chunked(coming)
@@ -242,15 +247,17 @@ def row(name: str, figures: Figures) -> str:
 
 
 def policy_claims(costs: Costs, sizes: Sizes, data: Path | None, tick: Tick) -> Iterator[Claim]:
-    loads: dict[str, tuple[Any, float]] = {"ShareGPT": ([(SHAREGPT, 1.0)], 14.0), "Mixed": (MIXED, 2.4)}
+    loads: dict[str, Any] = {"ShareGPT": [(SHAREGPT, 1.0)], "Mixed": MIXED}
     if data is None:
-        loads |= {"Long": ([(LONG, 1.0)], 1.0), "ArXiv": ([(ARXIV, 1.0)], 1.6)}
-    runs = {}
-    for name, (kinds, rate) in loads.items():
+        loads |= {"Long": [(LONG, 1.0)], "ArXiv": [(ARXIV, 1.0)]}
+    runs, rates = {}, []
+    for name, kinds in loads.items():
         tick(f"policies on {name}")
-        runs[name] = policies(drawn(sizes, kinds, rate, 1, data), costs)
+        rates.append(capacity(chunked(drawn(sizes, kinds, 1e4, 60, data))))
+        runs[name] = policies(drawn(sizes, kinds, rates[-1], 61, data), costs)
     told = "; ".join(
-        f"{name}: " + ", ".join(row(way, figures) for way, (figures, _) in run.items()) for name, run in runs.items()
+        f"{name} at {rate:.1f} requests/s: " + ", ".join(row(way, figures) for way, (figures, _) in run.items())
+        for rate, (name, run) in zip(rates, runs.items())
     )
     ratios = [run["chunked"][0].first_mean / run["nexus"][0].first_mean for run in runs.values()]
     yield Claim(
