@@ -28,7 +28,7 @@ from memwall.engine.base import PHASES, Phase
 from memwall.engine.batch import BatchCache, ModelExecutor
 from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import HandOver, Pull
-from memwall.engine.pacing import Pacer, be_nice
+from memwall.engine.pacing import Board, Pacer
 from memwall.engine.ranked import layout_of
 from memwall.engine.sampling import Sampler, Sampling
 from memwall.engine.sequence import Request, Sequence, TokenLogprobs
@@ -86,11 +86,12 @@ class Worker:
     """A process that computes batches of one phase. pools: each phase's; the same one where they share it."""
 
     def __init__(
-        self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool]
-    ) -> None:
-        be_nice(order["nice"])
+        self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor,
+        pools: Mapping[Phase, PagePool], board: Board,
+    ) -> None:  # fmt: skip
         self.connection = connection
-        self.pacer = Pacer(order["percent"], order["cores"], whole_threads=order["whole_threads"])
+        whole = order["whole_threads"]
+        self.pacer = Pacer(order["percent"], order["cores"], whole_threads=whole, board=board, phase=order["phase"])
         self.pools = pools
         cache = PacedCache(executor.cache, pools[order["phase"]], order["page_tokens"], self.pacer)
         self.executor = DrawingExecutor(executor, cache)
@@ -105,6 +106,8 @@ class Worker:
             except Exception as error:  # the engine hears of it and decides
                 traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}
+            finally:
+                self.pacer.end()
             send(self.connection, answer)
 
     def _run(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +116,7 @@ class Worker:
             self.pools[phase].follow(nbytes)
         if job["percent"] != self.pacer.percent:
             self.pacer.set(job["percent"])
+        self.pacer.begin()
         pulls = [Pull(*told) for told in job["pulls"]]
         moved = self.hand_over.copy((self.pools["prefill"],), (self.pools["decode"],), pulls)
         pulled = time.perf_counter() - began
@@ -194,7 +198,7 @@ def _logprobs(output: Output) -> Any:
     return None if found is None else [found.own, [list(pair) for pair in found.top]]
 
 
-def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> tuple[int, socket.socket]:
+def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board) -> tuple[int, socket.socket]:
     """Forks the resident process; its number, and the socket that asks it for workers."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
@@ -202,11 +206,11 @@ def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> t
     if number:
         theirs.close()
         return number, ours
-    _forever(lambda: _resident(theirs, executor, pools), theirs.fileno())
+    _forever(lambda: _resident(theirs, executor, pools, board), theirs.fileno())
     raise AssertionError
 
 
-def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> None:
+def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board) -> None:
     gc.freeze()  # a collection would write to every object, and so copy their pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -214,13 +218,15 @@ def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Pha
         if not body:
             return
         if os.fork() == 0:
-            worker = partial(_work, files[0], json.loads(body), executor, pools)
+            worker = partial(_work, files[0], json.loads(body), executor, pools, board)
             _forever(worker, files[0])
         os.close(files[0])
 
 
-def _work(file: int, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> None:
-    Worker(socket.socket(fileno=file), order, executor, pools).serve()
+def _work(
+    file: int, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board
+) -> None:
+    Worker(socket.socket(fileno=file), order, executor, pools, board).serve()
 
 
 def order_worker(orders: socket.socket, order: dict[str, Any]) -> socket.socket:

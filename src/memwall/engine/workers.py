@@ -27,7 +27,7 @@ from memwall.engine.base import PHASES, Phase, Shares
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import Pull
-from memwall.engine.pacing import niceness
+from memwall.engine.pacing import Board
 from memwall.engine.phase_process import entry_message, fork_resident, order_worker, outputs_of, receive, send
 from memwall.engine.phased import Done
 from memwall.engine.sequence import Sequence
@@ -133,7 +133,8 @@ class ForkedWorkers:
         for end in (self._woken, self._waker):
             end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._resident, self._orders = fork_resident(executor, self.pools)
+        self.board = Board()
+        self._resident, self._orders = fork_resident(executor, self.pools, self.board)
         self._unseen, self._measured, self.reserve_bytes = 0, 0.0, 0
         self._process = {phase: self._make(phase, shares) for phase in PHASES}
         for process in self._process.values():
@@ -260,9 +261,8 @@ class ForkedWorkers:
                 self._ledger.put(OWNER, "ram", 0)
 
     def _make(self, phase: Phase, shares: Shares) -> Process:
-        nice = niceness(shares)[PHASES.index(phase)] if self.fresh else 0
         order = {
-            "phase": phase, "percent": shares.of(phase), "cores": self.cores, "nice": nice,
+            "phase": phase, "percent": shares.of(phase), "cores": self.cores,
             "page_tokens": self._page_tokens, "whole_threads": self._whole_threads,
         }  # fmt: skip
         try:
@@ -322,6 +322,7 @@ class ForkedWorkers:
         self.lost += 1
         log.warning("the %s worker was lost and is made anew", phase)
         self._drop(self._process[phase])
+        self.board.hide(phase)
         self._process[phase] = self._make(phase, self.shares)
         self._await(self._process[phase])
 
