@@ -218,7 +218,7 @@ struct LinearKernels {
   int strip_tiles;      // row tiles per strip in the kernels for several tokens; one-token kernels take strips of one tile
   // quantizes `count` tokens (at most block) of x into block number `index` of `to`
   void (*quantize)(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to);
-  StripKernel tiles_one, tiles_few, tiles_many, tiles_exact;  // few: up to token_block of them, where levels have a byte at most
+  StripKernel tiles_one, tiles_few, tiles_many, tiles_exact;  // few: up to a few blocks of them, where levels have a byte at most
   StripKernel float_one[3], float_many[3];  // by Form
   StripKernel planes, planes_exact;
   StripKernel bilevel_one, bilevel_many, bilevel_exact;
