@@ -54,7 +54,7 @@ def test_the_snapshot_is_what_main_names(hub: Path) -> None:
 
 def test_what_is_not_there_says_how_to_have_it(hub: Path) -> None:
     assert model_directory("org/other") == Path("org/other")
-    with pytest.raises(InputError, match="nor is it in the Hub's cache .*hf download org/other"):
+    with pytest.raises(InputError, match=r"nor is it in the Hub's cache .*hf download org/other"):
         checked_directory(model_directory("org/other"))
     with pytest.raises(InputError, match="give a model folder or 'demo'"):
         checked_directory(model_directory("nowhere"))

@@ -1,6 +1,6 @@
 """Folders of models in the local cache of the Hugging Face Hub, by the names that people know them by.
 
-The cache keeps `models--ORG--NAME/snapshots/COMMIT/` with links into `blobs/`, and in `refs/main` which commit is meant.
+The cache keeps `models--ORG--NAME/snapshots/COMMIT/` with links into `blobs/`; `refs/main` says which commit is meant.
 Nothing is downloaded here: whoever has a budget wants to know when gigabytes come.
 """
 

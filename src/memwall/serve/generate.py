@@ -55,9 +55,10 @@ class Generate:
 
     async def _parse(self, raw: bytes) -> Asked:
         read = self.parser.chat if self.chat else self.parser.completion
-        if len(raw) <= INLINE_CHARACTERS:
+        if len(raw) <= INLINE_CHARACTERS and b'"response_format"' not in raw:
             return read(read_object(raw))
-        # long texts one at a time, beside the loop: encoding holds many times their size for a moment
+        # long texts one at a time, beside the loop: encoding holds many times their size for a moment; forms may take
+        # a look at the whole vocabulary
         async with self._encoding:
             return await asyncio.to_thread(lambda: read(read_object(raw)))
 
