@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 from memwall.models.chat import ChatTemplate
@@ -54,6 +56,30 @@ def test_choices_and_neighbours_are_each_their_own(server: Running) -> None:
     assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in told)
     plain = client.chat.completions.create(**{**ASK, "max_tokens": 8}, temperature=0.0)
     assert not plain.choices[0].message.content.startswith("{")
+
+
+class Place(BaseModel):
+    """Made up."""
+
+    kind: Literal["city", "river"]
+    name: str = Field(max_length=10)
+    near: list[Place] = Field(max_length=1)
+    since: datetime.date | None
+
+
+def test_pydantic_models_go_through_the_client(server: Running) -> None:
+    ask = {**ASK, "max_tokens": 400, "temperature": 1.0, "seed": 5}
+    schema = {"name": "place", "strict": True, "schema": Place.model_json_schema()}
+    answer = server.client().chat.completions.create(
+        **ask, response_format={"type": "json_schema", "json_schema": schema}
+    )
+    if answer.choices[0].finish_reason == "stop":
+        assert Place.model_validate_json(answer.choices[0].message.content).kind in ("city", "river")
+    # what the client makes of a model by itself
+    from openai.lib._parsing._completions import type_to_response_format_param
+
+    made = type_to_response_format_param(Place)
+    assert server.post("/v1/chat/completions", {**ASK, "max_tokens": 5, "response_format": made}).status_code == 200
 
 
 def test_any_object(server: Running) -> None:

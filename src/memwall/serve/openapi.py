@@ -68,7 +68,7 @@ def document(settings: ServerSettings, *, vocab: int, adapters: bool, width: int
         "paths": paths,
         "components": {"schemas": bodies | _answers()},
     }
-    if settings.api_key is not None:
+    if settings.guarded:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         found["security"] = [{"key": []}]
     return found
