@@ -142,13 +142,15 @@ KV_POLICIES = (
 Model = Annotated[
     str,
     typer.Argument(
-        help="Directory of a Hugging Face model, or `demo`.", metavar="MODEL", autocompletion=complete_model
+        help="Directory of a Hugging Face model, ORG/NAME of one in the Hub's cache, or `demo`.",
+        metavar="MODEL",
+        autocompletion=complete_model,
     ),
 ]
 ModelOrDemo = Annotated[
     str,
     typer.Argument(
-        help="Directory of a Hugging Face model, or `demo` (the default).",
+        help="Directory of a Hugging Face model, ORG/NAME of one in the Hub's cache, or `demo` (the default).",
         metavar="MODEL",
         autocompletion=complete_model,
         show_default=False,

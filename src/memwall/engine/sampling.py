@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,8 @@ class Sampling:
     """How to continue a text.
 
     temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. stop: texts that end the generation and are
-    not returned. ignore_eos: go on through the model's end-of-text token (for benchmarks).
+    not returned. ignore_eos: go on through the model's end-of-text token (for benchmarks). frequency_penalty is taken
+    off a token's logit for each time that it was made, presence_penalty once it was; bias: token id and what is added.
     """
 
     max_new_tokens: int = 128
@@ -28,6 +30,14 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def bends(self) -> bool:
+        """Whether logits change before a token is drawn: see `bend`."""
+        return bool(self.bias) or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -108,6 +118,15 @@ def _keep(chances: np.ndarray, count: int, least: np.floating) -> None:
     if least > 0:
         chances[np.flatnonzero(chances == least)[count - above :]] = 0
     np.multiply(chances, chances >= least, out=chances)
+
+
+def bend(logits: np.ndarray, made: Sequence[int], sampling: Sampling) -> None:
+    """Penalties and bias of `sampling`, in place on logits [V] float32. made: the tokens of the answer so far."""
+    if made and (sampling.frequency_penalty or sampling.presence_penalty):
+        tokens, counts = np.unique(np.asarray(made, np.int64), return_counts=True)
+        logits[tokens] -= (sampling.frequency_penalty * counts + sampling.presence_penalty).astype(np.float32)
+    for token, more in sampling.bias:
+        logits[token] += np.float32(more)
 
 
 class StopWatcher:
