@@ -9,6 +9,7 @@ Messages are JSON behind their length (4 bytes); a worker ends when its socket i
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
@@ -29,6 +30,7 @@ from memwall.engine.batch import BatchCache, ModelExecutor
 from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import HandOver, Pull
 from memwall.engine.pacing import Board, Pacer
+from memwall.engine.pooling import Pooler, part_of
 from memwall.engine.ranked import layout_of
 from memwall.engine.sampling import Sampler, Sampling
 from memwall.engine.sequence import Request, Sequence, TokenLogprobs
@@ -65,8 +67,8 @@ def _read(connection: socket.socket, count: int) -> bytes | None:
     return bytes(parts)
 
 
-def entry_message(entry: Entry, draw: float | None) -> dict[str, Any]:
-    """What a worker must know of an entry. Pages go by their numbers."""
+def entry_message(entry: Entry, draw: float | None, seen_before: int = 0) -> dict[str, Any]:
+    """What a worker must know of an entry. Pages go by their numbers. seen_before: see `Pooler`."""
     one = entry.sequence
     told: dict[str, Any] = {
         "id": one.id,
@@ -76,6 +78,8 @@ def entry_message(entry: Entry, draw: float | None) -> dict[str, Any]:
     }
     if one.request.adapter is not None:
         told["adapter"] = one.request.adapter
+    if one.request.pooling is not None:
+        told["pool"] = [one.request.pooling, seen_before]
     if entry.sample:
         asked = one.request.sampling
         told |= {"t": asked.temperature, "k": asked.top_k, "p": asked.top_p, "draw": draw, "lp": one.request.logprobs}
@@ -153,6 +157,7 @@ class DrawingExecutor(ModelExecutor):
         self.adapters = None if made.lora is None else ToldAdapters(cache.pool, made.lora.room)
         self.cache = cache
         self._logit_rows, self._scratch = made._logit_rows, made._scratch
+        self._pooler = PartPooler()
 
     def _draw(self, sequence: Sequence, logits: np.ndarray) -> Output:
         draw = sequence.arrival  # of a sequence that is told to a worker: see `entry_of`
@@ -161,12 +166,25 @@ class DrawingExecutor(ModelExecutor):
         return Output(token, None if wanted is None else self._logprobs(logits, token, wanted))
 
 
+class PartPooler(Pooler):
+    """Sums are kept where no worker's loss can touch them: here only the part of the tokens at hand is made."""
+
+    def take(self, entry: Entry, hidden: np.ndarray) -> np.ndarray | None:
+        """See `Pooler`; what the engine's process adds."""
+        if entry.sequence.request.pooling == "last" and not entry.sample:
+            return None
+        return part_of(entry, hidden, entry.sequence.cached)  # see `entry_of`
+
+
 def entry_of(told: dict[str, Any]) -> Entry:
     """In a worker: what `entry_message` told."""
     first, tokens, sample = told["first"], told["tokens"], "t" in told
     sampling = Sampling(temperature=told["t"], top_k=told["k"], top_p=told["p"]) if sample else Sampling()
-    request = Request(prompt=(0,), sampling=sampling, logprobs=told.get("lp"), adapter=told.get("adapter"))
-    one = Sequence(id=told["id"], request=request, arrival=told.get("draw") or 0.0, eos=())
+    pooling, seen_before = told.get("pool", (None, 0))
+    request = Request(
+        prompt=(0,), sampling=sampling, logprobs=told.get("lp"), adapter=told.get("adapter"), pooling=pooling
+    )
+    one = Sequence(id=told["id"], request=request, arrival=told.get("draw") or 0.0, eos=(), cached=seen_before)
     one.tokens, one.pages = [0] * first + tokens, told["pages"]
     one.holds_adapter = request.adapter is not None  # or the engine would not have told it
     return Entry(one, first, len(tokens), sample)
@@ -177,7 +195,7 @@ def answer_message(
 ) -> dict[str, Any]:
     """A worker's answer, now that it is done. pulled: bytes and seconds of what it copied before."""
     return {
-        "outputs": [None if out is None else [out.token, _logprobs(out)] for out in outputs],
+        "outputs": [None if out is None else [out.token, _logprobs(out), _vector(out)] for out in outputs],
         "span": [began, time.perf_counter()],
         "pulled": list(pulled),
         "cpu": time.process_time() - cpu_began,
@@ -186,11 +204,22 @@ def answer_message(
 
 def outputs_of(answer: dict[str, Any]) -> list[Output | None]:
     """In the engine: what `answer_message` told."""
-    return [None if found is None else Output(found[0], _told_logprobs(found[1])) for found in answer["outputs"]]
+    return [
+        None if found is None else Output(found[0], _told_logprobs(found[1]), _told_vector(found[2]))
+        for found in answer["outputs"]
+    ]
 
 
 def _told_logprobs(told: Any) -> TokenLogprobs | None:
     return None if told is None else TokenLogprobs(own=told[0], top=tuple((int(i), float(p)) for i, p in told[1]))
+
+
+def _told_vector(told: str | None) -> np.ndarray | None:
+    return None if told is None else np.frombuffer(base64.b64decode(told), "<f8")
+
+
+def _vector(output: Output) -> str | None:
+    return None if output.vector is None else base64.b64encode(output.vector.astype("<f8").tobytes()).decode()
 
 
 def _logprobs(output: Output) -> Any:

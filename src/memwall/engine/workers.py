@@ -30,6 +30,7 @@ from memwall.engine.hand_over import Pull
 from memwall.engine.pacing import Board
 from memwall.engine.phase_process import entry_message, fork_resident, order_worker, outputs_of, receive, send
 from memwall.engine.phased import Done
+from memwall.engine.pooling import Pooler, pooled
 from memwall.engine.sequence import Sequence
 from memwall.engine.told_adapters import adapters_message
 from memwall.errors import InputError, MemwallError
@@ -57,9 +58,10 @@ class Process:
 
 
 class Draws:
-    """Random numbers for tokens, drawn where no worker's loss can touch them."""
+    """Random numbers for tokens, drawn where no worker's loss can touch them, and sums of embedded texts."""
 
     def __init__(self) -> None:
+        self._pooler = Pooler()
         self._sources: dict[int, random.Random] = {}
         self._drawn: dict[int, float] = {}
 
@@ -76,21 +78,23 @@ class Draws:
             self._drawn[one.id] = source.random()
         return self._drawn[one.id]
 
-    def used(self, batch: list[Entry]) -> None:
-        """The batch's tokens are there."""
+    def message(self, entry: Entry) -> dict[str, Any]:
+        """What a worker is told of an entry."""
+        return entry_message(entry, self.of(entry), self._pooler.seen_before(entry))
+
+    def done(self, phase: Phase, batch: list[Entry], answer: dict[str, Any], seconds: float) -> Done:
+        """A batch that a worker has answered: its tokens are there."""
         for entry in batch:
             self._drawn.pop(entry.sequence.id, None)
+        began, ended = answer["span"]
+        outputs = pooled(batch, outputs_of(answer), self._pooler)
+        return Done(phase, batch, outputs, seconds, began, ended, answer["cpu"], *answer["pulled"])
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence is over."""
         self._sources.pop(sequence.id, None)
         self._drawn.pop(sequence.id, None)
-
-
-def done_of(phase: Phase, batch: list[Entry], answer: dict[str, Any], seconds: float) -> Done:
-    """A batch that a worker has answered."""
-    began, ended = answer["span"]
-    return Done(phase, batch, outputs_of(answer), seconds, began, ended, answer["cpu"], *answer["pulled"])
+        self._pooler.forget(sequence.id)
 
 
 class ForkedWorkers:
@@ -121,7 +125,9 @@ class ForkedWorkers:
         self.cores = cores
         self.lost = 0
         self._page_tokens = page_tokens
-        self._adapters = executor.adapters if isinstance(executor.adapters, Adapters) else None
+        adapters = executor.adapters if isinstance(executor.adapters, Adapters) else None
+        self.adapters: dict[Phase, Adapters | None] = dict.fromkeys(PHASES, adapters)
+        """Of each phase's memory."""
         self._whole_threads = whole_threads
         self._ledger = ledger
         self._busy: dict[Phase, tuple[list[Entry], float]] = {}
@@ -151,12 +157,12 @@ class ForkedWorkers:
     def start(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> None:
         """See `Workers`."""
         self._change_over()
-        told = [entry_message(entry, self.draws.of(entry)) for entry in batch]
+        told = [self.draws.message(entry) for entry in batch]
         percent = self._process[phase].percent if self.fresh else self.shares.of(phase)
         committed = [self.pools[one].committed_bytes for one in PHASES]
         job = {
             "percent": percent, "committed": committed, "entries": told, "pulls": [astuple(one) for one in pulls],
-            "adapters": adapters_message(batch, self._adapters),
+            "adapters": adapters_message(batch, self.adapters[phase]),
         }  # fmt: skip
         try:
             send(self._process[phase].connection, job)
@@ -217,8 +223,7 @@ class ForkedWorkers:
         if "error" in answer:
             return [self._failed(process.phase, batch, answer["error"], seconds)]
         self._losses[process.phase] = 0
-        self.draws.used(batch)
-        return [done_of(process.phase, batch, answer, seconds)]
+        return [self.draws.done(process.phase, batch, answer, seconds)]
 
     def _failed(self, phase: Phase, batch: list[Entry], why: str, seconds: float) -> Done:
         self._losses[phase] += 1
