@@ -275,7 +275,7 @@ def test_settings_out_of_range(setting: dict[str, str]) -> None:
         weight_method("bitstack", setting)
 
 
-@pytest.mark.parametrize(("width", "rank"), [(64, 1), (256, 1), (2048, 8), (4096, 16), (8192, 16)])
+@pytest.mark.parametrize(("width", "rank"), [(64, 1), (256, 2), (1024, 8), (2048, 16), (8192, 16)])
 def test_the_rank_follows_the_width_unless_told(source: Path, width: int, rank: int) -> None:
     config = replace(ModelConfig.from_directory(source), hidden_size=width)
     assert weight_method("bitstack").for_model(config).settings()["rank"] == rank

@@ -10,8 +10,8 @@ order (`stack_order`) and written as one stack (`stack_job`): a model of any siz
 Units and shapes: inputs [tokens, cols] of a sequence -> s [cols]; weight [rows, cols] -> Packed of `formats.bitstack`.
 Differs from the paper: the residual is taken with the factors as stored in float16; where several heads read the same
 values (grouped queries) o_proj is scaled too, by the mean over these heads; experts' norms are taken over all their
-tokens at once, as these do not come by sequences; models narrower than 4096 take a lower rank than 16 unless told, so
-that factors keep their share of a block's bytes.
+tokens at once, as these do not come by sequences; models narrower than 2048 take a lower rank than 16 unless told, so
+that factors take a quarter of the signs' bytes.
 Cost: `blocks` times 2 * rank * 18 operations per weight; resident beside a weight, 20 bytes a weight.
 Holds when: matrices are large beside the rank, which is chosen so: factors take 16 * rank * (rows + cols) / (rows *
 cols) bits per weight and block, 0.125 for 4096 x 4096 at rank 16.
@@ -38,7 +38,7 @@ from memwall.models.config import ModelConfig
 # added to every norm, so that a channel that never fires can be scaled back (the official code's)
 LEAST_NORM = 1e-3
 WORK_BYTES = 20
-PAPER_WIDTH = 4096
+FULL_WIDTH = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,8 @@ class BitStack(WeightMethod):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1, such as {usual}")
 
     def for_model(self, config: ModelConfig) -> BitStack:
-        """Factors take an eighth of the signs' bytes, as in the paper at 4096 columns and rank 16."""
-        by_width = round(DEFAULT_RANK * config.hidden_size / PAPER_WIDTH)
+        """The paper's rank from 2048 columns on; below, factors keep at most a quarter of the signs' bytes."""
+        by_width = round(DEFAULT_RANK * config.hidden_size / FULL_WIDTH)
         return self if self.rank else replace(self, rank=min(max(by_width, 1), DEFAULT_RANK))
 
     def form(self, bits: float | str) -> str | None:
