@@ -161,6 +161,18 @@ def test_damaged_models(case: str, command: tuple[str, ...], memwall: Any, model
     assert not (folder / "out").exists()
 
 
+def test_a_tokenizer_of_another_model(memwall: Any, model: Path, folder: Path) -> None:
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    kind = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": 4096, "content": "zebra", **kind})
+    path.write_text(json.dumps(tokenizer))
+    (folder / "zebra.txt").write_text("A zebra is no horse. " * 20)
+    for command in (("run", model, "A zebra"), ("eval", model, folder / "zebra.txt", "--limit", "32")):
+        check_refusal(memwall(*command), 2, "token id 4096, but the model knows only 4096 tokens")
+    assert memwall("run", model, "A horse", "--max-new-tokens", "2").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
