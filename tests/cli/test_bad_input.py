@@ -108,6 +108,11 @@ COMMANDS = {
     "conversation as JSON": (("run", "{model}", "--chat", "--json"), 2, "--chat"),
     "plan for an unknown machine": (("plan", "{model}", "--machine", "abacus", "--no-measure"), 2, "abacus"),
     "divergence that is no number": (("plan", "{model}", "--max-kl", "nan"), 2, "max-kl"),
+    "prompt longer than a plan's context": (
+        ("plan", "{model}", "--no-measure", "--context", "64", "--prompt-tokens", "65"),
+        2,
+        "prompt-tokens 65",
+    ),
     "report into a missing folder": (("plan", "{model}", "--no-measure", "--html", "{folder}/no/report.html"), 2, "no"),
     "text that is missing": (("eval", "{model}", "{folder}/no.txt"), 2, "no.txt"),
     "text that is empty": (("eval", "{model}", "{folder}/empty.txt"), 2, "empty.txt"),
