@@ -58,7 +58,7 @@ RUNTIME_SPREAD_BYTES = 768 * 1024
 #: x86-64, Python 3.11)
 DEFAULT_RUNTIME_BYTES = 64_000_000
 #: what level formats add to it: pages of code, tables and working arrays of the encoder (measured on the same)
-LEVEL_FORMAT_BYTES = 1792 * 1024
+LEVEL_FORMAT_BYTES = 1280 * 1024
 PROCESSES, PROCESS_TIER = "runtime/storage process", "storage"
 #: what the interpreter and libraries of a storage process take (measured on Linux x86-64, Python 3.11)
 PROCESS_RUNTIME_BYTES = 43_000_000
