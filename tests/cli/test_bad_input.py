@@ -108,6 +108,11 @@ COMMANDS = {
     "conversation as JSON": (("run", "{model}", "--chat", "--json"), 2, "--chat"),
     "plan for an unknown machine": (("plan", "{model}", "--machine", "abacus", "--no-measure"), 2, "abacus"),
     "divergence that is no number": (("plan", "{model}", "--max-kl", "nan"), 2, "max-kl"),
+    "prompt longer than a plan's context": (
+        ("plan", "{model}", "--no-measure", "--context", "64", "--prompt-tokens", "65"),
+        2,
+        "prompt-tokens 65",
+    ),
     "report into a missing folder": (("plan", "{model}", "--no-measure", "--html", "{folder}/no/report.html"), 2, "no"),
     "text that is missing": (("eval", "{model}", "{folder}/no.txt"), 2, "no.txt"),
     "text that is empty": (("eval", "{model}", "{folder}/empty.txt"), 2, "empty.txt"),
@@ -159,6 +164,18 @@ def test_damaged_models(case: str, command: tuple[str, ...], memwall: Any, model
     result = memwall(*(argument.format(model=model, folder=folder) for argument in command))
     check_refusal(result, 2, word)
     assert not (folder / "out").exists()
+
+
+def test_a_tokenizer_of_another_model(memwall: Any, model: Path, folder: Path) -> None:
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    kind = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": 4096, "content": "zebra", **kind})
+    path.write_text(json.dumps(tokenizer))
+    (folder / "zebra.txt").write_text("A zebra is no horse. " * 20)
+    for command in (("run", model, "A zebra"), ("eval", model, folder / "zebra.txt", "--limit", "32")):
+        check_refusal(memwall(*command), 2, "token id 4096, but the model knows only 4096 tokens")
+    assert memwall("run", model, "A horse", "--max-new-tokens", "2").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,11 @@ def test_a_temperature_next_to_nothing_is_greedy() -> None:
     assert sampler.pick(np.array([1.0, 1.5, 1.4], np.float32)) == 1
 
 
+def test_an_endless_temperature_likes_all_tokens_alike() -> None:
+    sampler = Sampler(Sampling(temperature=1e300))
+    assert {sampler.pick(np.array([0.0, 50.0, 3.0], np.float32)) for _ in range(50)} == {0, 1, 2}
+
+
 def test_a_draw_works_in_its_scratch_alone() -> None:
     logits = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
     scratch = np.empty(Sampler.scratch_shape(len(logits)), np.float32)

@@ -43,7 +43,7 @@ def test_figures_can_be_asked_for(make_report: MakeReport) -> None:
 
 def test_rows_are_text_in_groups(make_report: MakeReport) -> None:
     rows = make_report().rows()
-    assert {row.group for row in rows} == {"memory", "latency", "arithmetic", "disk"}
+    assert {row.group for row in rows} == {"memory", "latency", "arithmetic", "kernels", "disk"}
     assert rows[0].setting == "read, 1 thread"
     assert rows[0].figure == "20.0 GB/s"
     assert rows[1].setting == "read, 2 threads"

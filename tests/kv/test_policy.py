@@ -46,6 +46,12 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
     assert parse(str(policy)) == policy
 
 
+def test_endless_policies_are_refused() -> None:
+    for text in ("snapkv(0.2)+" * 3000 + "kivi", f"kivi(bits={'9' * 5000})"):
+        with pytest.raises(InputError, match="characters"):
+            parse(text)
+
+
 def test_integers() -> None:
     assert Policy("kivi", {"bits": "4"}).integers({"bits": 2, "group": 32}) == {"bits": 4, "group": 32}
     with pytest.raises(InputError, match="it takes bits"):

@@ -16,7 +16,7 @@ from memwall.models.decoder import scratch_bytes
 from memwall.plan import predict
 from memwall.plan.base import Choice
 from memwall.plan.predict import ModelSpace, activations, check_policy, check_weights, sampling_bytes
-from memwall.plan.search import grid, mixed
+from memwall.plan.search import Goal, grid, mixed, search
 
 DEMO = model_directory("demo")
 CONFIG = ModelConfig.from_directory(DEMO)
@@ -189,3 +189,15 @@ def test_what_lies_elsewhere_is_on_its_own_tier() -> None:
     assert plain["ram"] - peaks["ram"] == kv.predict("float16", space.shape, 512)["kv/full"] - sum(
         held[owner] for owner in ("kv/link", "kv/staging")
     )
+
+
+def test_heads_that_kivi_does_not_know_get_another_cache() -> None:
+    """Whatever the size of its heads, a model can be planned for without naming a cache."""
+    odd = ModelConfig.from_dict({**CONFIG.source, "head_dim": 20}, "odd")
+    space = ModelSpace(odd, runtime_bytes=0, headroom_bytes=0)
+    assert space.policies == predict.OF_ANY_HEAD
+    assert ModelSpace(CONFIG, runtime_bytes=0).policies == predict.POLICIES
+    least = search(space, Goal(budget={"ram": 1 << 30}, context=64))[0].choice
+    assert least.kv == "float16"
+    smallest = space.peak_bytes(replace(least, weights=space.uniform[0], kv="int8"))["ram"]
+    assert search(space, Goal(budget={"ram": smallest}, context=64))[0].choice.kv == "int8"

@@ -12,6 +12,7 @@ from memwall.cli.command import KV, AsJson, BudgetOption, Debug, Memory, Model, 
 from memwall.cli.printing import note, progress_bar
 from memwall.cli.run import parse_budget, parse_context
 from memwall.cli.w4a4kv4 import settled
+from memwall.errors import InputError
 
 if TYPE_CHECKING:
     from memwall.plan import Plan
@@ -92,6 +93,9 @@ def plan(
 
     if html is not None:
         check_html(html)
+    tokens = parse_context(context)
+    if tokens is not None and prompt_tokens is not None and prompt_tokens > tokens:
+        raise InputError(f"--prompt-tokens {prompt_tokens} is more than the --context of {tokens} that it is a part of")
     weights, cache = settled(model, weights, kv)
     with progress_bar("measuring caches" if search_kv else "measuring quality", quiet=quiet) as bar:
         made = make_plan(
@@ -99,7 +103,7 @@ def plan(
             budget=parse_budget(memory, budget),
             weights=weights,
             kv=cache or kv,
-            context=parse_context(context),
+            context=tokens,
             prompt_tokens=prompt_tokens,
             batch=batch,
             threads=threads,

@@ -34,7 +34,7 @@ from memwall.models.lora import LoraWeights
 from memwall.models.precision import bits_of, resolve, source_spec, weight_bytes
 from memwall.models.ssm_decoder import buffer_shapes, ssm_scratch_bytes
 from memwall.models.ssm_tables import table_bytes
-from memwall.models.tokenizer import Tokenizer
+from memwall.models.tokenizer import Tokenizer, check_ids
 
 LARGEST_TEXT_BYTES = 256 * 1024 * 1024
 WINDOW_TOKENS = 1024
@@ -379,6 +379,7 @@ def _encode(model: Path, config: ModelConfig, text: str | Path) -> list[int]:
     if not content.strip():
         raise InputError(f"{name}: is empty; give at least a few sentences")
     tokens = Tokenizer.from_directory(model).encode(content)
+    check_ids(tokens, config.vocab_size)
     return [token for token in tokens if token != config.bos_token_id]
 
 

@@ -12,6 +12,8 @@ from memwall.errors import InputError
 
 LEAST_TEMPERATURE = 1e-6
 """Below it float32 would overflow; the likeliest token is certain long before."""
+MOST_TEMPERATURE = 1e30
+"""Above it float32 would overflow; all tokens are alike long before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,8 @@ class Sampler:
             self._scratch = np.empty(self.scratch_shape(len(logits)), np.float32)
         chances, ordered, sums = self._scratch[0], self._scratch[1], self._scratch[2:].reshape(-1).view(np.float64)
         np.subtract(logits, logits[likeliest], out=chances)
-        np.divide(chances, np.float32(max(settings.temperature, LEAST_TEMPERATURE)), out=chances)
+        temperature = min(max(settings.temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE)
+        np.divide(chances, np.float32(temperature), out=chances)
         np.exp(chances, out=chances)
         if 0 < settings.top_k < len(chances):
             np.copyto(ordered, chances)

@@ -25,7 +25,7 @@ from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
 from memwall.memory import Arena, Budget, Ledger, resident_bytes
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import Decoder
-from memwall.models.tokenizer import Tokenizer
+from memwall.models.tokenizer import Tokenizer, check_ids
 from memwall.models.weights import Progress
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ class Session:
         """Feed prompt tokens in segments; returns the last token's logits [V] (the decoder's buffer)."""
         if not tokens:
             raise InputError("the prompt is empty; give at least one token")
+        check_ids(tokens, self.config.vocab_size)
         needed = self.cache.length + len(tokens)
         if needed > self.settings.context_tokens:
             raise InputError(

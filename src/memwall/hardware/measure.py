@@ -93,6 +93,8 @@ def probe(
     disk_directory: measure the disk there (a temporary file is made and removed); by default the one that holds the
     cache.
     """
+    if disk_directory is not None:
+        _disk_directory(disk_directory)  # whether it will do is said before anything is measured
     native = _native()
     effort = _QUICK if quick else _FULL
     start = time.perf_counter()

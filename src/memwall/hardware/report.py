@@ -192,6 +192,10 @@ class ProbeReport:
                     typical=format_flop_rate(row.median_flop_per_s),
                 )
             )
+        rows += [
+            ProbeRow(group="kernels", setting=name.replace("/", ", "), figure=format_rate(rate), typical="")
+            for name, rate in self.rates.items()
+        ]
         return rows + self._disk_rows()
 
     def _disk_rows(self) -> list[ProbeRow]:

@@ -16,6 +16,9 @@ from memwall.errors import InputError
 AMOUNT = "amount"
 """Key of the one setting that may be written without its key, such as the share of tokens kept."""
 
+LONGEST = 1000
+"""Characters of a policy string; one with every technique and setting there is has a fraction of it."""
+
 ALIASES = {"w4a4kv4": "kv4"}
 """Other names of policies: `--kv W4A4KV4` is the cache that goes with such weights."""
 
@@ -100,6 +103,8 @@ def stacked(parts: tuple[Policy, ...]) -> Policy:
 
 def parse(text: str) -> Policy:
     """Reads a policy string. Whether names are known, go together and settings make sense is for the table to say."""
+    if len(text) > LONGEST:
+        raise InputError(f"KV policy {text[:40]!r}...: {len(text):,} characters; the most read is {LONGEST:,}")
     return stacked(tuple(_parse_one(part, text) for part in text.lower().split("+")))
 
 

@@ -21,6 +21,16 @@ WORD_BEGIN = "\u2581"
 """Stands for a blank in vocabularies of sentencepiece."""
 
 
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """InputError for token ids that the model has no embedding for."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise InputError(
+            f"the text has token id {largest}, but the model knows only {vocab_size} tokens: its tokenizer.json is "
+            "that of another model"
+        )
+
+
 class Tokenizer:
     """The `tokenizers` library behind the few calls that the rest of memwall needs."""
 

@@ -1,8 +1,8 @@
 """From model, machine and goal to a plan: `make_plan` (or `Planner` for several goals) predicts bytes and speed,
 searches, measures, chooses.
 
-base: the `Plan` and its JSON. search: the enumeration. predict: bytes. speed, profile: time. report: table and page.
-store: kept figures.
+base: the `Plan` and its JSON. search: the enumeration. predict: bytes. speed, profile, kernel_rates: time. report:
+table and page. store: kept figures.
 """
 
 from memwall.plan.base import PLAN_VERSION as PLAN_VERSION

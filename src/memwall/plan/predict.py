@@ -58,12 +58,13 @@ RUNTIME_SPREAD_BYTES = 768 * 1024
 #: x86-64, Python 3.11)
 DEFAULT_RUNTIME_BYTES = 64_000_000
 #: what level formats add to it: pages of code, tables and working arrays of the encoder (measured on the same)
-LEVEL_FORMAT_BYTES = 1792 * 1024
+LEVEL_FORMAT_BYTES = 1280 * 1024
 PROCESSES, PROCESS_TIER = "runtime/storage process", "storage"
 #: what the interpreter and libraries of a storage process take (measured on Linux x86-64, Python 3.11)
 PROCESS_RUNTIME_BYTES = 43_000_000
-#: cache policies tried when none is asked, the least lossy first
+#: cache policies tried when none is asked, the least lossy first; of heads whose size suits none of KIVI's, the others
 POLICIES = ("float16", "kivi(4bit)", "kivi(2bit)")
+OF_ANY_HEAD = ("float16", "int8")
 
 
 class ModelSpace(Space):
@@ -97,7 +98,7 @@ class ModelSpace(Space):
         self.headroom_bytes = headroom_bytes
         self.shape = cache_shape(config)
         self.max_context = config.max_position
-        self.policies = POLICIES if config.ssm is None else (kv.STATE,)
+        self.policies = _policies(self.shape) if config.ssm is None else (kv.STATE,)
         self.ceiling = source_spec(config) if saved is None else "saved"
         self.specs = lru_cache(maxsize=512)(self._specs)
         self._bits = lru_cache(maxsize=512)(self._weight_bits)
@@ -211,6 +212,16 @@ class ModelSpace(Space):
         for row in self.rows(choice):
             totals[row.tier] = totals.get(row.tier, 0) + row.nbytes
         return totals
+
+
+def _policies(shape: kv.CacheShape) -> tuple[str, ...]:
+    """Of POLICIES those that this model can have."""
+    try:
+        for policy in POLICIES:
+            kv.predict(policy, shape, 1, 1)
+    except InputError:
+        return OF_ANY_HEAD
+    return POLICIES
 
 
 def activations(config: ModelConfig, segment_tokens: int) -> int:
