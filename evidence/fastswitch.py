@@ -69,7 +69,7 @@ class Sizes:
     layers: int = 6
     hidden: int = 512
     intermediate: int = 1376
-    chats: int = 40
+    chats: int = 80
     real_loads: int = 1
     virtual_chats: int = 150
     loads: int = 3
