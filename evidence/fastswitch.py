@@ -1,4 +1,4 @@
-"""FastSwitch's claims: real copies and a real engine on a random model of 80 million weights, longer loads on the same
+"""FastSwitch's claims: real copies and a real engine on a random model of 20 million weights, longer loads on the same
 engine with a virtual clock.
 
 There is no PCIe between two memories of this machine, so the link of the loads is emulated (pages are really copied,
@@ -7,8 +7,9 @@ LLaMA-8B is 64 copies of 10 us and 2.1 MB at 25 GB/s, and a step 25 ms; the virt
 switch costs is told in steps: ShareGPT's conversations take about two to move. The real engine's steps are timed first,
 its link is slower by their length, and its load is that of the virtual clock in steps: the same conversations,
 arrivals, pauses and frequencies, and room for half of what the load would take. Keys and values have few heads, as in
-LLaMA-8B. (It was once given conversations of a fifth of that length: a switch then took 0.4 steps, few of them were
-seen by anybody, and no order of the variants showed.)
+LLaMA-8B; the model is small so that steps, and with them all pauses, are short. (It was once given conversations of a
+fifth of that length: a switch then took 0.4 steps, few of them were seen by anybody, and no order of the variants
+showed.)
 
 Frequencies are those of the paper, 0.02 for the larger model and 0.04 for the smaller one, and half of the lower.
 Beyond them the tail of both variants is the time that a request is outside by its priority, which no copy shortens: the
@@ -65,11 +66,11 @@ Tick = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    layers: int = 12
-    hidden: int = 768
-    intermediate: int = 2048
-    chats: int = 40
-    real_loads: int = 2
+    layers: int = 6
+    hidden: int = 512
+    intermediate: int = 1376
+    chats: int = 80
+    real_loads: int = 1
     virtual_chats: int = 150
     loads: int = 3
     frequencies: tuple[float, ...] = (0.01, 0.02, 0.04)
@@ -113,23 +114,23 @@ def scattered(pages: int, runs: int) -> list[int]:
 
 
 def copy_claim(sizes: Sizes) -> Claim:
-    """Copies out of an arena into the swap file, and back: the least of some repeats. Each repeat goes through all
-    sizes before the next one, at another place: a swap moves pages that lie in memory, and bandwidth is that of memory
-    only if none of them is still in the cache from the repeat before.
+    """Copies out of an arena into the swap file, and others back: the least of some repeats. Each is of other pages and
+    places than those before it: a swap moves what lies in memory, and the bandwidth is that of memory only if none of
+    it is still in the cache.
     """
     counts, totals = (1, 4, 16, 64, 256), (256, 512, 1024, 2048)
-    arena, page, pages_in_all = Arena(1 << 30, Ledger()), 16384, 8192
+    arena, page, pages_in_all = Arena(1 << 30, Ledger()), 16384, 16384
     pool = PagePool("kv/pages", page_bytes=page, most_pages=pages_in_all, arena=arena)
     pool.take("kv", pages_in_all)
     area = SwapArea(pool, pages_in_all, arena=arena)
     area.take(pages_in_all)
     area.write(range(pages_in_all), range(pages_in_all)).run()  # the file has all its bytes before anything is timed
     least: dict[tuple[int, int], float] = {}
-    for repeat in range(sizes.repeats):
+    at = itertools.cycle(range(0, pages_in_all - 2 * max(totals), max(totals) + max(counts)))
+    for _ in range(sizes.repeats):
         for total, count in itertools.product(totals, counts):
-            at = repeat * (pages_in_all - 2 * max(totals)) // sizes.repeats
-            pages = [at + each for each in scattered(total, count)]
-            copies = [area.write(pages, pages), area.read(pages, pages)]
+            out, back = ([first + each for each in scattered(total, count)] for first in (next(at), next(at)))
+            copies = [area.write(out, out), area.read(back, back)]
             assert copies[0].count == count
             began = time.thread_time()  # copies are work of the processor: what else it does is not counted
             for each in copies:

@@ -299,11 +299,7 @@ class AheadEngine(Engine):
     def _book(self, batch: list[Entry], done: Computed) -> list[Event]:
         """What a batch has brought; the next one may be under way."""
         self._learn(batch, done.ended - done.began)
-        self.totals.steps += 1
-        self.totals.computed_tokens += sum(entry.count for entry in batch)
-        self.totals.computed_prompt_tokens += sum(
-            max(min(entry.first + entry.count, entry.sequence.num_prompt) - entry.first, 0) for entry in batch
-        )
+        self.totals.count(batch)
         if not self._flying:
             self._last_end = None
         events = []

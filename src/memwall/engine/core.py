@@ -187,11 +187,7 @@ class Engine:
         began = self.clock()
         outputs = self.executor.run(batch)
         self._learn(batch, self.clock() - began)
-        self.totals.steps += 1
-        self.totals.computed_tokens += step.tokens
-        self.totals.computed_prompt_tokens += sum(
-            max(min(entry.first + entry.count, entry.sequence.num_prompt) - entry.first, 0) for entry in batch
-        )
+        self.totals.count(batch)
         now = self.clock()
         for entry, output in zip(batch, outputs, strict=True):
             event = self._computed(entry, output, now)

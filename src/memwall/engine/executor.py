@@ -53,3 +53,11 @@ class Totals:
     prefix_hits: int = 0
     preempted: Counter[str] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
+
+    def count(self, batch: list[Entry]) -> None:
+        """A batch was computed."""
+        self.steps += 1
+        self.computed_tokens += sum(entry.count for entry in batch)
+        self.computed_prompt_tokens += sum(
+            max(min(entry.first + entry.count, entry.sequence.num_prompt) - entry.first, 0) for entry in batch
+        )

@@ -234,7 +234,7 @@ class PhasedEngine(Engine):
             now = self.clock()
             if done.outputs is not None:
                 self._learn(batch, done.seconds)
-                self._count(done, now)
+                self.totals.count(batch)
                 for entry, output in zip(batch, done.outputs, strict=True):
                     event = self._took(entry, output, now)
                     if event is not None:
@@ -247,13 +247,6 @@ class PhasedEngine(Engine):
                 self.on_done(done)
             self._observe(done, now)
         return events
-
-    def _count(self, done: Done, now: float) -> None:
-        self.totals.steps += 1
-        self.totals.computed_tokens += sum(entry.count for entry in done.batch)
-        self.totals.computed_prompt_tokens += sum(
-            max(min(entry.first + entry.count, entry.sequence.num_prompt) - entry.first, 0) for entry in done.batch
-        )
 
     def _took(self, entry: Entry, output: Output | None, now: float) -> Event | None:
         one = entry.sequence
