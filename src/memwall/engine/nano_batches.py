@@ -92,6 +92,21 @@ def two_phases(*, network: bool = False) -> Schedule:
     )
 
 
+def in_blocks(parts: int, *, network: bool = False) -> Schedule:
+    """Attention of each part in turn, then the feed-forward of each: a block is what computes while the sum of the
+    block before it crosses, and no sum is waited for at once.
+    """
+    attention = [name for name, _, _ in CHAIN].index("reduce1")
+    rest = len(CHAIN) - attention - 2  # the sums have a stream of their own
+
+    def start(step: int, part: int) -> float:
+        if step <= attention:
+            return float(attention * part + step)
+        return float(attention * parts + rest * part + step - attention - 1)
+
+    return _by_hand(parts, network, start, period=float((attention + rest) * parts + 1))
+
+
 def _by_hand(parts: int, network: bool, start: Callable[[int, int], float], period: float | None = None) -> Schedule:
     if parts < 1:
         raise InputError(f"{parts} parts; it must be at least 1")
