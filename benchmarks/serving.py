@@ -45,6 +45,7 @@ SATURATION = 0.8
 THROUGHPUT_RATIO = 1.0
 SEQUENTIAL_RATIO = 3.0
 START_SECONDS = 120
+PARTS = ("streams", "trace", "transformers")
 OBJECTIVES = {"slo_first": 2.0, "slo_token": 0.2}
 
 
@@ -60,8 +61,10 @@ class Settings:
     trace_requests: tuple[int, ...] = (120, 40)
     trace_rounds: int = 2
     sequential: int = 3
+    parts: tuple[str, ...] = PARTS
 
 
+GIVEN = ("models", "rounds", "parts", "trace_rounds")
 QUICK = {"models": ("demo",), "rounds": 1, "requests": 16, "trace_requests": (16,), "trace_rounds": 1, "sequential": 1}
 SEQUENTIAL = """
 import json, sys, time
@@ -170,13 +173,15 @@ def compare(shape: Shape, count: int, settings: Settings, arguments: argparse.Na
         drawn_lengths(settings.prompt_tokens, settings.output_tokens, settings.requests, 0), settings.context
     )
     with servers(shape, settings, arguments) as both:
-        for number in range(settings.rounds):
+        for number in range(settings.rounds if "streams" in settings.parts else 0):
             for name in turn(list(both), number):
                 note(f"{shape.name}: round {number + 1}, {STREAMS} streams, {name}")
                 found["streams"].setdefault(name, []).append(both[name].load(loads, STREAMS, number))
-        if arguments.trace is not None:
+        if arguments.trace is not None and "trace" in settings.parts:
             found["trace"] = replay(both, read_trace(arguments.trace, count), settings, shape)
         found["peak_bytes"] = {name: one.peak_bytes() for name, one in both.items()}
+    if "transformers" not in settings.parts:
+        return {**found, "transformers": {}, "wanted": wanted(found)}
     some = [(load.prompt_tokens, load.output_tokens) for load in loads[: settings.sequential]]
     note(f"{shape.name}: transformers, one at a time")
     command = [arguments.peer_python, "-c", SEQUENTIAL, arguments.work / f"llama-{shape.name}", settings.threads]
@@ -210,11 +215,15 @@ def replay(both: dict[str, Running], trace: list[Load], settings: Settings, shap
 
 def wanted(found: dict[str, Any]) -> list[dict[str, Any]]:
     """What is asked, what was measured, and whether it holds."""
-    own, peer = ([run["output_tokens_per_s"] for run in found["streams"][name]] for name in ("memwall", "llama.cpp"))
-    ratio = median(a / b for a, b in zip(own, peer, strict=True))
-    rows = [row(f"tokens a second with {STREAMS} streams, times llama.cpp's server", ratio, THROUGHPUT_RATIO)]
+    rows, own = [], []
+    if found["streams"]:
+        own, peer = (
+            [run["output_tokens_per_s"] for run in found["streams"][name]] for name in ("memwall", "llama.cpp")
+        )
+        ratio = median(a / b for a, b in zip(own, peer, strict=True))
+        rows.append(row(f"tokens a second with {STREAMS} streams, times llama.cpp's server", ratio, THROUGHPUT_RATIO))
     alone = [speed for speed in found["transformers"].values() if isinstance(speed, float)]
-    if alone:
+    if alone and own:
         rows.append(row("the same, times transformers one at a time", median(own) / max(alone), SEQUENTIAL_RATIO))
     if found["trace"]:
         own, peer = (
@@ -225,7 +234,8 @@ def wanted(found: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {**row("p99 of the first token under the trace, times llama.cpp's", ratio, 1.0), "holds": ratio <= 1}
         )
-    failed = sum(run["failed"] for runs in found["streams"].values() for run in runs)
+    everything = [*found["streams"].values(), *found["trace"].get("runs", {}).values()]
+    failed = sum(run["failed"] for runs in everything for run in runs)
     rows.append({"what": "requests that failed", "measured": failed, "wanted": 0, "holds": failed == 0})
     return rows
 
@@ -262,8 +272,9 @@ def markdown(result: dict[str, Any]) -> str:
             able = found["trace"]["able_requests_per_s"]
             lines += ["", f"Trace: {found['trace']['rate_per_s']:.2f} requests/s; with its lengths memwall answers "
                           f"{able['memwall']:.2f} and llama.cpp {able['llama.cpp']:.2f} requests/s."]  # fmt: skip
-        lines += ["", f"transformers, tokens/s, one request at a time: {json.dumps(found['transformers'])}", ""]
-        lines += ["| wanted | measured | holds |", "|---|---|---|"]
+        if found["transformers"]:
+            lines += ["", f"transformers, tokens/s, one request at a time: {json.dumps(found['transformers'])}"]
+        lines += ["", "| wanted | measured | holds |", "|---|---|---|"]
         lines += [f"| {r['what']} ({r['wanted']}) | {r['measured']} | {r['holds']} |" for r in found["wanted"]]
     return "\n".join(lines) + "\n"
 
@@ -284,10 +295,15 @@ def main() -> int:
     parser.add_argument("--label", help="hardware part of the result's file name; default: from the processor")
     parser.add_argument("--models", nargs="+", choices=SHAPES)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="some of the questions; default: all")
+    parser.add_argument("--trace-requests", type=int, help="of the trace; default: 120 for the first model, 40 others")
+    parser.add_argument("--trace-rounds", type=int)
     parser.add_argument("--quick", action="store_true", help="the demo's shape and few requests: tries it out")
     arguments = parser.parse_args()
     settings = replace(Settings(), **(QUICK if arguments.quick else {}))
-    given = {name: getattr(arguments, name) for name in ("models", "rounds") if getattr(arguments, name)}
+    given = {name: getattr(arguments, name) for name in GIVEN if getattr(arguments, name)}
+    if arguments.trace_requests:
+        given["trace_requests"] = [arguments.trace_requests]
     settings = replace(settings, **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
     before, machine = processor_seconds(), hardware()
     said = subprocess.run([arguments.llama_server, "--version"], capture_output=True, text=True, check=True)

@@ -544,7 +544,14 @@ def told_ratios(ratios: tuple[float, float, float]) -> str:
 
 
 def order_claims(sizes: Sizes) -> Iterator[Claim]:
-    """At all sizes and over the whole range of memory: at a single setting the gain, a hundredth, may be either way."""
+    """At all sizes and over the whole range of memory: at a single setting the gain, a hundredth, may be either way.
+
+    With 80 groups and 30 % of the pages it is a loss, and no accident: 0.43 % of the time over twelve other seeds, with
+    a standard error of 0.10 (with 20 % a gain of 0.77, error 0.11). Memory holds some 113 requests, so those with long
+    answers, 240, come in two waves and a bit: a wave makes 100 to 150 tokens side by side while nobody can enter, twice
+    113 tokens a step for 65 steps where 256 fit, and the bit begins last and ends alone, 34 requests and fewer for 100
+    steps. In the order they came short groups lie between them and ends are spread. How whole waves fit decides.
+    """
     cases = [(share, groups) for groups in MIXED_GROUPS for share in SHARES]
     varied = {case: order_ratios(sizes, *case, varied=True) for case in cases}
     yield Claim(

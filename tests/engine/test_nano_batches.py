@@ -10,7 +10,7 @@ import pytest
 
 from memwall import _native, kernels
 from memwall.engine import Sampling, nano_batches
-from memwall.engine.nano_batches import Plan, alternating, nano_decoder, two_phases
+from memwall.engine.nano_batches import Plan, alternating, in_blocks, nano_decoder, two_phases
 from memwall.engine.nano_schedule import Edge, NanoOperation, Placed, Schedule, edges_of, in_turn, turns_of
 from memwall.engine.nano_wire import Link, wire_pair
 from memwall.engine.sequence import Request
@@ -70,9 +70,10 @@ def searched() -> Schedule:
         (alternating(3), {"lanes": {"compute": 1, "memory": 1}}),
         (two_phases(), {"lanes": {"compute": 1, "memory": 1}}),
         (two_phases(), {"overlap": False}),
+        (in_blocks(2), {"lanes": {"compute": 1, "memory": 1}}),
         (searched(), {"lanes": {"compute": 2, "memory": 1}}),
     ],
-    ids=["alternating", "thirds on lanes", "phases on lanes", "without overlap", "searched"],
+    ids=["alternating", "thirds on lanes", "phases on lanes", "without overlap", "blocks", "searched"],
 )
 def test_the_same_tokens_as_one_batch(schedule: Schedule, told: dict[str, Any], plain: list[list[int]]) -> None:
     held = serving()
@@ -200,3 +201,15 @@ def test_lanes_belong_to_the_thread_and_change_no_bit() -> None:
 def test_models_with_experts_and_no_parts_are_refused() -> None:
     with pytest.raises(InputError, match="at least 1"):
         alternating(0)
+
+
+def test_blocks_leave_no_sum_to_be_waited_for_at_once() -> None:
+    turns = in_blocks(2, network=True)
+    order = [(turns.placed[at].operation.name, turns.placed[at].operation.index) for at, _ in turns.stream("compute")]
+    names = [(name, part) for name, part in order if name != "prefill"]
+    assert names == [
+        ("kqv", 0), ("o", 0), ("kqv", 1), ("o", 1), ("up_gate", 0), ("down", 0), ("up_gate", 1), ("down", 1),
+    ]  # fmt: skip
+    sums = [(turns.placed[at].operation.name, turns.placed[at].operation.index) for at, _ in turns.stream("network")]
+    assert sums == [("reduce1", 0), ("reduce1", 1), ("reduce2", 0), ("reduce2", 1)]
+    assert not any(shift for name in turns.turns for _, shift in turns.stream(name))

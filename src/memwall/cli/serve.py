@@ -281,7 +281,8 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
     note(format_table(("tier", "owner", "bytes"), rows, right=frozenset({2})), quiet=quiet)
     note(f"{name}: {serving.settings.weights} weights, context {serving.context_tokens:,}, {room}", quiet=quiet)
     if serving.adapters is not None:
-        note(f"{len(adapters):,} adapters in the same pages, read when they are asked for", quiet=quiet)
+        pages = "the same pages" if serving.prefill_pool is None else "the pages of both processes"
+        note(f"{len(adapters):,} adapters in {pages}, read when they are asked for", quiet=quiet)
     if serving.workers is not None:
         shares = serving.workers.shares
         note(f"prompts and tokens in two processes: {shares.prefill} and {shares.decode} % of the cores", quiet=quiet)

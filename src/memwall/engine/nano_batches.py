@@ -16,7 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,6 +60,7 @@ MOST_PLANS = 256
 """Kept at once: a server sees thousands of pairs of rows and rows that decode."""
 ROW_BUFFERS = ("normed", "queries", "attended", "gate", "up")
 Lanes = Mapping[Resource, int]
+Needs = Sequence[tuple[int, int]]
 
 
 class Wire(Protocol):
@@ -90,6 +91,21 @@ def two_phases(*, network: bool = False) -> Schedule:
     return _by_hand(
         2, network, lambda step, part: step + part * steps / 2 + (0.25 if part else 0.0), period=float(steps)
     )
+
+
+def in_blocks(parts: int, *, network: bool = False) -> Schedule:
+    """Attention of each part in turn, then the feed-forward of each: a block is what computes while the sum of the
+    block before it crosses, and no sum is waited for at once.
+    """
+    attention = [name for name, _, _ in CHAIN].index("reduce1")
+    rest = len(CHAIN) - attention - 2  # the sums have a stream of their own
+
+    def start(step: int, part: int) -> float:
+        if step <= attention:
+            return float(attention * part + step)
+        return float(attention * parts + rest * part + step - attention - 1)
+
+    return _by_hand(parts, network, start, period=float((attention + rest) * parts + 1))
 
 
 def _by_hand(parts: int, network: bool, start: Callable[[int, int], float], period: float | None = None) -> Schedule:
@@ -166,11 +182,45 @@ class Ran:
 
 @dataclass(slots=True)
 class _State:
-    """What the streams of one step tell each other. done: layers that each nano-operation is through."""
+    """What the streams of one step tell each other. done: layers that each nano-operation is through.
+
+    A stream is woken when all that it waits for is there, and not before: to wake, look and wait again would cost the
+    stream that computes a change of threads at every operation.
+    """
 
     done: list[int]
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    waiting: dict[Resource, tuple[threading.Condition, Needs]] = field(default_factory=dict)
     fault: BaseException | None = None
+
+    def wait(self, name: Resource, needs: Needs) -> bool:
+        """Until each (nano-operation, layers) of `needs` is through; False where another stream has failed."""
+        with self.lock:
+            if not self._there(needs) and self.fault is None:
+                changed = threading.Condition(self.lock)
+                self.waiting[name] = (changed, needs)
+                while not self._there(needs) and self.fault is None:
+                    changed.wait()
+                del self.waiting[name]
+            return self.fault is None
+
+    def finish(self, at: int, layers: int) -> None:
+        """A nano-operation is through so many layers."""
+        with self.lock:
+            self.done[at] = layers
+            for changed, needs in self.waiting.values():
+                if self._there(needs):
+                    changed.notify()
+
+    def fail(self, error: BaseException) -> None:
+        """All streams end."""
+        with self.lock:
+            self.fault = self.fault or error
+            for changed, _ in self.waiting.values():
+                changed.notify()
+
+    def _there(self, needs: Needs) -> bool:
+        return all(self.done[parent] >= layers for parent, layers in needs)
 
 
 class _Stream:
@@ -308,19 +358,12 @@ class NanoDecoder(Decoder):
             set_lane_threads(self._lanes.get(name, 0))
             for at, layer in in_turn(plan.turns[name], self.config.num_layers):
                 parents = [(edge.parent, layer - edge.layers + 1) for edge in plan.parents[at]]
-                with state.changed:
-                    while not all(state.done[parent] >= layers for parent, layers in parents):
-                        if state.fault is not None:
-                            return
-                        state.changed.wait()
+                if not state.wait(name, parents):
+                    return
                 self._work(plan.operations[at], layer)
-                with state.changed:
-                    state.done[at] = layer + 1
-                    state.changed.notify_all()
+                state.finish(at, layer + 1)
         except BaseException as error:
-            with state.changed:
-                state.fault = state.fault or error
-                state.changed.notify_all()
+            state.fail(error)
         finally:
             set_lane_threads(0)
             ended.release()

@@ -28,7 +28,7 @@ from memwall import kernels
 from memwall._native import set_lane_threads
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry
-from memwall.engine.nano_batches import NanoDecoder, Plan, Ran, alternating, nano_decoder, two_phases
+from memwall.engine.nano_batches import NanoDecoder, Plan, Ran, alternating, in_blocks, nano_decoder, two_phases
 from memwall.engine.nano_schedule import Interference, Resource, Schedule
 from memwall.engine.nano_wire import Link, SharedWire, wire_pair
 from memwall.engine.sampling import Sampling
@@ -97,7 +97,7 @@ class Bench:
         if way == "whole":
             schedule = alternating(1, network=network)
         elif schedule is None:
-            schedule = alternating(2, network=True) if network else two_phases()
+            schedule = in_blocks(2, network=True) if network else two_phases()
         self.decoder.pipeline(schedule, overlap=way == "overlap", lanes=lanes, wire=wire)
 
     def step(self) -> np.ndarray:
