@@ -471,9 +471,9 @@ void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t
   float* scores = scratch;
   const float* tails = query_tails(a, q, scratch + static_cast<std::size_t>(a.num_heads) * kStep);
   float* peaks = scratch + static_cast<std::size_t>(a.num_heads) * (kStep + W);
-  float* turned = peaks + round_up(a.num_heads, 16);
-  float *columns = turned + static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.key_dim), *rest = turned + turning_scratch(a);
+  float *turned = peaks + round_up(a.num_heads, 16), *rest = turned + turning_scratch(a);
 #if defined(__AVX512F__)
+  float* columns = turned + static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.key_dim);
   const bool turning = begin < end && turning_pays(a);
   if (turning) turn_queries(a, q, turned);
 #endif
