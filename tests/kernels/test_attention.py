@@ -35,6 +35,8 @@ SIZES = [
     (1, 259, 14, 2, 64, None),
     (1, 141, 6, 1, 128, 50),
     (1, 133, 5, 1, 64, None),
+    (1, 77, 23, 1, 64, None),
+    (1, 202, 13, 1, 32, 20),
     (0, 5, 2, 1, 16, None),
 ]
 
@@ -225,19 +227,21 @@ def test_bad_shapes_are_refused() -> None:
         attention.kivi_encode_values(k, 25, np.zeros(100, np.uint8), bits=2, group=32)
 
 
-@pytest.mark.parametrize("num_queries", [1, 40])
+@pytest.mark.parametrize(("num_queries", "num_heads", "dim"), [(1, 6, 40), (40, 6, 40), (1, 10, 64)])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_rows_that_lie_apart_and_pages_give_the_same_bits(isa: str, num_queries: int, dtype: str) -> None:
+def test_rows_that_lie_apart_and_pages_give_the_same_bits(
+    isa: str, num_queries: int, num_heads: int, dim: int, dtype: str
+) -> None:
     rng = np.random.default_rng(5)
     length, page, layers = 333, 32, 3
-    q = rows(rng, num_queries, 6, 40)
-    spread = stored(rows(rng, 2 * length * layers, 2, 40), dtype)[0].reshape(2, length, layers, 2, -1)
+    q = rows(rng, num_queries, num_heads, dim)
+    spread = stored(rows(rng, 2 * length * layers, 2, dim), dtype)[0].reshape(2, length, layers, 2, -1)
     settings = {"scale": 0.2, "first_position": length - num_queries, "window": 200}
     table = rng.permutation(20)[: -(-length // page)].astype(np.int32)
     for layer in range(layers):
         k, v = spread[:, :, layer]
         outs = [np.empty_like(q) for _ in range(3)]
-        stats = [np.empty((num_queries, 6, 2), np.float32) for _ in range(3)]
+        stats = [np.empty((num_queries, num_heads, 2), np.float32) for _ in range(3)]
         attention.attend_float(q, k.copy(), v.copy(), **settings, out=outs[0], stats=stats[0])
         attention.attend_float(q, k, v, **settings, out=outs[1], stats=stats[1])
         pools = [np.zeros((20 * page, *spread.shape[3:]), TYPES[dtype]) for _ in range(2)]

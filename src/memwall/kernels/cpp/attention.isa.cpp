@@ -3,6 +3,7 @@
 // Decoding (one query) reads every key and value once and is bound by memory, so the walk follows the order in memory: a few
 // tokens at a time, all heads of them. A prompt (many queries) is bound by arithmetic: tiles of 64 keys against up to 128 rows
 // of queries, logits kept transposed (key-major), so that the softmax runs down the columns with no sums across a vector.
+#include "attention_columns.h"
 #include "attention_isa.h"
 #include "attention_simd.h"
 
@@ -30,6 +31,7 @@ constexpr int kMostWide = 128;  // numbers of a head that is widened
 constexpr int kWindow = 16;  // value rows summed before moving to the next head
 constexpr std::int64_t kAheadBytes = 4096, kLeastAhead = 8;  // of rows fetched ahead: what is worked on in the time that memory takes
 constexpr int kTile = 64;
+constexpr int kTurnedTokens = 64;  // turned at once at most
 
 template <typename A, typename B>
 inline auto smaller(A a, B b) {
@@ -48,6 +50,18 @@ inline void by_heads(int head, int count, Body&& body) {
   if (kHeads > 2 && count == 3) return body(std::integral_constant<int, 3>(), head);
   if (kHeads > 2 && count == 2) return body(std::integral_constant<int, 2>(), head);
   if (count == 1) body(std::integral_constant<int, 1>(), head);
+}
+
+// the same where sums of fewer numbers each leave room for those of more heads, which then share a load of a value
+template <typename Body>
+inline void by_sums(int head, int count, Body&& body) {
+  if constexpr (kHeads == 4) {
+    for (; count >= 8; head += 8, count -= 8) body(std::integral_constant<int, 8>(), head);
+    if (count == 7) return body(std::integral_constant<int, 7>(), head);
+    if (count == 6) return body(std::integral_constant<int, 6>(), head);
+    if (count == 5) return body(std::integral_constant<int, 5>(), head);
+  }
+  by_heads(head, count, body);
 }
 
 template <typename T>
@@ -172,7 +186,7 @@ inline void dot_tile(const T* const k[4], const float* q, const float* tails, in
 template <typename Rows>
 struct RowsAhead {
   const Rows& rows;
-  std::int64_t far, bytes;
+  std::int64_t far, bytes;  // tokens on; of one head
   RowsAhead(const Rows& all, int kv_heads, std::int64_t least) : rows(all), bytes(rows.width() * static_cast<std::int64_t>(sizeof(*rows.data))) {
     far = larger(least, kAheadBytes / (kv_heads * bytes));
   }
@@ -180,13 +194,29 @@ struct RowsAhead {
   void fetch(const char* row, int kv_head) const {
     for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + kv_head * bytes + byte);
   }
+  int lines() const { return static_cast<int>((bytes + 63) / 64); }
+};
+
+// The lines of `count` such rows of all heads, in the order of memory whatever the order of the work: where that takes many rows at
+// once, lines of one head are too far from each other for what the processor fetches by itself.
+struct LinesAhead {
+  const char* const* at;
+  int count;
+  std::int64_t bytes, byte = 0;
+  void fetch(int lines) {
+    for (; lines > 0 && count > 0; --lines) {
+      __builtin_prefetch(*at + byte);
+      byte += 64;
+      if (byte >= bytes) byte = 0, ++at, --count;
+    }
+  }
 };
 
 // Where many query heads share a key, arithmetic takes longer than reading it: so many lines of other things can be fetched for every
 // four tokens of a head, at about a byte read in the time of a product.
 template <typename T>
-inline int lines_to_spare(const Attention& a) {
-  const int products = 4 * a.queries_per_kv_head() * a.key_dim, own_bytes = 4 * (a.key_dim + a.head_dim) * static_cast<int>(sizeof(T));
+inline int lines_to_spare(const Attention& a, int at_once = 1) {
+  const int products = 4 * a.queries_per_kv_head() * a.key_dim / at_once, own_bytes = 4 * (a.key_dim + a.head_dim) * static_cast<int>(sizeof(T));
   return larger(products - own_bytes, 0) / 64;
 }
 
@@ -239,9 +269,83 @@ void exact_scores(const Attention& a, const V<T>& keys, const float* q, const fl
   }
 }
 
+// What turning takes grows with a head's width; what it saves is the same for each query head, however wide.
+inline bool turning_pays(const Attention& a) {
+  return kTurns && a.key_dim % kTurned == 0 && a.queries_per_kv_head() >= (a.key_dim <= 64 ? 4 : 6);
+}
+
+// floats that it needs: the queries in the order of columns, and columns of kTurnedTokens
+std::size_t turning_scratch(const Attention& a) {
+  if (!turning_pays(a)) return 0;
+  return static_cast<std::size_t>(a.num_heads + kTurnedTokens / 2) * static_cast<std::size_t>(a.key_dim);
+}
+
+#if defined(__AVX512F__)
+// [kv head][column][query head of it]
+void turn_queries(const Attention& a, const float* q, float* to) {
+  const int rep = a.queries_per_kv_head(), padded = a.padded_key();
+  for (int h = 0; h < a.num_heads; h += rep)
+    for (int c = 0; c < a.key_dim; ++c)
+      for (int r = 0; r < rep; ++r) *to++ = q[(h + r) * padded + number_of_column(c)];
+}
+
+// body(heads, first head) over the query heads of one kv head, as many at a time as the registers hold for two columns or four
+template <typename Body>
+inline void by_columns(int rep, Body&& body) {
+  int head = 0;
+  const auto take = [&](auto heads) { body(heads, head), head += heads; };
+  for (; rep - head >= 8;) take(std::integral_constant<int, 8>());
+  if (rep - head == 7) return take(std::integral_constant<int, 7>());
+  if (rep - head == 6) return take(std::integral_constant<int, 6>());
+  if (rep - head == 5) return take(std::integral_constant<int, 5>());
+  if (rep - head == 4) return take(std::integral_constant<int, 4>());
+  if (rep - head == 3) return take(std::integral_constant<int, 3>());
+  if (rep - head == 2) return take(std::integral_constant<int, 2>());
+  if (rep - head == 1) return take(std::integral_constant<int, 1>());
+}
+
+template <template <typename> class V, typename T>
+void turned_scores(const Attention& a, const V<T>& keys, const float* q, std::int64_t first, int count, float* scores, float* room) {
+  const int rep = a.queries_per_kv_head(), dim = a.key_dim, most = rep < kFewColumns ? 4 : 2;
+  const RowsAhead next(keys, a.num_kv_heads, most * W);
+  Ahead& weights = ahead_here();
+  const int spare = lines_to_spare<T>(a, 2) * most * W / 4 * kLanes / dim;  // two products take the time of one of rows
+  auto* columns = reinterpret_cast<std::uint16_t*>(room);
+  for (int t = 0; t < count; t += most * W) {
+    const T* rows[kTurnedTokens];
+    const char* ahead[kTurnedTokens];
+    const int groups = smaller(most, (count - t + W - 1) / W);
+    for (int i = 0; i < groups * W; ++i) {
+      rows[i] = keys.row(first + smaller(t + i, count - 1), 0);  // the last row again instead of rows that are not there
+      ahead[i] = next.row(first + t + i);
+    }
+    LinesAhead lines{ahead, groups * W, a.num_kv_heads * next.bytes};
+    const int at_once = (groups * W * next.lines() * kLanes + dim - 1) / dim;
+    for (int h = 0; h < a.num_kv_heads; ++h) {
+      for (int g = 0; g < groups; ++g) {
+        const std::uint16_t* at[W];
+        for (int i = 0; i < W; ++i) at[i] = reinterpret_cast<const std::uint16_t*>(rows[g * W + i] + static_cast<std::int64_t>(h) * keys.width());
+        turn_rows(at, dim, columns + g * dim * W);
+      }
+      by_columns(rep, [&](auto heads, int head) {
+        constexpr int R = decltype(heads)::value;
+        const float* queries = q + static_cast<std::int64_t>(h) * rep * dim + head;
+        float* to = scores + (h * rep + head) * kStep + t;
+        const auto fetch = [&] { lines.fetch(at_once), weights.fetch(spare); };
+        constexpr int G = R < kFewColumns ? 4 : 2;
+        int g = 0;
+        for (; g + G <= groups; g += G) dot_columns<R, G, T>(columns + g * dim * W, dim, queries, rep, to + g * W, fetch);
+        for (; g < groups; ++g) dot_columns<R, 1, T>(columns + g * dim * W, dim, queries, rep, to + g * W, fetch);
+      });
+    }
+  }
+}
+#endif
+
 // out[r][0 .. V * W) += sum over rows of p[r][row] * v[row]
-template <int R, int V, typename T>
-inline void sum_tile(const T* v, std::int64_t stride, int count, const float* p, float* out, int padded) {
+// between() is called for every row.
+template <int R, int V, typename T, typename Between>
+inline void sum_tile(const T* v, std::int64_t stride, int count, const float* p, float* out, int padded, Between&& between) {
   vf sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < V; ++i) sum[r][i] = vload(out + r * padded + i * W);
@@ -252,44 +356,61 @@ inline void sum_tile(const T* v, std::int64_t stride, int count, const float* p,
       const vf weight = vset(p[r * kStep + t]);
       for (int i = 0; i < V; ++i) sum[r][i] = vfma(weight, value[i], sum[r][i]);
     }
+    between();
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < V; ++i) vstore(out + r * padded + i * W, sum[r][i]);
 }
 
-template <int R, typename T>
-inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p, float* out, int dim, int padded) {
+template <int R, typename T, typename Between>
+inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p, float* out, int dim, int padded, Between&& between) {
   int d = 0;
   alignas(64) float weights[kScaled<T> ? R * kStep : 1];
   if constexpr (kScaled<T>) {  // the scale of a row goes to its weights
-    alignas(64) float scales[kWindow];
+    alignas(64) float scales[2 * kWindow];
     for (int t = 0; t < round_up(count, W); ++t) scales[t] = t < count ? scale_of(v + t * stride, dim) : 0.0f;
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < count; t += W) vstore(weights + r * kStep + t, vmul(vload(p + r * kStep + t), vload(scales + t)));
     p = weights;
   }
-  for (; d + 4 * W <= dim; d += 4 * W) sum_tile<R, 4>(v + d, stride, count, p, out + d, padded);
-  for (; d + W <= dim; d += W) sum_tile<R, 1>(v + d, stride, count, p, out + d, padded);
+  if constexpr (R <= kHeads)
+    for (; d + 4 * W <= dim; d += 4 * W) sum_tile<R, 4>(v + d, stride, count, p, out + d, padded, between);
+  for (; d + 2 * W <= dim; d += 2 * W) sum_tile<R, 2>(v + d, stride, count, p, out + d, padded, between);
+  for (; d + W <= dim; d += W) sum_tile<R, 1>(v + d, stride, count, p, out + d, padded, between);
   for (; d < dim; ++d)
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < count; ++t) out[r * padded + d] += p[r * kStep + t] * to_float(v[t * stride + d]);
 }
 
+// how often the rows of a kv head are gone through
+inline int value_calls(int rep, int dim) {
+  const int heads = kHeads == 4 ? 8 : kHeads, vectors = rep > kHeads && kHeads == 4 ? 2 : 4;
+  return (rep + heads - 1) / heads * ((dim + vectors * W - 1) / (vectors * W));
+}
+
 template <template <typename> class V, typename T>
 void exact_values(const Attention& a, const V<T>& values, const float* p, std::int64_t first, int count, float* out) {
   const int rep = a.queries_per_kv_head(), padded = a.padded_dim();
-  const RowsAhead next(values, a.num_kv_heads, kWindow);
+  const bool spread = sizeof(T) == 2 && turning_pays(a);  // work between two lines of rows ahead
+  const int window = spread ? 2 * kWindow : kWindow;
+  const RowsAhead next(values, a.num_kv_heads, window);
+  const int calls = value_calls(rep, a.head_dim), at_once = spread ? (next.lines() + calls - 1) / calls : 0;
   for (int t = 0, n = 0; t < count; t += n) {
-    n = values.run(first + t, smaller(kWindow, count - t));
+    n = values.run(first + t, smaller(window, count - t));
     const T* row = values.row(first + t, 0);
-    const char* ahead[kWindow];
+    const char* ahead[2 * kWindow];
     for (int i = 0; i < n; ++i) ahead[i] = next.row(first + t + i);
+    LinesAhead lines{ahead, n, a.num_kv_heads * next.bytes};
     for (int h = 0; h < a.num_kv_heads; ++h) {
-      for (int i = 0; i < n; ++i) next.fetch(ahead[i], h);
+      for (int i = 0; !spread && i < n; ++i) next.fetch(ahead[i], h);
       const T* v = row + static_cast<std::int64_t>(h) * values.width();
       const auto sum = [&](const auto* rows, std::int64_t stride) {
-        by_heads(h * rep, rep, [&](auto heads, int head) {
-          sum_rows<decltype(heads)::value>(rows, stride, n, p + head * kStep + t, out + head * padded, a.head_dim, padded);
+        by_sums(h * rep, rep, [&](auto heads, int head) {
+          const auto add = [&](auto&& between) {
+            sum_rows<decltype(heads)::value>(rows, stride, n, p + head * kStep + t, out + head * padded, a.head_dim, padded, between);
+          };
+          if (decltype(heads)::value >= kHeads && spread) add([&] { lines.fetch(at_once); });
+          else add([] {});
         });
       };
       if (widens<T>(a, a.head_dim)) {
@@ -304,34 +425,40 @@ void exact_values(const Attention& a, const V<T>& values, const float* p, std::i
 }
 
 // logits of one step become weights, relative to the highest logit so far; what was summed before is scaled down to it
-void softmax_step(const Attention& a, float* scores, int count, int hidden, const Partial& part) {
+void softmax_step(const Attention& a, float* scores, int count, int hidden, const Partial& part, float* peaks) {
   const int padded = a.padded_dim(), whole = round_up(count, 32);
   for (int h = 0; h < a.num_heads; ++h) {
     float* s = scores + h * kStep;
     for (int t = 0; t < hidden; ++t) s[t] = -__builtin_inff();
     for (int t = count; t < whole; ++t) s[t] = -__builtin_inff();
-    vf top = vset(part.peak[h]);
-    for (int t = 0; t < whole; t += W) top = vmax(top, vload(s + t));
-    const float peak = hmax(top);
-    if (peak > part.peak[h]) {
-      alignas(64) float lane[W];
-      vstore(lane, vexp(vset(part.peak[h] - peak)));
-      part.sum[h] *= lane[0];
-      for (int d = 0; d < padded; d += W) vstore(part.out + h * padded + d, vmul(vload(part.out + h * padded + d), vset(lane[0])));
-      part.peak[h] = peak;
-    }
-    vf sum = vset(0.0f);
-    for (int t = 0; t < whole; t += W) {
-      const vf weight = vexp(vsub(vload(s + t), vset(peak)));
-      vstore(s + t, weight);
-      sum = vadd(sum, weight);
-    }
-    part.sum[h] += hsum(sum);
+    vf top = vmax(vload(s), vload(s + W));
+    for (int t = 2 * W; t < whole; t += W) top = vmax(top, vload(s + t));
+    peaks[h] = hmax(top);
+  }
+  for (int h = 0; h < a.num_heads; ++h) {
+    if (!(peaks[h] > part.peak[h])) continue;
+    alignas(64) float lane[W];
+    vstore(lane, vexp(vset(part.peak[h] - peaks[h])));
+    part.sum[h] *= lane[0];
+    for (int d = 0; d < padded; d += W) vstore(part.out + h * padded + d, vmul(vload(part.out + h * padded + d), vset(lane[0])));
+    part.peak[h] = peaks[h];
+  }
+  for (int h = 0; h < a.num_heads; ++h) {
+    float* s = scores + h * kStep;
+    const vf peak = vset(part.peak[h]);
+    vf sum[2] = {vset(0.0f), vset(0.0f)};
+    for (int t = 0; t < whole; t += 2 * W)
+      for (int i = 0; i < 2; ++i) {
+        const vf weight = vexp(vsub(vload(s + t + i * W), peak));
+        vstore(s + t + i * W, weight);
+        sum[i] = vadd(sum[i], weight);
+      }
+    part.sum[h] += hsum(vadd(sum[0], sum[1]));
   }
 }
 
 std::size_t decode_scratch(const Attention& a) {
-  return static_cast<std::size_t>(a.num_heads) * (kStep + W) + (a.form.bits ? kivi_scratch(a) : 0) + (a.bfp.bits ? bfp_scratch(a) : 0);
+  return static_cast<std::size_t>(a.num_heads) * (kStep + W) + static_cast<std::size_t>(round_up(a.num_heads, 16)) + turning_scratch(a) + (a.form.bits ? kivi_scratch(a) : 0) + (a.bfp.bits ? bfp_scratch(a) : 0);
 }
 
 std::size_t prepared(const Attention& a) { return a.bfp.bits ? bfp_prepared(a) : 0; }
@@ -343,7 +470,13 @@ void prepare(const Attention& a, float* q) {
 void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, const Partial& part, float* scratch) {
   float* scores = scratch;
   const float* tails = query_tails(a, q, scratch + static_cast<std::size_t>(a.num_heads) * kStep);
-  float* rest = scratch + static_cast<std::size_t>(a.num_heads) * (kStep + W);
+  float* peaks = scratch + static_cast<std::size_t>(a.num_heads) * (kStep + W);
+  float *turned = peaks + round_up(a.num_heads, 16), *rest = turned + turning_scratch(a);
+#if defined(__AVX512F__)
+  float* columns = turned + static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.key_dim);
+  const bool turning = begin < end && turning_pays(a);
+  if (turning) turn_queries(a, q, turned);
+#endif
   for (int h = 0; h < a.num_heads; ++h) part.peak[h] = kNever, part.sum[h] = 0.0f;
   for (int i = 0; i < a.num_heads * a.padded_dim(); ++i) part.out[i] = 0.0f;
   const float* prepared = q + static_cast<std::size_t>(a.num_heads) * a.padded_key();
@@ -356,14 +489,19 @@ void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t
     // exact first: four at a time, they may run over the end of the row, into places that the next one's coded keys fill
     if (coded_keys < count)
       with_rows(a.keys, a, a.key_dim, [&](const auto& keys) {
-        exact_scores(a, keys, q, tails, step + coded_keys - a.coded_keys, count - coded_keys, scores + coded_keys);
+        const std::int64_t first = step + coded_keys - a.coded_keys;
+#if defined(__AVX512F__)
+        if constexpr (sizeof(*keys.data) == 2)
+          if (turning) return turned_scores(a, keys, turned, first, count - coded_keys, scores + coded_keys, columns);
+#endif
+        exact_scores(a, keys, q, tails, first, count - coded_keys, scores + coded_keys);
       });
     if (coded_keys > 0) {
       if (a.bfp.bits) bfp_scores(a, prepared, step, step + coded_keys, scores);
       else kivi_scores(a, q, step, step + coded_keys, scores, rest);
     }
     const std::int64_t hidden = larger<std::int64_t, std::int64_t>(a.first_key - step, 0);
-    softmax_step(a, scores, count, static_cast<int>(smaller<std::int64_t, std::int64_t>(hidden, count)), part);
+    softmax_step(a, scores, count, static_cast<int>(smaller<std::int64_t, std::int64_t>(hidden, count)), part, peaks);
     if (coded_values > 0) {
       if (a.bfp.bits) bfp_values(a, scores, step, step + coded_values, part.out, rest);
       else kivi_values(a, scores, step, step + coded_values, part.out, rest);
