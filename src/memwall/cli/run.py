@@ -28,7 +28,6 @@ from memwall.cli.command import (
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run_report import result_object, summary
 from memwall.cli.saved_cache import (
-    DEADLINE_SECONDS,
     EXACT,
     CacheCodec,
     Deadline,
@@ -78,7 +77,7 @@ class Request:
     quiet: bool
     save_cache: Path | None = None
     load_cache: str | None = None
-    deadline: float = DEADLINE_SECONDS
+    deadline: float | None = None
     cache_codec: str = EXACT
     lora: Path | None = None
 
@@ -116,7 +115,7 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Talk turn by turn; the cache is kept between turns.")] = False,
     save_cache: SaveCache = None,
     load_cache: LoadCache = None,
-    deadline: Deadline = DEADLINE_SECONDS,
+    deadline: Deadline = None,
     cache_codec: CacheCodec = EXACT,
     history: Annotated[
         Path | None,

@@ -75,15 +75,18 @@ class Sampler:
 
     def pick(self, logits: np.ndarray, draw: float | None = None) -> int:
         """Next token id from logits [V] float32. draw: the random number in [0, 1) to use (see `counter`); None takes
-        the next of the sampler's own.
+        the next of the sampler's own. InputError where logits are no numbers, as those of damaged weights are.
         """
         settings = self._sampling
+        likeliest = int(np.argmax(logits))  # the first NaN, if there is one
+        if not np.isfinite(logits[likeliest]):
+            raise InputError("the model's outputs are not numbers (NaN or infinite): its weights are damaged")
         if settings.temperature == 0:
-            return int(np.argmax(logits))
+            return likeliest
         if self._scratch is None:
             self._scratch = np.empty(self.scratch_shape(len(logits)), np.float32)
         chances, ordered, sums = self._scratch[0], self._scratch[1], self._scratch[2:].reshape(-1).view(np.float64)
-        np.subtract(logits, logits.max(), out=chances)
+        np.subtract(logits, logits[likeliest], out=chances)
         np.divide(chances, np.float32(max(settings.temperature, LEAST_TEMPERATURE)), out=chances)
         np.exp(chances, out=chances)
         if 0 < settings.top_k < len(chances):

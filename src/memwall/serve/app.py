@@ -52,7 +52,7 @@ class Server:
         self.service = Service(serving, settings)
         parser = Parser(
             settings, serving.tokenizer, template, context=serving.context_tokens, vocab=serving.config.vocab_size,
-            adapters=serving.adapters, width=serving.config.hidden_size if serving.workers is None else 0,
+            adapters=serving.adapters, width=serving.config.hidden_size,
             eos=serving.config.eos_token_ids, draws=serving.workers is None,
         )  # fmt: skip
         control = Control(self.service, parser, alias=alias_metrics)
@@ -69,7 +69,7 @@ class Server:
             Route("/v1/completions", Generate(self.service, parser, chat=False), methods=["POST"]),
             Route("/v1/chat/completions", Generate(self.service, parser, chat=True), methods=["POST"]),
             Route("/v1/budget", control.budget, methods=["GET", "POST"]),
-            *_embedding_routes(self.service, parser),
+            Route("/v1/embeddings", Embed(self.service, parser).embeddings, methods=["POST"]),
             *_lora_routes(self.service),
             Route("/tokenize", control.tokenize, methods=["POST"]),
             Route("/detokenize", control.detokenize, methods=["POST"]),
@@ -185,12 +185,6 @@ class Server:
                 log.warning("the budget stays: %s", error)
 
         self.service.thread.call(move)
-
-
-def _embedding_routes(service: Service, parser: Parser) -> list[Route]:
-    if not parser.width:
-        return []  # phases in processes of their own hand tokens back, nothing else
-    return [Route("/v1/embeddings", Embed(service, parser).embeddings, methods=["POST"])]
 
 
 def _lora_routes(service: Service) -> list[Route]:
