@@ -12,6 +12,7 @@ from memwall.engine import Sampler, Sampling
 from memwall.engine.guide import Guide, TokenTable
 from memwall.engine.json_schema import walker
 from memwall.engine.sampling import bend
+from memwall.errors import InputError
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 from memwall.models.tokenizer import Tokenizer
 
@@ -75,6 +76,25 @@ def test_after_the_end_only_the_end_comes() -> None:
         cursor.pick([*made, min(TABLE.eos)], np.zeros(CONFIG.vocab_size, np.float32), Sampler(Sampling()).pick)
         in TABLE.eos
     )
+
+
+def sentencepiece_like(*tokens: str) -> Tokenizer:
+    """Tokens that begin words with U+2581 and bytes as <0xNN>, as Llama 2's."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="a")
+    )
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens(["</s>"])
+    return Tokenizer(made, {})
+
+
+def test_other_vocabularies() -> None:
+    tokenizer = sentencepiece_like("a", "\u2581the", "<0x7B>", "<0xC3>", "\u2581")
+    assert [tokenizer.token_bytes(token) for token in range(6)] == [b"a", b" the", b"{", b"\xc3", b" ", None]
+    with pytest.raises(InputError, match="no token for "):
+        Guide(walker({"properties": {}, "additionalProperties": False}), TokenTable(tokenizer, 6, [5]))
 
 
 def test_token_bytes_join_to_the_text() -> None:
