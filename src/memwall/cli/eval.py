@@ -54,6 +54,23 @@ PromptTokens = Annotated[
         min=1,
     ),
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="The float model to compare with, where MODEL is a compressed one.",
+        metavar="MODEL",
+        show_default=False,
+    ),
+]
+Adapter = Annotated[
+    Path | None, typer.Option("--lora", help="An adapter that the form under test wears.", metavar="DIR")
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="The whole text as one sequence, past the model's positions: with --kv lambda or locret."
+    ),
+]
 
 
 def evaluate(
@@ -64,24 +81,10 @@ def evaluate(
     budget: BudgetOption = None,
     weights: Weights = None,
     kv: Cache = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="The float model to compare with, where MODEL is a compressed one.",
-            metavar="MODEL",
-            show_default=False,
-        ),
-    ] = None,
-    lora: Annotated[
-        Path | None, typer.Option("--lora", help="An adapter that the form under test wears.", metavar="DIR")
-    ] = None,
+    reference: Reference = None,
+    lora: Adapter = None,
     prompt_tokens: PromptTokens = None,
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream", help="The whole text as one sequence, past the model's positions: with --kv lambda or locret."
-        ),
-    ] = False,
+    stream: Stream = False,
     limit: Annotated[int | None, typer.Option(help="Read at most this many tokens of the text.", min=2)] = None,
     threads: Threads = None,
     json: AsJson = False,
