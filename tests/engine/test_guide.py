@@ -26,13 +26,20 @@ SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength
 def answer(schema: Any, seed: int, most: int = 200) -> list[int]:
     """Tokens up to the end, of a model whose logits are noise."""
     rng, cursor = np.random.default_rng(seed), Guide(walker(schema), TABLE).cursor()
-    sampler, made = Sampler(Sampling(temperature=1.0, seed=seed)), []
+    sampler = Sampler(Sampling(temperature=1.0, seed=seed))
+    made: list[int] = []
     for _ in range(most):
         token = cursor.pick(made, rng.normal(size=CONFIG.vocab_size).astype(np.float32), sampler.pick)
         if token in TABLE.eos:
             return made
         made.append(token)
     pytest.fail(f"no end: {TOKENIZER.decode(made)!r}")
+
+
+def letter_token(letter: str) -> int:
+    token = TOKENIZER.token_to_id(letter)
+    assert token is not None
+    return token
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -45,7 +52,7 @@ def test_noise_becomes_json_of_the_schema(seed: int) -> None:
 
 def test_allowed_tokens_keep_their_chances() -> None:
     guide = Guide(walker({"enum": [True, False]}), TABLE)
-    yes, no = (TOKENIZER.token_to_id(letter) for letter in "tf")
+    yes, no = (letter_token(letter) for letter in "tf")
     logits = np.full(CONFIG.vocab_size, 3.0, np.float32)
     first = guide.walker.start
     allowed = [t for t in range(len(logits)) if guide.walker.feed(first, TABLE.text(t)) and t not in TABLE.eos]
@@ -60,13 +67,13 @@ def test_allowed_tokens_keep_their_chances() -> None:
 
 def test_a_cursor_follows_what_was_really_made() -> None:
     cursor, logits = Guide(walker({"enum": ["ab", "cd"]}), TABLE).cursor(), np.zeros(CONFIG.vocab_size, np.float32)
-    quote, a, c = (TOKENIZER.token_to_id(letter) for letter in '"ac')
+    quote, a, c = (letter_token(letter) for letter in '"ac')
     pick = Sampler(Sampling()).pick
     cursor.pick([quote, a], logits.copy(), pick)
     strict = logits.copy()
     cursor.pick([quote, c], strict, pick)  # another step came in the place of the one before
-    assert np.isfinite(strict[TOKENIZER.token_to_id("d")])
-    assert strict[TOKENIZER.token_to_id("b")] == -np.inf
+    assert np.isfinite(strict[letter_token("d")])
+    assert strict[letter_token("b")] == -np.inf
 
 
 def test_after_the_end_only_the_end_comes() -> None:
