@@ -36,6 +36,21 @@ def test_figures(memwall: Any, tmp_path: Path) -> None:
     assert all(key in table.stdout for key in KEYS)
 
 
+def test_a_compressed_model_is_taken_as_it_is(memwall: Any, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("A city lies on a river, and the river comes down from the hills. " * 20)
+    assert memwall("compress", "demo", out, "--method", "rtn", "--bits", "int4", "--quiet").exit_code == 0
+    alone = json.loads(memwall("eval", out, text, "--limit", "64", "--json").stdout)
+    assert alone["kl_nats"] is None
+    assert alone["bits_per_weight"] < 4.3
+    beside = json.loads(memwall("eval", out, text, "--limit", "64", "--reference", "demo", "--json").stdout)
+    assert beside["perplexity"] == alone["perplexity"]
+    assert beside["kl_nats"] > 0
+    refused = memwall("eval", out, text, "--weights", "float32")
+    assert refused.exit_code == 2
+    assert "--weights saved" in refused.stderr
+
+
 def test_a_stream_past_the_models_positions(memwall: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("A city lies on a river, and the river comes down from the hills. " * 90)

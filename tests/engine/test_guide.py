@@ -12,6 +12,7 @@ from memwall.engine import Sampler, Sampling
 from memwall.engine.guide import Guide, TokenTable
 from memwall.engine.json_schema import walker
 from memwall.engine.sampling import bend
+from memwall.errors import InputError
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 from memwall.models.tokenizer import Tokenizer
 
@@ -25,13 +26,20 @@ SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength
 def answer(schema: Any, seed: int, most: int = 200) -> list[int]:
     """Tokens up to the end, of a model whose logits are noise."""
     rng, cursor = np.random.default_rng(seed), Guide(walker(schema), TABLE).cursor()
-    sampler, made = Sampler(Sampling(temperature=1.0, seed=seed)), []
+    sampler = Sampler(Sampling(temperature=1.0, seed=seed))
+    made: list[int] = []
     for _ in range(most):
         token = cursor.pick(made, rng.normal(size=CONFIG.vocab_size).astype(np.float32), sampler.pick)
         if token in TABLE.eos:
             return made
         made.append(token)
     pytest.fail(f"no end: {TOKENIZER.decode(made)!r}")
+
+
+def letter_token(letter: str) -> int:
+    token = TOKENIZER.token_to_id(letter)
+    assert token is not None
+    return token
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -44,7 +52,7 @@ def test_noise_becomes_json_of_the_schema(seed: int) -> None:
 
 def test_allowed_tokens_keep_their_chances() -> None:
     guide = Guide(walker({"enum": [True, False]}), TABLE)
-    yes, no = (TOKENIZER.token_to_id(letter) for letter in "tf")
+    yes, no = (letter_token(letter) for letter in "tf")
     logits = np.full(CONFIG.vocab_size, 3.0, np.float32)
     first = guide.walker.start
     allowed = [t for t in range(len(logits)) if guide.walker.feed(first, TABLE.text(t)) and t not in TABLE.eos]
@@ -59,13 +67,13 @@ def test_allowed_tokens_keep_their_chances() -> None:
 
 def test_a_cursor_follows_what_was_really_made() -> None:
     cursor, logits = Guide(walker({"enum": ["ab", "cd"]}), TABLE).cursor(), np.zeros(CONFIG.vocab_size, np.float32)
-    quote, a, c = (TOKENIZER.token_to_id(letter) for letter in '"ac')
+    quote, a, c = (letter_token(letter) for letter in '"ac')
     pick = Sampler(Sampling()).pick
     cursor.pick([quote, a], logits.copy(), pick)
     strict = logits.copy()
     cursor.pick([quote, c], strict, pick)  # another step came in the place of the one before
-    assert np.isfinite(strict[TOKENIZER.token_to_id("d")])
-    assert strict[TOKENIZER.token_to_id("b")] == -np.inf
+    assert np.isfinite(strict[letter_token("d")])
+    assert strict[letter_token("b")] == -np.inf
 
 
 def test_after_the_end_only_the_end_comes() -> None:
@@ -75,6 +83,25 @@ def test_after_the_end_only_the_end_comes() -> None:
         cursor.pick([*made, min(TABLE.eos)], np.zeros(CONFIG.vocab_size, np.float32), Sampler(Sampling()).pick)
         in TABLE.eos
     )
+
+
+def sentencepiece_like(*tokens: str) -> Tokenizer:
+    """Tokens that begin words with U+2581 and bytes as <0xNN>, as Llama 2's."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="a")
+    )
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens(["</s>"])
+    return Tokenizer(made, {})
+
+
+def test_other_vocabularies() -> None:
+    tokenizer = sentencepiece_like("a", "\u2581the", "<0x7B>", "<0xC3>", "\u2581")
+    assert [tokenizer.token_bytes(token) for token in range(6)] == [b"a", b" the", b"{", b"\xc3", b" ", None]
+    with pytest.raises(InputError, match="no token for "):
+        Guide(walker({"properties": {}, "additionalProperties": False}), TokenTable(tokenizer, 6, [5]))
 
 
 def test_token_bytes_join_to_the_text() -> None:

@@ -85,6 +85,8 @@ def test_corners(text: str) -> None:
         ({"type": "object", "properties": {}, "additionalProperties": False}, ["{}"], ['{"a":1}']),
         ({"type": "array", "maxItems": 0}, ["[]"], ["[1]"]),
         ({"type": "array", "items": {"type": "integer"}, "minItems": 2}, ["[1,2]", "[1,2,3]"], ["[1]", "[]"]),
+        ({"type": "string", "format": "date-time"}, ['"2026-02-28T23:59:00Z"'],
+         ['"2026-13-01T00:00:00Z"', '"2026-02-30T00:00:00Z"', '"0001-01-01T00:00:00Z"', '"2026-01-01T24:00:00Z"']),
         ({"type": "string", "format": "uuid"}, ['"0f8fad5b-d9cb-469f-a165-70867728950e"'], ['"0f8"']),
     ],
 )  # fmt: skip

@@ -46,9 +46,8 @@ def test_a_schema_is_kept_to(server: Running, temperature: float, stream: bool) 
 
 def test_choices_and_neighbours_are_each_their_own(server: Running) -> None:
     client = server.client()
-    both = client.chat.completions.create(
-        **ASK, response_format=FORM, n=3, seed=1, temperature=1.0, logprobs=True, top_logprobs=2
-    )
+    ask: dict[str, Any] = {"response_format": FORM, "n": 3, "seed": 1, "temperature": 1.0, "logprobs": True}
+    both = client.chat.completions.create(**ASK, **ask, top_logprobs=2)
     texts = [choice.message.content for choice in both.choices]
     assert len(set(texts)) == 3
     assert all(set(json.loads(text)) == {"city", "people"} for text in texts)
@@ -70,9 +69,8 @@ class Place(BaseModel):
 def test_pydantic_models_go_through_the_client(server: Running) -> None:
     ask = {**ASK, "max_tokens": 400, "temperature": 1.0, "seed": 5}
     schema = {"name": "place", "strict": True, "schema": Place.model_json_schema()}
-    answer = server.client().chat.completions.create(
-        **ask, response_format={"type": "json_schema", "json_schema": schema}
-    )
+    form: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": schema}}
+    answer = server.client().chat.completions.create(**ask, **form)
     if answer.choices[0].finish_reason == "stop":
         assert Place.model_validate_json(answer.choices[0].message.content).kind in ("city", "river")
     # what the client makes of a model by itself

@@ -29,9 +29,12 @@ def register(app: typer.Typer) -> None:
 
 
 Weights = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Format of the weights; float32 is the model itself.", metavar="FORMAT", autocompletion=complete_weights
+        help="Format of the weights (default: as they are: float32 is a float model itself, saved a compressed one).",
+        metavar="FORMAT",
+        autocompletion=complete_weights,
+        show_default=False,
     ),
 ]
 Cache = Annotated[
@@ -51,6 +54,23 @@ PromptTokens = Annotated[
         min=1,
     ),
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="The float model to compare with, where MODEL is a compressed one.",
+        metavar="MODEL",
+        show_default=False,
+    ),
+]
+Adapter = Annotated[
+    Path | None, typer.Option("--lora", help="An adapter that the form under test wears.", metavar="DIR")
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="The whole text as one sequence, past the model's positions: with --kv lambda or locret."
+    ),
+]
 
 
 def evaluate(
@@ -59,18 +79,12 @@ def evaluate(
     *,
     memory: Memory = None,
     budget: BudgetOption = None,
-    weights: Weights = "float32",
+    weights: Weights = None,
     kv: Cache = None,
-    lora: Annotated[
-        Path | None, typer.Option("--lora", help="An adapter that the form under test wears.", metavar="DIR")
-    ] = None,
+    reference: Reference = None,
+    lora: Adapter = None,
     prompt_tokens: PromptTokens = None,
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream", help="The whole text as one sequence, past the model's positions: with --kv lambda or locret."
-        ),
-    ] = False,
+    stream: Stream = False,
     limit: Annotated[int | None, typer.Option(help="Read at most this many tokens of the text.", min=2)] = None,
     threads: Threads = None,
     json: AsJson = False,
@@ -86,18 +100,23 @@ def evaluate(
     """
     from memwall.engine.quality import evaluate as measure
     from memwall.errors import InputError
+    from memwall.formats.manifest import MANIFEST_NAME
     from memwall.models import model_directory
 
     if stream and kv is None:
         raise InputError("--stream feeds one endless sequence; give --kv POLICY, the cache that holds it")
     if prompt_tokens is not None and kv is None:
         raise InputError("--prompt-tokens says where decoding begins; give --kv POLICY, the cache to decode through")
+    path = model_directory(model)
+    if weights is None:
+        weights = "saved" if (path / MANIFEST_NAME).is_file() else "float32"
     weights, kv = settled(model, weights, kv)
     with progress_bar("evaluating", quiet=quiet) as bar:
         result = measure(
-            model_directory(model),
+            path,
             text,
             weights=weights,
+            reference=None if reference is None else model_directory(reference),
             kv=kv,
             limit_tokens=limit,
             prompt_tokens=prompt_tokens,

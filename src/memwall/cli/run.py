@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -234,13 +233,15 @@ def parse_budget(memory: str | None, budget: str | None) -> Budget | None:
 
 
 def parse_context(text: str | None) -> int | None:
-    """`4096` or `32k` as tokens, k being 1024 as in the names of models."""
+    """`4096`, `32k` or `1M` as tokens, k being 1024 as in the names of models."""
     if text is None:
         return None
-    match = re.fullmatch(r"([0-9]{1,12})(k?)", text.strip().lower())
-    if match is None:
-        raise InputError(f"--context is {text!r}; write a count of tokens, such as 4096 or 32k (k is 1024)")
-    tokens = int(match[1]) * (1024 if match[2] else 1)
+    from memwall.hardware.units import parse_count
+
+    try:
+        tokens = parse_count(text)
+    except InputError:
+        raise InputError(f"--context is {text!r}; write a count of tokens, such as 4096 or 32k (k is 1024)") from None
     if tokens < 1:
         raise InputError(f"--context is {text}; it must be at least 1 token")
     return tokens

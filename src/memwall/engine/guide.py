@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from memwall.engine.grammar import BYTES, DEAD, Walker
+from memwall.errors import InputError
 from memwall.models.tokenizer import Tokenizer
 
+ASCII = 128
 ENDS, NEVER = BYTES, BYTES + 1
 """Beside the 256 first bytes: tokens that end the text, and those that no text may hold."""
 
@@ -30,6 +32,10 @@ class TokenTable:
             if token not in self.eos and (text := self._bytes(token)):
                 self.first[token] = text[0]
         self.first[[token for token in self.eos if token < vocab_size]] = ENDS
+        begins = np.flatnonzero(self.first < ASCII)
+        alone = {int(self.first[token]) for token in begins if len(self.text(int(token))) == 1}
+        self.alone = sum(1 << byte for byte in alone)
+        """The ASCII characters that are tokens by themselves."""
 
     def text(self, token: int) -> bytes:
         """The token's bytes; nothing for one that no text may hold."""
@@ -40,6 +46,12 @@ class Guide:
     """One form of an answer; its cursors follow one answer each."""
 
     def __init__(self, walker: Walker, table: TokenTable) -> None:
+        """InputError where a character that the form asks for is no token: an answer could stop short before it."""
+        ascii_only = (1 << ASCII) - 1 & ~(1 << ord(" ") | 1 << ord("\n"))  # blanks may be left out
+        for mask in walker.grammar.masks:
+            if mask & ascii_only and not mask & table.alone:
+                letter = chr((mask & ascii_only).bit_length() - 1)
+                raise InputError(f"this model has no token for {letter!r} alone, which the form asks for")
         self.walker = walker
         self.table = table
 

@@ -36,11 +36,8 @@ DIGIT = byte_mask((0x30, 0x39))
 HEX = DIGIT | byte_mask((0x41, 0x46), (0x61, 0x66))
 PLAIN = byte_mask((0x20, 0x7F)) & ~(1 << 0x22 | 1 << 0x5C)
 TAIL = byte_mask((0x80, 0xBF))
-FORMATS = {
-    "date": "9999-99-99", "time": "99:99:99Z", "date-time": "9999-99-99T99:99:99Z",
-    "uuid": "hhhhhhhh-hhhh-hhhh-hhhh-hhhhhhhhhhhh",
-}  # fmt: skip
-"""9 stands for a digit, h for a hexadecimal one."""
+FORMATS = ("date", "time", "date-time", "uuid")
+MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
 def walker(schema: Any = None) -> Walker:
@@ -99,10 +96,17 @@ class _Json:
         """A name and its value."""
         return (*name, *self.grammar.literal(":"), self.blank, value)
 
-    def shaped(self, pattern: str) -> int:
-        """Strings of one of FORMATS."""
-        g, sets = self.grammar, {"9": DIGIT, "h": HEX}
-        inner = [g.one_of(sets[c]) if c in sets else g.one_of(1 << ord(c)) for c in pattern]
+    def shaped(self, form: str) -> int:
+        """Strings of one of FORMATS: years 1000 to 2999 without leap days, times in UTC."""
+        g = self.grammar
+        digit, hexadecimal = g.one_of(DIGIT), g.one_of(HEX)
+        days = [f"-{month:02}-{day + 1:02}" for month, most in enumerate(MONTH_DAYS, 1) for day in range(most)]
+        date = (g.rule(g.literal("1"), g.literal("2")), *(digit,) * 3, g.rule(*map(g.literal, days)))
+        hour, sixty = (g.rule(*(g.literal(f"{number:02}") for number in range(most))) for most in (24, 60))
+        time = (hour, *g.literal(":"), sixty, *g.literal(":"), sixty, *g.literal("Z"))
+        groups = [(hexadecimal,) * length for length in (8, 4, 4, 4, 12)]
+        uuid = tuple(symbol for group in groups for symbol in (*g.literal("-"), *group))[1:]
+        inner = {"date": date, "time": time, "date-time": (*date, *g.literal("T"), *time), "uuid": uuid}[form]
         return g.rule((*g.literal('"'), *inner, *g.literal('"')))
 
     def _character(self) -> int:
@@ -259,7 +263,7 @@ class _Compiler:
                 raise InputError(
                     f"format {json.dumps(form)[:60]} at {at} is not supported; known are {', '.join(FORMATS)}"
                 )
-            return made.shaped(FORMATS[form])
+            return made.shaped(form)
         least, most = self._counts(schema, "minLength", "maxLength", at)
         if not least and most is None:
             return made.string

@@ -314,7 +314,9 @@ class Checkpoint:
     def _float_name(self, name: str) -> str:
         name = self._resolve(name)
         if self._packed_entry(name) is not None:
-            raise InputError(f"{self.directory}: {name} is stored packed; it has no float form here")
+            raise InputError(
+                f"{self.directory}: {name} is stored packed and has no float form: --weights saved takes it as it is"
+            )
         return name
 
     def _packed_entry(self, name: str) -> PackedEntry | None:

@@ -53,7 +53,10 @@ class Tokenizer:
         folder = checked_directory(directory)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            other = " (tokenizer.model alone is not read: save the tokenizer with transformers first)"
+            other = (
+                " (tokenizer.model alone is not read; transformers writes the other: "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}))"
+            )
             hint = other if (folder / "tokenizer.model").is_file() else ""
             raise InputError(f"{path}: the tokenizer is missing{hint}")
         if path.stat().st_size > MAX_TOKENIZER_BYTES:

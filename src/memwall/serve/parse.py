@@ -334,13 +334,12 @@ class Parser:
         from memwall.engine.guide import Guide, TokenTable
         from memwall.engine.json_schema import walker
 
-        try:
-            found = walker(asked["schema"] if kind == "json_schema" else None)
-        except InputError as error:
-            raise ApiError(f"response_format: {error}", param=param, code="unsupported_schema") from None
         if self._table is None:
             self._table = TokenTable(self.tokenizer, self.vocab, self.eos)
-        return Guide(found, self._table)
+        try:
+            return Guide(walker(asked["schema"] if kind == "json_schema" else None), self._table)
+        except InputError as error:
+            raise ApiError(f"response_format: {error}", param=param, code="unsupported_schema") from None
 
     def _stops(self, stop: Any) -> tuple[str, ...]:
         texts = [stop] if isinstance(stop, str) else [] if stop is None else stop

@@ -90,11 +90,6 @@ class Service:
         names = self.serving.adapters.names if self.serving.adapters is not None else []
         return [{**base, "id": name, "parent": base["id"]} for name in names]
 
-    @property
-    def num_requests(self) -> int:
-        """Requests in the engine or on their way there."""
-        return len(self.jobs)
-
     async def run(self, asked: Asked) -> AsyncGenerator[tuple[int, Choice, Piece], None]:
         """(index, choice, new piece) until all choices have ended. Closing it early cancels them."""
         job = self._open(asked)
