@@ -3,10 +3,10 @@
     python benchmarks/formats.py --peer-python VENV/bin/python --work FOLDER [--model 1b] [--formats nf4 mxfp4 widths]
 
 For each format a model of drawn weights (drawn_models.py) is decoded by memwall and by llama.cpp in turn, round by
-round, one token at a time from an empty context, with the memory's read-only bandwidth taken in every round. The
-fraction of bandwidth is weight bytes per token times tokens per second over that. Ratios are medians of the rounds'
-ratios. `widths` holds int2 to int8 at once and decodes with each in turn. `torchao:int4` and the like compare matrix
-products alone (product_contenders.py).
+round, one token at a time from an empty context, a third of a second or some steps at least, with the memory's
+read-only bandwidth taken in every round. The fraction of bandwidth is weight bytes per token times tokens per second
+over that. Ratios are medians of the rounds' ratios. `widths` holds int2 to int8 at once and decodes with each in turn.
+`torchao:int4` and the like compare matrix products alone (product_contenders.py).
 
 Every part is written to one JSON file (and a Markdown table) as soon as it is measured, and a part that is there is not
 measured again (but with --again), so that a run can be cut in windows: --seconds ends before a part that would take
@@ -57,6 +57,9 @@ LIBRARIES = {"torchao:int4": "int4-g128", "torchao:int8": "int8", "bitsandbytes:
 WIDTHS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
 PARTS = ("widths", *NEAREST, *LIBRARIES)
 START_TOKENS = 8
+#: a turn: some steps that are not counted, then as many as take so long: in a tenth of a second threads may share a
+#: processor all the while
+SETTLING_TOKENS, TURN_SECONDS, MOST_TOKENS = 4, 0.3, 64
 
 
 class Run:
@@ -103,7 +106,7 @@ class Run:
 
     def _start(self, process: Process, name: str) -> dict[str, Any]:
         path, bits = self._file(name)
-        tokens = START_TOKENS + self.arguments.tokens + 8
+        tokens = START_TOKENS + max(self.arguments.tokens, MOST_TOKENS) + 8
         loaded = process.ask("load", model=str(path), threads=self.arguments.threads, max_tokens=tokens)
         process.ask("fill", length=START_TOKENS)
         process.ask("decode", tokens=3)
@@ -113,8 +116,9 @@ class Run:
         """Steps per second of each, forwards and backwards in turn."""
         speeds = {"bandwidth": memory.ask("bandwidth")["bytes_per_s"]}
         for name in list(live) if number % 2 else list(live)[::-1]:
-            decoded = live[name].ask("decode", tokens=self.arguments.tokens)
-            speeds[name] = 1 / decoded["median_step_seconds"]
+            settled = live[name].ask("decode", tokens=SETTLING_TOKENS)["median_step_seconds"]
+            tokens = max(self.arguments.tokens, min(MOST_TOKENS, int(TURN_SECONDS / settled)))
+            speeds[name] = 1 / live[name].ask("decode", tokens=tokens)["median_step_seconds"]
         return speeds
 
     def _path(self, name: str) -> Path:
@@ -247,7 +251,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=8, help="least steps of a turn")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end before a part that would take longer")
     parser.add_argument("--prepare", action="store_true", help="only make the model files")
     parser.add_argument("--keep", action="store_true", help="do not delete model files that were measured")
