@@ -90,9 +90,10 @@ class FlashLayout:
 
     @property
     def slots(self) -> int:
-        """Pages of a chunk: what is read while the one before is worked on."""
-        most = max(2 * self.kv_heads, self.channel_pages * self.kv_heads)
-        return max(self.chunk_bytes // self.page_bytes, most)
+        """Pages of a chunk: what is read while the one before is worked on; no more than a layer can have."""
+        least = max(2 * self.kv_heads, self.channel_pages * self.kv_heads)
+        whole = 2 * self.kv_heads * -(-self.capacity // self.group)
+        return max(min(self.chunk_bytes // self.page_bytes, whole), least)
 
     def pages(self, num_tokens: int) -> int:
         """Pages that a sequence has written."""
