@@ -10,7 +10,9 @@ After an earlier run was seen, one claim on the order SparF, H2O, last tokens be
 and SnapKV, part of it for a while, is shown but not judged, since it reads more (at 1/8 it lost a little less);
 the emulated rates were lowered, and the fastest rounds taken, as a busy machine delayed processes more than links did.
 The mean of the values was judged at 1/8 only, where it does nothing for this model (nor does it with the true share of
-what was chosen in place of the guessed one); that claim stands, and another says what it does at 1/4.
+what was chosen in place of the guessed one); that claim stands, and another says what it does at 1/4. That H2O loses
+more than the last tokens is this model's nature: kvpress' press by accumulated attention loses more on it than its
+press of first and last tokens, too (see the evidence of SnapKV).
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """

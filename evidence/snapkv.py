@@ -11,7 +11,9 @@ as times.
 
 A finding: the paper's order of baselines, H2O no worse than first and last tokens, does not show on this model (0 of 96
 facts against 1 at a sixteenth and below, one standard error: both find next to nothing). That claim fails and stands as
-the paper has it.
+the paper has it. kvpress says the same of this model: with a quarter of 900 tokens kept, its presses by accumulated
+attention, by the first and last tokens and by SnapKV answer 8, 25 and 58 % of 12, and stray 0.27, 0.12 and 0.16 nats on
+text (with an eighth 0, 17 and 8 %; 2026-11-29); its SnapKV keeps the rows that ours does (99.97 % of them).
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """

@@ -115,7 +115,7 @@ def test_direct_io_is_left_out_where_the_file_system_refuses(monkeypatch: pytest
     def refuse(fd: int, page_bytes: int) -> None:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr("memwall.kv.flash._try_direct", refuse)
+    monkeypatch.setattr("memwall.kv.flash.try_direct", refuse)
     file = FlashFile(LAYOUT)
     assert not file.direct
     assert "no direct I/O" in file.note

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,3 +77,17 @@ def test_a_press_drops_tokens_of_the_prompt_only(model: StudyModel, tmp_path: Pa
     row = 2 * 2 * model.shape.num_layers * model.shape.row_values
     assert half == 100 * row
     assert subject.nbytes == 120 * row
+
+
+def test_a_build_that_was_stopped_is_told_instead_of_waited_for(
+    model: StudyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "library" / "extensions" / "cpp" / "build" / "lock"
+    lock.parent.mkdir(parents=True)
+    found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(kv_peers, "_library", lambda *names: (names[0], ""))
+    monkeypatch.setattr(kv_peers, "_kvpress_misfit", lambda: "")
+    assert not kv_peers.peers(DEMO, [0.5], model)[0].skipped
+    lock.touch()
+    assert f"remove {lock}" in kv_peers.peers(DEMO, [0.5], model)[0].skipped

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from memwall.errors import DoesNotFit
+from memwall.kv.direct_reads import ReadQueue, try_direct
 from memwall.memory.arena import SMALL_BYTES, allocated_bytes
 from memwall.memory.pages import round_up
 
@@ -90,9 +91,10 @@ class FlashLayout:
 
     @property
     def slots(self) -> int:
-        """Pages of a chunk: what is read while the one before is worked on."""
-        most = max(2 * self.kv_heads, self.channel_pages * self.kv_heads)
-        return max(self.chunk_bytes // self.page_bytes, most)
+        """Pages of a chunk: what is read while the one before is worked on; no more than a layer can have."""
+        least = max(2 * self.kv_heads, self.channel_pages * self.kv_heads)
+        whole = 2 * self.kv_heads * -(-self.capacity // self.group)
+        return max(min(self.chunk_bytes // self.page_bytes, whole), least)
 
     def pages(self, num_tokens: int) -> int:
         """Pages that a sequence has written."""
@@ -179,6 +181,7 @@ class FlashFile:
         self.free: list[int] = []
         self.num_blocks = 0
         self.directory = tempfile.gettempdir()
+        self._queue: ReadQueue | None = None
         self._fd, self.direct = self._open(direct)
         self._pool = ThreadPoolExecutor(READERS, "flash")
         self._ahead = ThreadPoolExecutor(1, "read ahead")
@@ -192,7 +195,7 @@ class FlashFile:
             fd = -1
             try:
                 fd = _nameless(self.directory, os.O_DIRECT)
-                _try_direct(fd, self.layout.page_bytes)
+                self._queue = try_direct(fd, self.layout.page_bytes)
                 return fd, True
             except (OSError, AttributeError) as error:
                 if fd >= 0:
@@ -262,12 +265,17 @@ class FlashFile:
         self.counters.pages_written += len(pages)
 
     def read(self, pages: np.ndarray, out: np.ndarray, *, by_channel: bool = False) -> None:
-        """Reads the pages in their order into out [n, page bytes], runs of neighbours at once, by several threads."""
+        """Reads the pages in their order into out [n, page bytes], runs of neighbours at once, by several threads; many
+        runs through the system's queue.
+        """
         began = time.perf_counter()
-        found = runs(pages)
-        most = max(len(found) // READER_RUNS, len(pages) * self.layout.page_bytes // READER_BYTES)
-        parts = min(READERS, most)
-        if parts > 1:
+        found, size = runs(pages), self.layout.page_bytes
+        parts = min(READERS, max(len(found) // READER_RUNS, len(pages) * size // READER_BYTES))
+        if self._queue is not None and len(found) > READERS * READER_RUNS:
+            begins, ends = np.array(found, np.int64).T
+            addresses = out.ctypes.data + begins * out.strides[0]
+            self._queue.read(pages[begins].astype(np.int64) * size, (ends - begins) * size, addresses)
+        elif parts > 1:
             jobs = [self._pool.submit(self._read_runs, pages, out, part) for part in _cut(found, len(pages), parts)]
             for job in jobs:
                 job.result()
@@ -366,16 +374,6 @@ def _nameless(directory: str, flags: int) -> int:
         return os.open(path, flags)
     finally:
         os.unlink(path)
-
-
-def _try_direct(fd: int, page_bytes: int) -> None:
-    """Some file systems take the flag and refuse the first transfer."""
-    import mmap
-
-    with mmap.mmap(-1, page_bytes) as probe:
-        os.pwrite(fd, probe, 0)
-        os.preadv(fd, [probe], 0)
-    os.ftruncate(fd, 0)
 
 
 def _punch(fd: int, offset: int, nbytes: int) -> None:

@@ -20,7 +20,7 @@ from memwall.memory.arena import allocated_bytes
 LINK, STAGING, PROCESS, FLASH = "kv/link", "kv/staging", "kv/storage process", "kv/flash"
 DEFAULTS: Mapping[str, float] = {
     AMOUNT: 0.125, "r": 0, "k": 0, "least": 64, "mean": 1, "group": 16, "channels": 4, "drives": 1, "direct": 1,
-    "chunk_kib": 1024, "block_kib": 1024, "link_mb": 0.0, "flash_mb": 0.0, "threads": 0,
+    "chunk_kib": 4096, "block_kib": 1024, "link_mb": 0.0, "flash_mb": 0.0, "threads": 0,
 }  # fmt: skip
 
 

@@ -148,6 +148,7 @@ def peers(directory: Path, budgets: Sequence[float], study: StudyModel, *, quick
 
 def _quanto(directory: Path, widths: Sequence[int], subject: Callable[..., Callable[[], Subject]]) -> Iterator[Peer]:
     library, missing = _library("transformers", "optimum.quanto", "pip install optimum-quanto")
+    missing = missing or _stopped_build()
     for bits in widths:
 
         def make_cache(bits: int = bits) -> Any:
@@ -208,6 +209,16 @@ def _library(package: str, module: str, install: str) -> tuple[str, str]:
     if found is None:
         return package, f"not installed: {install}"
     return f"{package} {metadata.version(package)}", ""
+
+
+def _stopped_build() -> str:
+    """optimum-quanto builds native code at its first use, and waits for ever for a build that was killed."""
+    found = importlib.util.find_spec("optimum.quanto")
+    folder = Path((found and found.origin) or "").parent / "library" / "extensions"
+    lock = next(folder.glob("*/build/lock"), None)
+    if lock is None:
+        return ""
+    return f"its native code is being built, or was when its process was stopped: if none builds, remove {lock}"
 
 
 @lru_cache(maxsize=1)
