@@ -134,3 +134,12 @@ def test_no_series_before_a_stretch() -> None:
         _ = meter.series
     with pytest.raises(InputError, match="not started"):
         meter.stop()
+
+
+def test_a_count_that_lags_is_made_good_at_both_ends() -> None:
+    """Too low by 100 at the start and by 300 at the stop: in between as a line has it."""
+    exact = iter([1100, 1300])
+    with Meter(dt_s=10.0, memory=lambda: 1000, exact=lambda: next(exact)) as meter:
+        time.sleep(0.01)
+    assert meter.series.memory_bytes == (1100, 1300)
+    assert meter.series.mean_memory_bytes == pytest.approx(1200)

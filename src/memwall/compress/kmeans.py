@@ -24,6 +24,8 @@ INITS = ("sampled", "spread")
 _SPREAD_POINTS = 16
 # the table takes the square of the points: more of them are first brought together with their neighbours
 _LINE_POINTS = 1024
+_SHORT_RUNS = 64
+"""Into so many runs the numbers of one of many lines are brought together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,69 @@ def on_a_line(values: np.ndarray, weights: np.ndarray, num_clusters: int) -> np.
         stop = int(cut[stop])
     found = np.array([centre[0, stop], *reversed(centres)]) + middle
     return np.pad(found, (0, num_clusters - len(found)), mode="edge").astype(np.float32)
+
+
+def on_lines(lines: np.ndarray, num_clusters: int, *, rounds: int = 100) -> np.ndarray:
+    """Centres of clusters of many short lines of numbers at once: [lines, n] -> [lines, num_clusters] float32, rising.
+
+    Each begins with the best clusters of 64 runs of its numbers in order (as `on_a_line`), and Lloyd's rounds go on from
+    there until no border moves. With fewer numbers than clusters the last is repeated.
+    """
+    values = np.sort(np.asarray(lines, np.float64), axis=1)
+    if not np.isfinite(values).all():
+        raise InputError("k-means needs finite points; are the model's weights damaged?")
+    count, size = values.shape
+    sums = np.concatenate([np.zeros((count, 1)), np.cumsum(values, axis=1)], axis=1)
+    bounds = np.linspace(0, size, min(_SHORT_RUNS, size) + 1).astype(np.int64)
+    found = np.concatenate(
+        [_best_runs(values[at : at + 256], bounds, num_clusters) for at in range(0, max(count, 1), 256)]
+    )
+    # all lines as one: a line's numbers lie above those of the line before it
+    low = values[:, :1]
+    span = float((values[:, -1:] - low).max(initial=0)) + 1.0
+    shifts = 2 * span * np.arange(count)[:, None]
+    flat = (values - low + shifts).reshape(-1)
+    starts = size * np.arange(count)[:, None]
+    last = None
+    for _ in range(rounds):
+        middles = np.clip((found[:, 1:] + found[:, :-1]) / 2 - low, -0.5, span) + shifts
+        inner = np.searchsorted(flat, middles.reshape(-1)).reshape(middles.shape) - starts
+        if last is not None and np.array_equal(inner, last):
+            break
+        last = inner
+        ends = np.concatenate([np.zeros((count, 1), np.int64), inner, np.full((count, 1), size)], axis=1)
+        held = np.diff(ends, axis=1)
+        means = np.diff(np.take_along_axis(sums, ends, axis=1), axis=1) / np.maximum(held, 1)
+        found = np.maximum.accumulate(np.where(held > 0, means, found), axis=1)
+    return found.astype(np.float32)
+
+
+def _best_runs(values: np.ndarray, bounds: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Centres of the best clusters of runs [bounds[i], bounds[i + 1]) of numbers in order, line by line."""
+    runs = len(bounds) - 1
+    centred = values - values.mean(axis=1, keepdims=True)
+    moments = []
+    for power in (1, 2):
+        whole = np.concatenate([np.zeros((len(values), 1)), np.cumsum(centred**power, axis=1)], axis=1)[:, bounds]
+        moments.append(whole[:, None, :] - whole[:, :, None])  # [line, from, to)
+    held = (bounds[None, :] - bounds[:, None]).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.where(held > 0, np.maximum(moments[1] - moments[0] ** 2 / held, 0), np.inf)
+        centre = moments[0] / held
+    best, cuts = error[:, 0], []
+    for _ in range(min(num_clusters, runs) - 1):
+        totals = best[:, :, None] + error
+        cuts.append(totals.argmin(axis=1))
+        best = totals.min(axis=1)
+    line, stop = np.arange(len(values)), np.full(len(values), runs)
+    centres = []
+    for cut in reversed(cuts):
+        start = cut[line, stop]
+        centres.append(centre[line, start, stop])
+        stop = start
+    centres.append(centre[line, 0, stop])
+    found = np.stack(centres[::-1], axis=1) + values.mean(axis=1, keepdims=True)
+    return np.pad(found, ((0, 0), (0, num_clusters - found.shape[1])), mode="edge")
 
 
 def sample(count: int, most: int, seed: int = 0) -> np.ndarray | slice:

@@ -112,12 +112,23 @@ class _Sample:
 class Meter:
     """`with Meter(dt_s=0.1, memory=resident_bytes) as meter: work()`, then `meter.series`.
 
-    memory: called for the bytes now. power: None for no watts. A meter can be used again; it keeps the last stretch.
+    memory: called for the bytes now. exact: the same, slower, where `memory` lags behind (the system's quick count does,
+    by some pages per core and kind); asked before the first sample and after the last, and what the quick one is off by
+    then is made good in all samples, on a straight line between the two. power: None for no watts. A meter can be used
+    again; it keeps the last stretch.
     """
 
-    def __init__(self, *, dt_s: float, memory: Callable[[], int], power: PowerSource | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        dt_s: float,
+        memory: Callable[[], int],
+        exact: Callable[[], int] | None = None,
+        power: PowerSource | None = None,
+    ) -> None:
         check_interval(dt_s)
-        self.dt_s, self._memory, self._power = dt_s, memory, power
+        self.dt_s, self._memory, self._exact, self._power = dt_s, memory, exact, power
+        self._lag = [0, 0]
         self._samples: list[_Sample] = []
         self._sampler_s = 0.0
         self._stop = threading.Event()
@@ -136,12 +147,14 @@ class Meter:
         self._stop.clear()
         self._series = None
         self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
+        self._lag[0] = self._lagging()
         self._samples = [self._sample()]
         self._thread.start()
 
     def stop(self) -> Series:
         """The stretch ends with this call's sample."""
         last = self._sample()
+        self._lag[1] = self._lagging()
         self._stop.set()
         if self._thread is None:
             raise InputError("the meter was not started")
@@ -169,6 +182,10 @@ class Meter:
             count = int((time.perf_counter() - began) / self.dt_s) + 1
         self._sampler_s = time.thread_time() - own
 
+    def _lagging(self) -> int:
+        """By how much the quick count is too low now."""
+        return 0 if self._exact is None else self._exact() - self._memory()
+
     def _sample(self) -> _Sample:
         return _Sample(
             time.perf_counter(),
@@ -180,17 +197,19 @@ class Meter:
 
     def _made(self, samples: list[_Sample]) -> Series:
         began, processors = samples[0].at, usable_processors()
+        length = max(samples[-1].at - began, 1e-9)
+        lags = (self._lag[0] + (self._lag[1] - self._lag[0]) * (sample.at - began) / length for sample in samples)
         utilisation, busy, watts = [0.0], [tuple(0.0 for _ in samples[0].cores)], [0.0]
         for before, after in itertools.pairwise(samples):
-            length = max(after.at - before.at, 1e-9)
-            utilisation.append((after.own_s - before.own_s) / length / processors)
-            watts.append((after.joules - before.joules) / length)
+            step = max(after.at - before.at, 1e-9)
+            utilisation.append((after.own_s - before.own_s) / step / processors)
+            watts.append((after.joules - before.joules) / step)
             pairs = zip(before.cores, after.cores, strict=False)
             busy.append(tuple((now[0] - then[0]) / max(now[1] - then[1], 1) for then, now in pairs))
         return Series(
             dt_s=self.dt_s,
             times_s=tuple(sample.at - began for sample in samples),
-            memory_bytes=tuple(sample.memory_bytes for sample in samples),
+            memory_bytes=tuple(sample.memory_bytes + round(lag) for sample, lag in zip(samples, lags, strict=True)),
             utilisation=tuple(utilisation),
             busy=tuple(busy) if samples[0].cores else (),
             watts=tuple(watts),

@@ -23,7 +23,7 @@ from memwall.hardware.power import WorkModel, power_source
 from memwall.hardware.system import describe_system
 from memwall.memory import resident_bytes
 from memwall.models.precision import is_matrix
-from memwall.studies.efficiency_records import Record, compression_ratio, metrics_of, software_versions
+from memwall.studies.efficiency_records import EXACTLY, Record, compression_ratio, metrics_of, software_versions
 from memwall.studies.efficiency_sizes import PRECISION, Sizes
 from memwall.studies.efficiency_worker import Report
 from memwall.studies.low_bit_judge import token_losses
@@ -81,7 +81,7 @@ def _decode(
     work = WorkModel()
     steps_s: list[float] = []
     flop, per_token = flop_of(model), 4 * config.num_heads * config.head_dim * config.num_layers
-    meter = Meter(dt_s=sizes.inference_dt_s, memory=resident_bytes, power=power_source(work))
+    meter = Meter(dt_s=sizes.inference_dt_s, memory=resident_bytes, exact=EXACTLY, power=power_source(work))
     meter.start()
     while not steps_s or sum(steps_s) < sizes.stored_s:
         subject.cache.truncate(len(head))

@@ -36,7 +36,7 @@ from memwall.models.torch_moe import Dense, ExpertFeed, Experts
 from memwall.models.torch_nsa import Sparse
 from memwall.models.torch_rwkv import Rwkv
 from memwall.models.torch_small import SmallConfig, SmallLm, matched_feed
-from memwall.studies.efficiency_records import Record, metrics_of, software_versions
+from memwall.studies.efficiency_records import EXACTLY, Record, metrics_of, software_versions
 from memwall.studies.efficiency_sizes import ATTENTION, EXPERTS, POSITIONS, TINY, Sizes
 from memwall.studies.efficiency_worker import Report
 
@@ -115,7 +115,7 @@ def pretrain(request: dict[str, Any], report: Report) -> dict[str, Any]:
     work, total = WorkModel(), sizes.warm_up + sizes.steps
     tokens = sizes.batch * sizes.tokens
     flop = model.flop((sizes.tokens + 1) // 2)  # the context that a token sees on average
-    meter = Meter(dt_s=sizes.training_dt_s, memory=resident_bytes, power=power_source(work))
+    meter = Meter(dt_s=sizes.training_dt_s, memory=resident_bytes, exact=EXACTLY, power=power_source(work))
     steps_s: list[float] = []
     for step in range(total):
         if step == sizes.warm_up:
@@ -169,7 +169,7 @@ def decode(request: dict[str, Any], report: Report) -> dict[str, Any]:
     caches = model.caches(1, context + rest)
     work = WorkModel()
     steps_s: list[float] = []
-    meter = Meter(dt_s=sizes.inference_dt_s, memory=resident_bytes, power=power_source(work))
+    meter = Meter(dt_s=sizes.inference_dt_s, memory=resident_bytes, exact=EXACTLY, power=power_source(work))
     active = 4 * model.num_active
     with torch.inference_mode():
         model.prefill(tokens[:, :prompt], caches)

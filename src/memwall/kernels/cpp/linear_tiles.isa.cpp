@@ -33,6 +33,23 @@ std::int32_t quantize_group(const float* x, std::int64_t stride, std::int8_t* co
   return sum_of(sum);
 }
 
+// One token whose columns are gathered in the order of a matrix while they are rounded: no ordered copy of the token is made.
+template <int Group>
+void quantize_gathered(const float* x, const Matrix& ordered, std::int64_t stride, std::int8_t* codes, float* scales, std::int32_t* sums,
+                       int block) {
+  const auto all = [&](const auto* order) {
+    alignas(64) float values[Group];
+    for (std::int64_t first = 0; first < ordered.cols; first += Group, codes += Group / 4 * stride, scales += block, sums += block) {
+      const std::int64_t count = ordered.cols - first < Group ? ordered.cols - first : Group;
+      for (std::int64_t i = 0; i < count; ++i) values[i] = x[order[first + i]];
+      for (std::int64_t i = count; i < Group; ++i) values[i] = 0.0f;
+      *sums = quantize_group<Group>(values, stride, codes, scales);
+    }
+  };
+  if (ordered.wide) all(static_cast<const std::uint32_t*>(ordered.order));
+  else all(static_cast<const std::uint16_t*>(ordered.order));
+}
+
 // One token; the last group may be short.
 template <int Group>
 void quantize_token(const float* x, std::int64_t cols, std::int64_t stride, std::int8_t* codes, float* scales, std::int32_t* sums,
@@ -351,6 +368,13 @@ void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t i
   const std::int64_t codes = index * to.padded_cols() * to.block, statistics = index * to.groups * to.block;
   for (int t = 0; t < count; ++t)
     one(x + t * cols, cols, 4 * to.block, to.codes + codes + 4 * t, to.scales + statistics + t, to.sums + statistics + t, to.block);
+}
+
+void quantize_ordered(const float* x, const Matrix& m, int count, std::int64_t index, const Activations& to) {
+  const auto one = to.group == 32 ? quantize_gathered<32> : to.group == 64 ? quantize_gathered<64> : quantize_gathered<128>;
+  const std::int64_t codes = index * to.padded_cols() * to.block, statistics = index * to.groups * to.block;
+  for (int t = 0; t < count; ++t)
+    one(x + t * m.cols, m, 4 * to.block, to.codes + codes + 4 * t, to.scales + statistics + t, to.sums + statistics + t, to.block);
 }
 
 void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
