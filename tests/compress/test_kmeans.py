@@ -137,7 +137,9 @@ def test_many_numbers_on_a_line_start_where_little_is_left_to_gain() -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 6), st.booleans(), st.integers(0, 999))
-def test_many_lines_at_once_are_as_good_as_each_alone(lines: int, size: int, clusters: int, doubles: bool, seed: int) -> None:
+def test_many_lines_at_once_are_as_good_as_each_alone(
+    lines: int, size: int, clusters: int, doubles: bool, seed: int
+) -> None:
     """Up to 64 numbers a line the start is the best there is already."""
     random = np.random.default_rng(seed)
     values = random.standard_normal((lines, size)) * random.random((lines, 1)) * 10 + random.standard_normal((lines, 1))

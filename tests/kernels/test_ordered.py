@@ -1,4 +1,4 @@
-"""Products with integers whose columns stand in another order: bit for bit those of the same integers, on gathered inputs."""
+"""Integers whose columns stand in another order: products are bit for bit those of the same on gathered inputs."""
 
 from __future__ import annotations
 

@@ -105,9 +105,7 @@ class Edkm(WeightMethod):
                 f"bits {bits:g}: edkm makes palettes of 2^bits values: --bits 3 (1 to {MOST_BITS}), no mean"
             )
         groups, ordered = self.groups if self.groups > 1 else 0, self.order and self.calibrates
-        return VptqCodec(
-            vector=1, codebook=1 << int(bits), groups=groups, block=self.block, ordered=ordered
-        ).spec
+        return VptqCodec(vector=1, codebook=1 << int(bits), groups=groups, block=self.block, ordered=ordered).spec
 
     def check(self, spec: str) -> None:
         form = codec(spec)
@@ -152,7 +150,9 @@ class Edkm(WeightMethod):
         main = np.zeros((part.books(len(values)), form.codebook, 1), np.float16)
         codes = np.zeros(weight.shape, np.uint32)
         for group in range(part.groups):
-            places = [(part.in_block(block, len(values)), part.members(group)) for block in range(part.blocks(len(values)))]
+            places = [
+                (part.in_block(block, len(values)), part.members(group)) for block in range(part.blocks(len(values)))
+            ]
             palettes = self._palettes([values[place] for place in places], form.codebook)
             for block, (place, palette) in enumerate(zip(places, palettes, strict=True)):
                 held = main[block * part.groups + group, :, 0] = checked_halves(palette, "a palette entry")
