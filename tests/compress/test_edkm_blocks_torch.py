@@ -1,4 +1,4 @@
-"""Clustering of many pieces at once: each as it is by itself, forward and back, and the gradient that of differences."""
+"""Clustering of many pieces at once: each as it is by itself, there and back, and the gradient that of differences."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ def on_a_line(values: np.ndarray, weights: np.ndarray, num_clusters: int) -> np.
 def on_lines(lines: np.ndarray, num_clusters: int, *, rounds: int = 100) -> np.ndarray:
     """Centres of clusters of many short lines of numbers at once: [lines, n] -> [lines, num_clusters] float32, rising.
 
-    Each begins with the best clusters of 64 runs of its numbers in order (as `on_a_line`), and Lloyd's rounds go on from
-    there until no border moves. With fewer numbers than clusters the last is repeated.
+    Each begins with the best clusters of 64 runs of its numbers in order (as `on_a_line`), and Lloyd's rounds go on
+    from there until no border moves. With fewer numbers than clusters the last is repeated.
     """
     values = np.sort(np.asarray(lines, np.float64), axis=1)
     if not np.isfinite(values).all():

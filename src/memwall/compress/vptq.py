@@ -55,11 +55,11 @@ class Vptq(WeightMethod):
 
     vector, codebook, residual: rows of a vector, centroids of its two stages (residual 1: one stage); groups: of
     columns, with codebooks of their own; 0: chosen for the bits. block: rows that share codebooks, 0 for all (others
-    need `vector`). outliers: percent of the columns, those that meet the largest inputs, that have a codebook of outlier_codebook vectors of outlier_vector rows. order: columns with the
-    largest inputs go first. norm: scale columns by their `range` or `deviation`, or not (`none`). init, iterations,
-    seed: of k-means. refine: steps that fit the centroids to H once indices are fixed; rounds: so often, with a sweep
-    in between. tune: steps of fine-tuning
-    by whole layers, tune_model: by the whole model, both with learning rate tune_rate; they need torch.
+    need `vector`). outliers: percent of the columns, those that meet the largest inputs, that have a codebook of
+    outlier_codebook vectors of outlier_vector rows. order: columns with the largest inputs go first. norm: scale
+    columns by their `range` or `deviation`, or not (`none`). init, iterations, seed: of k-means. refine: steps that fit
+    the centroids to H once indices are fixed; rounds: so often, with a sweep in between. tune: steps of fine-tuning by
+    whole layers, tune_model: by the whole model, both with learning rate tune_rate; they need torch.
     """
 
     name: ClassVar[str] = "vptq"

@@ -112,7 +112,7 @@ class _Sample:
 class Meter:
     """`with Meter(dt_s=0.1, memory=resident_bytes) as meter: work()`, then `meter.series`.
 
-    memory: called for the bytes now. exact: the same, slower, where `memory` lags behind (the system's quick count does,
+    memory: called for the bytes now. exact: the same, slower, where `memory` lags behind (as the system's quick count,
     by some pages per core and kind); asked before the first sample and after the last, and what the quick one is off by
     then is made good in all samples, on a straight line between the two. power: None for no watts. A meter can be used
     again; it keeps the last stretch.
