@@ -43,8 +43,8 @@ def clustered_pieces(
 
 
 def _shares(values: Tensor, palettes: Tensor, tau: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Soft assignments [pieces, n, k] before and after the clamp."""
-    free = torch.softmax((values[:, :, None] - palettes[:, None]).square_().div_(-tau[:, None, None]), dim=2)
+    """Soft assignments [pieces, k, n] before and after the clamp."""
+    free = torch.softmax((values[:, None] - palettes[:, :, None]).square_().div_(-tau[:, None, None]), dim=1)
     return free, free.clamp(min=least)
 
 
@@ -61,10 +61,10 @@ class _Pieces(torch.autograd.Function):
             values, path = weights[run].to(palettes.dtype), [palettes[run]]
             for _ in range(rounds):
                 shares = _shares(values, path[-1], tau[run], least)[1]
-                path.append((shares * values[:, :, None]).sum(1) / shares.sum(1))
+                path.append((shares @ values[:, :, None])[:, :, 0] / shares.sum(2))
                 if bool(((path[-1] - path[-2]).abs().amax(1) <= epsilon[run]).all()):
                     break
-            soft[run] = (shares @ path[-1][:, :, None])[:, :, 0]
+            soft[run] = (path[-1][:, None] @ shares)[:, 0]
             found[run] = path[-1]
             paths.append(torch.stack(path))
         context.least, context.dtype = least, given.dtype
@@ -88,21 +88,21 @@ def _slope(values: Tensor, path: Tensor, tau: Tensor, least: float, own: Tensor)
     for number in range(len(path) - 1, 0, -1):
         before, made = path[number - 1], path[number]
         free, clamped = _shares(values, before, tau, least)
-        passes, apart = free >= least, values[:, :, None] - before[:, None]
+        passes, apart = free >= least, values[:, None] - before[:, :, None]
         pull = torch.zeros_like(free)  # gradient in the exponents
         if after is None:
-            after = (clamped * own[:, :, None]).sum(1)
-            pull = _through_softmax(free, passes * last[:, None] * own[:, :, None])
-        weight = after / clamped.sum(1)
-        pull = pull + _through_softmax(free, passes * (values[:, :, None] - made[:, None]) * weight[:, None])
+            after = (clamped @ own[:, :, None])[:, :, 0]
+            pull = _through_softmax(free, passes * last[:, :, None] * own[:, None])
+        weight = after / clamped.sum(2)
+        pull = pull + _through_softmax(free, passes * (values[:, None] - made[:, :, None]) * weight[:, :, None])
         moved = (pull * apart).div_(tau[:, None, None])
-        total += moved.sum(2).mul_(-2) + (clamped @ weight[:, :, None])[:, :, 0]
-        after = moved.sum(1).mul_(2)
+        total += moved.sum(1).mul_(-2) + (weight[:, None] @ clamped)[:, 0]
+        after = moved.sum(2).mul_(2)
     return total
 
 
 def _through_softmax(shares: Tensor, gradient: Tensor) -> Tensor:
-    return shares * (gradient - (shares * gradient).sum(2, keepdim=True))
+    return shares * (gradient - (shares * gradient).sum(1, keepdim=True))
 
 
 def _runs(weights: Tensor, palettes: Tensor) -> list[slice]:

@@ -76,8 +76,8 @@ def distinct(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shares(values: Tensor, centroids: Tensor, softness: Softness) -> tuple[Tensor, Tensor]:
-    """Soft assignment [U, k] before and after the clamp."""
-    free = torch.softmax(-((values[:, None] - centroids) ** 2) / softness.tau, dim=1)
+    """Soft assignment [k, U] before and after the clamp: values run last, as loops over them are the long ones."""
+    free = torch.softmax((values - centroids[:, None]).square_().mul_(-1 / softness.tau), dim=0)
     return free, free.clamp(min=softness.least)
 
 
@@ -85,8 +85,8 @@ def _rounds(values: Tensor, counts: Tensor, centroids: Tensor, softness: Softnes
     """The palette before the first round and after each [k]."""
     path = [centroids]
     for _ in range(softness.rounds):
-        shares = _shares(values, path[-1], softness)[1] * counts[:, None]
-        path.append((shares * values[:, None]).sum(0) / shares.sum(0))
+        shares = _shares(values, path[-1], softness)[1].mul_(counts)
+        path.append((shares @ values) / shares.sum(1))
         if float((path[-1] - path[-2]).abs().max()) <= softness.epsilon:
             break
     return path
@@ -100,7 +100,7 @@ class _Cluster(torch.autograd.Function):
         weights = given if half is None else given.to(half)
         values, counts, index = distinct(weights)
         path = _rounds(values, counts, centroids.to(values.dtype), softness)
-        table = _shares(values, path[-2], softness)[1] @ path[-1]
+        table = path[-1] @ _shares(values, path[-2], softness)[1]
         context.softness, context.dtype = softness, given.dtype
         context.save_for_backward(weights, torch.stack(path))
         context.mark_non_differentiable(path[-1])
@@ -120,24 +120,24 @@ class _Cluster(torch.autograd.Function):
         for before, made in zip(reversed(path[:-1]), reversed(path[1:]), strict=True):
             free, clamped = _shares(values, before, softness)
             passes = free >= softness.least
-            apart = values[:, None] - before
+            apart = values - before[:, None]
             pull = torch.zeros_like(free)  # gradient in the exponents, summed over the weights of a value
             if after is None:
-                after = clamped.T @ summed
-                exponents = _through_softmax(free, passes * last)
-                direct = (exponents * apart).sum(1) * (-2 / softness.tau)
-                pull = exponents * summed[:, None]
-            weight = after / (clamped * counts[:, None]).sum(0)
-            exponents = _through_softmax(free, passes * (values[:, None] - made) * weight)
-            shared += (exponents * apart).sum(1) * (-2 / softness.tau) + clamped @ weight
-            pull += exponents * counts[:, None]
-            after = (pull * apart).sum(0) * (2 / softness.tau)
+                after = clamped @ summed
+                exponents = _through_softmax(free, passes * last[:, None])
+                direct = (exponents * apart).sum(0) * (-2 / softness.tau)
+                pull = exponents * summed
+            weight = after / (clamped @ counts)
+            exponents = _through_softmax(free, passes * (values - made[:, None]) * weight[:, None])
+            shared += (exponents * apart).sum(0) * (-2 / softness.tau) + weight @ clamped
+            pull += exponents * counts
+            after = (pull * apart).sum(1) * (2 / softness.tau)
         found = own.mul(direct.index_select(0, index)).add_(shared.index_select(0, index))
         return found.view(weights.shape).to(context.dtype), None, None, None
 
 
 def _through_softmax(shares: Tensor, gradient: Tensor) -> Tensor:
-    return shares * (gradient - (shares * gradient).sum(1, keepdim=True))
+    return shares * (gradient - (shares * gradient).sum(0, keepdim=True))
 
 
 def clustered(
