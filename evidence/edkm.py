@@ -525,8 +525,10 @@ def starting(start: str) -> Edkm:
 
 
 def by_rows(weight: np.ndarray, bits: int) -> Packed:
-    """K-means in palettes of groups of rows, the smallest that take no more bytes than rounding in groups of 128."""
-    most = codec(f"int{bits}-g128-asym").nbytes(weight.shape)
+    """K-means in palettes of groups of rows, the smallest that take no more bytes than rounding in groups of 128 (but
+    for the 96 that products read past the ends).
+    """
+    most = codec(f"int{bits}-g128-asym").nbytes(weight.shape) + 96
     block = 1
     while codec(f"vptq-v1-k{1 << bits}-b{block}").nbytes(weight.shape) > most:
         block *= 2
