@@ -6,7 +6,16 @@ Real part: the model and the workers of semi-PD's experiment (int8, 2 threads), 
 Virtual part: its device, whose costs Nexus measures as it would a real one (`phase_profile`): it is not told them.
 Lengths are log-normal by the medians and means of the paper's table, Poisson arrivals; with --data PATH prompts and
 answers come from a trace (Azure, BurstGPT, Mooncake) instead. Mixed is 60 % ShareGPT and 40 % Long Data Collections.
-semi-PD gets as objectives what chunked prefill reaches at P90.
+semi-PD gets as objectives what chunked prefill reaches at P90. First tokens are compared at the rate at which chunked
+prefill is full (prompts it can begin to answer when all are there at once): the paper's rates go beyond that, to 1.5
+and 1.9 times as much.
+
+What does not hold, and why. The mean first token is not twice as early: at that rate (another seed) it was 1.1, 1.6,
+1.3 and 1.2 times as early, at two thirds of it 0.7 to 1.2 times, while tokens came 6 to 8 times as fast. Chunked
+prefill has the whole of this device (82 % of its peak, by the saturation) and tokens ride along in its iterations;
+Nexus' prefill has about 70 % beside decode. What makes it earlier is the order, shortest first, which helps where
+lengths differ (Mixed). The tail is not worse without hysteresis: a change of shares costs nothing here but that both
+may hold too much for one iteration, so what is nearer to the best shares at every moment is a little better.
 """
 
 from __future__ import annotations
@@ -222,6 +231,11 @@ def chunked(coming: Sequence[Arrival]) -> Figures:
     return serve_all(engine, coming)
 
 
+def capacity(figures: Figures) -> float:
+    """Requests a second that prompts were begun to be answered at, of a load that was there at once."""
+    return len(figures.first) / max(figures.first)
+
+
 def policies(coming: Sequence[Arrival], costs: Costs) -> dict[str, tuple[Figures, int]]:
     """Figures of each way, and how often shares changed."""
     one = chunked(coming)
@@ -242,15 +256,17 @@ def row(name: str, figures: Figures) -> str:
 
 
 def policy_claims(costs: Costs, sizes: Sizes, data: Path | None, tick: Tick) -> Iterator[Claim]:
-    loads: dict[str, tuple[Any, float]] = {"ShareGPT": ([(SHAREGPT, 1.0)], 14.0), "Mixed": (MIXED, 2.4)}
+    loads: dict[str, Any] = {"ShareGPT": [(SHAREGPT, 1.0)], "Mixed": MIXED}
     if data is None:
-        loads |= {"Long": ([(LONG, 1.0)], 1.0), "ArXiv": ([(ARXIV, 1.0)], 1.6)}
-    runs = {}
-    for name, (kinds, rate) in loads.items():
+        loads |= {"Long": [(LONG, 1.0)], "ArXiv": [(ARXIV, 1.0)]}
+    runs, rates = {}, []
+    for name, kinds in loads.items():
         tick(f"policies on {name}")
-        runs[name] = policies(drawn(sizes, kinds, rate, 1, data), costs)
+        rates.append(capacity(chunked(drawn(sizes, kinds, 1e4, 60, data))))
+        runs[name] = policies(drawn(sizes, kinds, rates[-1], 61, data), costs)
     told = "; ".join(
-        f"{name}: " + ", ".join(row(way, figures) for way, (figures, _) in run.items()) for name, run in runs.items()
+        f"{name} at {rate:.1f} requests/s: " + ", ".join(row(way, figures) for way, (figures, _) in run.items())
+        for rate, (name, run) in zip(rates, runs.items())
     )
     ratios = [run["chunked"][0].first_mean / run["nexus"][0].first_mean for run in runs.values()]
     yield Claim(

@@ -41,7 +41,7 @@ from memwall.hardware.units import GIB, KIB, MIB
 from memwall.kernels.attention import attend_float, attend_paged
 from memwall.kv.vattention import VirtualKV, VirtualSettings
 from memwall.memory import Arena, Ledger
-from memwall.memory.virtual import LazyPages, OutOfBlocks
+from memwall.memory.virtual import LazyPages, OutOfBlocks, PageSource
 
 PAGES = {"2 MiB": 2 * MIB, "256 KiB": 256 * KIB, "64 KiB": 64 * KIB}
 MOST_SLOTS = 256
@@ -718,15 +718,19 @@ def step_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
 # ---- books ---------------------------------------------------------------------------------------------------------
 
 
-def stress_claim(steps: int, tick: Callable[[str], None]) -> Claim:
-    """Sequences begin, grow, share, are cut and end; every page of every one carries its own number."""
+def stress_claim(steps: int, tick: Callable[[str], None], gpu: Gpu | None = None) -> Claim:
+    """Sequences begin, grow, share, are cut and end; every page of every one carries its own number.
+
+    gpu: whose pages these are; this machine's memory unless given.
+    """
     tick("stress")
-    shape = kv.CacheShape(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=32)  # 32 rows in a page of 4 KiB
+    page = gpu.page_bytes if gpu else 4096
+    shape = kv.CacheShape(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=page // 128)  # 32 rows in a page
     ledger = Ledger()
     num_blocks, slots = 80, 24
     store = VirtualKV(
-        shape, Arena(1 << 30, ledger), num_slots=slots, max_tokens=1001, num_blocks=num_blocks,
-        settings=VirtualSettings(page_bytes=4096, eager=True),
+        shape, Arena(1 << 30, ledger, tier="gpu" if gpu else "ram"), num_slots=slots, max_tokens=1001,
+        num_blocks=num_blocks, settings=VirtualSettings(page_bytes=page, eager=True), source=gpu and gpu.pages(),
     )  # fmt: skip
     rng = np.random.default_rng(0)
     owners: dict[int, tuple[float, int]] = {}
@@ -764,12 +768,14 @@ def stress_claim(steps: int, tick: Callable[[str], None]) -> Claim:
         lost += store.pool.mapped + store.pool.spare != num_blocks or ledger.total() != num_blocks * store.block_bytes
         if step % 500 == 0:
             wrong += sum(not intact(store, slot, *state) for slot, state in owners.items())
+        if step % 500 == 0 and gpu is None:
             most = max(most, Path("/proc/self/maps").read_text().count("memwall pages") - store.mappings)
     wrong += sum(not intact(store, slot, *state) for slot, state in owners.items())
     store.release()
     return Claim(
-        claim="sequences keep apart and no page is lost while they come, grow, are cut and go",
-        measured=f"{steps:,} steps, {store.critical_blocks + store.background_blocks:,} blocks mapped, {shared:,} "
+        claim=GPU_CLAIMS["stress"][0].removeprefix("" if gpu else "on a GPU, "),
+        measured=f"{f'{gpu.name}, ' if gpu else ''}{steps:,} steps, "
+        f"{store.critical_blocks + store.background_blocks:,} blocks mapped, {shared:,} "
         f"shared, {refused:,} refused: {wrong} sequences with foreign numbers, {lost} steps in which free and mapped "
         f"were not the whole; mappings of the system over the bound: {max(most, 0)}; left at the end: {ledger.total()} "
         "bytes",
@@ -808,14 +814,279 @@ def policy_claim(tick: Callable[[str], None]) -> Claim:
     )
 
 
-def gpu_claims() -> list[Claim]:
-    return [
-        not_run(
-            "on a GPU, fused attention on slices of the store equals ordinary tensors, with 2 MiB pages of the driver",
-            "equal bits",
-        ),
-        not_run("on a GPU, tokens per second are the same with and without steps that enter a page", "within 2 %"),
-    ]
+# ---- a GPU -----------------------------------------------------------------------------------------------------------
+
+GPU_CLAIMS = {
+    "bytes": (
+        "on a GPU, the driver has given away what the pages of the store take, far fewer bytes than it has addresses, "
+        "and gets them back",
+        "more addresses than memory; given away and given back within 1 % of 2 L * blocks * page; mapping takes "
+        "nothing more; the ledger equal to the pages",
+    ),
+    "equal": (
+        "on a GPU, fused attention on slices of the store equals ordinary tensors, with 2 MiB pages of the driver",
+        "equal bits, contiguous slices, arrays that stay where they are",
+    ),
+    "steps": (
+        "on a GPU, tokens per second are the same with and without steps that enter a page",
+        "within 2 %; nothing mapped on the critical path, and one block for each page entered without the thread",
+    ),
+    "stress": (
+        "on a GPU, sequences keep apart and no page is lost while they come, grow, are cut and go",
+        "none of each, with refusals among the steps",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """Where the GPU's part runs. device: torch's name of it. pages: a new source of pages; free_bytes: of its memory;
+    total_bytes: all of it. wait: until all that is queued is done.
+    """
+
+    name: str
+    device: str
+    page_bytes: int
+    pages: Callable[[], PageSource]
+    free_bytes: Callable[[], int]
+    total_bytes: int
+    wait: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSizes:
+    """blocks: of the pool whose bytes are asked of the driver. layers, width: of the decode loop's model. slots: of the
+    store of which the addresses are counted."""
+
+    blocks: int = 64
+    slots: int = 256
+    layers: int = 16
+    width: int = 2048
+    crossings: int = 10
+    stress_steps: int = 5000
+
+
+def here() -> Gpu | str:
+    """This machine's GPU, or what is missing."""
+    try:
+        import torch
+    except ImportError:
+        return "GPU"
+    if not torch.cuda.is_available():
+        return "GPU"
+    if importlib.util.find_spec("cuda") is None:
+        return "the package cuda-bindings: pip install 'memwall[cuda]'"
+    from memwall.memory.virtual_cuda import CudaPages
+
+    return Gpu(
+        name=torch.cuda.get_device_name(), device="cuda", page_bytes=2 * MIB, pages=lambda: CudaPages(2 * MIB),
+        free_bytes=lambda: torch.cuda.mem_get_info()[0], total_bytes=torch.cuda.mem_get_info()[1],
+        wait=torch.cuda.synchronize,
+    )  # fmt: skip
+
+
+def gpu_claims(gpu: Gpu | str, sizes: GpuSizes, tick: Callable[[str], None]) -> Iterator[Claim]:
+    """The store's CUDA form where there is a GPU, else what could not be judged."""
+    if isinstance(gpu, str):
+        for claim, required in GPU_CLAIMS.values():
+            yield not_run(claim, required, needs=gpu)
+        return
+    import torch
+
+    with torch.inference_mode():
+        tick("GPU, bytes")
+        yield gpu_bytes_claim(gpu, sizes)
+        tick("GPU, attention")
+        yield gpu_equality_claim(gpu)
+        tick("GPU, steps")
+        yield gpu_steps_claim(gpu, sizes)
+        yield stress_claim(sizes.stress_steps, tick, gpu)
+
+
+def gpu_store(gpu: Gpu, shape: kv.CacheShape, ledger: Ledger, slots: int, max_tokens: int, blocks: int) -> VirtualKV:
+    return VirtualKV(
+        shape, Arena(NO_LIMIT, ledger, tier="gpu"), num_slots=slots, max_tokens=max_tokens, num_blocks=blocks,
+        settings=VirtualSettings(page_bytes=gpu.page_bytes), source=gpu.pages(),
+    )  # fmt: skip
+
+
+def gpu_bytes_claim(gpu: Gpu, sizes: GpuSizes) -> Claim:
+    """What the driver says is free, as a pool is filled, mapped, given back in part and released."""
+    shape, ledger = kv.CacheShape(num_layers=8, num_heads=32, num_kv_heads=8, head_dim=128), Ledger()
+    gpu.pages().close()  # the driver's own memory is taken when it is first asked
+    gpu.wait()
+    free = [gpu.free_bytes()]
+    store = gpu_store(gpu, shape, ledger, sizes.slots, LONG_TOKENS, sizes.blocks)
+    reserved = 2 * shape.num_layers * sizes.slots * LONG_TOKENS * store.row_bytes
+    free.append(gpu.free_bytes())
+    held = [ledger.total("gpu")]
+    slot = store.alloc(1)
+    store.step({slot: sizes.blocks // 2 * (gpu.page_bytes // store.row_bytes)})
+    free.append(gpu.free_bytes())
+    store.pool.give_back()
+    free.append(gpu.free_bytes())
+    held.append(ledger.total("gpu"))
+    store.release()
+    del store
+    free.append(gpu.free_bytes())
+    pool = sizes.blocks * 2 * shape.num_layers * gpu.page_bytes
+    taken, mapping, back, whole = free[0] - free[1], free[1] - free[2], free[3] - free[2], free[4] - free[1]
+    claim, required = GPU_CLAIMS["bytes"]
+    near = lambda found, wanted: abs(found - wanted) <= pool / 100  # noqa: E731
+    return Claim(
+        claim=claim,
+        measured=f"{gpu.name}: {reserved / GIB:,.0f} GiB of addresses, {gpu.total_bytes / GIB:,.0f} GiB of memory; a "
+        f"pool of {pool:,} bytes takes {taken:,}, mapping half of it {mapping:,}; spare half back {back:,}, all "
+        f"{whole:,}; on the ledger {held[0]:,}, then {held[1]:,}",
+        required=required,
+        passed=reserved > gpu.total_bytes and near(taken, pool) and near(mapping, 0) and near(back, pool / 2)
+        and near(whole, pool) and held == [pool, pool // 2],
+    )  # fmt: skip
+
+
+def gpu_equality_claim(gpu: Gpu) -> Claim:
+    """scaled_dot_product_attention as it is, on rows that grew page by page."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shape, lengths = kv.CacheShape(num_layers=2, num_heads=32, num_kv_heads=8, head_dim=128), [2500, 1777, 3001]
+    rows = gpu.page_bytes // (2 * shape.row_values)
+    blocks = sum(-(-n // rows) for n in lengths) + len(lengths)
+    store = gpu_store(gpu, shape, Ledger(), len(lengths), LONG_TOKENS, blocks)
+    torch.manual_seed(0)
+    head = (shape.num_kv_heads, shape.head_dim)
+    plain = [[torch.randn(2, n, *head).half().to(gpu.device) for n in lengths] for _ in range(shape.num_layers)]
+    places = [array.data_ptr() for array in (*store.keys, *store.values)]
+    slots = [store.alloc(1) for _ in lengths]
+    for begin in range(0, max(lengths), 500):
+        step = {slot: min(begin + 500, n) for slot, n in zip(slots, lengths)}
+        store.step_async(step)
+        for layer in range(shape.num_layers):
+            for slot, whole in zip(slots, plain[layer]):
+                part = slice(begin, step[slot])
+                store.keys[layer][slot, part], store.values[layer][slot, part] = whole[0, part], whole[1, part]
+    store.wait()
+    equal = tidy = True
+    for layer in range(shape.num_layers):
+        for slot, whole in zip(slots, plain[layer]):
+            mine = store.rows(layer, slot, 0, store.lengths[slot])
+            tidy &= all(part.is_contiguous() for part in mine)
+            q = torch.randn(1, shape.num_heads, 1, shape.head_dim).half().to(gpu.device)
+            ours, theirs = (
+                scaled_dot_product_attention(q, *(x.transpose(0, 1)[None] for x in pair), enable_gqa=True)
+                for pair in (mine, tuple(whole))
+            )
+            equal &= bool(torch.equal(ours, theirs))
+    stayed = places == [array.data_ptr() for array in (*store.keys, *store.values)]
+    gpu.wait()
+    store.release()
+    claim, required = GPU_CLAIMS["equal"]
+    return Claim(
+        claim=claim,
+        measured=f"{gpu.name}, {len(lengths)} sequences, {blocks} blocks of {gpu.page_bytes / MIB:g} MiB pages: equal "
+        f"bits {equal}, contiguous {tidy}, in place {stayed}",
+        required=required,
+        passed=equal and tidy and stayed,
+    )
+
+
+class GpuDecoding:
+    """The decode loop of `Decoding` on a GPU: random weights, fused attention over all tokens of every sequence."""
+
+    def __init__(self, gpu: Gpu, sizes: GpuSizes) -> None:
+        import torch
+
+        self.gpu, self.crossings, width = gpu, sizes.crossings, sizes.width
+        self.shape = kv.CacheShape(
+            num_layers=sizes.layers, num_heads=width // 64, num_kv_heads=width // 256, head_dim=64
+        )  # fmt: skip
+        self.page_tokens = gpu.page_bytes // (2 * self.shape.row_values)
+        torch.manual_seed(0)
+        self.weights = [torch.randn(width, 4 * width).half().to(gpu.device) for _ in range(4 * sizes.layers)]
+        self.x = torch.ones(sizes.crossings, width).half().to(gpu.device)
+
+    def loop(self, *, ahead: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, VirtualKV]:
+        """(milliseconds of each step, of which mapping, whether it enters a page, the store, released)."""
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        shape, count = self.shape, self.crossings
+        store = gpu_store(self.gpu, shape, Ledger(), count, LONG_TOKENS, 2 * count + 2)
+        lengths = {store.alloc(1): self.page_tokens - 6 - 7 * i for i in range(count)}  # as in `Decoding.loop`
+        advance = store.step_async if ahead else store.step
+        advance(lengths)
+        for slot, length in lengths.items():
+            for layer in range(shape.num_layers):
+                store.keys[layer][slot, :length] = store.values[layer][slot, :length] = 0.1
+        store.wait()
+        store.critical_blocks = 0
+        q = torch.ones(1, shape.num_heads, 1, shape.head_dim).half().to(self.gpu.device)
+        times, maps = np.empty((2, 6 + 7 * count))
+        crossing = np.zeros(len(times), bool)
+        for step in range(len(times)):
+            lengths = {slot: n + 1 for slot, n in lengths.items()}
+            crossing[step] = any(n % self.page_tokens == 1 for n in lengths.values())
+            self.gpu.wait()
+            began = time.perf_counter()
+            advance(lengths)
+            maps[step] = time.perf_counter() - began
+            for layer in range(shape.num_layers):
+                for slot, length in lengths.items():
+                    store.keys[layer][slot, length - 1] = store.values[layer][slot, length - 1] = 0.1
+                    k, v = (rows.transpose(0, 1)[None] for rows in store.rows(layer, slot, 0, length))
+                    scaled_dot_product_attention(q, k, v, enable_gqa=True)
+                for matrix in self.weights[4 * layer : 4 * layer + 4]:
+                    torch.mm(self.x, matrix)
+            self.gpu.wait()
+            times[step] = time.perf_counter() - began
+        store.release()
+        return 1e3 * times[1:], 1e3 * maps[1:], crossing[1:], store
+
+
+def gpu_steps_claim(gpu: Gpu, sizes: GpuSizes) -> Claim:
+    """Steps that enter a page against the others, with pages mapped beside the steps and in them; what calls cost."""
+    decoding = GpuDecoding(gpu, sizes)
+    decoding.loop(ahead=True)  # what first calls of kernels cost is not measured
+    shown, ratios, blocks = [], {}, {}
+    for name, ahead in (("ahead", True), ("synchronous", False)):
+        times, maps, crossing, store = decoding.loop(ahead=ahead)
+        ratios[name] = float(np.median(times[~crossing]) / np.median(times[crossing]))
+        blocks[name] = store.critical_blocks
+        shown.append(
+            f"{name}: {np.median(times[~crossing]):.2f} ms a step, {np.median(times[crossing]):.2f} where a page is "
+            f"entered ({ratios[name]:.3f} of the rate), of which mapping {np.median(maps[crossing]):.3f}, "
+            f"{blocks[name]} blocks mapped in a step"
+        )
+    weights = sum(matrix.numel() for matrix in decoding.weights)
+    claim, required = GPU_CLAIMS["steps"]
+    return Claim(
+        claim=claim,
+        measured=f"{gpu.name}, {weights / 1e9:.2f} B random weights, {sizes.crossings} sequences: {'; '.join(shown)}; "
+        f"the driver takes for a page {call_costs(gpu)}",
+        required=required,
+        passed=abs(1 - ratios["ahead"]) <= 0.02 and blocks == {"ahead": 0, "synchronous": sizes.crossings},
+    )
+
+
+def call_costs(gpu: Gpu, count: int = 64) -> str:
+    """Microseconds that a page takes to make, map with access, unmap and give back."""
+    source, costs = gpu.pages(), {}
+    target = source.reserve(count * gpu.page_bytes)
+    calls: dict[str, Callable[[int], None]] = {
+        "to make": lambda page: source.touch(page, 1),
+        "to map": lambda page: source.map(target, page * gpu.page_bytes, page, 1),
+        "to unmap": lambda page: source.unmap(target, page * gpu.page_bytes, 1),
+        "to give back": lambda page: source.discard(page, 1),
+    }
+    for name, call in calls.items():
+        took = []
+        for page in range(count):
+            began = time.perf_counter()
+            call(page)
+            took.append(time.perf_counter() - began)
+        costs[name] = 1e6 * float(np.median(took))
+    source.close()
+    return ", ".join(f"{cost:.0f} us {name}" for name, cost in costs.items())
 
 
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
@@ -824,7 +1095,8 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         raise InputError("this experiment maps pages with memfd and needs Linux")
     sizes = QUICK if quick else FULL
     traces = read_traces(data, sizes.requests)
-    steps, done = 7 * len(traces) + 11, 0
+    gpu = here()
+    steps, done = 7 * len(traces) + (11 if isinstance(gpu, str) else 15), 0
 
     def tick(what: str) -> None:
         nonlocal done
@@ -843,7 +1115,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         *step_claims(sizes, tick),
         stress_claim(sizes.stress_steps, tick),
         policy_claim(tick),
-        *gpu_claims(),
+        *gpu_claims(gpu, GpuSizes(), tick),
     ]
 
 

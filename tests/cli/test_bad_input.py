@@ -41,6 +41,23 @@ def truncated(model: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def spoilt(*names: str) -> Callable[[Path], None]:
+    """Tensors that are NaN here and there, as a damaged file's may be."""
+
+    def change(model: Path) -> None:
+        path = model / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            for place in range(start + begin, start + end, 256):
+                content[place : place + 2] = b"\xff\xff"
+        path.write_bytes(content)
+
+    return change
+
+
 def untouched(model: Path) -> None:
     """Nothing is wrong with the model."""
 
@@ -86,8 +103,11 @@ COMMANDS = {
     "no threads": ((*RUN, "--threads", "0"), 2, "threads"),
     "absurdly many threads": ((*RUN, "--threads", "100000"), 2, "threads"),
     "negative seed": ((*RUN, "--seed", "-1"), 2, "seed"),
+    "deadline of nothing that comes": ((*RUN, "--deadline", "3"), 2, "--load-cache tcp://"),
+    "deadline of a file": ((*RUN, "--deadline", "3", "--load-cache", "{folder}/text.txt"), 2, "--load-cache tcp://"),
     "conversation as JSON": (("run", "{model}", "--chat", "--json"), 2, "--chat"),
     "plan for an unknown machine": (("plan", "{model}", "--machine", "abacus", "--no-measure"), 2, "abacus"),
+    "divergence that is no number": (("plan", "{model}", "--max-kl", "nan"), 2, "max-kl"),
     "report into a missing folder": (("plan", "{model}", "--no-measure", "--html", "{folder}/no/report.html"), 2, "no"),
     "text that is missing": (("eval", "{model}", "{folder}/no.txt"), 2, "no.txt"),
     "text that is empty": (("eval", "{model}", "{folder}/empty.txt"), 2, "empty.txt"),
@@ -139,6 +159,26 @@ def test_damaged_models(case: str, command: tuple[str, ...], memwall: Any, model
     result = memwall(*(argument.format(model=model, folder=folder) for argument in command))
     check_refusal(result, 2, word)
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (spoilt("model.norm.weight"), "model.norm.weight holds NaN"),
+        (spoilt("model.layers.1.mlp.up_proj.weight"), "NaN"),
+        (spoilt("model.embed_tokens.weight"), "NaN"),
+    ],
+)
+def test_weights_that_are_no_numbers(
+    damage: Callable[[Path], None], word: str, memwall: Any, model: Path, folder: Path
+) -> None:
+    """Nothing but NaN would come of them: neither a text nor a perplexity that no JSON can hold."""
+    damage(model)
+    commands = [RUN, (*RUN, "--weights", "int4"), (*RUN, "--temperature", "1"), (*EVAL, "--json")]
+    for command in [*commands, (*COMPRESS, "--bits", "int4")]:
+        result = memwall(*(argument.format(model=model, folder=folder) for argument in command))
+        check_refusal(result, 2, word)
+        assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("case", COMMANDS)

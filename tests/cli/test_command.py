@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -41,6 +42,7 @@ def run_verb(error: BaseException, **options: Any) -> Any:
         (InputError("no such format"), 2),
         (MissingDependency("torch", "torch"), 2),
         (BudgetExceeded("weights", 10, 5, 7), 1),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 1),
         (FileNotFoundError(2, "No such file", "gone.txt"), 2),
         (KeyboardInterrupt(), 130),
     ],
@@ -135,4 +137,13 @@ def test_a_closed_pipe_is_no_error(verb: str) -> None:
     done = subprocess.run(["bash", "-c", script], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 141
     assert "Error" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_closed_streams_are_no_error(closed: str) -> None:
+    command = f"{sys.executable} -m memwall run demo hello --max-new-tokens 2 {closed}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

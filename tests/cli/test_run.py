@@ -27,6 +27,7 @@ SHORT = ("--weights", "int4", "--kv", "float16", "--max-new-tokens", "6", "--ign
         ("hello", None, ("demo", "hello")),
         ("./nowhere", None, ("./nowhere", None)),
         ("~/model", None, ("~/model", None)),
+        ("org/name", None, ("org/name", None)),
         ("/ is a path and this is none", None, ("demo", "/ is a path and this is none")),
     ],
 )
@@ -170,6 +171,49 @@ def test_turns_share_the_cache(memwall: Any) -> None:
     answers = result.stdout.splitlines()
     assert len(answers) >= 3
     assert "tokens/s" in result.stderr
+
+
+def test_a_full_context_drops_the_oldest_turns(memwall: Any) -> None:
+    asked = ("run", "demo", "--chat", *SHORT[:2], "--context", "100", "--max-new-tokens", "30", "--ignore-eos")
+    turns = "\n".join(["Hello there.", "And then?", "What else?", "word " * 120, "And now?", ""])
+    result = memwall(*asked, input=turns)
+    assert result.exit_code == 0, result.stderr
+    assert "the oldest turn left out: the context is 100 tokens" in result.stderr
+    assert "it was not taken" in result.stderr
+    assert result.stderr.index("it was not taken") < result.stderr.index("tokens/s")
+
+
+def test_a_chat_without_a_turn_tells_no_speed(memwall: Any) -> None:
+    result = memwall("run", "demo", "--chat", *SHORT, input="")
+    assert result.exit_code == 0, result.stderr
+    assert "tokens/s" not in result.stderr
+    assert "peak resident" in result.stderr
+
+
+def test_interrupting_an_answer_keeps_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memwall.cli import chat
+    from memwall.engine import Sampling, Settings, load
+    from memwall.models import model_directory
+    from memwall.models.chat import ChatTemplate
+    from memwall.models.tokenizer import Tokenizer
+
+    path = model_directory("demo")
+    tokenizer, template = Tokenizer.from_directory(path), ChatTemplate.from_directory(path)
+    session = load(path, Settings(weights="int8", context_tokens=200), tokenizer=tokenizer)
+    talk = chat.Conversation(session, tokenizer, template, Sampling(max_new_tokens=12))
+    whole = chat.stream
+
+    def interrupted(session: Any, prompt: list[int], sampling: Sampling) -> None:
+        pieces = session.generate(prompt, sampling)
+        next(pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "stream", interrupted)
+    talk.say("Hello there.")
+    monkeypatch.setattr(chat, "stream", whole)
+    talk.say("And then?")
+    assert session.last.stop_reason
+    assert [one["role"] for one in talk._messages] == ["user", "assistant"] * 2
 
 
 def test_shared_beginnings() -> None:

@@ -52,8 +52,9 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
     for name in (SchedulerName.fcfs, SchedulerName.nexus):
         with pytest.raises(InputError, match="add --scheduler semi-pd"):
             options_of(name, 0.5, None, adapters=False)
-    for name in (SchedulerName.nanoflow, SchedulerName.distserve):
-        with pytest.raises(InputError, match="serves no adapters"):
-            options_of(name, None, None, adapters=True)
+    with pytest.raises(InputError, match="serves no adapters"):
+        options_of(SchedulerName.nanoflow, None, None, adapters=True)
+    with pytest.raises(InputError, match="in a cluster serve no adapters"):
+        options_of(SchedulerName.distserve, None, None, adapters=True, ray="local")
     with pytest.raises(InputError, match="objectives of 0 s"):
         options_of(SchedulerName.semi_pd, 0, None, adapters=False)

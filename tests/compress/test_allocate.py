@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memwall.compress import allocate as module
 from memwall.compress.allocate import Candidate, allocate
-from memwall.errors import DoesNotFit
+from memwall.errors import DoesNotFit, InputError
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -50,3 +50,10 @@ def test_thinning_keeps_the_budget(table: list[list[Candidate]], spare_bytes: in
 def test_too_small_a_budget_says_what_is_needed() -> None:
     with pytest.raises(DoesNotFit, match="need 7 bytes"):
         allocate([[Candidate(spec="x", nbytes=3, loss=0.0)], [Candidate(spec="y", nbytes=4, loss=0.0)]], 6)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_losses_that_are_no_numbers(loss: float) -> None:
+    options = [Candidate(spec="int4", nbytes=10, loss=1.0), Candidate(spec="int8", nbytes=20, loss=loss)]
+    with pytest.raises(InputError, match="not a number"):
+        allocate([options], 100)

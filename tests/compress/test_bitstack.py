@@ -21,7 +21,7 @@ from memwall.compress.calibration import LayerStream, PromptCache
 from memwall.compress.model import CompressReport, compress_model
 from memwall.compress.stack_order import fitting, in_order, without_nan
 from memwall.compress.transforms import Transformed, sites
-from memwall.errors import InputError
+from memwall.errors import DoesNotFit, InputError
 from memwall.formats import codec
 from memwall.formats.safetensors_file import SafetensorsFile
 from memwall.memory import Arena, Ledger
@@ -240,7 +240,7 @@ def test_a_size_is_hit_and_never_passed(source: Path, whole: Path, tmp_path: Pat
 
 
 def test_sizes_that_cannot_be(source: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"first blocks of all matrices [a-z ]*take [0-9,]+ bytes.* try --size [0-9]+"):
+    with pytest.raises(DoesNotFit, match=r"first blocks of all matrices [a-z ]*take [0-9,]+ bytes.* try --size [0-9]+"):
         compress(source, tmp_path / "small", 300_000)
     with pytest.raises(InputError, match="all blocks of this model take"):
         compress(source, tmp_path / "large", 2 * folder_bytes(whole))

@@ -56,6 +56,20 @@ def test_a_failed_part_leaves_nothing(tmp_path: Path) -> None:
         assert {path.name for path in work.path.iterdir()} == {saved.JOURNAL_NAME, saved.LOCK_NAME}
 
 
+@pytest.mark.parametrize(("notes", "left"), [({}, []), ({"measured": 1.5}, ["out.partial"])])
+def test_a_run_that_made_nothing_leaves_nothing(tmp_path: Path, notes: dict[str, float], left: list[str]) -> None:
+    def run() -> None:
+        with WorkDirectory(tmp_path / "out", SETTINGS) as work:
+            work.set_specs({"a": "int4"})
+            for name, value in notes.items():
+                work.note(name, value)
+            raise InputError("of no use")
+
+    with pytest.raises(InputError, match="of no use"):
+        run()
+    assert [path.name for path in tmp_path.iterdir()] == left
+
+
 def test_two_runs_cannot_write_at_once(tmp_path: Path) -> None:
     with WorkDirectory(tmp_path / "out", SETTINGS):
         with pytest.raises(InputError, match="another run is writing"):

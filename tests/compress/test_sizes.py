@@ -8,7 +8,7 @@ import pytest
 
 from memwall.compress.model import compress_model
 from memwall.compress.sizes import FolderSize, head_bytes
-from memwall.errors import InputError
+from memwall.errors import DoesNotFit, InputError, MemwallError
 from memwall.models import Checkpoint
 from tests.compress.tiny_model import QUICK, contents, make_model
 
@@ -44,7 +44,7 @@ def test_more_room_loses_less(source: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_that_cannot_be(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the least this model takes is [0-9,]+ bytes; try --size [0-9]+"):
+    with pytest.raises(DoesNotFit, match=r"the least this model takes is [0-9,]+ bytes; try --size [0-9]+"):
         compress_model(source, tmp_path / "out", size_bytes=400_000, tuning=QUICK)
     with pytest.raises(InputError, match=r"16-bit floats of this model take [0-9,]+ bytes in all; try --size [0-9]+"):
         compress_model(source, tmp_path / "out", size_bytes=90_000_000, tuning=QUICK)
@@ -57,7 +57,7 @@ def test_sizes_that_cannot_be(source: Path, tmp_path: Path) -> None:
 
 def test_the_sizes_named_by_an_error_work(source: Path, tmp_path: Path) -> None:
     for asked in (400_000, 90_000_000):
-        with pytest.raises(InputError) as refused:
+        with pytest.raises(MemwallError) as refused:
             compress_model(source, tmp_path / "out", size_bytes=asked, method="rtn", tuning=QUICK)
         named = int(str(refused.value).rpartition(" ")[2])
         report = compress_model(source, tmp_path / str(asked), size_bytes=named, method="rtn", tuning=QUICK)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,9 +13,14 @@ import pytest
 
 from memwall.engine import Sampling, Settings, load
 from memwall.engine.base import Preempt
+from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.sequence import Pooling, Request
+from memwall.engine.workers import ForkedWorkers
 from memwall.models import DEMO_DIRECTORY
+from tests.engine.phased_loads import HALVES
 from tests.engine.test_batching import PROMPTS, TOKENIZER, requests, serving
+
+ONE_MEMORY = PhaseSettings(shares=HALVES, fresh=False)
 
 
 def whole(prompt: tuple[int, ...], pooling: Pooling) -> np.ndarray:
@@ -86,4 +94,31 @@ def test_a_beginning_that_is_there_changes_nothing() -> None:
             vectors += [event.vector for event in held.engine.step() if event.vector is not None]
     assert one.cached == 32
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+    held.release()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("phases", [ONE_MEMORY, PhaseSettings.apart(2)], ids=["one memory", "two memories"])
+def test_two_processes_give_the_same_vectors_though_one_is_killed_halfway(
+    pooling: Pooling, phases: PhaseSettings
+) -> None:
+    held = serving(kv="float32", token_budget=16, max_sequences=4, phases=phases)
+    engine, workers = held.engine, held.workers
+    assert isinstance(workers, ForkedWorkers)
+    talk = [engine.submit(replace(request, priority=-1)) for request in requests()[1:3]]
+    texts = [engine.submit(request) for request in asked(pooling)]
+    found, killed = {}, False
+    while engine.busy:
+        found |= {event.id: event for event in engine.step() if event.vector is not None}
+        if not killed and any(0 < one.computed < one.num_prompt for one in texts):
+            os.kill(workers._process["prefill"].pid, signal.SIGKILL)
+            killed = True
+    for number, one in enumerate(texts):
+        assert (found[one.id].token, found[one.id].finish, one.num_made) == (None, "stop", 0)
+        assert found[one.id].vector.dtype == np.float32
+        np.testing.assert_allclose(found[one.id].vector, whole(PROMPTS[number], pooling), atol=2e-6)
+    assert [one.num_made for one in talk] == [23, 22]
+    assert workers.lost == 1
+    assert len(workers.draws) == 0
     held.release()

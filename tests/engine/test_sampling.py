@@ -18,6 +18,13 @@ def test_greedy_takes_the_largest() -> None:
     assert Sampler(Sampling()).pick(np.array([0.1, 3.0, -1.0], np.float32)) == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_outputs_that_are_no_numbers(temperature: float, wrong: float) -> None:
+    with pytest.raises(InputError, match="not numbers"):
+        Sampler(Sampling(temperature=temperature)).pick(np.array([1.0, wrong, 2.0], np.float32))
+
+
 def test_same_seed_same_tokens() -> None:
     logits = np.random.default_rng(0).normal(size=500).astype(np.float32)
 

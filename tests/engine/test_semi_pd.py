@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -13,12 +14,14 @@ from memwall.engine.semi_pd import SemiPD, fit_line, percentile
 from memwall.errors import InputError
 from tests.engine.phased_loads import HALVES, engine, lanes, load, served, state, window
 
-CONTROLLER = SemiPD(first_seconds=0.3, token_seconds=0.03)
+CONTROLLER = SemiPD(first_seconds=0.3, token_seconds=0.03, least_requests=5)
+SPREAD = math.log(10)
+"""P90 of a time that is exponential, by its mean."""
 
 
 def queue_window(x: int, rate: float, work: float, token: float = 0.01) -> Window:
-    """What an M/M/1 queue shows: mu = x / (100 l100), TTFT = 1 / (mu - r)."""
-    first = 1 / (x / (100 * work) - rate)
+    """What an M/M/1 queue shows: mu = x / (100 l100), TTFT = 1 / (mu - r) in the mean, and exponential."""
+    first = SPREAD / (x / (100 * work) - rate)
     return Window(
         shares=Shares(prefill=x, decode=100 - x), seconds=100.0, arrived=round(100 * rate), prompts=round(100 * rate),
         prefill_seconds=100 * rate * work * 100 / x, first=(first,) * 5, token=(token * 100 / (100 - x) + 0.002,) * 5,
@@ -29,9 +32,9 @@ def test_the_models_are_the_queues_own() -> None:
     windows = [queue_window(x, rate=2.0, work=0.1) for x in (40, 50, 70)]
     models = CONTROLLER.fit(windows)
     assert models.theta == pytest.approx(20.0)
-    assert models.first.slope == pytest.approx(10.0, rel=1e-6)
+    assert models.first.slope == pytest.approx(10.0 * SPREAD, rel=1e-6)
     assert models.first.floor == pytest.approx(0.0, abs=1e-6)
-    assert models.first_seconds(60) == pytest.approx(1 / (0.6 / 0.1 - 2.0))
+    assert models.first_seconds(60) == pytest.approx(SPREAD / (0.6 / 0.1 - 2.0))
     assert models.token.slope == pytest.approx(1.0)
     assert models.token_seconds(25) == pytest.approx(0.042)
     assert models.first_seconds(20) == float("inf")
@@ -39,8 +42,8 @@ def test_the_models_are_the_queues_own() -> None:
 
 def test_one_window_takes_the_slope_from_the_queue() -> None:
     models = CONTROLLER.fit([queue_window(50, rate=2.0, work=0.1)])
-    assert models.first.slope == pytest.approx(10.0)
-    assert models.first_seconds(80) == pytest.approx(1 / 6.0)
+    assert models.first.slope == pytest.approx(10.0 * SPREAD)
+    assert models.first_seconds(80) == pytest.approx(SPREAD / 6.0)
 
 
 def test_after_a_change_of_rate_the_prediction_comes_right_within_a_few_windows() -> None:
@@ -62,9 +65,10 @@ def adjusted(first: float, token: float, **told: object) -> object:
 def test_it_moves_only_when_one_objective_is_missed() -> None:
     assert adjusted(0.1, 0.01) is None
     assert adjusted(0.9, 0.09) is None  # no room
-    # l100 0.175 s, theta 35: the queue's slope 17.5 through (1 / 15, 0.9) gives 0.43 s at 60 and 0.23 s at 70
-    assert adjusted(0.9, 0.01) == Shares(prefill=70, decode=30)
-    assert adjusted(0.9, 0.02) == Shares(prefill=60, decode=40)  # at 30 tokens would take 0.033 s
+    # l100 0.175 s, theta 35: by the queue's slope of 40 no share will do; tokens may take half of their 0.03 s
+    assert adjusted(0.9, 0.008) == Shares(prefill=70, decode=30)  # at 20 they would take 0.02 s
+    assert adjusted(0.9, 0.011) == Shares(prefill=60, decode=40)  # at 30 they would take 0.018 s
+    assert adjusted(0.9, 0.02) is None
     assert adjusted(0.1, 0.04) is None  # theta is too near to take from prefill
     calm = dataclasses.replace(window(HALVES, 0.1, 0.04), prefill_seconds=0.1)
     assert adjusted(0.1, 0.04, windows=(calm,)) == Shares(prefill=30, decode=70)
@@ -72,6 +76,10 @@ def test_it_moves_only_when_one_objective_is_missed() -> None:
     assert adjusted(0.9, 0.01, preparing=Shares(prefill=60, decode=40)) is None
     other = window(Shares(prefill=20, decode=80), 0.9, 0.01)
     assert adjusted(0.9, 0.01, windows=(other,)) is None  # it tells of other shares
+    few = dataclasses.replace(window(HALVES, 0.9, 0.008), first=(0.9,) * 4)
+    assert adjusted(0.9, 0.008, windows=(few,)) is None
+    assert adjusted(0.9, 0.008, windows=(few, few)) == Shares(prefill=70, decode=30)  # both together are enough
+    assert adjusted(0.9, 0.008, windows=(few, other, few)) is None
 
 
 def test_prompts_that_wait_for_room_are_helped_by_decoding_faster() -> None:

@@ -99,6 +99,25 @@ def test_an_emptied_area_keeps_nothing_in_memory_that_would_make_the_file_grow()
     made.release()
 
 
+def test_what_was_dropped_is_not_written_to_the_file() -> None:
+    pool, made, _ = area(host_pages=4)  # one block in memory
+    places = made.take(12)
+    for page in range(4):
+        fill(pool, page, 10 + page)
+    made.write(range(4), places[:4]).run()
+    late = made.read(places[:1], [30])  # asked for before the drop, done after it
+    made.drop([places[0], places[1], places[3]])
+    made.write(range(4, 8), places[4:8]).run()
+    assert made.counts.evicted_pages == 2
+    made.read(places[2:3], [31]).run()
+    late.run()
+    assert [int(pool.run(page, 1)[0]) for page in (30, 31)] == [10, 12]
+    made.drop(places[4:8])
+    made.write(range(8, 12), places[8:12]).run()
+    assert made.counts.evicted_pages == 2
+    made.release()
+
+
 def test_scattered_pages_are_one_copy_where_places_lie_in_a_line() -> None:
     pool, made, arena = area(host_pages=0, block=64)
     plain = SwapArea(pool, 64, arena=arena, merge=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -124,6 +125,24 @@ def test_a_fault_ends_its_requests_and_the_next_ones_go_well(caplog: pytest.LogC
     assert "a step failed" in caplog.text
     assert thread.stop()
     assert held.engine.pages.pool.used_pages == held.engine.pages.idle_pages
+
+
+def test_what_a_step_had_told_before_it_failed_is_told() -> None:
+    held = Held()
+    late = dataclasses.replace(request(10, 50), until=held.engine.clock() - 1.0)
+    other = held.engine.submit(request(10, 5))
+    ended = held.engine.submit(late)
+
+    def break_down(batch: list[Entry]) -> None:
+        raise RuntimeError("a fault")
+
+    held.before = break_down
+    with pytest.raises(RuntimeError):
+        held.engine.step()
+    told = {event.id: event.finish for event in held.engine.abandon()}
+    assert told == {ended.id: "cancelled", other.id: "error"}
+    assert held.engine.abandon() == []
+    assert not held.engine.busy
 
 
 def test_the_end_cancels_what_has_not_ended() -> None:

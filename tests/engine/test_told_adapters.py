@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memwall.engine.apart import ApartEngine
 from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
 from memwall.engine.serving import LoraSettings, Serving, ServingSettings, load_engine
+from memwall.engine.workers import ForkedWorkers
+from memwall.errors import DoesNotFit, InputError
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 from tests.engine.phased_loads import HALVES
 from tests.models.loras import make_lora
+from tests.models.test_dora import make_dora
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 CONFIG = ModelConfig.from_directory(DEMO_DIRECTORY)
@@ -28,9 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def start(folder: Path, phases: PhaseSettings | None, **told: Any) -> Serving:
+def start(folder: Path, phases: PhaseSettings | None, room_bytes: int = 1 << 20, **told: Any) -> Serving:
     chosen = {"weights": "int8", "context_tokens": 200, "token_budget": 64, "max_sequences": 4, "threads": 2, **told}
-    held = load_engine(DEMO_DIRECTORY, ServingSettings(phases=phases, lora=LoraSettings(), **chosen))
+    lora = LoraSettings(room_bytes=room_bytes)
+    held = load_engine(DEMO_DIRECTORY, ServingSettings(phases=phases, lora=lora, **chosen))
     for path in sorted(folder.iterdir()):
         held.add_adapter(path.name, held.read_adapter(path))
     return held
@@ -82,4 +90,89 @@ def test_few_pages_and_an_adapter_that_comes_and_goes(folder: Path, expected: li
     held.add_adapter("r8", held.read_adapter(make_lora(tmp_path / "other", CONFIG, rank=16, seed=99, strength=2.0)))
     again = texts(held)
     assert [a == b for a, b in zip(again, expected)] == [name != "r8" for name in NAMES]
+    held.release()
+
+
+def both_sides(held: Serving) -> ApartEngine:
+    assert isinstance(held.engine, ApartEngine)
+    return held.engine
+
+
+def test_two_memories_hold_an_adapter_each(folder: Path, expected: list[list[int]]) -> None:
+    held = start(folder, PhaseSettings.apart(2))
+    engine, workers = both_sides(held), held.workers
+    assert isinstance(workers, ForkedWorkers)
+    assert texts(held) == expected
+    mine, front = engine.adapters, engine.front.adapters
+    assert mine is not None
+    assert front is not None
+    rows = {row.owner: row.nbytes for row in held.ledger.rows()}
+    assert rows["adapters/pages"] == mine.used_pages * held.pool.page_bytes > 0
+    assert rows["adapters/prefill"] == front.used_pages * held.pool.page_bytes > 0
+    for each in (mine, front):  # nobody uses them any more
+        assert each.used_pages == each.idle_pages
+        assert all(one.requests == one.users == 0 for one in each._known.values())
+    for phase in ("prefill", "decode"):
+        os.kill(workers._process[phase].pid, signal.SIGKILL)
+    assert texts(held) == expected
+    assert workers.lost == 2
+    held.release()
+
+
+def test_two_memories_of_few_pages_and_an_adapter_that_comes_and_goes(
+    folder: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    held = start(folder, PhaseSettings.apart(2), swap_bytes=1 << 24)
+    engine = both_sides(held)
+    held.govern = lambda: None  # type: ignore[method-assign]
+    engine.wanted_pages = 24
+    assert texts(held) == expected
+    assert engine.pages.pool.peak_pages <= 24 + held.pool.limit_pages
+    busy = engine.submit(Request(prompt=(9, 10, 11), adapter="r8", sampling=Sampling(max_new_tokens=5)))
+    held.adapters.remove("r8")  # type: ignore[union-attr]
+    other = make_lora(tmp_path / "other", CONFIG, rank=16, seed=99, strength=2.0)
+    key = held.add_adapter("r8", held.read_adapter(other))
+    assert key != busy.request.adapter  # it goes on with what it began with
+    while engine.busy:
+        engine.step()
+    assert busy.finish in ("length", "stop")
+    for each in (engine.adapters, engine.front.adapters):
+        assert each is not None
+        assert sorted(each._known) == sorted(["r24", key])
+    held.release()
+
+
+def test_an_adapter_that_cannot_be_read_on_the_other_side_ends_its_request(folder: Path, tmp_path: Path) -> None:
+    where = tmp_path / "adapters"
+    shutil.copytree(folder, where)
+    held = start(where, PhaseSettings.apart(2))
+    engine = both_sides(held)
+    assert engine.adapters is not None
+
+    def unreadable(key: str) -> None:
+        raise InputError(f"{key} is gone")
+
+    engine.adapters.acquire = unreadable  # type: ignore[method-assign]
+    asked = [
+        engine.submit(Request(prompt=(9, 10, 11), adapter=name, sampling=Sampling(max_new_tokens=5, ignore_eos=True)))
+        for name in ("r8", None)
+    ]
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert [one.finish for one in asked] == ["error", "length"]
+    assert sum(event.finish is not None for event in events) == 2
+    assert engine.front.pages.pool.used_pages == engine.front.pages.idle_pages + engine.front.adapters.used_pages  # type: ignore[union-attr]
+    held.release()
+
+
+def test_what_two_workers_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
+    held = start(folder, PhaseSettings.apart(2))
+    large = make_lora(tmp_path / "large", CONFIG, rank=64, seed=1)
+    with pytest.raises(DoesNotFit, match="the adapter 'large' takes"):
+        held.add_adapter("large", held.read_adapter(large))
+    lengthening = make_dora(tmp_path / "dora")
+    with pytest.raises(InputError, match="one worker"):
+        held.add_adapter("dora", held.read_adapter(lengthening))
+    assert held.adapters.names == sorted(path.name for path in folder.iterdir())  # type: ignore[union-attr]
     held.release()

@@ -18,7 +18,7 @@ import pytest
 from memwall.engine.base import PHASES, Costs, Phase, Scheduler, Shares, State, Step
 from memwall.engine.executor import Entry, Output
 from memwall.engine.nexus import Nexus
-from memwall.engine.pacing import Pacer, niceness
+from memwall.engine.pacing import Board, Pacer, cores_beside
 from memwall.engine.phase_costs import Costs as PhaseCosts
 from memwall.engine.phase_costs import Operator
 from memwall.engine.phase_device import VirtualWorkers
@@ -27,10 +27,10 @@ from memwall.engine.phased import Done, PhasedEngine
 from memwall.engine.sampling import Sampling
 from memwall.engine.semi_pd import SemiPD
 from memwall.engine.sequence import Event, Request, Sequence
-from memwall.engine.serving import LoraSettings, Serving, ServingSettings, load_engine
+from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.engine.simulated import VirtualClock, replay
 from memwall.engine.thread import EngineThread
-from memwall.errors import BudgetExceeded, InputError
+from memwall.errors import BudgetExceeded
 from memwall.memory import Budget
 from memwall.models import DEMO_DIRECTORY
 from tests.engine.phased_loads import DEVICE, HALVES, LIMITS, SIZE, load
@@ -289,8 +289,6 @@ def test_engine_and_simulator_decide_alike(name: str) -> None:
 
 
 def test_bad_input_and_budgets_that_do_not_hold_two_workers() -> None:
-    with pytest.raises(InputError, match="adapters need one memory"):
-        ServingSettings(phases=PhaseSettings.apart(2), lora=LoraSettings())
     made = start(PhaseSettings(shares=HALVES))
     least, own = made.least_budget_bytes(), made.workers.reserve_bytes  # type: ignore[union-attr]
     made.release()
@@ -298,7 +296,7 @@ def test_bad_input_and_budgets_that_do_not_hold_two_workers() -> None:
         start(PhaseSettings(shares=HALVES), budget=Budget(tiers={"ram": least - own // 2}))
 
 
-def test_a_quota_is_kept_and_weights_follow_shares() -> None:
+def test_a_quota_is_kept() -> None:
     pacer = Pacer(50, 1)
     wall, used = time.monotonic(), time.process_time()
     while time.process_time() - used < 0.15:
@@ -306,9 +304,46 @@ def test_a_quota_is_kept_and_weights_follow_shares() -> None:
         pacer.pace()
     assert pacer.rested > 0
     assert time.monotonic() - wall >= 0.2  # never sooner, however loaded the machine is
-    assert niceness(Shares(prefill=50, decode=50)) == (0, 0)
-    assert niceness(Shares(prefill=80, decode=100)) == (1, 0)
-    assert niceness(Shares(prefill=100, decode=50)) == (0, 3)
+
+
+def test_both_together_never_have_more_threads_than_cores() -> None:
+    for cores in (2, 3, 4, 8, 64):
+        for prefill in (1, 20, 50, 80, 100):
+            for decode in (1, 20, 50, 80, 100):
+                (first, mine), (second, yours) = (
+                    cores_beside("prefill", prefill, decode, cores), cores_beside("decode", decode, prefill, cores)
+                )  # fmt: skip
+                assert first >= 1
+                assert second >= 1
+                assert first + second == cores
+                assert mine + yours <= cores + 1e-9
+                assert mine / yours == pytest.approx(prefill / decode)
+    assert cores_beside("prefill", 75, 25, 8) == (6, 6.0)
+    assert cores_beside("decode", 100, 80, 2) == (1, pytest.approx(10 / 9))
+    assert cores_beside("decode", 50, 50, 1) == (1, 0.5)
+
+
+def test_a_worker_has_all_cores_while_the_other_one_waits_or_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memwall.engine.pacing.kernels.set_num_threads", lambda count: None)
+    monkeypatch.setattr("memwall.engine.pacing.set_lane_threads", lambda count: None)
+    board = Board()
+    one = Pacer(80, 4, board=board, phase="prefill")
+    other = Pacer(100, 4, board=board, phase="decode")
+    one.begin()
+    assert (one.threads, one.rate) == (4, 3.2)
+    other.begin()
+    one.pace()
+    assert (one.threads, other.threads) == (2, 2)
+    assert one.rate == pytest.approx(80 / 180 * 4)
+    other.end()
+    assert board.beside("prefill") == 100  # its next batch may follow at once
+    time.sleep(0.01)
+    one.pace()
+    assert one.threads == 4
+    one.end()
+    board.show("prefill", 80)
+    board.hide("prefill")  # the engine's word for one that was lost
+    assert board.beside("decode") == 0
 
 
 def test_forgets_what_is_over(serving: Serving) -> None:

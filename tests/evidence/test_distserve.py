@@ -55,4 +55,4 @@ def test_goodput_is_the_highest_rate_that_meets_both(experiment: ModuleType) -> 
 
 def test_a_formula_that_is_off_fails(experiment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "waiting_first_token", lambda rate, seconds: 2 * seconds)
-    assert experiment.queueing(experiment.Sizes(requests=2000, seeds=(0,), repeats=1))[0].passed is False
+    assert experiment.queueing(experiment.Sizes(requests=2000, queued=500, seeds=(0,), repeats=1))[0].passed is False

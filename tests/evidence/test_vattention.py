@@ -13,6 +13,7 @@ from memwall import kv
 from memwall.cli.evidence import load_experiment
 from memwall.errors import InputError
 from memwall.systems import find_system
+from tests.memory.cuda_driver import Driver, TensorPages
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memfd is Linux's")
 
@@ -69,3 +70,31 @@ def test_traces_are_read_and_checked(vattention: ModuleType, tmp_path: Path) -> 
     assert vattention.read_traces(tmp_path, 2) == {"trace": [(7564, 192), (12, 1)]}
     with pytest.raises(InputError, match="num_prefill_tokens"):
         vattention.read_traces(tmp_path / "other.csv", 2)
+
+
+def stand_in(vattention: ModuleType, num_pages: int) -> object:
+    """A GPU as the experiment sees it, with the stand-in's driver and tensors on the processor."""
+    driver = Driver(num_pages, 65536)
+    return vattention.Gpu(
+        name="stand-in", device="cpu", page_bytes=65536, pages=lambda: TensorPages(65536, driver=driver),
+        free_bytes=lambda: len(driver.free) * 65536, total_bytes=num_pages * 65536, wait=lambda: None,
+    )  # fmt: skip
+
+
+def test_the_gpu_s_part_runs_whole(vattention: ModuleType) -> None:
+    """All but the clock is judged as on a GPU: bytes, equal bits, where pages are mapped, sequences kept apart."""
+    pytest.importorskip("torch")
+    sizes = vattention.GpuSizes(blocks=8, slots=4, layers=1, width=256, crossings=3, stress_steps=1500)
+    claims = list(vattention.gpu_claims(stand_in(vattention, 1000), sizes, lambda what: None))
+    assert [claim.claim for claim in claims] == [claim for claim, _ in vattention.GPU_CLAIMS.values()]
+    assert all("stand-in" in claim.measured for claim in claims)
+    by_bytes, equal, steps, stress = claims
+    assert all(claim.passed for claim in (by_bytes, equal, stress)), claims
+    assert "0 blocks mapped in a step; synchronous" in steps.measured
+    assert "3 blocks mapped in a step; the driver takes" in steps.measured
+
+
+def test_without_a_gpu_nothing_is_claimed(vattention: ModuleType) -> None:
+    claims = list(vattention.gpu_claims("GPU", vattention.GpuSizes(), lambda what: None))
+    assert len(claims) == 4
+    assert {(claim.passed, claim.measured) for claim in claims} == {(None, "not run: needs GPU")}

@@ -26,7 +26,8 @@ SPECS = [
     "e2m3-g32",
     "e3m2",
 ]
-SPECS += ["e4m3", "e5m2-g128", "e3m3", "posit4", "posit5es1", "posit6es0-g32", "posit7es1", "posit8", "posit8es1"]
+SPECS += ["e4m3", "e5m2-g128", "e3m3", "e2m4", "e3m1"]
+SPECS += ["posit4", "posit5es1", "posit6es0-g32", "posit7es1", "posit8", "posit8es1"]
 SPECS += [
     "mxfp4",
     "mxfp6",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from memwall import kernels
 from memwall.errors import InputError
 from memwall.formats import codec
+from memwall.formats.static8 import MOST_COLUMNS
 from memwall.kernels import scan
 
 pytestmark = pytest.mark.usefixtures("isa", "threads")
@@ -176,6 +179,24 @@ def test_static_products_are_exact(spec: str, tokens: int) -> None:
     rounded = np.empty((tokens, 37), np.int8)
     matrix.multiply_rounded(x, 0.02, rounded, inverse)
     assert np.abs(rounded - want * inverse).max() < 0.501
+
+
+@pytest.mark.parametrize("spec", ["static8", "static4-g128"])
+def test_static_sums_hold_the_longest_row_that_is_taken(spec: str, isa: str) -> None:
+    """Largest codes times largest inputs; a row any longer is refused, by the format and by the product."""
+    form, longest = codec(spec), np.ones((1, MOST_COLUMNS), np.float32)
+    x = np.full((2, MOST_COLUMNS), 127, np.int8)
+    for tokens in (1, 2):
+        out = np.empty((tokens, 1), np.float32)
+        scan.StaticMatrix(form.encode(longest)).multiply(x[:tokens], 1.0, out)
+        np.testing.assert_allclose(out, 127.0 * MOST_COLUMNS, rtol=0.01)
+    for refused in (
+        lambda: form.buffers((1, MOST_COLUMNS + 128)),
+        lambda: form.encode(np.ones((1, MOST_COLUMNS + 128))),
+        lambda: scan.StaticMatrix(replace(form.encode(longest), shape=(1, MOST_COLUMNS + 128))),
+    ):
+        with pytest.raises(InputError, match="65,536"):
+            refused()
 
 
 def test_static_rounding() -> None:

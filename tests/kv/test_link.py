@@ -65,6 +65,15 @@ def test_what_is_not_there_ends_the_connection_and_the_next_request_opens_one(sa
         ChunkLink(server.address, timeout_seconds=1).index()
 
 
+def test_no_piece_waits_for_an_acknowledgement(saved: SavedCache) -> None:
+    """A reply goes out in pieces; held back until the one before is acknowledged, each chunk took 40 ms more."""
+    with ChunkServer(saved) as server, ChunkLink(server.address) as link:
+        link.index()
+        ends = [*server._open, link._socket]
+        assert len(ends) == 2
+        assert all(end is not None and end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for end in ends)
+
+
 def test_a_throttle_lets_pass_what_the_trace_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of its own: no test waits, and none depends on how busy the machine is."""
     now = [100.0]

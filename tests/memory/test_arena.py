@@ -59,6 +59,21 @@ def test_refusal_comes_before_the_cap_and_changes_nothing() -> None:
     arena.free(kept)
 
 
+def test_of_several_arrays_all_are_held_or_none() -> None:
+    arena, ledger = make(100_000)
+    with pytest.raises(BudgetExceeded):
+        arena.allocate_all("a", {"one": ((40_000,), np.uint8), "two": ((10, 8000), np.float32)})
+    assert arena.used_bytes == ledger.total() == 0
+    held = arena.allocate_all("a", {"one": ((40_000,), np.uint8), "two": ((10, 30), np.float32)})
+    assert {name: (array.shape, array.dtype) for name, array in held.items()} == {
+        "one": ((40_000,), np.uint8),
+        "two": ((10, 30), np.float32),
+    }
+    for array in held.values():
+        arena.free(array)
+    assert arena.used_bytes == 0
+
+
 def test_freeing_twice_or_a_stranger_is_refused() -> None:
     arena, _ = make()
     array = arena.allocate("a", 100_000, np.float32)

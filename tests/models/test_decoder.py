@@ -113,6 +113,20 @@ def test_loading_stops_before_the_cap_and_leaves_nothing() -> None:
     assert arena.used_bytes == 0
 
 
+def test_a_decoder_that_does_not_fit_leaves_nothing() -> None:
+    config = ModelConfig.from_directory(DEMO_DIRECTORY)
+    whole = Arena(1 << 40, Ledger())
+    with Checkpoint(DEMO_DIRECTORY, config) as checkpoint:
+        weights = load_weights(config, checkpoint, resolve(config, "int4"), whole)
+    before = whole.used_bytes
+    Decoder(config, weights, whole)
+    for cap in (whole.used_bytes - before - 1, 4096):
+        arena = Arena(cap, Ledger())
+        with pytest.raises(BudgetExceeded):
+            Decoder(config, weights, arena)
+        assert arena.used_bytes == 0
+
+
 def test_a_refused_token_leaves_the_cache_as_it_was() -> None:
     loaded = Loaded(DEMO_DIRECTORY, "int4", segment=64)
     tokens = some_tokens(DEMO_DIRECTORY, 64)

@@ -12,11 +12,11 @@ import pytest
 from memwall.engine import Settings, load
 from memwall.engine.loading import load_decoder
 from memwall.engine.session import Session
-from memwall.errors import InputError
+from memwall.errors import BudgetExceeded, InputError
 from memwall.memory import Arena, Ledger
 from memwall.models import ModelConfig
 from memwall.models.decoder import Decoder
-from memwall.models.ssm_decoder import CHUNK_ROWS
+from memwall.models.ssm_decoder import CHUNK_ROWS, SsmDecoder
 from memwall.models.weights import Weights
 from tests.models.ssm_models import CONFIGS, MAMBA2, write_model
 
@@ -71,6 +71,19 @@ def test_memory_is_the_same_for_any_length_and_is_on_the_ledger(tmp_path: Path) 
     assert before["state/scan"] + before["state/convolution"] == run.cache.nbytes
     run.release()
     assert run.arena.used_bytes == 0
+
+
+def test_a_decoder_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    run = session(write_model(tmp_path / "model", MAMBA2))
+    config, weights = run.decoder.config, run.decoder.weights
+    whole = Arena(1 << 40, Ledger())
+    SsmDecoder(config, weights, whole, segment_tokens=600, logit_rows=40)
+    for cap in (whole.used_bytes - 1, whole.used_bytes // 2, 4096):
+        arena = Arena(cap, Ledger())
+        with pytest.raises(BudgetExceeded):
+            SsmDecoder(config, weights, arena, segment_tokens=600, logit_rows=40)
+        assert arena.used_bytes == arena.ledger.total() == 0
+    run.release()
 
 
 def test_a_conversation_can_only_be_forgotten_as_a_whole(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from memwall import kernels
+from memwall import kernels, kv
 from memwall.formats import codec
 from memwall.plan import profile, store
 from memwall.plan.profile import (
@@ -42,6 +44,26 @@ def test_figures_are_measured_kept_and_read_again() -> None:
     assert second.matvec_bytes_per_s("int3-g64-asym", 256) == rates
     assert second.overhead_seconds() == overhead
     assert second.matvec_bytes_per_s("int4-g64", 256) is None
+
+
+def test_processes_beside_a_cache_serve_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do in a run; a process for each layer took minutes to start."""
+    built: list[int] = []
+    build = kv.build
+
+    def counting(policy: str, shape: kv.CacheShape, *rest: Any) -> kv.KVCache:
+        built.append(shape.num_layers)
+        return build(policy, shape, *rest)
+
+    monkeypatch.setattr(profile.kv, "build", counting)
+    with profile._cache_steps("instinfer(1)", 4, 2, 32, 64, 3) as steps:
+        for _ in range(2):
+            for step in steps:
+                step()
+    assert built == [3]
+    with profile._cache_steps("float16", 4, 2, 32, 64, 3) as steps:
+        assert len(steps) == 3
+    assert built == [3, 1, 1, 1]
 
 
 def test_damaged_figures_are_dropped() -> None:

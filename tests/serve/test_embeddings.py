@@ -76,3 +76,17 @@ def test_batches_formed_ahead_embed_too_and_leave_nothing_behind(server: Running
     ]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
     assert other.end() == "memwall: ended\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+@pytest.mark.parametrize("scheduler", ["semi-pd", "nexus", "distserve"])
+def test_two_processes_embed_too(server: Running, starter: Starter, scheduler: str) -> None:
+    options = ("--memory", "220MB", "--weights", "int8", "--context", "512", "--pooling", "last")
+    other = starter(*options, "--scheduler", scheduler)
+    vectors = [
+        [one.embedding for one in each.client().embeddings.create(model="demo", input=TEXTS).data]
+        for each in (server, other)
+    ]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
+    assert "/v1/embeddings" in other.get("/openapi.json").json()["paths"]
+    assert other.end() == "memwall: ended\n"

@@ -72,6 +72,26 @@ def test_mixed_requests_give_what_each_gives_alone(server: Running) -> None:
     assert together == [alone[name] for name in names * 4]
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+@pytest.mark.parametrize("scheduler", ["semi-pd", "nexus"])
+def test_two_workers_give_what_one_gives(server: Running, starter: Starter, folder: Path, scheduler: str) -> None:
+    served = folder / "served"
+    two = starter(
+        "--memory", "240MB", "--weights", "int8", "--context", "256", "--scheduler", scheduler,
+        "--lora", f"mine={folder / 'named'}", "--lora", f"red={served / 'red'}", "--lora", f"blue={served / 'blue'}",
+    )  # fmt: skip
+    assert sorted(two.told["adapters"]) == ["blue", "mine", "red"]
+    assert len(two.memory()["phases"]["processes"]) >= 3
+    names = ["demo", "red", "blue", "mine"]
+    alone = {name: complete(server, name, cache_salt="two") for name in names}
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda name: complete(two, name, cache_salt="two"), names * 3))
+    assert together == [alone[name] for name in names * 3]
+    assert two.memory()["resident_bytes"] <= two.memory()["budget_bytes"]
+    with two.client() as client, pytest.raises(NotFoundError, match="3 adapters"):
+        client.completions.create(model="green", prompt="a")
+
+
 def test_what_a_name_cached_is_of_no_use_to_another(server: Running) -> None:
     prompt = PROMPT * 4
 

@@ -175,7 +175,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_its_data_adds_up(server: Runn
         ({"prompt": [10**30]}, 400, "token ids"),
         ({"prompt": ["a"] * 1000}, 400, "1000 prompts"),
         ({"prompt": "word " * 600}, 400, "context"),
-        ({"frequency_penalty": 1}, 400, "not supported"),
+        ({"frequency_penalty": 3}, 400, "-2 to 2"),
         ({"best_of": 4}, 400, "best_of"),
         ({"tempreature": 1}, 400, "did you mean temperature"),
         ({"stream_options": {"include_usage": True}}, 400, "stream"),

@@ -16,6 +16,7 @@ from memwall.studies.kv_methods import (
     FLOATS,
     METHODS,
     QUICK,
+    TOO_LARGE,
     Ground,
     cells,
     parse_budgets,
@@ -54,6 +55,17 @@ def test_what_cannot_be_had_is_listed_with_the_reason() -> None:
     windows = CacheShape(num_layers=8, num_heads=8, num_kv_heads=4, head_dim=32, windows=(128,) * 8)
     sliding = Ground(shape=windows, fingerprint="nobody's", model="demo", prompt_tokens=900, context_tokens=1024)
     assert "sliding windows" in cells(["snapkv"], BUDGETS, sliding)[0].skipped
+
+
+def test_a_method_too_large_for_every_budget_is_measured_as_its_authors_use_it() -> None:
+    def policies(name: str, budgets: tuple[float, ...]) -> list[tuple[str, float | None]]:
+        return [(cell.policy, cell.budget) for cell in cells([name], budgets, GROUND) if cell.policy]
+
+    assert policies("think", BUDGETS) == [("think(0.4)", None), ("think(0.6)", None)]
+    assert policies("think", (0.9, 0.25)) == [("think(0.3)", 0.9)]
+    assert policies("xquant-cl", (0.25,)) == [("xquant(4bit,cl=1)", None)]
+    assert policies("bfp", (0.01,)) == []
+    assert {name for name in TOO_LARGE if name not in METHODS} == set()
 
 
 def test_stored_fits_are_used() -> None:

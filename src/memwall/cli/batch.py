@@ -146,8 +146,9 @@ def _run(
 
     assert serving.tokenizer is not None
     parser = Parser(
-        settings, serving.tokenizer, template, context=serving.context_tokens, vocab=serving.config.vocab_size
-    )
+        settings, serving.tokenizer, template, context=serving.context_tokens, vocab=serving.config.vocab_size,
+        eos=serving.config.eos_token_ids,
+    )  # fmt: skip
     run = BatchRun(serving, parser, requests, output, planned=scheduler is SchedulerName.batchllm)
     try:
         with progress_bar("batch", quiet=quiet) as bar:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from memwall.models.tokenizer import Tokenizer
 
 GROWTH_STEP_BYTES = 512 * 1024
+ANSWER_SHARE = 4
+"""At least this part of the context, or what is asked for, is left to an answer before old turns go."""
+TURN_MESSAGES = 2
+"""A question and its answer."""
 
 
 class Conversation:
@@ -46,19 +50,46 @@ class Conversation:
         self._seen = seen[: self.session.load_cache(saved, [*seen, -1])]
 
     def say(self, text: str) -> None:
-        """One turn: the answer goes to standard output as it is made."""
+        """One turn: the answer goes to standard output as it is made. What no longer fits the context, the oldest
+        turns first, is left out. Ctrl-C ends the answer, not the conversation.
+        """
         from memwall.kv.saved import num_shared
 
         self._messages.append({"role": "user", "content": text})
-        ids = self.tokenizer.encode(self.template.render(self._messages), add_bos=False)
+        ids = self._ids_that_fit()
+        if ids is None:
+            self._messages.pop()
+            return
         # one token at least must be fed, to have logits to go on from
         # what was made and what the template writes of it may part: stop texts, blanks
         kept = self.session.rewind(min(num_shared(self._seen, ids), len(ids) - 1))
-        stream(self.session, ids[kept:], self.sampling)
+        try:
+            stream(self.session, ids[kept:], self.sampling)
+            self._seen = [*ids, *self.session.last.tokens]
+        except KeyboardInterrupt:
+            self.session.reset()  # a step may be half done: the next turn computes all again
+            self._seen = []
         typer.echo()
-        result = self.session.last
-        self._seen = [*ids, *result.tokens]
-        self._messages.append({"role": "assistant", "content": result.text.strip()})
+        self._messages.append({"role": "assistant", "content": self.session.last.text.strip()})
+
+    def _ids_that_fit(self) -> list[int] | None:
+        """The conversation as tokens, with room for an answer; None where the last message alone is too long."""
+        context = self.session.settings.context_tokens
+        room = context - min(self.sampling.max_new_tokens, context // ANSWER_SHARE)
+        dropped = 0
+        while True:
+            ids = self.tokenizer.encode(self.template.render(self._messages), add_bos=False)
+            if len(ids) <= room or len(self._messages) == 1:
+                break
+            del self._messages[:TURN_MESSAGES]
+            dropped += 1
+        if dropped:
+            turns = "turn" if dropped == 1 else f"{dropped} turns"
+            note(f"memwall: the oldest {turns} left out: the context is {context:,} tokens (--context sets it)")
+        if len(ids) <= context:
+            return ids
+        note(f"memwall: this message has {len(ids):,} tokens, but the context is {context:,}: it was not taken")
+        return None
 
 
 def talk(request: Request) -> None:
@@ -90,6 +121,10 @@ def talk(request: Request) -> None:
         if isinstance(saved, SavedCache):
             conversation.go_on_from(saved)
     interactive = sys.stdin.isatty() and not request.quiet
+    if template.is_plain:
+        note(
+            "memwall: the model brings no chat template; turns are written as User: and Assistant:", quiet=request.quiet
+        )
     note("Write a message and press Enter; /reset forgets, /bye or Ctrl-D ends.", quiet=not interactive)
     line = request.prompt if request.prompt is not None else _next_line(interactive)
     while line is not None and line.strip() != "/bye":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -17,6 +18,8 @@ from memwall.errors import MemwallError
 INTERRUPTED = 130
 CLOSED_PIPE = 141
 """What the shell reports for programs that a closed pipe ended."""
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What was to be written is right and merely does not fit."""
 
 
 def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
@@ -37,7 +40,8 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
         except MemoryError as error:
             fail(f"out of memory: {error or 'the system gave none'}", 1, debug=kwargs.get("debug", False))
         except OSError as error:
-            fail(describe_os_error(error), 2, debug=kwargs.get("debug", False))
+            status = 1 if error.errno in FULL_DISK else 2
+            fail(describe_os_error(error), status, debug=kwargs.get("debug", False))
         except KeyboardInterrupt:
             fail("interrupted", INTERRUPTED, debug=kwargs.get("debug", False))
 
@@ -138,13 +142,15 @@ KV_POLICIES = (
 Model = Annotated[
     str,
     typer.Argument(
-        help="Directory of a Hugging Face model, or `demo`.", metavar="MODEL", autocompletion=complete_model
+        help="Directory of a Hugging Face model, ORG/NAME of one in the Hub's cache, or `demo`.",
+        metavar="MODEL",
+        autocompletion=complete_model,
     ),
 ]
 ModelOrDemo = Annotated[
     str,
     typer.Argument(
-        help="Directory of a Hugging Face model, or `demo` (the default).",
+        help="Directory of a Hugging Face model, ORG/NAME of one in the Hub's cache, or `demo` (the default).",
         metavar="MODEL",
         autocompletion=complete_model,
         show_default=False,

@@ -28,7 +28,6 @@ from memwall.cli.command import (
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run_report import result_object, summary
 from memwall.cli.saved_cache import (
-    DEADLINE_SECONDS,
     EXACT,
     CacheCodec,
     Deadline,
@@ -78,7 +77,7 @@ class Request:
     quiet: bool
     save_cache: Path | None = None
     load_cache: str | None = None
-    deadline: float = DEADLINE_SECONDS
+    deadline: float | None = None
     cache_codec: str = EXACT
     lora: Path | None = None
 
@@ -87,7 +86,7 @@ def run(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Directory of a Hugging Face model, or `demo` (the default).",
+            help="Directory of a Hugging Face model, ORG/NAME of one in the Hub's cache, or `demo` (the default).",
             autocompletion=complete_model,
             metavar="MODEL",
             show_default=False,
@@ -116,7 +115,7 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Talk turn by turn; the cache is kept between turns.")] = False,
     save_cache: SaveCache = None,
     load_cache: LoadCache = None,
-    deadline: Deadline = DEADLINE_SECONDS,
+    deadline: Deadline = None,
     cache_codec: CacheCodec = EXACT,
     history: Annotated[
         Path | None,
@@ -143,8 +142,9 @@ def run(
 ) -> None:
     """Generate text inside a memory budget, then show where every byte went.
 
-    A lone positional argument is the MODEL if it is `demo`, an existing directory, or looks like a path (starts with
-    / ./ ../ or ~ and has no spaces); otherwise it is the prompt, and the bundled demo model continues it.
+    A lone positional argument is the MODEL if it is `demo`, an existing directory, a name on the Hub (ORG/NAME), or
+    looks like a path (starts with / ./ ../ or ~ and has no spaces); otherwise it is the prompt, and the bundled demo
+    model continues it.
     """
     from memwall.engine import Sampling
 
@@ -211,8 +211,10 @@ def split_positionals(first: str | None, second: str | None) -> tuple[str, str |
     """(MODEL, prompt) from the positional arguments; a lone one is whichever it looks like."""
     if second is not None or first is None:
         return first or DEMO, second
+    from memwall.models.hub import is_repository
+
     looks_like_path = first.startswith(("/", "./", "../", "~")) and not any(letter.isspace() for letter in first)
-    if first == DEMO or looks_like_path or Path(first).is_dir():
+    if first == DEMO or looks_like_path or is_repository(first) or Path(first).is_dir():
         return first, None
     return DEMO, first
 

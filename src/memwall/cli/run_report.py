@@ -131,7 +131,7 @@ def summary(session: Session, plan: Plan, request: Request, *, verbose: bool) ->
     limit = request.budget.ram if request.budget is not None else None
     share = f" of {format_bytes(limit)} allowed ({peak / limit:.0%})" if limit else ""
     lines = [
-        speed_line(session.last),
+        *([speed_line(session.last)] if session.last.stop_reason else []),  # a chat may end before its first turn
         *drive_lines(session.cache.report()),
         *([f"plan: {plan.choice.weights} weights, {plan.choice.kv} cache. {plan.explanation}"] if verbose else []),
         format_table(headers, rows, right=frozenset({2, 3})),

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from memwall.kv.saved import SavedCache
 
 EXACT = "exact"
+REMOTE = "tcp://"
 DEADLINE_SECONDS = 2.0
+"""Of caches that come from elsewhere, unless said."""
 CODECS = (EXACT, "cachegen", "cachegen(level=1)", "cachegen(level=2)", "cachegen(level=3)")
 
 
@@ -43,11 +45,11 @@ LoadCache = Annotated[
     ),
 ]
 Deadline = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--deadline",
         help="With --load-cache tcp://...: seconds in which the context should be there; chunks come as text or at the "
-        "level that keeps it.",
+        "level that keeps it (default: 2).",
         metavar="SECONDS",
     ),
 ]
@@ -74,6 +76,11 @@ def check_options(request: Request) -> None:
         from memwall.kv.policy import parse
 
         table.codec(parse(request.cache_codec).name)
+    if request.deadline is not None and not (request.load_cache or "").startswith(REMOTE):
+        raise InputError(
+            f"--deadline {request.deadline:g} says when a cache from elsewhere should be here, and goes with "
+            "--load-cache tcp://HOST:PORT, which is not given"
+        )
     if request.save_cache is not None:
         folder = request.save_cache.parent
         if not folder.is_dir() or request.save_cache.is_dir():
@@ -99,11 +106,11 @@ def open_saved(request: Request, model: Path) -> Iterator[SavedCache | RemoteCac
         yield saved
 
 
-def _source(name: str, deadline_seconds: float) -> SavedCache | RemoteCache:
-    if name.startswith("tcp://"):
+def _source(name: str, deadline_seconds: float | None) -> SavedCache | RemoteCache:
+    if name.startswith(REMOTE):
         from memwall.kv.remote import RemoteCache
 
-        return RemoteCache(name, deadline_seconds)
+        return RemoteCache(name, DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds)
     from memwall.kv.saved import SavedCache
 
     return SavedCache(Path(name))

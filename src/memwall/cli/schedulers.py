@@ -86,8 +86,10 @@ def options_of(
         raise InputError("--slo-first and --slo-token are for schedulers that follow them: add --scheduler semi-pd")
     if name in (SchedulerName.fcfs, SchedulerName.fastswitch):
         return {}
-    if adapters and name not in (SchedulerName.semi_pd, SchedulerName.nexus):
+    if adapters and name not in (SchedulerName.semi_pd, SchedulerName.nexus, SchedulerName.distserve):
         raise InputError(f"--scheduler {name.value} serves no adapters; leave --lora out, or choose fcfs")
+    if adapters and ray is not None:
+        raise InputError("workers in a cluster serve no adapters; leave --lora out, or --ray")
     if name is SchedulerName.nanoflow:
         from memwall.engine.nanoflow import NanoFlow
         from memwall.engine.switching import SwitchSettings

@@ -73,6 +73,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(help="Key that every route asks for.", envvar="MEMWALL_API_KEY", show_default=False)
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys, one a line, KEY or NAME KEY; read again on SIGHUP.", metavar="FILE", dir_okay=False),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="What the model is called (default: the name of its directory).")
     ] = None,
@@ -80,6 +84,9 @@ def serve(
     connections: Annotated[int, typer.Option(help="Open connections.", min=1)] = 256,
     max_seconds: Annotated[float, typer.Option(help="Wall time of one request.", min=0.1)] = 600.0,
     drain_seconds: Annotated[float, typer.Option(help="How long requests may go on after SIGTERM.", min=0)] = 30.0,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A line for each request on standard error, with its id and tokens.")
+    ] = False,
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too, for autoscalers that look for them.")
     ] = False,
@@ -116,9 +123,10 @@ def serve(
     from memwall.models.config import checked_directory
     from memwall.models.pooling import pooling_of
     from memwall.models.tokenizer import Tokenizer
-    from memwall.serve.settings import ServerSettings, body_bytes
+    from memwall.serve.settings import ServerSettings, body_bytes, read_keys
 
     check_nano_batches(scheduler, nano_batches)
+    keys = {} if api_key_file is None else read_keys(api_key_file)
     path = checked_directory(model_directory(model))
     how: Any = pooling_of(path) if pooling == "auto" else pooling
     budget = parse_budget(memory, None)
@@ -148,6 +156,9 @@ def serve(
         host=host,
         port=port,
         api_key=api_key,
+        api_keys=keys,
+        key_file=api_key_file,
+        access_log=access_log,
         most_body_bytes=body_bytes(serving.context_tokens),
         queue=queue,
         connections=connections,
@@ -156,8 +167,8 @@ def serve(
         lora_folder=lora_dir,
         pooling=how,
     )
-    if not settings.local and api_key is None:
-        note(f"memwall: {host} may be reached by others and no --api-key is set", quiet=quiet)
+    if not settings.local and not settings.guarded:
+        note(f"memwall: {host} may be reached by others and no --api-key or --api-key-file is set", quiet=quiet)
     server = Server(serving, settings, template, alias_metrics=vllm_metrics)
     server.run(lambda where, at: _announce(serving, settings.name, where, at, json=json, quiet=quiet))
     if server.clean_end:

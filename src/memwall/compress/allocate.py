@@ -8,12 +8,13 @@ evenly, which never breaks the budget.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from memwall.errors import DoesNotFit
+from memwall.errors import DoesNotFit, InputError
 
 MAX_STATES = 20_000
 
@@ -30,8 +31,11 @@ class Candidate:
 def allocate(candidates: Sequence[Sequence[Candidate]], budget_bytes: int) -> list[Candidate]:
     """One candidate per tensor, in order, with the least total loss and at most `budget_bytes` in all.
 
-    Raises DoesNotFit, which says the least that works, when even the smallest candidates are too large.
+    Raises DoesNotFit, which says the least that works, when even the smallest candidates are too large, and InputError
+    for losses that are no numbers, as those of damaged weights are.
     """
+    if not all(math.isfinite(candidate.loss) for options in candidates for candidate in options):
+        raise InputError("what roundings lose is not a number (NaN or infinite): the model's weights are damaged")
     smallest = sum(min(candidate.nbytes for candidate in options) for options in candidates)
     if smallest > budget_bytes:
         raise DoesNotFit(f"the smallest forms need {smallest:,} bytes, {budget_bytes:,} are allowed")

@@ -190,7 +190,7 @@ class JobPlan:
         except DoesNotFit:
             if self.size is not None:
                 needed = least_bytes + overhead_bytes
-                raise InputError(
+                raise DoesNotFit(
                     f"size {self.size}: the least this model takes is {needed:,} bytes; try --size {needed}"
                 ) from None
             least = 8 * least_bytes / self._num_weights

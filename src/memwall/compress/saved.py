@@ -139,6 +139,8 @@ class WorkDirectory:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None and not (self.parts or self.notes or self._kept_names()):
+            shutil.rmtree(self.path, ignore_errors=True)  # nothing is done that a later run could take up
         self.close()
 
     def _take_lock(self, force: bool) -> int:

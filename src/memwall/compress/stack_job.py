@@ -22,7 +22,7 @@ from memwall.compress.job import Job
 from memwall.compress.saved import Part as File
 from memwall.compress.saved import WorkDirectory, check_disk, read_part
 from memwall.compress.sizes import LEAST_SHARE
-from memwall.errors import InputError
+from memwall.errors import DoesNotFit, InputError
 from memwall.formats import Packed, codec
 from memwall.formats.base import tensor_name
 from memwall.formats.bitstack import BitStackCodec
@@ -142,7 +142,7 @@ class StackJob(Job):
         return isinstance(codec(self.specs[tensor.name]), BitStackCodec)
 
     def _check_size(self) -> None:
-        """InputError, before any work, for a size that nothing can have; headers are seen to later."""
+        """Before any work, for a size that nothing can have: DoesNotFit below the least, InputError above the most."""
         if self.size is None:
             return
         forms = {tensor: codec(self._stored_spec(tensor)) for part in self._parts for tensor in part.tensors}
@@ -150,7 +150,7 @@ class StackJob(Job):
         first = {t: n // form.blocks if isinstance(form := forms[t], BitStackCodec) else n for t, n in whole.items()}
         least = sum(first.values())
         if self.size.nbytes < least:
-            raise InputError(
+            raise DoesNotFit(
                 f"size {self.size}: the first blocks of all matrices and what stays floats take {least:,} bytes and "
                 f"headers; try --size {least + least // 50}"
             )
@@ -169,7 +169,7 @@ class StackJob(Job):
         room = self.size.nbytes - self._folder_bytes(forms, [])
         if room < 0:
             least = self.size.nbytes - room
-            raise InputError(
+            raise DoesNotFit(
                 f"size {self.size}: the first blocks of all matrices take {least:,} bytes; try --size {least}"
             )
         kept = stack_order.fitting(order, sizes, room)

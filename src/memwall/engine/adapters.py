@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.kernels.lora import LoraRoom, PagedLora
 from memwall.memory import Arena, OutOfPages
 from memwall.models.lora import LoraWeights
+
+if TYPE_CHECKING:
+    from memwall.engine.mirrored import MirroredAdapters
 
 TENANT = "adapters"
 OWNER = "adapters/pages"
@@ -74,7 +77,10 @@ class Adapter:
 
 
 class Adapters:
-    """Adapters over the pages of one engine."""
+    """Adapters over the pages of one engine. owner, known_owner: their rows of the ledger."""
+
+    owner: str = OWNER
+    known_owner: str | None = KNOWN_OWNER
 
     def __init__(
         self,
@@ -101,9 +107,12 @@ class Adapters:
         self._idle_pages = 0
         self._soon: list[Adapter] = []
         self._worker: ThreadPoolExecutor | None = None
-        self._charge = arena.charge(OWNER, 0) if arena is not None else None
+        self.mirrors: list[MirroredAdapters] = []
+        """The same adapters in other memories."""
+        self._charge = arena.charge(self.owner, 0) if arena is not None else None
         # on the heap already, and so a matter for the ledger, not for the arena's cap
-        self._known_entry = arena.ledger.add(KNOWN_OWNER, "ram", 0) if arena is not None else None
+        counted = arena is not None and self.known_owner is not None
+        self._known_entry = arena.ledger.add(self.known_owner, "ram", 0) if counted else None  # type: ignore[union-attr, arg-type]
         pages.lender = self
 
     # ---- who is known ----------------------------------------------------------------------------------------------
@@ -145,8 +154,10 @@ class Adapters:
         while key in self._known:  # requests go on with one of this name that was removed
             number += 1
             key = f"{name}@{number}"
-        self._known[key] = Adapter(key, name, num_pages, secrets.token_bytes(16), weights, paged)
+        self._known[key] = made = Adapter(key, name, num_pages, secrets.token_bytes(16), weights, paged)
         self._key_of[name] = key
+        for mirror in self.mirrors:
+            mirror.take_in(made)
         return key
 
     def remove(self, name: str) -> None:
@@ -354,8 +365,12 @@ class Adapters:
         return len(pages)
 
     def _forget_retired(self, adapter: Adapter) -> None:
-        if not adapter.retired or adapter.requests:
-            return
+        if adapter.retired and not adapter.requests:
+            self._forget(adapter)
+            for mirror in self.mirrors:
+                mirror.let_go(adapter.key)
+
+    def _forget(self, adapter: Adapter) -> None:
         if adapter.pages:
             self._drop(adapter)
         if adapter in self._soon:

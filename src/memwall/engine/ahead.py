@@ -213,10 +213,11 @@ class AheadEngine(Engine):
         """The thread ends."""
         self.runner.stop()
 
-    def step(self) -> list[Event]:
+    def _advance(self, events: list[Event]) -> None:
         """Forms the next batch, hands it over, waits for the one under way and reads what came of that."""
         now = self.clock()
-        events = self._expire(now) + self._land()
+        events += self._expire(now)
+        events += self._land()
         if self._flying and self.wanted_pages != self.pages.pool.limit_pages:
             events += self.drain()
         if not self._flying:
@@ -234,7 +235,6 @@ class AheadEngine(Engine):
             self._launch(batch)
         if under_way:
             events += self._book(*self._collect())
-        return events
 
     def snapshot(self) -> State:
         """See `Engine`; those that the batch under way ends are not seen any more."""

@@ -12,10 +12,12 @@ copy is known to be whole. Forked workers leave the memory behind when they end;
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Batch
 from dataclasses import dataclass, replace
 from typing import Any
 
+from memwall.engine.adapters import Adapters
 from memwall.engine.base import Limits, Phase, RequestView
 from memwall.engine.distserve import DistServe, Offer
 from memwall.engine.executor import Entry
@@ -23,8 +25,10 @@ from memwall.engine.hand_over import Pull, pulls_of
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.phased import Done, PhasedEngine, Workers
 from memwall.engine.sequence import Event, FinishReason, Request, Sequence
-from memwall.errors import BudgetExceeded
+from memwall.errors import BudgetExceeded, MemwallError
 from memwall.memory import OutOfPages
+
+log = logging.getLogger("memwall.engine")
 
 
 @dataclass(slots=True)
@@ -62,14 +66,18 @@ class ApartEngine(PhasedEngine):
         context_tokens: int,
         front_pages: KVPages,
         front_limits: Limits,
+        front_adapters: Adapters | None = None,
         **others: Any,
     ) -> None:
-        """front_limits: their token budget is what a batch of prompts comes near to. others: as for `PhasedEngine`."""
+        """front_limits: their token budget is what a batch of prompts comes near to. front_adapters: a mirror of
+        `adapters` over the front's pages. others: as for `PhasedEngine`.
+        """
         super().__init__(scheduler, workers, pages, limits=limits, context_tokens=context_tokens, **others)
         shared = {name: others[name] for name in ("eos", "costs", "clock", "window") if name in others}
         self.front = PrefillSide(
-            scheduler, workers, front_pages, limits=front_limits, context_tokens=context_tokens, **shared
-        )
+            scheduler, workers, front_pages, limits=front_limits, context_tokens=context_tokens,
+            adapters=front_adapters, **shared,
+        )  # fmt: skip
         self.front.totals, self.front._doomed = self.totals, self._doomed
         self.rule = scheduler
         self.offered: dict[int, Sequence] = {}
@@ -77,6 +85,7 @@ class ApartEngine(PhasedEngine):
         self.moves = Moves()
         self._pulling: dict[int, tuple[Sequence, list[int]]] = {}
         self._sourceless: set[int] = set()
+        self._unread: list[Event] = []
 
     def fill(self, tokens: int) -> None:
         """Batches of prompts come near so many tokens from now on (`saturation`), and never above what fits a step."""
@@ -120,7 +129,11 @@ class ApartEngine(PhasedEngine):
         if not self._flying and (pulls := self._accept()):
             self._flying["decode"] = []
             self.workers.start("decode", [], pulls)
-        return events
+        if self.adapters is not None:  # read while the prompts that want them are computed
+            coming = [one.request.adapter for one in (*self.offered.values(), *self.front.running.values())]
+            self.adapters.prefetch(list(dict.fromkeys(key for key in coming if key is not None)))
+        unread, self._unread = self._unread, []
+        return [*events, *unread]
 
     def _launch(self, phase: Phase, batch: list[Entry]) -> None:
         self._flying[phase] = batch
@@ -133,21 +146,40 @@ class ApartEngine(PhasedEngine):
         for one in list(self.offered.values()):
             need = self.limits.pages(len(one.tokens))  # with room for the token that comes next
             offer = Offer(
-                need=need, free=self.pages.available_pages, total=self.pages.pool.limit_pages, waiting=waiting,
+                need=need + self._adapter_pages(one), free=self.pages.available_pages,
+                total=self.pages.pool.limit_pages, waiting=waiting,
                 running=len(self.running) + len(self._pulling), set_aside=bool(self.swapped),
             )  # fmt: skip
             if not self.rule.accepts(offer):
                 break
             try:
+                self._take_adapter(one)
                 pages = self.pages.take(need, owner=one.id)
             except (OutOfPages, BudgetExceeded):
+                self._let_adapter_go(one)
                 break
+            except MemwallError:
+                log.warning("request %d ends: its adapter cannot be read", one.id, exc_info=True)
+                self._unread.append(self._finish(one, "error"))
+                continue
             del self.offered[one.id]
             source, one.pages = one.pages, pages
             self._pulling[one.id] = (one, source)
             found += pulls_of(source, pages[: len(source)])
             waiting += need
         return found
+
+    def _adapter_pages(self, one: Sequence) -> int:
+        """What a request's adapter will take here beside its keys and values."""
+        if self.adapters is None or one.request.adapter is None:
+            return 0
+        view = self.adapters.view(one.request.adapter)
+        return 0 if view.resident else view.pages
+
+    def _take_adapter(self, one: Sequence) -> None:
+        if self.adapters is not None and one.request.adapter is not None:
+            self.adapters.acquire(one.request.adapter)
+            one.holds_adapter = True
 
     def _take_in(self, finished: list[Done]) -> list[Event]:
         events: list[Event] = []
@@ -185,6 +217,7 @@ class ApartEngine(PhasedEngine):
         for one in list(self.front.running.values()):
             if one.num_made and one.computed == len(one.tokens) - 1 and one.id not in flying:
                 self.offered[one.id] = self.front.running.pop(one.id)
+                self.front._let_adapter_go(one)
 
     def _pulled(self, done: Done) -> list[Event]:
         """What was pulled with a batch goes on here and is freed there; offered anew where the worker was lost."""
@@ -192,6 +225,7 @@ class ApartEngine(PhasedEngine):
         sourceless, self._sourceless = self._sourceless, set()
         if done.outputs is None:
             for one, source in pulling.values():
+                self._let_adapter_go(one)
                 self.pages.release(one.pages)
                 one.pages = source
             self.moves.again += len(pulling)

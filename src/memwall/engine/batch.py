@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -25,13 +25,16 @@ from memwall.engine.page_forms import PAGED as PAGED
 from memwall.engine.page_forms import held_as
 from memwall.engine.page_forms import page_bytes as page_bytes
 from memwall.engine.pooling import Pooler
-from memwall.engine.sampling import Sampler
+from memwall.engine.sampling import Sampler, bend
 from memwall.engine.sequence import Sequence as EngineSequence
 from memwall.engine.sequence import TokenLogprobs
 from memwall.kernels.lora import LoraBatch, LoraRoom, PagedLora
 from memwall.kv import CacheShape
 from memwall.memory import PagePool
 from memwall.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from memwall.engine.guide import Cursor
 
 
 def lora_room(shape: CacheShape, page_tokens: int, kv: str = "float16") -> LoraRoom:
@@ -267,6 +270,7 @@ class ModelExecutor:
         self._logit_rows = logit_rows
         self._scratch = scratch
         self._samplers: dict[int, Sampler] = {}
+        self._cursors: dict[int, Cursor] = {}
         self._pooler = Pooler()
 
     def run(self, batch: list[Entry]) -> list[Output | None]:
@@ -293,12 +297,16 @@ class ModelExecutor:
             some = asking[begin : begin + self._logit_rows]
             logits = self.decoder.logits(np.ascontiguousarray(hidden[lasts[some]]))
             for row, place in zip(logits, some):
-                outputs[order[place]] = self._draw(sorted_batch[place].sequence, row)
+                entry = sorted_batch[place]
+                asked = entry.sequence.request
+                plain = asked.guide is None and not asked.sampling.bends
+                outputs[order[place]] = self._draw(entry.sequence, row) if plain else self._draw_bent(entry, row)
         return outputs
 
     def forget(self, sequence: EngineSequence) -> None:
         """See `Executor`."""
         self._samplers.pop(sequence.id, None)
+        self._cursors.pop(sequence.id, None)
         self._pooler.forget(sequence.id)
 
     def assign(self, batch: list[Entry]) -> None:
@@ -322,12 +330,31 @@ class ModelExecutor:
             self.lora.clear()
 
     def _draw(self, sequence: EngineSequence, logits: np.ndarray) -> Output:
-        sampler = self._samplers.get(sequence.id)
-        if sampler is None:
-            sampler = self._samplers[sequence.id] = Sampler(sequence.request.sampling, self._scratch)
-        token = sampler.pick(logits)
+        token = self._sampler(sequence).pick(logits)
         wanted = sequence.request.logprobs
         return Output(token, None if wanted is None else self._logprobs(logits, token, wanted))
+
+    def _draw_bent(self, entry: Entry, logits: np.ndarray) -> Output:
+        """The same where the answer so far has a say: penalties, and the form it keeps to. Log-probabilities stay the
+        model's own.
+        """
+        sequence, asked = entry.sequence, entry.sequence.request
+        made = sequence.tokens[sequence.num_prompt : entry.first + entry.count]
+        own = logits if asked.logprobs is None else logits.copy()
+        bend(logits, made, asked.sampling)
+        pick = self._sampler(sequence).pick
+        if asked.guide is None:
+            token = pick(logits)
+        else:
+            if sequence.id not in self._cursors:
+                self._cursors[sequence.id] = asked.guide.cursor()
+            token = self._cursors[sequence.id].pick(made, logits, pick)
+        return Output(token, None if asked.logprobs is None else self._logprobs(own, token, asked.logprobs))
+
+    def _sampler(self, sequence: EngineSequence) -> Sampler:
+        if sequence.id not in self._samplers:
+            self._samplers[sequence.id] = Sampler(sequence.request.sampling, self._scratch)
+        return self._samplers[sequence.id]
 
     def _logprobs(self, logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
         peak = logits.max()

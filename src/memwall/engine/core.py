@@ -77,6 +77,7 @@ class Engine:
         self.wakes_at: float | None = None
         """When something else comes up (the next arrival of a replay): no step waits beyond it."""
         self._next_id = 0
+        self._untold: list[Event] = []
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -140,10 +141,13 @@ class Engine:
         return next((self._finish(one, "cancelled") for one in self.everyone() if one.id == number), None)
 
     def abandon(self) -> list[Event]:
-        """Ends all requests after a fault that nobody foresaw; what they held is free again."""
+        """Ends all requests after a fault that nobody foresaw; what they held is free again. Events of the step that
+        failed come first.
+        """
         # members first: a prefix that ends before them sends them to the queue
         everyone = sorted(self.everyone(), key=lambda one: one.request.members > 0)
-        events = [self._finish(one, "error") for one in everyone]
+        events, self._untold = self._untold, []
+        events += [self._finish(one, "error") for one in everyone]
         for prefix in list(self.shared.held.values()):  # members that never came
             self._drop_prefix(prefix)
         return events
@@ -152,8 +156,15 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One decision and what follows from it."""
+        events = self._untold = []  # of a step that fails half-way, `abandon` tells
+        self._advance(events)
+        self._untold = []
+        return events
+
+    def _advance(self, events: list[Event]) -> None:
         now = self.clock()
-        events = self._expire(now) + self._land()
+        events += self._expire(now)
+        events += self._land()
         self.fit_limit()
         if self.priorities.update(self.totals.steps, self.everyone()):
             for one in self.waiting.values():
@@ -169,9 +180,9 @@ class Engine:
             batch = self._entries(step)
         except BudgetExceeded:  # the process grew elsewhere
             self._keep_to_what_is_there()
-            return events
+            return
         if not batch:
-            return events
+            return
         self.switch.counts.steps_during += self.switch.active
         began = self.clock()
         outputs = self.executor.run(batch)
@@ -186,7 +197,6 @@ class Engine:
             event = self._computed(entry, output, now)
             if event is not None:
                 events.append(event)
-        return events
 
     def _keep_to_what_is_there(self) -> None:
         self.wanted_pages = self.pages.pool.committed_bytes // self.pages.pool.page_bytes

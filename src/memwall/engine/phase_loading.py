@@ -12,6 +12,7 @@ from memwall.engine.batch import ModelExecutor
 from memwall.engine.distserve import DistServe
 from memwall.engine.executor import Entry
 from memwall.engine.kv_pages import POOL_OWNER, KVPages
+from memwall.engine.mirrored import MirroredAdapters
 from memwall.engine.phased import WINDOW_ITERATIONS, PhasedEngine
 from memwall.engine.phases import Split
 from memwall.engine.sequence import Request, Sequence
@@ -78,8 +79,8 @@ def _make_prefill_pool(
     """The prefill side's memory, where it has one: all of it is held from the start, and it keeps its size."""
     if phases.prefill_room is None:
         return None
-    least = pool.limit_pages
-    most = max(arena.free_bytes // pool.page_bytes - least, least)
+    least = pool.limit_pages + (0 if settings.lora is None else -(-settings.lora.room_bytes // pool.page_bytes))
+    most = max(arena.free_bytes // pool.page_bytes - pool.limit_pages, least)
     room = arena.free_bytes // pool.page_bytes if limited else settings.max_sequences * least
     count = min(max(round(phases.prefill_room * room), least), most)
     made = PagePool(PREFILL_OWNER, page_bytes=pool.page_bytes, most_pages=count, arena=arena, shared=True)
@@ -89,7 +90,7 @@ def _make_prefill_pool(
 
 def phased_engine(
     settings: ServingSettings, phases: PhaseSettings, scheduler: Scheduler | None, workers: ForkedWorkers,
-    pages: KVPages, common: dict[str, Any],
+    pages: KVPages, arena: Arena, common: dict[str, Any],
 ) -> PhasedEngine:  # fmt: skip
     """The step loop, over one memory or two."""
     common = {**common, "window": phases.window}
@@ -101,7 +102,11 @@ def phased_engine(
         raise InputError(f"{type(rule).__name__} plans for one memory; leave the scheduler out, or prefill_room")
     pages.keep_prefixes = False  # beginnings are of use where prompts are computed
     kept = KVPages(own, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
-    return ApartEngine(rule, workers, pages, front_pages=kept, front_limits=settings.limits, **common)
+    adapters = common.get("adapters")
+    workers.adapters["prefill"] = front = None if adapters is None else MirroredAdapters(adapters, kept, arena)
+    return ApartEngine(
+        rule, workers, pages, front_pages=kept, front_limits=settings.limits, front_adapters=front, **common
+    )
 
 
 def begin_phases(serving: Serving, workers: ForkedWorkers) -> None:

@@ -9,6 +9,7 @@ Messages are JSON behind their length (4 bytes); a worker ends when its socket i
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
@@ -28,7 +29,8 @@ from memwall.engine.base import PHASES, Phase
 from memwall.engine.batch import BatchCache, ModelExecutor
 from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import HandOver, Pull
-from memwall.engine.pacing import Pacer, be_nice
+from memwall.engine.pacing import Board, Pacer
+from memwall.engine.pooling import Pooler, part_of
 from memwall.engine.ranked import layout_of
 from memwall.engine.sampling import Sampler, Sampling
 from memwall.engine.sequence import Request, Sequence, TokenLogprobs
@@ -65,8 +67,8 @@ def _read(connection: socket.socket, count: int) -> bytes | None:
     return bytes(parts)
 
 
-def entry_message(entry: Entry, draw: float | None) -> dict[str, Any]:
-    """What a worker must know of an entry. Pages go by their numbers."""
+def entry_message(entry: Entry, draw: float | None, seen_before: int = 0) -> dict[str, Any]:
+    """What a worker must know of an entry. Pages go by their numbers. seen_before: see `Pooler`."""
     one = entry.sequence
     told: dict[str, Any] = {
         "id": one.id,
@@ -76,6 +78,8 @@ def entry_message(entry: Entry, draw: float | None) -> dict[str, Any]:
     }
     if one.request.adapter is not None:
         told["adapter"] = one.request.adapter
+    if one.request.pooling is not None:
+        told["pool"] = [one.request.pooling, seen_before]
     if entry.sample:
         asked = one.request.sampling
         told |= {"t": asked.temperature, "k": asked.top_k, "p": asked.top_p, "draw": draw, "lp": one.request.logprobs}
@@ -86,11 +90,12 @@ class Worker:
     """A process that computes batches of one phase. pools: each phase's; the same one where they share it."""
 
     def __init__(
-        self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool]
-    ) -> None:
-        be_nice(order["nice"])
+        self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor,
+        pools: Mapping[Phase, PagePool], board: Board,
+    ) -> None:  # fmt: skip
         self.connection = connection
-        self.pacer = Pacer(order["percent"], order["cores"], whole_threads=order["whole_threads"])
+        whole = order["whole_threads"]
+        self.pacer = Pacer(order["percent"], order["cores"], whole_threads=whole, board=board, phase=order["phase"])
         self.pools = pools
         cache = PacedCache(executor.cache, pools[order["phase"]], order["page_tokens"], self.pacer)
         self.executor = DrawingExecutor(executor, cache)
@@ -105,6 +110,8 @@ class Worker:
             except Exception as error:  # the engine hears of it and decides
                 traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}
+            finally:
+                self.pacer.end()
             send(self.connection, answer)
 
     def _run(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +120,7 @@ class Worker:
             self.pools[phase].follow(nbytes)
         if job["percent"] != self.pacer.percent:
             self.pacer.set(job["percent"])
+        self.pacer.begin()
         pulls = [Pull(*told) for told in job["pulls"]]
         moved = self.hand_over.copy((self.pools["prefill"],), (self.pools["decode"],), pulls)
         pulled = time.perf_counter() - began
@@ -149,6 +157,7 @@ class DrawingExecutor(ModelExecutor):
         self.adapters = None if made.lora is None else ToldAdapters(cache.pool, made.lora.room)
         self.cache = cache
         self._logit_rows, self._scratch = made._logit_rows, made._scratch
+        self._pooler = PartPooler()
 
     def _draw(self, sequence: Sequence, logits: np.ndarray) -> Output:
         draw = sequence.arrival  # of a sequence that is told to a worker: see `entry_of`
@@ -157,12 +166,25 @@ class DrawingExecutor(ModelExecutor):
         return Output(token, None if wanted is None else self._logprobs(logits, token, wanted))
 
 
+class PartPooler(Pooler):
+    """Sums are kept where no worker's loss can touch them: here only the part of the tokens at hand is made."""
+
+    def take(self, entry: Entry, hidden: np.ndarray) -> np.ndarray | None:
+        """See `Pooler`; what the engine's process adds."""
+        if entry.sequence.request.pooling == "last" and not entry.sample:
+            return None
+        return part_of(entry, hidden, entry.sequence.cached)  # see `entry_of`
+
+
 def entry_of(told: dict[str, Any]) -> Entry:
     """In a worker: what `entry_message` told."""
     first, tokens, sample = told["first"], told["tokens"], "t" in told
     sampling = Sampling(temperature=told["t"], top_k=told["k"], top_p=told["p"]) if sample else Sampling()
-    request = Request(prompt=(0,), sampling=sampling, logprobs=told.get("lp"), adapter=told.get("adapter"))
-    one = Sequence(id=told["id"], request=request, arrival=told.get("draw") or 0.0, eos=())
+    pooling, seen_before = told.get("pool", (None, 0))
+    request = Request(
+        prompt=(0,), sampling=sampling, logprobs=told.get("lp"), adapter=told.get("adapter"), pooling=pooling
+    )
+    one = Sequence(id=told["id"], request=request, arrival=told.get("draw") or 0.0, eos=(), cached=seen_before)
     one.tokens, one.pages = [0] * first + tokens, told["pages"]
     one.holds_adapter = request.adapter is not None  # or the engine would not have told it
     return Entry(one, first, len(tokens), sample)
@@ -173,7 +195,7 @@ def answer_message(
 ) -> dict[str, Any]:
     """A worker's answer, now that it is done. pulled: bytes and seconds of what it copied before."""
     return {
-        "outputs": [None if out is None else [out.token, _logprobs(out)] for out in outputs],
+        "outputs": [None if out is None else [out.token, _logprobs(out), _vector(out)] for out in outputs],
         "span": [began, time.perf_counter()],
         "pulled": list(pulled),
         "cpu": time.process_time() - cpu_began,
@@ -182,11 +204,22 @@ def answer_message(
 
 def outputs_of(answer: dict[str, Any]) -> list[Output | None]:
     """In the engine: what `answer_message` told."""
-    return [None if found is None else Output(found[0], _told_logprobs(found[1])) for found in answer["outputs"]]
+    return [
+        None if found is None else Output(found[0], _told_logprobs(found[1]), _told_vector(found[2]))
+        for found in answer["outputs"]
+    ]
 
 
 def _told_logprobs(told: Any) -> TokenLogprobs | None:
     return None if told is None else TokenLogprobs(own=told[0], top=tuple((int(i), float(p)) for i, p in told[1]))
+
+
+def _told_vector(told: str | None) -> np.ndarray | None:
+    return None if told is None else np.frombuffer(base64.b64decode(told), "<f8")
+
+
+def _vector(output: Output) -> str | None:
+    return None if output.vector is None else base64.b64encode(output.vector.astype("<f8").tobytes()).decode()
 
 
 def _logprobs(output: Output) -> Any:
@@ -194,7 +227,7 @@ def _logprobs(output: Output) -> Any:
     return None if found is None else [found.own, [list(pair) for pair in found.top]]
 
 
-def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> tuple[int, socket.socket]:
+def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board) -> tuple[int, socket.socket]:
     """Forks the resident process; its number, and the socket that asks it for workers."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
@@ -202,11 +235,11 @@ def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> t
     if number:
         theirs.close()
         return number, ours
-    _forever(lambda: _resident(theirs, executor, pools), theirs.fileno())
+    _forever(lambda: _resident(theirs, executor, pools, board), theirs.fileno())
     raise AssertionError
 
 
-def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> None:
+def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board) -> None:
     gc.freeze()  # a collection would write to every object, and so copy their pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -214,13 +247,15 @@ def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Pha
         if not body:
             return
         if os.fork() == 0:
-            worker = partial(_work, files[0], json.loads(body), executor, pools)
+            worker = partial(_work, files[0], json.loads(body), executor, pools, board)
             _forever(worker, files[0])
         os.close(files[0])
 
 
-def _work(file: int, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool]) -> None:
-    Worker(socket.socket(fileno=file), order, executor, pools).serve()
+def _work(
+    file: int, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board
+) -> None:
+    Worker(socket.socket(fileno=file), order, executor, pools, board).serve()
 
 
 def order_worker(orders: socket.socket, order: dict[str, Any]) -> socket.socket:

@@ -22,7 +22,7 @@ from memwall.engine.sequence import Event, FinishReason, Request, Sequence
 from memwall.errors import BudgetExceeded, InputError
 
 KEPT_WINDOWS = 12
-WINDOW_ITERATIONS = 128
+WINDOW_ITERATIONS = 64
 """Iterations of both workers together after which a window closes. Neither paper tells its own."""
 
 
@@ -121,6 +121,7 @@ class PhasedEngine(Engine):
         self._flying: dict[Phase, list[Entry]] = {}
         self._doomed: dict[int, FinishReason] = {}
         self._open = Observed(began=self.clock())
+        self._in_force, self._since = workers.shares, self._open.began
 
     @property
     def in_flight(self) -> bool:
@@ -160,20 +161,21 @@ class PhasedEngine(Engine):
 
     def abandon(self) -> list[Event]:
         """See `Engine`."""
-        return [*self.drain(), *super().abandon()]
+        told, self._untold = self._untold, []
+        return [*told, *self.drain(), *super().abandon()]
 
-    def step(self) -> list[Event]:
+    def _advance(self, events: list[Event]) -> None:
         """Takes in what is done, hands out work, and waits for the first worker to end."""
-        events = self._take_in(self.workers.collect(wait=False))
+        events += self._take_in(self.workers.collect(wait=False))
         now = self.clock()
-        events += self._expire(now) + self._land()
+        events += self._expire(now)
+        events += self._land()
         if self._must_move():
             events += self.drain()
         self.fit_limit()
         events += self._hand_out(now)
         if self.in_flight and not events:
             events += self._take_in(self.workers.collect(self.wakes_at))
-        return events
 
     def snapshot(self) -> State:
         """See `Engine`."""
@@ -225,6 +227,8 @@ class PhasedEngine(Engine):
     def _take_in(self, finished: list[Done]) -> list[Event]:
         """Books of batches that are over."""
         events: list[Event] = []
+        if self.workers.shares != self._in_force:
+            self._in_force, self._since = self.workers.shares, self.clock()
         for done in finished:
             batch = self._flying.pop(done.phase)
             now = self.clock()
@@ -256,8 +260,9 @@ class PhasedEngine(Engine):
         before, first = one.last_token, one.first_token
         event = self._computed(entry, output, now)
         if output is not None and first is None:
-            self._open.first.append(now - one.arrival)
             self._open.prompts += 1
+            if one.arrival >= self._since:  # a queue that was there before tells nothing about these shares
+                self._open.first.append(now - one.arrival)
         elif output is not None and before is not None:
             gaps = self._open.gaps.setdefault(one.id, [0, 0.0])
             gaps[0] += 1

@@ -100,7 +100,9 @@ class Divergence:
     def figures(
         self, *, bits_per_weight: float, kv_bits_per_value: float | None, kv_bytes: int | None = None
     ) -> Figures:
-        """The means so far."""
+        """The means so far. InputError where the model's outputs were no numbers."""
+        if math.isnan(self._loss) or math.isnan(self._kl):
+            raise InputError("the model's outputs are not numbers (NaN or infinite): its weights are damaged")
         compared = self._compared > 0
         return Figures(
             perplexity=_perplexity(self._loss / self.tokens),

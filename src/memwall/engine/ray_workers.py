@@ -23,11 +23,10 @@ from typing import Any
 from memwall.engine.base import PHASES, Phase, Shares
 from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import Pull
-from memwall.engine.phase_process import entry_message
 from memwall.engine.phased import Done
 from memwall.engine.sequence import Sequence
 from memwall.engine.side import Side, SideSettings
-from memwall.engine.workers import MOST_LOSSES, WAIT_SECONDS, Draws, done_of
+from memwall.engine.workers import MOST_LOSSES, WAIT_SECONDS, Draws
 from memwall.errors import DoesNotFit, InputError, MemwallError, MissingDependency
 
 LOCAL = "local"
@@ -118,7 +117,7 @@ class RayWorkers:
 
     def start(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> None:
         """See `Workers`."""
-        entries = [entry_message(entry, self.draws.of(entry)) for entry in batch]
+        entries = [self.draws.message(entry) for entry in batch]
         job = {"entries": entries, "pulls": [astuple(pull) for pull in pulls]}
         pages = None
         if pulls:
@@ -166,8 +165,7 @@ class RayWorkers:
         if error is not None:
             return self._failed(job, error, seconds)
         self._losses[job.phase] = 0
-        self.draws.used(job.batch)
-        return [done_of(job.phase, job.batch, job.answer.result(), seconds)]
+        return [self.draws.done(job.phase, job.batch, job.answer.result(), seconds)]
 
     def _failed(self, job: Job, error: BaseException, seconds: float) -> list[Done]:
         """A batch could not be computed: for a fault there, or since an actor is lost, perhaps the other one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,8 @@ class Sampling:
     """How to continue a text.
 
     temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. stop: texts that end the generation and are
-    not returned. ignore_eos: go on through the model's end-of-text token (for benchmarks).
+    not returned. ignore_eos: go on through the model's end-of-text token (for benchmarks). frequency_penalty is taken
+    off a token's logit for each time that it was made, presence_penalty once it was; bias: token id and what is added.
     """
 
     max_new_tokens: int = 128
@@ -28,6 +30,14 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def bends(self) -> bool:
+        """Whether logits change before a token is drawn: see `bend`."""
+        return bool(self.bias) or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -65,15 +75,18 @@ class Sampler:
 
     def pick(self, logits: np.ndarray, draw: float | None = None) -> int:
         """Next token id from logits [V] float32. draw: the random number in [0, 1) to use (see `counter`); None takes
-        the next of the sampler's own.
+        the next of the sampler's own. InputError where logits are no numbers, as those of damaged weights are.
         """
         settings = self._sampling
+        likeliest = int(np.argmax(logits))  # the first NaN, if there is one
+        if not np.isfinite(logits[likeliest]):
+            raise InputError("the model's outputs are not numbers (NaN or infinite): its weights are damaged")
         if settings.temperature == 0:
-            return int(np.argmax(logits))
+            return likeliest
         if self._scratch is None:
             self._scratch = np.empty(self.scratch_shape(len(logits)), np.float32)
         chances, ordered, sums = self._scratch[0], self._scratch[1], self._scratch[2:].reshape(-1).view(np.float64)
-        np.subtract(logits, logits.max(), out=chances)
+        np.subtract(logits, logits[likeliest], out=chances)
         np.divide(chances, np.float32(max(settings.temperature, LEAST_TEMPERATURE)), out=chances)
         np.exp(chances, out=chances)
         if 0 < settings.top_k < len(chances):
@@ -105,6 +118,15 @@ def _keep(chances: np.ndarray, count: int, least: np.floating) -> None:
     if least > 0:
         chances[np.flatnonzero(chances == least)[count - above :]] = 0
     np.multiply(chances, chances >= least, out=chances)
+
+
+def bend(logits: np.ndarray, made: Sequence[int], sampling: Sampling) -> None:
+    """Penalties and bias of `sampling`, in place on logits [V] float32. made: the tokens of the answer so far."""
+    if made and (sampling.frequency_penalty or sampling.presence_penalty):
+        tokens, counts = np.unique(np.asarray(made, np.int64), return_counts=True)
+        logits[tokens] -= (sampling.frequency_penalty * counts + sampling.presence_penalty).astype(np.float32)
+    for token, more in sampling.bias:
+        logits[token] += np.float32(more)
 
 
 class StopWatcher:

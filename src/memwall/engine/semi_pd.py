@@ -13,10 +13,11 @@ Units and shapes: shares x, y in percent of the compute, x + y at most `cap` (ab
 (x + y)); seconds. State in, step out; what was observed comes with the state (`Window`).
 
 Differs from the paper: without two different shares in the windows a line has no slope, and then the queue's own is
-taken (a1 = 100 l100, a2 from the last point). A step that by the model would make the other objective missed is not
-taken (`guard`), else a load that can just be served makes shares swing. Prompts that wait for sequences or pages that
-decoding holds, while the prefill worker rests, are helped by decoding faster (`blocked`). When pages run out, whoever
-came last is set aside. On the CPU a share is a quota of processor time.
+taken (a1 = 100 l100, a2 from the last point). A step that by the model would use up more than half of the other
+objective is not taken (`guard`), else a load that can just be served makes shares swing. Of requests that came before
+the shares in force no time to the first token counts. Prompts that wait for sequences or pages that decoding holds,
+while the prefill worker rests, are helped by decoding faster (`blocked`). When pages run out, whoever came last is set
+aside. On the CPU a share is a quota of processor time.
 
 Cost: one more set of activations per worker, and while shares change two more workers; no bytes moved.
 
@@ -38,6 +39,9 @@ RELEASED = Shares(prefill=80, decode=100)
 """The released code's shares at the start."""
 BLOCKED_BUSY, BLOCKED_TIMES = 0.6, 3.0
 MOST_THETA = 95.0
+GUARDED = 0.5
+"""Of an objective, what a step towards the other phase may bring it to. The line over 1 / y does not see that answers
+that take longer are more at a time, each of which makes the next iteration longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +77,8 @@ class Models:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SemiPD:
     """first_seconds, token_seconds: objectives that `percentile` of the requests shall meet. start: shares at the
-    start. cap: the most of both together. step, most_steps: percent and steps of one adjustment. least_requests: a
-    window is judged from so many on. recent: windows that the models are fitted to.
+    start. cap: the most of both together. step, most_steps: percent and steps of one adjustment. least_requests: shares
+    are judged by so many. recent: windows that the models are fitted to.
     """
 
     first_seconds: float = 1.0
@@ -83,8 +87,8 @@ class SemiPD:
     start: Shares = RELEASED
     cap: int = 200
     step: int = 10
-    most_steps: int = 4
-    least_requests: int = 5
+    most_steps: int = 10
+    least_requests: int = 20
     recent: int = 4
     spare_pages: int = 1
     guard: bool = True
@@ -116,8 +120,8 @@ class SemiPD:
         windows = [window for window in lanes.windows if window.first or window.token][-self.recent :]
         if not lanes.fresh or lanes.preparing is not None or not lanes.windows:
             return None
-        last = lanes.windows[-1]
-        if last.shares != lanes.shares or len(last.first) + len(last.token) < self.least_requests:
+        last = self.latest(lanes)
+        if last is None:
             return None
         first, token = self.observed(last)
         late: tuple[bool, bool] = (first > self.first_seconds, token > self.token_seconds)
@@ -129,9 +133,28 @@ class SemiPD:
             found = self._search(lanes.shares, "prefill" if late[0] else "decode", self.fit(windows))
         return None if found == lanes.shares else found
 
+    def latest(self, lanes: Lanes) -> Window | None:
+        """The newest windows under the shares in force as one, as many as have `least_requests` of both latencies; a
+        percentile of a few would be their largest. None where there are too few.
+        """
+        found: list[Window] = []
+        for window in reversed(lanes.windows):
+            if window.shares != lanes.shares:
+                return None
+            found.append(window)
+            if all(sum(len(each) for each in some) >= self.least_requests
+                   for some in ([one.first for one in found], [one.token for one in found])):  # fmt: skip
+                return _joined(found[::-1])
+        return None
+
     def observed(self, window: Window) -> tuple[float, float]:
         """The percentiles of a window; zero where nobody tells."""
         return percentile(window.first, self.percentile), percentile(window.token, self.percentile)
+
+    @property
+    def spread(self) -> float:
+        """How many times the mean the percentile of a time in M/M/1 is: that time is exponential."""
+        return -math.log(max(1 - self.percentile / 100, 1e-3))
 
     def blocked(self, window: Window) -> bool:
         """Whether prompts wait for room that decoding holds rather than for compute: the prefill worker rested, and
@@ -140,7 +163,7 @@ class SemiPD:
         busy = window.prefill_seconds / window.seconds if window.seconds > 0 else 1.0
         if busy > BLOCKED_BUSY or not window.prompts:
             return False
-        explained = window.prefill_seconds / window.prompts / (1 - busy) * math.log(10)
+        explained = window.prefill_seconds / window.prompts / (1 - busy) * self.spread
         return percentile(window.first, self.percentile) > BLOCKED_TIMES * explained
 
     def fit(self, windows: Sequence[Window]) -> Models:
@@ -160,7 +183,7 @@ class SemiPD:
         ]
         own = token[-1][1] / token[-1][0] if token else 0.0
         return Models(
-            first=fit_line(first, slope=100 * _work_seconds(windows[-2:])),
+            first=fit_line(first, slope=self.spread * 100 * _work_seconds(windows[-2:])),
             token=fit_line(token, slope=own),
             theta=_theta(windows[-2:]),
         )
@@ -174,7 +197,7 @@ class SemiPD:
                 break
             x, y = moved.effective("prefill"), moved.effective("decode")
             other = models.token_seconds(y) if phase == "prefill" else models.first_seconds(x)
-            if self.guard and other > (self.token_seconds if phase == "prefill" else self.first_seconds):
+            if self.guard and other > GUARDED * (self.token_seconds if phase == "prefill" else self.first_seconds):
                 break
             found = moved
             own = models.first_seconds(x) if phase == "prefill" else models.token_seconds(y)
@@ -193,6 +216,17 @@ class SemiPD:
         if own + other > self.cap:  # the other keeps its last step
             return shares
         return Shares(prefill=own, decode=other) if phase == "prefill" else Shares(prefill=other, decode=own)
+
+
+def _joined(windows: Sequence[Window]) -> Window:
+    """Several under the same shares as one."""
+    return Window(
+        shares=windows[-1].shares, seconds=sum(one.seconds for one in windows),
+        arrived=sum(one.arrived for one in windows), prompts=sum(one.prompts for one in windows),
+        prefill_seconds=sum(one.prefill_seconds for one in windows),
+        first=tuple(each for one in windows for each in one.first),
+        token=tuple(each for one in windows for each in one.token),
+    )  # fmt: skip
 
 
 def _work_seconds(windows: Sequence[Window]) -> float:
@@ -218,7 +252,9 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def fit_line(points: Sequence[tuple[float, float]], *, slope: float) -> Line:
-    """Least squares; with one feature only, or a slope that falls, the given slope through the mean."""
+    """Least squares; with one feature only, or a slope that falls, the given slope through the mean. The floor is not
+    below zero: a queue that has not yet built up would make the line promise times that no share can keep.
+    """
     if not points:
         return Line(slope=slope, floor=0.0)
     x, y = sum(p[0] for p in points) / len(points), sum(p[1] for p in points) / len(points)
@@ -226,6 +262,6 @@ def fit_line(points: Sequence[tuple[float, float]], *, slope: float) -> Line:
     if spread > 1e-12 * x * x:
         fitted = sum((p[0] - x) * (p[1] - y) for p in points) / spread
         slope = fitted if fitted > 0 else slope
-    line = Line(slope=slope, floor=y - slope * x)
+    line = Line(slope=slope, floor=max(y - slope * x, 0.0))
     error = sum(abs(line.at(p[0]) - p[1]) for p in points) / len(points)
     return Line(slope=line.slope, floor=line.floor, error=error)

@@ -14,6 +14,7 @@ from memwall.engine.sampling import Sampling
 from memwall.errors import InputError
 
 if TYPE_CHECKING:
+    from memwall.engine.guide import Guide
     from memwall.engine.stream import Task
 
 Pooling = Literal["last", "mean"]
@@ -32,7 +33,7 @@ class Request:
     prefix, how many requests will go on from it; such a one makes no token. prefix and base: the id of the prefix that
     it goes on from, and after how many tokens (see `shared`). expected_tokens: of prompt and answer together, where
     somebody can tell; 0 for nobody. pooling: the text is embedded, not gone on with; for `mean` its salt must be its
-    own, as states of beginnings that are found are not there.
+    own, as states of beginnings that are found are not there. guide: the form that the answer keeps to.
     """
 
     prompt: tuple[int, ...]
@@ -49,6 +50,7 @@ class Request:
     base: int = 0
     expected_tokens: int = 0
     pooling: Pooling | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -122,8 +122,6 @@ class ServingSettings:
                 f"a step of {self.token_budget} tokens cannot give one to each of {self.max_sequences} sequences; "
                 f"raise it to {self.max_sequences} or more"
             )
-        if self.phases is not None and self.phases.memories > 1 and self.lora is not None:
-            raise InputError("adapters need one memory; leave them out, or choose another scheduler than distserve")
         if self.ahead and (self.phases is not None or self.lora is not None):
             raise InputError("batches are formed ahead for one worker without adapters; choose the scheduler fcfs")
         if not self.page_tokens:
@@ -195,6 +193,8 @@ class Serving:
         """
         adapters = self.engine.adapters
         assert adapters is not None
+        if weights.dora and self.workers is not None:
+            raise InputError(f"the adapter {name!r} is of DoRA, which needs one worker; choose the scheduler fcfs")
         key = adapters.add(name, weights, row_changes(weights, self._loaded.decoder.weights, self.config))
         known = adapters.describe(name)
         assert known is not None
@@ -202,7 +202,8 @@ class Serving:
             self._most_adapter_pages = max(self._most_adapter_pages, known.num_pages)
             self.govern()
         try:
-            check_room(known, self.engine.wanted_pages, self.engine.limits.pages(self.context_tokens))
+            for room in (self.engine.wanted_pages, *([] if (own := self.prefill_pool) is None else [own.limit_pages])):
+                check_room(known, room, self.engine.limits.pages(self.context_tokens))
         except BaseException:
             adapters.remove(name)
             raise
@@ -308,7 +309,8 @@ class Serving:
             self.engine.release()  # type: ignore[attr-defined]
         self.engine.switch.release()
         if self.engine.adapters is not None:
-            self.engine.adapters.stop()
+            for each in (*self.engine.adapters.mirrors, self.engine.adapters):
+                each.stop()
         for pool in (self.pool, self.prefill_pool):
             if pool is not None:
                 pool.release()
@@ -412,7 +414,7 @@ def _load_phases(
     pool = pages.pool
     workers = make_workers(settings, phases, executor, pool, loaded.arena, limited=budget is not None)
     try:
-        engine = phased_engine(settings, phases, scheduler, workers, pages, common)
+        engine = phased_engine(settings, phases, scheduler, workers, pages, loaded.arena, common)
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
         serving.workers = workers
         begin_phases(serving, workers)

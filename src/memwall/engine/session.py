@@ -18,7 +18,7 @@ import numpy as np
 from memwall import kv
 from memwall.engine import elastic
 from memwall.engine.loading import Settings, cache_shape, load_decoder
-from memwall.engine.sampling import Sampler, Sampling, StopWatcher
+from memwall.engine.sampling import Sampler, Sampling, StopWatcher, bend
 from memwall.errors import BudgetExceeded, DoesNotFit, InputError
 from memwall.kv import chunk_prefill
 from memwall.kv.saved import EXACT, Origin, SavedCache, check_saving, save
@@ -240,6 +240,7 @@ class Session:
         stream = self.tokenizer.stream() if self.tokenizer is not None else None
         began = time.perf_counter()
         while not result.stop_reason:
+            bend(logits, result.tokens, sampling)
             token = sampler.pick(logits)
             if token in self.config.eos_token_ids and not sampling.ignore_eos:
                 result.stop_reason = "eos"

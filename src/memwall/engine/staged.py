@@ -14,7 +14,7 @@ Units: pages and places of the pool's size; `staging_bytes` and `host_bytes` cou
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +67,7 @@ class StagedArea(SwapArea):
         self._tiers = threading.Lock()  # both streams copy, each in its thread
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
         self._free_slots: list[int] = []
+        self._due: Counter[int] = Counter()  # reads by place that were asked for and have not been
         self._host = self._staging = None
         if self._file is None or arena is None:
             return
@@ -85,6 +86,8 @@ class StagedArea(SwapArea):
     def read(self, places: Sequence[int], pages: Sequence[int]) -> Copies:
         """See `SwapArea`."""
         self.read_bytes += len(pages) * self.pool.page_bytes
+        with self._tiers:
+            self._due.update(places)
         return self._staged(pages, places, 1)
 
     def empty(self) -> None:
@@ -119,6 +122,9 @@ class StagedArea(SwapArea):
                 else:
                     self._get(block, first, stage)
                     rows[some] = stage
+            if way == 1:
+                with self._tiers:
+                    self._due -= Counter(places)
 
         return Copies(len(pieces), len(pages), len(pages) * self.pool.page_bytes, run)
 
@@ -183,7 +189,10 @@ class StagedArea(SwapArea):
     def _evict(self) -> None:
         assert self._host is not None
         block, slot = next(iter(self._slots.items()))
-        for first, end in _stretches(sorted(slot.valid)):
+        # a dropped place is worth a write only where a read was asked for before it was dropped
+        start = block * self.block_pages
+        wanted = [at for at in sorted(slot.valid) if start + at in self._used or self._due[start + at]]
+        for first, end in _stretches(wanted):
             self._write(self._host[slot.at, first:end].data.cast("B"), self._offset(block, first))
             self.counts.evicted_pages += end - first
         del self._slots[block]

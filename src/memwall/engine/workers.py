@@ -27,9 +27,10 @@ from memwall.engine.base import PHASES, Phase, Shares
 from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import Pull
-from memwall.engine.pacing import niceness
+from memwall.engine.pacing import Board
 from memwall.engine.phase_process import entry_message, fork_resident, order_worker, outputs_of, receive, send
 from memwall.engine.phased import Done
+from memwall.engine.pooling import Pooler, pooled
 from memwall.engine.sequence import Sequence
 from memwall.engine.told_adapters import adapters_message
 from memwall.errors import InputError, MemwallError
@@ -57,9 +58,10 @@ class Process:
 
 
 class Draws:
-    """Random numbers for tokens, drawn where no worker's loss can touch them."""
+    """Random numbers for tokens, drawn where no worker's loss can touch them, and sums of embedded texts."""
 
     def __init__(self) -> None:
+        self._pooler = Pooler()
         self._sources: dict[int, random.Random] = {}
         self._drawn: dict[int, float] = {}
 
@@ -76,21 +78,23 @@ class Draws:
             self._drawn[one.id] = source.random()
         return self._drawn[one.id]
 
-    def used(self, batch: list[Entry]) -> None:
-        """The batch's tokens are there."""
+    def message(self, entry: Entry) -> dict[str, Any]:
+        """What a worker is told of an entry."""
+        return entry_message(entry, self.of(entry), self._pooler.seen_before(entry))
+
+    def done(self, phase: Phase, batch: list[Entry], answer: dict[str, Any], seconds: float) -> Done:
+        """A batch that a worker has answered: its tokens are there."""
         for entry in batch:
             self._drawn.pop(entry.sequence.id, None)
+        began, ended = answer["span"]
+        outputs = pooled(batch, outputs_of(answer), self._pooler)
+        return Done(phase, batch, outputs, seconds, began, ended, answer["cpu"], *answer["pulled"])
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence is over."""
         self._sources.pop(sequence.id, None)
         self._drawn.pop(sequence.id, None)
-
-
-def done_of(phase: Phase, batch: list[Entry], answer: dict[str, Any], seconds: float) -> Done:
-    """A batch that a worker has answered."""
-    began, ended = answer["span"]
-    return Done(phase, batch, outputs_of(answer), seconds, began, ended, answer["cpu"], *answer["pulled"])
+        self._pooler.forget(sequence.id)
 
 
 class ForkedWorkers:
@@ -121,7 +125,9 @@ class ForkedWorkers:
         self.cores = cores
         self.lost = 0
         self._page_tokens = page_tokens
-        self._adapters = executor.adapters if isinstance(executor.adapters, Adapters) else None
+        adapters = executor.adapters if isinstance(executor.adapters, Adapters) else None
+        self.adapters: dict[Phase, Adapters | None] = dict.fromkeys(PHASES, adapters)
+        """Of each phase's memory."""
         self._whole_threads = whole_threads
         self._ledger = ledger
         self._busy: dict[Phase, tuple[list[Entry], float]] = {}
@@ -133,7 +139,8 @@ class ForkedWorkers:
         for end in (self._woken, self._waker):
             end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._resident, self._orders = fork_resident(executor, self.pools)
+        self.board = Board()
+        self._resident, self._orders = fork_resident(executor, self.pools, self.board)
         self._unseen, self._measured, self.reserve_bytes = 0, 0.0, 0
         self._process = {phase: self._make(phase, shares) for phase in PHASES}
         for process in self._process.values():
@@ -150,12 +157,12 @@ class ForkedWorkers:
     def start(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> None:
         """See `Workers`."""
         self._change_over()
-        told = [entry_message(entry, self.draws.of(entry)) for entry in batch]
+        told = [self.draws.message(entry) for entry in batch]
         percent = self._process[phase].percent if self.fresh else self.shares.of(phase)
         committed = [self.pools[one].committed_bytes for one in PHASES]
         job = {
             "percent": percent, "committed": committed, "entries": told, "pulls": [astuple(one) for one in pulls],
-            "adapters": adapters_message(batch, self._adapters),
+            "adapters": adapters_message(batch, self.adapters[phase]),
         }  # fmt: skip
         try:
             send(self._process[phase].connection, job)
@@ -216,8 +223,7 @@ class ForkedWorkers:
         if "error" in answer:
             return [self._failed(process.phase, batch, answer["error"], seconds)]
         self._losses[process.phase] = 0
-        self.draws.used(batch)
-        return [done_of(process.phase, batch, answer, seconds)]
+        return [self.draws.done(process.phase, batch, answer, seconds)]
 
     def _failed(self, phase: Phase, batch: list[Entry], why: str, seconds: float) -> Done:
         self._losses[phase] += 1
@@ -260,9 +266,8 @@ class ForkedWorkers:
                 self._ledger.put(OWNER, "ram", 0)
 
     def _make(self, phase: Phase, shares: Shares) -> Process:
-        nice = niceness(shares)[PHASES.index(phase)] if self.fresh else 0
         order = {
-            "phase": phase, "percent": shares.of(phase), "cores": self.cores, "nice": nice,
+            "phase": phase, "percent": shares.of(phase), "cores": self.cores,
             "page_tokens": self._page_tokens, "whole_threads": self._whole_threads,
         }  # fmt: skip
         try:
@@ -322,6 +327,7 @@ class ForkedWorkers:
         self.lost += 1
         log.warning("the %s worker was lost and is made anew", phase)
         self._drop(self._process[phase])
+        self.board.hide(phase)
         self._process[phase] = self._make(phase, self.shares)
         self._await(self._process[phase])
 

@@ -26,6 +26,8 @@ from memwall.formats.base import Codec, Packed, real_float32
 from memwall.formats.bitpack import LANE_BYTES, TILE_ROWS, UNIT_COLUMNS, matrix_shape, pack_tiles, unpack_tiles
 
 GROUPS = (32, 64, 128)
+MOST_COLUMNS = 1 << 16
+"""Of a matrix: a sum of so many products of a code (255 at most) and an input (127) still is an integer of 32 bits."""
 _SPEC = re.compile(r"static(?:8|4(?:-g(?P<group>[0-9]+))?)")
 _FIXED = 2048  # of a group's scale: eleven bits behind the point
 _LARGEST = 127.0
@@ -104,10 +106,18 @@ class StaticCodec(Codec):
         spread = (codes.astype(np.int32) - _HALF) * 16 * _fixed(groups)[:, None].astype(np.int32)
         return ((spread + (1 << 14)) >> 15).astype(np.int8)
 
+    def _checked(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        rows, cols = matrix_shape(self.spec, shape)
+        if cols > MOST_COLUMNS:
+            raise InputError(
+                f"{self.spec}: rows have {cols:,} columns; sums of 32 bits hold {MOST_COLUMNS:,}: use int{self.bits}"
+            )
+        return rows, cols
+
     # -- whole matrices -----------------------------------------------------------------------------------------------
 
     def buffers(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        rows, cols = matrix_shape(self.spec, shape)
+        rows, cols = self._checked(shape)
         tiles, groups = -(-rows // TILE_ROWS), -(-cols // self.group)
         codes = (tiles, groups, self.group // UNIT_COLUMNS, self.bits * LANE_BYTES)
         found: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
@@ -120,7 +130,7 @@ class StaticCodec(Codec):
 
     def encode(self, x: Any) -> Packed:
         values = real_float32(self.spec, x)
-        rows, cols = matrix_shape(self.spec, values.shape)
+        rows, cols = self._checked(values.shape)
         channels = self.fit_rows(values)
         codes = np.full((rows, cols), self.zero_code, np.uint8)
         groups = np.zeros((-(-cols // self.group), rows), np.float16) if self.bits == 4 else None

@@ -88,18 +88,24 @@ def _linear_blocks(counts: np.ndarray, form: LevelCodec) -> tuple[np.ndarray, np
     return bases, steps
 
 
-def _magnitudes(counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """(low, high, bytes) of levels whose highest bit is a sign, low + 128 * high units; None where there is no such.
+def _magnitudes(counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, str, float] | None:
+    """(low, high, kind, units of the upper half) of levels whose highest bit is a sign; None where there is no such.
 
-    Sums of 16 bits hold two products of 63 with an activation twice, of 127 once, and of 16 eight times.
+    `Magnitudes` in cpp/linear.h says what the kinds are and how large bytes may be: as large as what 16 bits hold the
+    sum of, of as many products with activations as are added before they are widened.
     """
     positive, negative = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     if not 5 <= bits <= 7 or (positive < 0).any() or (negative != -positive).any():
         return None
+    none = np.zeros(len(positive), np.uint8)
     if positive.max() <= 63:
-        return positive.astype(np.uint8), np.zeros(len(positive), np.uint8), 1
+        return positive.astype(np.uint8), none, "bytes", 1.0
+    lower, upper = np.split(positive, 2)
+    units = max(1, int(np.gcd.reduce(upper)))
+    if bits > 5 and lower.max() <= (31 if bits == 6 else 63) and upper.max() <= units * (63 if bits == 6 else 127):
+        return lower.astype(np.uint8), (upper // units).astype(np.uint8), "ranges", float(units)
     if positive.max() < 17 * 128:
-        return (positive % 128).astype(np.uint8), (positive // 128).astype(np.uint8), 2
+        return (positive % 128).astype(np.uint8), (positive // 128).astype(np.uint8), "digits", 1.0
     return None
 
 

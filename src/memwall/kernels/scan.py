@@ -155,6 +155,7 @@ class StaticMatrix:
         form = codec(packed.spec)
         if not isinstance(form, StaticCodec) or packed.shape[1] % form.group:
             raise InputError(f"{packed.spec} {list(packed.shape)}: static products take static formats in whole groups")
+        form.buffers(packed.shape)  # refuses rows so long that their sums would overflow
         self.spec, self.shape = packed.spec, packed.shape
         groups = packed.buffers.get("groups")
         self._codes, self._channels = packed.buffers["codes"], packed.buffers["channels"]

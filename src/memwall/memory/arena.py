@@ -257,6 +257,18 @@ class Arena:
             self._held[_address(array)] = _Held(charge, pages, None)
         return array
 
+    def allocate_all(self, owner: str, forms: Mapping[str, tuple[tuple[int, ...], DTypeLike]]) -> dict[str, np.ndarray]:
+        """An array for each name; where one is refused, none of them is held."""
+        made: dict[str, np.ndarray] = {}
+        try:
+            for name, (shape, dtype) in forms.items():
+                made[name] = self.allocate(owner, shape, dtype)
+        except BaseException:
+            for array in made.values():
+                self.free(array)
+            raise
+        return made
+
     def free(self, array: np.ndarray) -> None:
         """Gives an array of `allocate` back.
 

@@ -478,6 +478,7 @@ class SlotRanges:
         for plane, target in enumerate(self.ranges):
             window = source.view(target, (page,), (1,), np.uint8, offset)
             content = source.copy(window)
+            source.fence()  # the copy itself may still be queued
             source.unmap(target, offset, 1)
             source.map(target, offset, plane * self.pool.num_blocks + block, 1)
             window[:] = content

@@ -3,12 +3,15 @@
 Package `cuda-bindings` (`cuda.bindings.driver`) makes the calls; arrays are torch tensors over the addresses. A page is
 a handle of `cuMemCreate`; it is made once, when it is touched, and goes back to the driver only when it is discarded,
 because making one takes the driver longer than mapping it. Everything queued on the GPU is waited for before a page is
-unmapped: a kernel that reads an unmapped address ends the whole context.
+unmapped: a kernel that reads an unmapped address ends the whole context. torch asks the driver once, when it makes a
+tensor, which GPU an address belongs to, and the driver knows only addresses with a page behind them; so a page stands
+at a tensor's beginning meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -59,6 +62,7 @@ class CudaPages(PageSource):
                 f"pages of {page_bytes} bytes: this GPU maps whole units of {unit} bytes; try {unit >> 10} KiB"
             )
         self._handles: dict[int, Any] = {}
+        self._mapped: set[int] = set()
 
     def reserve(self, nbytes: int) -> AddressRange:
         self._enter()
@@ -96,22 +100,47 @@ class CudaPages(PageSource):
             for offset in range(0, done, self.page_bytes):
                 self._call("cuMemUnmap", address + offset, self.page_bytes)
             raise
+        self._mapped.update(range(address, address + done, self.page_bytes))
 
     def unmap(self, target: AddressRange, offset_bytes: int, count: int) -> None:
         self._enter()
-        for index in range(count):  # one by one: a call must cover whole mappings
-            self._call("cuMemUnmap", target.address + offset_bytes + index * self.page_bytes, self.page_bytes)
+        begin = target.address + offset_bytes
+        for address in range(begin, begin + count * self.page_bytes, self.page_bytes):
+            self._call("cuMemUnmap", address, self.page_bytes)  # one by one: a call must cover whole mappings
+            self._mapped.discard(address)
 
     def view(
         self, target: AddressRange, shape: Sequence[int], strides: Sequence[int], dtype: DTypeLike, offset_bytes: int
     ) -> Any:
-        import torch
-
         interface = {
             "version": 3, "shape": tuple(shape), "strides": tuple(strides), "typestr": np.dtype(dtype).str,
             "data": (target.address + offset_bytes, False),
         }  # fmt: skip
-        return torch.as_tensor(_TensorWindow(target, interface), device=f"cuda:{self.device}")
+        with self._page_at(target.address + offset_bytes // self.page_bytes * self.page_bytes):
+            return self._tensor(_TensorWindow(target, interface))
+
+    def _tensor(self, window: _TensorWindow) -> Any:
+        import torch
+
+        return torch.as_tensor(window, device=f"cuda:{self.device}")
+
+    @contextmanager
+    def _page_at(self, address: int) -> Iterator[None]:
+        """While it lasts there is a page at an address, one of its own where none is mapped."""
+        if address in self._mapped:
+            yield
+            return
+        self._enter()
+        page = self._call("cuMemCreate", self.page_bytes, self._properties, 0)
+        try:
+            self._call("cuMemMap", address, self.page_bytes, 0, page, 0)
+            try:
+                self._call("cuMemSetAccess", address, self.page_bytes, [self._access], 1)
+                yield
+            finally:
+                self._call("cuMemUnmap", address, self.page_bytes)
+        finally:
+            self._call("cuMemRelease", page)
 
     def copy(self, array: Any) -> Any:
         return array.clone()

@@ -66,12 +66,12 @@ class Checkpoint:
     def tensor(self, name: str) -> np.ndarray:
         """Read-only float array of the source dtype. A tied `lm_head.weight` is the embedding."""
         name = self._float_name(name)
-        return self._file_of(name).tensor(name)
+        return self._checked(name, self._file_of(name).tensor(name))
 
     def alone(self, name: str) -> np.ndarray:
         """The same on a map of its own, whose pages leave with the array: see `SafetensorsFile.alone`."""
         name = self._float_name(name)
-        return self._file_of(name).alone(name)
+        return self._checked(name, self._file_of(name).alone(name))
 
     def packed(self, name: str) -> Packed | None:
         """The packed form of a tensor of a compressed folder (views on the map); None where it is stored as floats."""
@@ -86,7 +86,16 @@ class Checkpoint:
     def pieces(self, name: str, most_bytes: int, multiple: int = 1) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of a float tensor, a few rows resident at a time: see `SafetensorsFile.pieces`."""
         name = self._float_name(name)
-        return self._file_of(name).pieces(name, most_bytes, multiple)
+        for first, rows in self._file_of(name).pieces(name, most_bytes, multiple):
+            yield first, self._checked(name, rows)
+
+    def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Vectors must be numbers: one NaN in a norm spoils every output. Matrices are not read for it; what they are
+        encoded to, or the outputs, will show it.
+        """
+        if values.ndim == 1 and not np.isfinite(values).all():
+            raise InputError(f"{self._file_of(name).path}: {name} holds NaN or infinite values: the file is damaged")
+        return values
 
     def place_of(self, name: str, buffer: str) -> tuple[Path, int]:
         """The file that holds a buffer of a packed tensor, and the byte at which it begins there."""

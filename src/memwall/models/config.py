@@ -18,6 +18,7 @@ from memwall.formats import checked_json
 from memwall.formats.checked_json import Fields, shown
 from memwall.formats.manifest import MANIFEST_NAME, Manifest
 from memwall.models import ssm_config
+from memwall.models.hub import missing_hint
 from memwall.models.ssm_config import SsmConfig
 
 Role = Literal["embedding", "head", "linear", "norm", "bias", "router", "expert", "other"]
@@ -210,7 +211,8 @@ def checked_directory(directory: str | Path) -> Path:
     folder = Path(directory)
     try:
         if not folder.exists():
-            raise InputError(f"{folder}: there is no such folder; give a model folder or 'demo'")
+            hint = missing_hint(str(directory)) or "; give a model folder or 'demo'"
+            raise InputError(f"{folder}: there is no such folder{hint}")
         if not folder.is_dir():
             hint = ", or convert it: memwall convert FILE OUT" if folder.suffix == ".gguf" else ""
             raise InputError(f"{folder}: is a file; give the folder that holds config.json{hint}")

@@ -135,10 +135,12 @@ class Decoder:
         self._arena = arena
         scratch = scratch_bytes(config, weights.specs, segment_tokens, exact=exact, sequences=sequences, shared=shared)
         self._scratch = arena.charge(SCRATCH, scratch)
-        self._buffers = {
-            name: arena.allocate(OWNER, shape, np.float32)
-            for name, shape in activation_shapes(config, segment_tokens, logit_rows).items()
-        }
+        shapes = activation_shapes(config, segment_tokens, logit_rows)
+        try:
+            self._buffers = arena.allocate_all(OWNER, {name: (shape, np.float32) for name, shape in shapes.items()})
+        except BaseException:
+            self._scratch.release()
+            raise
 
     def adapt(self, lora: LoraBatch | None) -> None:
         """From now on products get what `lora` adds to the rows that it says; rows as in `batch` or `hidden`."""

@@ -129,11 +129,16 @@ class SsmDecoder:
         self._arena = arena
         scratch = ssm_scratch_bytes(config, weights.specs, segment_tokens, exact=exact)
         self._scratch = arena.charge(SCRATCH, scratch)
-        self._tables = Tables(config, weights.vectors, arena)
-        self._buffers = {
-            name: arena.allocate(OWNER, shape, dtype)
-            for name, (shape, dtype) in buffer_shapes(config, segment_tokens, logit_rows).items()
-        }
+        try:
+            self._tables = Tables(config, weights.vectors, arena)
+            try:
+                self._buffers = arena.allocate_all(OWNER, buffer_shapes(config, segment_tokens, logit_rows))
+            except BaseException:
+                self._tables.release()
+                raise
+        except BaseException:
+            self._scratch.release()
+            raise
 
     def adapt(self, lora: object) -> None:
         """Adapters have no place in these layers."""

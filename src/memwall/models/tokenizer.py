@@ -17,6 +17,8 @@ MAX_TOKENIZER_BYTES = 256_000_000
 UNFINISHED = "\ufffd"  # what decoding puts for bytes that are no whole character (yet)
 CHARACTER_BYTES = 4  # the longest character in UTF-8
 MAX_HELD_TOKENS = 32
+WORD_BEGIN = "\u2581"
+"""Stands for a blank in vocabularies of sentencepiece."""
 
 
 class Tokenizer:
@@ -30,6 +32,8 @@ class Tokenizer:
         self._add_bos = add_bos
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(number for number, token in added.items() if token.special)
+        self._added = {number: token.content.encode() for number, token in added.items() if not token.special}
+        self._of_bytes: dict[str, int] | None = None
 
     @staticmethod
     def from_directory(directory: str | Path, vocab_size: int | None = None) -> Tokenizer:
@@ -92,6 +96,23 @@ class Tokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token adds to the text, which may end within a character; None for special tokens and unknown ids."""
+        if self.is_special(token_id):
+            return None
+        if token_id in self._added:
+            return self._added[token_id]
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return None
+        if self._of_bytes is None:
+            self._of_bytes = _byte_letters() if "ByteLevel" in str(self._tokenizer.decoder) else {}
+        if self._of_bytes:
+            return bytes(self._of_bytes[letter] for letter in token if letter in self._of_bytes)
+        if len(token) == len("<0x00>") and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return str(token).replace(WORD_BEGIN, " ").encode()
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 
@@ -148,6 +169,16 @@ class StreamDecoder:
         piece = text[self._num_given : stop]
         self._num_given = max(self._num_given, stop)
         return piece
+
+
+def _byte_letters() -> dict[str, int]:
+    """Letters that stand for bytes in byte-level vocabularies, as GPT-2 gave them out: printable ones for themselves,
+    the others in order from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
 def _settings(folder: Path) -> dict[str, Any]:

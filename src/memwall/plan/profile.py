@@ -18,8 +18,9 @@ import math
 import platform
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -262,15 +263,15 @@ def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float
         share = -(-len(matrices) // num_layers)
         outs = [np.empty((1, rows), np.float32) for _ in range(share)]
         for length in ATTEND_TOKENS:
-            steps = [_cache_step(policy, heads, kv_heads, head_dim, length) for _ in range(num_layers)]
             samples = []
-            for index in range(_ATTEND_SAMPLES):
-                layer = index % num_layers
-                between = matrices[layer * share : (layer + 1) * share]
-                kernels.linear(x, between, outs[: len(between)])
-                began = time.perf_counter()
-                steps[layer]()
-                samples.append(time.perf_counter() - began)
+            with _cache_steps(policy, heads, kv_heads, head_dim, length, num_layers) as steps:
+                for index in range(_ATTEND_SAMPLES):
+                    layer = index % num_layers
+                    between = matrices[layer * share : (layer + 1) * share]
+                    kernels.linear(x, between, outs[: len(between)])
+                    began = time.perf_counter()
+                    steps[layer]()
+                    samples.append(time.perf_counter() - began)
             # the mean of the better half of those after the first round, which finds nothing where it belongs
             kept = sorted(samples[num_layers:])
             seconds.append(float(np.mean(kept[: len(kept) // 2])))
@@ -278,24 +279,47 @@ def _attend(policy: str, heads: int, kv_heads: int, head_dim: int) -> list[float
     return seconds
 
 
-def _cache_step(policy: str, heads: int, kv_heads: int, head_dim: int, length: int) -> Callable[[], None]:
-    random = np.random.default_rng(0)
+@contextmanager
+def _cache_steps(
+    policy: str, heads: int, kv_heads: int, head_dim: int, length: int, num_layers: int
+) -> Iterator[list[Callable[[], None]]]:
+    """Of each layer, to be called in turn; `length` tokens are in the cache already.
+
+    Each layer has a cache of its own, but for those with processes beside them, which serve all layers of a sequence.
+    """
     shape = kv.CacheShape(num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-    cache = kv.build(policy, shape, Arena(1 << 62, Ledger()), 4 * length + 4096)
+    together = kv.processes(policy, shape) > 0
+    caches: list[kv.KVCache] = []
+    try:
+        for _ in range(1 if together else num_layers):
+            caches.append(_empty_cache(policy, replace(shape, num_layers=num_layers if together else 1), length))
+        yield [_cache_step(cache, layer, length) for cache in caches for layer in range(cache.shape.num_layers)]
+    finally:
+        for cache in caches:
+            cache.release()
+
+
+def _empty_cache(policy: str, shape: kv.CacheShape, length: int) -> kv.KVCache:
+    return kv.build(policy, shape, Arena(1 << 62, Ledger()), 4 * length + 4096)
+
+
+def _cache_step(cache: kv.KVCache, layer: int, length: int) -> Callable[[], None]:
+    random = np.random.default_rng(0)
+    heads, kv_heads, head_dim = cache.shape.num_heads, cache.shape.num_kv_heads, cache.shape.head_dim
     keys = random.standard_normal((length, kv_heads, head_dim), np.float32)
     last = random.standard_normal((min(_PROMPT_QUERIES, length), heads, head_dim), np.float32)
-    cache.append(0, keys, keys.copy(), np.arange(length))
-    cache.attend(0, last, np.arange(length - len(last), length), np.empty_like(last))
-    cache.settle(0)
+    cache.append(layer, keys, keys.copy(), np.arange(length))
+    cache.attend(layer, last, np.arange(length - len(last), length), np.empty_like(last))
+    cache.settle(layer)
     query = random.standard_normal((1, heads, head_dim), np.float32)
     out = np.empty_like(query)
     new_key, new_value = keys[:1].copy(), keys[:1].copy()
 
     def step() -> None:
         position = np.asarray([cache.length])
-        cache.append(0, new_key, new_value, position)
-        cache.attend(0, query, position, out)
-        cache.settle(0)
+        cache.append(layer, new_key, new_value, position)
+        cache.attend(layer, query, position, out)
+        cache.settle(layer)
 
     return step
 
@@ -314,7 +338,8 @@ def _overheads() -> list[float]:
     nbytes = layer_weights(WIDE) * codec(_SPEC).nbytes((16, 64)) / (16 * 64)
     reading = nbytes / _matvec(_SPEC, int(3 * nbytes), WIDE["hidden_size"])
     wide = max((three - one) / 2 - reading, tiny)
-    cache_step = _seconds(_cache_step("float16", 1, 1, 64, 16), at_least=0.01)
+    with _cache_steps("float16", 1, 1, 64, 16, 1) as steps:
+        cache_step = _seconds(steps[0], at_least=0.01)
     return [tiny, wide, max(few - 2 * tiny, 1e-6), min(cache_step, tiny)]
 
 

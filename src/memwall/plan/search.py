@@ -159,7 +159,7 @@ def check(space: Space, goal: Goal) -> None:
         raise InputError(f"context {goal.context} is out of range: this model takes 1 to {longest} tokens")
     if goal.batch is not None and goal.batch < 1:
         raise InputError(f"batch {goal.batch} is out of range: it must be at least 1")
-    if goal.max_kl is not None and goal.max_kl <= 0:
+    if goal.max_kl is not None and not goal.max_kl > 0:  # NaN is not
         raise InputError(f"max-kl {goal.max_kl} is out of range: it must be above 0 nats")
 
 

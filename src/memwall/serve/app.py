@@ -20,6 +20,7 @@ from starlette.routing import Route
 from memwall.engine.serving import Serving
 from memwall.errors import DoesNotFit, InputError
 from memwall.models.chat import ChatTemplate
+from memwall.serve.access import AccessLog
 from memwall.serve.control import Control
 from memwall.serve.embed import Embed
 from memwall.serve.fields import ApiError
@@ -28,7 +29,7 @@ from memwall.serve.guard import Guard, refuse
 from memwall.serve.loras import Loras
 from memwall.serve.parse import Parser
 from memwall.serve.service import Service
-from memwall.serve.settings import ServerSettings
+from memwall.serve.settings import ServerSettings, read_keys
 
 SWITCH_SECONDS = 5e-4
 """How long one thread of Python may keep the other waiting: the engine's many short native calls each ask anew."""
@@ -51,7 +52,8 @@ class Server:
         self.service = Service(serving, settings)
         parser = Parser(
             settings, serving.tokenizer, template, context=serving.context_tokens, vocab=serving.config.vocab_size,
-            adapters=serving.adapters, width=serving.config.hidden_size if serving.workers is None else 0,
+            adapters=serving.adapters, width=serving.config.hidden_size,
+            eos=serving.config.eos_token_ids, draws=serving.workers is None,
         )  # fmt: skip
         control = Control(self.service, parser, alias=alias_metrics)
         routes = [
@@ -67,13 +69,14 @@ class Server:
             Route("/v1/completions", Generate(self.service, parser, chat=False), methods=["POST"]),
             Route("/v1/chat/completions", Generate(self.service, parser, chat=True), methods=["POST"]),
             Route("/v1/budget", control.budget, methods=["GET", "POST"]),
-            *_embedding_routes(self.service, parser),
+            Route("/v1/embeddings", Embed(self.service, parser).embeddings, methods=["POST"]),
             *_lora_routes(self.service),
             Route("/tokenize", control.tokenize, methods=["POST"]),
             Route("/detokenize", control.detokenize, methods=["POST"]),
         ]
         handlers = {HTTPException: _http_error, Exception: _fault}
-        self.app = Guard(Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers), settings)
+        inner = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
+        self.app = Guard(inner, settings, AccessLog() if settings.access_log else None)
         self._first_budget = serving.budget_bytes
         self._uvicorn: uvicorn.Server | None = None
         self.clean_end = True
@@ -82,6 +85,7 @@ class Server:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.service.start()
         self._watch_budget_signals()
+        self._watch_keys()
         yield
         self.clean_end = await self.service.stop(0.0)
 
@@ -152,6 +156,22 @@ class Server:
             with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError, ValueError):
                 loop.add_signal_handler(getattr(signal, name), self._move_budget, grows)
 
+    def _watch_keys(self) -> None:
+        """SIGHUP reads the file of keys again; a file that is wrong changes nothing."""
+        path = self.settings.key_file
+        if path is None:
+            return
+
+        def read() -> None:
+            try:
+                self.app.keys = read_keys(path)
+                log.warning("%s: %d keys", path, len(self.app.keys))
+            except InputError as error:
+                log.error("the keys stay: %s", error)
+
+        with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError, ValueError):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read)
+
     def _move_budget(self, grows: bool) -> None:
         now = self.serving.budget_bytes
         if now is None or self._first_budget is None:
@@ -165,12 +185,6 @@ class Server:
                 log.warning("the budget stays: %s", error)
 
         self.service.thread.call(move)
-
-
-def _embedding_routes(service: Service, parser: Parser) -> list[Route]:
-    if not parser.width:
-        return []  # phases in processes of their own hand tokens back, nothing else
-    return [Route("/v1/embeddings", Embed(service, parser).embeddings, methods=["POST"])]
 
 
 def _lora_routes(service: Service) -> list[Route]:

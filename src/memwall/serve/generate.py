@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
+from memwall.serve.access import TOLD
 from memwall.serve.answers import DONE, Form, sse
 from memwall.serve.choices import Choice
 from memwall.serve.fields import ApiError, read_object
@@ -19,6 +20,11 @@ from memwall.serve.parse import Asked, Parser
 from memwall.serve.service import Service
 
 INLINE_CHARACTERS = 4096
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # else nginx keeps the pieces until there are many
+]
 
 
 class Generate:
@@ -38,6 +44,7 @@ class Generate:
             asked = await self._parse(scope["memwall.body"])
         except ApiError as error:
             return await refuse(error)(scope, receive, send)
+        scope.setdefault(TOLD, {}).update({"model": asked.model, "in": asked.prompt_tokens})
         form = Form(asked=asked, model=asked.model, tokenizer=self.parser.tokenizer, chat=self.chat)
         work = asyncio.create_task(self._answer(asked, form, scope, receive, send))
         gone = asyncio.create_task(_gone(receive))
@@ -55,30 +62,42 @@ class Generate:
 
     async def _parse(self, raw: bytes) -> Asked:
         read = self.parser.chat if self.chat else self.parser.completion
-        if len(raw) <= INLINE_CHARACTERS:
+        if len(raw) <= INLINE_CHARACTERS and b'"response_format"' not in raw:
             return read(read_object(raw))
-        # long texts one at a time, beside the loop: encoding holds many times their size for a moment
+        # long texts one at a time, beside the loop: encoding holds many times their size for a moment; forms may take
+        # a look at the whole vocabulary
         async with self._encoding:
             return await asyncio.to_thread(lambda: read(read_object(raw)))
 
     async def _answer(self, asked: Asked, form: Form, scope: Scope, receive: Receive, send: Send) -> None:
-        if not asked.stream:
-            choices: dict[int, Choice] = {}
-            try:
-                async with aclosing(self.service.run(asked)) as pieces:
-                    async for index, choice, _ in pieces:
-                        choices[index] = choice
-            except ApiError as error:
-                return await refuse(error)(scope, receive, send)
-            whole = form.whole([choices[index] for index in range(len(asked.requests))])
-            return await JSONResponse(whole)(scope, receive, send)
-        async with aclosing(self._events(asked, form)) as events:
+        choices: dict[int, Choice] = {}
+        try:
+            how = self._stream if asked.stream else self._whole
+            await how(asked, form, choices, scope, receive, send)
+        finally:
+            scope[TOLD]["out"] = sum(choice.tokens for choice in choices.values())
+
+    async def _whole(
+        self, asked: Asked, form: Form, choices: dict[int, Choice], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            async with aclosing(self.service.run(asked)) as pieces:
+                async for index, choice, _ in pieces:
+                    choices[index] = choice
+        except ApiError as error:
+            return await refuse(error)(scope, receive, send)
+        whole = form.whole([choices[index] for index in range(len(asked.requests))])
+        return await JSONResponse(whole)(scope, receive, send)
+
+    async def _stream(
+        self, asked: Asked, form: Form, choices: dict[int, Choice], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        async with aclosing(self._events(asked, form, choices)) as events:
             try:
                 first = await anext(events)  # refused before anything is sent: with a status of its own
             except ApiError as error:
                 return await refuse(error)(scope, receive, send)
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
             await send({"type": "http.response.body", "body": first, "more_body": True})
             try:
                 async for event in events:
@@ -89,8 +108,7 @@ class Generate:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         return None
 
-    async def _events(self, asked: Asked, form: Form) -> AsyncGenerator[bytes, None]:
-        choices: dict[int, Choice] = {}
+    async def _events(self, asked: Asked, form: Form, choices: dict[int, Choice]) -> AsyncGenerator[bytes, None]:
         async with aclosing(self.service.run(asked)) as pieces:
             opened = False
             async for index, choice, piece in pieces:

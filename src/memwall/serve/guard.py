@@ -11,11 +11,13 @@ import base64
 import binascii
 import hmac
 import json
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.responses import Response
 
+from memwall.serve.access import REQUEST_ID, TOLD, AccessLog, request_id
 from memwall.serve.fields import ApiError
 from memwall.serve.settings import LOOPBACK, ServerSettings
 
@@ -32,9 +34,15 @@ BODIES_AT_ONCE = 4
 class Guard:
     """An ASGI layer around the whole application: nothing behind it runs for who may not come in."""
 
-    def __init__(self, app: App, settings: ServerSettings) -> None:
+    def __init__(self, app: App, settings: ServerSettings, log: AccessLog | None = None) -> None:
+        """log: where answers are told."""
         self.app = app
         self.settings = settings
+        self.keys = dict(settings.api_keys)
+        """Keys by the names of their owners. May be replaced while it serves."""
+        if settings.api_key is not None:
+            self.keys[""] = settings.api_key
+        self.log = log
         self._room = BODIES_AT_ONCE * settings.most_body_bytes
         self._freed = asyncio.Condition()
 
@@ -42,9 +50,26 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = {name.lower(): value for name, value in scope["headers"]}
+        number, began, told = request_id(headers), time.perf_counter(), [0, 0.0]
+
+        async def with_id(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                told[:] = [message["status"], time.perf_counter() - began]
+                message = {**message, "headers": [*message.get("headers", ()), (REQUEST_ID, number)]}
+            await send(message)
+
+        try:
+            return await self._let_in(scope, headers, receive, with_id)
+        finally:
+            if self.log is not None:
+                self.log.tell(scope, int(told[0]), told[1], time.perf_counter() - began, number)
+
+    async def _let_in(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         try:
             self._check_host(headers)
-            self._check_key(headers)
+            owner = self._check_key(headers)
+            if owner:
+                scope.setdefault(TOLD, {})["key"] = owner
             size = self._check_body(scope, headers)
         except ApiError as error:
             return await refuse(error)(scope, receive, send)
@@ -67,25 +92,29 @@ class Guard:
         return await self.app(scope, receive, send)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
-        if not self.settings.local or self.settings.api_key is not None:
+        if not self.settings.local or self.settings.guarded:
             return
         host = headers.get(b"host", b"").decode("latin-1")
         name = host[: host.rfind("]") + 1].strip("[]") if host.startswith("[") else host.split(":")[0]
         if name.lower() not in LOOPBACK:
             raise ApiError(f"this server answers to {', '.join(LOOPBACK)} only, not {name[:80]!r}", status=421)
 
-    def _check_key(self, headers: dict[bytes, bytes]) -> None:
-        key = self.settings.api_key
-        if key is None:
-            return
+    def _check_key(self, headers: dict[bytes, bytes]) -> str:
+        """Whose key it is."""
+        if not self.settings.guarded:
+            return ""
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() == b"basic":  # what a browser asks for; the name does not matter
             try:
                 given = base64.b64decode(given, validate=True).partition(b":")[2]
             except binascii.Error:
                 given = b""
-        if not hmac.compare_digest(given.strip(), key.encode()):
+        given = given.strip()
+        # all are compared, so that the time tells nothing
+        owners = [owner for owner, key in self.keys.items() if hmac.compare_digest(given, key.encode())]
+        if not owners:
             raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
+        return owners[0]
 
     def _check_body(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
         """Bytes to read; zero where there is no body."""

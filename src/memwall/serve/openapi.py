@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from memwall import __version__
-from memwall.serve.parse import IGNORED, LARGEST_SEED
+from memwall.serve.parse import IGNORED, LARGEST_SEED, MOST_BIAS, MOST_BIASED, MOST_PENALTY
 from memwall.serve.settings import ServerSettings
 
 Schema = dict[str, Any]
@@ -68,7 +68,7 @@ def document(settings: ServerSettings, *, vocab: int, adapters: bool, width: int
         "paths": paths,
         "components": {"schemas": bodies | _answers()},
     }
-    if settings.api_key is not None:
+    if settings.guarded:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         found["security"] = [{"key": []}]
     return found
@@ -119,6 +119,14 @@ def _operation(
     return found
 
 
+_FORMS: Schema = {
+    "anyOf": [
+        _object(closed=True, type={"enum": ["text", "json_object"]}),
+        _object(
+            closed=True, type={"const": "json_schema"}, json_schema=_object(("schema",), name=TEXT, schema=ANYTHING)
+        ),
+    ]
+}
 _ERROR_CONTENT: Schema = {"application/json": {"schema": _ref("Error")}}
 
 
@@ -142,9 +150,15 @@ def _asked(settings: ServerSettings, vocab: int) -> Schema:
         "top_k": _within("integer", 0, 1 << 31),
         "seed": seed,
         "stop": {"anyOf": [stop, _list(stop, 0, settings.most_stops)]},
-        "frequency_penalty": {"const": 0},
-        "presence_penalty": {"const": 0},
-        "logit_bias": {"const": {}},
+        "frequency_penalty": _within("number", -MOST_PENALTY, MOST_PENALTY),
+        "presence_penalty": _within("number", -MOST_PENALTY, MOST_PENALTY),
+        "logit_bias": {
+            "type": "object",
+            "maxProperties": MOST_BIASED,
+            "propertyNames": {"pattern": "^[0-9]+$"},
+            "additionalProperties": _within("number", -MOST_BIAS, MOST_BIAS),
+        },
+        "response_format": _FORMS,
         "ignore_eos": FLAG,
         "priority": _within("integer", -(1 << 31), 1 << 31),
         "cache_salt": TEXT,
@@ -167,7 +181,6 @@ def _asked(settings: ServerSettings, vocab: int) -> Schema:
         "tools": {"const": []},
         "functions": {"const": []},
         "tool_choice": {"enum": ["none", "auto"]},
-        "response_format": {"const": {"type": "text"}},
         "modalities": {"const": ["text"]},
         "parallel_tool_calls": FLAG,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +17,27 @@ from memwall.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
     from memwall.engine.adapters import Adapters
+    from memwall.engine.guide import Guide, TokenTable
 
 IGNORED = ("metadata", "store", "service_tier", "safety_identifier")
 SHARED = (
     "model", "stream", "stream_options", "n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
     "frequency_penalty", "presence_penalty", "logit_bias", "ignore_eos", "priority", "cache_salt", "user",
-    "prompt_cache_key", "return_token_ids", *IGNORED,
+    "prompt_cache_key", "return_token_ids", "response_format", *IGNORED,
 )  # fmt: skip
 COMPLETION = (*SHARED, "prompt", "echo", "best_of", "suffix")
 CHAT = (
-    *SHARED, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
+    *SHARED, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
     "functions", "modalities", "parallel_tool_calls",
 )  # fmt: skip
 EMBEDDING = ("model", "input", "encoding_format", "dimensions", "user", "priority", *IGNORED)
 TOKENIZE = ("model", "prompt", "messages", "add_special_tokens")
 DETOKENIZE = ("model", "tokens")
 LARGEST_SEED = (1 << 63) - 1
+MOST_PENALTY = 2.0
+MOST_BIAS = 100.0
+MOST_BIASED = 1024
+ELSEWHERE = "is not supported where tokens are drawn by other processes (semi-pd, nexus, distserve); leave it out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +74,12 @@ class Parser:
         vocab: int,
         adapters: Adapters | None = None,
         width: int = 0,
+        eos: Sequence[int] = (),
+        draws: bool = True,
     ) -> None:
-        """adapters: served as models beside the base. width: numbers of an embedding; 0 where none are made."""
+        """adapters: served as models beside the base. width: numbers of an embedding; 0 where none are made. eos:
+        tokens that end a text. draws: tokens are drawn in this process, where what was made before can have a say.
+        """
         self.settings = settings
         self.tokenizer = tokenizer
         self.template = template
@@ -77,6 +87,9 @@ class Parser:
         self.vocab = vocab
         self.adapters = adapters
         self.width = width
+        self.eos = tuple(eos)
+        self.draws = draws
+        self._table: TokenTable | None = None
 
     def completion(self, body: dict[str, Any]) -> Asked:
         """A body of `/v1/completions`."""
@@ -101,7 +114,6 @@ class Parser:
         for name in ("tools", "functions"):
             fields.neutral(name, [])
         fields.neutral("tool_choice", "none", "auto")
-        fields.neutral("response_format", {"type": "text"})
         fields.neutral("modalities", ["text"])
         model = self._model(fields)
         try:
@@ -235,6 +247,7 @@ class Parser:
             message = f"{limit} is {new:,}, but a prompt of {longest:,} tokens leaves {left:,} of {self.context:,}"
             raise ApiError(message, code="context_length_exceeded", param=limit)
         sampling = self._sampling(fields, new)
+        guide = self._guide(fields)
         salt = (fields.text("cache_salt") or "").encode("utf-8", "surrogatepass")
         priority = fields.integer("priority", 0, -(1 << 31), 1 << 31)
         user, session = fields.text("user"), fields.text("prompt_cache_key")
@@ -252,6 +265,7 @@ class Parser:
                         priority=priority,
                         user=user,
                         session=session,
+                        guide=guide,
                     )
                 )
         return Asked(
@@ -266,9 +280,9 @@ class Parser:
         )
 
     def _sampling(self, fields: Fields, new: int) -> Sampling:
-        for name in ("frequency_penalty", "presence_penalty"):
-            fields.neutral(name, 0)
-        fields.neutral("logit_bias", {})
+        bends = ("frequency_penalty", "presence_penalty", "logit_bias")
+        if not self.draws and (asked := [name for name in bends if fields.get(name)]):
+            raise ApiError(f"{asked[0]} {ELSEWHERE}", param=asked[0], code="unsupported_parameter")
         temperature = fields.number("temperature", 1.0, 0.0, 2.0)
         top_p = fields.number("top_p", 1.0, 0.0, 1.0)
         return Sampling(
@@ -278,7 +292,55 @@ class Parser:
             top_k=fields.integer("top_k", 0, 0, 1 << 31),
             seed=fields.integer("seed", secrets.randbelow(LARGEST_SEED), 0, LARGEST_SEED),
             ignore_eos=fields.boolean("ignore_eos"),
+            frequency_penalty=fields.number("frequency_penalty", 0.0, -MOST_PENALTY, MOST_PENALTY),
+            presence_penalty=fields.number("presence_penalty", 0.0, -MOST_PENALTY, MOST_PENALTY),
+            bias=self._bias(fields.get("logit_bias")),
         )
+
+    def _bias(self, bias: Any) -> tuple[tuple[int, float], ...]:
+        """What `logit_bias` adds, by token id."""
+        if bias is None:
+            return ()
+        if not isinstance(bias, dict) or len(bias) > MOST_BIASED:
+            raise ApiError(f"logit_bias must be an object of at most {MOST_BIASED} token ids", param="logit_bias")
+        values = Fields(bias, bias)
+        for token in bias:
+            if (
+                not token.isascii()
+                or not token.isdigit()
+                or len(token) > len(str(self.vocab))
+                or int(token) >= self.vocab
+            ):
+                message = f"logit_bias: {token[:40]!r} is no token id from 0 to {self.vocab - 1}"
+                raise ApiError(message, param="logit_bias")
+        return tuple((int(token), values.number(token, 0.0, -MOST_BIAS, MOST_BIAS)) for token in bias)
+
+    def _guide(self, fields: Fields) -> Guide | None:
+        """The form that `response_format` asks for."""
+        form, param = fields.get("response_format"), "response_format"
+        if form is None or form == {"type": "text"}:
+            return None
+        kind = form.get("type") if isinstance(form, dict) else None
+        if kind not in ("json_object", "json_schema") or set(form) - {"type", "json_schema"}:
+            raise ApiError("response_format is {type: text}, json_object, or json_schema with its schema", param=param)
+        if not self.draws or not self.eos:
+            why = ELSEWHERE if not self.draws else "needs a model with an end-of-text token"
+            raise ApiError(f"response_format {why}", param=param, code="unsupported_parameter")
+        if fields.boolean("ignore_eos"):
+            raise ApiError("an answer in a form ends, which ignore_eos forbids; leave one out", param="ignore_eos")
+        asked = form.get("json_schema")
+        if kind == "json_schema" and (not isinstance(asked, dict) or not isinstance(asked.get("schema"), dict)):
+            raise ApiError("json_schema must be an object with name and schema", param=param)
+        from memwall.engine.guide import Guide, TokenTable
+        from memwall.engine.json_schema import walker
+
+        try:
+            found = walker(asked["schema"] if kind == "json_schema" else None)
+        except InputError as error:
+            raise ApiError(f"response_format: {error}", param=param, code="unsupported_schema") from None
+        if self._table is None:
+            self._table = TokenTable(self.tokenizer, self.vocab, self.eos)
+        return Guide(found, self._table)
 
     def _stops(self, stop: Any) -> tuple[str, ...]:
         texts = [stop] if isinstance(stop, str) else [] if stop is None else stop

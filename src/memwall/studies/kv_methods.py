@@ -82,6 +82,14 @@ AS_THEY_ARE = tuple(name for name in METHODS if name in kv.POLICIES and name not
 """Methods that no budget is asked of, measured once: exact ones, and policies of the table that nobody has yet said how
 to set to a budget.
 """
+TOO_LARGE: dict[str, tuple[str, ...]] = {
+    "xquant": ("xquant(4bit)",),
+    "xquant-cl": ("xquant(4bit,cl=1)",),
+    "think": ("think(0.4)", "think(0.6)"),
+}
+"""What is measured of a method that meets no budget of a study, so that it stands in the table nevertheless: the
+settings that its authors use, and of ThinK those that other libraries are measured at.
+"""
 QUICK = ("float16", "kivi", "snapkv", "think", "epicache", "snapkv+kivi", "snapkv+think+kivi")
 FITS = {"cskv": "cskv(0.5,init=pca,train=0)", "locret": "locret"}
 """What to fit for a method that has found nothing fitted."""
@@ -118,7 +126,11 @@ def cells(methods: Sequence[str], budgets: Sequence[float], ground: Ground) -> l
         elif method in AS_THEY_ARE:
             found.append(replace(_of_policy(settings[0], ground), method=method))
         else:
-            found += _at_budgets(method, settings, budgets, ground)
+            mine = _at_budgets(method, settings, budgets, ground)
+            found += mine
+            if not any(cell.policy for cell in mine) and len(mine) == len(budgets):
+                standing = [_of_policy(policy, ground) for policy in TOO_LARGE.get(method, ())]
+                found += [replace(cell, method=method) for cell in standing]
     return found
 
 

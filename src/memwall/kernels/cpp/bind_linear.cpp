@@ -624,15 +624,20 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
           "shift"_a, "mask"_a, "unit"_a, "Says how the codes become float16: see mw::Levels")
       .def(
           "set_signed",
-          [](PyLevels& self, Table<std::uint8_t> low, Table<std::uint8_t> high, int bytes) {
-            require(low.shape(0) <= 64 && high.shape(0) == low.shape(0) && (bytes == 1 || bytes == 2), "no table of magnitudes");
+          [](PyLevels& self, Table<std::uint8_t> low, Table<std::uint8_t> high, const std::string& kind, float upper_units) {
+            const auto named = kind == "bytes"    ? mw::Magnitudes::bytes
+                               : kind == "digits" ? mw::Magnitudes::digits
+                               : kind == "ranges" ? mw::Magnitudes::ranges
+                                                  : mw::Magnitudes::none;
+            require(low.shape(0) <= 64 && high.shape(0) == low.shape(0) && named != mw::Magnitudes::none, "no table of magnitudes");
             for (int i = 0; i < 64; ++i) {
               self.levels->magnitude_low[i] = low.data()[i % low.shape(0)];
               self.levels->magnitude_high[i] = high.data()[i % low.shape(0)];
             }
-            self.levels->magnitude_bytes = bytes;
+            self.levels->magnitudes = named;
+            self.levels->upper_units = upper_units;
           },
-          "low"_a, "high"_a, "bytes"_a, "Says that the highest bit of a code is a sign: see mw::Levels");
+          "low"_a, "high"_a, "kind"_a, "upper_units"_a, "Says that the highest bit of a code is a sign: see mw::Levels");
   m.def("level_matrix", &level_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "levels"_a, "scale_form"_a,
         "scales"_a, "extra"_a);
   m.def("turned_matrix", &turned_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a.noconvert(), "levels"_a, "into"_a, "back"_a,

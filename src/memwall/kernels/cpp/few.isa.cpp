@@ -1,5 +1,6 @@
-// Integer products of a few tokens, as many as are quantized side by side: weights are unpacked into registers and multiplied with
-// all tokens there, so that a batch costs no more than reading the weights while arithmetic keeps up.
+// Integer products of a few tokens: weights are unpacked into registers and multiplied with as many tokens there as are quantized
+// side by side, so that a batch costs no more than reading the weights while arithmetic keeps up. A tile that has been read is near:
+// unpacking it again for some more tokens costs less than a panel does.
 #include "linear_kernels.h"
 #include "sparse_tiles.h"
 
@@ -91,10 +92,17 @@ void few_tokens(const Matrix& m, const Input& input, std::int64_t begin, std::in
   alignas(64) float values[kTokenBlock][kTileRows];
   const int tokens = static_cast<int>(input.tokens);
   for (std::int64_t tile = begin; tile < end; ++tile) {
-    if (tokens <= 2) few_tokens_tile<Tiles, 2>(m, input.coded, tile, values);
-    else if (tokens <= 4 || kTokenBlock == 4) few_tokens_tile<Tiles, kTokenBlock < 4 ? kTokenBlock : 4>(m, input.coded, tile, values);
-    else few_tokens_tile<Tiles, kTokenBlock>(m, input.coded, tile, values);
-    for (int t = 0; t < tokens; ++t) write_rows(values[t], t, tile * kTileRows, kTileRows, out);
+    Activations block = input.coded;
+    for (int first = 0; first < tokens; first += kTokenBlock) {
+      const int count = tokens - first < kTokenBlock ? tokens - first : kTokenBlock;
+      if (count <= 2) few_tokens_tile<Tiles, 2>(m, block, tile, values);
+      else if (count <= 4 || kTokenBlock == 4) few_tokens_tile<Tiles, kTokenBlock < 4 ? kTokenBlock : 4>(m, block, tile, values);
+      else few_tokens_tile<Tiles, kTokenBlock>(m, block, tile, values);
+      for (int t = 0; t < count; ++t) write_rows(values[t], first + t, tile * kTileRows, kTileRows, out);
+      block.codes += block.padded_cols() * kTokenBlock;
+      block.scales += block.groups * kTokenBlock;
+      block.sums += block.groups * kTokenBlock;
+    }
   }
 }
 

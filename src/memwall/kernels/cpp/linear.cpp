@@ -342,6 +342,15 @@ void run_jobs(const Job* jobs, std::size_t count, double seconds) {
   }, next, kAheadWorkers);
 }
 
+// Up to so many blocks of tokens a tile is unpacked again for each; with more of them a panel is unpacked once for all. What is
+// quicker was measured: it depends on how many operations a product takes, and on the planes that codes are put together from.
+int few_blocks(const LinearKernels& kernels, const Matrix& m) {
+  const bool one_plane = (m.bits & (m.bits - 1)) == 0;
+  if (m.form == Form::sparse || kernels.token_block < 4) return 1;
+  if (kernels.token_block == 4) return one_plane && m.bits < 8 ? 1 : 2;
+  return one_plane ? 4 : 2;
+}
+
 // At most kMaxTokens tokens and kMaxJobs products.
 void linear_block(const Input& plain, const Product* products, std::size_t count, bool exact, std::int64_t first_token) {
   const LinearKernels& kernels = linear_kernels_in_use();
@@ -413,7 +422,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       const bool ordered = ordered_tiles(m);
       if (!ordered && inputs[slot].coded.codes == nullptr) inputs[slot].coded = quantize(kernels, plain, m.group, g_activations[slot]);
       job.input = ordered ? &own : &inputs[slot];
-      side_by_side = plain.tokens <= kernels.token_block && m.bytes() <= 1;
+      side_by_side = plain.tokens <= kernels.token_block * few_blocks(kernels, m) && m.bytes() <= 1;
       if (one) job.kernel = m.form == Form::sparse ? kernels.sparse_one : kernels.tiles_one;
       else job.kernel = side_by_side ? kernels.tiles_few : kernels.tiles_many;
     }

@@ -25,6 +25,11 @@ enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, code
 // dynamic levels that one float per 256 scales and an offset per row tile make a scale of; the last has no scales.
 enum class ScaleForm : int { half, single, exponent, nested, one };
 
+// What levels with a sign bit are made of. bytes: of one byte of 63 at most. digits: of low + 128 * high, 127 and 16 at most. ranges:
+// of low for the lower half of the codes and upper_units * high for the others; with codes of 6 bits 31 and 63 at most, of 7 bits
+// 63 and 127.
+enum class Magnitudes : int { none, bytes, digits, ranges };
+
 // What codes mean where they are not integers. Exact products read `values`; products with 8-bit activations the bytes: a code
 // stands for (low - low_offset) units, or with two bytes for (low - low_offset) + 256 * (high - high_offset) of them. Where
 // scales come in pairs, the high byte is that of the second scale, and `values` those of the first.
@@ -44,9 +49,10 @@ struct Levels {
   int half_shift = 0;
   std::uint16_t half_mask = 0;
   float half_unit = 0.0f;
-  // Levels whose highest bit is a sign: what the other bits stand for in units, low + 128 * high where there are two bytes. None: 0.
+  // Levels whose highest bit is a sign: what the other bits of codes stand for in units.
   alignas(64) std::uint8_t magnitude_low[64], magnitude_high[64];
-  int magnitude_bytes = 0;
+  Magnitudes magnitudes = Magnitudes::none;
+  float upper_units = 1.0f;
 };
 
 // Bilevel tiles (formats/spqr.py defines them): statistics of 16 rows by 16 columns are 16 scale codes and 16 zero codes of 3 bits
@@ -213,7 +219,7 @@ struct LinearKernels {
   // quantizes `count` tokens (at most block) of x into block number `index` of `to`
   void (*quantize)(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to);
   void (*quantize_ordered)(const float* x, const Matrix&, int count, std::int64_t index, const Activations& to);  // columns in the order of a matrix
-  StripKernel tiles_one, tiles_few, tiles_many, tiles_exact;  // few: up to token_block of them, where levels have a byte at most
+  StripKernel tiles_one, tiles_few, tiles_many, tiles_exact;  // few: up to a few blocks of them, where levels have a byte at most
   StripKernel float_one[3], float_many[3];  // by Form
   StripKernel planes, planes_exact;
   StripKernel bilevel_one, bilevel_many, bilevel_exact;

@@ -92,10 +92,11 @@ struct FloatPanel {
 };
 static_assert(sizeof(FloatPanel) <= kWorkerScratchBytes);
 
-template <int Tokens>
+// Apart: these columns are summed up by themselves and then added to what is there.
+template <int Tokens, bool Apart>
 void panel_block(const float* panel, const float* x, std::int64_t stride, int num_cols, float (*sums)[kStripRows]) {
-  Vf total[Tokens][kStripVectors];
-  for (int t = 0; t < Tokens; ++t)
+  Vf total[Tokens][kStripVectors] = {};
+  for (int t = 0; t < Tokens && !Apart; ++t)
     for (int v = 0; v < kStripVectors; ++v) total[t][v] = load<Vf>(sums[t] + v * kWidth);
   for (int c = 0; c < num_cols; ++c, panel += kStripRows) {
     Vf weights[kStripVectors];
@@ -106,19 +107,24 @@ void panel_block(const float* panel, const float* x, std::int64_t stride, int nu
     }
   }
   for (int t = 0; t < Tokens; ++t)
-    for (int v = 0; v < kStripVectors; ++v) store(sums[t] + v * kWidth, total[t][v]);
+    for (int v = 0; v < kStripVectors; ++v) {
+      if (Apart) total[t][v] += load<Vf>(sums[t] + v * kWidth);
+      store(sums[t] + v * kWidth, total[t][v]);
+    }
 }
 
-void panel_products(const FloatPanel& panel, const Input& input, std::int64_t first_col, int num_cols, float (*sums)[kStripRows]) {
+// Columns of the panel from `begin` on times those of the input from first_col on.
+template <bool Apart>
+void panel_products(const FloatPanel& panel, int begin, const Input& input, std::int64_t first_col, int num_cols, float (*sums)[kStripRows]) {
   const int tokens = static_cast<int>(input.tokens);
+  const float* weights = panel.weights[begin];
   int t = 0;
   for (; t + kTokenBlock <= tokens; t += kTokenBlock)
-    panel_block<kTokenBlock>(panel.weights[0], input.x + t * input.cols + first_col, input.cols, num_cols, sums + t);
+    panel_block<kTokenBlock, Apart>(weights, input.x + t * input.cols + first_col, input.cols, num_cols, sums + t);
   static_for<kTokenBlock>([&](auto index) {
     constexpr int count = decltype(index)::value;
     if constexpr (count > 0)
-      if (tokens - t == count)
-        panel_block<count>(panel.weights[0], input.x + t * input.cols + first_col, input.cols, num_cols, sums + t);
+      if (tokens - t == count) panel_block<count, Apart>(weights, input.x + t * input.cols + first_col, input.cols, num_cols, sums + t);
   });
 }
 
@@ -155,8 +161,12 @@ void transpose_panel(const Matrix& m, std::int64_t first_row, std::int64_t first
   }
 }
 
+// Numbers of dense matrices are summed up so many columns at a time: one sum over all columns loses twice as much to rounding where
+// the largest come first. Packed ones are not, whose few tokens are summed in one run (exact.isa.cpp) and must get the same bits.
+constexpr int kSumColumns = 64;
+
 // Fills the panel strip by strip and column chunk by column chunk; `fill(strip, first_col, num_cols)` writes it.
-template <class Fill>
+template <bool Dense = false, class Fill>
 void panel_strips(const Input& input, std::int64_t begin, std::int64_t end, const Output& out, FloatPanel& panel, Fill fill) {
   const int tokens = static_cast<int>(input.tokens);
   for (std::int64_t strip = begin; strip < end; ++strip) {
@@ -165,7 +175,9 @@ void panel_strips(const Input& input, std::int64_t begin, std::int64_t end, cons
     for (std::int64_t c = 0; c < input.cols; c += kPanelColumns) {
       const int num_cols = static_cast<int>(input.cols - c < kPanelColumns ? input.cols - c : kPanelColumns);
       fill(strip, c, num_cols);
-      panel_products(panel, input, c, num_cols, panel.sums);
+      if (!Dense) panel_products<false>(panel, 0, input, c, num_cols, panel.sums);
+      for (int at = 0; Dense && at < num_cols; at += kSumColumns)
+        panel_products<true>(panel, at, input, c + at, num_cols - at < kSumColumns ? num_cols - at : kSumColumns, panel.sums);
     }
     for (int t = 0; t < tokens; ++t) write_rows(panel.sums[t], t, strip * kStripRows, kStripRows, out);
   }
@@ -210,7 +222,7 @@ void float_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
   const std::int64_t end_row = end * kStripRows < m.rows ? end * kStripRows : m.rows;
   if (input.tokens <= kMostRowTokens) return row_products<Type>(m, input, begin * kStripRows, end_row, out);
   FloatPanel& panel = *reinterpret_cast<FloatPanel*>(scratch);
-  panel_strips(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
+  panel_strips<true>(input, begin, end, out, panel, [&](std::int64_t strip, std::int64_t first_col, int num_cols) {
     transpose_panel<Type>(m, strip * kStripRows, first_col, num_cols, panel);
   });
 }

@@ -33,35 +33,42 @@ std::int32_t quantize_group(const float* x, std::int64_t stride, std::int8_t* co
   return sum_of(sum);
 }
 
-// One token whose columns are gathered in the order of a matrix while they are rounded: no ordered copy of the token is made.
+// Tokens of a block, group by group: what they write lies side by side, a kilobyte at a time, and is not fetched again for every
+// token. The last group may be short.
 template <int Group>
-void quantize_gathered(const float* x, const Matrix& ordered, std::int64_t stride, std::int8_t* codes, float* scales, std::int32_t* sums,
-                       int block) {
-  const auto all = [&](const auto* order) {
-    alignas(64) float values[Group];
-    for (std::int64_t first = 0; first < ordered.cols; first += Group, codes += Group / 4 * stride, scales += block, sums += block) {
-      const std::int64_t count = ordered.cols - first < Group ? ordered.cols - first : Group;
-      for (std::int64_t i = 0; i < count; ++i) values[i] = x[order[first + i]];
-      for (std::int64_t i = count; i < Group; ++i) values[i] = 0.0f;
-      *sums = quantize_group<Group>(values, stride, codes, scales);
+void quantize_tokens(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
+  const std::int64_t stride = 4 * to.block;
+  std::int8_t* codes = to.codes + index * to.padded_cols() * to.block;
+  float* scales = to.scales + index * to.groups * to.block;
+  std::int32_t* sums = to.sums + index * to.groups * to.block;
+  for (std::int64_t first = 0; first < cols; first += Group, codes += Group / 4 * stride, scales += to.block, sums += to.block)
+    for (int t = 0; t < count; ++t) {
+      const float* from = x + t * cols + first;
+      float padded[Group];
+      if (cols - first < Group) {
+        for (std::int64_t i = 0; i < Group; ++i) padded[i] = first + i < cols ? from[i] : 0.0f;
+        from = padded;
+      }
+      sums[t] = quantize_group<Group>(from, stride, codes + 4 * t, scales + t);
     }
-  };
-  if (ordered.wide) all(static_cast<const std::uint32_t*>(ordered.order));
-  else all(static_cast<const std::uint16_t*>(ordered.order));
 }
 
-// One token; the last group may be short.
-template <int Group>
-void quantize_token(const float* x, std::int64_t cols, std::int64_t stride, std::int8_t* codes, float* scales, std::int32_t* sums,
-                    int block) {
-  for (; cols > 0; cols -= Group, x += Group, codes += Group / 4 * stride, scales += block, sums += block) {
-    if (cols >= Group) {
-      *sums = quantize_group<Group>(x, stride, codes, scales);
-      continue;
+// The same with columns gathered in the order of a matrix while they are rounded: no ordered copy of the tokens is made.
+template <int Group, class Index>
+void quantize_gathered(const float* x, const Index* order, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
+  const std::int64_t stride = 4 * to.block;
+  std::int8_t* codes = to.codes + index * to.padded_cols() * to.block;
+  float* scales = to.scales + index * to.groups * to.block;
+  std::int32_t* sums = to.sums + index * to.groups * to.block;
+  alignas(64) float values[Group];
+  for (std::int64_t first = 0; first < cols; first += Group, codes += Group / 4 * stride, scales += to.block, sums += to.block) {
+    const std::int64_t held = cols - first < Group ? cols - first : Group;
+    for (int t = 0; t < count; ++t) {
+      const float* from = x + t * cols;
+      for (std::int64_t i = 0; i < held; ++i) values[i] = from[order[first + i]];
+      for (std::int64_t i = held; i < Group; ++i) values[i] = 0.0f;
+      sums[t] = quantize_group<Group>(values, stride, codes + 4 * t, scales + t);
     }
-    float padded[Group] = {};
-    for (std::int64_t i = 0; i < cols; ++i) padded[i] = x[i];
-    *sums = quantize_group<Group>(padded, stride, codes, scales);
   }
 }
 
@@ -165,18 +172,70 @@ void one_token_halves(const Matrix& m, const Activations& a, std::int64_t tile, 
   for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
 }
 
+// A bit of each of 32 codes in the highest bit of their bytes, where a blend looks for it; lower bits are whatever was there.
+template <int Bit>
+MW_INLINE Vb bit_on_top(const std::uint8_t* from) { return (Vb)(load<Vh>(from) << (7 - Bit)); }
+MW_INLINE Vb choose(Vb without, Vb with, Vb on_top) {
+  return (Vb)_mm256_blendv_epi8((__m256i)without, (__m256i)with, (__m256i)on_top);
+}
+
+// The pieces of 32 codes of 5, 6 or 7 bits whose highest is a sign, read from the planes and never put together: four bits, which
+// a shuffle takes, and on top of bytes the fifth and the sixth bit of the magnitude and the sign.
+template <int Bits>
+struct SignedCodes {
+  Vb low, fifth, sixth, sign;
+  template <int I>
+  static MW_INLINE SignedCodes read(const std::uint8_t* unit) {
+    constexpr int kTwoBits = 4 * kLaneVectorBytes, kOneBit = (Bits - 1) * kLaneVectorBytes;  // planes of 4, 2 and 1 bits
+    SignedCodes codes{};
+    codes.low = code_block<4, I>(unit);
+    const std::uint8_t* two = unit + kTwoBits + kLaneVectorBytes * (I / 4);
+    if constexpr (Bits >= 6) codes.fifth = bit_on_top<2 * (I % 4)>(two);
+    if constexpr (Bits == 6) codes.sign = bit_on_top<2 * (I % 4) + 1>(two);
+    if constexpr (Bits == 7) codes.sixth = bit_on_top<2 * (I % 4) + 1>(two);
+    if constexpr (Bits != 6) codes.sign = bit_on_top<I>(unit + kOneBit);
+    return codes;
+  }
+  // Bytes of a table by all bits of the magnitude but, in codes of 7 bits, the sixth.
+  static MW_INLINE Vb half(const std::uint8_t* table, Vb low, Vb fifth) {
+    if constexpr (Bits == 5) return look_up<4>(table, low);
+    else return choose(look_up<4>(table, low), look_up<4>(table + 16, low), fifth);
+  }
+  MW_INLINE Vb bytes(const std::uint8_t* table) const {
+    if constexpr (Bits == 7) return choose(half(table, low, fifth), half(table + 32, low, fifth), sixth);
+    else return half(table, low, fifth);
+  }
+  // Magnitudes of the lower half of the codes and those of the upper half, zero where a code is of the other half. A shuffle gives
+  // zero where bit 7 of what it reads is set.
+  MW_INLINE void ranges(const Levels& levels, Vb* lower, Vb* upper) const {
+    if constexpr (Bits == 7) {
+      const Vb is_upper = (Vb)_mm256_cmpgt_epi8(_mm256_setzero_si256(), (__m256i)sixth);
+      *lower = half(levels.magnitude_low, low, fifth) & ~is_upper;
+      *upper = half(levels.magnitude_high, low, fifth) & is_upper;
+    } else {
+      const Vb at = low | (fifth & 0x80);
+      *lower = look_up<4>(levels.magnitude_low, at);
+      *upper = look_up<4>(levels.magnitude_high, at ^ 0x80);
+    }
+  }
+};
+
 // One token, one tile of levels with a sign bit: the table of magnitudes is half as large, and the sign is given to the
-// activations. Magnitudes are one byte of 63 at most, or 128 * a byte of 16 at most + a byte of 127 at most.
-template <int Bits, bool Two>
+// activations. See mw::Levels for what magnitudes are made of; the largest bytes say how many products 16 bits hold.
+template <int Bits, Magnitudes Kind>
 void one_token_signed(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
+  constexpr bool kRanges = Kind == Magnitudes::ranges, kDigits = Kind == Magnitudes::digits;
+  using Low = NarrowDot<kDigits ? 1 : kRanges && Bits == 6 ? 4 : 2>;
+  using High = NarrowDot<kDigits ? 8 : kRanges && Bits == 6 ? 2 : 1>;
   const Levels& levels = *m.levels;
+  const float high_units = kDigits ? 128.0f : levels.upper_units;
   const int units = m.group / kUnitColumns;
   const std::uint8_t* unit = m.tile(tile);
   const std::int8_t* x = a.codes;
   Vf total[kPieces] = {};
   for (std::int64_t g = 0; g < m.groups; ++g) {
-    NarrowDot<Two ? 1 : 2> low[kPieces];
-    NarrowDot<Two ? 8 : 1> high[kPieces];
+    Low low[kPieces];
+    High high[kPieces];
     for (int p = 0; p < kPieces; ++p) {
       low[p].start(Vi{});
       high[p].start(Vi{});
@@ -185,19 +244,21 @@ void one_token_signed(const Matrix& m, const Activations& a, std::int64_t tile, 
       static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
         constexpr int I = decltype(block)::value;
         if constexpr (I < Bits) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
-        const Vb four = repeat_four(x + 4 * I);
+        const Vb four = repeat_four(x + 4 * I), negative = Vb{} - four;
         for (int p = 0; p < kPieces; ++p) {
-          const Vb codes = code_block<Bits, I>(unit + p * kVectorBytes);
-          const Vb sign = (Vb)((Vh)codes << (8 - Bits)) | 1;
-          const Vb turned = (Vb)_mm256_sign_epi8((__m256i)four, (__m256i)sign);
-          // the sign bit of a code of 7 bits at most disturbs no shuffle
-          low[p].template add<I>(look_up<Bits - 1>(levels.magnitude_low, codes), turned);
-          if constexpr (Two) high[p].template add<I>(look_up<Bits - 1>(levels.magnitude_high, codes), turned);
+          const auto codes = SignedCodes<Bits>::template read<I>(unit + p * kVectorBytes);
+          const Vb turned = choose(four, negative, codes.sign);
+          Vb lower, upper;
+          if constexpr (kRanges) codes.ranges(levels, &lower, &upper);
+          else lower = codes.bytes(levels.magnitude_low);
+          if constexpr (kDigits) upper = codes.bytes(levels.magnitude_high);
+          low[p].template add<I>(lower, turned);
+          if constexpr (Kind != Magnitudes::bytes) high[p].template add<I>(upper, turned);
         }
       });
     for (int p = 0; p < kPieces; ++p) {
       Vf sum = to_float(low[p].total());
-      if constexpr (Two) sum += to_float(high[p].total()) * 128.0f;
+      if constexpr (Kind != Magnitudes::bytes) sum += to_float(high[p].total()) * high_units;
       total[p] += group_scale(m, tile, g, p) * (a.scales[g] * levels.unit) * sum;
     }
   }
@@ -206,7 +267,11 @@ void one_token_signed(const Matrix& m, const Activations& a, std::int64_t tile, 
 
 template <int Bits>
 void tiles_signed(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out) {
-  const auto one = m.levels->magnitude_bytes == 2 ? one_token_signed<Bits, true> : one_token_signed<Bits, false>;
+  auto one = one_token_signed<Bits, Magnitudes::bytes>;
+  if (m.levels->magnitudes == Magnitudes::digits) one = one_token_signed<Bits, Magnitudes::digits>;
+  if constexpr (Bits > 5) {
+    if (m.levels->magnitudes == Magnitudes::ranges) one = one_token_signed<Bits, Magnitudes::ranges>;
+  }
   for (std::int64_t tile = begin; tile < end; ++tile) {
     alignas(64) float values[kTileRows];
     one(m, input.coded, tile, values);
@@ -364,22 +429,27 @@ PanelBlock pick_panel_block(const Matrix& m, int tokens, bool first = true) {
 }  // namespace
 
 void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
-  const auto one = to.group == 256 ? quantize_token<256> : to.group == 16 ? quantize_token<16> : to.group == 32 ? quantize_token<32> : to.group == 64 ? quantize_token<64> : quantize_token<128>;
-  const std::int64_t codes = index * to.padded_cols() * to.block, statistics = index * to.groups * to.block;
-  for (int t = 0; t < count; ++t)
-    one(x + t * cols, cols, 4 * to.block, to.codes + codes + 4 * t, to.scales + statistics + t, to.sums + statistics + t, to.block);
+  const auto all = to.group == 256  ? quantize_tokens<256>
+                   : to.group == 16 ? quantize_tokens<16>
+                   : to.group == 32 ? quantize_tokens<32>
+                   : to.group == 64 ? quantize_tokens<64>
+                                    : quantize_tokens<128>;
+  all(x, cols, count, index, to);
 }
 
 void quantize_ordered(const float* x, const Matrix& m, int count, std::int64_t index, const Activations& to) {
-  const auto one = to.group == 32 ? quantize_gathered<32> : to.group == 64 ? quantize_gathered<64> : quantize_gathered<128>;
-  const std::int64_t codes = index * to.padded_cols() * to.block, statistics = index * to.groups * to.block;
-  for (int t = 0; t < count; ++t)
-    one(x + t * m.cols, m, 4 * to.block, to.codes + codes + 4 * t, to.scales + statistics + t, to.sums + statistics + t, to.block);
+  const auto all = [&](const auto* order) {
+    if (to.group == 32) quantize_gathered<32>(x, order, m.cols, count, index, to);
+    else if (to.group == 64) quantize_gathered<64>(x, order, m.cols, count, index, to);
+    else quantize_gathered<128>(x, order, m.cols, count, index, to);
+  };
+  if (m.wide) all(static_cast<const std::uint32_t*>(m.order));
+  else all(static_cast<const std::uint16_t*>(m.order));
 }
 
 void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  if (m.levels && m.levels->magnitude_bytes) {
+  if (m.levels && m.levels->magnitudes != Magnitudes::none) {
     if (m.bits == 5) return tiles_signed<5>(m, input, begin, end, out);
     if (m.bits == 6) return tiles_signed<6>(m, input, begin, end, out);
     return tiles_signed<7>(m, input, begin, end, out);
@@ -402,17 +472,41 @@ void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int
   });
 }
 
+// What a panel's codes are unpacked from. The next one's are fetched in parts while this one is multiplied: of a tile they are a
+// page at most, too little for the processor to see what comes, and the memory would rest while a batch is multiplied.
+struct PanelCodes {
+  const std::uint8_t* from[kStripTiles] = {};
+  std::int64_t bytes = 0;
+
+  PanelCodes() = default;
+  PanelCodes(const Matrix& m, std::int64_t strip, std::int64_t first_group, int num_groups) : bytes(num_groups * m.group_bytes()) {
+    for (int slot = 0; slot < kStripTiles; ++slot) {
+      const std::int64_t tile = strip * kStripTiles + slot;
+      if (tile < m.row_tiles) from[slot] = m.tile(tile) + first_group * m.group_bytes();
+    }
+  }
+  void fetch(int part, int parts) const {
+    for (const std::uint8_t* tile : from)
+      for (std::int64_t at = bytes * part / parts / 64 * 64; tile && at < bytes * (part + 1) / parts; at += 64)
+        __builtin_prefetch(tile + at, 0, 2);  // into the second level: the first holds the panel
+  }
+};
+
 void tiles_part(const Matrix& m, const Input& input, std::int64_t strip, std::int64_t first_group, std::int64_t end_group, std::int64_t first_token,
                 int tokens, float* sums, char* scratch) {
   Panel& panel = *reinterpret_cast<Panel*>(scratch);
   auto* to = reinterpret_cast<float(*)[kStripRows]>(sums);
   const std::int64_t chunk = kPanelColumns / m.group;
+  const int blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
   const bool two_sums = m.second || (!kWords && m.bytes() == 2);
   __builtin_memset(sums, 0, sizeof(float) * kStripRows * tokens);
   for (std::int64_t g = first_group; g < end_group; g += chunk) {
     const int num_groups = static_cast<int>(end_group - g < chunk ? end_group - g : chunk);
     unpack_panel(m, strip, g, num_groups, panel);
+    const std::int64_t left = end_group - g - num_groups;
+    const PanelCodes next(m, strip, g + num_groups, static_cast<int>(left < chunk ? left : chunk));
     for (int t = 0; t < tokens; t += kTokenBlock) {
+      next.fetch(t / kTokenBlock, blocks);
       const PanelBlock block = pick_panel_block(m, tokens - t < kTokenBlock ? tokens - t : kTokenBlock);
       const std::int64_t index = (first_token + t) / kTokenBlock;
       block(panel.parts[0], panel.parts[1], panel.mins, input.coded, index, g, num_groups, m.low_offset(), to + t);
@@ -426,7 +520,7 @@ void tiles_part(const Matrix& m, const Input& input, std::int64_t strip, std::in
 void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
   Panel& panel = *reinterpret_cast<Panel*>(scratch);
   const int tokens = static_cast<int>(input.tokens), chunk = kPanelColumns / m.group;
-  const int last = tokens % kTokenBlock;
+  const int last = tokens % kTokenBlock, blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
   const PanelBlock full = pick_panel_block(m, kTokenBlock), rest = last ? pick_panel_block(m, last) : nullptr;
   const bool two_sums = m.second || (!kWords && m.bytes() == 2);
   const PanelBlock full_more = pick_panel_block(m, kTokenBlock, false), rest_more = last ? pick_panel_block(m, last, false) : nullptr;
@@ -436,8 +530,12 @@ void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
       const int num_groups = static_cast<int>(m.groups - g < chunk ? m.groups - g : chunk);
       unpack_panel(m, strip, g, num_groups, panel);
       const bool is_last = g + num_groups == m.groups;
+      const std::int64_t next_group = is_last ? 0 : g + num_groups, left = m.groups - next_group;
+      PanelCodes next;
+      if (!is_last || strip + 1 < end) next = PanelCodes(m, strip + is_last, next_group, static_cast<int>(left < chunk ? left : chunk));
       for (int t = 0; t < tokens; t += kTokenBlock) {
         const int count = tokens - t < kTokenBlock ? tokens - t : kTokenBlock;
+        next.fetch(t / kTokenBlock, blocks);
         for (int i = t; is_last && i < t + count; ++i) expect_rows(i, strip * kStripRows, kStripRows, out);
         const PanelBlock block = count == kTokenBlock ? full : rest;
         block(panel.parts[0], panel.parts[1], panel.mins, input.coded, t / kTokenBlock, g, num_groups, m.low_offset(), panel.sums + t);
