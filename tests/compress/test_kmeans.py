@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwall.compress.kmeans import kmeans, on_a_line, on_lines, sample
+from memwall.compress.kmeans import kmeans, on_a_line, on_lines, quick_kmeans, sample
 from memwall.errors import InputError
 
 
@@ -160,3 +160,22 @@ def test_longer_lines_come_near_the_best() -> None:
         assert ours <= 1.01 * wanted
     with pytest.raises(InputError, match="finite"):
         on_lines(np.full((2, 5), np.nan), 2)
+
+
+@pytest.mark.parametrize("relax", [0.5, 0.9])
+def test_steps_beyond_the_means_end_at_means_and_never_raise_the_loss(relax: float) -> None:
+    random = np.random.default_rng(3)
+    points = random.standard_normal((2000, 3)).astype(np.float32)
+    found = kmeans(points, 20, relax=relax, iterations=60)
+    assert all(later <= earlier for earlier, later in pairwise(found.losses))
+    means = np.stack([points[found.labels == each].mean(axis=0) for each in range(20)])
+    assert np.abs(found.centroids - means).max() < 0.1
+    assert found.losses[-1] <= 1.05 * kmeans(points, 20).losses[-1]
+
+
+def test_quickly_and_as_well() -> None:
+    random = np.random.default_rng(0)
+    points, weights = random.standard_t(5, (8192, 4)).astype(np.float32), np.exp(random.standard_normal(8192))
+    found = quick_kmeans(points, 64, weights=weights)
+    assert found.labels.shape == (8192,)
+    assert found.losses[-1] <= 1.02 * kmeans(points, 64, weights=weights).losses[-1]

@@ -141,7 +141,7 @@ def _form(plain: _Plain, hessian: np.ndarray) -> Callable[[Values], Values]:
     """The form with its matrix where that is no larger than what the weights would take, else without."""
     part, rows = plain.stages[0].part, plain.rows
     entries = sum(stage.part.groups * stage.count for stage in plain.stages)  # of a block of rows
-    room = 12 * rows * len(hessian) + 4 * hessian.size
+    room = 16 * rows * len(hessian) + 4 * hessian.size  # what products with H held for every step
     if part.columns != len(hessian) or 4 * part.blocks(rows) * entries**2 > room:
         return plain.times
     return _Gram(plain.stages, hessian, rows).times

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memwall.compress.kmeans import kmeans, sample
+from memwall.compress.kmeans import quick_kmeans, sample
 from memwall.compress.sweep import ColumnQuantizer
 from memwall.formats import Packed
 from memwall.formats.vector_parts import Coded, Part, checked_halves, vectors_of
@@ -54,7 +54,7 @@ def learned(part: Part, values: np.ndarray, weights: np.ndarray, bits: int, trai
             continue
         costs = np.broadcast_to(weights[part.members(group)], vectors.shape[:2]).reshape(-1)
         taken = sample(len(points), POINTS_PER_CENTROID << bits, training.seed)
-        found = kmeans(
+        found = quick_kmeans(
             points[taken],
             1 << bits,
             weights=costs[taken],
