@@ -10,9 +10,9 @@ with random indices in the shapes of a model of a thousand million weights, one 
 
 What did not come out as asked in the whole run of 29 November 2026, and why:
 
-- Residuals at equal index bits: 0.0241 of the outputs lost by vectors of 8 with 256 and 256 centroids, 0.0234 by vectors
-  of 4 with 256. Two stages, each chosen by itself, lose about what vectors twice as long gain; the published step, from
-  0.0374 to 0.0118, adds half as many bits again. With centroids fitted to H the same form loses 0.0207.
+- Residuals at equal index bits: 0.0241 of the outputs lost by vectors of 8 with 256 and 256 centroids, 0.0234 by
+  vectors of 4 with 256. Two stages, each chosen by itself, lose about what vectors twice as long gain; the published
+  step, from 0.0374 to 0.0118, adds half as many bits again. With centroids fitted to H the same form loses 0.0207.
 - Vectors of two columns lose 0.987 times what vectors of two rows do, those of four and six 1.026 and 1.032 times: the
   trend is there, but over so short a vector there is little that one column could have made up for another.
 - GPTQ at 2 bits is better than vectors without a sweep (97 against 121), and rounding 1.7 times the float model's

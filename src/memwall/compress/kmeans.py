@@ -3,8 +3,8 @@
 Minimises sum over points of weight * |point - nearest centroid|^2 by Lloyd's rounds. A centroid without points (or with
 points of no weight) is moved to the point that costs most, so no round ever raises the sum. The search for the nearest
 centroid is compiled and holds nothing of the size points x centroids. `quick_kmeans` comes as far in a third of the
-work: it begins with a part of the points, and steps go beyond the means (`relax`), as a centroid goes on the way it went
-while points still change clusters.
+work: it begins with a part of the points, and steps go beyond the means (`relax`), as a centroid goes on the way it
+went while points still change clusters.
 
 Source: S. Lloyd, "Least squares quantization in PCM", 1982; D. Arthur and S. Vassilvitskii, "k-means++: the advantages
 of careful seeding", 2007, for the spread start, here with weights. Points on a line have a best clustering that can be
