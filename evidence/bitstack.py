@@ -1,17 +1,25 @@
 """BitStack's claims: quality over size from one stored stack, what its parts are worth, and a budget that moves.
 
-The bundled demo model is compressed once into a stack (rank 4: its matrices are a few hundred wide, and at the paper's
-rank 16 factors would outweigh signs), then scored at many sizes on held-out text in exact arithmetic. Sizes of weights
-are bytes of the stored forms of the linear layers, factors and all; embedding and head are float16 in every variant.
-Baselines of equal size: round-to-nearest and GPTQ with 2, 3 and 4 bits, and the singular vectors of the (scaled) signed
+The bundled demo model is compressed once into a stack, then scored at many sizes on held-out text in exact arithmetic.
+The rank is the one that the method takes for the model's width, 2: factors have a quarter of the signs' bytes. At rank
+4, which an earlier form of this file had, they took half of them, and HQQ's 2-bit form did better than the stack
+(perplexity 158.5 against 162.0 at 2.5 bits); at rank 1, tried next, the whole stack was 1.5 % above the float model.
+Sizes of weights are bytes of the stored forms of the linear layers, factors and all; embedding and head are float16 in
+every variant. Baselines of equal size: round-to-nearest, GPTQ and HQQ, and the singular vectors of the (scaled) signed
 matrices. A server's budget goes up and down a staircase while it answers: its resident set is sampled from outside.
 Speed is that of products with random blocks in the shapes of a model of a thousand million weights, taken alternately.
+
+A finding, which is a claim that fails: 16 blocks of rank 2 do not come within 0.5 % of the float model. Each block
+takes away about the mean magnitude of what is left, half of it at first, so that the few elements that are several
+times the mean are reached by the factors only: of a matrix's norm 7 % are left after 16 blocks at rank 1, 6 % at rank
+2, 4 % at rank 4.
 
 Text: `--data` a UTF-8 file (its first half calibrates, the second is scored); the bundled texts otherwise.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -56,7 +64,8 @@ from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 from memwall.plan.choose import held_out_text
 
-RANK = 4
+RANK = 2
+"""What the method takes for 256 columns."""
 WINDOW = 512
 TOLERANCE = 1.01
 """Of perplexity, for curves that may not rise."""
@@ -106,7 +115,7 @@ class Study:
         calibration = (self.calibration_text or BUNDLED_TEXT).read_text(encoding="utf-8")
         self.calibration = token_sequences(calibration, tokenizer, self.config, self.tuning.calibration, "calibration")
         self.blocks = 4 if quick else 16
-        self.options = {"rank": str(RANK), "blocks": str(self.blocks), "sort_tokens": "512" if quick else "1024"}
+        self.options = {"blocks": str(self.blocks), "sort_tokens": "512" if quick else "1024"}
         self.stack = folder / "stack"
         self.compress("bitstack", self.stack, self.options)
         self.linears = [t for t in self.config.tensors() if t.role == "linear"]
@@ -234,12 +243,37 @@ def equal_bytes(study: Study) -> list[Claim]:
     return [
         Claim(claim="at 2.5 bits a stack beats rounding to nearest in as many bytes", measured=shown("int2-g64-asym"),
               required="lower perplexity in at most its bytes", passed=two[2] < two[0] and two[4] <= two[3]),
-        not_run("at 2.5 bits it beats HQQ's 2-bit form in as many bytes", "lower perplexity", "the library hqq"),
+        beside_hqq(study, two[2], two[4]),
         Claim(claim="up to 2.5 bits it beats the singular vectors of as many bytes by a wide margin", measured=low,
               required="at most half their perplexity at each size", passed=all(o <= s / 2 for o, s in small.values())),
         Claim(claim="beside GPTQ in as many bytes (reported: the paper's claim is of large models at extreme sizes)",
               measured="; ".join(map(shown, rows)), required="none", passed=None),
     ]  # fmt: skip
+
+
+def beside_hqq(study: Study, ours: float, held: float) -> Claim:
+    """HQQ's own search for zero points, 2 bits in groups of 64 along the inputs: a scale and a zero of 16 bits each."""
+    claim = "at 2.5 bits it beats HQQ's 2-bit form in as many bytes"
+    required = "lower perplexity in at most its bytes"
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "hqq")):
+        return not_run(claim, required, "the libraries torch and hqq")
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    forms, size = {}, 0
+    for tensor in study.linears:
+        weight = torch.from_numpy(source_weight(study, tensor.name))
+        codes, meta = Quantizer.quantize(weight, nbits=2, group_size=64, axis=1, device="cpu",
+                                         compute_dtype=torch.float32)  # fmt: skip
+        for each in ("scale", "zero"):
+            meta[each] = meta[each].half()  # as it is stored
+        size += codes.numel() * codes.element_size() + 2 * (meta["scale"].numel() + meta["zero"].numel())
+        for each in ("scale", "zero"):
+            meta[each] = meta[each].float()
+        forms[tensor.name] = codec("float32").encode(Quantizer.dequantize(codes, meta).numpy())
+    theirs, bits = study.perplexity(study.source, "float16", forms), study.bits(size)
+    return Claim(claim=claim, measured=f"HQQ {theirs:.1f} at {bits:.2f} bits, stack {ours:.1f} at {held:.2f} bits",
+                 required=required, passed=ours < theirs and held <= bits)  # fmt: skip
 
 
 def source_weight(study: Study, name: str) -> np.ndarray:

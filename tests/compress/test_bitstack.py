@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,8 +267,16 @@ def test_bits_are_not_for_stacks(source: Path, tmp_path: Path, bits: float | str
 
 
 @pytest.mark.parametrize(
-    "setting", [{"rank": "0"}, {"blocks": "17"}, {"sort_tokens": "0"}, {"sort_levels": "0"}, {"depth": "3"}]
+    "setting",
+    [{"rank": "-1"}, {"rank": "65"}, {"blocks": "17"}, {"sort_tokens": "0"}, {"sort_levels": "0"}, {"depth": "3"}],
 )
 def test_settings_out_of_range(setting: dict[str, str]) -> None:
     with pytest.raises(InputError):
         weight_method("bitstack", setting)
+
+
+@pytest.mark.parametrize(("width", "rank"), [(64, 1), (256, 2), (1024, 8), (2048, 16), (8192, 16)])
+def test_the_rank_follows_the_width_unless_told(source: Path, width: int, rank: int) -> None:
+    config = replace(ModelConfig.from_directory(source), hidden_size=width)
+    assert weight_method("bitstack").for_model(config).settings()["rank"] == rank
+    assert weight_method("bitstack", {"rank": "5"}).for_model(config).settings()["rank"] == 5

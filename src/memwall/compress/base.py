@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memwall.compress.transforms import Transform
     from memwall.memory import Arena
     from memwall.models.checkpoint import Checkpoint
+    from memwall.models.config import ModelConfig
 
 
 Trained = Callable[[int, int], None]
@@ -165,6 +166,10 @@ class WeightMethod(ABC):
     def settings(self) -> dict[str, Any]:
         """Its settings, for the journal and the manifest of what it made."""
         return asdict(self) if is_dataclass(self) else {}
+
+    def for_model(self, config: ModelConfig) -> WeightMethod:
+        """The method with the settings that hang on the model filled in; asked before anything else."""
+        return self
 
     def form(self, bits: float | str) -> str | None:
         """The one format that is meant by a number of bits or a spec; None where formats are mixed to a mean.

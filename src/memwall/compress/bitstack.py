@@ -10,16 +10,17 @@ order (`stack_order`) and written as one stack (`stack_job`): a model of any siz
 Units and shapes: inputs [tokens, cols] of a sequence -> s [cols]; weight [rows, cols] -> Packed of `formats.bitstack`.
 Differs from the paper: the residual is taken with the factors as stored in float16; where several heads read the same
 values (grouped queries) o_proj is scaled too, by the mean over these heads; experts' norms are taken over all their
-tokens at once, as these do not come by sequences.
+tokens at once, as these do not come by sequences; models narrower than 2048 take a lower rank than 16 unless told, so
+that factors take a quarter of the signs' bytes.
 Cost: `blocks` times 2 * rank * 18 operations per weight; resident beside a weight, 20 bytes a weight.
-Holds when: matrices are large beside the rank: factors take 16 * rank * (rows + cols) / (rows * cols) bits per weight
-and block, 0.125 for 4096 x 4096 at rank 16.
+Holds when: matrices are large beside the rank, which is chosen so: factors take 16 * rank * (rows + cols) / (rows *
+cols) bits per weight and block, 0.125 for 4096 x 4096 at rank 16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -32,15 +33,18 @@ from memwall.compress.transforms import Scale, Site, Transform, sites
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.bitstack import DEFAULT_RANK, MOST_BLOCKS, BitStackCodec
+from memwall.models.config import ModelConfig
 
 # added to every norm, so that a channel that never fires can be scaled back (the official code's)
 LEAST_NORM = 1e-3
 WORK_BYTES = 20
+FULL_WIDTH = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitStack(WeightMethod):
-    """rank: of the magnitudes of a block; blocks: of each matrix; scale: by activations.
+    """rank: of the magnitudes of a block, 0 for the one by the model's width; blocks: of each matrix; scale: by
+    activations.
 
     sort_tokens: calibration tokens that the order of blocks is measured on, in sequences of the calibration's length.
     sort_levels: levels that are measured, which takes as many runs of the model as there are matrices each; later ones
@@ -53,17 +57,22 @@ class BitStack(WeightMethod):
     default_bits: ClassVar[str] = "bitstack"
     stacks: ClassVar[bool] = True
 
-    rank: int = DEFAULT_RANK
+    rank: int = 0
     blocks: int = MOST_BLOCKS
     scale: bool = True
     sort_tokens: int = 2048
     sort_levels: int = MOST_BLOCKS - 1
 
     def __post_init__(self) -> None:
-        BitStackCodec(rank=self.rank, blocks=self.blocks)
+        BitStackCodec(rank=self.rank or 1, blocks=self.blocks)
         for name, usual in (("sort_tokens", 2048), ("sort_levels", MOST_BLOCKS - 1)):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1, such as {usual}")
+
+    def for_model(self, config: ModelConfig) -> BitStack:
+        """The paper's rank from 2048 columns on; below, factors keep at most a quarter of the signs' bytes."""
+        by_width = round(DEFAULT_RANK * config.hidden_size / FULL_WIDTH)
+        return self if self.rank else replace(self, rank=min(max(by_width, 1), DEFAULT_RANK))
 
     def form(self, bits: float | str) -> str | None:
         if isinstance(bits, str) and not isinstance(codec(bits), BitStackCodec):

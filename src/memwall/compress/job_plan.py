@@ -72,7 +72,7 @@ class JobPlan:
         self.config = config
         self.checkpoint = checkpoint
         self.arena = arena
-        self.method = weight_method(method, options)
+        self.method = weight_method(method, options).for_model(config)
         self.tuning = tuning
         self.size = size
         self.info: dict[str, Any] = {}

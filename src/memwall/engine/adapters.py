@@ -17,7 +17,7 @@ import hashlib
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -192,6 +192,10 @@ class Adapters:
         """What schedulers see."""
         adapter = self._known[key]
         return AdapterView(name=key, pages=adapter.num_pages, resident=bool(adapter.pages))
+
+    def views(self, wanted: Iterable[str | None]) -> tuple[AdapterView, ...]:
+        """Of each adapter that is wanted once, in the order of asking; None wants none."""
+        return tuple(self.view(key) for key in dict.fromkeys(wanted) if key is not None)
 
     # ---- pages -----------------------------------------------------------------------------------------------------
 

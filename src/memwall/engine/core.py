@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from memwall.engine.adapters import Adapters
-from memwall.engine.base import AdapterView, Costs, Limits, Pace, Preempt, RequestView, Scheduler, State, Step, Work
+from memwall.engine.base import Costs, Limits, Pace, Preempt, RequestView, Scheduler, State, Step, Work
 from memwall.engine.executor import Entry, Executor, Output, Totals
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.priorities import Priorities, Ranking
@@ -215,15 +215,9 @@ class Engine:
             swap_free_pages=self.switch.free_pages,
             limits=self.limits,
             costs=self.costs,
-            adapters=self._adapter_views(),
+            adapters=() if self.adapters is None else self.adapters.views(r.request.adapter for r in self.everyone()),
             pace=replace(self.pace, arrived=_blend(self.pace.arrived, self._arrived, PACE_SMOOTHING)),
         )
-
-    def _adapter_views(self) -> tuple[AdapterView, ...]:
-        if self.adapters is None:
-            return ()
-        wanted = {one.request.adapter: None for one in self.everyone()}
-        return tuple(self.adapters.view(key) for key in wanted if key is not None)
 
     def _view(self, one: Sequence) -> RequestView:
         return RequestView(
