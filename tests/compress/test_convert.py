@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from memwall.cli import app
@@ -129,6 +130,8 @@ class TestGguf:
         ("gptq", 8, -1, {"symmetric": True}),
         ("gptq", 4, 32, {"symmetric": True}),
         ("gptq", 4, 64, {"shuffled": True}),
+        ("gptq", 3, 32, {"shuffled": True, "symmetric": True}),
+        ("gptq", 2, 64, {"shuffled": True, "v2": True}),
         ("awq", 4, 64, {}),
         ("awq", 4, 32, {"symmetric": True}),
     ],
@@ -136,12 +139,34 @@ class TestGguf:
 def test_folders_of_gptq_and_awq(tmp_path: Path, method: str, bits: int, group: int, how: dict[str, Any]) -> None:
     wanted = write_quantized(DEMO_DIRECTORY, tmp_path / "model", method, bits, group, **how)
     report = convert(tmp_path / "model", tmp_path / "out")
-    bound = 2**-6 if how.get("shuffled") else 0.0 if how.get("symmetric") else 2**-10
-    assert (report.rounded_weights > 0) == bool(how.get("shuffled"))
+    bound = 0.0 if how.get("symmetric") else 2**-10
+    assert report.rounded_weights == 0
+    ordered = sum(spec.startswith("ordered-") for spec in report.specs.values())
+    assert ordered == (sum(name.endswith("_proj.weight") for name in wanted) if how.get("shuffled") else 0)
     for name, found in decoded(tmp_path / "out").items():
         scale = np.abs(wanted[name]).max()
         assert np.abs(found - wanted[name]).max() <= bound * scale, name
     assert np.isfinite(logits(tmp_path / "out")).all()
+
+
+def test_groups_of_other_sizes_are_rounded_anew(tmp_path: Path) -> None:
+    """No writer is known that makes them; what `g_idx` says is followed, and what it cannot say is refused."""
+    write_quantized(DEMO_DIRECTORY, tmp_path / "model", "gptq", 4, 64, shuffled=True)
+    path = tmp_path / "model" / "model.safetensors"
+    stored = load_file(path)
+    name = next(name for name in stored if name.endswith("q_proj.g_idx"))
+    groups = stored[name]
+    groups[np.flatnonzero(groups == 0)[0]] = 1
+    save_file(stored, path)
+    report = convert(tmp_path / "model", tmp_path / "out")
+    weight = name.replace("g_idx", "weight")
+    assert report.specs[weight] == "int8-g32"
+    with Checkpoint(tmp_path / "out") as checkpoint:
+        assert report.rounded_weights == np.prod(checkpoint.packed(weight).shape)
+    for wrong, message in ((groups + 1, "outside of 0 to"), (groups[:-1], "g_idx has shape")):
+        save_file({**stored, name: wrong}, path)
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path / "model", tmp_path / "again")
 
 
 @pytest.mark.parametrize("group", [64, -1])

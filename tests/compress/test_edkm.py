@@ -69,6 +69,26 @@ def test_palettes_of_groups_of_columns_lose_less() -> None:
     assert lost[1] < 0.9 * lost[0]
 
 
+def test_palettes_of_blocks_of_rows_lose_less() -> None:
+    """Rows that differ in size, and a last block that is short."""
+    weight, statistics = layer(44, 96)
+    weight = weight * np.repeat([0.1, 1.0, 0.4], [16, 16, 12])[:, None].astype(np.float32)
+    # as shares of each row: the largest rows are what one palette serves already
+    power = np.square(weight).mean(axis=1, keepdims=True)
+    lost = [(np.square(made(weight, spec)[1] - weight) / power).sum() for spec in ("vptq-v1-k8", "vptq-v1-k8-b16")]
+    assert lost[1] < 0.6 * lost[0]
+    packed, values = made(weight, "vptq-v1-k8-g2-b16")
+    assert packed.nbytes == 2 * 4 * 44 * -(-48 * 3 // 32) + 6 * 16 + 96
+    for rows in (slice(0, 16), slice(16, 32), slice(32, 44)):
+        assert len(np.unique(values[rows, :48])) <= 8
+    form = MethodConfig(spec="vptq-v1-k4-g2-b16-ordered")
+    swept = Edkm(steps=0).compress(weight, statistics, form)
+    plain, floats = made(weight, form.spec)
+    assert swept.nbytes == plain.nbytes
+    ours, theirs = (statistics.error(each - weight) for each in (codec(swept.spec).decode(swept), floats))
+    assert ours < 0.8 * theirs
+
+
 def test_a_matrix_of_few_values_is_exact_and_products_look_it_up() -> None:
     random = np.random.default_rng(0)
     weight = random.choice(np.array([-0.5, 0.0, 0.25], np.float32), (33, 70))
@@ -85,7 +105,9 @@ def test_forms() -> None:
     assert PLAIN.form(3) == "vptq-v1-k8"
     assert Edkm(steps=0).form(2) == "vptq-v1-k4-g4-ordered"
     assert Edkm(steps=0, order=False).form(2) == "vptq-v1-k4-g4"
+    assert Edkm(steps=0, block=16).form(3) == "vptq-v1-k8-g4-b16-ordered"
     PLAIN.check("vptq-v1-k16-g2")
+    PLAIN.check("vptq-v1-k16-b4")
     PLAIN.check("vptq-v1-k16-ordered")
     for spec in ("vptq-v2-k8", "vptq-v1-k512", "vptq-v1-k8-norm", "vptq-v1-k8-r4", "int3", "vptq2.25"):
         with pytest.raises(InputError, match="edkm makes palettes"):
@@ -104,6 +126,7 @@ def test_forms() -> None:
         ({"rate": "2"}, "between 0 and 1"),
         ({"rounds": "0"}, "at least 1"),
         ({"groups": "0"}, "at least 1"),
+        ({"block": "-1"}, "block is -1"),
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, str], match: str) -> None:

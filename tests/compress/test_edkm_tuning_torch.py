@@ -60,6 +60,28 @@ def test_what_is_packed_is_what_was_judged(ordered: bool) -> None:
     assert gap[1] < 0.1 * gap[0]
 
 
+@pytest.mark.parametrize("spec", ["vptq-v1-k8-b16", "vptq-v1-k4-g2-b10-ordered"])
+def test_palettes_of_blocks(spec: str) -> None:
+    """One loss step after the other: what is packed is what is judged, and the weights learn."""
+    weight = np.random.default_rng(1).standard_normal((24, 40)).astype(np.float32) * np.linspace(0.2, 2, 24)[:, None]
+    packed = Edkm(steps=0, start="line").compress(weight, None, MethodConfig(spec=spec))
+    matrix = Palettes(packed, weight, Recipe(steps=1))
+    np.testing.assert_array_equal(codec(spec).decode(matrix.packed()), matrix.hard().detach().numpy())
+    wanted = torch.from_numpy(weight.astype(np.float32)) * 1.5
+    optimizer = torch.optim.Adam([matrix.weight], lr=0.02)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (matrix.soft() - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]  # four values a palette leave much of it for good
+    again = matrix.packed()
+    np.testing.assert_array_equal(codec(spec).decode(again), matrix.hard().detach().numpy())
+    assert again.nbytes == packed.nbytes
+
+
 def test_training_lowers_what_it_is_judged_by_and_closes_the_gap(tmp_path: Path) -> None:
     source = make_model(tmp_path / "source", num_hidden_layers=1)
     compress_model(source, tmp_path / "plain", bits=2, method="edkm", options={"steps": "0"}, tuning=QUICK)

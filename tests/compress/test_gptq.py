@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,10 @@ from memwall.compress.base import MethodConfig, Statistics
 from memwall.compress.gptq import Gptq
 from memwall.errors import InputError
 from memwall.formats import codec
+from memwall.models import ModelConfig, model_directory
+from memwall.models.precision import resolve
+from tests.compress.tiny_model import make_model
+from tests.compress.whole_run import check_whole_run
 
 
 def correlated_statistics(num_columns: int) -> Statistics:
@@ -74,3 +80,40 @@ def test_trying_smaller_ranges_helps(spec: str, activation_order: bool) -> None:
     assert errors[1] < 0.95 * errors[0]
     with pytest.raises(InputError, match="from 1 to 1000"):
         Gptq(shrinks=0)
+
+
+@pytest.mark.parametrize("spec", ["int4-g64", "int3-g32-asym"])
+def test_columns_stored_in_the_order_they_are_worked(spec: str) -> None:
+    """The official code's activation order: the same as the sweep of the matrix with its columns put in order."""
+    statistics = correlated_statistics(192)
+    statistics.hessian *= np.outer(*[np.linspace(0.2, 3, 192, dtype=np.float32)] * 2)
+    weight = np.random.default_rng(0).standard_normal((48, 192), np.float32)
+    found = Gptq().compress(weight, statistics, MethodConfig(spec=f"ordered-{spec}"))
+    order = np.argsort(-statistics.hessian.diagonal(), kind="stable")
+    np.testing.assert_array_equal(found.buffers["order"], order)
+    turned = Statistics(np.ascontiguousarray(statistics.hessian[np.ix_(order, order)]), statistics.num_tokens)
+    plain = Gptq().compress(np.ascontiguousarray(weight[:, order]), turned, MethodConfig(spec=spec))
+    np.testing.assert_array_equal(codec(found.spec).decode(found)[:, order], codec(spec).decode(plain))
+    assert found.nbytes == codec(spec).nbytes(weight.shape) + 2 * 192
+    assert statistics.error(codec(found.spec).decode(found) - weight) < 0.6 * statistics.error(
+        codec(spec).decode(codec(spec).encode(weight)) - weight
+    )
+
+
+def test_the_setting_act_order(tmp_path: Path) -> None:
+    method = Gptq.configured({"act_order": "true"})
+    assert method.form("int4") == method.form("ordered-int4") == "ordered-int4-g64"
+    assert Gptq().form(4.25) is None
+    assert Gptq().form("int4") == "int4-g64"
+    for bits in (4.25, "nf4"):
+        with pytest.raises(InputError, match="give --bits int4"):
+            method.form(bits)
+    source = make_model(tmp_path / "source")
+    report = check_whole_run(source, tmp_path, "gptq", "ordered-int4-g64", bits="int4", options={"act_order": "true"})
+    assert report.specs["model.layers.0.mlp.down_proj.weight"] == "ordered-int4-g64"
+
+
+def test_an_order_of_columns_needs_calibration() -> None:
+    model = ModelConfig.from_directory(model_directory("demo"))
+    with pytest.raises(InputError, match="--method gptq, then use OUT"):
+        resolve(model, "ordered-int4")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwall.compress.kmeans import kmeans, on_a_line, sample
+from memwall.compress.kmeans import kmeans, on_a_line, on_lines, quick_kmeans, sample
 from memwall.errors import InputError
 
 
@@ -133,3 +133,49 @@ def test_many_numbers_on_a_line_start_where_little_is_left_to_gain() -> None:
     spread = min(kmeans(points, 8, init="spread", seed=seed).losses[-1] for seed in range(3))
     assert loss_of(values[:, None], weights, start[:, None]) < 1.01 * ended.losses[-1]
     assert ended.losses[-1] <= 1.0001 * spread
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 6), st.booleans(), st.integers(0, 999))
+def test_many_lines_at_once_are_as_good_as_each_alone(
+    lines: int, size: int, clusters: int, doubles: bool, seed: int
+) -> None:
+    """Up to 64 numbers a line the start is the best there is already."""
+    random = np.random.default_rng(seed)
+    values = random.standard_normal((lines, size)) * random.random((lines, 1)) * 10 + random.standard_normal((lines, 1))
+    values = np.round(values) if doubles else values
+    found = on_lines(values, clusters)
+    assert (np.diff(found, axis=1) >= 0).all()
+    for line, centres in zip(values, found, strict=True):
+        best = on_a_line(np.sort(line), np.ones(size), clusters)
+        ours, wanted = (loss_of(line[:, None], np.ones(size), each[:, None]) for each in (centres, best))
+        assert ours <= wanted * (1 + 1e-5) + 1e-5
+
+
+def test_longer_lines_come_near_the_best() -> None:
+    values = np.random.default_rng(0).standard_normal((7, 900))
+    for line, centres in zip(values, on_lines(values, 8), strict=True):
+        best = on_a_line(np.sort(line), np.ones(900), 8)
+        ours, wanted = (loss_of(line[:, None], np.ones(900), each[:, None]) for each in (centres, best))
+        assert ours <= 1.01 * wanted
+    with pytest.raises(InputError, match="finite"):
+        on_lines(np.full((2, 5), np.nan), 2)
+
+
+@pytest.mark.parametrize("relax", [0.5, 0.9])
+def test_steps_beyond_the_means_end_at_means_and_never_raise_the_loss(relax: float) -> None:
+    random = np.random.default_rng(3)
+    points = random.standard_normal((2000, 3)).astype(np.float32)
+    found = kmeans(points, 20, relax=relax, iterations=60)
+    assert all(later <= earlier for earlier, later in pairwise(found.losses))
+    means = np.stack([points[found.labels == each].mean(axis=0) for each in range(20)])
+    assert np.abs(found.centroids - means).max() < 0.1
+    assert found.losses[-1] <= 1.05 * kmeans(points, 20).losses[-1]
+
+
+def test_quickly_and_as_well() -> None:
+    random = np.random.default_rng(0)
+    points, weights = random.standard_t(5, (8192, 4)).astype(np.float32), np.exp(random.standard_normal(8192))
+    found = quick_kmeans(points, 64, weights=weights)
+    assert found.labels.shape == (8192,)
+    assert found.losses[-1] <= 1.02 * kmeans(points, 64, weights=weights).losses[-1]

@@ -172,7 +172,7 @@ def test_fitted_centroids_are_the_best_for_their_indices(spec: str) -> None:
     ordered = np.ascontiguousarray(weight[:, factored.order])
     columns = method._swept(form, ordered, statistics.hessian.diagonal()[factored.order].astype(np.float64), factored)
     before = columns.books
-    columns.books = fitted(columns, ordered, statistics, factored.order, 0.02, 400)
+    columns.books, _ = fitted(columns, ordered, statistics, factored.order, 0.02, 400)
 
     def loss(packed: Any) -> float:
         hessian = statistics.hessian + 0.02 * statistics.hessian.diagonal().mean() * np.eye(20, dtype=np.float32)

@@ -20,7 +20,7 @@ def random_codebooks(spec: str, shape: tuple[int, int], seed: int = 0) -> Packed
             held.append(None)
             continue
 
-        def book(bits: int, groups: int = part.groups, vector: int = part.vector) -> np.ndarray:
+        def book(bits: int, groups: int = part.books(shape[0]), vector: int = part.vector) -> np.ndarray:
             return random.standard_normal((groups, 1 << bits, vector)).astype(np.float16)
 
         held.append(

@@ -32,6 +32,9 @@ SPECS = [
     "vptq-v12-k4096-r4096-g2-o20v4k64-ordered",
     "vptq-v13-k512-norm",
     "vptq-v16-k4096-r8192",
+    "vptq-v1-k8-g2-b1",
+    "vptq-v1-k8-b16-ordered",
+    "vptq-v2-k16-r8-b6-o100v4k8-ordered-norm",
 ]
 
 

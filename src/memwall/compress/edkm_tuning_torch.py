@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memwall.compress.base import Trained
+from memwall.compress.edkm_blocks_torch import clustered_pieces
 from memwall.compress.edkm_torch import Softness, clustered, nearest, split_duplicates
 from memwall.formats import Packed, codec
 from memwall.formats.vector_parts import Coded, checked_halves
@@ -73,54 +74,93 @@ class Report:
 
 
 class Palettes(nn.Module):
-    """A matrix as soft weights over one palette per group of columns; its weights lie in the order of the places."""
+    """A matrix as soft weights over one palette per group of columns, and per block of rows where it has blocks; its
+    weights lie in the order of the places.
+    """
 
     def __init__(self, packed: Packed, weight: np.ndarray, recipe: Recipe) -> None:
         super().__init__()
         self._packed, self._recipe = packed, recipe
-        self.form = VptqCodec.parse(packed.spec)
+        self.form, rows = VptqCodec.parse(packed.spec), packed.shape[0]
         part = self.form.parts(packed.shape[1])[1]
         self.members = [part.members(group) for group in range(part.groups)]
+        self.blocks = [part.in_block(block, rows) for block in range(part.blocks(rows))]
         places = packed.buffers["order"].astype(np.int64) if self.form.ordered else np.arange(packed.shape[1])
         self._back = torch.from_numpy(np.argsort(places)) if self.form.ordered else None
         self.weight = nn.Parameter(torch.from_numpy(np.asarray(weight, np.float32)[:, places].copy()))
         palettes = torch.from_numpy(unpack(packed)[1].main[:, :, 0].astype(np.float32))
         self.palettes = palettes.sort(dim=1).values
-        self.variances = [float(self.weight.detach()[:, each].var(correction=0)) for each in self.members]
+        """[blocks * groups, k], block by block."""
+        held = self.weight.detach()
+        self.variances = torch.stack(
+            [held[block, each].var(correction=0) for block in self.blocks for each in self.members]
+        ).clamp(min=1e-30)
         self.hardness = 1.0
 
     def soft(self) -> Tensor:
         """Soft weights [rows, cols]; the palettes go on from here."""
         pieces = []
         for group, members in enumerate(self.members):
-            variance = max(self.variances[group], 1e-30)
-            softness = Softness(
-                tau=self._recipe.tau * self.hardness * variance,
-                rounds=self._recipe.rounds,
-                epsilon=self._recipe.epsilon * math.sqrt(variance),
-            )
-            start = self.palettes[group]
-            start = split_duplicates(start, _SPLIT_SHARE * float(start.max() - start.min()))
-            piece, found = clustered(self.weight[:, members], start, softness, half=torch.bfloat16)
-            self.palettes[group] = found.sort().values
-            pieces.append(piece)
+            books = slice(group, None, len(self.members))
+            pieces.append(self._clustered(self.weight[:, members], self._apart(books), books))
         return self._in_order(torch.cat(pieces, dim=1))
+
+    def _apart(self, books: slice) -> Tensor:
+        """The palettes in order, without duplicates."""
+        found = self.palettes[books].sort(dim=1).values
+        gaps = _SPLIT_SHARE * (found[:, -1] - found[:, 0])
+        for book in torch.nonzero((found.diff(dim=1) <= gaps[:, None]).any(1)).flatten().tolist():
+            found[book] = split_duplicates(found[book], float(gaps[book]))
+        return found
+
+    def _clustered(self, weights: Tensor, start: Tensor, books: slice) -> Tensor:
+        """A group of columns; its palettes (`books`) are brought up to date."""
+        recipe, variances = self._recipe, self.variances[books]
+        tau, epsilon = recipe.tau * self.hardness * variances, recipe.epsilon * variances.sqrt()
+        if len(start) == 1:
+            softness = Softness(tau=float(tau), rounds=recipe.rounds, epsilon=float(epsilon))
+            piece, found = clustered(weights, start[0], softness, half=torch.bfloat16)
+            self.palettes[books] = found.sort().values
+            return piece
+        # blocks of one size together; the last one may have fewer rows
+        rows, made = self.blocks[0].stop, []
+        whole = len(weights) // rows
+        for part in (slice(0, whole), slice(whole, len(start))):
+            if part.start == part.stop or not weights.shape[1]:
+                continue
+            piece = weights[part.start * rows : part.stop * rows]
+            soft, found = clustered_pieces(
+                piece.reshape(part.stop - part.start, -1), start[part], tau[part], epsilon[part], rounds=recipe.rounds,
+                half=torch.bfloat16,
+            )  # fmt: skip
+            start[part] = found.sort(dim=1).values
+            made.append(soft.view(piece.shape))
+        self.palettes[books] = start
+        return torch.cat(made) if made else weights
 
     def _in_order(self, values: Tensor) -> Tensor:
         """Columns as the layer has them."""
         return values if self._back is None else values[:, self._back]
 
     def _codes(self) -> list[Tensor]:
-        pairs = zip(self.members, self.stored(), strict=True)
-        return [nearest(self.weight[:, members].bfloat16(), palette) for members, palette in pairs]
+        """Of each group of columns, [rows, columns]."""
+        found, stored = [], self.stored()
+        for group, members in enumerate(self.members):
+            halves = self.weight[:, members].bfloat16()
+            pairs = zip(self.blocks, stored[group :: len(self.members)], strict=True)
+            found.append(torch.cat([nearest(halves[block], palette) for block, palette in pairs]))
+        return found
 
     def stored(self) -> Tensor:
-        """The palettes as they are stored: rounded to float16 [groups, k]."""
+        """The palettes as they are stored: rounded to float16 [blocks * groups, k]."""
         return self.palettes.half().float()
 
     def hard(self) -> Tensor:
         """What is stored, decoded [rows, cols]."""
-        pieces = [palette[codes] for palette, codes in zip(self.stored(), self._codes(), strict=True)]
+        stored, pieces = self.stored(), []
+        for group, codes in enumerate(self._codes()):
+            pairs = zip(self.blocks, stored[group :: len(self.members)], strict=True)
+            pieces.append(torch.cat([palette[codes[block]] for block, palette in pairs]))
         return self._in_order(torch.cat(pieces, dim=1))
 
     def packed(self) -> Packed:

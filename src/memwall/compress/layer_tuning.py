@@ -176,13 +176,12 @@ class LookedUp:
         for prefix, part, coded in zip(("outlier_", ""), form.parts(packed.shape[1]), unpack(packed), strict=True):
             if part is None or coded is None:
                 continue
-            sizes = [part.members(group).stop - part.members(group).start for group in range(part.groups)]
-            group = np.repeat(np.arange(part.groups), sizes)
+            book = part.book_of(packed.shape[0])
             stages = [("centroids", coded.codes & np.uint32((1 << part.main_bits) - 1), part.main_bits)]
             if coded.residual is not None:
                 stages.append(("residuals", coded.codes >> np.uint32(part.main_bits), part.residual_bits))
             places = [
-                (prefix + name, torch.from_numpy((group << bits) + labels.astype(np.int64)))
+                (prefix + name, torch.from_numpy((book << bits) + labels.astype(np.int64)))
                 for name, labels, bits in stages
             ]
             self._fetched.append((part.vector, places))

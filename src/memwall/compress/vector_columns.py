@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memwall.compress.kmeans import kmeans, sample
+from memwall.compress.kmeans import quick_kmeans, sample
 from memwall.compress.sweep import ColumnQuantizer
 from memwall.formats import Packed
 from memwall.formats.vector_parts import Coded, Part, checked_halves, vectors_of
@@ -34,34 +34,35 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Books:
-    """Codebooks of one part, float16 [groups, k, vector]; a residual one where there are two stages."""
+    """Codebooks of one part, float16 [books, k, vector]; a residual one where there are two stages."""
 
     main: np.ndarray
     residual: np.ndarray | None = None
 
 
 def learned(part: Part, values: np.ndarray, weights: np.ndarray, bits: int, training: Training) -> np.ndarray:
-    """A codebook per group, float16 [groups, 2^bits, vector], from values [rows, places] by weighted k-means.
+    """All codebooks, float16 [books, 2^bits, vector], from values [rows, places] by weighted k-means.
 
     weights [places]: what a squared error in each place costs.
     """
-    books = np.zeros((part.groups, 1 << bits, part.vector), np.float16)
-    for group in range(part.groups):
-        vectors = vectors_of(part, values, group)
+    books = np.zeros((part.books(len(values)), 1 << bits, part.vector), np.float16)
+    for book in range(len(books)):
+        block, group = divmod(book, part.groups)
+        vectors = vectors_of(part, values, group)[part.in_block(block, len(values))]
         points = vectors.reshape(-1, part.vector)
         if not len(points):
             continue
         costs = np.broadcast_to(weights[part.members(group)], vectors.shape[:2]).reshape(-1)
         taken = sample(len(points), POINTS_PER_CENTROID << bits, training.seed)
-        found = kmeans(
+        found = quick_kmeans(
             points[taken],
             1 << bits,
             weights=costs[taken],
             init=training.init,
             iterations=training.iterations,
-            seed=training.seed + group,
+            seed=training.seed + book,
         )
-        books[group] = checked_halves(found.centroids, "a centroid")
+        books[book] = checked_halves(found.centroids, "a centroid")
     return books
 
 
@@ -113,13 +114,17 @@ class VectorColumns(ColumnQuantizer):
             values = (values - self._scales[1, column]) / self._scales[0, column]
         vectors = np.zeros((len(codes), part.vector), np.float32)
         vectors.reshape(-1)[: len(values)] = values
-        labels = self._nearest(index, group, books.main).labels(vectors)
-        found = books.main[group, labels].astype(np.float32)
-        codes[:, place] = labels
-        if books.residual is not None:
-            labels = self._nearest(index, group, books.residual, residual=True).labels(vectors - found)
-            found += books.residual[group, labels].astype(np.float32)
-            codes[:, place] |= labels.astype(np.uint32) << np.uint32(part.main_bits)
+        found = np.empty_like(vectors)
+        for block in range(part.blocks(len(values))):
+            rows = part.in_block(block, len(values))
+            book, wanted = block * part.groups + group, vectors[rows]
+            labels = self._nearest(index, book, books.main).labels(wanted)
+            found[rows] = books.main[book, labels]
+            codes[rows, place] = labels
+            if books.residual is not None:
+                labels = self._nearest(index, book, books.residual, residual=True).labels(wanted - found[rows])
+                found[rows] += books.residual[book, labels].astype(np.float32)
+                codes[rows, place] |= labels.astype(np.uint32) << np.uint32(part.main_bits)
         decoded = found.reshape(-1)[: len(values)]
         if self.left is not None:
             self.left[:, column] = values - decoded
@@ -127,10 +132,10 @@ class VectorColumns(ColumnQuantizer):
             decoded = decoded * self._scales[0, column] + self._scales[1, column]
         return decoded
 
-    def _nearest(self, index: int, group: int, books: np.ndarray, *, residual: bool = False) -> Nearest:
-        key = (index, group, residual)
+    def _nearest(self, index: int, book: int, books: np.ndarray, *, residual: bool = False) -> Nearest:
+        key = (index, book, residual)
         if key not in self._near:
-            self._near[key] = Nearest(books[group].astype(np.float32))
+            self._near[key] = Nearest(books[book].astype(np.float32))
         return self._near[key]
 
     def coded(self) -> list[Coded | None]:

@@ -54,12 +54,12 @@ class Vptq(WeightMethod):
     """The compensated sweep over vectors of rows.
 
     vector, codebook, residual: rows of a vector, centroids of its two stages (residual 1: one stage); groups: of
-    columns, with codebooks of their own; 0: chosen for the bits. outliers: percent of the columns, those that meet the
-    largest inputs, that have a codebook of outlier_codebook vectors of outlier_vector rows. order: columns with the
-    largest inputs go first. norm: scale columns by their `range` or `deviation`, or not (`none`). init, iterations,
-    seed: of k-means. refine: steps that fit the centroids to H once indices are fixed; rounds: so often, with a sweep
-    in between. tune: steps of fine-tuning
-    by whole layers, tune_model: by the whole model, both with learning rate tune_rate; they need torch.
+    columns, with codebooks of their own; 0: chosen for the bits. block: rows that share codebooks, 0 for all (others
+    need `vector`). outliers: percent of the columns, those that meet the largest inputs, that have a codebook of
+    outlier_codebook vectors of outlier_vector rows. order: columns with the largest inputs go first. norm: scale
+    columns by their `range` or `deviation`, or not (`none`). init, iterations, seed: of k-means. refine: steps that fit
+    the centroids to H once indices are fixed; rounds: so often, with a sweep in between. tune: steps of fine-tuning by
+    whole layers, tune_model: by the whole model, both with learning rate tune_rate; they need torch.
     """
 
     name: ClassVar[str] = "vptq"
@@ -72,6 +72,7 @@ class Vptq(WeightMethod):
     codebook: int = 0
     residual: int = 0
     groups: int = 0
+    block: int = 0
     outliers: float = 0.0
     outlier_vector: int = 4
     outlier_codebook: int = 256
@@ -116,6 +117,7 @@ class Vptq(WeightMethod):
             codebook=self.codebook,
             residual=self.residual,
             groups=self.groups,
+            block=self.block,
             outlier_permille=permille,
             outlier_vector=self.outlier_vector if permille else 0,
             outlier_codebook=self.outlier_codebook if permille else 0,
@@ -152,11 +154,9 @@ class Vptq(WeightMethod):
             if index:
                 columns = VectorColumns(form, columns.shape, columns.books, order=columns.order, norm=columns.norm)
                 sweep.sweep_columns(ordered, factored.arranged(), columns)
-            columns.books = fitted(columns, ordered, statistics, factored.order, config.damping, self.refine)
-            packed = columns.finish()
-            lost = statistics.error(codec(packed.spec).decode(packed) - weight)
+            columns.books, lost = fitted(columns, ordered, statistics, factored.order, config.damping, self.refine)
             if lost < least:
-                best, least = packed, lost
+                best, least = columns.finish(), lost
         return best
 
     def finish_layer(self, stream: LayerStream, layer: int, made: dict[str, Packed]) -> dict[str, Packed]:

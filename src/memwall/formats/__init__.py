@@ -17,6 +17,7 @@ CODECS: dict[str, str] = {
     "float": "memwall.formats.floats:FloatCodec",
     "bfloat": "memwall.formats.floats:FloatCodec",
     "int": "memwall.formats.integer:IntegerCodec",
+    "ordered": "memwall.formats.ordered:OrderedCodec",
     "nf": "memwall.formats.leveled:LevelCodec",
     "fp": "memwall.formats.leveled:LevelCodec",
     "e": "memwall.formats.leveled:LevelCodec",

@@ -14,10 +14,13 @@ Streams of indices: the low log2 k bits of an index name the centroid, the high 
 a row of vectors and a group of columns are one stream of bits, lowest first, padded to 32 bits.
 
     indices            uint32 [groups * ceil(rows / v) * words + 16]: streams [groups, rows of vectors, words]
-    centroids          float16 [groups * k * v + 16], residuals float16 [groups * r * v + 16] (where `-r{r}`)
+    centroids          float16 [books * k * v + 16], residuals float16 [books * r * v + 16] (where `-r{r}`)
     outlier_indices, outlier_centroids    the same with one group (where `-o...`)
     order              uint16 or uint32 [cols]: the column that stands at each place (where `-ordered`)
     scale_and_offset   float16 [2, cols], by place (where `-norm`)
+
+There is a book per group; with `-b16` one per group and 16 rows, all groups of the first 16 rows first (as palettes of
+vectors of one row have it, `compress.edkm`).
 
 Differs from the paper: 64 bytes behind the indices and 32 behind each codebook, which vectors read past the end; where
 there are no outlier columns to take up the rest, groups differ by one column. `vptq2.25` asks for the layout that a
@@ -55,7 +58,7 @@ MOST_VECTOR, MOST_INDEX_BITS = 16, 16
 _NARROW_COLUMNS = 1 << 16
 _SPEC = re.compile(
     r"vptq(?P<bits>\d+(\.\d+)?)?(-v(?P<vector>\d+))?(-k(?P<codebook>\d+))?(-r(?P<residual>\d+))?(-g(?P<groups>\d+))?"
-    r"(-o(?P<permille>\d+)v(?P<outlier_vector>\d+)k(?P<outlier_codebook>\d+))?(?P<ordered>-ordered)?(?P<norm>-norm)?"
+    r"(-b(?P<block>\d+))?(-o(?P<permille>\d+)v(?P<outlier_vector>\d+)k(?P<outlier_codebook>\d+))?(?P<ordered>-ordered)?(?P<norm>-norm)?"
 )
 # What coding Gaussian vectors loses against the limit of 6.02 dB a bit: the scalar quantizer's loss at 2 bits, which
 # falls about with the cube root of the length (9.7, 10.2 and 10.7 dB of 12 at lengths 2, 4 and 8); and what two stages
@@ -72,6 +75,7 @@ class VptqCodec(Codec):
     bits: 0 for a layout that is given in full, else the most bits a weight may take; then what is 0 is chosen (groups 0
     in a layout: one).
     codebook, residual, outlier_codebook: centroids, powers of two; residual 1 (or 0 in a layout): none.
+    block: rows that share codebooks (outlier columns apart), a multiple of the vectors'; 0: all.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -80,6 +84,8 @@ class VptqCodec(Codec):
         "vptq-v6-k64-g3-o10v4k32-ordered-norm",
         "vptq-v12-k8192",
         "vptq-v16-k4096-r4096-norm",
+        "vptq-v1-k8-g2-b4-ordered",
+        "vptq-v2-k16-r4-b6-o10v4k32",
     )
     method: ClassVar[str] = "vptq"
 
@@ -88,6 +94,7 @@ class VptqCodec(Codec):
     codebook: int = 0
     residual: int = 0
     groups: int = 0
+    block: int = 0
     outlier_permille: int = 0
     outlier_vector: int = 0
     outlier_codebook: int = 0
@@ -109,6 +116,8 @@ class VptqCodec(Codec):
             raise InputError(f"{self.spec}: say how long vectors are and how many centroids there are: vptq-v8-k256")
         if self.bits and not 0.5 <= self.bits <= 8:
             raise InputError(f"{self.spec}: vptq takes 0.5 to 8 bits per weight, codebooks included, such as vptq2.25")
+        if self.block and (not self.vector or self.block % self.vector or self.block > 1 << 20):
+            raise InputError(f"{self.spec}: blocks are of whole vectors of rows that are given: vptq-v1-k8-b16")
         if self.groups > 4096 or not 0 <= self.outlier_permille <= 500:
             raise InputError(
                 f"{self.spec}: at most 4096 groups, and at most 500 thousandths of the columns as outliers"
@@ -132,6 +141,7 @@ class VptqCodec(Codec):
             codebook=number("codebook"),
             residual=number("residual") if match["bits"] or number("residual") != 1 else 0,
             groups=number("groups") if match["bits"] or number("groups") != 1 else 0,
+            block=number("block"),
             outlier_permille=number("permille"),
             outlier_vector=number("outlier_vector"),
             outlier_codebook=number("outlier_codebook"),
@@ -145,6 +155,7 @@ class VptqCodec(Codec):
         for letter, value in (("v", self.vector), ("k", self.codebook), ("r", self.residual)):
             text += f"-{letter}{value}" if value else ""
         text += f"-g{self.groups}" if self.groups else ""
+        text += f"-b{self.block}" if self.block else ""
         if self.outlier_permille:
             text += f"-o{self.outlier_permille}v{self.outlier_vector}k{self.outlier_codebook}"
         return text + ("-ordered" if self.ordered else "") + ("-norm" if self.norm else "")
@@ -166,7 +177,7 @@ class VptqCodec(Codec):
             )  # fmt: skip
         rest = Part(
             first=count, columns=columns - count, groups=max(self.groups, 1), vector=self.vector,
-            main_bits=_log2(self.codebook), residual_bits=_log2(self.residual),
+            main_bits=_log2(self.codebook), residual_bits=_log2(self.residual), block=self.block,
         )  # fmt: skip
         return outliers, rest
 
@@ -193,7 +204,7 @@ class VptqCodec(Codec):
             found[f"{prefix}indices"] = (length,), word
             for name, bits in (("centroids", part.main_bits), ("residuals", part.residual_bits)):
                 if bits:
-                    found[prefix + name] = ((part.groups << bits) * part.vector + BOOK_TAIL,), half
+                    found[prefix + name] = ((part.books(rows) << bits) * part.vector + BOOK_TAIL,), half
         if form.ordered:
             found["order"] = (columns,), np.dtype(np.uint16) if columns <= _NARROW_COLUMNS else word
         if form.norm:
@@ -282,19 +293,22 @@ def ranges(values: np.ndarray) -> np.ndarray:
 def _encoded(part: Part, values: np.ndarray, spec: str) -> Coded:
     if not np.isfinite(values).all():
         raise InputError(f"{spec} cannot hold NaN or infinite values")
-    main = np.zeros((part.groups, 1 << part.main_bits, part.vector), np.float16)
+    books = part.books(len(values))
+    main = np.zeros((books, 1 << part.main_bits, part.vector), np.float16)
     codes = np.zeros((part.vector_rows(len(values)), part.columns), np.uint32)
-    for group in range(part.groups):
-        vectors = vectors_of(part, values, group)
+    for book in range(books):
+        block, group = divmod(book, part.groups)
+        rows = part.in_block(block, len(values))
+        vectors = vectors_of(part, values, group)[rows]
         flat = vectors.reshape(-1, part.vector)
         if not len(flat):
             continue
         picked = flat[np.linspace(0, len(flat) - 1, min(len(flat), main.shape[1])).astype(np.int64)]
-        main[group, : len(picked)] = checked_halves(picked, "a weight")
+        main[book, : len(picked)] = checked_halves(picked, "a weight")
         members = part.members(group)
         place = slice(members.start - part.first, members.stop - part.first)
-        codes[:, place] = _nearest(flat, main[group].astype(np.float32)).reshape(vectors.shape[:2])
-    residual = np.zeros((part.groups, 1 << part.residual_bits, part.vector), np.float16) if part.residual_bits else None
+        codes[rows, place] = _nearest(flat, main[book].astype(np.float32)).reshape(vectors.shape[:2])
+    residual = np.zeros((books, 1 << part.residual_bits, part.vector), np.float16) if part.residual_bits else None
     return Coded(codes=codes, main=main, residual=residual)
 
 
@@ -346,7 +360,7 @@ def _unpacked(packed: Packed, prefix: str, part: Part, rows: int) -> Coded:
         place = slice(members.start - part.first, members.stop - part.first)
         codes[:, place] = unpack_stream(streams[group], members.stop - members.start, part.bits)
     books = {
-        name: packed.buffers[prefix + name][:-BOOK_TAIL].reshape(part.groups, 1 << bits, part.vector)
+        name: packed.buffers[prefix + name][:-BOOK_TAIL].reshape(part.books(rows), 1 << bits, part.vector)
         for name, bits in (("centroids", part.main_bits), ("residuals", part.residual_bits))
         if bits
     }

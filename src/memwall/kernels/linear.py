@@ -18,6 +18,8 @@ from memwall.formats.comet import CometCodec
 from memwall.formats.comet import check as check_mixed
 from memwall.formats.integer import IntegerCodec
 from memwall.formats.leveled import LevelCodec
+from memwall.formats.ordered import OrderedCodec
+from memwall.formats.ordered import check as check_order
 from memwall.formats.quip import QuipCodec
 from memwall.formats.sign_mask import SignMaskCodec
 from memwall.formats.sign_mask import check as check_masks
@@ -30,7 +32,8 @@ from memwall.formats.vptq import check as check_codebooks
 from memwall.kernels.level_tables import native_levels
 
 MIXED = 1000
-"""Beside the group: activations rounded to 4 or 8 bits by block; the bytes of 8 are what they may take."""
+"""Beside the group: activations that are rounded by block to 4 or 8 bits (the bytes of 8 are what they may take), or to
+8 with their columns in the order of a matrix: they lie apart from those that all matrices of that group read."""
 
 __all__ = ["Matrix", "gather_rows", "linear", "matrix", "predict_scratch_bytes", "roundings", "scratch_bytes"]
 
@@ -39,8 +42,8 @@ def matrix(packed: Packed) -> Matrix:
     """Matrix over the buffers of `packed`, which are neither copied nor changed and live as long as the matrix.
 
     Takes what the codecs `float32`, `float16`, `bfloat16`, `w{1..8}a{1..8}`, `spqr{2..8}`, `vptq`, `billm`,
-    `pbllm-s{n}`, `quip{n}`, `bitstack`, `sparse{2..8}`, `comet` and, in tiles, `int{2..8}` and all level formats make
-    of [rows, cols].
+    `pbllm-s{n}`, `quip{n}`, `bitstack`, `sparse{2..8}`, `comet`, `ordered-int{2..8}` and, in tiles, `int{2..8}` and all
+    level formats make of [rows, cols].
     """
     if len(packed.shape) != 2:
         raise InputError(f"a matrix has two dimensions, got shape {list(packed.shape)}")
@@ -52,10 +55,10 @@ def matrix(packed: Packed) -> Matrix:
             )
         if isinstance(form, LevelCodec):
             return _level_matrix(form, packed)
-        buffers = {name: np.ascontiguousarray(buffer) for name, buffer in packed.buffers.items()}
-        mins = None if form.symmetric else buffers["mins"].view(np.uint16)
-        scales = buffers["scales"].view(np.uint16)
-        return _native.tile_matrix(form.spec, *packed.shape, form.bits, form.group, buffers["codes"], scales, mins)
+        return _tile_matrix(packed, form.bits, form.group)
+    if isinstance(form, OrderedCodec):
+        check_order(packed)
+        return _tile_matrix(packed, form.bits, form.group)
     if isinstance(form, BitPlaneCodec):
         words, scales = (np.ascontiguousarray(packed.buffers[name]) for name in ("words", "scales"))
         return _native.plane_matrix(form.spec, packed.shape[1], form.activation_bits, words, scales)
@@ -90,6 +93,13 @@ def matrix(packed: Packed) -> Matrix:
     return _native.dense_matrix(form.spec, values if values.itemsize == 4 else values.view(np.uint16))
 
 
+def _tile_matrix(packed: Packed, bits: int, group: int) -> Matrix:
+    held = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
+    return _native.tile_matrix(
+        packed.spec, *packed.shape, bits, group, held["codes"], held["scales"], held.get("mins"), held.get("order")
+    )
+
+
 def _level_matrix(form: LevelCodec, packed: Packed) -> Matrix:
     halves = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
     extra = [halves[name] for name in ("second", "nested", "offsets", "shifts", "shift_peaks") if name in halves]
@@ -110,7 +120,9 @@ def _codebook_matrix(form: VptqCodec, packed: Packed) -> Matrix:
     check_codebooks(packed)
     outliers, rest = form.parts(packed.shape[1])
     held = {name: _as_read(buffer) for name, buffer in packed.buffers.items()}
-    sizes = [(p.vector, p.main_bits, p.residual_bits, p.groups) if p is not None else () for p in (rest, outliers)]
+    sizes = [
+        (p.vector, p.main_bits, p.residual_bits, p.groups, p.block) if p is not None else () for p in (rest, outliers)
+    ]
     return _native.codebook_matrix(
         form.spec,
         *packed.shape,
@@ -192,8 +204,9 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
         return (() if exact else (2,)) + ((1,) if "order" in form.buffers((1, 1)) else ())
     if isinstance(form, BitStackCodec):
         return ()
-    if isinstance(form, CometCodec):
-        return (() if exact else (MIXED + form.group,)) + ((1,) if exact and form.gather else ())
+    if isinstance(form, CometCodec | OrderedCodec):
+        gathers = isinstance(form, OrderedCodec) or form.gather
+        return (() if exact else (MIXED + form.group,)) + ((1,) if exact and gathers else ())
     return () if exact else (_rounding(form),)
 
 

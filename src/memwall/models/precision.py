@@ -17,6 +17,7 @@ from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import BitPlaneCodec
 from memwall.formats.leveled import LevelCodec
+from memwall.formats.ordered import OrderedCodec
 from memwall.formats.sparse import SparseCodec
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig, TensorSpec
@@ -177,6 +178,8 @@ def _for_tensor(tensor: TensorSpec, spec: str) -> str:
         # as their papers have it: of planes, because activations of the head stay whole then; of a method's own forms,
         # because calibration is what they are good for
         return "float16"
+    if tensor.role in ("embedding", "head") and isinstance(found := codec(spec), OrderedCodec):
+        return _for_tensor(tensor, found.inner.spec)  # rows are looked up, and have no use for an order of columns
     if tensor.role in ("embedding", "head") and isinstance(codec(spec), SparseCodec):
         return f"int{max(MIN_EMBEDDING_BITS, code_bits(spec))}-g64"  # a row of an embedding is a token: none are spared
     if tensor.role in ("embedding", "head") and (code_bits(spec) < MIN_EMBEDDING_BITS or codec(spec).method):

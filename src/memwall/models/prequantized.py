@@ -8,8 +8,9 @@ form is symmetric and exact, else the minimum -scale * zero is rounded to half p
 MARLIN's hold `X.B`, 4-bit codes in the order of tensor cores, and `X.s` (`kernels.marlin`): symmetric, so exact. Their
 configuration says `marlin`, or `gptq` with that as its checkpoint format.
 
-GPTQ's activation order gives neighbouring columns to different groups, which no tile of ours can hold: such a matrix is
-rounded anew to 8 bits.
+GPTQ's activation order gives neighbouring columns to different groups (`g_idx`). Where all groups have their full size
+such a matrix is stored with columns sorted by group (`formats.ordered`), number for number as above; where they have
+not, which no known writer does, it is rounded anew to 8 bits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from memwall.formats import Packed, checked_json, codec
 from memwall.formats.bitpack import unpack_rows
 from memwall.formats.checked_json import Fields, shown
 from memwall.formats.integer import IntegerCodec
+from memwall.formats.ordered import PREFIX, OrderedCodec
 from memwall.formats.safetensors_file import SafetensorsFile
 from memwall.kernels import marlin
 from memwall.models.checkpoint import INDEX_NAME, SINGLE_NAME
@@ -74,37 +76,42 @@ class Prequantized:
         if not self._is_coded(stem):
             info = self._file(tensor.name).info(tensor.name)
             return {"F16": "float16", "BF16": "bfloat16"}.get(info.dtype, "float32")
-        if not self._in_order(stem):
+        order = self._order(stem, tensor.shape[1])
+        if order is None:
             return REROUNDED
         group, bits = self._tile_group(tensor), self.bits
         if self.method == "marlin":
             return f"int4-g{group}"
-        return f"int{bits}-g{group}" if self._is_symmetric(self._zeros(stem)) else f"int{bits}-g{group}-asym"
+        form = f"int{bits}-g{group}" if self._is_symmetric(self._zeros(stem)) else f"int{bits}-g{group}-asym"
+        return form if _in_place(order) else PREFIX + form
 
     def is_exact(self, tensor: TensorSpec) -> bool:
         """Whether codes carry over as they are."""
         stem = tensor.name.removesuffix(".weight")
-        return not self._is_coded(stem) or self._in_order(stem)
+        return not self._is_coded(stem) or self._order(stem, tensor.shape[1]) is not None
 
     def packed(self, tensor: TensorSpec) -> Packed:
         """The tensor in its form; its pages leave with it."""
         stem, form = tensor.name.removesuffix(".weight"), codec(self.form(tensor))
         if not self._is_coded(stem):
             return form.encode(self._file(tensor.name).alone(tensor.name))
-        assert isinstance(form, IntegerCodec)
+        inner = form.inner if isinstance(form, OrderedCodec) else form
+        assert isinstance(inner, IntegerCodec)
         if self.method == "marlin":
             words, stored = self._alone(f"{stem}.B"), self._alone(f"{stem}.s")
             return marlin.to_packed(marlin.MarlinWeight(words, stored, self._group_of(tensor.shape[1])))
         codes, zeros = self._codes(stem, tensor.shape), self._zeros(stem)
         scales = self._alone(f"{stem}.scales").T.astype(np.float32)  # [out, groups]
-        if not self._in_order(stem):
+        order = self._order(stem, tensor.shape[1])
+        if order is None:
             groups = self._alone(f"{stem}.g_idx").astype(np.int64)
             return form.encode(scales[:, groups] * (codes.astype(np.float32) - zeros[:, groups]))
-        repeats = tensor.shape[1] // (form.group * scales.shape[1])
+        repeats = tensor.shape[1] // (inner.group * scales.shape[1])
         whole = np.repeat(scales, repeats, 1).astype(np.float16)
-        if form.symmetric:
-            return form.pack(codes, whole)
-        return form.pack(codes, whole, np.repeat(0.0 - scales * zeros, repeats, 1).astype(np.float16))
+        mins = None if inner.symmetric else np.repeat(0.0 - scales * zeros, repeats, 1).astype(np.float16)
+        if not isinstance(form, OrderedCodec):
+            return inner.pack(codes, whole, mins)
+        return form.around(inner.pack(np.ascontiguousarray(codes[:, order]), whole, mins), order)
 
     def check(self, config: ModelConfig) -> None:
         """All tensors are there, and nothing of unknown shape."""
@@ -183,12 +190,19 @@ class Prequantized:
     def _is_symmetric(self, zeros: np.ndarray) -> bool:
         return bool((zeros == 1 << (self.bits - 1)).all())
 
-    def _in_order(self, stem: str) -> bool:
+    def _order(self, stem: str, columns: int) -> np.ndarray | None:
+        """The column at each place once they are sorted by group; None where groups are not all of the full size."""
         name = f"{stem}.g_idx"
         if name not in self._place:
-            return True
+            return np.arange(columns)
         groups = self._alone(name)
-        return bool((groups == np.arange(len(groups)) // self._group_of(len(groups))).all())
+        if groups.shape != (columns,):
+            raise InputError(f"{self.path}: {name} has shape {list(groups.shape)}; {[columns]} would be right")
+        group = self._group_of(columns)
+        if not 0 <= groups.min() <= groups.max() < columns // group:
+            raise InputError(f"{self.path}: {name} names groups outside of 0 to {columns // group - 1}")
+        sizes = np.bincount(groups, minlength=columns // group)
+        return np.argsort(groups, kind="stable") if bool((sizes == group).all()) else None
 
     def _file(self, name: str) -> SafetensorsFile:
         try:
@@ -198,6 +212,10 @@ class Prequantized:
 
     def _alone(self, name: str) -> np.ndarray:
         return self._file(name).alone(name)
+
+
+def _in_place(order: np.ndarray) -> bool:
+    return bool((order == np.arange(len(order))).all())
 
 
 def _awq_columns(words: np.ndarray) -> np.ndarray:

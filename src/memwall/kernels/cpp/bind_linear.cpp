@@ -88,8 +88,19 @@ PyMatrix codes_matrix(const std::string& spec, std::int64_t rows, std::int64_t c
   return m;
 }
 
+template <class T, int Dimensions>
+const T* part_of(PyMatrix& m, int owner, const nb::object& array, std::initializer_list<std::int64_t> shape, const char* name) {
+  const auto values = nb::cast<nb::ndarray<const T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>>(array, false);
+  int axis = 0;
+  for (const std::int64_t wanted : shape)
+    require(static_cast<std::int64_t>(values.shape(axis++)) == wanted, std::string(name) + " have another shape than the matrix asks for");
+  m.owners[owner] = array;
+  return values.data();
+}
+
+// order: the column at each stored place, of 32 bits above 65,536 columns, or None; the caller has checked that it names each once.
 PyMatrix tile_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int bits, int group, Codes codes, Halves scales,
-                     std::optional<Halves> mins) {
+                     std::optional<Halves> mins, nb::object order) {
   require(bits >= 2 && bits <= 8, "tiles hold 2 to 8 bits, got " + std::to_string(bits));
   PyMatrix m = codes_matrix(spec, rows, cols, bits, group, codes);
   check_statistics(scales, m.view, "scales");
@@ -98,6 +109,10 @@ PyMatrix tile_matrix(const std::string& spec, std::int64_t rows, std::int64_t co
   m.view.mins = mins ? mins->data() : nullptr;
   m.owners[1] = nb::cast(scales);
   if (mins) m.owners[2] = nb::cast(*mins);
+  m.view.wide = cols > 65536;
+  if (!order.is_none())
+    m.view.order = m.view.wide ? static_cast<const void*>(part_of<std::uint32_t, 1>(m, 3, order, {cols}, "order"))
+                               : static_cast<const void*>(part_of<std::uint16_t, 1>(m, 3, order, {cols}, "order"));
   return m;
 }
 
@@ -120,16 +135,6 @@ PyMatrix plane_matrix(const std::string& spec, std::int64_t cols, int activation
   m.owners[0] = nb::cast(words);
   m.owners[1] = nb::cast(scales);
   return m;
-}
-
-template <class T, int Dimensions>
-const T* part_of(PyMatrix& m, int owner, const nb::object& array, std::initializer_list<std::int64_t> shape, const char* name) {
-  const auto values = nb::cast<nb::ndarray<const T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>>(array, false);
-  int axis = 0;
-  for (const std::int64_t wanted : shape)
-    require(static_cast<std::int64_t>(values.shape(axis++)) == wanted, std::string(name) + " have another shape than the matrix asks for");
-  m.owners[owner] = array;
-  return values.data();
 }
 
 // Bilevel tiles; order and the three arrays of outliers may be None. The caller has checked what the indices point at.
@@ -170,21 +175,24 @@ void fill_codebooks(PyMatrix& m, mw::Codebooks& part, int owner, std::int64_t fi
   part.main_bits = nb::cast<int>(sizes[1]);
   part.residual_bits = nb::cast<int>(sizes[2]);
   part.groups = nb::cast<std::int64_t>(sizes[3]);
+  const auto block = nb::cast<std::int64_t>(sizes[4]);  // in rows
   require(part.vector >= 1 && part.vector <= mw::kMostVector && part.main_bits >= 0 && part.residual_bits >= 0 && part.bits() >= 1 && part.bits() <= 32 &&
               part.main_bits <= 24 && part.residual_bits <= 24 && part.groups >= 1,
           "codebooks have vectors of 1 to 16 rows and indices of 1 to 32 bits");
+  require(block >= 0 && block % part.vector == 0, "blocks of rows that share codebooks are of whole vectors");
+  part.block = block / part.vector;
   part.first_col = first_col;
   part.cols = cols;
   part.vector_rows = (m.view.rows + part.vector - 1) / part.vector;
   part.words = ((cols + part.groups - 1) / part.groups * part.bits() + 31) / 32;
   constexpr std::int64_t kIndexTail = mw::Codebooks::kIndexTailBytes / 4, kBookTail = mw::Codebooks::kBookTailBytes / 2;
   part.indices = part_of<std::uint32_t, 1>(m, owner, indices, {part.groups * part.vector_rows * part.words + kIndexTail}, "indices");
-  part.centroids = part_of<std::uint16_t, 1>(m, owner + 1, centroids, {(part.groups << part.main_bits) * part.vector + kBookTail}, "centroids");
+  part.centroids = part_of<std::uint16_t, 1>(m, owner + 1, centroids, {(part.blocks() * part.groups << part.main_bits) * part.vector + kBookTail}, "centroids");
   if (part.residual_bits)
-    part.residuals = part_of<std::uint16_t, 1>(m, owner + 2, residuals, {(part.groups << part.residual_bits) * part.vector + kBookTail}, "residuals");
+    part.residuals = part_of<std::uint16_t, 1>(m, owner + 2, residuals, {(part.blocks() * part.groups << part.residual_bits) * part.vector + kBookTail}, "residuals");
 }
 
-// Sizes are (rows of a vector, bits of the main and of the residual index, groups); arrays that a matrix lacks are None. The
+// Sizes are (rows of a vector, bits of the main and of the residual index, groups, rows that share books or 0); arrays that a matrix lacks are None. The
 // caller has checked `order`; indices are in range whatever they are, as codebooks are as long as their bits count.
 PyMatrix codebook_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, nb::tuple sizes, nb::object indices, nb::object centroids,
                          nb::object residuals, std::int64_t outliers, nb::tuple outlier_sizes, nb::object outlier_indices, nb::object outlier_centroids,
@@ -259,10 +267,8 @@ PyMatrix sparse_matrix(const std::string& spec, std::int64_t rows, std::int64_t 
 PyMatrix mixed_matrix(const std::string& spec, std::int64_t rows, std::int64_t cols, int group, Codes codes, Halves scales, nb::object wide,
                       nb::object order) {
   require(cols <= mw::kMostMixedColumns, spec + ": products with mixed activations have at most 65536 columns, not " + std::to_string(cols));
-  PyMatrix m = tile_matrix(spec, rows, cols, 4, group, codes, scales, std::nullopt);
-  mw::Matrix& view = m.view;
-  view.wide_groups = part_of<std::uint8_t, 1>(m, 2, wide, {view.groups}, "widths of groups");
-  if (!order.is_none()) view.order = part_of<std::uint16_t, 1>(m, 3, order, {cols}, "order");
+  PyMatrix m = tile_matrix(spec, rows, cols, 4, group, codes, scales, std::nullopt, order);
+  m.view.wide_groups = part_of<std::uint8_t, 1>(m, 2, wide, {m.view.groups}, "widths of groups");
   return m;
 }
 
@@ -525,7 +531,7 @@ bool encode_tiles(const PyMatrix& from, int bits, int group, Writable<std::uint8
   require(from.view.form != mw::Form::tiles, "encode_tiles: the values must be a dense matrix");
   std::optional<Halves> read_mins;
   if (mins) read_mins = Halves(*mins);
-  tile_matrix("tiles", from.view.rows, from.view.cols, bits, group, Codes(codes), Halves(scales), read_mins);
+  tile_matrix("tiles", from.view.rows, from.view.cols, bits, group, Codes(codes), Halves(scales), read_mins, nb::none());
   const mw::EncodeTask task{from.view.form, from.view.data, from.view.rows, from.view.cols,          bits,
                             group,          codes.data(),   scales.data(),  mins ? mins->data() : nullptr};
   nb::gil_scoped_release release;
@@ -587,7 +593,7 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
   }, "packed"_a.noconvert(), "to"_a.noconvert());
   m.def("stacked_matrix", &stacked_matrix, "spec"_a, "rows"_a, "cols"_a, "rank"_a, "blocks"_a);
   m.def("tile_matrix", &tile_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "scales"_a.noconvert(),
-        "mins"_a.noconvert().none());
+        "mins"_a.noconvert().none(), "order"_a.none() = nb::none());
   nb::class_<PyLevels>(m, "Levels", "What the codes of a level format mean, in the forms kernels read")
       .def("__init__",
            [](PyLevels* self, Table<float> values, Table<float> second, Table<std::uint8_t> low, Table<std::uint8_t> high, float unit,

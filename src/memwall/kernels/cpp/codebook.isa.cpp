@@ -97,16 +97,22 @@ MW_INLINE void unpack(const Codebooks& part, const std::uint32_t* stream, std::i
   }
 }
 
-// One token times `Rows` neighbouring vectors, their rows one after the other in `out`; those past the end repeat the last.
-template <class L, int Pieces, int Rows, bool Residual>
+// One token times `Rows` neighbouring vectors, their rows one after the other in `out`; those past the end repeat the last. Blocks:
+// whether the vectors may have codebooks of their own.
+template <class L, int Pieces, int Rows, bool Residual, bool Blocks>
 void vectors_times(const Codebooks& part, const float* x, std::int64_t first_row, float* out) {
   using Floats = typename L::Floats;
   Unpacked at[Rows];
   Floats sums[Rows][Pieces] = {};
   for (std::int64_t g = 0; g < part.groups; ++g) {
     const std::int64_t begin = part.group_begin(g), size = part.group_begin(g + 1) - begin;
-    const std::uint16_t* main = part.main_book(g);
-    const std::uint16_t* residual = Residual ? part.residual_book(g) : nullptr;
+    constexpr int kBooks = Blocks ? Rows : 1;
+    const std::uint16_t *main[kBooks], *residual[kBooks];
+    for (int r = 0; r < kBooks; ++r) {
+      const std::int64_t row = first_row + r < part.vector_rows ? first_row + r : part.vector_rows - 1;
+      main[r] = part.main_book(g, row);
+      residual[r] = Residual ? part.residual_book(g, row) : nullptr;
+    }
     const float* values = x + part.first_col + begin;
     for (std::int64_t c = 0; c < size; c += kChunk) {
       const int count = static_cast<int>(size - c < kChunk ? size - c : kChunk);
@@ -118,8 +124,8 @@ void vectors_times(const Codebooks& part, const float* x, std::int64_t first_row
         const Floats value = values[c + i] - Floats{};
         for (int r = 0; r < Rows; ++r)
           for (int p = 0; p < Pieces; ++p) {
-            Floats weights = L::fetch(main + at[r].main[i] + p * L::kWidthOf);
-            if constexpr (Residual) weights += L::fetch(residual + at[r].residual[i] + p * L::kWidthOf);
+            Floats weights = L::fetch(main[Blocks ? r : 0] + at[r].main[i] + p * L::kWidthOf);
+            if constexpr (Residual) weights += L::fetch(residual[Blocks ? r : 0] + at[r].residual[i] + p * L::kWidthOf);
             sums[r][p] += weights * value;
           }
       }
@@ -156,8 +162,11 @@ void add_rows(const Codebooks& part, const float* x, std::int64_t first_row, int
     with_lanes(part.vector, [&](auto lanes, auto pieces) {
       using L = decltype(lanes);
       constexpr int kPiecesOf = decltype(pieces)::value;
-      if (part.residuals) vectors_times<L, kPiecesOf, kRowsTogether, true>(part, x, row, out);
-      else vectors_times<L, kPiecesOf, kRowsTogether, false>(part, x, row, out);
+      const bool apart = part.block && row / part.block != (row + kRowsTogether - 1) / part.block;
+      if (part.residuals && apart) vectors_times<L, kPiecesOf, kRowsTogether, true, true>(part, x, row, out);
+      else if (part.residuals) vectors_times<L, kPiecesOf, kRowsTogether, true, false>(part, x, row, out);
+      else if (apart) vectors_times<L, kPiecesOf, kRowsTogether, false, true>(part, x, row, out);
+      else vectors_times<L, kPiecesOf, kRowsTogether, false, false>(part, x, row, out);
     });
     const std::int64_t start = row * part.vector - first_row;
     for (int i = 0; i < kRowsTogether * part.vector; ++i)
@@ -178,10 +187,13 @@ void part_panel(const Codebooks& part, std::int64_t first_row, std::int64_t firs
   const int vectors = static_cast<int>(end_vector - first_vector);
   for (std::int64_t g = 0; g < part.groups; ++g) {
     const std::int64_t begin = part.group_begin(g), end = part.group_begin(g + 1);
+    const std::uint16_t *mains[kMostVectors], *residuals[kMostVectors];
+    for (int r = 0; r < vectors; ++r) {
+      mains[r] = part.main_book(g, first_vector + r);
+      residuals[r] = part.residuals ? part.residual_book(g, first_vector + r) : nullptr;
+    }
     std::int64_t from = first_col > begin ? first_col : begin;
     const std::int64_t to = first_col + num_cols < end ? first_col + num_cols : end;
-    const std::uint16_t* main = part.main_book(g);
-    const std::uint16_t* residual = part.residuals ? part.residual_book(g) : nullptr;
     while (from < to) {
       const std::int64_t aligned = (from - begin) / 16 * 16;  // of the stream's columns
       const int skipped = static_cast<int>(from - begin - aligned);
@@ -191,8 +203,8 @@ void part_panel(const Codebooks& part, std::int64_t first_row, std::int64_t firs
         float* to_rows = column + kMostVector - before;
         for (int r = 0; r < vectors; ++r)
           for (int p = 0; p < Pieces; ++p) {
-            auto weights = L::fetch(main + at[r].main[i] + p * L::kWidthOf);
-            if (residual) weights += L::fetch(residual + at[r].residual[i] + p * L::kWidthOf);
+            auto weights = L::fetch(mains[r] + at[r].main[i] + p * L::kWidthOf);
+            if (part.residuals) weights += L::fetch(residuals[r] + at[r].residual[i] + p * L::kWidthOf);
             store(to_rows + r * part.vector + p * L::kWidthOf, weights);
           }
         float* to_panel = panel + (begin + aligned + i - first_col) * kStripRows;

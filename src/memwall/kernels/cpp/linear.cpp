@@ -70,8 +70,9 @@ std::size_t activation_bytes(std::int64_t tokens, std::int64_t cols, int group, 
   return static_cast<std::size_t>(entries) * (group + sizeof(float) + sizeof(std::int32_t));
 }
 
-// Lays codes, scales and sums of `tokens` tokens out in one piece of scratch and quantizes into it.
-Activations quantize(const LinearKernels& kernels, const Input& input, int group, Scratch& scratch) {
+// Lays codes, scales and sums of `tokens` tokens out in one piece of scratch and quantizes into it. ordered: a matrix in whose order
+// columns are taken.
+Activations quantize(const LinearKernels& kernels, const Input& input, int group, Scratch& scratch, const Matrix* ordered = nullptr) {
   Activations a;
   a.group = group;
   a.groups = (input.cols + group - 1) / group;
@@ -85,7 +86,8 @@ Activations quantize(const LinearKernels& kernels, const Input& input, int group
     for (auto b = static_cast<std::int64_t>(begin); b < static_cast<std::int64_t>(end); ++b) {
       const std::int64_t first = b * a.block;
       const int count = static_cast<int>(std::min<std::int64_t>(a.block, input.tokens - first));
-      kernels.quantize(input.x + first * input.cols, input.cols, count, b, a);
+      if (ordered != nullptr) kernels.quantize_ordered(input.x + first * input.cols, *ordered, count, b, a);
+      else kernels.quantize(input.x + first * input.cols, input.cols, count, b, a);
     }
   });
   return a;
@@ -132,6 +134,7 @@ bool same_order(const Matrix& a, const Matrix& b) {
   if (a.wide_groups || b.wide_groups) {
     if (!a.wide_groups || !b.wide_groups || a.group != b.group || std::memcmp(a.wide_groups, b.wide_groups, static_cast<std::size_t>(a.groups))) return false;
   }
+  if (a.form == Form::tiles && a.group != b.group) return false;
   if (a.form != b.form || a.turned || b.turned || (a.codebooks && (a.codebooks->scale || b.codebooks->scale))) return false;
   if (a.order == b.order) return true;
   if (a.order == nullptr || b.order == nullptr || a.wide != b.wide) return false;
@@ -158,9 +161,12 @@ void turn(Input& input) {
   });
 }
 
+// Integer tiles whose columns stand in another order.
+bool ordered_tiles(const Matrix& m) { return m.form == Form::tiles && m.order != nullptr && m.wide_groups == nullptr; }
+
 // Whether a matrix reads the input in an order of its own, or rounded by groups that no other form has.
 bool reads_its_own(const Matrix& m) {
-  return m.form == Form::bilevel || m.form == Form::codebook || (m.form == Form::masked && m.order != nullptr) || m.turned || m.wide_groups;
+  return m.form == Form::bilevel || m.form == Form::codebook || (m.form == Form::masked && m.order != nullptr) || m.turned || m.wide_groups || ordered_tiles(m);
 }
 
 // Room of each thread for turns of up to n numbers.
@@ -208,6 +214,10 @@ Input own_input(const LinearKernels& kernels, const Input& plain, const Matrix& 
     input.coded = quantize_mixed(kernels, plain.x, plain.tokens, m, tokens_together(kernels, plain.tokens), g_activations[3]);
     return input;
   }
+  if (ordered_tiles(m) && rounded) {
+    input.coded = quantize(kernels, plain, m.group, g_activations[3], &m);
+    return input;
+  }
   if (m.order != nullptr) {
     auto* ordered = reinterpret_cast<float*>(g_ordered.at_least(ordered_bytes(plain.tokens, plain.cols)));
     const std::size_t grain = std::max<std::int64_t>(1, (1 << 14) / (plain.cols + 1));
@@ -217,7 +227,7 @@ Input own_input(const LinearKernels& kernels, const Input& plain, const Matrix& 
     });
     input.x = ordered;
   }
-  if (m.wide_groups != nullptr) return input;
+  if (m.form == Form::tiles) return input;
   const bool bilevel = m.form == Form::bilevel;
   if (!bilevel && input.tokens > 1) return input;
   if (rounded) input.coded = quantize(kernels, input, bilevel ? kBilevelGroup : kMaskedGroup, g_activations[3]);
@@ -404,12 +414,14 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     } else if (m.form != Form::tiles && m.form != Form::sparse) {
       job.kernel = (one ? kernels.float_one : kernels.float_many)[static_cast<int>(m.form)];
     } else if (exact) {
+      if (ordered_tiles(m)) job.input = &own;
       side_by_side = m.form == Form::tiles && m.levels == nullptr && plain.tokens <= kernels.token_block;
       job.kernel = side_by_side ? kernels.tiles_exact_few : m.form == Form::sparse ? kernels.sparse_exact : kernels.tiles_exact;
     } else {
       const int slot = m.group == 32 ? 0 : m.group == 64 ? 1 : m.group == 128 ? 2 : 4;
-      if (inputs[slot].coded.codes == nullptr) inputs[slot].coded = quantize(kernels, plain, m.group, g_activations[slot]);
-      job.input = &inputs[slot];
+      const bool ordered = ordered_tiles(m);
+      if (!ordered && inputs[slot].coded.codes == nullptr) inputs[slot].coded = quantize(kernels, plain, m.group, g_activations[slot]);
+      job.input = ordered ? &own : &inputs[slot];
       side_by_side = plain.tokens <= kernels.token_block * few_blocks(kernels, m) && m.bytes() <= 1;
       if (one) job.kernel = m.form == Form::sparse ? kernels.sparse_one : kernels.tiles_one;
       else job.kernel = side_by_side ? kernels.tiles_few : kernels.tiles_many;
@@ -508,8 +520,8 @@ void decode_codebook(const Matrix& m, std::int64_t row, float* out) {
       for (std::int64_t c = begin; c < end; ++c) {
         const std::uint32_t code = index_at(part->stream(g, vector), c - begin, part->bits());
         const std::uint32_t main = code & ((std::uint32_t{1} << part->main_bits) - 1);
-        float value = half_to_float(part->main_book(g)[main * part->vector + lane]);
-        if (part->residuals) value += half_to_float(part->residual_book(g)[(code >> part->main_bits) * part->vector + lane]);
+        float value = half_to_float(part->main_book(g, vector)[main * part->vector + lane]);
+        if (part->residuals) value += half_to_float(part->residual_book(g, vector)[(code >> part->main_bits) * part->vector + lane]);
         const std::int64_t place = part->first_col + c;
         if (books.scale) value = value * half_to_float(books.scale[place]) + half_to_float(books.offset[place]);
         out[m.column_at(place)] = value;
@@ -610,7 +622,8 @@ std::int64_t Matrix::nbytes() const {
   const int scale_bytes = scale_form == ScaleForm::half ? 2 : scale_form == ScaleForm::single ? 4 : 1;
   const std::int64_t nested_bytes = nested ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups + 1) : 0;
   const std::int64_t shift_bytes = shifts ? 4 * ((groups + kNestedGroups - 1) / kNestedGroups) : 0;
-  return row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0) + (shifts ? 1 : 0)) + nested_bytes + shift_bytes);
+  const std::int64_t order_bytes = order ? cols * (wide ? 4 : 2) : 0;
+  return order_bytes + row_tiles * (tile_bytes() + groups * kTileRows * (scale_bytes + (mins ? 2 : 0) + (second ? 2 : 0) + (shifts ? 1 : 0)) + nested_bytes + shift_bytes);
 }
 
 std::size_t linear_scratch_bytes() {
@@ -695,7 +708,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     }
     const int code = tile_code(m, row, col);
     if (m.wide_groups) out[m.column_at(col)] = scale * static_cast<float>(code - m.low_offset());
-    else if (m.levels == nullptr) out[col] = scale * static_cast<float>(code - m.low_offset()) + least;
+    else if (m.levels == nullptr) out[m.column_at(col)] = scale * static_cast<float>(code - m.low_offset()) + least;
     else out[col] = scale * m.levels->values[code] + least;
     if (m.second) out[col] += second * m.levels->second[code];
   }

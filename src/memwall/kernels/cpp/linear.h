@@ -103,7 +103,7 @@ struct Matrix {
   int activation_bits = 0;
   const CodebookMatrix* codebooks = nullptr;  // codebook only, beside order
   // bilevel only, beside data, bits and groups (which count units of 32 columns): `scales` are the statistics
-  const void* order = nullptr;                    // codebook too: [cols], the column at each stored place; null where they stand in order
+  const void* order = nullptr;                    // codebook and integer tiles too: [cols], the column at each stored place; null where they stand in order
   const std::uint32_t* row_offsets = nullptr;     // [rows + 1], null without outliers
   const void* outlier_columns = nullptr;          // stored places
   const std::uint16_t* outlier_values = nullptr;  // float16
@@ -218,6 +218,7 @@ struct LinearKernels {
   int strip_tiles;      // row tiles per strip in the kernels for several tokens; one-token kernels take strips of one tile
   // quantizes `count` tokens (at most block) of x into block number `index` of `to`
   void (*quantize)(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to);
+  void (*quantize_ordered)(const float* x, const Matrix&, int count, std::int64_t index, const Activations& to);  // columns in the order of a matrix
   StripKernel tiles_one, tiles_few, tiles_many, tiles_exact;  // few: up to a few blocks of them, where levels have a byte at most
   StripKernel float_one[3], float_many[3];  // by Form
   StripKernel planes, planes_exact;

@@ -277,6 +277,7 @@ const LinearKernels linear_kernels = {
     kTokenBlock,
     kStripTiles,
     quantize_block,
+    quantize_ordered,
     tiles_one,
     tiles_few,
     tiles_many,

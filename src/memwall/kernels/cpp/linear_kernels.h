@@ -19,6 +19,7 @@ constexpr int kStripVectors = kStripRows / kWidth;
 static_assert(kStripRows <= kMostStripRows && kStripeTokens % kTokenBlock == 0);
 
 void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to);
+void quantize_ordered(const float* x, const Matrix&, int count, std::int64_t index, const Activations& to);
 
 void tiles_one(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);
 void tiles_few(const Matrix&, const Input&, std::int64_t begin, std::int64_t end, const Output&, char*);

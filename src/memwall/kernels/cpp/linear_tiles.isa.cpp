@@ -53,6 +53,25 @@ void quantize_tokens(const float* x, std::int64_t cols, int count, std::int64_t 
     }
 }
 
+// The same with columns gathered in the order of a matrix while they are rounded: no ordered copy of the tokens is made.
+template <int Group, class Index>
+void quantize_gathered(const float* x, const Index* order, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
+  const std::int64_t stride = 4 * to.block;
+  std::int8_t* codes = to.codes + index * to.padded_cols() * to.block;
+  float* scales = to.scales + index * to.groups * to.block;
+  std::int32_t* sums = to.sums + index * to.groups * to.block;
+  alignas(64) float values[Group];
+  for (std::int64_t first = 0; first < cols; first += Group, codes += Group / 4 * stride, scales += to.block, sums += to.block) {
+    const std::int64_t held = cols - first < Group ? cols - first : Group;
+    for (int t = 0; t < count; ++t) {
+      const float* from = x + t * cols;
+      for (std::int64_t i = 0; i < held; ++i) values[i] = from[order[first + i]];
+      for (std::int64_t i = held; i < Group; ++i) values[i] = 0.0f;
+      sums[t] = quantize_group<Group>(values, stride, codes + 4 * t, scales + t);
+    }
+  }
+}
+
 #if defined(__AVX512VNNI__)
 constexpr int kChains = 4;  // a fused dot product takes four cycles or five, and two can start in each
 #else
@@ -416,6 +435,16 @@ void quantize_block(const float* x, std::int64_t cols, int count, std::int64_t i
                    : to.group == 64 ? quantize_tokens<64>
                                     : quantize_tokens<128>;
   all(x, cols, count, index, to);
+}
+
+void quantize_ordered(const float* x, const Matrix& m, int count, std::int64_t index, const Activations& to) {
+  const auto all = [&](const auto* order) {
+    if (to.group == 32) quantize_gathered<32>(x, order, m.cols, count, index, to);
+    else if (to.group == 64) quantize_gathered<64>(x, order, m.cols, count, index, to);
+    else quantize_gathered<128>(x, order, m.cols, count, index, to);
+  };
+  if (m.wide) all(static_cast<const std::uint32_t*>(m.order));
+  else all(static_cast<const std::uint16_t*>(m.order));
 }
 
 void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
