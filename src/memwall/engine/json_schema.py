@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from memwall.engine.grammar import BYTES, DEAD, Grammar, Rule, Walker, byte_mask
+from memwall.engine.grammar import DEAD, Grammar, Rule, Walker, byte_mask
 from memwall.errors import InputError
 
 NOTES = frozenset({
@@ -292,6 +292,3 @@ def _text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError as error:
         raise InputError(f"{str(value)[:60]!r} is no JSON value: {error}") from None
-
-
-assert BYTES == 256
