@@ -48,7 +48,7 @@ from memwall.compress.calibration import (
     token_sequences,
 )
 from memwall.compress.gptq import Gptq
-from memwall.compress.kmeans import kmeans
+from memwall.compress.kmeans import quick_kmeans
 from memwall.compress.model import compress_model
 from memwall.compress.rtn import RoundToNearest
 from memwall.compress.sensitivity import output_error
@@ -295,11 +295,11 @@ def together(
     diagonal = statistics.hessian.diagonal()[factored.order]
 
     def grouped(values: np.ndarray) -> np.ndarray:
-        return values[:count].reshape(-1, vector, values.shape[1]).transpose(0, 2, 1).reshape(-1, vector)
+        return values[:count].reshape(-1, vector, values.shape[1]).transpose(2, 0, 1).reshape(-1, vector)
 
-    costs = np.repeat(diagonal[:count].reshape(-1, vector).mean(axis=1), columns.shape[1])
+    costs = np.tile(diagonal[:count].reshape(-1, vector).mean(axis=1), columns.shape[1])
     centroids = (
-        kmeans(grouped(columns), codebook, weights=costs, iterations=iterations)
+        quick_kmeans(grouped(columns), codebook, weights=costs, iterations=iterations)
         .centroids.astype(np.float16)
         .astype(np.float32)
     )
