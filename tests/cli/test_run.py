@@ -214,6 +214,9 @@ def test_interrupting_an_answer_keeps_the_conversation(monkeypatch: pytest.Monke
     talk.say("And then?")
     assert session.last.stop_reason
     assert [one["role"] for one in talk._messages] == ["user", "assistant"] * 2
+    before = list(talk._messages)
+    talk.say("word " * 300)  # longer than the context: nothing is given up for it
+    assert talk._messages == before
 
 
 def test_shared_beginnings() -> None:

@@ -22,7 +22,7 @@ FEW = ("--memory", "160MB", "--weights", "int8", "--context", "512")
 def test_keys_of_many_people_come_and_go(starter: Starter, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# the team\nana key-a\nkey-b  # nobody's\n")
-    server = starter(*FEW, "--api-key-file", str(path), "--access-log")
+    server = starter(*FEW, "--api-key-file", str(path), "--api-key", "own", "--access-log")
     ask = {"prompt": "Hello", "max_tokens": 3}
 
     def post(key: str, **headers: str) -> httpx.Response:
@@ -42,6 +42,7 @@ def test_keys_of_many_people_come_and_go(starter: Starter, tmp_path: Path) -> No
         assert time.monotonic() < end
         time.sleep(0.01)
     assert post("key-a").status_code == 401
+    assert post("own").status_code == 200
     path.write_text("")
     server.process.send_signal(signal.SIGHUP)
     assert server.get("/health", headers={"Authorization": "Bearer key-c"}).status_code == 200

@@ -73,23 +73,26 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": self.session.last.text.strip()})
 
     def _ids_that_fit(self) -> list[int] | None:
-        """The conversation as tokens, with room for an answer; None where the last message alone is too long."""
+        """The conversation as tokens, with room for an answer; None, and nothing is left out, where the last message
+        alone is too long.
+        """
         context = self.session.settings.context_tokens
         room = context - min(self.sampling.max_new_tokens, context // ANSWER_SHARE)
-        dropped = 0
+        kept, dropped = self._messages, 0
         while True:
-            ids = self.tokenizer.encode(self.template.render(self._messages), add_bos=False)
-            if len(ids) <= room or len(self._messages) == 1:
+            ids = self.tokenizer.encode(self.template.render(kept), add_bos=False)
+            if len(ids) <= room or len(kept) == 1:
                 break
-            del self._messages[:TURN_MESSAGES]
+            kept = kept[TURN_MESSAGES:]
             dropped += 1
+        if len(ids) > context:
+            note(f"memwall: this message has {len(ids):,} tokens, but the context is {context:,}: it was not taken")
+            return None
+        self._messages = kept
         if dropped:
             turns = "turn" if dropped == 1 else f"{dropped} turns"
             note(f"memwall: the oldest {turns} left out: the context is {context:,} tokens (--context sets it)")
-        if len(ids) <= context:
-            return ids
-        note(f"memwall: this message has {len(ids):,} tokens, but the context is {context:,}: it was not taken")
-        return None
+        return ids
 
 
 def talk(request: Request) -> None:

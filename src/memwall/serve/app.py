@@ -164,7 +164,7 @@ class Server:
 
         def read() -> None:
             try:
-                self.app.keys = read_keys(path)
+                self.app.take_keys(read_keys(path))
                 log.warning("%s: %d keys", path, len(self.app.keys))
             except InputError as error:
                 log.error("the keys stay: %s", error)

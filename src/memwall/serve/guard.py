@@ -12,7 +12,7 @@ import binascii
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.responses import Response
@@ -38,13 +38,15 @@ class Guard:
         """log: where answers are told."""
         self.app = app
         self.settings = settings
-        self.keys = dict(settings.api_keys)
-        """Keys by the names of their owners. May be replaced while it serves."""
-        if settings.api_key is not None:
-            self.keys[""] = settings.api_key
         self.log = log
+        self.take_keys(settings.api_keys)
         self._room = BODIES_AT_ONCE * settings.most_body_bytes
         self._freed = asyncio.Condition()
+
+    def take_keys(self, keys: Mapping[str, str]) -> None:
+        """Keys by the names of their owners in place of those there were; that of --api-key stays."""
+        own = self.settings.api_key
+        self.keys = dict(keys) if own is None else {**keys, "": own}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
