@@ -1,9 +1,9 @@
 """Grow the demo model into one with heads of 128 channels, and train it: `evidence/models/wide-heads`.
 
-What papers on keys and values say of channels (outliers, pruning, low rank) they say of heads of 64 to 128 channels; the
-demo model's have 32. A head of 32 is a head of 128 whose other channels are zero: rotary frequency j of 16 is frequency
-4 j of 64 at the same theta. So the demo model is laid out in wide heads first, as it is but for a little noise, and then
-trained on, until the channels that came free carry their part.
+What papers on keys and values say of channels (outliers, pruning, low rank) they say of heads of 64 to 128 channels;
+the demo model's have 32. A head of 32 is a head of 128 whose other channels are zero: rotary frequency j of 16 is
+frequency 4 j of 64 at the same theta. So the demo model is laid out in wide heads first, as it is but for a little
+noise, and then trained on, until the channels that came free carry their part.
 
 Text: docstrings and sources of installed Python packages. Whatever shares 60 characters in a row with the held-out or
 the calibration text that ship with memwall is left out. Half of the sequences hide facts and ask for them, or repeat
@@ -35,7 +35,7 @@ from torch import nn
 from memwall.models import DEMO_DIRECTORY
 from memwall.models.tokenizer import Tokenizer
 from memwall.studies.dialogues import dialogue
-from memwall.studies.recall_task import NAMES, hide_facts
+from memwall.studies.recall_task import hide_facts
 
 PACKAGES = ("numpy", "scipy", "torch", "transformers", "sympy", "networkx", "matplotlib", "hypothesis", "pydantic")
 SHIPPED = ("plan/heldout.txt", "compress/calibration.txt")
@@ -290,7 +290,7 @@ def batches(samples: Samples, minutes: float) -> Iterator[tuple[float, torch.Ten
 
 
 def train(out: Path, minutes: float, peak: float, threads: int) -> None:
-    """AdamW in bfloat16 arithmetic, float32 weights; a checkpoint every five minutes, the mean of the last ones at the end."""
+    """AdamW in bfloat16 arithmetic, float32 weights; a checkpoint every five minutes, a mean of late steps last."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
