@@ -45,8 +45,10 @@ class TokenTable:
 class Guide:
     """One form of an answer; its cursors follow one answer each."""
 
-    def __init__(self, walker: Walker, table: TokenTable) -> None:
-        """InputError where a character that the form asks for is no token: an answer could stop short before it."""
+    def __init__(self, walker: Walker, table: TokenTable, spec: str | None = None) -> None:
+        """spec: what another process makes the same walker of (`call_forms.form_walker`), as JSON. InputError where a
+        character that the form asks for is no token: an answer could stop short before it.
+        """
         ascii_only = (1 << ASCII) - 1 & ~(1 << ord(" ") | 1 << ord("\n"))  # blanks may be left out
         for mask in walker.grammar.masks:
             if mask & ascii_only and not mask & table.alone:
@@ -54,6 +56,7 @@ class Guide:
                 raise InputError(f"this model has no token for {letter!r} alone, which the form asks for")
         self.walker = walker
         self.table = table
+        self.spec = spec
 
     def cursor(self) -> Cursor:
         """At the beginning of an answer."""

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from memwall.engine.grammar import DEAD, Grammar, Rule, Walker, byte_mask
+from memwall.engine.json_pattern import strings
+from memwall.engine.json_ranges import BOUNDS, MOST_DIGITS, Bounds, integers, numbers
 from memwall.errors import InputError
 
 NOTES = frozenset({
@@ -24,12 +26,11 @@ NOTES = frozenset({
 SUPPORTED: Mapping[str, frozenset[str]] = {
     "object": frozenset({"properties", "required", "additionalProperties"}),
     "array": frozenset({"items", "minItems", "maxItems"}),
-    "string": frozenset({"minLength", "maxLength", "format"}),
-    "number": frozenset(), "integer": frozenset(), "boolean": frozenset(), "null": frozenset(),
+    "string": frozenset({"minLength", "maxLength", "format", "pattern"}),
+    "number": BOUNDS, "integer": BOUNDS, "boolean": frozenset(), "null": frozenset(),
 }  # fmt: skip
 """Keywords by type, beside NOTES, `type`, `enum`, `const`, `anyOf`, `oneOf`, `allOf` of one, and `$ref` within."""
 MOST_REPEATS = 1_000
-MOST_DIGITS = 15
 MOST_NESTING = 64
 MOST_INDENT = 16
 DIGIT = byte_mask((0x30, 0x39))
@@ -42,20 +43,31 @@ MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 def walker(schema: Any = None) -> Walker:
     """Texts that a schema describes; any JSON object without one. InputError names the part that is not known."""
-    made = _Json()
-    found = Walker(made.grammar, made.objects() if schema is None else _Compiler(made, schema).root())
+    made = Json()
+    return walked(made, made.objects() if schema is None else value_of(made, schema))
+
+
+def value_of(made: Json, schema: Any) -> int:
+    """The symbol of what a schema describes."""
+    return _Compiler(made, schema).root()
+
+
+def walked(made: Json, root: int) -> Walker:
+    """Texts of a symbol. InputError where there are none."""
+    found = Walker(made.grammar, root)
     if found.start == DEAD or not found.next_bytes(found.start):
         raise InputError("the schema describes no value: nothing could be answered")
     return found
 
 
-class _Json:
+class Json:
     """Rules of JSON's own."""
 
     def __init__(self) -> None:
         self.grammar = g = Grammar()
         space, newline = g.one_of(1 << 0x20), g.one_of(1 << 0x0A)
         self.blank = g.rule((), (space,), (newline, *g.between(space, 0, MOST_INDENT)))
+        self.wide = self._wide()
         self.character = self._character()
         quote = g.literal('"')
         self.string = g.rule((*quote, g.many(self.character), *quote))
@@ -109,9 +121,22 @@ class _Json:
         inner = {"date": date, "time": time, "date-time": (*date, *g.literal("T"), *time), "uuid": uuid}[form]
         return g.rule((*g.literal('"'), *inner, *g.literal('"')))
 
-    def _character(self) -> int:
+    def _wide(self) -> int:
+        """Characters that are not of ASCII."""
         g = self.grammar
-        tail, digit = g.one_of(TAIL), g.one_of(HEX)
+        tail = g.one_of(TAIL)
+        return g.rule(
+            (g.one_of(byte_mask((0xC2, 0xDF))), tail),
+            (g.one_of(1 << 0xE0), g.one_of(byte_mask((0xA0, 0xBF))), tail),
+            (g.one_of(byte_mask((0xE1, 0xEC), (0xEE, 0xEF))), tail, tail),
+            (g.one_of(1 << 0xED), g.one_of(byte_mask((0x80, 0x9F))), tail),
+            (g.one_of(1 << 0xF0), g.one_of(byte_mask((0x90, 0xBF))), tail, tail),
+            (g.one_of(byte_mask((0xF1, 0xF3))), tail, tail, tail),
+            (g.one_of(1 << 0xF4), g.one_of(byte_mask((0x80, 0x8F))), tail, tail),
+        )
+
+    def _character(self) -> int:
+        g, digit = self.grammar, self.grammar.one_of(HEX)
         escape = g.literal("\\")
         simple = g.one_of(sum(1 << byte for byte in b'"\\/bfnrt'))
         surrogate = g.one_of(sum(1 << byte for byte in b"dD"))
@@ -120,13 +145,7 @@ class _Json:
         u, hexes = g.literal("u"), (digit, digit)
         return g.rule(
             (g.one_of(PLAIN),),
-            (g.one_of(byte_mask((0xC2, 0xDF))), tail),
-            (g.one_of(1 << 0xE0), g.one_of(byte_mask((0xA0, 0xBF))), tail),
-            (g.one_of(byte_mask((0xE1, 0xEC), (0xEE, 0xEF))), tail, tail),
-            (g.one_of(1 << 0xED), g.one_of(byte_mask((0x80, 0x9F))), tail),
-            (g.one_of(1 << 0xF0), g.one_of(byte_mask((0x90, 0xBF))), tail, tail),
-            (g.one_of(byte_mask((0xF1, 0xF3))), tail, tail, tail),
-            (g.one_of(1 << 0xF4), g.one_of(byte_mask((0x80, 0x8F))), tail, tail),
+            (self.wide,),
             (*escape, simple),
             (*escape, *u, other, digit, *hexes),
             (*escape, *u, surrogate, g.one_of(byte_mask((0x30, 0x37))), *hexes),
@@ -148,13 +167,13 @@ class _Json:
 class _Compiler:
     """A schema's rules."""
 
-    def __init__(self, made: _Json, schema: Any) -> None:
+    def __init__(self, made: Json, schema: Any) -> None:
         self.json = made
         self.schema = schema
         self._named: dict[str, int] = {}
         self._types: dict[str, Callable[[Mapping[str, Any], str], int]] = {
             "object": self._object, "array": self._array, "string": self._string,
-            "number": lambda schema, at: made.number, "integer": lambda schema, at: made.integer,
+            "number": self._number, "integer": self._integer,
             "boolean": lambda schema, at: made.words["boolean"], "null": lambda schema, at: made.words["null"],
         }  # fmt: skip
 
@@ -264,12 +283,26 @@ class _Compiler:
                     f"format {json.dumps(form)[:60]} at {at} is not supported; known are {', '.join(FORMATS)}"
                 )
             return made.shaped(form)
+        if (pattern := schema.get("pattern")) is not None:
+            if not isinstance(pattern, str):
+                raise InputError(f"pattern at {at} must be a text, not {json.dumps(pattern)[:60]}")
+            if beside := schema.keys() & {"minLength", "maxLength", "format"}:
+                raise InputError(f"{min(beside)!r} at {at} is not supported beside pattern; leave one of them out")
+            return strings(made, pattern, at)
         least, most = self._counts(schema, "minLength", "maxLength", at)
         if not least and most is None:
             return made.string
         g, one = made.grammar, made.character
         inner: Rule = (*(one,) * least, g.many(one)) if most is None else g.between(one, least, most)
         return g.rule((*g.literal('"'), *inner, *g.literal('"')))
+
+    def _integer(self, schema: Mapping[str, Any], at: str) -> int:
+        bounds = Bounds.of(schema, at)
+        return self.json.integer if bounds is None else integers(self.json.grammar, bounds)
+
+    def _number(self, schema: Mapping[str, Any], at: str) -> int:
+        bounds = Bounds.of(schema, at)
+        return self.json.number if bounds is None else numbers(self.json.grammar, bounds)
 
     def _counts(self, schema: Mapping[str, Any], low: str, high: str, at: str) -> tuple[int, int | None]:
         least, most = schema.get(low, 0), schema.get(high)

@@ -19,6 +19,7 @@ from memwall.models.tokenizer import read_settings, special_tokens
 
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 TEMPLATE_NAME = "chat_template.jinja"
+OTHER_TEMPLATES, TOOL_TEMPLATE = "additional_chat_templates", "tool_use"
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}"
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
@@ -29,12 +30,15 @@ PLAIN_STOP = ("\nUser:", "\nSystem:")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
-    """A model's chat template. `stop` lists strings that end an answer, for models whose template has no end token."""
+    """A model's chat template. `stop` lists strings that end an answer, for models whose template has no end token;
+    `tool_text` is used where there are tools, by models that have a template of its own for them.
+    """
 
     source: str
     text: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    tool_text: str | None = None
 
     @staticmethod
     def from_directory(directory: str | Path, name: str = "default") -> ChatTemplate:
@@ -44,12 +48,20 @@ class ChatTemplate:
         tokens = special_tokens(settings)
         path = folder / TEMPLATE_NAME
         if path.is_file():
-            return ChatTemplate(source=str(path), text=_read_text(path), special_tokens=tokens)
+            other = folder / OTHER_TEMPLATES / f"{TOOL_TEMPLATE}.jinja"
+            own = _read_text(other) if other.is_file() else None
+            return ChatTemplate(source=str(path), text=_read_text(path), special_tokens=tokens, tool_text=own)
         source = str(folder / "tokenizer_config.json")
         declared = settings.get("chat_template")
         if declared is None:
             return ChatTemplate(source="plain template", text=PLAIN_TEMPLATE, special_tokens=tokens, stop=PLAIN_STOP)
-        return ChatTemplate(source=source, text=_pick(declared, name, source), special_tokens=tokens)
+        own = _pick(declared, TOOL_TEMPLATE, source) if _has(declared, TOOL_TEMPLATE) else None
+        return ChatTemplate(source=source, text=_pick(declared, name, source), special_tokens=tokens, tool_text=own)
+
+    @property
+    def text_for_tools(self) -> str:
+        """The template that conversations with tools go through."""
+        return self.tool_text or self.text
 
     @property
     def is_plain(self) -> bool:
@@ -73,7 +85,7 @@ class ChatTemplate:
         _check_messages(messages)
         given = {**self.special_tokens, **variables}
         try:
-            template = _environment().from_string(self.text)
+            template = _environment().from_string(self.text_for_tools if tools else self.text)
             return template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
@@ -147,6 +159,12 @@ def _read_text(path: Path) -> str:
     except (OSError, UnicodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     return _bounded(text, str(path))
+
+
+def _has(declared: Any, name: str) -> bool:
+    return isinstance(declared, list) and any(
+        isinstance(item, Mapping) and item.get("name") == name for item in declared
+    )
 
 
 def _pick(declared: Any, name: str, source: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memwall.models.tokenizer import Tokenizer
+from memwall.serve.calls import joined
 from memwall.serve.choices import Choice, Piece, chat_logprobs, completion_logprobs
 from memwall.serve.parse import Asked
 
@@ -65,11 +66,13 @@ class Form:
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """One piece of a stream; None for one that says nothing."""
-        if not (piece.text or piece.logprobs or piece.finish):
+        if not (piece.text or piece.calls or piece.logprobs or piece.finish):
             return None
         told = self._logprobs(index, piece.logprobs)
         if self.chat:
-            delta = {"content": piece.text} if piece.text or not piece.finish else {}
+            delta: dict[str, Any] = {"content": piece.text} if piece.text or not (piece.finish or piece.calls) else {}
+            if piece.calls:
+                delta["tool_calls"] = [call.body() for call in joined(piece.calls)]
             return self._chunk([{**self._delta(index, delta, told, piece.finish), **self._ids(piece.ids)}])
         return self._chunk([{**self._text(index, piece.text, told, piece.finish), **self._ids(piece.ids)}])
 
@@ -82,7 +85,11 @@ class Form:
         text = "".join(choice.text)
         if not self.chat:
             return {**self._text(index, self._echo(index) + text, told, choice.finish), **self._ids(choice.ids)}
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if choice.calls:
+            calls = [call.body() for call in joined(choice.calls)]
+            message["tool_calls"] = [{key: one[key] for key in ("id", "type", "function")} for one in calls]
+            message["content"] = text or None
         found = {"index": index, "message": message, "logprobs": told, "finish_reason": choice.finish}
         return {**found, **self._ids(choice.ids)}
 

@@ -211,7 +211,7 @@ class BatchRun:
         if job is None:
             line = self.source.read(self.found[index])
             asked = self._parse(line)
-            choices = [Choice(self.parser.tokenizer, asked.stop) for _ in asked.requests]
+            choices = [Choice(self.parser.tokenizer, asked.stop, asked.calls) for _ in asked.requests]
             job = self._jobs[index] = _Job(self.found[index], line, asked, choices, len(choices))
         return job.asked.requests[number]
 

@@ -10,6 +10,7 @@ import numpy as np
 from memwall.engine.sampling import StopWatcher
 from memwall.engine.sequence import Event, TokenLogprobs
 from memwall.models.tokenizer import UNFINISHED, Tokenizer
+from memwall.serve.calls import CallDelta, CallReader, Calls
 
 REASONS = {"stop": "stop", "length": "length", "cancelled": "length", "aborted": "error", "error": "error"}
 
@@ -17,10 +18,11 @@ REASONS = {"stop": "stop", "length": "length", "cancelled": "length", "aborted":
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """New text of a choice, its tokens' log-probabilities where they were asked for, and ids of the tokens since the
-    last piece that says something.
+    last piece that says something. calls: of tools, that begin or go on.
     """
 
     text: str = ""
+    calls: tuple[CallDelta, ...] = ()
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
     ids: tuple[int, ...] = ()
     finish: str | None = None
@@ -28,16 +30,18 @@ class Piece:
 
 @dataclass(slots=True)
 class Choice:
-    """Text of one choice, or the vector of a text. `tokens` counts those that were made up to its end."""
+    """Text and calls of one choice, or the vector of a text. `tokens` counts those that were made up to its end."""
 
     tokenizer: Tokenizer
     stop: tuple[str, ...]
+    tools: Calls | None = None
     tokens: int = 0
     cached_tokens: int = 0
     finish: str | None = None
     failed: bool = False
     aborted: bool = False
     text: list[str] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     told_ids: int = 0
@@ -46,9 +50,11 @@ class Choice:
     def __post_init__(self) -> None:
         self._stream = self.tokenizer.stream()
         self._watcher = StopWatcher(self.stop)
+        self._reader = None if self.tools is None else CallReader(self.tools)
 
     _stream: Any = field(init=False, repr=False)
     _watcher: Any = field(init=False, repr=False)
+    _reader: CallReader | None = field(init=False, repr=False)
 
     def push(self, event: Event) -> Piece | None:
         """What an event adds; None once the choice has ended."""
@@ -61,7 +67,7 @@ class Choice:
         if event.token is not None:
             self.tokens += 1
             self.ids.append(event.token)
-            shown, met = self._watcher.push(self._stream.push(event.token))
+            shown, met = self._watcher.push(self._text_of(event.token))
             told = ((event.token, event.logprobs),) if event.logprobs is not None else ()
         if met:
             self.finish = "stop"
@@ -71,12 +77,33 @@ class Choice:
             self.failed = event.finish == "error"
             self.aborted = event.finish == "aborted"
             self.finish = "stop" if met else REASONS[event.finish]
+        calls: list[CallDelta] = []
+        if self._reader is not None:
+            shown, calls = self._read(self._reader, shown)
         self.text.append(shown)
+        self.calls += calls
         self.logprobs += told
         ids: tuple[int, ...] = ()
-        if shown or told or self.finish:
+        if shown or calls or told or self.finish:
             ids, self.told_ids = tuple(self.ids[self.told_ids :]), len(self.ids)
-        return Piece(text=shown, logprobs=told, ids=ids, finish=self.finish)
+        return Piece(text=shown, calls=tuple(calls), logprobs=told, ids=ids, finish=self.finish)
+
+    def _text_of(self, token: int) -> str:
+        """What a token adds; special ones are no text, but that with which calls begin is."""
+        if self.tools is not None and token == self.tools.marker_token:
+            return str(self._stream.flush()) + self.tools.form.marker
+        return str(self._stream.push(token))
+
+    def _read(self, reader: CallReader, text: str) -> tuple[str, list[CallDelta]]:
+        shown, calls = reader.push(text)
+        if reader.full and self.finish is None:
+            self.finish = "stop"
+        if self.finish is not None:
+            rest, more = ("", []) if reader.full else reader.flush()
+            shown, calls = shown + rest, calls + more
+        if self.finish == "stop" and reader.count:
+            self.finish = "tool_calls"
+        return shown, calls
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

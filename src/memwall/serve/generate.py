@@ -20,6 +20,8 @@ from memwall.serve.parse import Asked, Parser
 from memwall.serve.service import Service
 
 INLINE_CHARACTERS = 4096
+FORMED = (b'"response_format"', b'"tool_choice"')
+"""Fields that may ask for an answer in a form."""
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -62,7 +64,7 @@ class Generate:
 
     async def _parse(self, raw: bytes) -> Asked:
         read = self.parser.chat if self.chat else self.parser.completion
-        if len(raw) <= INLINE_CHARACTERS and b'"response_format"' not in raw:
+        if len(raw) <= INLINE_CHARACTERS and not any(name in raw for name in FORMED):
             return read(read_object(raw))
         # long texts one at a time, beside the loop: encoding holds many times their size for a moment; forms may take
         # a look at the whole vocabulary

@@ -12,6 +12,7 @@ from typing import Any
 from memwall import __version__
 from memwall.serve.parse import IGNORED, LARGEST_SEED, MOST_BIAS, MOST_BIASED, MOST_PENALTY
 from memwall.serve.settings import ServerSettings
+from memwall.serve.tools import MOST_TOOLS, NAME
 
 Schema = dict[str, Any]
 NUMBER: Schema = {"type": "number"}
@@ -127,6 +128,12 @@ _FORMS: Schema = {
         ),
     ]
 }
+_TOOL_CHOICE: Schema = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        _object(type={"const": "function"}, function=_object(name=TEXT)),
+    ]
+}
 _ERROR_CONTENT: Schema = {"application/json": {"schema": _ref("Error")}}
 
 
@@ -178,16 +185,15 @@ def _asked(settings: ServerSettings, vocab: int) -> Schema:
         "max_completion_tokens": tokens,
         "logprobs": FLAG,
         "top_logprobs": _within("integer", 0, settings.most_logprobs),
-        "tools": {"const": []},
+        "tools": _list(_ref("Tool"), 0, MOST_TOOLS),
         "functions": {"const": []},
-        "tool_choice": {"enum": ["none", "auto"]},
+        "tool_choice": _TOOL_CHOICE,
         "modalities": {"const": ["text"]},
         "parallel_tool_calls": FLAG,
     }
-    part = _object(type={"const": "text"}, text=TEXT)
     size = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["1GB", "800MiB"]}]}
     return {
-        "Message": _object(role=TEXT, content={"anyOf": [TEXT, _list(part)]}),
+        **_messages(),
         "Completion": _body(("prompt",), completion),
         "Chat": _body(("messages",), chat),
         "NewBudget": _object(closed=True, memory=size),
@@ -195,6 +201,27 @@ def _asked(settings: ServerSettings, vocab: int) -> Schema:
                                "add_special_tokens": FLAG}),
         "Detokenize": _body(("tokens",), {"model": TEXT, "tokens": ids}),
     }  # fmt: skip
+
+
+def _messages() -> Schema:
+    """What a conversation is made of."""
+    said = {"anyOf": [TEXT, _list(_object(type={"const": "text"}, text=TEXT))]}
+    arguments = _or_null({"anyOf": [TEXT, {"type": "object"}]})
+    called = _object(("name",), name=TEXT, arguments=arguments)
+    call = _object(("function",), id=_or_null(TEXT), type={"const": "function"}, function=called)
+    text = _object(("role", "content"), role=TEXT, content=said, tool_call_id=_or_null(TEXT), name=_or_null(TEXT))
+    calls = _object(("role", "tool_calls"), role={"const": "assistant"}, content=_or_null(said), tool_calls=_list(call))
+    function = _object(
+        ("name",),
+        name={"type": "string", "pattern": f"^{NAME.pattern}$"},
+        description=_or_null(TEXT),
+        parameters=_or_null({"type": "object"}),
+        strict=_or_null(FLAG),
+    )
+    return {
+        "Message": {"anyOf": [text, calls]},
+        "Tool": _object(type={"const": "function"}, function=function),
+    }
 
 
 def _prompts(settings: ServerSettings, vocab: int) -> Schema:
@@ -232,8 +259,12 @@ def _body(required: tuple[str, ...], fields: Schema) -> Schema:
 
 def _answers() -> Schema:
     usage = _object(prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT, prompt_tokens_details=ANYTHING)
-    finish, logprobs = {"enum": ["stop", "length", None]}, _or_null(ANYTHING)
-    message = _object(role={"const": "assistant"}, content=TEXT, refusal={"type": "null"})
+    finish, logprobs = {"enum": ["stop", "length", "tool_calls", None]}, _or_null(ANYTHING)
+    called = _object(id=TEXT, type={"const": "function"}, function=_object(name=TEXT, arguments=TEXT))
+    message = _object(
+        ("role", "content", "refusal"), role={"const": "assistant"}, content=_or_null(TEXT), refusal={"type": "null"},
+        tool_calls=_list(called, 1),
+    )  # fmt: skip
     text = _object(index=COUNT, text=TEXT, logprobs=logprobs, finish_reason=finish)
     answer = _object(index=COUNT, message=message, logprobs=logprobs, finish_reason=finish)
     numbers = {"anyOf": [_list({"type": "number"}, 1), TEXT]}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from memwall.engine.call_forms import TAGGED, CallForm, form_of_template
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
 from memwall.errors import InputError
 from memwall.models.chat import ChatTemplate
 from memwall.models.tokenizer import Tokenizer
+from memwall.serve.calls import Calls
 from memwall.serve.fields import ApiError, Fields
+from memwall.serve.messages import read_messages, with_tools_as_text
 from memwall.serve.settings import ServerSettings
+from memwall.serve.tools import Tools, read_tools
 
 if TYPE_CHECKING:
     from memwall.engine.adapters import Adapters
@@ -43,7 +48,8 @@ ELSEWHERE = "is not supported where tokens are drawn by other processes (semi-pd
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What a body asks for. model: as it was named. requests: one per choice, those of one prompt in a row; stop: texts
-    that end a choice. token_ids: the answer tells ids of its tokens (a parameter of vLLM's).
+    that end a choice. token_ids: the answer tells ids of its tokens (a parameter of vLLM's). calls: what tools the
+    answers may call, and how; None for none.
     """
 
     model: str
@@ -54,6 +60,7 @@ class Asked:
     usage: bool
     echo: tuple[str, ...] = ()
     token_ids: bool = False
+    calls: Calls | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -90,6 +97,8 @@ class Parser:
         self.eos = tuple(eos)
         self.draws = draws
         self._table: TokenTable | None = None
+        self.call_form: CallForm | None = form_of_template(template.text_for_tools)
+        """What the model's own template teaches; None where it knows no tools."""
 
     def completion(self, body: dict[str, Any]) -> Asked:
         """A body of `/v1/completions`."""
@@ -111,16 +120,10 @@ class Parser:
     def chat(self, body: dict[str, Any]) -> Asked:
         """A body of `/v1/chat/completions`."""
         fields = Fields(body, CHAT)
-        for name in ("tools", "functions"):
-            fields.neutral(name, [])
-        fields.neutral("tool_choice", "none", "auto")
+        fields.neutral("functions", [])
         fields.neutral("modalities", ["text"])
-        model = self._model(fields)
-        try:
-            text = self.template.render(_messages(fields.get("messages")))
-            prompt = self.tokenizer.encode(text, add_bos=False)
-        except InputError as error:
-            raise ApiError(str(error), param="messages") from None
+        model, tools = self._model(fields), read_tools(fields)
+        prompt = self._conversation(fields, tools)
         wants = fields.boolean("logprobs")
         top = fields.integer("top_logprobs", 0, 0, self.settings.most_logprobs)
         if top and not wants:
@@ -128,8 +131,23 @@ class Parser:
         limit = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
         choices = fields.integer("n", 1, 1, self.settings.most_choices)
         return self._asked(
-            fields, model, [prompt], None, limit, choices, top if wants else None, self.template.stop, ()
+            fields, model, [prompt], None, limit, choices, top if wants else None, self.template.stop, (), tools
         )
+
+    def _conversation(self, fields: Fields, tools: Tools | None) -> list[int]:
+        """The prompt of a chat; with the opening of a call where there must be one."""
+        messages, offered = read_messages(fields.get("messages")), tools.offered if tools is not None else ()
+        if self.call_form is None:
+            messages, told = with_tools_as_text(messages, offered), None
+        else:
+            told = list(offered) or None
+        try:
+            text = self.template.render(messages, tools=told)
+            if tools is not None and tools.must:
+                text += (self.call_form or TAGGED).opening
+            return self.tokenizer.encode(text, add_bos=False)
+        except InputError as error:
+            raise ApiError(str(error), param="messages") from None
 
     def embedding(self, body: dict[str, Any]) -> tuple[Asked, bool]:
         """A body of `/v1/embeddings`, and whether its vectors are wanted in base64."""
@@ -165,7 +183,7 @@ class Parser:
         special, text = fields.boolean("add_special_tokens", True), fields.text("prompt")
         try:
             if fields.get("messages") is not None:
-                return self.tokenizer.encode(self.template.render(_messages(fields.get("messages"))), add_bos=False)
+                return self.tokenizer.encode(self.template.render(read_messages(fields.get("messages"))), add_bos=False)
             if text is None:
                 raise ApiError("prompt is missing: give a text, or messages", param="prompt")
             return self.tokenizer.encode(text, add_bos=None if special else False)
@@ -240,6 +258,7 @@ class Parser:
         logprobs: int | None,
         stop: tuple[str, ...],
         echo: tuple[str, ...],
+        tools: Tools | None = None,
     ) -> Asked:
         longest, left = self._room(prompts, "prompt")
         new = fields.integer(limit, left if default_new is None else min(default_new, left), 1, 1 << 31)
@@ -247,7 +266,7 @@ class Parser:
             message = f"{limit} is {new:,}, but a prompt of {longest:,} tokens leaves {left:,} of {self.context:,}"
             raise ApiError(message, code="context_length_exceeded", param=limit)
         sampling = self._sampling(fields, new)
-        guide = self._guide(fields)
+        calls, guide = self._calls(tools), self._guide(fields, tools)
         salt = (fields.text("cache_salt") or "").encode("utf-8", "surrogatepass")
         priority = fields.integer("priority", 0, -(1 << 31), 1 << 31)
         user, session = fields.text("user"), fields.text("prompt_cache_key")
@@ -277,6 +296,7 @@ class Parser:
             usage=_usage(fields),
             echo=echo,
             token_ids=fields.boolean("return_token_ids"),
+            calls=calls,
         )
 
     def _sampling(self, fields: Fields, new: int) -> Sampling:
@@ -315,31 +335,39 @@ class Parser:
                 raise ApiError(message, param="logit_bias")
         return tuple((int(token), values.number(token, 0.0, -MOST_BIAS, MOST_BIAS)) for token in bias)
 
-    def _guide(self, fields: Fields) -> Guide | None:
-        """The form that `response_format` asks for."""
-        form, param = fields.get("response_format"), "response_format"
-        if form is None or form == {"type": "text"}:
+    def _calls(self, tools: Tools | None) -> Calls | None:
+        if tools is None:
             return None
-        kind = form.get("type") if isinstance(form, dict) else None
-        if kind not in ("json_object", "json_schema") or set(form) - {"type", "json_schema"}:
-            raise ApiError("response_format is {type: text}, json_object, or json_schema with its schema", param=param)
+        form = self.call_form or TAGGED
+        token = self.tokenizer.token_to_id(form.marker) if form.marker else None
+        special = token if token is not None and self.tokenizer.is_special(token) else None
+        most = None if tools.parallel else 1
+        return Calls(form=form, names=tools.names, begun=bool(tools.must), marker_token=special, most=most)
+
+    def _guide(self, fields: Fields, tools: Tools | None) -> Guide | None:
+        """The form that `response_format` and `tool_choice` ask for."""
+        spec, param = _value_spec(fields.get("response_format")), "response_format"
+        if not spec and (tools is None or not tools.must):
+            return None
+        # whoever asks for no form needs none of it
+        from memwall.engine.call_grammar import CallRules, calls_spec, form_walker
+        from memwall.engine.guide import Guide, TokenTable
+
+        if tools is not None:
+            form, opened = self.call_form or TAGGED, bool(tools.must)
+            rules = CallRules(form=form, tools=tools.schemas(), most=tools.most, opened=opened)
+            spec, param = {**({} if opened else spec), "calls": calls_spec(rules)}, "tools"
         if not self.draws or not self.eos:
             why = ELSEWHERE if not self.draws else "needs a model with an end-of-text token"
-            raise ApiError(f"response_format {why}", param=param, code="unsupported_parameter")
+            raise ApiError(f"{param} {why}", param=param, code="unsupported_parameter")
         if fields.boolean("ignore_eos"):
             raise ApiError("an answer in a form ends, which ignore_eos forbids; leave one out", param="ignore_eos")
-        asked = form.get("json_schema")
-        if kind == "json_schema" and (not isinstance(asked, dict) or not isinstance(asked.get("schema"), dict)):
-            raise ApiError("json_schema must be an object with name and schema", param=param)
-        from memwall.engine.guide import Guide, TokenTable
-        from memwall.engine.json_schema import walker
-
         if self._table is None:
             self._table = TokenTable(self.tokenizer, self.vocab, self.eos)
         try:
-            return Guide(walker(asked["schema"] if kind == "json_schema" else None), self._table)
+            return Guide(form_walker(spec), self._table, json.dumps(spec))
         except InputError as error:
-            raise ApiError(f"response_format: {error}", param=param, code="unsupported_schema") from None
+            raise ApiError(f"{param}: {error}", param=param, code="unsupported_schema") from None
 
     def _stops(self, stop: Any) -> tuple[str, ...]:
         texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
@@ -351,6 +379,19 @@ class Parser:
         return tuple(texts)
 
 
+def _value_spec(form: Any) -> dict[str, Any]:
+    """What `response_format` asks for, as `form_walker` is told it; nothing for any text."""
+    if form is None or form == {"type": "text"}:
+        return {}
+    param, kind = "response_format", form.get("type") if isinstance(form, dict) else None
+    if kind not in ("json_object", "json_schema") or set(form) - {"type", "json_schema"}:
+        raise ApiError("response_format is {type: text}, json_object, or json_schema with its schema", param=param)
+    asked = form.get("json_schema")
+    if kind == "json_schema" and (not isinstance(asked, dict) or not isinstance(asked.get("schema"), dict)):
+        raise ApiError("json_schema must be an object with name and schema", param=param)
+    return {"schema": asked["schema"] if kind == "json_schema" else None}
+
+
 def _usage(fields: Fields) -> bool:
     options = fields.get("stream_options")
     if options is None:
@@ -360,31 +401,3 @@ def _usage(fields: Fields) -> bool:
     if not fields.boolean("stream"):
         raise ApiError("stream_options needs stream: true", param="stream_options")
     return Fields(options, ("include_usage", "include_obfuscation")).boolean("include_usage")
-
-
-def _joined(parts: list[Any], number: int) -> str:
-    """The text of a message that comes in parts."""
-    texts = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise ApiError(f"message {number}: only parts of type text are supported", param="messages")
-        texts.append(text)
-    return "".join(texts)
-
-
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    """Messages with plain text as content; parts of type text are joined."""
-    if not isinstance(messages, list) or not messages:
-        raise ApiError("messages must be a list of objects with role and content, at least one", param="messages")
-    found = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ApiError(f"message {number} must be an object with role and content", param="messages")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = _joined(content, number)
-        if not isinstance(content, str):
-            raise ApiError(f"message {number}: content must be a text", param="messages")
-        found.append({"role": "system" if message["role"] == "developer" else message["role"], "content": content})
-    return found

@@ -128,7 +128,7 @@ class Service:
         if len(self.jobs) + len(asked.requests) > room:
             raise ApiError(f"{len(self.jobs)} requests are here already, of {room}; try again later", status=429)
         now = self.serving.engine.clock()
-        choices = [Choice(self.serving.tokenizer, asked.stop) for _ in asked.requests]  # type: ignore[arg-type]
+        choices = [Choice(self.serving.tokenizer, asked.stop, asked.calls) for _ in asked.requests]  # type: ignore[arg-type]
         job = Job(asked=asked, choices=choices, arrived=now, until=now + self.settings.seconds_per_request)
         try:
             for index in range(len(asked.requests)):
