@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from memwall.engine.apart import ApartEngine
@@ -15,6 +16,7 @@ from memwall.engine.phase_loading import PhaseSettings
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
 from memwall.engine.serving import LoraSettings, Serving, ServingSettings, load_engine
+from memwall.engine.told_adapters import MOST_ROWS, ToldRows
 from memwall.engine.workers import ForkedWorkers
 from memwall.errors import DoesNotFit, InputError
 from memwall.models import DEMO_DIRECTORY, ModelConfig
@@ -67,6 +69,47 @@ def expected(folder: Path) -> list[list[int]]:
     found = texts(alone)
     alone.release()
     return found
+
+
+DORA = [PhaseSettings(shares=HALVES), PhaseSettings.apart(2)]
+
+
+@pytest.mark.parametrize("phases", DORA, ids=["one memory", "two"])
+def test_dora_goes_over_once_to_each_worker(phases: PhaseSettings, tmp_path: Path) -> None:
+    names = ("r8", "r24")
+    for seed, name in enumerate(names):
+        make_dora(tmp_path / name, seed=seed, targets=("q_proj", "down_proj"), strength=1.0)
+    alone, held = start(tmp_path, None), start(tmp_path, phases)
+    expected = texts(alone)
+    assert len({tuple(made[:8]) for made in expected}) > 3
+    assert texts(held) == expected
+    row = next(row.nbytes for row in held.ledger.rows() if row.owner == "adapters/known")
+    assert row == next(row.nbytes for row in alone.ledger.rows() if row.owner == "adapters/known")
+    workers = held.workers
+    assert isinstance(workers, ForkedWorkers)
+    for phase in ("prefill", "decode"):
+        os.kill(workers._process[phase].pid, signal.SIGKILL)
+    assert texts(held) == expected  # who comes new is told anew
+    held.engine.adapters.remove("r8")  # type: ignore[union-attr]
+    other = make_dora(tmp_path / "other", seed=9, targets=("q_proj",), strength=2.0)
+    held.add_adapter("r8", held.read_adapter(other))
+    assert [a == b for a, b in zip(texts(held), expected)] == [name != "r8" for name in NAMES]
+    for each in (alone, held):
+        each.release()
+
+
+def test_rows_are_told_once_and_dropped_when_there_are_many() -> None:
+    class Known:
+        def rows(self, key: str) -> dict[str, np.ndarray]:
+            return {"q_proj": np.full((1, 2, 3), float(key), np.float32)}
+
+    books, known = ToldRows(), Known()
+    first = books.message({"1": {"rows": "one"}, "2": {}}, known)  # type: ignore[arg-type]
+    assert list(first["new"]) == ["one"]
+    assert books.message({"1": {"rows": "one"}}, known) == {"new": {}, "drop": []}  # type: ignore[arg-type]
+    many = {str(number): {"rows": f"more {number}"} for number in range(MOST_ROWS)}
+    assert books.message(many, known)["drop"] == ["one"]  # type: ignore[arg-type]
+    assert list(books.message({"1": {"rows": "one"}}, known)["new"]) == ["one"]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -171,8 +214,5 @@ def test_what_two_workers_cannot_hold_is_refused(folder: Path, tmp_path: Path) -
     large = make_lora(tmp_path / "large", CONFIG, rank=64, seed=1)
     with pytest.raises(DoesNotFit, match="the adapter 'large' takes"):
         held.add_adapter("large", held.read_adapter(large))
-    lengthening = make_dora(tmp_path / "dora")
-    with pytest.raises(InputError, match="one worker"):
-        held.add_adapter("dora", held.read_adapter(lengthening))
     assert held.adapters.names == sorted(path.name for path in folder.iterdir())  # type: ignore[union-attr]
     held.release()

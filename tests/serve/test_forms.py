@@ -10,13 +10,9 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from memwall.models import DEMO_DIRECTORY, ModelConfig
-from memwall.models.chat import ChatTemplate
+from memwall.models import DEMO_DIRECTORY
 from memwall.models.tokenizer import Tokenizer
-from memwall.serve.fields import ApiError
-from memwall.serve.parse import Parser
-from memwall.serve.settings import ServerSettings
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, Starter
 
 SCHEMA = {
     "type": "object",
@@ -120,13 +116,13 @@ def test_what_is_wrong_is_named(server: Running, extra: dict[str, Any], words: s
         server.client().chat.completions.create(**ASK, **extra)
 
 
-def test_other_processes_refuse_by_name() -> None:
-    parser = Parser(
-        ServerSettings(name="demo"), Tokenizer.from_directory(DEMO_DIRECTORY),
-        ChatTemplate.from_directory(DEMO_DIRECTORY), context=128, vocab=4096,
-        eos=ModelConfig.from_directory(DEMO_DIRECTORY).eos_token_ids, draws=False,
-    )  # fmt: skip
-    for extra in ({"response_format": FORM}, {"frequency_penalty": 1}, {"logit_bias": {"1": 1}}):
-        with pytest.raises(ApiError, match="other processes"):
-            parser.chat({"messages": ASK["messages"], **extra})
-    parser.chat({"messages": ASK["messages"], "frequency_penalty": 0, "response_format": {"type": "text"}})
+def test_two_workers_answer_the_same(server: Running, starter: Starter) -> None:
+    phased = starter("--memory", "220MB", "--weights", "int8", "--context", "512", "--scheduler", "semi-pd")
+    for extra in (
+        {"response_format": FORM, "temperature": 1.0},
+        {"frequency_penalty": 2.0},
+        {"logit_bias": {"300": 9}},
+    ):
+        ask = {**ASK, "max_tokens": 40, "temperature": 0.0, "seed": 2, **extra}
+        texts = [one.client().chat.completions.create(**ask).choices[0].message.content for one in (server, phased)]
+        assert texts[0] == texts[1]

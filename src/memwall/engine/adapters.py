@@ -59,7 +59,9 @@ class AdapterCounts:
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """One that is known. users: running requests; requests: all that are not over. weights None: it is only counted."""
+    """One that is known. users: running requests; requests: all that are not over. weights None: it is only counted.
+    rows: of a `dora` adapter whose products are made in other processes.
+    """
 
     key: str
     name: str
@@ -67,6 +69,7 @@ class Adapter:
     secret: bytes
     weights: LoraWeights | None = None
     paged: PagedLora | None = None
+    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     pages: list[int] = field(default_factory=list)
     users: int = 0
     requests: int = 0
@@ -90,8 +93,10 @@ class Adapters:
         arena: Arena | None = None,
         exact: bool = False,
         link_bytes_per_s: float | None = None,
+        elsewhere: bool = False,
     ) -> None:
-        """room: how pages are cut; None where they are only counted. exact: float32 adapters stay float32.
+        """room: how pages are cut; None where they are only counted. exact: float32 adapters stay float32. elsewhere:
+        products with them are made in other processes, see `told`.
 
         link_bytes_per_s: emulates a slower way from where adapters are kept.
         """
@@ -99,6 +104,7 @@ class Adapters:
         self.room = room
         self.exact = exact
         self.link_bytes_per_s = link_bytes_per_s
+        self.elsewhere = elsewhere
         self.counts = AdapterCounts()
         self._known: dict[str, Adapter] = {}
         self._key_of: dict[str, str] = {}
@@ -137,24 +143,31 @@ class Adapters:
         """
         assert self.room is not None
         paged = weights.paged(self.room, exact=self.exact)
-        for target, each in (rows or {}).items():
+        for target, each in (rows or {}).items() if not self.elsewhere else ():
             paged.lengthen(target, each)
-        key = self._add(name, paged.num_pages, weights, paged)
-        self._count_known(KNOWN_BYTES + weights.offsets.nbytes + paged.row_bytes)
+        key = self._add(name, paged.num_pages, weights, paged, rows if self.elsewhere else None)
+        self._count_known(self._known_bytes(self._known[key]))
         return key
 
     def add_counted(self, name: str, num_pages: int) -> str:
         """The same without numbers, for a pool that only counts."""
-        return self._add(name, num_pages, None, None)
+        return self._add(name, num_pages)
 
-    def _add(self, name: str, num_pages: int, weights: LoraWeights | None, paged: PagedLora | None) -> str:
+    def _add(
+        self,
+        name: str,
+        num_pages: int,
+        weights: LoraWeights | None = None,
+        paged: PagedLora | None = None,
+        rows: Mapping[str, np.ndarray] | None = None,
+    ) -> str:
         if name in self._key_of:
             raise InputError(f"an adapter is called {name!r} already; unload it first, or choose another name")
         key, number = name, 0
         while key in self._known:  # requests go on with one of this name that was removed
             number += 1
             key = f"{name}@{number}"
-        self._known[key] = made = Adapter(key, name, num_pages, secrets.token_bytes(16), weights, paged)
+        self._known[key] = made = Adapter(key, name, num_pages, secrets.token_bytes(16), weights, paged, rows or {})
         self._key_of[name] = key
         for mirror in self.mirrors:
             mirror.take_in(made)
@@ -295,10 +308,15 @@ class Adapters:
         adapter = self._known[key]
         assert adapter.weights is not None
         assert adapter.paged is not None
-        return {
+        told: dict[str, Any] = {
             "form": adapter.paged.form, "scale": adapter.weights.scale, "shapes": adapter.weights.shapes,
             "pages": adapter.pages,
         }  # fmt: skip
+        return {**told, "rows": adapter.secret.hex()} if adapter.rows else told
+
+    def rows(self, key: str) -> Mapping[str, np.ndarray]:
+        """Of a `dora` adapter whose products are made in other processes: what lengthens the outputs of each target."""
+        return self._known[key].rows
 
     def stop(self) -> None:
         """Ends the thread and lets go of all pages; of no more use."""
@@ -381,8 +399,14 @@ class Adapters:
             self._soon.remove(adapter)
         del self._known[adapter.key]
         if adapter.weights is not None:
-            rows = adapter.paged.row_bytes if adapter.paged is not None else 0
-            self._count_known(-KNOWN_BYTES - adapter.weights.offsets.nbytes - rows)
+            self._count_known(-self._known_bytes(adapter))
+
+    def _known_bytes(self, adapter: Adapter) -> int:
+        """What is in memory of one that nobody asks for."""
+        assert adapter.weights is not None
+        assert adapter.paged is not None
+        rows = adapter.paged.row_bytes + sum(each.nbytes for each in adapter.rows.values())
+        return KNOWN_BYTES + adapter.weights.offsets.nbytes + rows
 
     def _count_known(self, nbytes: int) -> None:
         if self._known_entry is not None:

@@ -13,7 +13,7 @@ are summed in an order that depends on how many tokens are multiplied at once, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -25,7 +25,7 @@ from memwall.engine.page_forms import PAGED as PAGED
 from memwall.engine.page_forms import held_as
 from memwall.engine.page_forms import page_bytes as page_bytes
 from memwall.engine.pooling import Pooler
-from memwall.engine.sampling import Sampler, bend
+from memwall.engine.sampling import Sampler, bend, picks
 from memwall.engine.sequence import Sequence as EngineSequence
 from memwall.engine.sequence import TokenLogprobs
 from memwall.kernels.lora import LoraBatch, LoraRoom, PagedLora
@@ -34,7 +34,7 @@ from memwall.memory import PagePool
 from memwall.models.decoder import Decoder
 
 if TYPE_CHECKING:
-    from memwall.engine.guide import Cursor
+    from memwall.engine.guide import Cursor, Guide
 
 
 def lora_room(shape: CacheShape, page_tokens: int, kv: str = "float16") -> LoraRoom:
@@ -342,14 +342,20 @@ class ModelExecutor:
         made = sequence.tokens[sequence.num_prompt : entry.first + entry.count]
         own = logits if asked.logprobs is None else logits.copy()
         bend(logits, made, asked.sampling)
-        pick = self._sampler(sequence).pick
-        if asked.guide is None:
-            token = pick(logits)
-        else:
-            if sequence.id not in self._cursors:
-                self._cursors[sequence.id] = asked.guide.cursor()
-            token = self._cursors[sequence.id].pick(made, logits, pick)
+        pick = self._picks(sequence)
+        token = pick(logits) if asked.guide is None else self._cursor(sequence, asked.guide).pick(made, logits, pick)
         return Output(token, None if asked.logprobs is None else self._logprobs(own, token, asked.logprobs))
+
+    def _picks(self, sequence: EngineSequence) -> Callable[[np.ndarray], int]:
+        """Draws for the next token of a sequence."""
+        sampler = self._sampler(sequence)
+        return picks(sampler, sampler.draw())
+
+    def _cursor(self, sequence: EngineSequence, guide: Guide) -> Cursor:
+        """Where its answer stands in its form."""
+        if sequence.id not in self._cursors:
+            self._cursors[sequence.id] = guide.cursor()
+        return self._cursors[sequence.id]
 
     def _sampler(self, sequence: EngineSequence) -> Sampler:
         if sequence.id not in self._samplers:

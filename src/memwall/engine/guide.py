@@ -67,14 +67,14 @@ class Cursor:
     """Where one answer stands."""
 
     def __init__(self, guide: Guide) -> None:
-        self._guide = guide
+        self.guide = guide
         self._state = guide.walker.start
         self._made: list[int] = []
         self._allowed = np.zeros(BYTES + 2, bool)
 
     def pick(self, made: Sequence[int], logits: np.ndarray, draw: Callable[[np.ndarray], int]) -> int:
         """The next token after those that were made. logits [V] float32 become -inf where the form forbids."""
-        walker, table = self._guide.walker, self._guide.table
+        walker, table = self.guide.walker, self.guide.table
         self._follow(made)
         bits = walker.next_bytes(self._state)
         self._allowed[:BYTES] = np.unpackbits(
@@ -92,7 +92,7 @@ class Cursor:
     def _follow(self, made: Sequence[int]) -> None:
         """A request that was set aside, or whose step failed, may have others behind it than were drawn."""
         if self._made != list(made[: len(self._made)]):
-            self._state, self._made = self._guide.walker.start, []
+            self._state, self._made = self.guide.walker.start, []
         for token in made[len(self._made) :]:
-            self._state = self._guide.walker.feed(self._state, self._guide.table.text(token))
+            self._state = self.guide.walker.feed(self._state, self.guide.table.text(token))
             self._made.append(token)

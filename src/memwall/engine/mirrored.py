@@ -36,7 +36,7 @@ class MirroredAdapters(Adapters):
             assert self.room is not None
             paged = adapter.weights.paged(self.room, exact=self.exact)
         self._known[adapter.key] = Adapter(
-            adapter.key, adapter.name, adapter.num_pages, adapter.secret, adapter.weights, paged
+            adapter.key, adapter.name, adapter.num_pages, adapter.secret, adapter.weights, paged, adapter.rows
         )
 
     def let_go(self, key: str) -> None:

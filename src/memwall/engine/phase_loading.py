@@ -16,6 +16,7 @@ from memwall.engine.mirrored import MirroredAdapters
 from memwall.engine.phased import WINDOW_ITERATIONS, PhasedEngine
 from memwall.engine.phases import Split
 from memwall.engine.sequence import Request, Sequence
+from memwall.engine.told_forms import ToldForms
 from memwall.engine.workers import ForkedWorkers
 from memwall.errors import BudgetExceeded, InputError
 from memwall.memory import Arena, PagePool
@@ -63,13 +64,16 @@ class PhaseSettings:
 
 def make_workers(
     settings: ServingSettings, phases: PhaseSettings, executor: ModelExecutor, pool: PagePool, arena: Arena,
-    *, limited: bool,
+    *, limited: bool, forms: ToldForms | None = None,
 ) -> ForkedWorkers:  # fmt: skip
-    """The processes, forked here: weights and pages must be there. limited: whether there is a budget."""
+    """The processes, forked here: weights and pages must be there. limited: whether there is a budget. forms: of
+    answers, which workers draw.
+    """
     own = _make_prefill_pool(settings, phases, pool, arena, limited=limited)
     return ForkedWorkers(
         executor, pool, phases.shares, page_tokens=settings.page_tokens, cores=kernels.num_threads(),
         fresh=phases.fresh, whole_threads=phases.whole_threads, ledger=arena.ledger, prefill_pool=own,
+        forms=forms,
     )  # fmt: skip
 
 

@@ -20,8 +20,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Batch
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,10 +33,14 @@ from memwall.engine.hand_over import HandOver, Pull
 from memwall.engine.pacing import Board, Pacer
 from memwall.engine.pooling import Pooler, part_of
 from memwall.engine.ranked import layout_of
-from memwall.engine.sampling import Sampler, Sampling
+from memwall.engine.sampling import Sampler, Sampling, picks
 from memwall.engine.sequence import Request, Sequence, TokenLogprobs
 from memwall.engine.told_adapters import ToldAdapters
+from memwall.engine.told_forms import ToldForms, bends_message, bent
 from memwall.memory import PagePool
+
+if TYPE_CHECKING:
+    from memwall.engine.guide import Cursor, Guide
 
 LENGTH = struct.Struct("<I")
 MOST_ORDER_BYTES = 4096
@@ -83,7 +88,7 @@ def entry_message(entry: Entry, draw: float | None, seen_before: int = 0) -> dic
     if entry.sample:
         asked = one.request.sampling
         told |= {"t": asked.temperature, "k": asked.top_k, "p": asked.top_p, "draw": draw, "lp": one.request.logprobs}
-    return told
+    return told | bends_message(entry)
 
 
 class Worker:
@@ -91,14 +96,14 @@ class Worker:
 
     def __init__(
         self, connection: socket.socket, order: dict[str, Any], executor: ModelExecutor,
-        pools: Mapping[Phase, PagePool], board: Board,
+        pools: Mapping[Phase, PagePool], board: Board, forms: ToldForms | None = None,
     ) -> None:  # fmt: skip
         self.connection = connection
         whole = order["whole_threads"]
         self.pacer = Pacer(order["percent"], order["cores"], whole_threads=whole, board=board, phase=order["phase"])
         self.pools = pools
         cache = PacedCache(executor.cache, pools[order["phase"]], order["page_tokens"], self.pacer)
-        self.executor = DrawingExecutor(executor, cache)
+        self.executor = DrawingExecutor(executor, cache, forms)
         self.hand_over = HandOver(layout=layout_of(cache.shape, order["page_tokens"], cache.kv))
 
     def serve(self) -> None:
@@ -125,8 +130,8 @@ class Worker:
         moved = self.hand_over.copy((self.pools["prefill"],), (self.pools["decode"],), pulls)
         pulled = time.perf_counter() - began
         if isinstance(self.executor.adapters, ToldAdapters):
-            self.executor.adapters.tell(job["adapters"])
-        outputs = self.executor.run([entry_of(told) for told in job["entries"]]) if job["entries"] else []
+            self.executor.adapters.tell(job["adapters"], job["rows"])
+        outputs = self.executor.run_told(job["entries"])
         self.pacer.pace()
         return answer_message(outputs, began, used, (moved, pulled))
 
@@ -152,18 +157,31 @@ class PacedCache(BatchCache):
 class DrawingExecutor(ModelExecutor):
     """Draws with the random numbers that come with the job, so that it does not matter which worker draws."""
 
-    def __init__(self, made: ModelExecutor, cache: BatchCache) -> None:
+    def __init__(self, made: ModelExecutor, cache: BatchCache, forms: ToldForms | None = None) -> None:
+        """forms: of answers; None where none are asked for."""
+        self.forms = forms
         self.decoder, self.lora = made.decoder, made.lora
         self.adapters = None if made.lora is None else ToldAdapters(cache.pool, made.lora.room)
         self.cache = cache
         self._logit_rows, self._scratch = made._logit_rows, made._scratch
         self._pooler = PartPooler()
 
+    def run_told(self, entries: Batch[dict[str, Any]]) -> list[Output | None]:
+        """A batch by its messages."""
+        return self.run([entry_of(told, self.forms) for told in entries]) if entries else []
+
     def _draw(self, sequence: Sequence, logits: np.ndarray) -> Output:
-        draw = sequence.arrival  # of a sequence that is told to a worker: see `entry_of`
-        token = Sampler(sequence.request.sampling, self._scratch).pick(logits, draw)
+        token = self._picks(sequence)(logits)
         wanted = sequence.request.logprobs
         return Output(token, None if wanted is None else self._logprobs(logits, token, wanted))
+
+    def _picks(self, sequence: Sequence) -> Callable[[np.ndarray], int]:
+        draw = sequence.arrival  # of a sequence that is told to a worker: see `entry_of`
+        return picks(Sampler(sequence.request.sampling, self._scratch), draw)
+
+    def _cursor(self, sequence: Sequence, guide: Guide) -> Cursor:
+        assert self.forms is not None
+        return self.forms.cursor(sequence.id, guide)
 
 
 class PartPooler(Pooler):
@@ -176,16 +194,28 @@ class PartPooler(Pooler):
         return part_of(entry, hidden, entry.sequence.cached)  # see `entry_of`
 
 
-def entry_of(told: dict[str, Any]) -> Entry:
+def entry_of(told: dict[str, Any], forms: ToldForms | None = None) -> Entry:
     """In a worker: what `entry_message` told."""
     first, tokens, sample = told["first"], told["tokens"], "t" in told
     sampling = Sampling(temperature=told["t"], top_k=told["k"], top_p=told["p"]) if sample else Sampling()
     pooling, seen_before = told.get("pool", (None, 0))
+    guide, before = None, [0] * first
+    if "bend" in told:  # what was made has a say
+        sampling = bent(sampling, told)
+        before[told["prompt"] :] = told["made"]
+    if "form" in told:
+        assert forms is not None
+        guide = forms.guide(told["form"])
     request = Request(
-        prompt=(0,), sampling=sampling, logprobs=told.get("lp"), adapter=told.get("adapter"), pooling=pooling
+        prompt=(0,) * told.get("prompt", 1),
+        sampling=sampling,
+        logprobs=told.get("lp"),
+        adapter=told.get("adapter"),
+        pooling=pooling,
+        guide=guide,
     )
     one = Sequence(id=told["id"], request=request, arrival=told.get("draw") or 0.0, eos=(), cached=seen_before)
-    one.tokens, one.pages = [0] * first + tokens, told["pages"]
+    one.tokens, one.pages = before + tokens, told["pages"]
     one.holds_adapter = request.adapter is not None  # or the engine would not have told it
     return Entry(one, first, len(tokens), sample)
 
@@ -227,19 +257,21 @@ def _logprobs(output: Output) -> Any:
     return None if found is None else [found.own, [list(pair) for pair in found.top]]
 
 
-def fork_resident(executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board) -> tuple[int, socket.socket]:
-    """Forks the resident process; its number, and the socket that asks it for workers."""
+def fork_resident(make: Callable[[socket.socket, dict[str, Any]], Worker]) -> tuple[int, socket.socket]:
+    """Forks the resident process; its number, and the socket that asks it for workers. make: a worker, in a process of
+    its own, that serves a socket by an order.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
     number = os.fork()
     if number:
         theirs.close()
         return number, ours
-    _forever(lambda: _resident(theirs, executor, pools, board), theirs.fileno())
+    _forever(lambda: _resident(theirs, make), theirs.fileno())
     raise AssertionError
 
 
-def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board) -> None:
+def _resident(orders: socket.socket, make: Callable[[socket.socket, dict[str, Any]], Worker]) -> None:
     gc.freeze()  # a collection would write to every object, and so copy their pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -247,15 +279,13 @@ def _resident(orders: socket.socket, executor: ModelExecutor, pools: Mapping[Pha
         if not body:
             return
         if os.fork() == 0:
-            worker = partial(_work, files[0], json.loads(body), executor, pools, board)
+            worker = partial(_work, files[0], json.loads(body), make)
             _forever(worker, files[0])
         os.close(files[0])
 
 
-def _work(
-    file: int, order: dict[str, Any], executor: ModelExecutor, pools: Mapping[Phase, PagePool], board: Board
-) -> None:
-    Worker(socket.socket(fileno=file), order, executor, pools, board).serve()
+def _work(file: int, order: dict[str, Any], make: Callable[[socket.socket, dict[str, Any]], Worker]) -> None:
+    make(socket.socket(fileno=file), order).serve()
 
 
 def order_worker(orders: socket.socket, order: dict[str, Any]) -> socket.socket:

@@ -137,6 +137,8 @@ class PhasedEngine(Engine):
         super().check(request)
         if request.members or request.prefix is not None:
             raise InputError("shared prefixes that are planned need one worker; choose the scheduler fcfs")
+        if request.guide is not None and request.guide.spec is None:
+            raise InputError("a form that workers draw by must be told as text: make the guide with its description")
 
     def submit(self, request: Request, arrival: float | None = None, number: int | None = None) -> Sequence:
         """See `Engine`."""

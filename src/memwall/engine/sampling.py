@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,10 @@ class Sampler:
         """Rows of float32: chances, the same sorted, and two that hold float64 sums."""
         return 4, vocab_size
 
+    def draw(self) -> float | None:
+        """The next number of its own; None where the likeliest token is taken."""
+        return None if self._sampling.temperature == 0 else self._random.random()
+
     def pick(self, logits: np.ndarray, draw: float | None = None) -> int:
         """Next token id from logits [V] float32. draw: the random number in [0, 1) to use (see `counter`); None takes
         the next of the sampler's own. InputError where logits are no numbers, as those of damaged weights are.
@@ -107,6 +111,19 @@ class Sampler:
         draw = self._random.random() if draw is None else draw
         drawn = int(np.searchsorted(sums, draw * sums[-1], side="right"))
         return drawn if drawn < len(chances) else int(np.argmax(chances))
+
+
+def picks(sampler: Sampler, draw: float | None) -> Callable[[np.ndarray], int]:
+    """Draws for one place, any number of times: first with `draw`, then with numbers that follow from it, so that it
+    does not matter which process draws.
+    """
+    more = None if draw is None else random.Random(draw)
+    numbers = iter([draw])
+
+    def pick(logits: np.ndarray) -> int:
+        return sampler.pick(logits, next(numbers, None if more is None else more.random()))
+
+    return pick
 
 
 def _sum_up(values: np.ndarray, sums: np.ndarray) -> None:

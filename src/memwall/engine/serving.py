@@ -46,6 +46,7 @@ from memwall.models.weights import Progress
 if TYPE_CHECKING:  # what one server in ten needs costs every other one no memory
     from memwall.engine.phase_loading import PhaseSettings
     from memwall.engine.ray_workers import RayWorkers
+    from memwall.engine.told_forms import ToldForms
     from memwall.engine.workers import ForkedWorkers
 
 LORA_SCRATCH = "adapters/scratch"
@@ -193,8 +194,6 @@ class Serving:
         """
         adapters = self.engine.adapters
         assert adapters is not None
-        if weights.dora and self.workers is not None:
-            raise InputError(f"the adapter {name!r} is of DoRA, which needs one worker; choose the scheduler fcfs")
         key = adapters.add(name, weights, row_changes(weights, self._loaded.decoder.weights, self.config))
         known = adapters.describe(name)
         assert known is not None
@@ -412,7 +411,8 @@ def _load_phases(
     from memwall.engine.phase_loading import begin_phases, make_workers, phased_engine
 
     pool = pages.pool
-    workers = make_workers(settings, phases, executor, pool, loaded.arena, limited=budget is not None)
+    forms = None if tokenizer is None else _told_forms(tokenizer, loaded.config)
+    workers = make_workers(settings, phases, executor, pool, loaded.arena, limited=budget is not None, forms=forms)
     try:
         engine = phased_engine(settings, phases, scheduler, workers, pages, loaded.arena, common)
         serving = Serving(settings, loaded, engine, pool, budget, tokenizer)
@@ -422,6 +422,13 @@ def _load_phases(
         workers.release()
         raise
     return serving
+
+
+def _told_forms(tokenizer: Tokenizer, config: ModelConfig) -> ToldForms:
+    from memwall.engine.guide import TokenTable
+    from memwall.engine.told_forms import ToldForms
+
+    return ToldForms(lambda: TokenTable(tokenizer, config.vocab_size, config.eos_token_ids))
 
 
 def _kind_of(settings: ServingSettings) -> type[Engine]:
@@ -449,7 +456,14 @@ def _make_adapters(
 ) -> tuple[Adapters, LoraBatch]:
     room = lora_room(shape, settings.page_tokens, settings.kv)
     scratch = arena.allocate(LORA_SCRATCH, _scratch_shape(settings, lora), np.float32)
-    adapters = Adapters(pages, room, arena=arena, exact=lora.exact, link_bytes_per_s=lora.link_bytes_per_s)
+    adapters = Adapters(
+        pages,
+        room,
+        arena=arena,
+        exact=lora.exact,
+        link_bytes_per_s=lora.link_bytes_per_s,
+        elsewhere=settings.phases is not None,
+    )
     return adapters, LoraBatch(room, scratch)
 
 

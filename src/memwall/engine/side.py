@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ import numpy as np
 
 from memwall.engine.base import Limits
 from memwall.engine.batch import ModelExecutor, page_bytes
+from memwall.engine.guide import TokenTable
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import Settings, cache_shape, load_decoder
-from memwall.engine.phase_process import DrawingExecutor, answer_message, entry_of
+from memwall.engine.phase_process import DrawingExecutor, answer_message
 from memwall.engine.sampling import Sampler
+from memwall.engine.told_forms import ToldForms
 from memwall.errors import BudgetExceeded
 from memwall.memory import Arena, Budget, PagePool, resident_bytes
+from memwall.models.config import ModelConfig
 
 MOST_LOGIT_ROWS = 16
 
@@ -74,7 +78,7 @@ class Side:
             loaded.decoder, shape, KVPages(self.pool, settings.page_tokens), logit_rows=rows, scratch=scratch,
             kv=settings.kv,
         )  # fmt: skip
-        self.executor = DrawingExecutor(made, made.cache)
+        self.executor = DrawingExecutor(made, made.cache, ToldForms(partial(_table, settings.model, loaded.config)))
 
     def describe(self) -> dict[str, Any]:
         """Where it is and what it holds."""
@@ -96,8 +100,15 @@ class Side:
             place[...] = pulled[at : at + place.nbytes]
             at += place.nbytes
         moved = (at, time.perf_counter() - began)
-        outputs = self.executor.run([entry_of(told) for told in job["entries"]]) if job["entries"] else []
+        outputs = self.executor.run_told(job["entries"])
         return answer_message(outputs, began, used, moved)
+
+
+def _table(model: str, config: ModelConfig) -> TokenTable:
+    """The tokens' bytes, for answers in a form."""
+    from memwall.models.tokenizer import Tokenizer  # whoever asks for none needs none
+
+    return TokenTable(Tokenizer.from_directory(model), config.vocab_size, config.eos_token_ids)
 
 
 def _pool(settings: SideSettings, size: int, arena: Arena) -> PagePool:

@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence as Batch
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from memwall.engine.batch import ModelExecutor
 from memwall.engine.executor import Entry, Output
 from memwall.engine.hand_over import Pull
 from memwall.engine.pacing import Board
-from memwall.engine.phase_process import entry_message, fork_resident, order_worker, outputs_of, receive, send
+from memwall.engine.phase_process import Worker, entry_message, fork_resident, order_worker, outputs_of, receive, send
 from memwall.engine.phased import Done
 from memwall.engine.pooling import Pooler, pooled
 from memwall.engine.sequence import Sequence
-from memwall.engine.told_adapters import adapters_message
+from memwall.engine.told_adapters import ToldRows, adapters_message
+from memwall.engine.told_forms import ToldForms
 from memwall.errors import InputError, MemwallError
 from memwall.hardware.units import KIB
 from memwall.memory import Ledger, PagePool
@@ -55,6 +56,7 @@ class Process:
     connection: socket.socket
     percent: int
     pid: int = 0
+    rows: ToldRows = field(default_factory=ToldRows)
 
 
 class Draws:
@@ -112,9 +114,10 @@ class ForkedWorkers:
         whole_threads: bool = True,
         ledger: Ledger | None = None,
         prefill_pool: PagePool | None = None,
+        forms: ToldForms | None = None,
     ) -> None:
         """cores: what 100 percent are. fresh: new shares come with new processes. whole_threads: see `Pacer`.
-        prefill_pool: where prompts have their pages; None for those of `pool`.
+        prefill_pool: where prompts have their pages; None for those of `pool`. forms: of answers, for the workers.
         """
         if not sys.platform.startswith("linux"):
             raise InputError("two workers over one memory need Linux; choose the scheduler fcfs")
@@ -140,7 +143,10 @@ class ForkedWorkers:
             end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self.board = Board()
-        self._resident, self._orders = fork_resident(executor, self.pools, self.board)
+        pools, board = self.pools, self.board
+        self._resident, self._orders = fork_resident(
+            lambda connection, order: Worker(connection, order, executor, pools, board, forms)
+        )
         self._unseen, self._measured, self.reserve_bytes = 0, 0.0, 0
         self._process = {phase: self._make(phase, shares) for phase in PHASES}
         for process in self._process.values():
@@ -157,19 +163,25 @@ class ForkedWorkers:
     def start(self, phase: Phase, batch: list[Entry], pulls: Batch[Pull] = ()) -> None:
         """See `Workers`."""
         self._change_over()
-        told = [self.draws.message(entry) for entry in batch]
-        percent = self._process[phase].percent if self.fresh else self.shares.of(phase)
-        committed = [self.pools[one].committed_bytes for one in PHASES]
-        job = {
-            "percent": percent, "committed": committed, "entries": told, "pulls": [astuple(one) for one in pulls],
-            "adapters": adapters_message(batch, self.adapters[phase]),
-        }  # fmt: skip
         try:
-            send(self._process[phase].connection, job)
+            self._send(self._process[phase], batch, pulls)
         except OSError:  # it was lost while it was idle
             self._replace(phase)
-            send(self._process[phase].connection, job)
+            self._send(self._process[phase], batch, pulls)
         self._busy[phase] = (batch, time.perf_counter())
+
+    def _send(self, process: Process, batch: list[Entry], pulls: Batch[Pull]) -> None:
+        phase = process.phase
+        adapters = adapters_message(batch, self.adapters[phase])
+        job = {
+            "percent": process.percent if self.fresh else self.shares.of(phase),
+            "committed": [self.pools[one].committed_bytes for one in PHASES],
+            "entries": [self.draws.message(entry) for entry in batch],
+            "pulls": [astuple(one) for one in pulls],
+            "adapters": adapters,
+            "rows": process.rows.message(adapters, self.adapters[phase]),
+        }
+        send(process.connection, job)
 
     def collect(self, until: float | None = None, *, wait: bool = True) -> list[Done]:
         """See `Workers`."""

@@ -53,7 +53,7 @@ class Server:
         parser = Parser(
             settings, serving.tokenizer, template, context=serving.context_tokens, vocab=serving.config.vocab_size,
             adapters=serving.adapters, width=serving.config.hidden_size,
-            eos=serving.config.eos_token_ids, draws=serving.workers is None,
+            eos=serving.config.eos_token_ids,
         )  # fmt: skip
         control = Control(self.service, parser, alias=alias_metrics)
         routes = [

@@ -42,7 +42,6 @@ LARGEST_SEED = (1 << 63) - 1
 MOST_PENALTY = 2.0
 MOST_BIAS = 100.0
 MOST_BIASED = 1024
-ELSEWHERE = "is not supported where tokens are drawn by other processes (semi-pd, nexus, distserve); leave it out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +81,9 @@ class Parser:
         adapters: Adapters | None = None,
         width: int = 0,
         eos: Sequence[int] = (),
-        draws: bool = True,
     ) -> None:
         """adapters: served as models beside the base. width: numbers of an embedding; 0 where none are made. eos:
-        tokens that end a text. draws: tokens are drawn in this process, where what was made before can have a say.
+        tokens that end a text.
         """
         self.settings = settings
         self.tokenizer = tokenizer
@@ -95,7 +93,6 @@ class Parser:
         self.adapters = adapters
         self.width = width
         self.eos = tuple(eos)
-        self.draws = draws
         self._table: TokenTable | None = None
         self.call_form: CallForm | None = form_of_template(template.text_for_tools)
         """What the model's own template teaches; None where it knows no tools."""
@@ -300,9 +297,6 @@ class Parser:
         )
 
     def _sampling(self, fields: Fields, new: int) -> Sampling:
-        bends = ("frequency_penalty", "presence_penalty", "logit_bias")
-        if not self.draws and (asked := [name for name in bends if fields.get(name)]):
-            raise ApiError(f"{asked[0]} {ELSEWHERE}", param=asked[0], code="unsupported_parameter")
         temperature = fields.number("temperature", 1.0, 0.0, 2.0)
         top_p = fields.number("top_p", 1.0, 0.0, 1.0)
         return Sampling(
@@ -357,9 +351,9 @@ class Parser:
             form, opened = self.call_form or TAGGED, bool(tools.must)
             rules = CallRules(form=form, tools=tools.schemas(), most=tools.most, opened=opened)
             spec, param = {**({} if opened else spec), "calls": calls_spec(rules)}, "tools"
-        if not self.draws or not self.eos:
-            why = ELSEWHERE if not self.draws else "needs a model with an end-of-text token"
-            raise ApiError(f"{param} {why}", param=param, code="unsupported_parameter")
+        if not self.eos:
+            message = f"{param} needs a model with an end-of-text token"
+            raise ApiError(message, param=param, code="unsupported_parameter")
         if fields.boolean("ignore_eos"):
             raise ApiError("an answer in a form ends, which ignore_eos forbids; leave one out", param="ignore_eos")
         if self._table is None:
