@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PLAN = ("plan", "demo", "--no-measure", "--context", "256")
 
 
@@ -63,3 +65,12 @@ def test_a_folder_with_only_a_config_is_planned_for_before_its_weights_are_there
     assert "holds no weights" in done.stderr
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"half a download")
     assert memwall("plan", tmp_path, "--memory", "200MB").exit_code == 2
+
+
+def test_a_pipe_is_told_what_is_measured(memwall: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    exact = ("plan", "demo", "--context", "128", "--weights", "int4", "--kv", "float16")
+    told = memwall(*exact, "--json")
+    assert "measuring the quality of int4 weights and a float16 cache" in told.stderr
+    assert json.loads(told.stdout)["choice"]["kv"] == "float16"
+    assert "measuring" not in memwall(*exact).stderr  # it is known now

@@ -27,7 +27,8 @@ SHORT = ("--weights", "int4", "--kv", "float16", "--max-new-tokens", "6", "--ign
         ("hello", None, ("demo", "hello")),
         ("./nowhere", None, ("./nowhere", None)),
         ("~/model", None, ("~/model", None)),
-        ("org/name", None, ("org/name", None)),
+        ("org/name-1b", None, ("org/name-1b", None)),
+        ("and/or", None, ("demo", "and/or")),
         ("/ is a path and this is none", None, ("demo", "/ is a path and this is none")),
     ],
 )
@@ -40,6 +41,10 @@ def test_an_existing_folder_is_a_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert split_positionals("model", None) == ("demo", "model")
     (tmp_path / "model").mkdir()
     assert split_positionals("model", None) == ("model", None)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert split_positionals("org/name", None) == ("demo", "org/name")
+    (tmp_path / "models--org--name" / "snapshots" / "a1").mkdir(parents=True)
+    assert split_positionals("org/name", None) == ("org/name", None)
 
 
 def test_budgets_and_contexts() -> None:

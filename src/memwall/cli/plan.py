@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,6 +116,7 @@ def plan(
             profile=True,
             config_only=True,
             progress=bar.counted,
+            tell=_told(quiet=quiet),
         )
     if html is not None:
         write_html(made, html)
@@ -125,6 +127,13 @@ def plan(
         _show(made)
     if not made.fits:
         raise typer.Exit(1)
+
+
+def _told(*, quiet: bool) -> Callable[[str], None] | None:
+    """Where no bar is shown, a line before each measurement: the first one of a large model takes minutes."""
+    if sys.stderr.isatty():
+        return None
+    return lambda what: note(f"memwall: measuring {what} (--no-measure leaves it out)", quiet=quiet)
 
 
 def _show(plan: Plan) -> None:

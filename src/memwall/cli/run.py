@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from memwall.plan import Plan
 
 DEMO = "demo"
+MARKS = "0123456789-_."
+"""What names of models have, and words do not."""
 
 
 def register(app: typer.Typer) -> None:
@@ -141,9 +143,9 @@ def run(
 ) -> None:
     """Generate text inside a memory budget, then show where every byte went.
 
-    A lone positional argument is the MODEL if it is `demo`, an existing directory, a name on the Hub (ORG/NAME), or
-    looks like a path (starts with / ./ ../ or ~ and has no spaces); otherwise it is the prompt, and the bundled demo
-    model continues it.
+    A lone positional argument is the MODEL if it is `demo`, an existing directory, a name on the Hub (ORG/NAME, in its
+    cache or with a digit or a mark in it), or looks like a path (starts with / ./ ../ or ~ and has no spaces);
+    otherwise it is the prompt, and the bundled demo model continues it.
     """
     from memwall.engine import Sampling
 
@@ -210,10 +212,12 @@ def split_positionals(first: str | None, second: str | None) -> tuple[str, str |
     """(MODEL, prompt) from the positional arguments; a lone one is whichever it looks like."""
     if second is not None or first is None:
         return first or DEMO, second
-    from memwall.models.hub import is_repository
+    from memwall.models.hub import cached, is_repository
 
     looks_like_path = first.startswith(("/", "./", "../", "~")) and not any(letter.isspace() for letter in first)
-    if first == DEMO or looks_like_path or is_repository(first) or Path(first).is_dir():
+    # words may have a slash between them: and/or; names on the Hub that are not here mostly have a size or a version
+    on_hub = is_repository(first) and (any(letter in MARKS for letter in first) or cached(first) is not None)
+    if first == DEMO or looks_like_path or on_hub or Path(first).is_dir():
         return first, None
     return DEMO, first
 

@@ -81,6 +81,7 @@ class Planner:
         config_only: bool = False,
         extra_bytes: Mapping[str, int] | None = None,
         progress: Progress | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         """machine: a preset's name; None is this one. device: cpu or gpu; None is the gpu of a machine that has one,
         else the cpu. config_only: a folder without weights will do, its config.json tells their sizes.
@@ -88,7 +89,7 @@ class Planner:
         text: held-out text instead of the bundled one. measure_all: the runners-up too, where quality is measured.
         search_kv: where the cache is left open, combinations of policies too (`plan.survey`), which takes a while.
         profile: measure kernels not yet known. runtime_bytes: the interpreter's own memory, where the caller knows
-        it. extra_bytes: see `ModelSpace`.
+        it. extra_bytes: see `ModelSpace`. tell: hears what is about to be measured.
         """
         self.model = Path(model)
         config = ModelConfig.from_directory(self.model)
@@ -118,6 +119,7 @@ class Planner:
         )
         self._text = text
         self._progress = progress
+        self._tell = tell or (lambda what: None)
         self._profile = profile
         self._measure_all = measure_all
         self._search_kv = search_kv
@@ -196,6 +198,8 @@ class Planner:
             self._evaluator = Evaluator(self.model, self.text, limit_tokens=MEASURED_TOKENS, threads=choice.threads)
         assert isinstance(self._evaluator, Evaluator)
         through = None if choice.kv == NO_CACHE else choice.kv
+        cache = "" if through is None else f" and a {through} cache"
+        self._tell(f"the quality of {choice.weights} weights{cache} on {MEASURED_TOKENS:,} tokens of text")
         figures = self._evaluator.score(choice.weights, through, progress=self._progress)
         if figures.kl_nats is None or figures.top1_agreement is None:
             return None
@@ -375,6 +379,7 @@ def make_plan(
     config_only: bool = False,
     extra_bytes: Mapping[str, int] | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Plan:
     """Plan one model for one goal; with weights and cache both named it is exact and does not raise when it does not
     fit.
@@ -384,7 +389,7 @@ def make_plan(
     are not known (None: as `measure`), otherwise speeds may be missing; measure_all: the runners-up's quality too, for
     a fuller plot; search_kv: many caches and their combinations, measured as far as that is worth it; config_only:
     see `Planner`; extra_bytes: by owner, what the caller will hold besides. progress(done, total) counts windows of
-    text, or caches with `search_kv`.
+    text, or caches with `search_kv`; tell: hears what is about to be measured.
     """
     planner = Planner(
         model,
@@ -398,6 +403,7 @@ def make_plan(
         config_only=config_only,
         extra_bytes=extra_bytes,
         progress=progress,
+        tell=tell,
     )
     goal = Goal(
         budget=dict(budget.tiers) if budget is not None else {}, weights=weights, kv=kv, context=context,
