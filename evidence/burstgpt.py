@@ -11,7 +11,8 @@ plain load needs at its peak, so that whatever bursts need beyond it shows.
 Two schedulers are compared on one virtual device, chunked against disaggregated: prompts in chunks beside tokens (first
 come first served), and prompts and tokens apart, half of the device each. BatchLLM's batching, which was compared with
 first come first served before, has nothing over it under the plain load (ratio 1.00, and 0.99 under replay), so that
-nothing could shrink.
+nothing could shrink. They are compared on six stretches of the trace: on the first alone the ratio went from 1.89 to
+1.77, 10.3 % nearer to 1 where 10 % are asked, which one burst decides.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ from memwall.engine.distserve import DistServe
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.kv_pages import KVPages
 from memwall.engine.phase_device import Device, ModelSize, VirtualWorkers, colocated_engine
-from memwall.engine.sequence import Request, Sequence
+from memwall.engine.sequence import Request
+from memwall.engine.sequence import Sequence as Running
 from memwall.engine.simulated import Arrival, StepCost, VirtualClock, replay, simulated_engine
 from memwall.memory import PagePool, peak_resident_bytes, reset_peak_resident, resident_bytes
 from memwall.serve import burstgpt
@@ -60,18 +62,19 @@ LOAD = 0.75
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """minutes: of the made trace; seeds: of generated ones; rows: of the file that is read against the clock; requests:
-    served on the virtual clock; sent: by the client.
+    served on the virtual clock; parts: stretches of so many on which two schedulers are compared; sent: by the client.
     """
 
     minutes: int
     seeds: int
     rows: int
     requests: int
+    parts: int
     sent: int
 
 
-FULL = Sizes(minutes=60, seeds=20, rows=1_400_000, requests=1500, sent=400)
-QUICK = Sizes(minutes=20, seeds=6, rows=200_000, requests=500, sent=150)
+FULL = Sizes(minutes=60, seeds=20, rows=1_400_000, requests=1500, parts=6, sent=400)
+QUICK = Sizes(minutes=20, seeds=6, rows=200_000, requests=500, parts=2, sent=150)
 
 
 def made_trace(minutes: int, seed: int = 1) -> Trace:
@@ -244,7 +247,7 @@ def serve(trace: Trace, scheduler: Scheduler, pages: int) -> Served:
     )
 
 
-def worst_window(done: list[Sequence], waits: list[float], objective: float = 1.0) -> float:
+def worst_window(done: list[Running], waits: list[float], objective: float = 1.0) -> float:
     minutes: dict[int, list[bool]] = {}
     for one, wait in zip(done, waits):
         minutes.setdefault(int(one.arrival // 60), []).append(wait <= objective)
@@ -260,7 +263,7 @@ def request(trace: Trace, place: int) -> Request:
     return Request(prompt=tuple(range(first, first + length)), sampling=sampling)
 
 
-def loads_of(trace: Trace, sizes: Sizes) -> dict[str, Trace]:
+def loads_of(trace: Trace, sizes: Sizes, seed: int = 7) -> dict[str, Trace]:
     """The loads of the protocol, all of the same mean rate: `LOAD` of what the engine can do."""
     raw = trace.answered().clip_lengths(1500, 400)
     raw = raw.keep(np.arange(len(raw)) < sizes.requests, f"first({sizes.requests})")
@@ -270,11 +273,11 @@ def loads_of(trace: Trace, sizes: Sizes) -> dict[str, Trace]:
     raw = raw.scale_rate(LOAD / each * raw.seconds / len(raw))
     alone = make_trace(raw.at, raw.prompt, raw.output, "; ".join(raw.provenance))
     steps = burstgpt.windows(alone.at, max(alone.seconds / 20, 5.0))
-    gamma = burstgpt.generate(steps, burstgpt.JointLengths(alone), 7)
+    gamma = burstgpt.generate(steps, burstgpt.JointLengths(alone), seed)
     gamma = gamma.scale_rate(len(alone) / alone.seconds * gamma.seconds / len(gamma))  # a draw's own mean differs
     return {
-        "Poisson, fixed lengths": burstgpt.poisson_like(alone, 7, lengths="fixed"),
-        "Poisson, the trace's lengths": burstgpt.poisson_like(alone, 7, lengths="trace"),
+        "Poisson, fixed lengths": burstgpt.poisson_like(alone, seed, lengths="fixed"),
+        "Poisson, the trace's lengths": burstgpt.poisson_like(alone, seed, lengths="trace"),
         "Gamma by windows": gamma,
         "replay": alone,
         "replay with sessions": raw,
@@ -331,36 +334,59 @@ def first_tokens(engine: Engine, trace: Trace) -> tuple[float, float]:
     assert isinstance(clock, VirtualClock)
     submit = engine.submit
 
-    def note(*told: Any) -> Sequence:
+    def note(*told: Any) -> Running:
         found.append(submit(*told))
         return found[-1]
 
-    engine.submit = note  # type: ignore[method-assign]
+    engine.submit = note  # type: ignore[method-assign, assignment]
     coming = [Arrival(at=float(at) - begin, request=request(trace, place)) for place, at in enumerate(trace.at)]
     replay(engine, clock, coming)
     waits = sorted((one.first_token or 0.0) - one.arrival for one in found)
     return waits[len(waits) * 99 // 100], clock.now
 
 
-def pair_claim(trace: Trace, sizes: Sizes) -> Claim:
-    """The mean rate is `LOAD` of what the slower of both can do with these lengths."""
-    loads, ways = loads_of(trace, sizes), {"chunked": make_chunked, "apart": make_apart}
+def pair_ratios(part: Trace, sizes: Sizes, seed: int, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """99th percentiles of the first token, (apart, chunked), of one stretch of the trace. The mean rate is `LOAD` of
+    what the slower of both can do with these lengths.
+    """
+    loads, ways = loads_of(part, sizes, seed), {"apart": make_apart, "chunked": make_chunked}
     at_once = loads["replay"].scale_rate(1e9)
     at_once = at_once.keep(np.arange(len(at_once)) < SATURATING, f"first({SATURATING})")
     rate = LOAD * min(len(at_once) / first_tokens(make(), at_once)[1] for make in ways.values())
-    loads = {name: load.scale_rate(rate * load.seconds / len(load)) for name, load in loads.items()}
-    waits = {way: {name: first_tokens(make(), load)[0] for name, load in loads.items()} for way, make in ways.items()}
-    ratios = {name: waits["apart"][name] / waits["chunked"][name] for name in loads}
-    easy, real = ratios["Poisson, fixed lengths"], ratios["replay"]
-    told = ", ".join(
-        f"{name} {ratio:.2f} ({1e3 * waits['apart'][name]:.0f} over {1e3 * waits['chunked'][name]:.0f} ms)"
-        for name, ratio in ratios.items()
+    found = {}
+    for name in names:
+        load = loads[name].scale_rate(rate * loads[name].seconds / len(loads[name]))
+        found[name] = tuple(first_tokens(make(), load)[0] for make in ways.values())
+    return found  # type: ignore[return-value]
+
+
+def pair_claim(trace: Trace, sizes: Sizes) -> Claim:
+    """Over several stretches of the trace: a 99th percentile of one is that of its worst burst."""
+    names = ("Poisson, fixed lengths", "Poisson, the trace's lengths", "replay")
+    whole = trace.answered()
+    parts = [
+        whole.keep((np.arange(len(whole)) // sizes.requests) == number, f"part({number})")
+        for number in range(min(sizes.parts, max(len(whole) // sizes.requests, 1)))
+    ]
+    found = [pair_ratios(part, sizes, 7 + number, names) for number, part in enumerate(parts)]
+    logs = {name: np.log([one[name][0] / one[name][1] for one in found]) for name in names}
+    # of each stretch: how much nearer to 1 replay is than the plain load, in parts of the plain load's distance
+    nearer = 1 - np.abs(logs["replay"]) / np.abs(logs[names[0]])
+    means = {name: float(each.mean()) for name, each in logs.items()}
+    error = float(nearer.std(ddof=1) / len(nearer) ** 0.5) if len(nearer) > 1 else float("nan")
+    told = "; ".join(
+        f"{name} {np.exp(means[name]):.2f} ("
+        + ", ".join(f"{1e3 * one[name][0]:.0f} / {1e3 * one[name][1]:.0f}" for one in found)
+        + " ms)"
+        for name in names
     )
     return Claim(
         claim="what one scheduler has over another under the plain load does not carry over to bursts",
-        measured=f"99th percentile of the first token, prompts and tokens apart over chunks beside tokens: {told}",
+        measured=f"99th percentile of the first token, prompts and tokens apart over chunks beside tokens, geometric "
+        f"mean of {len(parts)} stretches of {sizes.requests} requests: {told}; from the plain load to replay "
+        f"{nearer.mean():.1%} nearer to 1 in the mean, standard error {error:.1%}",
         required="the order turns, or the ratio comes at least 10 % nearer to 1 from the plain load to replay",
-        passed=(easy - 1) * (real - 1) < 0 or abs(np.log(real)) < 0.9 * abs(np.log(easy)),
+        passed=means[names[0]] * means["replay"] < 0 or abs(means["replay"]) < 0.9 * abs(means[names[0]]),
     )
 
 

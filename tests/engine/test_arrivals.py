@@ -50,6 +50,17 @@ def test_traces_are_read_in_their_own_formats(tmp_path: Path, name: str) -> None
     assert len(read_trace(path, 1)) == 1
 
 
+def test_pauses_of_a_conversation_come_from_what_its_answers_took(tmp_path: Path) -> None:
+    path = tmp_path / "burst.csv"
+    path.write_text(
+        "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,7,3,a,10,4,14,x\n6,,1,a,10,4,14,x\n12,7,,a,10,4,14,x\n20,7,2,a,10,4,14,x\n21,7,1,a,10,4,14,x\n"
+    )
+    loads = read_trace(path, 10)
+    assert [load.think_seconds for load in loads] == [0, 0, 4, 0, 0]
+    assert scaled(loads, 2)[2].think_seconds == 2
+
+
 def test_times_are_scaled_and_lengths_cut() -> None:
     loads = [Load(at=2.0, prompt_tokens=900, output_tokens=300), Load(at=None, prompt_tokens=5, output_tokens=2)]
     assert [load.at for load in scaled(loads, 4)] == [0.5, None]

@@ -14,6 +14,7 @@ from memwall.cli import app
 from memwall.engine.arrivals import Load, joined
 from memwall.errors import InputError
 from memwall.serve.bench import Outcome, Target, measure, report
+from memwall.serve.watch import queue_figures, sample, watch
 from tests.serve.conftest import Running
 
 
@@ -114,6 +115,61 @@ def test_figures_by_hand() -> None:
     assert found["first_token_seconds"]["mean"] == 2.5
     assert found["per_token_seconds"] == {"mean": 1.5, "p50": 2, "p90": 2, "p99": 2}
     assert found["send_lag_seconds"]["p50"] == 0.5
+    assert found["normalised_seconds"]["mean"] == pytest.approx((3 / 3 + 10 / 4) / 2)
+    assert found["timed_out"] == 0
+
+
+def test_stretches_of_time_are_told_by_themselves() -> None:
+    def outcome(due: float, wait: float, **changes: Any) -> Outcome:
+        load = Load(at=due, prompt_tokens=1, output_tokens=1)
+        return Outcome(load, due=due, sent=due, first=due + wait, last=due + wait, tokens=1, **changes)
+
+    some = [
+        outcome(5, 0.5),
+        outcome(6, 3),
+        outcome(27, 0.5),
+        outcome(28, 0.7),
+        outcome(29, 9, error="late", timed_out=True),
+    ]
+    found = report(some, slo_first=1.0, slo_token=1.0, window_seconds=10)
+    assert [(part["begin"], part["requests"]) for part in found["windows"]] == [(0, 2), (20, 3)]
+    assert [part["slo_share"] for part in found["windows"]] == pytest.approx([0.5, 2 / 3])
+    assert found["windows"][1]["failed_share"] == pytest.approx(1 / 3)
+    assert found["windows"][0]["requests_per_s"] == 0.2
+    assert found["stability"]["slo_share_worst"] == 0.5
+    assert found["stability"]["slo_share_variance"] == pytest.approx((1 / 12) ** 2)
+    assert found["timed_out"] == 1
+
+
+def test_a_turn_waits_for_the_answer_and_for_the_one_who_thinks(server: Running) -> None:
+    loads = joined([Load(at=0.0, prompt_tokens=6, output_tokens=3)] * 2, 2, think_seconds=0.3)
+    target = Target(url=server.url, model="demo", vocabulary=4096)
+    first, then = asyncio.run(measure(target, loads, concurrency=None))
+    assert first.error is None is then.error
+    assert first.last is not None
+    assert then.due >= first.last + 0.3
+    assert then.sent >= then.due
+
+
+def test_queues_and_pages_are_read_from_metrics_of_either_name(server: Running) -> None:
+    text = (
+        '# HELP vllm:num_requests_waiting x\nvllm:num_requests_waiting{model_name="a"} 3.0\n'
+        'vllm:num_requests_waiting{model_name="b"} 1.0\nvllm:gpu_cache_usage_perc{model_name="a"} 0.25\nother 7\n'
+    )
+    assert sample(text) == {"waiting": 4.0, "pages": 0.25}
+    figures = queue_figures([{"at": 0.0, "waiting": 1.0}, {"at": 1.0, "waiting": 3.0}])
+    assert (figures["waiting"]["mean"], figures["waiting"]["most"], figures["pages"]) == (2.0, 3.0, {})
+    assert queue_figures([]) == {}
+
+    async def some() -> list[dict[str, float]]:
+        task = asyncio.create_task(watch(Target(url=server.url, model="demo", vocabulary=9), 0.01))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        return await task
+
+    found = asyncio.run(some())
+    assert found
+    assert {"at", "waiting", "running", "pages"} == set(found[0])
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,14 @@ def test_periods_failures_and_conditional_lengths() -> None:
     assert burstgpt.conditional_quantiles(pairs, 2) == [(49, 12.25, 24.5, 36.75), (99, 62.25, 74.5, 86.75)]
 
 
+def test_conversations_by_turns_pauses_and_growth() -> None:
+    session = np.array([1, 2, 1, NONE, 1])
+    trace = make_trace(np.array([0.0, 1, 4, 5, 10]), np.array([10, 9, 30, 1, 70]), np.ones(5), "x", session=session)
+    told = burstgpt.conversations(trace)
+    assert (told["turns_mean"], told["turns_most"], told["pause_p50"], told["prompt_growth"]) == (2, 3, 5, 30)
+    assert burstgpt.conversations(trace.keep(session == NONE, "none")) == {}
+
+
 def test_one_moment_tells_nothing_about_bursts() -> None:
     with pytest.raises(InputError, match="nothing about bursts"):
         burstgpt.burst_index(np.array([1.0, 1.0]))

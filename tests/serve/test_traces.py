@@ -148,3 +148,13 @@ def test_written_files_are_read_again(tmp_path_factory: pytest.TempPathFactory, 
     assert (again.prompt.tolist(), again.output.tolist()) == (prompt.tolist(), output.tolist())
     assert again.models == ("a,b",)
     assert ((again.session == NONE) == (session == NONE)).all()
+
+
+def test_idle_stretches_are_trimmed_and_the_rest_keeps_its_gaps() -> None:
+    trace = made(5, 6, 106, 106.5)
+    trimmed = trace.trim_gaps(10)
+    assert trimmed.at.tolist() == [5, 6, 16, 16.5]
+    assert trimmed.provenance[-1] == "trim_gaps(10)"
+    assert not len(trace.keep(np.zeros(4, bool), "none").trim_gaps(1))
+    with pytest.raises(InputError, match="most_seconds"):
+        trace.trim_gaps(0)

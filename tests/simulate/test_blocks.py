@@ -50,6 +50,16 @@ def test_equal_replicas_add_up() -> None:
     assert collectives(plan_of((1, 1, "heads"), (1, 1, "filters")), dense(), [DECODES]) == []
 
 
+def test_halves_of_the_logits_are_gathered() -> None:
+    model = dense()
+    for devices in (1, 4):
+        plan = plan_of((1, devices, "heads"), (1, devices, "filters"))
+        told = [one for one in timer(model, plan).head([DECODES]) if one.kind == "all_gather"]
+        assert [(one.shape, one.link_bytes) for one in told] == (
+            [((1.0, 4.0), 8 * 4 * model.vocabulary)] if devices > 1 else []
+        )
+
+
 def test_more_and_fewer_replicas() -> None:
     # attention in 2 replicas of 2, one feed-forward network over 4: up to it and back
     plan = plan_of((2, 2, "heads"), (1, 4, "filters"))

@@ -138,3 +138,17 @@ def test_a_flight_that_fails_is_told_and_nobody_waits_for_it(model: Path, tmp_pa
     too_long = [Load(at=0.0, prompt_tokens=500, output_tokens=6)]
     with TwoProcesses(setting) as testbed, pytest.raises(RuntimeError, match="the prompt has 500 tokens"):
         testbed.serve(too_long)
+
+
+@pytest.mark.slow
+def test_meeting_is_timed_between_products_and_halves_of_logits_too(model: Path, tmp_path: Path) -> None:
+    folders = tuple(cut_model(model, tmp_path / str(rank), "tensor", rank) for rank in range(2))
+    setting = Setting(kind="tensor", folders=folders, settings=SETTINGS, num_pages=64, wire=tmp_path / "wire")  # type: ignore[arg-type]
+    with TwoProcesses(setting) as testbed:
+        told = testbed.messages((256, 2048))
+        served = testbed.serve(LOADS)  # the exchanges before leave the wire as they found it
+    assert [size for size, _ in told.sums] == [256, 2048]
+    assert [size for size, _ in told.gathers] == [4 * 300 * rows for rows in (1, 4, 4)]
+    assert all(seconds > 0 for _, seconds in (*told.sums, *told.gathers))
+    assert told.piped > 0
+    assert sorted(one.made for one in served) == sorted(alone(model, LOADS))

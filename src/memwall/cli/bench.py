@@ -72,6 +72,8 @@ def serve(
     turns: Annotated[
         int, typer.Option(help="Turns of a conversation: each prompt holds all that was said before.", min=1, max=1000)
     ] = 1,
+    think: Annotated[float, typer.Option(help="Seconds from an answer to the next turn.", min=0)] = 0.0,
+    window: Annotated[float, typer.Option(help="Seconds of a stretch that is told by itself (--json).", min=1)] = 60.0,
     scheduler: SchedulerOption = SchedulerName.fcfs,
     priorities: PrioritiesOption = None,
     priority_updates: UpdatesOption = None,
@@ -92,7 +94,7 @@ def serve(
     from memwall.models.config import ModelConfig
 
     loads = _loads(trace, requests, prompt_tokens, output_tokens, rate, variation, scale, seed)
-    loads = joined(loads, turns) if turns > 1 else loads
+    loads = joined(loads, turns, think) if turns > 1 else loads
     counts = _counts(concurrency, loads)
     config = ModelConfig.from_directory(model_directory(model))
     options = [] if memory is None else ["--memory", memory]
@@ -102,9 +104,12 @@ def serve(
     options += _scheduling(scheduler, priorities, priority_updates, url)
     with _server(model, url, options, requests, quiet=quiet) as where:
         runs = [
-            _measure(where, api_key, config.vocab_size, loads, count, seed, shared_tokens, (slo_first, slo_token))
+            _measure(
+                where, api_key, config.vocab_size, loads, count, seed, shared_tokens,
+                {"slo_first": slo_first, "slo_token": slo_token, "window_seconds": window},
+            )
             for count in counts
-        ]
+        ]  # fmt: skip
     if json:
         print_json({"server": where, "runs": runs})
         return
@@ -195,20 +200,25 @@ def _measure(
     count: int | None,
     seed: int,
     shared_tokens: int,
-    objectives: tuple[float, float],
+    judged: dict[str, float],
 ) -> dict[str, Any]:
     import asyncio
 
     from memwall.engine.arrivals import clipped
     from memwall.serve.bench import Target, fetch, measure, report
+    from memwall.serve.watch import queue_figures, watch
 
     async def run() -> dict[str, Any]:
         target = Target(url=url, model="", vocabulary=vocabulary, api_key=key)
         served = (await fetch(target, "/v1/models"))["data"][0]
         target = Target(url=url, model=served["id"], vocabulary=vocabulary, api_key=key)
         fitting = clipped(loads, int(served.get("max_model_len", 2048)))
-        outcomes = await measure(target, fitting, concurrency=count, seed=seed, shared_tokens=shared_tokens)
-        found = report(outcomes, slo_first=objectives[0], slo_token=objectives[1])
+        watching = asyncio.create_task(watch(target))
+        try:
+            outcomes = await measure(target, fitting, concurrency=count, seed=seed, shared_tokens=shared_tokens)
+        finally:
+            watching.cancel()
+        found = {**report(outcomes, **judged), "server": queue_figures(await watching)}
         loop = {"loop": "open" if count is None else "closed", "concurrency": count}
         return {**loop, **_arrivals(loads, count), **found, **await _memory(target)}
 
@@ -248,6 +258,11 @@ def _bursts(index: dict[str, float] | None) -> str:
     return f"{index['cv']:.2f} / {index['fano']:.2f} / {index['peak']:.2f}" if index else "-"
 
 
+def _queue(told: dict[str, Any]) -> str:
+    waiting, pages = (told.get(name, {}).get("most") for name in ("waiting", "pages"))
+    return "-" if waiting is None or pages is None else f"{waiting:.0f} / {100 * pages:.0f} %"
+
+
 def _switches(counts: dict[str, float] | None) -> str:
     if not counts or not counts["out_copies"] + counts["in_copies"]:
         return "-"
@@ -272,6 +287,9 @@ def _table(runs: list[dict[str, Any]]) -> str:
         ("per token, ms", [milliseconds(run["per_token_seconds"]) for run in runs]),
         ("between tokens, ms", [milliseconds(run["between_tokens_seconds"]) for run in runs]),
         ("whole answer, ms", [milliseconds(run["whole_seconds"]) for run in runs]),
+        ("per token of the whole, ms", [milliseconds(run["normalised_seconds"]) for run in runs]),
+        ("worst window, within objectives", [f"{100 * run['stability']['slo_share_worst']:.0f} %" for run in runs]),
+        ("most waiting / most of the pages", [_queue(run["server"]) for run in runs]),
         ("sent late by, ms", [milliseconds(run["send_lag_seconds"]) for run in runs]),
         ("swaps: copies / MB / s stalled", [_switches(run.get("switches")) for run in runs]),
         (

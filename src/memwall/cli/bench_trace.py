@@ -37,6 +37,9 @@ def trace(
         Path | None, typer.Option(help="Write a new trace of the same kind here, as CSV.", metavar="OUT.csv")
     ] = None,
     scale: Annotated[float, typer.Option(help="Of the new trace: how many times as many requests.")] = 1.0,
+    trim: Annotated[
+        float | None, typer.Option(help="Before all else shorten idle stretches to so many seconds.", min=0.001)
+    ] = None,
     thin: Annotated[
         float | None, typer.Option(help="Before all else keep each request with this probability: milder bursts.")
     ] = None,
@@ -69,10 +72,7 @@ def trace(
     """
     from memwall.serve.traces import read_columns, write_columns
 
-    found = read_columns(path)
-    if model is not None or kind is not None:
-        found = found.select(model=model, kind=kind)
-    found = found.thin(thin, seed) if thin is not None else found
+    found = _asked_for(read_columns(path), model, kind, trim, thin, seed)
     report = describe(found, window)
     if generate is not None:
         made = _another(found, path, window, lengths, scale, conversations, seed)
@@ -90,6 +90,16 @@ def trace(
         typer.echo(_replay_table(report["replay"]))
     if generate is not None:
         note(f"memwall: {report['generated']['requests']:,} requests are in {generate}", quiet=quiet)
+
+
+def _asked_for(
+    found: Trace, model: str | None, kind: str | None, trim: float | None, thin: float | None, seed: int
+) -> Trace:
+    """The part of a trace that the options name."""
+    if model is not None or kind is not None:
+        found = found.select(model=model, kind=kind)
+    found = found.trim_gaps(trim) if trim is not None else found
+    return found.thin(thin, seed) if thin is not None else found
 
 
 def _another(
@@ -145,7 +155,7 @@ def describe(found: Trace, window: float) -> dict[str, Any]:
     fitted = [one for one in burstgpt.windows(found.at, window) if one.fitted]
     answered = found.answered()
     hours = burstgpt.counts_per(found.at, HOUR_SECONDS)
-    sessions = found.sessions()
+    sessions, failed = found.sessions(), burstgpt.failures(found, HOUR_SECONDS)
     return {
         "provenance": list(found.provenance),
         "requests": len(found),
@@ -169,10 +179,31 @@ def describe(found: Trace, window: float) -> dict[str, Any]:
         else None,
         "sessions": len(sessions),
         "turns_mean": _known(sum(map(len, sessions.values())) / len(sessions)) if sessions else None,
-        "failures": burstgpt.failures(found, HOUR_SECONDS)["share"],
+        "conversations": burstgpt.conversations(found) or None,
+        "failures": failed["share"],
+        "failures_by_model": failed["by_model"],
+        "failures_with_load": _known(failed["with_load"]),
+        "parts": _parts(found, window),
         "daily": _known(burstgpt.autocorrelation(hours, 24)),
         "weekly": _known(burstgpt.autocorrelation(hours, 24 * 7)),
     }
+
+
+def _parts(found: Trace, window: float) -> dict[str, dict[str, Any]]:
+    """Requests and burstiness of each model and each kind of log, where there are several: median CV of the windows,
+    and over time.
+    """
+    from memwall.serve import burstgpt
+
+    parts = {}
+    for what, names in (("model", found.models), ("kind", found.kinds)):
+        for name in names if len(names) > 1 else ():
+            some = found.select(**{what: name})
+            cvs = [(one.begin, one.cv) for one in burstgpt.windows(some.at, window) if one.fitted]
+            parts[f"{what} {name}"] = {
+                "requests": len(some), "cv_median": _median([cv for _, cv in cvs]), "cv_over_time": cvs,
+            }  # fmt: skip
+    return parts
 
 
 def _lengths(values: Any) -> dict[str, float] | None:
@@ -206,6 +237,8 @@ def _table(report: dict[str, Any]) -> str:
         "sessions": "sessions", "turns": "turns_mean", "failures": "failures", "daily": "daily", "weekly": "weekly",
     }  # fmt: skip
     rows = [(told, *(cell(one[name]) for one in columns)) for told, name in names.items()]
+    for part in report["parts"]:
+        rows.append((f"CV of windows, {part}", *(cell(one["parts"].get(part, {}).get("cv_median")) for one in columns)))
     for name in ("cv_median", "shape_median", "gamma_better"):
         rows.append((f"windows: {name.replace('_', ' ')}", *(cell(one["windows"][name]) for one in columns)))
     heads = ("", "trace", "generated")[: len(columns) + 1]

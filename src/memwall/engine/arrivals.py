@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +22,14 @@ MOST_LINE_CHARACTERS = 1 << 20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """One request to come. at: None where a trace tells no times. session: the conversation it is a turn of; its prompt
-    then begins with what was said before.
+    then begins with what was said before. think_seconds: from the answer before it, at least.
     """
 
     at: float | None
     prompt_tokens: int
     output_tokens: int
     session: str | None = None
+    think_seconds: float = 0.0
 
 
 def gamma_gaps(rate_per_s: float, cv: float, count: int, seed: int) -> list[float]:
@@ -63,8 +65,10 @@ def read_trace(path: Path, count: int) -> list[Load]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = _json_rows(file) if path.suffix in (".jsonl", ".json") else csv.DictReader(file)
             found: list[Load] = []
+            ends: dict[str, float] = {}
             for number, row in enumerate(rows, 1):
-                load = _load(path, number, {str(key).strip().lower(): value for key, value in row.items()})
+                told = {str(key).strip().lower(): value for key, value in row.items()}
+                load = _thinking(_load(path, number, told), seconds_of(told.get("elapsed time")), ends)
                 if load.output_tokens > 0 and load.prompt_tokens > 0:
                     found.append(load)
                 if len(found) == count:
@@ -77,20 +81,35 @@ def read_trace(path: Path, count: int) -> list[Load]:
     return [replace(load, at=None if load.at is None else load.at - first) for load in found]
 
 
+def _thinking(load: Load, elapsed: float | None, ends: dict[str, float]) -> Load:
+    """The same with the time since its conversation's last answer; ends: of the answers of each, kept for the next."""
+    if load.session is None or load.at is None:
+        return load
+    think = max(load.at - ends.get(load.session, load.at), 0.0)
+    if elapsed is not None and math.isfinite(elapsed):
+        ends[load.session] = load.at + elapsed
+    else:
+        ends.pop(load.session, None)
+    return replace(load, think_seconds=think)
+
+
 def timed(loads: Sequence[Load], times: Sequence[float]) -> list[Load]:
     """The same requests at other times."""
     return [replace(load, at=at) for load, at in zip(loads, times)]
 
 
 def scaled(loads: Sequence[Load], factor: float) -> list[Load]:
-    """Arrivals `factor` times as dense; the shape of bursts stays."""
-    return [replace(load, at=None if load.at is None else load.at / factor) for load in loads]
+    """Arrivals `factor` times as dense, and pauses as much shorter; the shape of bursts stays."""
+    return [
+        replace(load, at=None if load.at is None else load.at / factor, think_seconds=load.think_seconds / factor)
+        for load in loads
+    ]
 
 
-def joined(loads: Sequence[Load], turns: int) -> list[Load]:
+def joined(loads: Sequence[Load], turns: int, think_seconds: float = 0.0) -> list[Load]:
     """Every `turns` requests become a conversation: prompts are what is new of each turn, and then hold all before.
 
-    The first keeps its time, the others come when the answer before is there.
+    The first keeps its time, the others come `think_seconds` after the answer before.
     """
     if turns < 1:
         raise InputError(f"turns is {turns}; it must be at least 1")
@@ -101,7 +120,9 @@ def joined(loads: Sequence[Load], turns: int) -> list[Load]:
         prompt = load.prompt_tokens + (0 if first else history)
         history = prompt + load.output_tokens
         at = load.at if first else None
-        found.append(replace(load, at=at, prompt_tokens=prompt, session=f"conversation {number // turns}"))
+        pause = 0.0 if first else think_seconds
+        name = f"conversation {number // turns}"
+        found.append(replace(load, at=at, prompt_tokens=prompt, session=name, think_seconds=pause))
     return found
 
 

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import pvariance
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from memwall.errors import InputError
 
 PERCENTILES = (50, 90, 99)
 LONGEST_LINE_BYTES = 1 << 20
+WINDOW_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,7 @@ class Outcome:
     last: float | None = None
     tokens: int = 0
     error: str | None = None
+    timed_out: bool = False
     gaps: list[float] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
 
@@ -71,12 +74,12 @@ async def measure(
         if before is not None:
             history = await before
             prompt = (history + prompt)[: outcome.load.prompt_tokens]
-            outcome.due = time.perf_counter()
+            outcome.due = time.perf_counter() + outcome.load.think_seconds
         if concurrency is None:
             at = outcome.load.at
             assert at is not None or before is not None
             outcome.due = max(outcome.due, began + at if at is not None else 0.0)
-            await asyncio.sleep(max(outcome.due - time.perf_counter(), 0))
+        await asyncio.sleep(max(outcome.due - time.perf_counter(), 0))
         async with slots:
             outcome.sent = time.perf_counter()
             if concurrency is not None:
@@ -86,6 +89,7 @@ async def measure(
                     await _ask(target, prompt, outcome)
             except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as error:
                 outcome.error = str(error)[:200] or type(error).__name__
+                outcome.timed_out = isinstance(error, TimeoutError) and not str(error)
         return prompt + outcome.ids
 
     last: dict[str | None, asyncio.Task[list[int]]] = {}
@@ -101,6 +105,13 @@ async def measure(
 
 async def fetch(target: Target, path: str) -> dict[str, Any]:
     """A JSON object from the server."""
+    found = json.loads(await fetch_bytes(target, path))
+    assert isinstance(found, dict)
+    return found
+
+
+async def fetch_bytes(target: Target, path: str) -> bytes:
+    """What the server answers. InputError where it answers anything but 200."""
     reader, writer = await _connect(target)
     try:
         await _send(writer, target, "GET", path, b"")
@@ -110,9 +121,7 @@ async def fetch(target: Target, path: str) -> dict[str, Any]:
         writer.close()
     if status != 200:
         raise InputError(f"{target.url}{path} answers {status}: {body[:200].decode('utf-8', 'replace')}")
-    found = json.loads(body)
-    assert isinstance(found, dict)
-    return found
+    return body
 
 
 async def _ask(target: Target, prompt: list[int], outcome: Outcome) -> None:
@@ -183,8 +192,12 @@ async def _head(reader: asyncio.StreamReader) -> int:
     return int(words[1])
 
 
-def report(outcomes: Sequence[Outcome], *, slo_first: float, slo_token: float) -> dict[str, Any]:
-    """Figures of a run: throughput, latencies, goodput (requests a second that met both objectives), failures."""
+def report(
+    outcomes: Sequence[Outcome], *, slo_first: float, slo_token: float, window_seconds: float = WINDOW_SECONDS
+) -> dict[str, Any]:
+    """Figures of a run: throughput, latencies, goodput (requests a second that met both objectives), failures; the same
+    by windows of time, and how much they vary.
+    """
     good = [one for one in outcomes if one.error is None and one.first is not None and one.last is not None]
     failed = [one for one in outcomes if one not in good]
     if not good:
@@ -196,13 +209,12 @@ def report(outcomes: Sequence[Outcome], *, slo_first: float, slo_token: float) -
     first = [(one.first or 0.0) - one.due for one in good]
     whole = [(one.last or 0.0) - one.due for one in good]
     per_token = [((one.last or 0.0) - (one.first or 0.0)) / (one.tokens - 1) for one in good if one.tokens > 1]
-    meets = sum(
-        f <= slo_first and ((one.last or 0.0) - (one.first or 0.0)) <= slo_token * max(one.tokens - 1, 1)
-        for f, one in zip(first, good)
-    )
+    meets = sum(_meets(one, slo_first, slo_token) for one in good)
+    parts = windows(outcomes, slo_first=slo_first, slo_token=slo_token, seconds=window_seconds)
     return {
         "requests": len(outcomes),
         "failed": len(failed),
+        "timed_out": sum(one.timed_out for one in failed),
         "errors": sorted({str(one.error) for one in failed})[:5],
         "seconds": seconds,
         "requests_per_s": len(good) / seconds,
@@ -215,7 +227,51 @@ def report(outcomes: Sequence[Outcome], *, slo_first: float, slo_token: float) -
         "per_token_seconds": percentiles(per_token),
         "between_tokens_seconds": percentiles([gap for one in good for gap in one.gaps]),
         "whole_seconds": percentiles(whole),
+        "normalised_seconds": percentiles([each / max(one.tokens, 1) for each, one in zip(whole, good)]),
         "send_lag_seconds": percentiles([one.sent - one.due for one in outcomes if one.sent]),
+        "windows": parts,
+        "stability": stability(parts),
+    }
+
+
+def _meets(one: Outcome, slo_first: float, slo_token: float) -> bool:
+    if one.error is not None or one.first is None or one.last is None:
+        return False
+    return one.first - one.due <= slo_first and one.last - one.first <= slo_token * max(one.tokens - 1, 1)
+
+
+def windows(
+    outcomes: Sequence[Outcome], *, slo_first: float, slo_token: float, seconds: float = WINDOW_SECONDS
+) -> list[dict[str, Any]]:
+    """The requests that were due in each stretch of time, empty ones left out: how many, how many a second, the share
+    that met both objectives, that failed, and the mean time to the first token.
+    """
+    known = [one for one in outcomes if one.due]
+    began = min((one.due for one in known), default=0.0)
+    groups: dict[int, list[Outcome]] = {}
+    for one in known:
+        groups.setdefault(int((one.due - began) // seconds), []).append(one)
+    return [
+        {
+            "begin": number * seconds,
+            "requests": len(some),
+            "requests_per_s": len(some) / seconds,
+            "slo_share": sum(_meets(one, slo_first, slo_token) for one in some) / len(some),
+            "failed_share": sum(one.error is not None for one in some) / len(some),
+            "first_token_seconds": percentiles([one.first - one.due for one in some if one.first is not None]),
+        }
+        for number, some in sorted(groups.items())
+    ]
+
+
+def stability(parts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Variance over windows of attainment and of the mean time to the first token; the worst window's attainment."""
+    shares = [part["slo_share"] for part in parts]
+    firsts = [part["first_token_seconds"]["mean"] for part in parts if part["first_token_seconds"]]
+    return {
+        "slo_share_variance": pvariance(shares) if shares else 0.0,
+        "slo_share_worst": min(shares, default=0.0),
+        "first_token_variance": pvariance(firsts) if firsts else 0.0,
     }
 
 

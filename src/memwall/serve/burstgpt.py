@@ -172,6 +172,24 @@ def zipf_exponent(lengths: np.ndarray) -> float:
     return float(-np.polyfit(np.log(np.arange(1, len(counts) + 1)), np.log(counts), 1)[0])
 
 
+def conversations(trace: Trace) -> dict[str, float]:
+    """Turns of a session, seconds between them (heavy-tailed: see the quantiles) and how much longer a turn's prompt is
+    than the one's before; empty without a session of two turns.
+    """
+    rows = [each for each in trace.sessions().values() if len(each) > 1]
+    if not rows:
+        return {}
+    pauses, grown = (np.concatenate([np.diff(column[each]) for each in rows]) for column in (trace.at, trace.prompt))
+    counts = [len(each) for each in trace.sessions().values()]
+    told = {f"pause_p{q}": float(np.quantile(pauses, q / 100)) for q in (50, 90, 99)}
+    return {
+        "turns_mean": float(np.mean(counts)),
+        "turns_most": max(counts),
+        **told,
+        "prompt_growth": float(grown.mean()),
+    }
+
+
 def failures(trace: Trace, seconds: float = 3600.0) -> dict[str, Any]:
     """Share of failures, by model, and how it goes with the load of their stretch of time (rank correlation)."""
     places = ((trace.at - trace.at[0]) // seconds).astype(np.int64)

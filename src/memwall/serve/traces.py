@@ -111,6 +111,13 @@ class Trace:
         mask = np.random.default_rng(seed).random(len(self)) < share
         return self.keep(mask, f"thin({share:g}, seed={seed})")
 
+    def trim_gaps(self, most_seconds: float) -> Trace:
+        """Idle stretches of more than so many seconds shortened to that; what comes later moves up."""
+        _positive("most_seconds", most_seconds)
+        first = self.at[:1]
+        at = np.concatenate([first, first + np.cumsum(np.minimum(self.gaps(), most_seconds))]) if len(self) else self.at
+        return replace(self, at=at, provenance=(*self.provenance, f"trim_gaps({most_seconds:g})"))
+
     def clip_lengths(self, prompt: int, output: int) -> Trace:
         """Lengths of at most so many tokens."""
         _positive("prompt", prompt)

@@ -198,6 +198,11 @@ class StepTimer:
         if sampled:
             yield self.gemm("head", rows, self.model.hidden, sampled)
             logits = sampled * rows * FLOAT32_BYTES
+            if self.plan.stage_devices > 1:  # whoever samples needs all parts
+                yield Operation(
+                    name="logits", kind="all_gather", dtype="float32", shape=tuple(map(float, self._ends)),
+                    link_bytes=logits * self.plan.stage_devices,
+                )  # fmt: skip
             yield Operation(name="sample", kind="pass", dtype="float32", shape=(float(sampled),), tier_bytes=logits)
         # what the loop around the model takes, where a profile tells it: it goes by requests more than by tokens
         requests = max(one.prompts + one.decodes for one in batches)

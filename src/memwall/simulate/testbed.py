@@ -39,6 +39,7 @@ from memwall.formats import codec
 from memwall.memory import PagePool
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig
+from memwall.models.decode import Layer
 from memwall.models.decoder import Decoder
 from memwall.models.lora import LoraWeights
 from memwall.simulate.host import Profile, profile_engine
@@ -57,6 +58,7 @@ from memwall.simulate.parts import (
 )
 
 START_SECONDS = 0.3
+MESSAGE_ROUNDS = 7
 LEAST_VALUES = 1 << 18
 """Room for messages whose time is measured."""
 
@@ -84,6 +86,26 @@ class Setting:
         config = ModelConfig.from_directory(self.folders[0])
         rows = max(self.settings.token_budget, MOST_LOGIT_ROWS)
         return max(rows * config.hidden_size, MOST_LOGIT_ROWS * config.vocab_size, LEAST_VALUES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Messages:
+    """sums: (bytes, seconds) of an exchange of so many bytes and their sum, from when a process comes to it, so that
+    waiting for the other one is in it; gathers: of one after which both hold so many bytes of logits (tensor only).
+    piped: seconds of telling a step by a pipe.
+    """
+
+    sums: list[tuple[int, float]]
+    gathers: list[tuple[int, float]]
+    piped: float
+
+    def mean(self, other: Messages) -> Messages:
+        """Of both processes."""
+        sums, gathers = (
+            [(size, (one + two) / 2) for (size, one), (_, two) in zip(ours, theirs)]
+            for ours, theirs in ((self.sums, other.sums), (self.gathers, other.gathers))
+        )
+        return Messages(sums=sums, gathers=gathers, piped=(self.piped + other.piped) / 2)
 
 
 class TwoProcesses:
@@ -139,10 +161,10 @@ class TwoProcesses:
         """(numbers shown to the other for adapters, bytes of adapters held) of each process."""
         return self._ask("lora_numbers", [None] * RANKS)
 
-    def messages(self, sizes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:
-        """((bytes, seconds) of an exchange of so many bytes and their sum, seconds of a short message by a pipe)."""
-        exchanged, piped = self._ask("messages", [sizes] * RANKS)[0]
-        return exchanged, piped
+    def messages(self, sizes: Sequence[int]) -> Messages:
+        """What both processes take to meet, in the mean of the two. sizes: bytes of hidden states to add up."""
+        one, other = self._ask("messages", [sizes] * RANKS)
+        return one.mean(other)
 
     def _ask(self, what: str, arguments: Sequence[Any]) -> list[Any]:
         for pipe, argument in zip(self._pipes, arguments):
@@ -197,8 +219,8 @@ class _Part:
     def profile(self, _: object) -> Profile:
         return profile_engine(self.serving)
 
-    def messages(self, sizes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:
-        found, trips = [], []
+    def messages(self, sizes: Sequence[int]) -> Messages:
+        found = []
         for size in sizes:
             x, times = np.zeros(max(size // 4, 1), np.float32), []
             for _ in range(40):
@@ -206,16 +228,21 @@ class _Part:
                 x += self.wire.exchange(x)
                 times.append(time.perf_counter() - began)
             found.append((size, float(np.median(times))))
-        told = [(0, 0, 1, True, list(range(16)), [0])] * 8
+        return Messages(sums=found, gathers=[], piped=self._piped())
+
+    def _piped(self) -> float:
+        """Half of the time in which a step is told and told back, both times put together from what came."""
+        pipe, trips = self.others[0], []
+        told = told_step(entries_of([(0, 0, 1, True, list(range(16)), [0])] * 8))
         for _ in range(40):
             began = time.perf_counter()
             if self.rank == 0:
-                self.others[0].send(told)
-                self.others[0].recv()
+                pipe.send(told)
+                told = told_step(entries_of(pipe.recv()))
             else:
-                self.others[0].send(self.others[0].recv())
+                pipe.send(told_step(entries_of(pipe.recv())))
             trips.append(time.perf_counter() - began)
-        return found, float(np.median(trips)) / 2
+        return float(np.median(trips)) / 2
 
     def serve(self, argument: tuple[Sequence[Load], float]) -> list[Served]:
         loads, began = argument
@@ -248,6 +275,44 @@ class _Tensor(_Part):
     def profile(self, argument: object) -> Profile:
         assert not self._joined, "profile before the parts are joined"
         return super().profile(argument)
+
+    def messages(self, sizes: Sequence[int]) -> Messages:
+        """Between a layer's products, as in a step: a process that comes first waits for the other, and the more they
+        differ from product to product the longer.
+        """
+        hidden, sums = self.config.hidden_size, []
+        for size in sizes:
+            tokens = max(size // (4 * hidden), 1)
+            found = [self._sums(tokens) for _ in range(MESSAGE_ROUNDS + 1)]
+            sums.append((4 * hidden * tokens, float(np.median(found[1:]))))
+        rows = self.config.vocab_size // RANKS
+        gathers = []
+        for sampled in (1, 4, min(self.setting.settings.max_sequences, MOST_LOGIT_ROWS)):
+            half, out = np.zeros((sampled, rows), np.float32), np.empty((sampled, RANKS * rows), np.float32)
+            times = []
+            for _ in range(MESSAGE_ROUNDS):
+                self._sums(1)  # as before the head of a step: what lies in the cache is the layers'
+                began = time.perf_counter()
+                np.concatenate((half, self.wire.exchange(half)), axis=1, out=out)
+                times.append(time.perf_counter() - began)
+            gathers.append((out.nbytes, float(np.median(times))))
+        return Messages(sums=sums, gathers=gathers, piped=self._piped())
+
+    def _sums(self, tokens: int) -> float:
+        """Mean seconds of the sums that a step of so many tokens has, products between them."""
+        config, held, taken = self.config, self.executor.decoder.weights.matrices, 0.0
+        halves = ((config.hidden_size, config.query_size), (config.hidden_size, config.intermediate_size))
+        out = np.zeros((tokens, config.hidden_size), np.float32)
+        for index in range(config.num_layers):
+            layer = Layer(config, self.executor.decoder.weights, index)
+            for name, (_, width) in zip((layer.output, layer.down), halves):
+                x, part = np.zeros((tokens, width), np.float32), np.empty_like(out)
+                kernels.linear(x, [held[name]], [part], exact=self.executor.decoder.exact)
+                began = time.perf_counter()
+                out += part
+                out += self.wire.exchange(part)
+                taken += time.perf_counter() - began
+        return taken / (2 * config.num_layers)
 
     def serve(self, argument: tuple[Sequence[Load], float]) -> list[Served]:
         if not self._joined:
