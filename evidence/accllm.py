@@ -556,7 +556,7 @@ class RoundedKeys(kv.KVCache):
 
     def __init__(self, shape: kv.CacheShape, along_tokens: bool) -> None:
         super().__init__(shape, Arena(1 << 40, Ledger()), CONTEXT)
-        self.rows = np.zeros((shape.num_layers, 2, CONTEXT, shape.num_kv_heads, shape.head_dim), np.float32)
+        self.held = np.zeros((shape.num_layers, 2, CONTEXT, shape.num_kv_heads, shape.head_dim), np.float32)
         self.lengths, self.along_tokens = [0] * shape.num_layers, along_tokens
 
     @property
@@ -565,24 +565,24 @@ class RoundedKeys(kv.KVCache):
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes
+        return self.held.nbytes
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         begin, end = self.lengths[layer], self.lengths[layer] + len(k)
-        self.rows[layer, 0, begin:end], self.rows[layer, 1, begin:end] = k, v
+        self.held[layer, 0, begin:end], self.held[layer, 1, begin:end] = k, v
         self.lengths[layer] = end
 
     def attend(
         self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: Any = None
     ) -> np.ndarray:
-        k, v = self.rows[layer, :, : self.lengths[layer]]
+        k, v = self.held[layer, :, : self.lengths[layer]]
         first = int(positions[0])
         return attention.attend_float(q, k, v, scale=self.shape.logit_scale, first_position=first, out=out, stats=stats)
 
     def settle(self, layer: int) -> None:
         end = self.lengths[layer]
         for begin in range(max(end - 64, 0) // 32 * 32, end // 32 * 32, 32):
-            block = self.rows[layer, 0, begin : begin + 32]
+            block = self.held[layer, 0, begin : begin + 32]
             axis = 0 if self.along_tokens else 2
             low, high = block.min(axis, keepdims=True), block.max(axis, keepdims=True)
             scale = np.where(high > low, (high - low) / 15, 1)

@@ -105,6 +105,22 @@ class Result:
         return f"{self.perplexity:.3f} at {self.bits:.2f} bits"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One variant over several draws of the calibration text, the same ones for all. logs: of perplexities [draws]."""
+
+    logs: np.ndarray
+    bits: float
+
+    def __str__(self) -> str:
+        return str(Result(float(np.exp(self.logs.mean())), self.bits))
+
+    def below(self, other: Drawn) -> tuple[float, float]:
+        """How far below the other in log-perplexity, draw by draw: the mean and its standard error (0 of one draw)."""
+        gaps = other.logs - self.logs
+        return float(gaps.mean()), float(gaps.std(ddof=1) / len(gaps) ** 0.5) if len(gaps) > 1 else 0.0
+
+
 class Study:
     """The demo model, calibration and held-out tokens; only its first layers are compressed where fewer are asked."""
 
@@ -169,9 +185,9 @@ class Study:
             self._known[name] = Result(self.perplexity(made), bits_of(made))
         return self._known[name]
 
-    def mean_score(self, name: str, compress: Compress, draws: int) -> Result:
-        """The same over several draws of as many calibration windows out of the whole text, the first as they stand:
-        the mean of log-perplexities. One draw's differences are those of its roundings as much as of the methods.
+    def mean_score(self, name: str, compress: Compress, draws: int) -> Drawn:
+        """The same over several draws of as many calibration windows out of the whole text, the first as they stand.
+        One draw's differences are those of its roundings as much as of the methods.
         """
         usual, found = self.calibration, [self.score(name, compress)]
         try:
@@ -181,8 +197,7 @@ class Study:
                 found.append(self.score(f"{name}, draw {draw}", compress))
         finally:
             self.calibration = usual
-        perplexity = float(np.exp(np.mean([np.log(each.perplexity) for each in found])))
-        return Result(perplexity, float(np.mean([each.bits for each in found])))
+        return Drawn(np.log([each.perplexity for each in found]), float(np.mean([each.bits for each in found])))
 
     def layers(self) -> list[tuple[np.ndarray, Statistics]]:
         """Weight and input statistics of every linear layer of the float model, for comparisons of output errors."""
@@ -280,7 +295,8 @@ def bilevel(study: Study, draws: int) -> list[Claim]:
     order of float sums alone changes from run to run: both are judged by the mean over several draws.
     """
     groups = {52: "int3-g52-asym-rows", 64: "int3-g64-asym", 128: "int3-g128-asym"}
-    ours, others = {}, {}
+    ours: dict[float, Drawn] = {}
+    others: dict[float, dict[int, Drawn]] = {}
     for damping in (Gptq.damping, Spqr.damping):
         plain = spqr(3, Spqr(outlier_threshold=NONE), damping)
         ours[damping] = study.mean_score(f"spqr3 none {damping}", plain, draws)
@@ -289,16 +305,19 @@ def bilevel(study: Study, draws: int) -> list[Claim]:
         }
 
     def shown(left: float, right: float) -> str:
-        each = ", ".join(f"{result} in groups of {group}" for group, result in others[right].items())
-        return f"{ours[left]} at damping {left:g} against {each} at {right:g}"
+        told = []
+        for group, result in others[right].items():
+            gap, error = ours[left].below(result)
+            told.append(f"{result} in groups of {group} ({gap:+.2%} +- {error:.2%} above it)")
+        return f"{ours[left]} at damping {left:g} against {', '.join(told)} at {right:g}"
 
     def below(left: float, right: float) -> bool:
         equal = ours[left].bits - others[right][52].bits < 0.1
-        return equal and all(ours[left].perplexity < each.perplexity for each in others[right].values())
+        return equal and all(ours[left].below(each)[0] > 0 for each in others[right].values())
 
     title = "without outliers, 3-bit statistics of groups of 16 beat 16-bit ones of large groups at equal bits"
     required = "below groups of 52, which take as many bits to 0.1, and below all larger ones"
-    over = f" (means over {draws} draws of the calibration text)"
+    over = f" (means over {draws} draws of the calibration text, standard errors of differences draw by draw)"
     same = (Gptq.damping, Spqr.damping)
     return [
         Claim(claim=title, measured=shown(Spqr.damping, Gptq.damping) + over, required=required,

@@ -192,6 +192,19 @@ def test_a_run_that_gets_no_better_ends_early(model: Path, text: Path, tmp_path:
     )
 
 
+def test_a_falling_rate_is_the_whole_one_at_first_and_goes_by_the_length_of_the_run(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    def made(name: str, **options: str) -> np.ndarray:
+        asked = {"learning_rate": "0.01", "save_every": "1", "held_out": "0", "dropout": "0", **options}
+        trained(model, text, tmp_path / name, options=asked)
+        found = contents(tmp_path / name)["adapter_model.safetensors"]
+        return np.frombuffer(found, np.uint8)
+
+    np.testing.assert_array_equal(made("one", steps="1", decay="yes"), made("plain", steps="1"))
+    assert not np.array_equal(made("two", steps="2", decay="yes"), made("both", steps="2"))
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(model: Path, text: Path, tmp_path: Path) -> None:
     options = {"steps": "24", "dropout": "0.2", "targets": "q_proj,down_proj"}
     more = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]

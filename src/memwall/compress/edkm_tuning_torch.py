@@ -38,8 +38,8 @@ from memwall.formats.vptq import VptqCodec, pack, unpack
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.torch_decoder import TorchDecoder
 
-KEPT_ASIDE = 8
-"""Every so many sequences one chooses among the states that the others lead to."""
+KEPT_ASIDE, MOST_ASIDE = 8, 64
+"""Every so many sequences one chooses among the states that the others lead to, up to so many sequences."""
 WINDOW, LOOKS = 128, 8
 """Tokens of a sequence that is trained on; looks at the sequences kept aside over a run."""
 HARDER = 0.1
@@ -184,6 +184,7 @@ def tuned_palettes(
     length = min(WINDOW, tokens.shape[1])
     pieces = torch.from_numpy(tokens[:, : tokens.shape[1] // length * length].reshape(-1, length).astype(np.int64))
     aside = torch.arange(len(pieces)) % KEPT_ASIDE == KEPT_ASIDE - 1
+    aside &= aside.cumsum(0) <= MOST_ASIDE
     read, judged = (pieces[~aside], pieces[aside]) if len(pieces) >= KEPT_ASIDE else (pieces, pieces)
     optimizer = torch.optim.AdamW(student.learning, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
     wanted, judged_wanted = student.teach(read), student.teach(judged)

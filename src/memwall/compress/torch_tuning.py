@@ -121,7 +121,8 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(length):
             limit = self.method.max_grad_norm
             scale = limit / length if limit and length > limit else 1.0
-            self._optimizer.step(self._values, self._gradients, scale, self._rates)
+            left = 1 - self.step / self.num_steps if self.method.decay else 1.0
+            self._optimizer.step(self._values, self._gradients, scale, [left * rate for rate in self._rates])
         else:
             self.skipped += 1
         self.step += 1

@@ -76,7 +76,8 @@ class TuneMethod(ABC):
     `adamw` keeps its two moments in memory, `paged` in a file where memory is short. held_out: share of the windows,
     the last ones, that is not trained on but measured every save_every steps, when progress is saved too; keep_best:
     the result is the adapter of least held-out loss, not the last one. patience: the run ends early once so many such
-    measurements in a row brought no new least loss (0: it never does).
+    measurements in a row brought no new least loss (0: it never does). decay: learning rates fall evenly, to nothing
+    after the last step.
     """
 
     name: ClassVar[str]
@@ -113,6 +114,7 @@ class TuneMethod(ABC):
     save_every: int = 50
     keep_best: bool = False
     patience: int = 0
+    decay: bool = False
     seed: int = 0
 
     @classmethod
