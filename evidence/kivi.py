@@ -167,10 +167,10 @@ class OutlierCache(kv.KVCache):
 
 
 class Demo:
-    """The bundled model, decoding held-out windows through any cache."""
+    """The bundled model or another one, decoding held-out windows through any cache."""
 
-    def __init__(self, data: Path | None, sizes: Sizes) -> None:
-        directory = model_directory("demo")
+    def __init__(self, data: Path | None, sizes: Sizes, directory: Path | None = None) -> None:
+        directory = directory or model_directory("demo")
         self.sizes = sizes
         self.config = ModelConfig.from_directory(directory)
         self.shape = cache_shape(self.config)
