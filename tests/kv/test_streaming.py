@@ -13,6 +13,7 @@ from memwall import engine
 from memwall.engine import Settings
 from memwall.errors import InputError
 from memwall.formats.checked_json import Fields
+from memwall.kv.cachegen_costs import LINK_ERROR, Costs, Pace
 from memwall.kv.cachegen_file import codec_of
 from memwall.kv.link import ChunkLink, ChunkServer, LinkBroken
 from memwall.kv.saved import SavedCache
@@ -41,12 +42,23 @@ def outlook(**changes: object) -> Outlook:
         ({"remaining_seconds": -1.0}, 1),
         ({"bytes_per_s": None}, 2),
         ({"bytes_per_s": None, "level_bytes": {1: 10, 3: 30}}, 3),
-        ({"decode_seconds": 0.5}, 1),
+        ({"last_decode_seconds": 0.5}, 1),
+        ({"decode_seconds": 0.9}, 2),  # goes on beside the transfer
+        ({"decode_seconds": 0.9, "busy_seconds": 0.2}, 1),
         ({"busy_seconds": 1.2}, 1),
     ],
 )
 def test_the_rule(changes: dict[str, object], chosen: int) -> None:
     assert choose(outlook(**changes), 2) == chosen
+
+
+def test_margins_decide_what_fits_and_not_what_is_quicker() -> None:
+    """Text takes 0.9 s and level 1 0.8 if all goes as before; with margins neither is in time."""
+    likely = outlook(text_seconds=0.9, bytes_per_s=1.25e6)
+    careful = outlook(text_seconds=1.1, bytes_per_s=0.5e6)
+    assert choose(likely, 2) == TEXT
+    assert choose(careful, 2) == TEXT
+    assert choose(careful, 2, likely) == 1
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +86,8 @@ def request(session: engine.Session, server: ChunkServer, **changes: object) -> 
     receiver = Receiver(
         session.cache, session.decoder, session.config, model=session.model.fingerprint, profile=profile
     )
-    receiver.measure()
+    receiver.measure(NUM_TOKENS, 32)
+    assert session.cache.length == 0
     index = link.index()
     values = {"link": link, "index": index, "receiver": receiver, "slo_seconds": 60.0,
               "num_chunks": len(index.chunk_tokens)}  # fmt: skip
@@ -88,7 +101,7 @@ class Script(StreamingController):
         super().__init__()
         self.forms = forms
 
-    def _choose(self, request: Request, chunk: int, others: object) -> int:
+    def form(self, request: Request, chunk: int, others: object = ()) -> int:
         return self.forms[chunk]
 
 
@@ -197,7 +210,7 @@ def test_forms_are_chosen_by_what_was_measured(file: tuple[SavedCache, list[int]
         assert ample.in_time
         session.cache.truncate(0)
         late = request(session, server, slo_seconds=1e-6)
-        late.receiver.seconds_per_token = 10.0
+        late.receiver.costs.text = Pace(0.2, 0.1)
         controller = StreamingController(default_level=3)
         controller.run([late])
         assert late.sent[0].form == 3
@@ -214,15 +227,15 @@ def test_two_requests_go_through_in_rounds_and_count_each_other(
     saved, _, logits = file
     seen: list[tuple[Outlook, int]] = []
 
-    def spy(known: Outlook, default: int) -> int:
-        seen.append((known, choose(known, default)))
+    def spy(known: Outlook, default: int, likely: Outlook) -> int:
+        seen.append((known, choose(known, default, likely)))
         return seen[-1][1]
 
     monkeypatch.setattr("memwall.kv.streaming.choose", spy)
     with ChunkServer(saved) as server:
         sessions = [load("float32"), load("float32")]
         both = [request(sessions[0], server), request(sessions[1], server, slo_seconds=1e-6, num_chunks=3)]
-        both[1].receiver.seconds_per_token = 10.0
+        both[1].receiver.costs.text = Pace(0.2, 0.1)
         StreamingController(prior_bytes_per_s=1e9).run(both)
         assert [len(one.sent) for one in both] == [4, 3]
         assert [session.cache.length for session in sessions] == [NUM_TOKENS, 120]
@@ -246,6 +259,37 @@ def test_the_official_code_s_rule_shares_the_time_evenly(
         StreamingController(rule="even").run([one])
         assert [known.remaining_seconds for known in seen] == [0.5] * 4
         assert seen[0].level_bytes == {level: row[0] for level, row in one.index.sizes.items()}
+
+
+def test_what_is_known_before_the_first_chunk_is_measured(file: tuple[SavedCache, list[int], np.ndarray]) -> None:
+    """Recomputing and decoding were run, with and without a context, and the margin is what they differed by."""
+    saved, _, _ = file
+    with ChunkServer(saved) as server:
+        costs = request(load("kivi(4bit)"), server).receiver.costs
+        assert 0 < costs.decode_seconds(40) < costs.decode_seconds(40, careful=True)
+        assert 0 < costs.text_seconds(0, 40) <= costs.text_seconds(100, 40) < costs.text_seconds(100, 40, careful=True)
+
+
+def test_estimates_allow_for_earlier_errors(
+    file: tuple[SavedCache, list[int], np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decides has margins on link and processor; what else it is handed has none."""
+    saved, _, _ = file
+    seen: list[tuple[Outlook, Outlook]] = []
+    monkeypatch.setattr("memwall.kv.streaming.choose", lambda known, _, likely: seen.append((known, likely)) or 3)
+    with ChunkServer(saved) as server:
+        one = request(load("float16"), server)
+        one.receiver.costs = Costs(growth=0.01, text=Pace(0.5, 100.0), decoding=Pace(0.25, 1000.0))
+        controller = StreamingController(prior_bytes_per_s=1e6)
+        controller.form(one, 1)
+        careful, likely = seen[0]
+        assert likely.bytes_per_s == 1e6
+        assert careful.bytes_per_s == pytest.approx(1e6 / (1 + LINK_ERROR))
+        tokens = NUM_TOKENS - 40
+        assert likely.text_seconds == pytest.approx(tokens * (1 + 0.01 * (40 + tokens / 2)) / 100)
+        assert careful.text_seconds == pytest.approx(1.5 * likely.text_seconds)
+        assert careful.decode_seconds == pytest.approx(1.25 * tokens / 1000)
+        assert careful.last_decode_seconds == pytest.approx(1.25 * 30 / 1000)
 
 
 def test_errors_of_the_processor_end_the_run(file: tuple[SavedCache, list[int], np.ndarray]) -> None:

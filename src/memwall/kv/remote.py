@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from memwall.kv.base import CacheModel, KVCache
     from memwall.models.decoder import Decoder
 
+MEASURED_TOKENS = 64
 _ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})")
 
 
@@ -44,6 +45,7 @@ class RemoteCache(SourceChecks):
             raise InputError(f"{url}: cannot be reached: {error}") from error
         self.model, self.weights = self.index.model, self.index.weights
         self.weights_sha256 = self.index.weights_sha256
+        self._controller = StreamingController()  # stays, since it learns what the link does
         self._prompt: Sequence[int] = ()
 
     @property
@@ -72,9 +74,11 @@ class RemoteCache(SourceChecks):
         tables = sum(array.nbytes for array in profile.values()) if profile is not None else 0
         held = tables + (QUEUED_CHUNKS + 2) * largest + scratch_bytes(Shape.of(model.config), self.longest_append)
         charge = cache.arena.charge(DECODING, round_up(held))
-        receiver = Receiver(cache, decoder, model.config, model=model.fingerprint, profile=profile)
+        receiver = Receiver(
+            cache, decoder, model.config, model=model.fingerprint, profile=profile, form=codec.settings.form
+        )
         try:
-            receiver.measure(min(cache.capacity_tokens, 64))
+            receiver.measure(keep, min(self.longest_append, MEASURED_TOKENS))
             self.request = Request(
                 link=self._link,
                 index=self.index,
@@ -84,7 +88,7 @@ class RemoteCache(SourceChecks):
                 most_tokens=keep,
                 tokens=self._prompt,
             )
-            StreamingController().run([self.request])
+            self._controller.run([self.request])
         except BaseException:
             cache.truncate(0)
             raise

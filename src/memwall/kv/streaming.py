@@ -1,8 +1,9 @@
 """CacheGen's streaming controller: a context comes chunk by chunk, as text or as a bitstream, so that a time is met.
 
 Before each chunk is sent for, its form is chosen by what is known then: the throughput of the chunk before, the time
-left, how long recomputing takes (section 5.3 of the paper). A chunk is decoded, or recomputed on top of the chunks
-before it, while the next is on its way. A chunk whose stream breaks or is damaged comes as text instead.
+left, how long recomputing takes (section 5.3 of the paper), each with a margin for how wrong such estimates were until
+now (`kv.cachegen_costs`). A chunk is decoded, or recomputed on top of the chunks before it, while the next is on its
+way. A chunk whose stream breaks or is damaged comes as text instead.
 
 Several requests to one model go through in rounds: the first chunk of each, then the second. They share link and
 processor, so what the others still have to send and compute counts in each estimate.
@@ -21,7 +22,9 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.kv.base import KVCache
-from memwall.kv.cachegen import Chunk, Shape
+from memwall.kv.cachegen import Chunk, Shape, cache_planes, encode_chunk
+from memwall.kv.cachegen_costs import LINK_ERROR, Backlog, Costs, Pace, Task
+from memwall.kv.cachegen_profile import LEVELS
 from memwall.kv.link import ChunkLink, Index, LinkBroken
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import Decoder
@@ -31,6 +34,8 @@ TEXT = 0
 LEAST_MEASURED_BYTES = 16 << 10
 """A smaller transfer measures the link's latency, not its throughput."""
 QUEUED_CHUNKS = 2
+PROBES = 2
+"""Runs of each measurement at the start, after one that is not counted."""
 
 Rule = Literal["remaining", "even"]
 Carried = TypeVar("Carried")
@@ -40,9 +45,10 @@ Carried = TypeVar("Carried")
 class Outlook:
     """What is known before a chunk is sent for.
 
-    remaining_seconds: until the time must be met. bytes_per_s: of the chunk before; None before the first.
+    remaining_seconds: until the time must be met. bytes_per_s: of the link; None before anything was measured.
     level_bytes: of all chunks that are left, by level. text_seconds: to recompute all that is left.
-    busy_seconds: that the processor will still need for what it has been given. decode_seconds: of the last chunk.
+    busy_seconds: that the processor will still need for what it has been given. decode_seconds: of all chunks that are
+    left; last_decode_seconds: of those that cannot be decoded before all bytes are here.
     """
 
     remaining_seconds: float
@@ -51,29 +57,36 @@ class Outlook:
     text_seconds: float
     busy_seconds: float = 0.0
     decode_seconds: float = 0.0
+    last_decode_seconds: float = 0.0
+
+    @property
+    def by_text(self) -> float:
+        """Seconds until all is there if the rest comes as text."""
+        return self.busy_seconds + self.text_seconds
+
+    def by_level(self, level: int) -> float:
+        """The same at a level."""
+        assert self.bytes_per_s is not None
+        arrived = self.level_bytes[level] / self.bytes_per_s + self.last_decode_seconds
+        return max(arrived, self.busy_seconds + self.decode_seconds)
 
 
-def choose(outlook: Outlook, default_level: int) -> int:
+def choose(outlook: Outlook, default_level: int, likely: Outlook | None = None) -> int:
     """TEXT where all that is left can be recomputed in time, else the finest level that arrives in time.
 
-    Where none does, the coarsest, or text if that should take less time. Without a throughput, the default level.
+    Without a throughput, the default level. Where nothing is in time, the coarsest level, or text if that should take
+    less time. likely: estimates without margins, which tell what comes first; the outlook itself unless given.
     """
-    by_text = outlook.busy_seconds + outlook.text_seconds
-    if by_text <= outlook.remaining_seconds:
+    if outlook.by_text <= outlook.remaining_seconds:
         return TEXT
     if outlook.bytes_per_s is None:
         return default_level if default_level in outlook.level_bytes else max(outlook.level_bytes)
     levels = sorted(outlook.level_bytes, reverse=True)
-    seconds = {v: _arrival(outlook.level_bytes[v], outlook) for v in levels}
-    in_time = [v for v in levels if seconds[v] <= outlook.remaining_seconds]
+    in_time = [level for level in levels if outlook.by_level(level) <= outlook.remaining_seconds]
     if in_time:
         return in_time[0]
-    return levels[-1] if seconds[levels[-1]] <= by_text else TEXT
-
-
-def _arrival(nbytes: int, outlook: Outlook) -> float:
-    assert outlook.bytes_per_s is not None
-    return max(nbytes / outlook.bytes_per_s, outlook.busy_seconds) + outlook.decode_seconds
+    likely = likely or outlook
+    return levels[-1] if likely.by_level(levels[-1]) <= likely.by_text else TEXT
 
 
 class Receiver:
@@ -87,24 +100,53 @@ class Receiver:
         *,
         model: str,
         profile: Mapping[str, np.ndarray] | None,
+        form: str = "auto",
     ) -> None:
         self.cache, self.config = cache, config
         self._decoder = decoder
         self._shape = Shape.of(config)
-        self._model, self._profile = model, profile
-        self.seconds_per_token = 0.0
-        self.seconds_per_byte = 0.0
+        self._model, self._profile, self._form = model, profile, form
+        self.costs = Costs()
 
-    def measure(self, num_tokens: int = 64) -> None:
-        """How long a token takes to recompute here: the first estimate, before any has been."""
-        tokens = np.arange(min(num_tokens, self._decoder.segment_tokens)) % self.config.vocab_size
-        held = self.cache.length
-        self._decoder.hidden(tokens, self.cache)  # what first calls allocate is not measured
-        self.cache.truncate(held)
+    def measure(self, context_tokens: int, num_tokens: int = 64) -> None:
+        """How long recomputing takes here, without a context and behind one of about that length, and decoding.
+
+        The cache must be empty, and is left so. Rows of the context are drawn: their values do not matter to the time.
+        """
+        n = min(num_tokens, self._decoder.segment_tokens, context_tokens)
+        tokens = np.arange(n) % self.config.vocab_size
+        far_first = context_tokens - n
+        taken: dict[int, list[float]] = {}
+        for first in dict.fromkeys((far_first, 0)):
+            self._fill(first, n)
+            taken[first] = [self._recompute_again(tokens, first) for _ in range(1 + PROBES)][1:]
+        if far_first:
+            self.costs.learn_growth(min(taken[0]), min(taken[far_first]), far_first, n)
+        for first, runs in taken.items():
+            for seconds in runs:
+                self.costs.text.saw(self.costs.work(first, n), seconds)
+        data = encode_chunk(cache_planes(self.cache, self.config, 0, n), self._shape, model=self._model, first=0,
+                            level=LEVELS[1], form=self._form, profile=self._profile)  # fmt: skip
+        for _ in range(PROBES):
+            self.cache.truncate(0)
+            self.decode(self.open(data), n)
+        self.cache.truncate(0)
+
+    def _fill(self, length: int, step: int) -> None:
+        rng, shape = np.random.default_rng(0), (self.config.num_kv_heads, self.config.head_dim)
+        self.cache.truncate(0)
+        for begin in range(0, length, step):
+            positions = np.arange(begin, min(begin + step, length))
+            rows = rng.standard_normal((len(positions), *shape), np.float32)
+            for layer in range(self.config.num_layers):
+                self.cache.append(layer, rows, rows, positions)
+                self.cache.settle(layer)
+
+    def _recompute_again(self, tokens: np.ndarray, first: int) -> float:
+        self.cache.truncate(first)
         began = time.perf_counter()
         self._decoder.hidden(tokens, self.cache)
-        self.seconds_per_token = (time.perf_counter() - began) / len(tokens)
-        self.cache.truncate(held)
+        return time.perf_counter() - began
 
     def open(self, data: bytes) -> Chunk:
         """A received chunk, checked; InputError when it is damaged."""
@@ -112,16 +154,16 @@ class Receiver:
 
     def recompute(self, tokens: np.ndarray) -> None:
         """Prefills a chunk's tokens on top of the chunks before it."""
-        began, step = time.perf_counter(), self._decoder.segment_tokens
+        began, step, first = time.perf_counter(), self._decoder.segment_tokens, self.cache.length
         for begin in range(0, len(tokens), step):
             self._decoder.hidden(tokens[begin : begin + step].astype(np.int64), self.cache)
-        self.seconds_per_token = (time.perf_counter() - began) / len(tokens)
+        self.costs.text.saw(self.costs.work(first, len(tokens)), time.perf_counter() - began)
 
-    def decode(self, chunk: Chunk, nbytes: int, most_tokens: int) -> None:
+    def decode(self, chunk: Chunk, most_tokens: int) -> None:
         """Decodes a chunk into the cache."""
         began = time.perf_counter()
         chunk.append_to(self.cache, self.config, most_tokens)
-        self.seconds_per_byte = (time.perf_counter() - began) / max(nbytes, 1)
+        self.costs.decoding.saw(chunk.num_tokens, time.perf_counter() - began)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,8 +208,13 @@ class Request:
         """Bytes of the chunks from `first` on, by level."""
         return {level: sum(sizes[first : self.num_chunks]) for level, sizes in self.index.sizes.items()}
 
-    def tokens_left(self, first: int) -> int:
-        return sum(self.index.chunk_tokens[first : self.num_chunks])
+    def task(self, begin: int, end: int, form: int) -> Task:
+        """What the processor has to do for the chunks from `begin` to `end`."""
+        lengths = self.index.chunk_tokens
+        tokens = sum(lengths[begin:end])
+        if form == TEXT:  # a stream is decoded whole
+            tokens = sum(sent_tokens(self, chunk) for chunk in range(begin, end))
+        return Task(costs=self.receiver.costs, text=form == TEXT, first=sum(lengths[:begin]), num_tokens=tokens)
 
 
 Item = tuple[Request, Sent, "Chunk | np.ndarray | BaseException"]
@@ -177,7 +224,8 @@ class StreamingController:
     """Fetches contexts for requests that wait for them; see the module's text.
 
     fixed: always this form, for comparison. rule `even` is that of the official code: each chunk has an equal share of
-    the time, and levels are tried for that chunk alone. prior_bytes_per_s: the throughput to believe in at first.
+    the time, and levels are tried for that chunk alone, without margins. prior_bytes_per_s: the throughput to believe
+    in at first. A controller that stays knows its link from the contexts before. clock: seconds.
     """
 
     def __init__(
@@ -187,13 +235,15 @@ class StreamingController:
         fixed: int | None = None,
         default_level: int = 2,
         prior_bytes_per_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.rule, self.fixed = rule, fixed
         self.default_level = default_level
-        self._bytes_per_s = prior_bytes_per_s
-        self._busy = 0.0
+        self.link = Pace(LINK_ERROR, prior_bytes_per_s)
+        self.backlog = Backlog()
+        self._clock = clock
         self._lock = threading.Lock()
-        self._started = 0.0
+        self._started = clock()
         self._stopped = threading.Event()
 
     def run(self, requests: Sequence[Request]) -> None:
@@ -201,7 +251,7 @@ class StreamingController:
 
         LinkBroken where a chunk cannot be had in any form.
         """
-        self._started, self._busy = time.perf_counter(), 0.0
+        self._started, self.backlog = self._clock(), Backlog()
         self._stopped.clear()
         arrived: queue.Queue[Item | None] = queue.Queue(QUEUED_CHUNKS)
         fetcher = threading.Thread(target=self._fetch_all, args=(requests, arrived), name="cachegen", daemon=True)
@@ -221,13 +271,15 @@ class StreamingController:
             raise content
         receiver = request.receiver
         room = sent_tokens(request, sent.chunk)
+        with self._lock:
+            self.backlog.begin(self._clock())
         if isinstance(content, Chunk):
-            receiver.decode(content, sent.nbytes, room)
+            receiver.decode(content, room)
         else:
             receiver.recompute(content[:room])
         with self._lock:
-            self._busy = max(self._busy - sent.expected_seconds, 0.0)
-        request.seconds = time.perf_counter() - self._started
+            self.backlog.end()
+        request.seconds = self._clock() - self._started
 
     def _fetch_all(self, requests: Sequence[Request], arrived: queue.Queue[Item | None]) -> None:
         rounds = max((request.num_chunks for request in requests), default=0)
@@ -237,9 +289,10 @@ class StreamingController:
                     if chunk < request.num_chunks and not self._stopped.is_set():
                         sent, content = self._fetch(request, chunk, self._others(requests, place, chunk))
                         request.sent.append(sent)
-                        sent.expected_seconds = self._cost(request, sent)
+                        task = request.task(chunk, chunk + 1, sent.form)
+                        sent.expected_seconds = task.seconds()
                         with self._lock:
-                            self._busy += sent.expected_seconds
+                            self.backlog.add(task)
                         arrived.put((request, sent, content))
         except BaseException as error:  # a thread has no caller: the one that waits for chunks raises it
             arrived.put((requests[0], Sent(chunk=0, form=TEXT), error))
@@ -252,7 +305,7 @@ class StreamingController:
     def _fetch(
         self, request: Request, chunk: int, others: list[tuple[Request, int]]
     ) -> tuple[Sent, Chunk | np.ndarray]:
-        sent = Sent(chunk=chunk, form=self._choose(request, chunk, others), estimate_bytes_per_s=self._bytes_per_s)
+        sent = Sent(chunk=chunk, form=self.form(request, chunk, others), estimate_bytes_per_s=self.link.per_s)
         if sent.form != TEXT:
             nbytes = request.index.sizes[sent.form][chunk]
             try:
@@ -271,54 +324,53 @@ class StreamingController:
             return sent, np.asarray(request.tokens[begin : begin + num_tokens], np.int32)
 
     def _timed(self, sent: Sent, nbytes: int, fetch: Callable[[], Carried]) -> Carried:
-        began = time.perf_counter()
+        began = self._clock()
         try:
             result = fetch()
             sent.nbytes += nbytes
             return result
         finally:
-            seconds = time.perf_counter() - began
+            seconds = self._clock() - began
             sent.seconds += seconds
             if sent.nbytes >= LEAST_MEASURED_BYTES and not sent.fallback:
-                self._bytes_per_s = nbytes / max(seconds, 1e-9)
+                self.link.saw(nbytes, seconds)
 
-    def _choose(self, request: Request, chunk: int, others: list[tuple[Request, int]]) -> int:
-        """Decisions use the past only: nothing here knows the link's rate but by what it has carried."""
+    def form(self, request: Request, chunk: int, others: Sequence[tuple[Request, int]] = ()) -> int:
+        """The form to send a chunk in. others: further requests, each with the first chunk it has not been sent.
+
+        Decisions use the past only: nothing here knows the link's rate but by what it has carried.
+        """
         if self.fixed is not None:
             return self.fixed
-        remaining = request.slo_seconds - request.tail_seconds - (time.perf_counter() - self._started)
-        receiver = request.receiver
-        last = max(request.index.sizes)
-        decode = receiver.seconds_per_byte * request.index.sizes[last][request.num_chunks - 1]
-        with self._lock:
-            busy = self._busy
         if self.rule == "even":
-            share = request.slo_seconds / request.num_chunks
-            tokens = request.index.chunk_tokens[chunk]
             sizes = {level: row[chunk] for level, row in request.index.sizes.items()}
-            outlook = Outlook(remaining_seconds=share, bytes_per_s=self._bytes_per_s, level_bytes=sizes,
-                              text_seconds=tokens * receiver.seconds_per_token)  # fmt: skip
-            return choose(outlook, self.default_level)
+            share = request.slo_seconds / request.num_chunks
+            text = request.task(chunk, chunk + 1, TEXT).seconds()
+            even = Outlook(remaining_seconds=share, bytes_per_s=self.link.per_s, level_bytes=sizes, text_seconds=text)
+            return choose(even, self.default_level)
+        careful, likely = (self._outlook(request, chunk, others, careful=careful) for careful in (True, False))
+        return choose(careful, self.default_level, likely)
+
+    def _outlook(
+        self, request: Request, chunk: int, others: Sequence[tuple[Request, int]], *, careful: bool
+    ) -> Outlook:
         level_bytes = request.level_bytes(chunk)
         for other, first in others:
             for level, nbytes in other.level_bytes(first).items():
                 level_bytes[level] = level_bytes.get(level, 0) + nbytes
-        outlook = Outlook(
-            remaining_seconds=remaining,
-            bytes_per_s=self._bytes_per_s,
+        now, rate = self._clock(), self.link.per_s
+        with self._lock:
+            busy = self.backlog.seconds(now, careful=careful)
+        end, any_level = request.num_chunks, max(level_bytes)
+        return Outlook(
+            remaining_seconds=request.slo_seconds - request.tail_seconds - (now - self._started),
+            bytes_per_s=rate / self.link.margin if rate is not None and careful else rate,
             level_bytes=level_bytes,
-            text_seconds=request.tokens_left(chunk) * receiver.seconds_per_token,
+            text_seconds=request.task(chunk, end, TEXT).seconds(careful=careful),
             busy_seconds=busy,
-            decode_seconds=decode,
+            decode_seconds=request.task(chunk, end, any_level).seconds(careful=careful),
+            last_decode_seconds=request.task(end - 1, end, any_level).seconds(careful=careful),
         )
-        return choose(outlook, self.default_level)
-
-    def _cost(self, request: Request, sent: Sent) -> float:
-        """Seconds that the processor should need for a chunk."""
-        receiver = request.receiver
-        if sent.form == TEXT:
-            return request.index.chunk_tokens[sent.chunk] * receiver.seconds_per_token
-        return request.index.sizes[sent.form][sent.chunk] * receiver.seconds_per_byte
 
 
 def sent_tokens(request: Request, chunk: int) -> int:
