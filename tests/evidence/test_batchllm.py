@@ -54,7 +54,7 @@ def test_the_batch_is_shuffled_and_its_need_is_counted_once(batchllm: ModuleType
 
 
 def test_ways_on_a_virtual_clock_differ_in_the_scheduler_alone(batchllm: ModuleType) -> None:
-    load = batchllm.mix(0, 6, varied=True)
+    load = batchllm.mix(0, 6, batchllm.VARIED)
     pages = max(int(0.5 * load.need_pages), 64)
     ours = batchllm.virtual(load, load.plan(), BatchLLM(), pages, keep=False)
     recent = batchllm.virtual(load, plan_alone(load.rows), FirstComeFirstServed(), pages, keep=True)
@@ -73,7 +73,7 @@ def test_fused_attention_is_measured_against_rows_in_a_line(batchllm: ModuleType
 
 
 def test_a_peer_that_is_not_there_is_not_run(batchllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = batchllm.mix(0, 2, varied=False)
+    load = batchllm.mix(0, 2, batchllm.ALIKE)
     monkeypatch.delenv("MEMWALL_PEER_PYTHON", raising=False)
     assert batchllm.peer_claim(load, 1.0).passed is None
     monkeypatch.setenv("MEMWALL_PEER_PYTHON", "false")
