@@ -30,31 +30,34 @@ from memwall.kv import cskv_fit
 from memwall.kv.cskv import CskvCache, CskvSettings
 from memwall.kv.latent import Factors
 from memwall.memory import Arena, Ledger, resident_bytes
-from memwall.models import Checkpoint, model_directory
+from memwall.models import Checkpoint
 from memwall.systems import find_system
 
+bfp: Any = load_experiment(find_system("bfp-outlier-reorder"))  # the model with heads of 128 channels
 xquant: Any = load_experiment(find_system("xquant"))
 kivi: Any = xquant.kivi
-FULL = kivi.Sizes(windows=3, step_tokens=8, recall_tries=8, rounds=7)
+FULL = kivi.Sizes(windows=3, step_tokens=8, recall_tries=16, rounds=7, recall_tokens=1024)
 QUICK = kivi.Sizes(windows=2, step_tokens=16, recall_tries=1, rounds=3, decoded_tokens=256)
 FULL_STEPS, QUICK_STEPS = cskv_fit.STEPS, 120
-DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
+CODES = ("bits=4,clip=1", "bits=4", "bits=2")
+"""The paper's rounding first, then ours, which clips nothing."""
+DENSITIES = (0.3, 0.2, 0.1)
+"""From half of 512 channels on all 256 numbers of an input are kept."""
 
 
-class CskvDemo(xquant.LatentDemo):  # type: ignore[misc]
-    """The demo with factors fitted here, so that nothing is left behind. steps: of training."""
+class CskvDemo(bfp.FolderDemo, xquant.LatentDemo):  # type: ignore[misc]
+    """A model with factors fitted here, so that nothing is left behind. steps: of training."""
 
-    def __init__(self, data: Path | None, sizes: Any, steps: int) -> None:
-        super().__init__(data, sizes, written_out=False)
+    def __init__(self, directory: Path, data: Path | None, sizes: Any, steps: int) -> None:
+        bfp.FolderDemo.__init__(self, directory, data, sizes)
         self.steps = steps
         self.layers = self._layers()
         self.heldout = self.inputs()[:, None].astype(np.float16)
         self._factors: dict[str, list[Any]] = {}
 
     def _layers(self) -> list[Any]:
-        directory = model_directory("demo")
         tokens = token_sequences(read_text(BUNDLED_TEXT), self.tokenizer, self.config, cskv_fit.CALIBRATION, "bundled")
-        with Checkpoint(directory, self.config) as checkpoint:
+        with Checkpoint(self.directory, self.config) as checkpoint:
             stream = LayerStream(self.config, checkpoint, tokens, Arena(1 << 62, Ledger()))
             stream.embed()
             return [
@@ -89,7 +92,7 @@ class CskvDemo(xquant.LatentDemo):  # type: ignore[misc]
             for way, matrix in zip(("in", "out"), pair)
         }
         factors = Factors(self.arena, arrays)
-        return CskvCache(kv.parse(policy), self.shape, self.arena, kivi.CONTEXT_TOKENS, self.model, factors)
+        return CskvCache(kv.parse(policy), self.shape, self.arena, bfp.CONTEXT_TOKENS, self.model, factors)
 
     def errors(self, policy: str) -> list[float]:
         """Squared error of rotated keys and of values on held-out text, per layer."""
@@ -167,32 +170,30 @@ def layer_claim(demo: CskvDemo) -> Claim:
     )
 
 
-def code_claim(scores: Any, widths: tuple[int, ...]) -> Claim:
-    """The same factors' cache in 4 bits, trained without and with the rounding."""
-    demo = scores.demo
-    plain, coded = "cskv(0.2)", "cskv(0.2,bits={},window=32)"
-    shown, wins = [], []
-    for bits in widths:
-        policy = coded.format(bits)
-        with_codes = scores.of(policy)
-        error = sum(demo.errors(policy))
-        demo._factors[f"kept {bits}"] = demo.pairs(policy)
+def code_claim(scores: Any, codes: tuple[str, ...]) -> Claim:
+    """The same factors' cache in few bits, trained without and with the rounding."""
+    demo, plain, shown, wins = scores.demo, "cskv(0.2)", [], []
+    for each in codes:
+        policy = f"cskv(0.2,{each},window=32)"
+        with_codes, errors = scores.of(policy), [sum(demo.errors(policy))]
         key = CskvCache.fit_key(kv.parse(policy))
-        demo._factors[key] = demo.pairs(plain)
-        afterwards, error_afterwards = scores.of(f"{policy} afterwards", demo.cache(policy)), sum(demo.errors(policy))
-        demo._factors[key] = demo._factors.pop(f"kept {bits}")
-        wins.append(with_codes.divergence < afterwards.divergence)
+        trained, demo._factors[key] = demo.pairs(policy), demo.pairs(plain)
+        afterwards = scores.of(f"{policy} afterwards", demo.cache(policy))
+        errors.append(sum(demo.errors(policy)))
+        demo._factors[key] = trained
+        wins.append(afterwards.errors_above(with_codes))
         shown.append(
-            f"{bits} bits: KL {with_codes.divergence:.4f} trained with codes, {afterwards.divergence:.4f} without, "
-            f"squared error of keys and values {error:.1f} and {error_afterwards:.1f}"
+            f"{each}: KL {with_codes.divergence:.4f} trained with codes, {afterwards.divergence:.4f} without "
+            f"({wins[-1]:+.1f} standard errors of the difference), squared error of keys and values {errors[0]:.2f} "
+            f"and {errors[1]:.2f}"
         )
     return Claim(
         claim="features trained with their codes lose less than features coded afterwards",
         measured="; ".join(shown)
         + f"; without codes {scores.of(plain).divergence:.4f}; "
-        + scores.shown("cskv(0.2,bits=4,window=32)"),
-        required="KL lower at 4 bits",
-        passed=wins[0],
+        + scores.shown(f"cskv(0.2,{codes[0]},window=32)"),
+        required="KL lower at 4 bits, rounded as the paper rounds (clip=1), by 2 standard errors",
+        passed=wins[0] > 2,
     )
 
 
@@ -211,12 +212,16 @@ def others_claim(scores: Any) -> Claim:
 
 
 def exact_claim(scores: Any) -> Claim:
-    score = scores.of("cskv(1.0,init=svd,train=0)")
+    found = {density: scores.of(f"cskv({density},init=svd,train=0)") for density in (1.0, 0.8, 0.5)}
     return Claim(
         claim="with all channels kept the model's predictions come back",
-        measured=f"KL {score.divergence:.2g}, perplexity {score.gap(scores.exact):+.4%}",
+        measured="; ".join(
+            f"density {density:g}: KL {score.divergence:.2g}, perplexity {score.gap(scores.exact):+.4%}"
+            for density, score in found.items()
+        )
+        + f" (inputs have {scores.demo.config.hidden_size} numbers, keys {scores.demo.shape.row_values})",
         required="KL below 0.0001",
-        passed=score.divergence < 1e-4,
+        passed=all(score.divergence < 1e-4 for score in found.values()),
     )
 
 
@@ -240,17 +245,22 @@ def spectrum_claim(demo: CskvDemo) -> Claim:
 
 
 def recall_claim(demo: CskvDemo, tick: Callable[[str], None]) -> Claim:
-    policies = ("float16", *(f"cskv({density})" for density in DENSITIES), "cskv(0.2,train=0)", "cskv(0.5,train=0)")
+    policies = (
+        "float16",
+        *(f"cskv({density})" for density in DENSITIES),
+        "cskv(0.2,train=0)",
+        "cskv(0.2,init=svd,train=0)",
+    )
     found = {}
     for policy in policies:
         tick(f"recall, {policy}")
         found[policy] = demo.recall(policy)
     return Claim(
-        claim=f"facts hidden among {demo.sizes.recall_tokens} tokens are still found with half of the channels",
+        claim=f"facts hidden among {demo.sizes.recall_tokens} tokens are still found with a fifth of the channels",
         measured=", ".join(f"{policy}: {share:.0%}" for policy, share in found.items())
         + f" of {demo.sizes.recall_tries}",
-        required="trained, at density 0.5: at most one answer in 6 below float16",
-        passed=found["cskv(0.5)"] >= found["float16"] - 1 / 6,
+        required="trained, at density 0.2: at most one answer in 6 below float16",
+        passed=found["cskv(0.2)"] >= found["float16"] - 1 / 6,
     )
 
 
@@ -338,16 +348,16 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
             progress(min(done, steps), steps, what)
         done += 1
 
-    demo = CskvDemo(data, sizes, QUICK_STEPS if quick else FULL_STEPS)
+    demo = CskvDemo(bfp.wide_heads(), data, sizes, QUICK_STEPS if quick else FULL_STEPS)
     scores = xquant.Scores(demo, tick)
     recall = not_run(
-        "facts hidden in a prompt are still found", "at density 0.5, as with float16", needs="the full form"
+        "facts hidden in a prompt are still found", "at density 0.2, as with float16", needs="the full form"
     )
     return [
         exact_claim(scores),
         *order_claims(scores, (0.2,) if quick else DENSITIES),
         layer_claim(demo),
-        code_claim(scores, (4,) if quick else (4, 2)),
+        code_claim(scores, CODES[:1] if quick else CODES),
         others_claim(scores),
         spectrum_claim(demo),
         recall if quick else recall_claim(demo, tick),

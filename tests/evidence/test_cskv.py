@@ -27,7 +27,7 @@ def test_the_study_s_factors_are_the_fit_s(cskv: ModuleType, monkeypatch: pytest
     sizes = cskv.kivi.Sizes(
         windows=1, step_tokens=16, recall_tries=1, rounds=1, prompt_tokens=130, decoded_tokens=32, recall_tokens=64
     )
-    demo = cskv.CskvDemo(None, sizes, 10)
+    demo = cskv.CskvDemo(model_directory("demo"), None, sizes, 10)
     found = cskv_fit.fit_factors(CskvSettings.from_policy(parse(policy)), model_directory("demo"), None, None, None)
     for layer, pairs in enumerate(demo.pairs(policy)):
         for name, pair in zip("kv", pairs):

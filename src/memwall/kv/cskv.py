@@ -8,9 +8,10 @@ them alone, layer by layer, against the layer's own keys and values; the last wi
 Units and shapes: X [n, d], features [n, r], rebuilt rows [n, h], h = Hkv * D; a density of a head's D channels gives
 the rank r = Hkv * floor(density * D), over all heads together.
 Differs from the paper: originals in the window are kept rotated; groups of values' codes span as many heads' shares as
-make about 32 numbers; a group's range is widened to hold zero, so that nothing is clipped; a coded feature of a value
-is coded at once, not when its window is full, which gives the same code; init=pca takes the principal directions of
-the keys and values themselves. Values are not rebuilt for a decoded token: p V = (p C_V) B_V.
+make about 32 numbers; a group's range is widened to hold zero, so that nothing is clipped (clip=1 rounds as the paper's
+code does: see `ClippedForm`); a coded feature of a value is coded at once, not when its window is full, which gives the
+same code; init=pca takes the principal directions of the keys and values themselves; a rank is never above d, where a
+model's keys are wider than its inputs. Values are not rebuilt for a decoded token: p V = (p C_V) B_V.
 Cost: resident layers * tokens * (r_K + r_V) * b / 8 bytes and scales, the window's rows, and the factors,
 2 r (d + h) bytes a layer each for keys and values. A step multiplies r_K h times per layer and token, and r_V per
 query head.
@@ -44,12 +45,32 @@ VALUE_GROUP = 32
 FACTOR_NAMES = ("k.in", "k.out", "v.in", "v.out")
 
 
+class ClippedForm(LatentForm):
+    """Codes as the paper's code makes them: a step is a share of the group's own range, its zero point a code clamped.
+
+    So what lies further from zero than its group's range is wide is clipped there.
+    """
+
+    __slots__ = ()
+
+    def encode(self, rows: np.ndarray, first: int, records: np.ndarray) -> None:
+        if self.coded and len(rows):
+            grouped = rows.reshape(-1, self.group, self.width) if self.along_tokens else rows[None]
+            axis, starts = (1, [0]) if self.along_tokens else (2, list(range(0, self.width, self.group)))
+            sizes = np.diff([*starts, grouped.shape[axis]])
+            ends = [f.reduceat(grouped, starts, axis=axis).repeat(sizes, axis) for f in (np.minimum, np.maximum)]
+            reach = ends[1] - ends[0]
+            rows = np.minimum(grouped, np.where(ends[0] > 0, reach, np.inf))
+            rows = np.maximum(rows, np.where(ends[1] < 0, -reach, -np.inf)).reshape(-1, self.width)
+        LatentForm.encode(self, np.ascontiguousarray(rows, np.float32), first, records)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CskvSettings:
     """density of keys' and of values' channels; window: newest tokens kept whole; bits of a feature, 16 for floats.
 
     sliding: 1 keeps exactly the last `window` tokens, 0 those since the last full window. init and train say how the
-    factors are found.
+    factors are found. clip: 1 takes `ClippedForm` for codes.
     """
 
     k: float
@@ -59,20 +80,21 @@ class CskvSettings:
     sliding: int = 0
     init: str = "asvd"
     train: int = 1
+    clip: int = 0
 
     @classmethod
     def from_policy(cls, policy: Policy) -> CskvSettings:
         """Settings of a policy string: `cskv(0.2)` is a density of 0.2 for both; k= and v= set them apart."""
         texts = dict(policy.settings)
         init = texts.pop("init", "asvd")
-        defaults = {AMOUNT: 0.2, "k": -1.0, "v": -1.0, "bits": 16, "window": 32, "sliding": 0, "train": 1}
+        defaults = {AMOUNT: 0.2, "k": -1.0, "v": -1.0, "bits": 16, "window": 32, "sliding": 0, "train": 1, "clip": 0}
         numbers = Policy(policy.name, texts).numbers(defaults)
         both = numbers.pop(AMOUNT)
         densities = {name: both if numbers[name] < 0 else numbers[name] for name in "kv"}
-        whole = {name: int(numbers[name]) for name in ("bits", "window", "sliding", "train")}
+        whole = {name: int(numbers[name]) for name in ("bits", "window", "sliding", "train", "clip")}
         settings = cls(
             k=densities["k"], v=densities["v"], bits=whole["bits"], window=whole["window"], sliding=whole["sliding"],
-            train=whole["train"], init=init,
+            train=whole["train"], init=init, clip=whole["clip"],
         )  # fmt: skip
         for name, density in densities.items():
             if not 0 < density <= 1:
@@ -83,7 +105,7 @@ class CskvSettings:
             raise InputError(f"policy {policy}: init={init}; must be one of {', '.join(INITS)}")
         if settings.window > 4096:
             raise InputError(f"policy {policy}: window={settings.window}; must be at most 4096 tokens")
-        for name in ("sliding", "train"):
+        for name in ("sliding", "train", "clip"):
             if whole[name] not in (0, 1):
                 raise InputError(f"policy {policy}: {name}={whole[name]}; must be 0 or 1")
         return settings
@@ -96,15 +118,16 @@ class CskvSettings:
     def ranks(self, shape: CacheShape) -> tuple[int, int]:
         """(r_K, r_V)."""
         k, v = (max(math.floor(density * shape.head_dim + 1e-9), 1) for density in (self.k, self.v))
-        return shape.num_kv_heads * k, shape.num_kv_heads * v
+        most = latent.hidden_size(shape, "cskv")
+        return min(shape.num_kv_heads * k, most), min(shape.num_kv_heads * v, most)
 
     def forms(self, shape: CacheShape) -> tuple[LatentForm, LatentForm]:
         """How features of keys and of values are kept."""
         k, v = self.ranks(shape)
-        share = v // shape.num_kv_heads
+        share, form = max(v // shape.num_kv_heads, 1), ClippedForm if self.clip else LatentForm
         group = min(share * max(VALUE_GROUP // share, 1), v)
-        keys = LatentForm(width=k, bits=self.bits, group=self.block, along_tokens=True, zero_inside=True)
-        return keys, LatentForm(width=v, bits=self.bits, group=group, zero_inside=True)
+        keys = form(width=k, bits=self.bits, group=self.block, along_tokens=True, zero_inside=True)
+        return keys, form(width=v, bits=self.bits, group=group, zero_inside=True)
 
     def factor_shapes(self, shape: CacheShape) -> dict[str, tuple[int, int]]:
         """Of one layer: A transposed and B transposed, as products take them."""
@@ -220,7 +243,8 @@ class CskvCache(LatentCache):
     def fit_key(cls, policy: Policy) -> str:
         """Without the model's shape, which the fingerprint stands for: densities, not ranks."""
         settings = CskvSettings.from_policy(policy)
-        trained = f" bits={settings.bits} block={settings.block}" if settings.train and settings.bits < 16 else ""
+        coded = settings.train and settings.bits < 16
+        trained = f" bits={settings.bits} block={settings.block}{' clip' * settings.clip}" if coded else ""
         return f"cskv k={settings.k:g} v={settings.v:g} init={settings.init} train={settings.train}{trained}"
 
     @classmethod
@@ -241,7 +265,7 @@ class CskvCache(LatentCache):
         s = self.settings
         return (
             f"cskv(k={s.k:g},v={s.v:g},bits={s.bits},window={s.window},sliding={s.sliding},init={s.init},"
-            f"train={s.train})"
+            f"train={s.train}{',clip=1' * s.clip})"
         )
 
     @property

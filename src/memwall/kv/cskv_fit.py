@@ -23,12 +23,11 @@ from memwall import kernels
 from memwall.compress.calibration import BUNDLED_TEXT, CalibrationSettings, LayerStream, read_text, token_sequences
 from memwall.errors import MissingDependency
 from memwall.kv.base import CacheShape
-from memwall.kv.cskv import CskvSettings
+from memwall.kv.cskv import ClippedForm, CskvSettings
 from memwall.kv.latent import projection_names
 from memwall.kv.latent_rows import LatentForm
 from memwall.memory import Arena, Ledger
 from memwall.models import Checkpoint, ModelConfig
-from memwall.models.rope import rope_tables
 from memwall.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class LayerData:
         self.config, self.inputs = config, inputs
         weights = [checkpoint.tensor(name).astype(np.float32).T for name in projection_names(layer)]
         self.weights: Pair = (weights[0], weights[1])
-        self.biases = (vector("k_proj.bias"), vector("v_proj.bias"))
+        self.key_bias = vector("k_proj.bias")
         self.key_norm = vector("k_norm.weight")
 
 
@@ -173,15 +172,16 @@ class Target:
             return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
 
         self.weights = [to(weight) for weight in data.weights]
-        self.biases = [to(bias) for bias in data.biases]
+        self.bias = to(data.key_bias)
         self.norm = to(data.key_norm)
-        tables = rope_tables(data.config.rope, data.config.head_dim, np.arange(data.inputs.shape[1]))
-        self.cos, self.sin = (torch.from_numpy(table)[:, None] for table in tables)
 
     def loss(
         self, inputs: np.ndarray, factors: list[torch.Tensor], forms: tuple[LatentForm, LatentForm]
     ) -> torch.Tensor:
-        """MSE of rotated keys plus MSE of values over X [sequences, tokens, d]; tokens that fill no group are left."""
+        """MSE of rotated keys plus MSE of values over X [sequences, tokens, d]; tokens that fill no group are left.
+
+        Biases fall out of a difference, unless heads are normed, and a rotation keeps its length: it is left out.
+        """
         losses = self.losses(inputs, factors, forms)
         return losses[0] + losses[1]
 
@@ -195,22 +195,16 @@ class Target:
         for which, form in enumerate(forms):
             features = rounded(x @ factors[2 * which], form)
             pair = (x @ self.weights[which], features @ factors[2 * which + 1])
-            bias = self.biases[which]
-            whole = [part if bias is None else part + bias for part in pair]
-            if which == 0:
-                whole = [self._rotated(part) for part in whole]
-            found.append(torch.nn.functional.mse_loss(whole[1], whole[0]))
+            if which == 0 and self.norm is not None:
+                pair = tuple(self._normed(part if self.bias is None else part + self.bias) for part in pair)
+            found.append(torch.nn.functional.mse_loss(pair[1], pair[0]))
         return found
 
-    def _rotated(self, keys: torch.Tensor) -> torch.Tensor:
-        torch = _torch()
+    def _normed(self, keys: torch.Tensor) -> torch.Tensor:
         config = self.data.config
         heads = keys.reshape(*keys.shape[:2], config.num_kv_heads, config.head_dim)
-        if self.norm is not None:
-            heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + config.rms_norm_eps) * self.norm
-        half, length = config.head_dim // 2, keys.shape[1]
-        low, high, cos, sin = heads[..., :half], heads[..., half:], self.cos[:length], self.sin[:length]
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+        scale = _torch().rsqrt(heads.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+        return heads * scale * self.norm
 
 
 def rounded(features: torch.Tensor, form: LatentForm) -> torch.Tensor:
@@ -229,7 +223,9 @@ def rounded(features: torch.Tensor, form: LatentForm) -> torch.Tensor:
         groups, axis = padded.reshape(sequences, length, -1, form.group), 3
     levels = 2**form.bits - 1
     with torch.no_grad():
-        low, high = groups.amin(axis, keepdim=True).clamp(max=0), groups.amax(axis, keepdim=True).clamp(min=0)
+        low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
+        if not isinstance(form, ClippedForm):
+            low, high = low.clamp(max=0), high.clamp(min=0)
         scale = ((high - low) / levels).half().float()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         zero = torch.round(-low / scale).clamp(0, levels)
