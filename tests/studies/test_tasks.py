@@ -14,7 +14,7 @@ from memwall.plan.choose import held_out_text
 from memwall.studies.dialogues import LINES, TOPICS, dialogue
 from memwall.studies.kv_tasks import Sizes, Tasks
 from memwall.studies.recall_task import hide_facts, is_right
-from memwall.studies.subjects import CacheSubject, StudyModel
+from memwall.studies.subjects import CacheSubject, StudyModel, Subject
 
 SMALL = Sizes(windows=2, prompt_tokens=96, decoded_tokens=12, tries=1, recall_tokens=200, dialogues=1)
 
@@ -47,6 +47,34 @@ def test_facts_stand_in_the_prompt_and_every_one_is_asked(model: StudyModel) -> 
         hide_facts(model.tokenizer, text[:50], np.random.default_rng(0), num_tokens=300)
     assert is_right(" 4711. And", "4711")
     assert not is_right("The number 4711", "4711")
+
+
+@pytest.mark.parametrize(
+    ("answer", "steps"),
+    [("4711", 2), ("47", 1), ("4712", 2), ("5", 1), ("4711 and so on", 3), (None, 3)],
+)
+def test_no_more_is_said_than_tells_whether_it_is_right(answer: str | None, steps: int) -> None:
+    words = [" ", "47", "11", " and"]
+
+    class Saying(Subject):
+        """Says those words, whatever it is asked."""
+
+        taken = 0
+
+        def step(self, token: int) -> np.ndarray:
+            self.taken += 1
+            return np.eye(len(words))[token + 1]
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join(words[token] for token in tokens)
+
+        begin = read = branch = nbytes = encode = None  # type: ignore[assignment]
+
+    subject = Saying()
+    said = subject.say(np.eye(len(words))[0], 4, answer=answer)
+    assert (subject.taken, said) == (steps, "".join(words[: steps + 1]))
+    if answer is not None:
+        assert is_right(said, answer) == is_right("".join(words), answer)
 
 
 def test_topics_return_after_others() -> None:

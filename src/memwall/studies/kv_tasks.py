@@ -119,10 +119,10 @@ class Tasks:
             logits = subject.read([*hidden.prompt, *first]).copy()
             held = self._held(subject, self.sizes.recall_tokens)
             with subject.branch():
-                right["recall"].append(is_right(subject.say(logits), answer))
+                right["recall"].append(is_right(subject.say(logits, answer=answer), answer))
             for asked, expected in others:
                 with subject.branch():
-                    right["later"].append(is_right(subject.say(subject.read(asked)), expected))
+                    right["later"].append(is_right(subject.say(subject.read(asked), answer=expected), expected))
         return {**_shares(right), **held}
 
     def _talk(self, subject: Subject) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Tasks:
                 with subject.branch():
                     subject.turn_to(asked)
                     logits = subject.read(self.model.encode(f"\n{asked}"))
-                    right["talk"].append(is_right(subject.say(logits, TALK_ANSWER_TOKENS), answer))
+                    right["talk"].append(is_right(subject.say(logits, TALK_ANSWER_TOKENS, answer=answer), answer))
         return {**_shares(right), **held}
 
     def _held(self, subject: Subject, num_tokens: int) -> dict[str, Any]:

@@ -105,12 +105,15 @@ class Subject(ABC):
     def turn_to(self, question: str) -> None:  # noqa: B027 - only caches that keep episodes do anything
         """Told before a question about the conversation is read."""
 
-    def say(self, logits: np.ndarray, count: int = ANSWER_TOKENS) -> str:
-        """The likeliest continuation."""
+    def say(self, logits: np.ndarray, count: int = ANSWER_TOKENS, *, answer: str | None = None) -> str:
+        """The likeliest continuation; no more of it than tells whether it begins with an answer, where one is given."""
         said: list[int] = []
         for _ in range(count):
+            if said:
+                logits = self.step(said[-1])
             said.append(int(logits.argmax()))
-            logits = self.step(said[-1])
+            if answer is not None and _decided(self.decode(said).strip(), answer):
+                break
         return self.decode(said)
 
     @abstractmethod
@@ -123,6 +126,11 @@ class Subject(ABC):
 
     def release(self) -> None:  # noqa: B027 - most have nothing to give back
         """Gives memory back."""
+
+
+def _decided(said: str, answer: str) -> bool:
+    """Whether what follows cannot change that it begins with the answer, or does not."""
+    return said.startswith(answer) or not answer.startswith(said)
 
 
 class CacheSubject(Subject):
