@@ -1,15 +1,18 @@
 """Bipolar-INT's claims: exact sums for every pair of widths, bytes, time against other products, quality on a model.
 
 Sums are checked against 64-bit integers; times are taken alternately, packing of activations included, against torch's
-8-bit and float32 products (where torch is installed) and against memwall's own integer kernels; quality is that of the
-bundled demo model run with such weights. Neither the crossover nor the pairs of widths that lose are hidden: the claim
-about them gives the whole table.
+8-bit and float32 products (where torch is installed) and against memwall's own integer kernels; quality is that of
+`models/wide-heads` beside this file (11.7 million weights; scripts/grow_wide_heads.py makes it) run with such weights.
+Neither the crossover nor the pairs of widths that lose are hidden: the claim about them gives the whole table.
 
 A finding, which is a claim that fails: at 2 bits of activations perplexity does not fall with every bit of the weights
-(7,700, 8,800, 6,500, 6,900 at 1 to 4 bits of weights). One scale per token, by the largest number, leaves +-1 and +-1/3
-of it and no zero, and the model then guesses worse than at random (4,096); what the weights lose is nothing beside it.
-The scale of least squared error was tried: 5,010, 2,895, 1,957, 2,255, no order either. At 4 and 8 bits it is as it
-should be.
+(20,100, 25,500, 11,400, 10,500 at 1 to 4 bits of weights over 2,048 tokens; from 1 to 2 bits it rises by 0.24 +- 0.08
+nats). One scale per token, by the largest number, leaves +-1 and +-1/3 of it and no zero, and the model then guesses
+worse than at random (4,096); what the weights lose is nothing beside it. At 4 and 8 bits it is as it should be. On the
+bundled demo (7 million weights, judged before; the card asks for 10 million or more) the order broke too, but within
+two standard errors. Scales for groups of 64 columns, which the card names as an option and memwall's products do not
+have, were tried by rounding both sides in torch: 11,100, 12,400, 5,900, 4,200, where the rise from 1 to 2 bits is
+0.11 +- 0.07 nats; on the demo perplexity then falls with every bit.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """
@@ -27,13 +30,14 @@ import numpy as np
 from memwall import kernels
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine import evaluate
+from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import codes_of, codes_of_signed, integers_of, pack
 from memwall.kernels.planes import pack_planes, plane_products, plane_products_apart
-from memwall.models import model_directory
 from memwall.plan.choose import held_out_text
 
 WIDTHS = range(1, 9)
+WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
 PAIRS = ((1, 1), (1, 2), (2, 2), (2, 3), (2, 4), (3, 4), (4, 4), (4, 8), (8, 8))
 SIZE = 4096
 
@@ -271,17 +275,18 @@ def recovery(rounds: int) -> list[Claim]:
 
 def quality(data: Path | None, limit: int) -> list[Claim]:
     text = data.read_text(encoding="utf-8") if data is not None else held_out_text()
-    model = model_directory("demo")
+    if not (WIDE_HEADS / "model.safetensors").is_file():
+        raise InputError(f"{WIDE_HEADS} holds no model; get it with the source, or grow it: scripts/grow_wide_heads.py")
     perplexity = {}
     for n, m in itertools.product((1, 2, 3, 4), (2, 4, 8)):
-        perplexity[n, m] = evaluate(model, text, weights=f"w{n}a{m}", limit_tokens=limit).perplexity
+        perplexity[n, m] = evaluate(WIDE_HEADS, text, weights=f"w{n}a{m}", limit_tokens=limit).perplexity
     by_weights = all(perplexity[n, m] > perplexity[n + 1, m] for n in (1, 2, 3) for m in (2, 4, 8))
     by_activations = all(perplexity[n, m] > perplexity[n, 2 * m] for n in (1, 2, 3, 4) for m in (2, 4))
     shown = ", ".join(f"W{n}A{m} {value:,.1f}" for (n, m), value in perplexity.items())
     return [
-        Claim(claim="perplexity of the demo model falls with every bit of its weights", measured=shown,
+        Claim(claim="perplexity of a model falls with every bit of its weights", measured=shown,
               required="strictly, at 2, 4 and 8 bits of activations", passed=by_weights),
-        Claim(claim="perplexity of the demo model falls with the bits of activations", measured=shown,
+        Claim(claim="perplexity of a model falls with the bits of activations", measured=shown,
               required="strictly, at 1 to 4 bits of weights", passed=by_activations),
     ]  # fmt: skip
 

@@ -27,7 +27,17 @@ SPECS = [
     "e3m2",
 ]
 SPECS += ["e4m3", "e5m2-g128", "e3m3", "e2m4", "e3m1"]
-SPECS += ["posit4", "posit5es1", "posit6es0-g32", "posit7es1", "posit8", "posit8es1"]
+SPECS += [
+    "posit4",
+    "posit5es0",
+    "posit5es1",
+    "posit6es0-g32",
+    "posit6es1",
+    "posit7es0",
+    "posit7es1",
+    "posit8",
+    "posit8es1",
+]
 SPECS += [
     "mxfp4",
     "mxfp6",
@@ -41,7 +51,17 @@ SPECS += [
     "bfp7",
     "bfp8",
 ]
-SPECS += ["bipolar1-g32", "bipolar2", "bipolar3-g128", "bipolar4", "bipolar5", "bipolar7", "bipolar8", "ternary"]
+SPECS += [
+    "bipolar1-g32",
+    "bipolar2",
+    "bipolar3-g128",
+    "bipolar4",
+    "bipolar5",
+    "bipolar6",
+    "bipolar7",
+    "bipolar8",
+    "ternary",
+]
 SPECS += ["binary", "binary2", "binary2-g32", "dual2-g32", "dual2-g64", "dual2-g128"]
 SHAPES = [(1, 1), (16, 64), (37, 100), (129, 544)]  # most divide by nothing
 EXACT_AS_INTEGERS = {

@@ -4,7 +4,8 @@ Exact products decode codes to the format's own float32 levels. Products with 8-
 there a level is an integer number of units: exactly, where some unit makes integers of at most 16 bits of all levels
 (fp4 of the Open Compute Project, e2m3, e3m2, posit4es1, posit8es0, bipolar, ternary...), else the nearest of 65,535
 steps between the largest levels of either sign (nf4, e4m3, e5m2...): an error of 2^-16 of the largest level, beside
-activations that are rounded to 2^-8 of theirs. Codes that mean no number count as nothing there.
+activations that are rounded to 2^-8 of theirs. Codes that mean no number count as nothing there, and levels
+that are never written may count as the largest that is.
 """
 
 from __future__ import annotations
@@ -88,25 +89,57 @@ def _linear_blocks(counts: np.ndarray, form: LevelCodec) -> tuple[np.ndarray, np
     return bases, steps
 
 
-def _magnitudes(counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, str, float] | None:
-    """(low, high, kind, units of the upper half) of levels whose highest bit is a sign; None where there is no such.
+def _magnitudes(counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, str, float, bool] | None:
+    """(low, high, kind, units of the upper half, whether codes are two's complement) of levels whose highest bit is a
+    sign; None where there is no such.
 
     `Magnitudes` in cpp/linear.h says what the kinds are and how large bytes may be: as large as what 16 bits hold the
     sum of, of as many products with activations as are added before they are widened.
     """
-    positive, negative = counts[: len(counts) // 2], counts[len(counts) // 2 :]
-    if not 5 <= bits <= 7 or (positive < 0).any() or (negative != -positive).any():
+    if not 5 <= bits <= 7:
+        return None
+    positive, negative = np.split(counts, 2)
+    # the first negative code means no number there, and counts as nothing
+    twos = not negative[0] and bool((negative[1:] == -positive[:0:-1]).all())
+    if not twos and (negative != -positive).any():
+        return None
+    most = int(positive.max())
+    if positive.min() < 0 or most >= 33 * 128:
         return None
     none = np.zeros(len(positive), np.uint8)
-    if positive.max() <= 63:
-        return positive.astype(np.uint8), none, "bytes", 1.0
+    if most <= 63:
+        return positive.astype(np.uint8), none, "bytes", 1.0, twos
     lower, upper = np.split(positive, 2)
     units = max(1, int(np.gcd.reduce(upper)))
-    if bits > 5 and lower.max() <= (31 if bits == 6 else 63) and upper.max() <= units * (63 if bits == 6 else 127):
-        return lower.astype(np.uint8), (upper // units).astype(np.uint8), "ranges", float(units)
-    if positive.max() < 17 * 128:
-        return (positive % 128).astype(np.uint8), (positive // 128).astype(np.uint8), "digits", 1.0
-    return None
+    if (
+        bits > 5
+        and not twos
+        and lower.max() <= (31 if bits == 6 else 63)
+        and upper.max() <= units * (63 if bits == 6 else 127)
+    ):
+        return lower.astype(np.uint8), (upper // units).astype(np.uint8), "ranges", float(units), False
+    base, kind = (32, "digits") if most < 33 * 32 else (128, "far digits")
+    return (positive % base).astype(np.uint8), (positive // base).astype(np.uint8), kind, 1.0, twos
+
+
+def _digits(found: IntegerLevels, form: LevelCodec) -> tuple[np.ndarray, np.ndarray, str, int, int] | None:
+    """(low, high, kind, step, offset) of levels that are cheaper than a look-up of their bytes, as `Digits` in
+    cpp/linear.h says; None where they are not.
+    """
+    used = form.levels.codes.astype(int)
+    counts = found.counts.clip(found.counts[used].min(), found.counts[used].max())
+    least = int(counts.min())
+    none = np.zeros(16, np.uint8)
+    steps = np.diff(counts[used]) / np.maximum(np.diff(used), 1)
+    if form.bits < 8 and (steps == steps[0]).all() and 0 < steps[0] <= 127 and (np.diff(used) > 0).all():
+        step = int(steps[0])
+        return none, none, "affine", step, step * int(used[0]) - int(counts[used[0]])
+    shifted = counts - least
+    if form.bits != 4 or shifted.max() >= 32 * 32 or (found.bytes == 1 and shifted.max() <= _ONE_BYTE_NARROW):
+        return None
+    if shifted.max() <= _ONE_BYTE:
+        return shifted.astype(np.uint8), none, "one", 1, -least
+    return (shifted % 32).astype(np.uint8), (shifted // 32).astype(np.uint8), "two", 1, -least
 
 
 @lru_cache(maxsize=128)
@@ -144,9 +177,14 @@ def native_levels(form: LevelCodec) -> _native.Levels:
     blocks = _linear_blocks(counts, form) if found.bytes == 2 and form.bits > 4 else None
     if blocks is not None:
         levels.set_linear(*blocks)
-    magnitudes = _magnitudes(counts, form.bits) if found.bytes else None
+    # codes of levels that are never written would take room that those in use need: they count as the largest of these
+    used = counts[form.levels.codes]
+    magnitudes = _magnitudes(counts.clip(used.min(), used.max()), form.bits) if found.bytes else None
     if magnitudes is not None:
         levels.set_signed(*magnitudes)
+    digits = _digits(found, form) if found.bytes and magnitudes is None else None
+    if digits is not None:
+        levels.set_digits(*digits)
     match = re.search(r"e(\d)m(\d)$", form.name)
     if match and int(match[1]) <= _HALF_EXPONENT_BITS:
         # sign, exponent and mantissa of a code stand in a float16 as they are, but that its exponent is wider

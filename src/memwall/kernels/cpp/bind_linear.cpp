@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -624,11 +625,12 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
           "shift"_a, "mask"_a, "unit"_a, "Says how the codes become float16: see mw::Levels")
       .def(
           "set_signed",
-          [](PyLevels& self, Table<std::uint8_t> low, Table<std::uint8_t> high, const std::string& kind, float upper_units) {
-            const auto named = kind == "bytes"    ? mw::Magnitudes::bytes
-                               : kind == "digits" ? mw::Magnitudes::digits
-                               : kind == "ranges" ? mw::Magnitudes::ranges
-                                                  : mw::Magnitudes::none;
+          [](PyLevels& self, Table<std::uint8_t> low, Table<std::uint8_t> high, const std::string& kind, float upper_units, bool twos) {
+            const auto named = kind == "bytes"        ? mw::Magnitudes::bytes
+                               : kind == "digits"     ? mw::Magnitudes::digits
+                               : kind == "far digits" ? mw::Magnitudes::far_digits
+                               : kind == "ranges"     ? mw::Magnitudes::ranges
+                                                      : mw::Magnitudes::none;
             require(low.shape(0) <= 64 && high.shape(0) == low.shape(0) && named != mw::Magnitudes::none, "no table of magnitudes");
             for (int i = 0; i < 64; ++i) {
               self.levels->magnitude_low[i] = low.data()[i % low.shape(0)];
@@ -636,8 +638,20 @@ void bind_linear(nb::module_& m, nb::class_<Program>& program) {
             }
             self.levels->magnitudes = named;
             self.levels->upper_units = upper_units;
+            self.levels->twos = twos;
           },
-          "low"_a, "high"_a, "kind"_a, "upper_units"_a, "Says that the highest bit of a code is a sign: see mw::Levels");
+          "low"_a, "high"_a, "kind"_a, "upper_units"_a, "twos"_a, "Says that the highest bit of a code is a sign: see mw::Levels")
+      .def(
+          "set_digits",
+          [](PyLevels& self, Table<std::uint8_t> low, Table<std::uint8_t> high, const std::string& kind, int step, int offset) {
+            require(low.shape(0) == 16 && high.shape(0) == 16, "there are 16 digits of each kind");
+            std::copy_n(low.data(), 16, self.levels->digit_low);
+            std::copy_n(high.data(), 16, self.levels->digit_high);
+            self.levels->digits = kind == "affine" ? mw::Digits::affine : kind == "one" ? mw::Digits::one : mw::Digits::two;
+            self.levels->digit_step = step;
+            self.levels->digit_offset = offset;
+          },
+          "low"_a, "high"_a, "kind"_a, "step"_a, "offset"_a, "Says what else levels are made of: see mw::Digits");
   m.def("level_matrix", &level_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "codes"_a.noconvert(), "levels"_a, "scale_form"_a,
         "scales"_a, "extra"_a);
   m.def("turned_matrix", &turned_matrix, "spec"_a, "rows"_a, "cols"_a, "bits"_a, "codes"_a.noconvert(), "levels"_a, "into"_a, "back"_a,

@@ -25,10 +25,14 @@ enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, code
 // dynamic levels that one float per 256 scales and an offset per row tile make a scale of; the last has no scales.
 enum class ScaleForm : int { half, single, exponent, nested, one };
 
-// What levels with a sign bit are made of. bytes: of one byte of 63 at most. digits: of low + 128 * high, 127 and 16 at most. ranges:
-// of low for the lower half of the codes and upper_units * high for the others; with codes of 6 bits 31 and 63 at most, of 7 bits
-// 63 and 127.
-enum class Magnitudes : int { none, bytes, digits, ranges };
+// What levels with a sign bit are made of. bytes: of one byte of 63 at most. digits: of low + 32 * high, 31 and 32 at most.
+// far_digits: of low + 128 * high, 127 and 32. ranges: of low for the lower half of the codes and upper_units * high for the others;
+// with codes of 6 bits 31 and 63 at most, of 7 bits 63 and 127.
+enum class Magnitudes : int { none, bytes, digits, far_digits, ranges };
+
+// What levels without a sign bit may be made of besides their bytes. affine: step * code - offset. one: low - offset, low at most
+// 128. two: low + 32 * high - offset, both at most 31; the last two with codes of 4 bits.
+enum class Digits : int { none, affine, one, two };
 
 // What codes mean where they are not integers. Exact products read `values`; products with 8-bit activations the bytes: a code
 // stands for (low - low_offset) units, or with two bytes for (low - low_offset) + 256 * (high - high_offset) of them. Where
@@ -53,6 +57,10 @@ struct Levels {
   alignas(64) std::uint8_t magnitude_low[64], magnitude_high[64];
   Magnitudes magnitudes = Magnitudes::none;
   float upper_units = 1.0f;
+  bool twos = false;  // codes of negative levels are the two's complement of their magnitude's
+  Digits digits = Digits::none;
+  alignas(16) std::uint8_t digit_low[16], digit_high[16];
+  int digit_step = 1, digit_offset = 0;
 };
 
 // Bilevel tiles (formats/spqr.py defines them): statistics of 16 rows by 16 columns are 16 scale codes and 16 zero codes of 3 bits

@@ -2,6 +2,8 @@
 #include "linear_kernels.h"
 #include "tiles.h"
 
+#include <type_traits>
+
 namespace mw::MW_ISA {
 namespace {
 
@@ -205,6 +207,7 @@ struct SignedCodes {
     if constexpr (Bits == 7) return choose(half(table, low, fifth), half(table + 32, low, fifth), sixth);
     else return half(table, low, fifth);
   }
+  MW_INLINE Vb turned(Vb four, Vb negative) const { return choose(four, negative, sign); }
   // Magnitudes of the lower half of the codes and those of the upper half, zero where a code is of the other half. A shuffle gives
   // zero where bit 7 of what it reads is set.
   MW_INLINE void ranges(const Levels& levels, Vb* lower, Vb* upper) const {
@@ -220,15 +223,35 @@ struct SignedCodes {
   }
 };
 
+// The same of codes in two's complement: the whole code in the high bits of its byte is a signed number, which gives its sign to the
+// activations and whose magnitude is the level's code. The code of no number is its own negative and reads as zero's.
+template <int Bits>
+struct TwosCodes {
+  Vb low, fifth, sixth, number;
+  template <int I>
+  static MW_INLINE TwosCodes read(const std::uint8_t* unit) {
+    constexpr int kShift = 8 - Bits;
+    TwosCodes codes{};
+    codes.number = (Vb)((Vh)code_block<Bits, I>(unit) << kShift);
+    const Vh magnitude = (Vh)_mm256_abs_epi8((__m256i)codes.number);
+    codes.low = (Vb)(magnitude >> kShift) & static_cast<std::uint8_t>(0xff >> kShift);
+    if constexpr (Bits >= 6) codes.fifth = (Vb)(magnitude << (Bits - 5));
+    if constexpr (Bits == 7) codes.sixth = (Vb)(magnitude << (Bits - 6));
+    return codes;
+  }
+  MW_INLINE Vb bytes(const std::uint8_t* table) const { return SignedCodes<Bits>{low, fifth, sixth, number}.bytes(table); }
+  MW_INLINE Vb turned(Vb four, Vb) const { return (Vb)_mm256_sign_epi8((__m256i)four, (__m256i)number); }
+};
+
 // One token, one tile of levels with a sign bit: the table of magnitudes is half as large, and the sign is given to the
 // activations. See mw::Levels for what magnitudes are made of; the largest bytes say how many products 16 bits hold.
-template <int Bits, Magnitudes Kind>
+template <int Bits, Magnitudes Kind, class Codes = SignedCodes<Bits>>
 void one_token_signed(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
-  constexpr bool kRanges = Kind == Magnitudes::ranges, kDigits = Kind == Magnitudes::digits;
-  using Low = NarrowDot<kDigits ? 1 : kRanges && Bits == 6 ? 4 : 2>;
-  using High = NarrowDot<kDigits ? 8 : kRanges && Bits == 6 ? 2 : 1>;
+  constexpr bool kRanges = Kind == Magnitudes::ranges, kDigits = Kind == Magnitudes::digits, kFar = Kind == Magnitudes::far_digits;
+  using Low = NarrowDot<kFar ? 1 : kDigits || (kRanges && Bits == 6) ? 4 : 2>;
+  using High = NarrowDot<kFar || kDigits ? 4 : kRanges && Bits == 6 ? 2 : 1>;
   const Levels& levels = *m.levels;
-  const float high_units = kDigits ? 128.0f : levels.upper_units;
+  const float high_units = kFar ? 128.0f : kDigits ? 32.0f : levels.upper_units;
   const int units = m.group / kUnitColumns;
   const std::uint8_t* unit = m.tile(tile);
   const std::int8_t* x = a.codes;
@@ -246,12 +269,12 @@ void one_token_signed(const Matrix& m, const Activations& a, std::int64_t tile, 
         if constexpr (I < Bits) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
         const Vb four = repeat_four(x + 4 * I), negative = Vb{} - four;
         for (int p = 0; p < kPieces; ++p) {
-          const auto codes = SignedCodes<Bits>::template read<I>(unit + p * kVectorBytes);
-          const Vb turned = choose(four, negative, codes.sign);
+          const auto codes = Codes::template read<I>(unit + p * kVectorBytes);
+          const Vb turned = codes.turned(four, negative);
           Vb lower, upper;
           if constexpr (kRanges) codes.ranges(levels, &lower, &upper);
           else lower = codes.bytes(levels.magnitude_low);
-          if constexpr (kDigits) upper = codes.bytes(levels.magnitude_high);
+          if constexpr (kDigits || kFar) upper = codes.bytes(levels.magnitude_high);
           low[p].template add<I>(lower, turned);
           if constexpr (Kind != Magnitudes::bytes) high[p].template add<I>(upper, turned);
         }
@@ -268,9 +291,71 @@ void one_token_signed(const Matrix& m, const Activations& a, std::int64_t tile, 
 template <int Bits>
 void tiles_signed(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out) {
   auto one = one_token_signed<Bits, Magnitudes::bytes>;
-  if (m.levels->magnitudes == Magnitudes::digits) one = one_token_signed<Bits, Magnitudes::digits>;
+  const auto take = [&](auto codes) {
+    using Codes = decltype(codes);
+    if (m.levels->magnitudes == Magnitudes::bytes) one = one_token_signed<Bits, Magnitudes::bytes, Codes>;
+    if (m.levels->magnitudes == Magnitudes::digits) one = one_token_signed<Bits, Magnitudes::digits, Codes>;
+    if (m.levels->magnitudes == Magnitudes::far_digits) one = one_token_signed<Bits, Magnitudes::far_digits, Codes>;
+  };
+  if (m.levels->twos) take(TwosCodes<Bits>{});
+  else take(SignedCodes<Bits>{});
   if constexpr (Bits > 5) {
     if (m.levels->magnitudes == Magnitudes::ranges) one = one_token_signed<Bits, Magnitudes::ranges>;
+  }
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    alignas(64) float values[kTileRows];
+    one(m, input.coded, tile, values);
+    write_rows(values, 0, tile * kTileRows, kTileRows, out);
+  }
+}
+
+// One token, one tile of levels that are cheaper than a look-up of two bytes: see mw::Digits.
+template <int Bits, Digits Kind>
+void one_token_digits(const Matrix& m, const Activations& a, std::int64_t tile, float* out) {
+  using Low = std::conditional_t<Kind == Digits::affine, Dot<Bits>, NarrowDot<Kind == Digits::two ? 4 : 1>>;
+  const Levels& levels = *m.levels;
+  const int units = m.group / kUnitColumns;
+  const std::uint8_t* unit = m.tile(tile);
+  const std::int8_t* x = a.codes;
+  Vf total[kPieces] = {};
+  for (std::int64_t g = 0; g < m.groups; ++g) {
+    Low low[kPieces];
+    NarrowDot<4> high[kPieces];
+    for (int p = 0; p < kPieces; ++p) {
+      low[p].start(Vi{});
+      high[p].start(Vi{});
+    }
+    for (int u = 0; u < units; ++u, unit += kLaneVectorBytes * Bits, x += kUnitColumns)
+      static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+        constexpr int I = decltype(block)::value;
+        if constexpr (I < Bits) __builtin_prefetch(unit + I * kLaneVectorBytes + kPrefetchBytes);
+        const Vb four = repeat_four(x + 4 * I);
+        for (int p = 0; p < kPieces; ++p) {
+          const Vb codes = code_block<Bits, I>(unit + p * kVectorBytes);
+          if constexpr (Kind == Digits::affine) low[p].template add<I>(codes, four);
+          else low[p].template add<I>(look_up<4>(levels.digit_low, codes), four);
+          if constexpr (Kind == Digits::two) high[p].template add<I>(look_up<4>(levels.digit_high, codes), four);
+        }
+      });
+    const Vi offset = splat(a.sums[g] * levels.digit_offset);
+    for (int p = 0; p < kPieces; ++p) {
+      Vi sum = low[p].total();
+      if constexpr (Kind == Digits::affine) sum *= levels.digit_step;
+      if constexpr (Kind == Digits::two) sum += high[p].total() << 5;
+      const Vf scale = group_scale(m, tile, g, p);
+      total[p] += scale * (a.scales[g] * levels.unit) * to_float(sum - offset);
+      if (m.adds()) total[p] += group_least(m, tile, g, p) * (a.scales[g] * static_cast<float>(a.sums[g]));
+    }
+  }
+  for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
+}
+
+template <int Bits>
+void tiles_digits(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out) {
+  auto one = one_token_digits<Bits, Digits::affine>;
+  if constexpr (Bits == 4) {
+    if (m.levels->digits == Digits::one) one = one_token_digits<Bits, Digits::one>;
+    if (m.levels->digits == Digits::two) one = one_token_digits<Bits, Digits::two>;
   }
   for (std::int64_t tile = begin; tile < end; ++tile) {
     alignas(64) float values[kTileRows];
@@ -454,6 +539,8 @@ void tiles_one(const Matrix& m, const Input& input, std::int64_t begin, std::int
     if (m.bits == 6) return tiles_signed<6>(m, input, begin, end, out);
     return tiles_signed<7>(m, input, begin, end, out);
   }
+  if (m.levels && m.levels->digits != Digits::none)
+    return with_bits(m.bits, [&](auto bits) { tiles_digits<decltype(bits)::value>(m, input, begin, end, out); });
   if (takes_halves(m) && !m.levels->linear)
     return with_bits(m.bits, [&](auto bits) {
       for (std::int64_t tile = begin; tile < end; ++tile) {
