@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwall.engine.call_forms import BARE, FORMS, LISTED, TAGGED, CallForm, form_of_template
+from memwall.engine.call_forms import BARE, FORMS, LISTED, TAGGED, CallForm
 from memwall.engine.call_grammar import CallRules, calls_spec, form_walker
 from memwall.errors import InputError
+from memwall.models.chat import ChatTemplate
+from memwall.serve.call_probe import form_of_template
 from memwall.serve.calls import CallReader, Calls
 
 NAMES = ("weather", "sum")
@@ -76,14 +79,31 @@ def test_no_text_makes_it_fail_or_gets_lost(text: str, form: CallForm) -> None:
     assert called or found == text
 
 
-def test_forms_are_those_that_templates_teach() -> None:
-    assert form_of_template("{{ messages }}") is None
-    assert form_of_template("{% if tools %}<tool_call>{% endif %}") is TAGGED
-    assert form_of_template("{% if tools %}[TOOL_CALLS] [{% endif %}") is LISTED
-    assert getattr(form_of_template("{% if tools %}[TOOL_CALLS][{% endif %}"), "opening", "") == "[TOOL_CALLS]["
-    assert form_of_template('{% if tools %}{"name": , "parameters": }{% endif %}') is BARE
-    assert form_of_template("{% if tools %}<tool_call><function=x>{% endif %}") is None
-    assert form_of_template("{% if tools %}Action:{% endif %}") is None
+TURN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+LAST = "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TOLD = "{% if tools %}{{ tools | tojson }}{% endif %}"
+ONE = '{"name": "{{ c.function.name }}", "%s": {{ c.function.arguments | tojson }}}'
+EACH = "{% for c in m.tool_calls or [] %}"
+FUNCTION = "<tool_call><function={{ c.function.name }}></tool_call>{% endfor %}"
+TEMPLATES = {
+    "qwen": (TOLD + TURN + EACH + "<tool_call>\n" + ONE % "arguments" + "\n</tool_call>{% endfor %}" + LAST, TAGGED),
+    "mistral": (TOLD + TURN + "{% if m.tool_calls %}[TOOL_CALLS] [" + EACH + ONE % "arguments"
+                + "{% endfor %}]{% endif %}" + LAST, LISTED),
+    "mistral, narrow": (TOLD + TURN + "{% if m.tool_calls %}[TOOL_CALLS][" + EACH + ONE % "arguments"
+                        + "{% endfor %}]{% endif %}" + LAST, replace(LISTED, opening="[TOOL_CALLS][")),
+    "llama": (TOLD + TURN + EACH + ONE % "parameters" + "{% endfor %}<|eot|>" + LAST, BARE),
+    "tools are not told": (TURN + EACH + ONE % "parameters" + "{% endfor %}" + LAST, None),
+    "another form": (TOLD + TURN + EACH + FUNCTION + LAST, None),
+    "calls are not written": (TOLD + TURN + LAST, None),
+    "it fails": (TOLD + "{{ raise_exception('no') }}", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_forms_are_those_that_templates_teach(name: str) -> None:
+    text, form = TEMPLATES[name]
+    assert form_of_template(ChatTemplate(source=name, text=text)) == form
+    assert form_of_template(ChatTemplate(source=name, text=TURN + LAST, tool_text=text)) == form
 
 
 PEOPLE = {

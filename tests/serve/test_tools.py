@@ -142,9 +142,10 @@ def test_what_is_wrong_is_named(server: Running, extra: dict[str, Any], words: s
 # ---- templates ------------------------------------------------------------------------------------------------------
 
 QWEN = (
-    "{% if tools %}<|tools|>{{ tools | tojson }}<|end|><tool_call>{% endif %}"
+    "{% if tools %}<|tools|>{{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+    '{% for c in m.tool_calls or [] %}<tool_call>\n{"name": "{{ c.function.name }}", '
+    '"arguments": {{ c.function.arguments | tojson }}}{% endfor %}'
     "{% endfor %}[assistant]"
 )
 TOKENIZER = Tokenizer.from_directory(DEMO_DIRECTORY)
@@ -173,7 +174,7 @@ def test_a_template_that_knows_tools_gets_them() -> None:
         parser = parser_of(template)
         text = prompt_of(parser, {"messages": HISTORY, "tools": TOOLS, "tool_choice": "required"})
         assert text.startswith('<|tools|>[{"type": "function", "function": {"name": "weather"')
-        assert '<tool_call>now {"a": 1}[tool]noon[tool]one[assistant]' in text
+        assert '<tool_call>\n{"name": "now", "arguments": {"a": 1}}[tool]noon[tool]one[assistant]' in text
         assert text.endswith("<tool_call>\n")
         assert not prompt_of(parser, {"messages": HISTORY[:1], "tools": TOOLS}).endswith("<tool_call>\n")
 
@@ -211,7 +212,8 @@ def test_a_marker_that_is_a_special_token_is_seen() -> None:
     made = tokenizers.Tokenizer.from_str(TOKENIZER._tokenizer.to_str())
     made.add_special_tokens(["[TOOL_CALLS]"])
     tokenizer = Tokenizer(made, TOKENIZER.special_tokens)
-    template = replace(ChatTemplate.from_directory(DEMO_DIRECTORY), text="{{ tools }}[TOOL_CALLS] [")
+    listed = QWEN.replace("<tool_call>\n", "[TOOL_CALLS] [")
+    template = replace(ChatTemplate.from_directory(DEMO_DIRECTORY), text=listed)
     parser = Parser(ServerSettings(name="demo"), tokenizer, template, context=2048, vocab=4200)
     asked = parser.chat({"messages": HISTORY[:1], "tools": TOOLS})
     choice = Choice(tokenizer, asked.stop, asked.calls)

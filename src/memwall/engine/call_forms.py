@@ -1,12 +1,13 @@
 """How models write calls of tools: texts around JSON objects that name a tool and its arguments.
 
 Source: the chat templates of Qwen 2.5, 3 and Hermes (`<tool_call>`), Mistral (`[TOOL_CALLS]`), and Llama 3.1 (a bare
-object). Which one a model was trained on shows in its template; one that has none is told the first.
+object). Which one a model was trained on shows in its template (`serve.call_probe`); one that has none is told the
+first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 MOST_CALLS = 8
 """Of one answer that is guided: a weak model would go on to the end of its room."""
@@ -33,14 +34,3 @@ TAGGED = CallForm(
 LISTED = CallForm(name="listed", opening="[TOOL_CALLS] [", between=", ", closing="]", marker="[TOOL_CALLS]")
 BARE = CallForm(name="bare", opening="", between="; ", closing="", marker="", key="parameters")
 FORMS = {form.name: form for form in (TAGGED, LISTED, BARE)}
-
-
-def form_of_template(text: str) -> CallForm | None:
-    """The form that a chat template teaches; None where it has no tools, or writes calls as no form here does."""
-    if "tools" not in text or "<function=" in text or "[ARGS]" in text:
-        return None
-    if LISTED.marker in text:
-        return LISTED if LISTED.opening in text else replace(LISTED, opening="[TOOL_CALLS][")
-    if TAGGED.marker in text:
-        return TAGGED
-    return BARE if '"parameters"' in text else None

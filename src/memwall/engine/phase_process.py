@@ -36,7 +36,7 @@ from memwall.engine.ranked import layout_of
 from memwall.engine.sampling import Sampler, Sampling, picks
 from memwall.engine.sequence import Request, Sequence, TokenLogprobs
 from memwall.engine.told_adapters import ToldAdapters
-from memwall.engine.told_forms import ToldForms, bends_message, bent
+from memwall.engine.told_forms import ToldForms, bends_message, bent, made_before
 from memwall.memory import PagePool
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def entry_of(told: dict[str, Any], forms: ToldForms | None = None) -> Entry:
     guide, before = None, [0] * first
     if "bend" in told:  # what was made has a say
         sampling = bent(sampling, told)
-        before[told["prompt"] :] = told["made"]
+        before[told["prompt"] :] = made_before(told)
     if "form" in told:
         assert forms is not None
         guide = forms.guide(told["form"])

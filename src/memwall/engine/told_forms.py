@@ -6,11 +6,14 @@ made anew, or that another began the answer in, walks the form again. What is ke
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from memwall.engine.executor import Entry
 from memwall.engine.guide import Cursor, Guide, TokenTable
@@ -61,10 +64,16 @@ def bends_message(entry: Entry) -> dict[str, Any]:
         return {}
     told: dict[str, Any] = {
         "prompt": one.num_prompt,
-        "made": one.tokens[one.num_prompt : entry.first],
+        "made": base64.b64encode(np.array(one.tokens[one.num_prompt : entry.first], "<i4").tobytes()).decode(),
         "bend": [asked.frequency_penalty, asked.presence_penalty, [list(pair) for pair in asked.bias]],
     }
     return told if guide is None else {**told, "form": guide.spec}
+
+
+def made_before(told: dict[str, Any]) -> list[int]:
+    """The tokens of the answer in a message, up to those that come with the batch."""
+    found: list[int] = np.frombuffer(base64.b64decode(told["made"]), "<i4").tolist()
+    return found
 
 
 def bent(sampling: Sampling, told: dict[str, Any]) -> Sampling:

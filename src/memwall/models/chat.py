@@ -59,11 +59,6 @@ class ChatTemplate:
         return ChatTemplate(source=source, text=_pick(declared, name, source), special_tokens=tokens, tool_text=own)
 
     @property
-    def text_for_tools(self) -> str:
-        """The template that conversations with tools go through."""
-        return self.tool_text or self.text
-
-    @property
     def is_plain(self) -> bool:
         """Whether the model brought none."""
         return self.text == PLAIN_TEMPLATE
@@ -85,7 +80,7 @@ class ChatTemplate:
         _check_messages(messages)
         given = {**self.special_tokens, **variables}
         try:
-            template = _environment().from_string(self.text_for_tools if tools else self.text)
+            template = _environment().from_string((tools and self.tool_text) or self.text)
             return template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,

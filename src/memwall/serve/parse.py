@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from memwall.engine.call_forms import TAGGED, CallForm, form_of_template
+from memwall.engine.call_forms import TAGGED, CallForm
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
 from memwall.errors import InputError
 from memwall.models.chat import ChatTemplate
 from memwall.models.tokenizer import Tokenizer
+from memwall.serve.call_probe import form_of_template
 from memwall.serve.calls import Calls
 from memwall.serve.fields import ApiError, Fields
 from memwall.serve.messages import read_messages, with_tools_as_text
@@ -94,7 +95,7 @@ class Parser:
         self.width = width
         self.eos = tuple(eos)
         self._table: TokenTable | None = None
-        self.call_form: CallForm | None = form_of_template(template.text_for_tools)
+        self.call_form: CallForm | None = form_of_template(template)
         """What the model's own template teaches; None where it knows no tools."""
 
     def completion(self, body: dict[str, Any]) -> Asked:
