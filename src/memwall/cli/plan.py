@@ -115,9 +115,8 @@ def plan(
             search_kv=search_kv,
             profile=True,
             config_only=True,
-            progress=bar.counted,
-            tell=_told(quiet=quiet),
-        )
+            progress=bar.counted, tell=_told(quiet=quiet),
+        )  # fmt: skip
     if html is not None:
         write_html(made, html)
         note(f"wrote {html}", quiet=quiet)
