@@ -32,7 +32,13 @@ def feed(cache: kv.KVCache, seed: int, first: int, *counts: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("policy", "plain"), [("vattention(page_kib=4)", "float16"), ("vattention(bits=32)", "float32")]
+    ("policy", "plain"),
+    [
+        ("vattention(page_kib=4)", "float16"),
+        ("vattention(bits=32)", "float32"),
+        ("vattention(page_kib=4,megacache=1)", "float16"),
+        ("vattention(page_kib=8,bits=32,megacache=1)", "float32"),
+    ],
 )
 def test_is_the_float_cache_bit_for_bit(policy: str, plain: str) -> None:
     counts = (60, 1, 1, 1, 300, *[1] * 60)
@@ -58,6 +64,25 @@ def test_the_ledger_holds_the_mapped_pages_at_every_length(ahead: int) -> None:
     feed(cache, 0, 0, 10)
     cache.release()
     cache.release()
+    assert ledger.total() == 0
+
+
+def test_one_page_for_all_layers() -> None:
+    """Keys of both layers lie in one array, and values in another: 25.6 tokens a page."""
+    ledger, policy = Ledger(), "vattention(page_kib=4,ahead=0,megacache=1)"
+    cache = kv.build(policy, SHAPE, Arena(1 << 26, ledger), 300)
+    for first, count in [(0, 25), (25, 1), (26, 200)]:
+        feed(cache, first, first, count)
+        pages = -(-(first + count) * 160 // 4096)
+        assert ledger.total() == cache.nbytes == 2 * pages * 4096
+        assert kv.predict(policy, SHAPE, first + count, 0, 300) == {"kv/mapped": ledger.total()}
+    assert kv.read_bytes(policy, SHAPE, 100) == kv.read_bytes("vattention", SHAPE, 100)
+    fork, alone = cache.fork(), kv.build("float16", SHAPE, Arena(1 << 26, Ledger()), 300)
+    for seed, first, count in ((0, 0, 25), (25, 25, 1), (26, 26, 200)):
+        feed(alone, seed, first, count)
+    np.testing.assert_array_equal(feed(fork, 5, 226, 3), feed(alone, 5, 226, 3))
+    cache.release()
+    fork.release()
     assert ledger.total() == 0
 
 
@@ -116,6 +141,7 @@ def test_a_very_long_context_only_takes_addresses() -> None:
         ("vattention(page_kib=96)", "power of two"),
         ("vattention(page_kib=4096)", "2048"),
         ("vattention(4bit)", "kivi"),
+        ("vattention(megacache=2)", "0 or 1"),
         ("vattention(pages=3)", "page_kib"),
     ],
 )

@@ -1,12 +1,14 @@
-"""One sequence in vAttention's store, as a cache policy: `vattention(page_kib=64,bits=16,ahead=1)`.
+"""One sequence in vAttention's store, as a cache policy: `vattention(page_kib=64,bits=16,ahead=1,megacache=0)`.
 
 Source: none; `kv.vattention` behind the seam of one sequence's cache.
 Idea: rows lie in a slot of a `VirtualKV` whose pool keeps no spare memory, so that the ledger holds the mapped pages
 and nothing else. While a step computes, a thread maps what `ahead` more tokens need; the step's end waits for it. A
 fork is another slot of the same store: it sees the same pages, and only the block that it goes on writing in is copied.
-Units and shapes: rows [tokens, Hkv, D] of float16 or float32 (`bits`); `page_kib` is a power of two.
+Units and shapes: rows [tokens, Hkv, D] of float16 or float32 (`bits`); `page_kib` is a power of two. With `megacache`
+a token's rows of all layers lie together in two arrays, so that a page is mapped for all layers at once.
 Differs from the paper: nothing known beyond what `kv.vattention` says.
-Cost: resident 2 * layers * ceil(min(n + ahead, capacity) * row bytes / page) * page; a decode step reads the n rows.
+Cost: resident 2 * layers * ceil(min(n + ahead, capacity) * row bytes / page) * page, with `megacache` 2 such arrays of
+rows that are as many times as long as there are layers; a decode step reads the n rows.
 Holds when: Linux, as pages are mapped by the system; a capacity whose slots fit in the addresses of a process.
 """
 
@@ -30,7 +32,7 @@ from memwall.memory.virtual import OutOfBlocks
 if TYPE_CHECKING:
     from memwall.memory import Arena
 
-DEFAULTS: Mapping[str, int] = {"page_kib": 64, "bits": 16, "ahead": 1}
+DEFAULTS: Mapping[str, int] = {"page_kib": 64, "bits": 16, "ahead": 1, "megacache": 0}
 LARGEST_PAGE_KIB = 2048
 MOST_FORKS = 64
 ADDRESS_BYTES = 32 * TIB
@@ -57,8 +59,9 @@ class VirtualCache(KVCache):
         self._policy = policy
         page, dtype = settings["page_kib"] * KIB, self.DTYPES[settings["bits"]]
         if store is None:
-            blocks = -(-capacity_tokens * _row_bytes(settings, shape) // page)
-            slots = max(min(MOST_FORKS, ADDRESS_BYTES // (2 * shape.num_layers * blocks * page)), 1)
+            planes, row_bytes = _planes(settings, shape)
+            blocks = -(-capacity_tokens * row_bytes // page)
+            slots = max(min(MOST_FORKS, ADDRESS_BYTES // (planes * blocks * page)), 1)
             store = VirtualKV(
                 shape,
                 arena,
@@ -66,7 +69,12 @@ class VirtualCache(KVCache):
                 max_tokens=capacity_tokens,
                 num_blocks=slots * blocks,
                 settings=VirtualSettings(
-                    page_bytes=page, deferred=False, keep=False, ahead_steps=settings["ahead"], ahead_blocks=blocks
+                    page_bytes=page,
+                    deferred=False,
+                    keep=False,
+                    ahead_steps=settings["ahead"],
+                    ahead_blocks=blocks,
+                    megacache=bool(settings["megacache"]),
                 ),
                 dtype=dtype,
                 fill=False,
@@ -82,13 +90,13 @@ class VirtualCache(KVCache):
         """Bytes per ledger owner once `num_tokens` are held."""
         settings = _settings(policy)
         mapped = min(num_tokens + settings["ahead"], capacity_tokens) if num_tokens else 0
-        page = settings["page_kib"] * KIB
-        return {OWNER: 2 * shape.num_layers * round_up(mapped * _row_bytes(settings, shape), page)}
+        planes, row_bytes = _planes(settings, shape)
+        return {OWNER: planes * round_up(mapped * row_bytes, settings["page_kib"] * KIB)}
 
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
         """Bytes that one decode step reads with `num_tokens` held."""
-        row_bytes = _row_bytes(_settings(policy), shape)
+        row_bytes = shape.row_values * _settings(policy)["bits"] // 8
         return sum(2 * row_bytes * min(num_tokens, shape.window(i) or num_tokens) for i in range(shape.num_layers))
 
     @property
@@ -187,8 +195,12 @@ def _settings(policy: Policy) -> dict[str, int]:
         )
     if settings["bits"] not in VirtualCache.DTYPES:
         raise InputError(f"policy {policy}: {settings['bits']} bits; must be 16 or 32 (for fewer use kivi)")
+    if settings["megacache"] not in (0, 1):
+        raise InputError(f"policy {policy}: megacache={settings['megacache']}; must be 0 or 1")
     return settings
 
 
-def _row_bytes(settings: Mapping[str, int], shape: CacheShape) -> int:
-    return shape.row_values * settings["bits"] // 8
+def _planes(settings: Mapping[str, int], shape: CacheShape) -> tuple[int, int]:
+    """(arrays, bytes of a token's row in each)."""
+    row_bytes = shape.row_values * settings["bits"] // 8
+    return (2, row_bytes * shape.num_layers) if settings["megacache"] else (2 * shape.num_layers, row_bytes)
