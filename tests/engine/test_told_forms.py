@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from memwall.engine.base import Shares
 from memwall.engine.call_grammar import form_walker
 from memwall.engine.executor import Entry
 from memwall.engine.guide import Guide, TokenTable
@@ -19,7 +20,9 @@ from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request, Sequence
 from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.engine.told_forms import MOST_CURSORS, ToldForms
+from memwall.engine.workers import ForkedWorkers
 from memwall.errors import InputError
+from memwall.memory import Budget
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 from memwall.models.tokenizer import Tokenizer
 from tests.engine.phased_loads import HALVES
@@ -119,3 +122,30 @@ def test_forms_are_made_once_and_bounded() -> None:
     for number in range(2, MOST_CURSORS + 2):
         forms.cursor(number, guide)
     assert forms.cursor(1, guide) is not cursor
+
+
+@needs_linux
+def test_without_room_for_more_workers_requests_come_first(caplog: pytest.LogCaptureFixture) -> None:
+    settings = ServingSettings(
+        weights="int8", context_tokens=200, token_budget=64, max_sequences=4, threads=1,
+        phases=PhaseSettings(shares=HALVES),
+    )  # fmt: skip
+    serving = load_engine(DEMO_DIRECTORY, settings, budget=Budget(tiers={"ram": 10**9}), tokenizer=TOKENIZER)
+    workers = serving.workers
+    assert isinstance(workers, ForkedWorkers)
+    pages, before = serving.engine.wanted_pages, workers.pids
+    workers.reserve_bytes = 10**9
+    serving.govern()
+    assert serving.engine.wanted_pages > pages // 2
+    workers.switch(Shares(prefill=30, decode=70))
+    assert (workers.shares.prefill, workers.preparing, workers.pids) == (30, None, before)
+    assert len(made(serving)) == 6
+    serving.set_budget(2 * 10**9)
+    workers.switch(Shares(prefill=70, decode=30))
+    assert workers.preparing is not None
+    # where even that does not help, somebody is told
+    serving.budget_bytes = 50 * 10**6
+    for _ in range(2):
+        serving.govern()
+    assert sum("no room for a request of the whole context" in text for text in caplog.messages) == 1
+    serving.release()

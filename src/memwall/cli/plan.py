@@ -94,9 +94,7 @@ def plan(
 
     if html is not None:
         check_html(html)
-    tokens = parse_context(context)
-    if tokens is not None and prompt_tokens is not None and prompt_tokens > tokens:
-        raise InputError(f"--prompt-tokens {prompt_tokens} is more than the --context of {tokens} that it is a part of")
+    tokens = _checked_context(context, prompt_tokens)
     weights, cache = settled(model, weights, kv)
     with progress_bar("measuring caches" if search_kv else "measuring quality", quiet=quiet) as bar:
         made = make_plan(
@@ -126,6 +124,13 @@ def plan(
         _show(made)
     if not made.fits:
         raise typer.Exit(1)
+
+
+def _checked_context(context: str | None, prompt_tokens: int | None) -> int | None:
+    tokens = parse_context(context)
+    if tokens is not None and prompt_tokens is not None and prompt_tokens > tokens:
+        raise InputError(f"--prompt-tokens {prompt_tokens} is more than the --context of {tokens} that it is a part of")
+    return tokens
 
 
 def _told(*, quiet: bool) -> Callable[[str], None] | None:

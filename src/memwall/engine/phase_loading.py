@@ -126,7 +126,7 @@ def begin_phases(serving: Serving, workers: ForkedWorkers) -> None:
         workers.run_as(phase, [Entry(one, 0, count, True)])
         pages.release(one.pages)
     workers.measure()
-    serving.govern()
     if serving.budget_bytes is not None and serving.budget_bytes < serving.least_budget_bytes():
         short = serving.least_budget_bytes() - serving.budget_bytes
         raise BudgetExceeded("workers", short, 0, serving.budget_bytes)
+    serving.govern()

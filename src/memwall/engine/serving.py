@@ -7,6 +7,7 @@ go first, then requests are set aside; when there is room again the pool grows b
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,26 +19,23 @@ import numpy as np
 from memwall import _native
 from memwall.engine.adapters import Adapters, check_room
 from memwall.engine.base import Limits, Scheduler
-from memwall.engine.batch import PAGED, ModelExecutor, lora_room, page_bytes
+from memwall.engine.batch import PAGED, ModelExecutor
 from memwall.engine.core import Engine
 from memwall.engine.fcfs import FirstComeFirstServed
-from memwall.engine.kv_pages import POOL_OWNER, KVPages
+from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import LoadedDecoder, Settings, cache_shape, load_decoder
 from memwall.engine.page_forms import check_page_tokens, page_tokens_of
 from memwall.engine.priorities import Priorities
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
+from memwall.engine.serving_parts import make_adapters, make_pool, make_switcher, told_forms
 from memwall.engine.session import SAMPLING
-from memwall.engine.swap import SwapArea
-from memwall.engine.switching import Switcher, SwitchSettings
-from memwall.errors import BudgetExceeded, DoesNotFit, InputError
-from memwall.hardware import available_memory_bytes
+from memwall.engine.switching import SwitchSettings
+from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import MIB, format_bytes
-from memwall.kernels.lora import MOST_TOGETHER, LoraBatch
-from memwall.kv import CacheShape
 from memwall.memory import Arena, Budget, Ledger, PagePool, measure_runtime, resident_bytes
 from memwall.models.config import ModelConfig
-from memwall.models.decoder import BLOCK_ROWS, Decoder
+from memwall.models.decoder import Decoder
 from memwall.models.dora import row_changes
 from memwall.models.lora import LoraWeights
 from memwall.models.tokenizer import Tokenizer
@@ -46,17 +44,12 @@ from memwall.models.weights import Progress
 if TYPE_CHECKING:  # what one server in ten needs costs every other one no memory
     from memwall.engine.phase_loading import PhaseSettings
     from memwall.engine.ray_workers import RayWorkers
-    from memwall.engine.told_forms import ToldForms
     from memwall.engine.workers import ForkedWorkers
 
-LORA_SCRATCH = "adapters/scratch"
+log = logging.getLogger("memwall.engine")
 MOST_LOGIT_ROWS = 16
 MOST_KEPT_CONTEXTS = 4
 """Requests of the whole context whose pages a growing stack of blocks leaves room for."""
-LEAST_CONTEXT_TOKENS = 256
-"""Where the context is left open and less than this fits, loading is refused."""
-MOST_PLACES = 1 << 31
-"""Page tables are of 32-bit numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +147,7 @@ class Serving:
         self._loaded = loaded
         self._outside = loaded.runtime_bytes
         self._most_adapter_pages = 0
+        self._tight = False
         self.stack = loaded.decoder.weights.stack
         self._wanted_blocks = self.stack.num_blocks if self.stack is not None else 0
         self.workers: ForkedWorkers | RayWorkers | None = None
@@ -220,6 +214,10 @@ class Serving:
         outside = self._outside_bytes() + self._reserve_bytes()
         fixed = outside + self.arena.used_bytes - pool.committed_bytes + self._missing_bytes()
         roomy = (self.budget_bytes - fixed - self.settings.headroom_bytes) // pool.page_bytes
+        if roomy < self._least_pages() and self._reserve_bytes():
+            roomy += self._reserve_bytes() // pool.page_bytes  # requests need it more
+            fixed -= self._reserve_bytes()
+            self._forked.make_do(roomy=False)  # type: ignore[union-attr]
         tight = (self.budget_bytes - fixed - self.settings.headroom_bytes // 2) // pool.page_bytes
         wanted = self.engine.wanted_pages
         # between the two nothing moves: the heap breathes
@@ -227,8 +225,17 @@ class Serving:
         self.engine.wanted_pages = min(wanted, pool.most_pages)
         if self.stack is not None and self.engine.wanted_pages < self._least_pages():
             self._fit_stack()  # the process grew elsewhere: blocks make room for requests
+        self._tell_if_tight()
         cap = self.arena.used_bytes - pool.committed_bytes + self.engine.wanted_pages * pool.page_bytes
         self.arena.set_cap(max(cap, self.arena.used_bytes, 1))
+
+    def _tell_if_tight(self) -> None:
+        """Says once that the process has grown into the last request's pages: longer ones wait for a larger budget."""
+        tight = self.engine.wanted_pages < self._least_pages()
+        if tight and not self._tight:
+            least = self.least_budget_bytes()
+            log.warning("the budget has no room for a request of the whole context now; %d bytes would have", least)
+        self._tight = tight
 
     def _outside_bytes(self) -> int:
         return max(resident_bytes() - self.arena.used_bytes, self._loaded.runtime_bytes)
@@ -278,6 +285,8 @@ class Serving:
                 f"a budget of {format_bytes(nbytes)} does not hold the weights and one request of "
                 f"{self.context_tokens:,} tokens; the smallest that does is {least:,} bytes ({format_bytes(least)})"
             )
+        if self._forked is not None and nbytes > (self.budget_bytes or 0):
+            self._forked.make_do(roomy=True)
         self.budget_bytes = nbytes
         self._fit_stack()
 
@@ -369,11 +378,11 @@ def load_engine(
     )
     config, arena = loaded.config, loaded.arena
     scratch = arena.allocate(SAMPLING, Sampler.scratch_shape(config.vocab_size), np.float32)
-    pool, context = _make_pool(settings, config, arena, limited=budget is not None)
+    pool, context = make_pool(settings, config, arena, limited=budget is not None)
     pages = KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
     shape, adapters, lora = cache_shape(config), None, None
     if settings.lora is not None:
-        adapters, lora = _make_adapters(settings, settings.lora, pages, arena, shape)
+        adapters, lora = make_adapters(settings, settings.lora, pages, arena, shape)
         scheduler = scheduler or (SLora() if settings.phases is None else None)
     own: dict[str, Any] = {"logit_rows": rows, "scratch": scratch, "adapters": adapters, "lora": lora}
     executor = ModelExecutor(loaded.decoder, shape, pages, kv=settings.kv, **own)
@@ -381,7 +390,7 @@ def load_engine(
         "limits": settings.limits,
         "context_tokens": context,
         "eos": tuple(config.eos_token_ids),
-        "switch": _make_switcher(settings, pages, arena),
+        "switch": make_switcher(settings, pages, arena),
         "adapters": adapters,
         "priorities": priorities,
         "clock": clock or time.perf_counter,
@@ -411,7 +420,7 @@ def _load_phases(
     from memwall.engine.phase_loading import begin_phases, make_workers, phased_engine
 
     pool = pages.pool
-    forms = None if tokenizer is None else _told_forms(tokenizer, loaded.config)
+    forms = None if tokenizer is None else told_forms(tokenizer, loaded.config)
     workers = make_workers(settings, phases, executor, pool, loaded.arena, limited=budget is not None, forms=forms)
     try:
         engine = phased_engine(settings, phases, scheduler, workers, pages, loaded.arena, common)
@@ -424,85 +433,9 @@ def _load_phases(
     return serving
 
 
-def _told_forms(tokenizer: Tokenizer, config: ModelConfig) -> ToldForms:
-    from memwall.engine.guide import TokenTable
-    from memwall.engine.told_forms import ToldForms
-
-    return ToldForms(lambda: TokenTable(tokenizer, config.vocab_size, config.eos_token_ids))
-
-
 def _kind_of(settings: ServingSettings) -> type[Engine]:
     if not settings.ahead:
         return Engine
     from memwall.engine.ahead import AheadEngine
 
     return AheadEngine
-
-
-def _make_switcher(settings: ServingSettings, pages: KVPages, arena: Arena) -> Switcher:
-    how, room = settings.switch, settings.swap_bytes // pages.pool.page_bytes
-    told: dict[str, Any] = {"arena": arena, "folder": settings.swap_folder, "group_pages": how.group_pages}
-    if how.staged:
-        from memwall.engine.staged import StagedArea
-
-        area: SwapArea = StagedArea(pages.pool, room, host_bytes=how.host_bytes, **told)
-    else:
-        area = SwapArea(pages.pool, room, merge=how.merge, **told)
-    return Switcher(pages, area, how)
-
-
-def _make_adapters(
-    settings: ServingSettings, lora: LoraSettings, pages: KVPages, arena: Arena, shape: CacheShape
-) -> tuple[Adapters, LoraBatch]:
-    room = lora_room(shape, settings.page_tokens, settings.kv)
-    scratch = arena.allocate(LORA_SCRATCH, _scratch_shape(settings, lora), np.float32)
-    adapters = Adapters(
-        pages,
-        room,
-        arena=arena,
-        exact=lora.exact,
-        link_bytes_per_s=lora.link_bytes_per_s,
-        elsewhere=settings.phases is not None,
-    )
-    return adapters, LoraBatch(room, scratch)
-
-
-def _scratch_shape(settings: ServingSettings, lora: LoraSettings) -> tuple[int, int]:
-    return min(settings.token_budget, BLOCK_ROWS), MOST_TOGETHER * lora.most_rank
-
-
-def lora_scratch_bytes(settings: ServingSettings) -> int:
-    """Bytes that products with adapters work in; for plans."""
-    if settings.lora is None:
-        return 0
-    rows, width = _scratch_shape(settings, settings.lora)
-    return rows * width * np.dtype(np.float32).itemsize
-
-
-def _make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
-    """The pool, with a limit of one request of the whole context, and that context."""
-    size, pages = page_bytes(cache_shape(config), settings.page_tokens, settings.kv), settings.limits.pages
-    context = settings.context_tokens or config.max_position
-    if context > config.max_position:
-        raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
-    least, sides = pages(context), settings.phases.memories if settings.phases is not None else 1
-    if settings.context_tokens is None:
-        room_bytes = settings.lora.room_bytes if settings.lora is not None else 0
-        fitting = max(arena.free_bytes - room_bytes, 0) // (size * sides)
-        least = min(least, max(fitting, pages(min(context, LEAST_CONTEXT_TOKENS))))
-        context = min(context, least * settings.page_tokens)
-    if arena.free_bytes < least * size * sides:
-        raise BudgetExceeded(POOL_OWNER, least * size * sides, arena.free_bytes, arena.cap_bytes)
-    # address space for what the budget may become, not memory
-    room = max(available_memory_bytes(), arena.cap_bytes if limited else 0)
-    most = min(max(room // size, 1), MOST_PLACES // (2 * config.num_layers) - 1)
-    pool = PagePool(
-        POOL_OWNER,
-        page_bytes=size,
-        most_pages=max(most, least),
-        limit_pages=least,
-        arena=arena,
-        group_pages=settings.switch.group_pages,
-        shared=settings.phases is not None,
-    )
-    return pool, context

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from memwall.engine.call_grammar import form_walker
 from memwall.engine.executor import Entry
 from memwall.engine.guide import Cursor, Guide, TokenTable
 from memwall.engine.sampling import Sampling
@@ -32,14 +33,17 @@ class ToldForms:
         self._guides: OrderedDict[str, Guide] = OrderedDict()
         self._cursors: OrderedDict[int, Cursor] = OrderedDict()
 
-    def guide(self, spec: str) -> Guide:
-        """Of a description, see `Guide`."""
-        from memwall.engine.call_grammar import form_walker
-
+    def prepare(self) -> TokenTable:
+        """Makes the table now."""
         if self._table is None:
             self._table = self._make()
+        return self._table
+
+    def guide(self, spec: str) -> Guide:
+        """Of a description, see `Guide`."""
+        table = self.prepare()
         if spec not in self._guides:
-            self._guides[spec] = Guide(form_walker(json.loads(spec)), self._table, spec)
+            self._guides[spec] = Guide(form_walker(json.loads(spec)), table, spec)
         self._guides.move_to_end(spec)
         if len(self._guides) > MOST_GUIDES:
             self._guides.popitem(last=False)

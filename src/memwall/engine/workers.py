@@ -124,7 +124,7 @@ class ForkedWorkers:
         self.shares = shares
         self.preparing: Shares | None = None
         self.pools: dict[Phase, PagePool] = {"prefill": prefill_pool or pool, "decode": pool}
-        self.fresh = fresh
+        self.fresh = self._fresh_wanted = fresh
         self.cores = cores
         self.lost = 0
         self._page_tokens = page_tokens
@@ -276,6 +276,15 @@ class ForkedWorkers:
             self._waker.close()
             if self._ledger is not None:
                 self._ledger.put(OWNER, "ram", 0)
+
+    def make_do(self, *, roomy: bool) -> None:
+        """Whether there is room for two more workers while shares change; where there is none, the shares of those
+        that are there change.
+        """
+        self.fresh = self._fresh_wanted and roomy
+        if not self.fresh:
+            self._give_up_next()
+            self.reserve_bytes = 0
 
     def _make(self, phase: Phase, shares: Shares) -> Process:
         order = {

@@ -13,7 +13,8 @@ import numpy as np
 
 from memwall.engine.adapters import OWNER
 from memwall.engine.loading import RUNTIME_HEADROOM_BYTES
-from memwall.engine.serving import LORA_SCRATCH, MOST_LOGIT_ROWS, ServingSettings, lora_scratch_bytes
+from memwall.engine.serving import MOST_LOGIT_ROWS, ServingSettings
+from memwall.engine.serving_parts import LORA_SCRATCH, lora_scratch_bytes
 from memwall.engine.workers import OWNER as WORKERS
 from memwall.errors import DoesNotFit
 from memwall.hardware.units import MIB
