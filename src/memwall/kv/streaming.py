@@ -36,6 +36,8 @@ LEAST_MEASURED_BYTES = 16 << 10
 QUEUED_CHUNKS = 2
 PROBES = 2
 """Runs of each measurement at the start, after one that is not counted."""
+FAR_TOKENS = 4096
+"""The longest context to measure behind; longer ones are reckoned from it."""
 
 Rule = Literal["remaining", "even"]
 Carried = TypeVar("Carried")
@@ -108,17 +110,17 @@ class Receiver:
         self._model, self._profile, self._form = model, profile, form
         self.costs = Costs()
 
-    def measure(self, context_tokens: int, num_tokens: int = 64) -> None:
+    def measure(self, context_tokens: int, num_tokens: int) -> None:
         """How long recomputing takes here, without a context and behind one of about that length, and decoding.
 
         The cache must be empty, and is left so. Rows of the context are drawn: their values do not matter to the time.
         """
         n = min(num_tokens, self._decoder.segment_tokens, context_tokens)
         tokens = np.arange(n) % self.config.vocab_size
-        far_first = context_tokens - n
+        far_first = min(context_tokens, FAR_TOKENS) - n
         taken: dict[int, list[float]] = {}
         for first in dict.fromkeys((far_first, 0)):
-            self._fill(first, n)
+            self._fill(first)
             taken[first] = [self._recompute_again(tokens, first) for _ in range(1 + PROBES)][1:]
         if far_first:
             self.costs.learn_growth(min(taken[0]), min(taken[far_first]), far_first, n)
@@ -132,12 +134,14 @@ class Receiver:
             self.decode(self.open(data), n)
         self.cache.truncate(0)
 
-    def _fill(self, length: int, step: int) -> None:
-        rng, shape = np.random.default_rng(0), (self.config.num_kv_heads, self.config.head_dim)
+    def _fill(self, length: int) -> None:
+        step = max(min(length, self._decoder.segment_tokens), 1)
+        shape = (step, self.config.num_kv_heads, self.config.head_dim)
+        drawn = np.random.default_rng(0).standard_normal(shape, np.float32)
         self.cache.truncate(0)
         for begin in range(0, length, step):
             positions = np.arange(begin, min(begin + step, length))
-            rows = rng.standard_normal((len(positions), *shape), np.float32)
+            rows = drawn[: len(positions)]
             for layer in range(self.config.num_layers):
                 self.cache.append(layer, rows, rows, positions)
                 self.cache.settle(layer)
