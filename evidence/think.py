@@ -59,7 +59,7 @@ class Sizes:
 
 
 FULL = Sizes(tries=32, windows=10, step_tokens=32, rounds=15, shares=SHARES)
-QUICK = Sizes(tries=4, windows=2, step_tokens=16, rounds=5, shares=(0.2, 0.4, 0.7))
+QUICK = Sizes(tries=4, windows=2, step_tokens=64, rounds=5, shares=(0.2, 0.4, 0.7))
 
 
 # ---- other ways to choose ------------------------------------------------------------------------------------------
