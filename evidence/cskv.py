@@ -9,7 +9,8 @@ Changed after results on the demo model (heads of 32) were seen: the model; reca
 since half of them are all that inputs of 256 numbers have here; and codes are judged as the paper's code makes them
 (clip=1). Ours widen a group's range to hold zero, and training with them gained nothing at 4 bits on the demo model.
 The paper's do not: of key features that lie far from zero, which a few channels in every layer are, all is clipped, and
-factors that were not trained with that are of no use. `CODES` shows both.
+factors that were not trained with that lose seven times as much. `CODES` shows both. The order of ASVD and SVD, which
+the demo model did not tell apart, is asked for again.
 
 Text: `--data` a UTF-8 file to judge on; the held-out text that ships with the planner otherwise.
 """
@@ -129,13 +130,12 @@ def order_claims(scores: Any, densities: tuple[float, ...]) -> Iterator[Claim]:
     )  # fmt: skip
     at = {name: scores.of(p.format(0.2)) for name, p in (("t", trained), ("a", asvd), ("s", svd))}
     yield Claim(
-        claim="at a fifth of the channels training repairs what SVD of the weights breaks; ASVD is no worse a start",
+        claim="at a fifth of the channels training repairs what SVD of the weights breaks; ASVD is a better start",
         measured=f"KL by density: {table}; at 0.2 perplexity "
         + ", ".join(f"{at[n].gap(scores.exact):+.1%}" for n in "tas")
-        + f"; ASVD's KL above SVD's in standard errors: {at['a'].errors_above(at['s']):+.1f} (this model's input "
-        "channels are much alike, which leaves scaling by them little to do)",
-        required="at 0.2: trained less than half of ASVD's KL; ASVD's not above SVD's by two standard errors",
-        passed=2 * at["t"].divergence < at["a"].divergence and at["a"].errors_above(at["s"]) < 2,
+        + f"; SVD's KL above ASVD's in standard errors: {at['s'].errors_above(at['a']):+.1f}",
+        required="at 0.2: trained less than half of ASVD's KL; ASVD's below SVD's by two standard errors",
+        passed=2 * at["t"].divergence < at["a"].divergence and at["s"].errors_above(at["a"]) > 2,
     )
     best = scores.of("cskv(0.2,init=pca,train=0)")
     yield Claim(
