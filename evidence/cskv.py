@@ -1,14 +1,16 @@
-"""CSKV's claims, on the bundled demo model (its keys and values have 128 channels of 256) and on caches of a 1B shape.
+"""CSKV's claims, on a model with heads of 128 channels (`models/wide-heads`: 512 of keys, 256 of inputs) and on caches
+of a 1B shape.
 
 Factors are found on the calibration text that ships with memwall, and judged on the held-out text: KL divergence and
 perplexity against the float32 cache over tokens decoded through the cache after an exact prompt, squared errors of
 rebuilt keys and values per layer, and recall of facts hidden in the prompt.
 
-A finding, which is a claim that fails: training with codes lowers what it minimizes, the squared error of keys and
-values read back (at 2 bits by a sixth to a tenth in layers 1 and 4, at 4 bits by nothing that matters), and yet the
-predictions stray a little more than with factors that were coded afterwards. Factors that allow for the noise give
-less: at 2 bits in layer 1 what is read back along the true keys falls from 1.03 to 0.97 of them, along the true values
-from 0.93 to 0.82, which the squared error does not mind, and attention does.
+Changed after results on the demo model (heads of 32) were seen: the model; recall is judged at a fifth of the channels,
+since half of them are all that inputs of 256 numbers have here; and codes are judged as the paper's code makes them
+(clip=1). Ours widen a group's range to hold zero, and training with them gained nothing at 4 bits on the demo model.
+The paper's do not: of key features that lie far from zero, which a few channels in every layer are, all is clipped, and
+factors that were not trained with that lose seven times as much. `CODES` shows both. The order of ASVD and SVD, which
+the demo model did not tell apart, is asked for again.
 
 Text: `--data` a UTF-8 file to judge on; the held-out text that ships with the planner otherwise.
 """
@@ -128,13 +130,12 @@ def order_claims(scores: Any, densities: tuple[float, ...]) -> Iterator[Claim]:
     )  # fmt: skip
     at = {name: scores.of(p.format(0.2)) for name, p in (("t", trained), ("a", asvd), ("s", svd))}
     yield Claim(
-        claim="at a fifth of the channels training repairs what SVD of the weights breaks; ASVD is no worse a start",
+        claim="at a fifth of the channels training repairs what SVD of the weights breaks; ASVD is a better start",
         measured=f"KL by density: {table}; at 0.2 perplexity "
         + ", ".join(f"{at[n].gap(scores.exact):+.1%}" for n in "tas")
-        + f"; ASVD's KL above SVD's in standard errors: {at['a'].errors_above(at['s']):+.1f} (this model's input "
-        "channels are much alike, which leaves scaling by them little to do)",
-        required="at 0.2: trained less than half of ASVD's KL; ASVD's not above SVD's by two standard errors",
-        passed=2 * at["t"].divergence < at["a"].divergence and at["a"].errors_above(at["s"]) < 2,
+        + f"; SVD's KL above ASVD's in standard errors: {at['s'].errors_above(at['a']):+.1f}",
+        required="at 0.2: trained less than half of ASVD's KL; ASVD's below SVD's by two standard errors",
+        passed=2 * at["t"].divergence < at["a"].divergence and at["s"].errors_above(at["a"]) > 2,
     )
     best = scores.of("cskv(0.2,init=pca,train=0)")
     yield Claim(
@@ -245,11 +246,10 @@ def spectrum_claim(demo: CskvDemo) -> Claim:
 
 
 def recall_claim(demo: CskvDemo, tick: Callable[[str], None]) -> Claim:
+    rows = round(0.2 * demo.sizes.recall_tokens) + 32  # of float16, in the bytes of a fifth of the channels
     policies = (
-        "float16",
-        *(f"cskv({density})" for density in DENSITIES),
-        "cskv(0.2,train=0)",
-        "cskv(0.2,init=svd,train=0)",
+        *("float16", *(f"cskv({density})" for density in DENSITIES), "cskv(0.2,train=0)", "cskv(0.2,init=svd,train=0)"),
+        *("kivi(bits=4,group=32,residual=32)", f"snapkv(tokens={rows})"),
     )
     found = {}
     for policy in policies:
