@@ -2,9 +2,10 @@
 against other ways of evicting block by block.
 
 Dialogues are made up: sessions of four short lines about one of six topics, in random order; some lines state a fact
-about one of the topic's names. Every method reads the same history in the same blocks and keeps as many units on
-average; questions about all facts come in random order. With `--data` a file of conversations in LoCoMo's form (JSON:
-`qa` with `question` and `evidence`, `conversation` with `session_N`), matching is judged on these too.
+about one of the topic's names, and one a session states a number that nobody asks for. Every method reads the same
+history in the same blocks and keeps as many units on average; questions about all facts come in random order. With
+`--data` a file of conversations in LoCoMo's form (JSON: `qa` with `question` and `evidence`, `conversation` with
+`session_N`), matching is judged on these too.
 
 Orders are judged by the difference of the shares of right answers, dialogue by dialogue: "more" is more by over two
 standard errors of its mean over dialogues, "not less" is not less by over two.
@@ -13,6 +14,10 @@ What this does not show: the dialogues have 72 lines, not hundreds, since the fu
 (half at 168 lines); and an episode has about five windows, so that nearly all of them stand in the patched prompt, and
 every fact with them. Where few of them do (168 lines, tried on one dialogue), hardly anything is answered: this small
 model keeps what the prompt repeats, and little that is only about the same.
+
+Changed after a result was seen: the lines with other numbers. Without them KeyDiff answered all of 18 questions on
+three dialogues, as facts were the only lines unlike the rest, and EpiCache 89 %; conversations are full of numbers that
+nobody asks for. Seeds judged since were not looked at before.
 
 Until this model was there, the bundled demo model (heads of 32) was judged on dialogues of four topics and 48 lines,
 without standard errors; budgets by the sensitivity of layers then answered 65 % against 72 % of 120 with equal ones.
@@ -49,9 +54,9 @@ from memwall.studies.dialogues import Dialogue
 from memwall.studies.recall_task import is_right
 
 WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
-CHUNK = 192
-CAPACITY = 1024
-FIRST_SEED = 1000
+CHUNK = 224
+CAPACITY = 2048
+FIRST_SEED = 2000
 TIGHT = 10
 """The history over the units kept where who gets them is judged."""
 TOPICS = {
@@ -74,6 +79,8 @@ TOPICS = {
         "We flew to {0}.", "The hotel in {0} was full.", "It rains in {0}.", "The museum of {0} is old.",
     ),
 }  # fmt: skip
+NUMBERS = ("The old price of {0} was {1}.", "The bill for {0} came to {1}.")
+"""Lines with a number that nobody asks for, one a session: a fact must not stand out by its number."""
 SESSIONS, LINES, FACTS = 3, 4, 1
 """Sessions of each topic, lines of each, and facts of each topic: 72 lines."""
 MEASURED = f"epicache(tokens=256,chunk={CHUNK},episodes=1)"
@@ -82,7 +89,7 @@ MEASURED = f"epicache(tokens=256,chunk={CHUNK},episodes=1)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """dialogues of about 700 tokens and 6 questions each; tokens of the histories whose memory is measured."""
+    """dialogues of about 780 tokens and 6 questions each; tokens of the histories whose memory is measured."""
 
     dialogues: int
     memory_tokens: tuple[int, ...]
@@ -130,8 +137,10 @@ def dialogue(seed: int) -> Dialogue:
     for which in rng.permutation(len(sessions)):
         topic, number = sessions[which]
         told = [TOPICS[topic][i].format(rng.choice(names[topic])) for i in rng.permutation(LINES)]
+        place, other = (int(i) for i in rng.permutation(LINES)[:2])
+        told[other] = NUMBERS[rng.integers(2)].format(rng.choice(names[topic]), rng.integers(1000, 100_000))
         if number < FACTS:
-            name, value, place = names[topic][number], int(rng.integers(1000, 100_000)), int(rng.integers(LINES))
+            name, value = names[topic][number], int(rng.integers(1000, 100_000))
             told[place] = f"The secret number of {name} is {value}."
             asked = f"What is the secret number of {name}? The secret number of {name} is"
             facts.append((asked, str(value), len(lines) + place))
