@@ -1,18 +1,26 @@
-"""EpiCache's claims, on the bundled demo model: what episodes are for, against other ways of evicting block by block.
+"""EpiCache's claims, on a model with heads of 128 channels (11.7M weights, 2,048 positions): what episodes are for,
+against other ways of evicting block by block.
 
-Dialogues are made up: sessions of four lines about one of four topics, in random order; some lines state a fact about
-one of the topic's names. Every method reads the same history in the same blocks and keeps as many units on average;
-questions about all facts come in random order. With `--data` a file of conversations in LoCoMo's form (JSON: `qa` with
-`question` and `evidence`, `conversation` with `session_N`), matching is judged on these too.
+Dialogues are made up: sessions of four short lines about one of six topics, in random order; some lines state a fact
+about one of the topic's names, and one a session states a number that nobody asks for. Every method reads the same
+history in the same blocks and keeps as many units on average; questions about all facts come in random order. With
+`--data` a file of conversations in LoCoMo's form (JSON: `qa` with `question` and `evidence`, `conversation` with
+`session_N`), matching is judged on these too.
 
-What this does not show: episodes have three windows, so that all of them stand in the patched prompt (n = 8), and every
-fact with them. With one or two of the three in it, 11 % and 42 % were right on ten other dialogues instead of 80 %:
-this small model keeps what the prompt repeats, and little that is only about the same.
+Orders are judged by the difference of the shares of right answers, dialogue by dialogue: "more" is more by over two
+standard errors of its mean over dialogues, "not less" is not less by over two.
 
-A finding, which is a claim that fails: budgets by the sensitivity of layers answer less than equal ones (65 % against
-72 % of 120 at a tenth). The keys of this model's layers change by 0.1 to 0.6 % under a block mask, the more the deeper
-they lie, so that the budgets go to the last layers; its facts are found by heads of layers 3, 4 and 5 of 8, and layer 3
-is left a third of its share.
+What this does not show: the dialogues have 72 lines, not hundreds, since the full cache answers less of longer ones
+(half at 168 lines); and an episode has about five windows, so that nearly all of them stand in the patched prompt, and
+every fact with them. Where few of them do (168 lines, tried on one dialogue), hardly anything is answered: this small
+model keeps what the prompt repeats, and little that is only about the same.
+
+Changed after a result was seen: the lines with other numbers. Without them KeyDiff answered all of 18 questions on
+three dialogues, as facts were the only lines unlike the rest, and EpiCache 89 %; conversations are full of numbers that
+nobody asks for. Seeds judged since were not looked at before.
+
+Until this model was there, the bundled demo model (heads of 32) was judged on dialogues of four topics and 48 lines,
+without standard errors; budgets by the sensitivity of layers then answered 65 % against 72 % of 120 with equal ones.
 """
 
 from __future__ import annotations
@@ -36,31 +44,60 @@ from memwall.kv.epicache import EPISODES, EpiCache
 from memwall.kv.episodes import ENDING, WORD, HashedWords, MeanEmbedding, Utterance, find_episodes
 from memwall.kv.sensitivity import layer_similarity
 from memwall.memory import Arena, Ledger, resident_bytes
-from memwall.models import Checkpoint, ModelConfig, model_directory
+from memwall.models import Checkpoint, ModelConfig
 from memwall.models.config import EMBEDDING
 from memwall.models.decoder import Decoder
 from memwall.models.precision import resolve
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
-from memwall.studies.dialogues import Dialogue, dialogue
+from memwall.studies.dialogues import Dialogue
+from memwall.studies.recall_task import is_right
 
-CHUNK = 192
-FIRST_SEED = 100
+WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
+CHUNK = 224
+CAPACITY = 2048
+FIRST_SEED = 2000
+TIGHT = 10
+"""The history over the units kept where who gets them is judged."""
+TOPICS = {
+    "falcon badger otter heron salmon raven": (
+        "A {0} ran by the river.", "We saw a {0} at night.", "The {0} likes the forest.", "One {0} has a nest.",
+    ),
+    "red blue green yellow orange silver": (
+        "She painted it {0}.", "That dress is {0}.", "The {0} coat is new.", "Mix {0} with white.",
+    ),
+    "alpha beta gamma delta theta omega": (
+        "Here {0} is the angle.", "Set {0} to zero.", "We solve it for {0}.", "Then {0} is positive.",
+    ),
+    "Alice David Clara Hugo Maria Oscar": (
+        "We had dinner with {0}.", "Then {0} went to school.", "I wrote to {0} today.", "My friend {0} is ill.",
+    ),
+    "tomato pepper onion carrot apple bean": (
+        "Plant the {0} in spring.", "The {0} needs water.", "Our garden has {0}.", "We cook {0} on Friday.",
+    ),
+    "London Paris Berlin Madrid Rome Vienna": (
+        "We flew to {0}.", "The hotel in {0} was full.", "It rains in {0}.", "The museum of {0} is old.",
+    ),
+}  # fmt: skip
+NUMBERS = ("The old price of {0} was {1}.", "The bill for {0} came to {1}.")
+"""Lines with a number that nobody asks for, one a session: a fact must not stand out by its number."""
+SESSIONS, LINES, FACTS = 3, 4, 1
+"""Sessions of each topic, lines of each, and facts of each topic: 72 lines."""
 MEASURED = f"epicache(tokens=256,chunk={CHUNK},episodes=1)"
 """The policy whose bytes and steps are measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """dialogues of about 600 tokens and 8 questions each; tokens of the histories whose memory is measured."""
+    """dialogues of about 780 tokens and 6 questions each; tokens of the histories whose memory is measured."""
 
     dialogues: int
     memory_tokens: tuple[int, ...]
     ablations: bool
 
 
-FULL = Sizes(dialogues=15, memory_tokens=(2048, 4096, 8192, 16384), ablations=True)
-QUICK = Sizes(dialogues=3, memory_tokens=(1024, 2048), ablations=False)
+FULL = Sizes(dialogues=12, memory_tokens=(2048, 4096, 8192, 16384), ablations=True)
+QUICK = Sizes(dialogues=2, memory_tokens=(1024, 2048), ablations=False)
 
 
 # ---- other scores in the same loop ---------------------------------------------------------------------------------
@@ -90,11 +127,34 @@ class Newest(Scorer):
         return [np.arange(len(units.keys(head)), dtype=np.float32) for head in range(len(units.past_scores))]
 
 
+def dialogue(seed: int) -> Dialogue:
+    """Sessions in random order, topics returning; some state a fact about a name of their topic; all are asked for."""
+    rng = np.random.default_rng(seed)
+    names = {topic: list(rng.permutation(topic.split())) for topic in TOPICS}
+    sessions = [(topic, number) for topic in TOPICS for number in range(SESSIONS)]
+    lines: list[Utterance] = []
+    facts = []
+    for which in rng.permutation(len(sessions)):
+        topic, number = sessions[which]
+        told = [TOPICS[topic][i].format(rng.choice(names[topic])) for i in rng.permutation(LINES)]
+        place, other = (int(i) for i in rng.permutation(LINES)[:2])
+        told[other] = NUMBERS[rng.integers(2)].format(rng.choice(names[topic]), rng.integers(1000, 100_000))
+        if number < FACTS:
+            name, value = names[topic][number], int(rng.integers(1000, 100_000))
+            told[place] = f"The secret number of {name} is {value}."
+            asked = f"What is the secret number of {name}? The secret number of {name} is"
+            facts.append((asked, str(value), len(lines) + place))
+        lines += [Utterance(line) for line in told]
+    return Dialogue(lines, [facts[i] for i in rng.permutation(len(facts))])
+
+
 class Study:
-    """The demo model, reading dialogues through caches of every kind."""
+    """The model with heads of 128 channels, reading dialogues through caches of every kind."""
 
     def __init__(self) -> None:
-        self.directory = model_directory("demo")
+        if not (WIDE_HEADS / "model.safetensors").exists():
+            raise InputError(f"{WIDE_HEADS}: the model is not there; scripts/grow_wide_heads.py makes it")
+        self.directory = WIDE_HEADS
         self.config = ModelConfig.from_directory(self.directory)
         self.shape = cache_shape(self.config)
         self.arena = Arena(1 << 40, Ledger())
@@ -110,7 +170,7 @@ class Study:
     def tokens(self, told: Dialogue) -> list[int]:
         return [self.config.bos_token_id or 0, *self.encode("".join(line.line for line in told.lines))]
 
-    def cache(self, policy: str, capacity: int = 1024, arena: Arena | None = None) -> EpiCache:
+    def cache(self, policy: str, capacity: int = CAPACITY, arena: Arena | None = None) -> EpiCache:
         made = kv.build(policy, self.shape, arena or Arena(1 << 40, Ledger()), capacity, self.model)
         assert isinstance(made, EpiCache)
         return made
@@ -141,29 +201,36 @@ class Study:
             said.append(int(logits.argmax()))
             logits = self.decoder.forward(np.array(said[-1:]), cache)
         cache.truncate(length)
-        return self.tokenizer.decode(said).strip().startswith(answer)
+        return is_right(self.tokenizer.decode(said), answer)
 
-    def episodic(self, told: Dialogue, policy: str, budgets: np.ndarray | None = None) -> dict[str, list[bool]]:
+    def episodic(
+        self,
+        told: Dialogue,
+        policy: str,
+        budgets: np.ndarray | None = None,
+        kinds: Sequence[str] = ("matched", "oracle", "random"),
+    ) -> dict[str, list[bool]]:
         """Right answers of the matched, the best and a random episode; and whether the matched one has the fact."""
         cache = self.cache(policy)
         if budgets is not None:
             cache.allocator = HeadAdaptive(budgets)
         cache.remember(self.decoder, self.tokenizer, told.lines, opening=[self.config.bos_token_id or 0])
         assert cache.episodes is not None
-        rng = np.random.default_rng(0)
-        found: dict[str, list[bool]] = {"matched": [], "oracle": [], "random": [], "has the fact": []}
-        for question, answer, line in told.facts:
-            right = []
-            for episode in range(len(cache.kept_episodes)):
-                cache.recall(episode)
-                right.append(self.says(cache, question, answer))
-            gold = int(cache.episodes.owners[line // cache.settings.window])
-            chosen = cache.match(question)
-            found["matched"].append(right[chosen])
-            found["oracle"].append(right[gold])
-            found["random"].append(right[int(rng.integers(len(right)))])
-            found["has the fact"].append(chosen == gold)
+        rng, count = np.random.default_rng(0), len(cache.kept_episodes)
+        chosen = {
+            "matched": [cache.match(question) for question, _, _ in told.facts],
+            "oracle": [int(cache.episodes.owners[line // cache.settings.window]) for _, _, line in told.facts],
+            "random": rng.integers(count, size=len(told.facts)).tolist(),
+        }
+        right: dict[tuple[int, int], bool] = {}
+        for episode in range(count):
+            for number, (question, answer, _) in enumerate(told.facts):
+                if any(chosen[kind][number] == episode for kind in kinds):
+                    cache.recall(episode)
+                    right[number, episode] = self.says(cache, question, answer)
         cache.release()
+        found = {kind: [right[at] for at in enumerate(chosen[kind])] for kind in kinds}
+        found["has the fact"] = [a == b for a, b in zip(chosen["matched"], chosen["oracle"])]
         return found
 
     def blockwise(self, told: Dialogue, method: str, budget: int) -> list[bool]:
@@ -187,7 +254,7 @@ class Study:
 
     def whole(self, told: Dialogue) -> list[bool]:
         """Right answers of the full cache."""
-        cache = kv.build("float16", self.shape, Arena(1 << 40, Ledger()), 1024)
+        cache = kv.build("float16", self.shape, Arena(1 << 40, Ledger()), CAPACITY)
         for part in np.split(np.array(self.tokens(told)), range(256, len(self.tokens(told)), 256)):
             self.decoder.hidden(part, cache)
         right = [self.says(cache, question, answer) for question, answer, _ in told.facts]
@@ -195,9 +262,32 @@ class Study:
         return right
 
 
-def share(right: Sequence[bool]) -> float:
+BLOCKWISE = ("SnapKV", "KVzip", "KeyDiff", "recency")
+Right = dict[str, list[list[bool]]]
+"""Of each method the right answers, dialogue by dialogue."""
+
+
+def share(right: Sequence[Sequence[bool]]) -> float:
     """Of right answers."""
     return float(np.mean(right))
+
+
+def surplus(better: Sequence[Sequence[bool]], worse: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """How much more of the same questions is answered, and its standard error over dialogues."""
+    difference = np.mean(better, axis=1) - np.mean(worse, axis=1)
+    return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(max(len(difference), 2))
+
+
+def is_more(better: Sequence[Sequence[bool]], worse: Sequence[Sequence[bool]]) -> bool:
+    """Whether it is more by over two standard errors."""
+    difference, error = surplus(better, worse)
+    return difference > 2 * error
+
+
+def shown_surplus(better: Sequence[Sequence[bool]], worse: Sequence[Sequence[bool]]) -> str:
+    """The same in points."""
+    difference, error = surplus(better, worse)
+    return f"{100 * difference:+.1f} +- {100 * error:.1f} points"
 
 
 # ---- claims --------------------------------------------------------------------------------------------------------
@@ -205,76 +295,76 @@ def share(right: Sequence[bool]) -> float:
 
 def accuracy_claims(study: Study, sizes: Sizes, tick: Callable[[str], None]) -> list[Claim]:
     """At a fifth of the history: episodes, one cache for all, and other scores."""
-    found: dict[str, list[bool]] = {}
+    found: Right = {}
     for seed in range(sizes.dialogues):
         told = dialogue(FIRST_SEED + seed)
         budget = len(study.tokens(told)) // 5
         tick(f"dialogue {seed + 1}")
-        found.setdefault("full", []).extend(study.whole(told))
-        for method in ("SnapKV", "KVzip", "KeyDiff", "recency"):
-            found.setdefault(method, []).extend(study.blockwise(told, method, budget))
+        found.setdefault("full", []).append(study.whole(told))
+        for method in BLOCKWISE:
+            found.setdefault(method, []).append(study.blockwise(told, method, budget))
         for episodes in (4, 1):
             policy = f"epicache(tokens={budget},episodes={episodes},chunk={CHUNK})"
             for kind, right in study.episodic(told, policy).items():
-                found.setdefault(f"E = {episodes}, {kind}", []).extend(right)
-    shares = {name: share(right) for name, right in found.items()}
-    own, one = shares["E = 4, matched"], shares["E = 1, matched"]
-    others = {name: shares[name] for name in ("SnapKV", "KVzip", "KeyDiff", "recency")}
-    count = len(found["full"])
-    oracle, random = shares["E = 4, oracle"], shares["E = 4, random"]
+                found.setdefault(f"E = {episodes}, {kind}", []).append(right)
+    full, own, one = (found[name] for name in ("full", "E = 4, matched", "E = 1, matched"))
+    oracle, random = (found[f"E = 4, {name}"] for name in ("oracle", "random"))
     return [
         Claim(
             claim="at 5 times compression episode caches answer nearly as the full cache, above block-wise baselines",
-            measured=f"right of {count}: full {shares['full']:.0%}; EpiCache {own:.0%}; "
-            + "; ".join(f"{name} {value:.0%}" for name, value in others.items()),
-            required="within 10 points of full, and above every other",
-            passed=own >= shares["full"] - 0.1 and own > max(others.values()),
+            measured=f"right of {np.size(full)}: full {share(full):.0%}; EpiCache {share(own):.0%}; "
+            + "; ".join(f"{name} {share(found[name]):.0%} ({shown_surplus(own, found[name])})" for name in BLOCKWISE),
+            required="within 10 points of full, and above every other by 2 standard errors",
+            passed=share(own) >= share(full) - 0.1 and all(is_more(own, found[name]) for name in BLOCKWISE),
         ),
         Claim(
             claim="four episodes answer more than one",
-            measured=f"E = 4: {own:.0%}, E = 1: {one:.0%}",
-            required="at least 5 points more",
-            passed=own >= one + 0.05,
+            measured=f"E = 4: {share(own):.0%}, E = 1: {share(one):.0%}; {shown_surplus(own, one)}",
+            required="at least 5 points more, and by 2 standard errors",
+            passed=share(own) >= share(one) + 0.05 and is_more(own, one),
         ),
         Claim(
             claim="the episode of the fact answers at least what the matched one does, and that more than a random one",
-            measured=f"oracle {oracle:.0%}, matched {own:.0%}, random {random:.0%}; the matched episode has the fact "
-            f"for {shares['E = 4, has the fact']:.0%} of questions (a random one 25%)",
-            required="oracle at least matched (one question apart), matched above random",
-            passed=oracle >= own - 1.5 / count and own > random,
+            measured=f"oracle {share(oracle):.0%}, matched {share(own):.0%} ({shown_surplus(oracle, own)}), random "
+            f"{share(random):.0%}; the matched episode has the fact for {share(found['E = 4, has the fact']):.0%} of "
+            "questions (a random one 25%)",
+            required="oracle not below matched, matched above random, by 2 standard errors",
+            passed=not is_more(own, oracle) and is_more(own, random),
         ),
     ]
 
 
 def budget_claims(study: Study, sizes: Sizes, tick: Callable[[str], None]) -> list[Claim]:
-    """Who gets the units, at a tenth of the history."""
+    """Who gets the units, at the tightest budget."""
     tick("layer similarity")
     similarity = layer_similarity(study.directory, None, None)
-    found: dict[str, list[bool]] = {"by layer head": [], "by head": [], "by layer": []}
+    found: Right = {"by layer head": [], "by head": [], "by layer": []}
     for seed in range(sizes.dialogues):
         told = dialogue(FIRST_SEED + seed)
-        budget = len(study.tokens(told)) // 10
+        budget = len(study.tokens(told)) // TIGHT
         tick(f"budgets, dialogue {seed + 1}")
         policy = f"epicache(tokens={budget},episodes=4,chunk={CHUNK}"
-        found["by layer head"] += study.episodic(told, policy + ")")["oracle"]
-        found["by head"] += study.episodic(told, policy + ",uniform=1)")["oracle"]
+        kinds = ("oracle",)
+        found["by layer head"].append(study.episodic(told, policy + ")", kinds=kinds)["oracle"])
+        found["by head"].append(study.episodic(told, policy + ",uniform=1)", kinds=kinds)["oracle"])
         budgets = sensitive_budgets(similarity, budget, 1.1)  # paper: alpha for Llama models
-        found["by layer"] += study.episodic(told, policy + ")", budgets)["oracle"]
-    adaptive, uniform, sensitive = (share(right) for right in found.values())
-    count = len(found["by head"])
+        found["by layer"].append(study.episodic(told, policy + ")", budgets, kinds)["oracle"])
+    adaptive, uniform, sensitive = found.values()
     return [
         Claim(
             claim="units shared among the heads of a layer answer at least as much as the same number for each head",
-            measured=f"{adaptive:.0%} against {uniform:.0%} of {count}, at T / 10, episode of the fact",
-            required="at least as much (two questions apart)",
-            passed=adaptive >= uniform - 2.5 / count,
+            measured=f"{share(adaptive):.0%} against {share(uniform):.0%} of {np.size(uniform)} "
+            f"({shown_surplus(adaptive, uniform)}), at T / {TIGHT}, episode of the fact",
+            required="not less by 2 standard errors",
+            passed=not is_more(uniform, adaptive),
         ),
         Claim(
             claim="budgets by the sensitivity of layers answer at least as much as equal ones",
-            measured=f"{sensitive:.0%} against {adaptive:.0%} of {count}, at T / 10, alpha 1.1; similarities "
+            measured=f"{share(sensitive):.0%} against {share(adaptive):.0%} of {np.size(adaptive)} "
+            f"({shown_surplus(sensitive, adaptive)}), at T / {TIGHT}, alpha 1.1; similarities "
             + ", ".join(f"{value:.3f}" for value in similarity),
-            required="at least as much (two questions apart)",
-            passed=sensitive >= adaptive - 2.5 / count,
+            required="not less by 2 standard errors",
+            passed=not is_more(adaptive, sensitive),
         ),
     ]
 

@@ -3,16 +3,20 @@
 Speed: the storage process reads a real file directly; its flash and its link are slowed down together (emulated, 7 to
 11.2 as in the paper), so that both are far slower than this machine. The baseline fetches the same pages from the same
 process over the same link, as it works, and attends here. Pages: counted by the process, on queries, keys and values of
-the demo model over real text, and on random ones. Quality: plain arrays that choose tokens as the drive does, and as
+the model over real text, and on random ones. Quality: plain arrays that choose tokens as the drive does, and as
 others do, with the same bytes read; one claim ties them to the drive. The simulator has the paper's constants.
 
-After an earlier run was seen, one claim on the order SparF, H2O, last tokens became two, so that what fails is plain,
-and SnapKV, part of it for a while, is shown but not judged, since it reads more (at 1/8 it lost a little less);
-the emulated rates were lowered, and the fastest rounds taken, as a busy machine delayed processes more than links did.
-The mean of the values was judged at 1/8 only, where it does nothing for this model (nor does it with the true share of
-what was chosen in place of the guessed one); that claim stands, and another says what it does at 1/4. That H2O loses
-more than the last tokens is this model's nature: kvpress' press by accumulated attention loses more on it than its
-press of first and last tokens, too (see the evidence of SnapKV).
+Quality is that of a model with heads of 128 channels (11.7M weights, 2,048 positions), after prompts of 1,024 tokens.
+Orders of losses are judged over the decoded tokens, those of right answers over prompts: "more" is more by over two
+standard errors of the paired difference, "no less" is not less by over two. SparF's choice is SparQ's for heads that
+share a key head; that the drive chooses so too is a claim.
+
+After earlier runs were seen, the claim on the order SparF, H2O, last tokens became two, so that what fails is plain,
+and SnapKV, part of it for a while, is shown but not judged, since it reads more; the emulated rates were lowered, and
+the fastest rounds taken, as a busy machine delayed processes more than links did; the mean of the values, judged at 1/8
+only, is judged at 1/4 too. Until this model was there, the bundled demo model was judged (heads of 32, prompts of 704
+tokens): there H2O lost more of the text than the last tokens did, and at 1/8 the mean of the values did nothing (0.2
+standard errors).
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """
@@ -47,7 +51,7 @@ from memwall.memory import Arena, Ledger, resident_bytes
 from memwall.systems import find_system
 
 snapkv = load_experiment(find_system("snapkv"))  # prompts with facts, and what eviction keeps of them
-kivi = snapkv.kivi  # the demo model over held-out windows
+kivi = snapkv.kivi  # scores over held-out windows
 
 LINK_MB, FLASH_MB = 2.1875, 3.5
 """Of the paper's 7 and 11.2 GB/s, a 3200th: far slower than processes are woken up."""
@@ -63,16 +67,17 @@ class Sizes:
     links: tuple[float, ...]
     rounds: int
     windows: int
+    prompt_tokens: int
     decoded_tokens: int
     tries: int
     paged_tokens: int
     held_tokens: int
 
 
-FULL = Sizes(lengths=(256, 512, 1024, 2048), links=(0.875, 1.75, 3.5, 7.0), rounds=3, windows=4, decoded_tokens=96,
-             tries=12, paged_tokens=8, held_tokens=8192)  # fmt: skip
-QUICK = Sizes(lengths=(128, 512), links=(1.75, 7.0), rounds=2, windows=1, decoded_tokens=24, tries=2,
-              paged_tokens=2, held_tokens=2048)  # fmt: skip
+FULL = Sizes(lengths=(256, 512, 1024, 2048), links=(0.875, 1.75, 3.5, 7.0), rounds=3, windows=4, prompt_tokens=1024,
+             decoded_tokens=96, tries=24, paged_tokens=8, held_tokens=8192)  # fmt: skip
+QUICK = Sizes(lengths=(128, 512), links=(1.75, 7.0), rounds=2, windows=1, prompt_tokens=704, decoded_tokens=24,
+              tries=3, paged_tokens=2, held_tokens=2048)  # fmt: skip
 
 MHA = kv.CacheShape(num_layers=1, num_heads=4, num_kv_heads=4, head_dim=128)
 
@@ -182,9 +187,9 @@ class ChoosingCache(kv.KVCache):
     policy = "study"
 
     def __init__(self, shape: kv.CacheShape, choose: Choose, *, mean: bool = False) -> None:
-        super().__init__(shape, Arena(NO_LIMIT, Ledger()), kivi.CONTEXT_TOKENS)
+        super().__init__(shape, Arena(NO_LIMIT, Ledger()), snapkv.CONTEXT_TOKENS)
         self.choose, self.mean = choose, mean
-        self.inner = kv.build("float16", shape, self.arena, kivi.CONTEXT_TOKENS)
+        self.inner = kv.build("float16", shape, self.arena, snapkv.CONTEXT_TOKENS)
 
     @property
     def length(self) -> int:
@@ -273,21 +278,10 @@ class HeavyHitters:
 
     def observe(self, layer: int, q: np.ndarray, keys: np.ndarray) -> None:
         """A block of a prompt's queries, the last of which is at the last key."""
-        keys, scale = keys.astype(np.float32), q.shape[2] ** -0.5
-        first, heads = len(keys) - len(q), keys.shape[1]
+        keys, scale, first = keys.astype(np.float32), q.shape[2] ** -0.5, len(keys) - len(q)
         stats = np.empty((*q.shape[:2], 2), np.float32)
         attend_float(q, keys, keys, scale=scale, first_position=first, out=np.empty_like(q), stats=stats)
-        shift = stats[..., 0] + np.log(stats[..., 1])
-        seen = np.tri(len(q), len(keys), first, dtype=np.float32)
-        votes = np.zeros((heads, len(keys)), np.float32)
-        for head in range(q.shape[1]):
-            own = head * heads // q.shape[1]
-            logits = (scale * q[:, head]) @ keys[:, own].T
-            logits -= shift[:, head, None]
-            # below, results are so small that a processor takes its time over them; above are keys that were not seen
-            np.exp(np.clip(logits, -60, 0, out=logits), out=logits)
-            votes[own] += np.einsum("ns,ns->s", logits, seen)
-        self._add(layer, votes)
+        self._add(layer, snapkv.all_votes(keys, q, stats, scale, first))
 
     def _add(self, layer: int, new: np.ndarray) -> None:
         before = self.votes.get(layer)
@@ -708,19 +702,21 @@ def quality_claims(quality: Any, sizes: Sizes, tick: Callable[[str], None]) -> I
         claim="with as many bytes read, SparF loses less than H2O and the last tokens alone",
         measured="; ".join(f"1/{share}: {quality.shown(row)}" for share, row in ways.items())
         + " (SnapKV, shown beside, reads more: all tokens after the prompt)",
-        required="KL below both, at 1/4 and at 1/8",
+        required="KL below both by 2 standard errors, at 1/4 and at 1/8",
         passed=all(
-            row["SparF"].divergence < min(row["H2O"].divergence, row["last tokens"].divergence) for row in ways.values()
+            row[name].errors_above(row["SparF"]) > 2 for row in ways.values() for name in ("H2O", "last tokens")
         ),
     )
+    above = {share: row["last tokens"].errors_above(row["H2O"]) for share, row in ways.items()}
     yield Claim(
-        claim="of the others, accumulated attention (H2O) loses less than the last tokens",
+        claim="of the others, accumulated attention (H2O) loses less of the text than the last tokens",
         measured=", ".join(
-            f"1/{share}: KL {row['H2O'].divergence:.5f} against {row['last tokens'].divergence:.5f}"
+            f"1/{share}: KL {row['H2O'].divergence:.5f} against {row['last tokens'].divergence:.5f} "
+            f"({above[share]:+.1f} standard errors)"
             for share, row in ways.items()
         ),
-        required="at 1/4 and at 1/8",
-        passed=all(row["H2O"].divergence < row["last tokens"].divergence for row in ways.values()),
+        required="by 2 standard errors, at 1/4 and at 1/8",
+        passed=min(above.values()) > 2,
     )
     for share in (4, 8):
         without = quality.score(f"without the mean 1/{share}", ChoosingCache(shape, by_channels(1 / share)))
@@ -765,7 +761,7 @@ def tie_claim(demo: Any, tick: Callable[[str], None]) -> Claim:
     )
 
 
-def recall_claim(demo: Any, sizes: Sizes, tick: Callable[[str], None]) -> Claim:
+def recall_claims(demo: Any, sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
     ways: dict[str, Callable[[int], kv.KVCache]] = {
         "SparF": lambda share: ChoosingCache(demo.shape, by_channels(1 / share), mean=True),
         "last tokens": lambda share: ChoosingCache(demo.shape, last_tokens(1 / share)),
@@ -774,7 +770,7 @@ def recall_claim(demo: Any, sizes: Sizes, tick: Callable[[str], None]) -> Claim:
     right: dict[tuple[str, int], list[bool]] = {}
     full = []
     shares = (2, 4, 8)
-    for number, prompt in enumerate(snapkv.fact_prompts(demo, sizes.tries)):
+    for number, prompt in enumerate(snapkv.recall_prompts(demo, sizes.tries)):
         if number % 4 == 0:
             tick(f"recall, {number} of {sizes.tries}")
         full.append(prompt.right)
@@ -786,13 +782,24 @@ def recall_claim(demo: Any, sizes: Sizes, tick: Callable[[str], None]) -> Claim:
             for name, make in ways.items():
                 right.setdefault((name, share), []).append(answers(demo, prompt, make(share)))
     mean = {key: float(np.mean(values)) for key, values in right.items()}
-    return Claim(
-        claim="facts in the prompt are found where a quarter or a half is read, as the last tokens alone do not allow",
-        measured=f"full {np.mean(full):.0%} of {len(full)} among {snapkv.RECALL_TOKENS} tokens; "
+    yield Claim(
+        claim="what the prompt holds is found where a quarter or a half is read, as the last tokens alone do not allow",
+        measured=f"facts and tables, full {np.mean(full):.0%} of {len(full)} with {snapkv.RECALL_TOKENS} "
+        "tokens; "
         + "; ".join(f"1/{share}: " + ", ".join(f"{name} {mean[name, share]:.0%}" for name in ways) for share in shares),
-        required="SparF at 1/2 at most one in 8 below the full cache; above H2O and last tokens at 1/4",
-        passed=mean["SparF", 2] >= np.mean(full) - 1 / 8
-        and mean["SparF", 4] > max(mean["H2O", 4], mean["last tokens", 4]),
+        required="SparF at 1/2 no less than the full cache; at 1/4 above H2O and last tokens; by 2 standard errors",
+        passed=snapkv.is_no_less(right["SparF", 2], full)
+        and all(snapkv.is_more(right["SparF", 4], right[name, 4]) for name in ("H2O", "last tokens")),
+    )
+    shown = {share: snapkv.shown_surplus(right["H2O", share], right["last tokens", share]) for share in (4, 8)}
+    yield Claim(
+        claim="of the others, accumulated attention (H2O) answers no less than the last tokens",
+        measured="; ".join(
+            f"1/{share}: {mean['H2O', share]:.0%} against {mean['last tokens', share]:.0%}, {surplus}"
+            for share, surplus in shown.items()
+        ),
+        required="no less by 2 standard errors, at 1/4 and at 1/8",
+        passed=all(snapkv.is_no_less(right["H2O", share], right["last tokens", share]) for share in (4, 8)),
     )
 
 
@@ -908,10 +915,10 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         done += 1
 
     claims = [*link_claims(sizes, tick), *truth_claims(sizes, tick), *speed_claims(sizes, tick)]
-    demo = kivi.Demo(
+    demo = snapkv.Wide(
         data,
         kivi.Sizes(
-            windows=sizes.windows, step_tokens=1, recall_tries=0, rounds=0, prompt_tokens=704,
+            windows=sizes.windows, step_tokens=1, recall_tries=0, rounds=0, prompt_tokens=sizes.prompt_tokens,
             decoded_tokens=sizes.decoded_tokens, recall_tokens=snapkv.RECALL_TOKENS,
         ),
     )  # fmt: skip
@@ -926,7 +933,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         *claims,
         *quality_claims(quality, sizes, tick),
         tie_claim(demo, tick),
-        recall_claim(demo, sizes, tick),
+        *recall_claims(demo, sizes, tick),
         *simulator_claims(pages, tick),
         not_run("prefill on a GPU overlaps with shipping to a real drive", "measured overlap", needs="GPU and drive"),
     ]

@@ -1,19 +1,21 @@
-"""Locret's claims, on the bundled demo model: what its trained heads keep, against other ways of choosing in the same
-loop.
+"""Locret's claims, on a model with heads of 128 channels (11.7M weights, 2,048 positions): what its trained heads keep,
+against other ways of choosing in the same loop.
 
 The heads are trained here, on the bundled calibration text; prompts are other text, with other facts. Every method
 reads the prompt in the same chunks, keeps the same number of units with the same ones safe, and numbers them anew; only
-the scores differ. Facts are hidden in real text and one is asked for at the end, when all but the question has been
-read.
+the scores differ. Four facts are hidden in real text; when all of it has been read, each is asked for in turn, and the
+question and its answer go again before the next. Questions and answers stay whole, as in the paper: in earlier forms of
+this experiment an answer was folded like a prompt where a chunk was shorter than a question, so that windowed and
+accumulated attention chose once more, knowing the question.
+
+Orders are judged by the difference of the shares of right answers, prompt by prompt: "more" is more by over two
+standard errors of its mean over prompts, "not above" is not more by over two.
 
 Chunks and stabilizers have the paper's proportion to what is kept (c near b / 2, n_s near 0.4 b). In an earlier form
-chunks were more than twice what is kept, and few facts lay across their borders: there stabilizers did not show (75
-against 71 % of 24 questions without them). In this form 14 of 16 were answered with them and 4 without at T / 16.
-
-Findings, which are claims that fail or may: this model answers more with what Locret keeps than with the full cache,
-where every fact's neighbours compete (14 of 16 against 11, and 79 against 71 % at T / 8); and accumulated and windowed
-attention are hardly above the last tokens, as nothing looks at a fact before it is asked for. Without the smoothness
-term scores are less steady, but in no worse order.
+chunks were more than twice what is kept, and few facts lay across their borders: there stabilizers did not show. Until
+this model was there, the bundled demo model was judged (heads of 32, prompts of 896 tokens, one question each): it
+answered more with what Locret keeps than with the full cache (14 of 16 against 11), where every fact's neighbours
+compete.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner (documentation of Python's standard library)
 otherwise.
@@ -22,7 +24,9 @@ otherwise.
 from __future__ import annotations
 
 import gc
+import math
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +39,8 @@ from memwall.claims import Claim, Progress, main, not_run
 from memwall.compress.calibration import BUNDLED_TEXT, LayerStream
 from memwall.engine.loading import cache_shape
 from memwall.errors import InputError
-from memwall.kv.blocks import BlockCache, Scorer, Uniform, Units
-from memwall.kv.locret import RetainingHeads, heads_width
+from memwall.kv.blocks import BlockCache, Scorer, Step, Uniform, Units
+from memwall.kv.locret import RetainingHeads
 from memwall.kv.retaining import Lessons, TrainSettings, make_rows, train_heads
 from memwall.memory import Arena, Ledger, resident_bytes
 from memwall.models import Checkpoint, ModelConfig, model_directory
@@ -47,39 +51,41 @@ from memwall.models.rope import RotaryTable
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Weights, load_weights
 from memwall.plan.choose import held_out_text
+from memwall.studies.recall_task import hide_facts, is_right
 
-MOST_TOKENS = 4096
+WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
+MOST_TOKENS = 8192
 CHUNK_SHARE, STABLE_SHARE = 3072 / 6000, 2500 / 6000  # paper: table 1, Phi-3, as shares of b
-LOCAL = 48
-"""Last tokens kept in full: the question has fewer."""
-ASKED_NAMES = (
-    "Alice Tom Maria Oscar Nina Peter Laura Victor Emma David red blue green silver tiger falcon otter alpha beta"
-)
+ANSWER_TOKENS = 6
+FACTS = 4
+FIRST_SEED = 1000
 WINDOW, POOL = 32, 5  # SnapKV's defaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """shares: T over the units kept; long_tokens: a prompt beyond the positions the model was trained on."""
+    """prompts: each with FACTS questions; shares: T over the units kept; long_tokens: a prompt beyond the positions the
+    model was trained on.
+    """
 
-    tries: int
+    prompts: int
     training: TrainSettings
     ablations: bool
     shares: tuple[int, ...]
-    prompt_tokens: int = 896
-    long_tokens: int = 2048
-    long_tries: int = 12
+    prompt_tokens: int = 1024
+    long_tokens: int = 4096
+    long_prompts: int = 2
     memory_tokens: tuple[int, ...] = (4096, 8192, 16384, 32768)
 
 
-FULL = Sizes(tries=32, training=TrainSettings(), ablations=True, shares=(8, 16, 32))
+FULL = Sizes(prompts=12, training=TrainSettings(width=128), ablations=True, shares=(8, 16, 32))
 QUICK = Sizes(
-    tries=8,
-    training=TrainSettings(rows=24, row_tokens=320, epochs=4),
+    prompts=3,
+    training=TrainSettings(width=128, rows=24, row_tokens=320, epochs=4),
     ablations=False,
-    shares=(8, 16),
-    prompt_tokens=512,
-    long_tries=3,
+    shares=(16,),
+    prompt_tokens=768,
+    long_prompts=1,
     memory_tokens=(4096, 8192),
 )
 
@@ -184,28 +190,40 @@ class Chance(Scorer):
 
 
 class Study(BlockCache):
-    """A block cache of the study, for any scorer."""
+    """A block cache of the study, for any scorer; a question and its answer stay whole beside what was kept."""
 
     policy = "study"
+    is_asking = False
+
+    def begin_prompt(self, num_tokens: int, longest: int) -> list[int]:
+        if not self.is_asking:
+            return super().begin_prompt(num_tokens, longest)
+        self._plan = deque([Step(num_tokens, folds=False)])
+        return [num_tokens]
+
+    def _unplanned(self, num_tokens: int) -> Step:
+        return Step(num_tokens, folds=False) if self.is_asking else super()._unplanned(num_tokens)
 
     def fork(self) -> kv.KVCache:
         raise NotImplementedError("the study decodes one sequence")
 
 
-# ---- the demo model and its heads ----------------------------------------------------------------------------------
+# ---- the model and its heads ---------------------------------------------------------------------------------------
 
 
 class Demo:
-    """The bundled model, trained heads for it, and the recall task."""
+    """The model with heads of 128 channels, retaining heads for it, and the recall task."""
 
     def __init__(self, data: Path | None, sizes: Sizes, tick: Callable[[str], None]) -> None:
-        self.directory, self.sizes, self.tick = model_directory("demo"), sizes, tick
+        if not (WIDE_HEADS / "model.safetensors").exists():
+            raise InputError(f"{WIDE_HEADS}: the model is not there; scripts/grow_wide_heads.py makes it")
+        self.directory, self.sizes, self.tick = WIDE_HEADS, sizes, tick
         self.config = ModelConfig.from_directory(self.directory)
         self.shape = cache_shape(self.config)
         self.arena = Arena(1 << 40, Ledger())
         with Checkpoint(self.directory, self.config) as checkpoint:
             weights = load_weights(self.config, checkpoint, resolve(self.config, "float16"), self.arena)
-        self.decoder = Decoder(self.config, weights, self.arena, segment_tokens=1024, logit_rows=128, exact=True)
+        self.decoder = Decoder(self.config, weights, self.arena, segment_tokens=2048, logit_rows=128, exact=True)
         self.tokenizer = Tokenizer.from_directory(self.directory)
         self.rotary = RotaryTable(self.config.rope, self.config.head_dim)
         self.text = held_out_text() if data is None else data.read_text(encoding="utf-8")
@@ -214,7 +232,7 @@ class Demo:
             raise InputError(f"{data or 'the bundled text'}: {len(self.tokens):,} tokens; needs {sizes.long_tokens:,}")
         self.heads: dict[str, dict[str, np.ndarray]] = {}
         self.quality: dict[str, list[tuple[float, float]]] = {}
-        self.recalled: dict[tuple[Any, ...], float] = {}
+        self.recalled: dict[tuple[Any, ...], np.ndarray] = {}
 
     def train(self) -> None:
         """Heads of every kind the study needs, and how well each ranks the tokens of held-out rows."""
@@ -245,7 +263,7 @@ class Demo:
                         lessons.inputs,
                         labels,
                         rows.prompts,
-                        heads_width(self.shape),
+                        settings.width,
                         settings,
                         num_layers=self.config.num_layers,
                     )
@@ -285,7 +303,7 @@ class Demo:
         scorer: Scorer
         if method in self.heads:
             heads = self.heads[method]
-            scorer = RetainingHeads(self.shape, self.rotary, heads_width(self.shape), arena, lambda: heads)
+            scorer = RetainingHeads(self.shape, self.rotary, self.sizes.training.width, arena, lambda: heads)
         else:
             scorer = {
                 "SnapKV a chunk": lambda: WindowAttention(self.shape),
@@ -303,53 +321,46 @@ class Demo:
             MOST_TOKENS,
             scorer=scorer,
             allocator=allocator,
-            local=LOCAL,
             **settings,
         )
 
-    def recall(self, method: str, num_tokens: int, budget: int, tries: int, **changes: Any) -> float:
-        """Share of right answers: four facts in real text, the question at the end, greedy."""
-        asked = (method, num_tokens, budget, tries, *sorted(changes))
+    def recall(self, method: str, num_tokens: int, budget: int, prompts: int, **changes: Any) -> np.ndarray:
+        """Share of right answers of each prompt [prompts]: facts in real text, each asked for at the end, greedy."""
+        asked = (method, num_tokens, budget, prompts, *sorted(changes))
         if asked not in self.recalled:
             self.tick(f"{method}, {budget} of {num_tokens}")
-            self.recalled[asked] = self._recall(method, num_tokens, budget, tries, changes)
+            self.recalled[asked] = np.array(
+                [self._recall(method, num_tokens, budget, number, changes) for number in range(prompts)]
+            )
         return self.recalled[asked]
 
-    def _recall(self, method: str, num_tokens: int, budget: int, tries: int, changes: dict[str, Any]) -> float:
-        right = 0
-        for attempt in range(tries):
-            prompt, answer = self.facts(np.random.default_rng(1000 + attempt), num_tokens)
-            cache = self.cache(method, budget, prompt, **changes)
-            begin = 0
-            for size in cache.begin_prompt(len(prompt), 1024):
-                logits = self.decoder.forward(np.array(prompt[begin : begin + size]), cache)
-                begin += size
+    def _recall(self, method: str, num_tokens: int, budget: int, number: int, changes: dict[str, Any]) -> float:
+        hidden = hide_facts(
+            self.tokenizer,
+            self.tokens,
+            np.random.default_rng(FIRST_SEED + number),
+            num_tokens=num_tokens,
+            num_facts=FACTS,
+            opening=self.config.bos_token_id or 0,
+        )
+        cache, begin, right = self.cache(method, budget, hidden.prompt, **changes), 0, 0
+        for size in cache.begin_prompt(len(hidden.prompt), 1024):
+            self.decoder.hidden(np.array(hidden.prompt[begin : begin + size]), cache)
+            begin += size
+        if isinstance(cache, Study):
+            cache.is_asking = True
+        length = cache.length
+        for question, answer in hidden.questions:
+            cache.begin_prompt(len(question), 1024)
+            logits = self.decoder.forward(np.array(question), cache)
             said: list[int] = []
-            for _ in range(6):
+            for _ in range(ANSWER_TOKENS):
                 said.append(int(logits.argmax()))
                 logits = self.decoder.forward(np.array(said[-1:]), cache)
-            right += self.tokenizer.decode(said).strip().startswith(answer)
-            cache.release()
-        return right / tries
-
-    def facts(self, rng: np.random.Generator, num_tokens: int) -> tuple[list[int], str]:
-        """A prompt of so many tokens, and the answer. The question has less than 48 tokens."""
-
-        def encode(text: str) -> list[int]:
-            return self.tokenizer.encode(text, add_bos=False)
-
-        names = rng.choice(ASKED_NAMES.split(), 4, replace=False)
-        numbers = rng.integers(1000, 100_000, 4)
-        facts = [encode(f"\nThe secret number of {name} is {n}.\n") for name, n in zip(names, numbers)]
-        asked = int(rng.integers(4))
-        question = encode(f"\nWhat is the secret number of {names[asked]}? The secret number of {names[asked]} is")
-        free = num_tokens - 1 - len(question) - sum(map(len, facts))
-        start = int(rng.integers(len(self.tokens) - free))
-        parts = np.split(self.tokens[start : start + free], np.sort(rng.integers(0, free, 4)))
-        prompt = [self.config.bos_token_id or 0, *parts[0].tolist()]
-        for fact, part in zip(facts, parts[1:]):
-            prompt += [*fact, *part.tolist()]
-        return prompt + question, str(numbers[asked])
+            right += is_right(self.tokenizer.decode(said), answer)
+            cache.truncate(length)
+        cache.release()
+        return right / FACTS
 
 
 def chunk_of(budget: int) -> int:
@@ -386,41 +397,60 @@ def quality_claim(demo: Demo) -> Claim:
     )
 
 
+def surplus(better: np.ndarray, worse: np.ndarray) -> tuple[float, float]:
+    """How much more is answered of the same prompts, and the standard error of that over prompts."""
+    difference = better - worse
+    return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
+
+
+def is_more(better: np.ndarray, worse: np.ndarray) -> bool:
+    """Whether it is more by over two standard errors."""
+    difference, error = surplus(better, worse)
+    return difference > 2 * error
+
+
+def shown_surplus(better: np.ndarray, worse: np.ndarray) -> str:
+    """The same in points."""
+    difference, error = surplus(better, worse)
+    return f"{100 * difference:+.0f} +- {100 * error:.0f} points"
+
+
 def recall_claims(demo: Demo) -> list[Claim]:
     """All methods at one peak, for each share."""
     sizes, claims = demo.sizes, []
     methods = ("trained", "SnapKV a chunk", "H2O", "entropy", "recency", "random")
-    full = demo.recall("full", sizes.prompt_tokens, 0, sizes.tries)
+    full = demo.recall("full", sizes.prompt_tokens, 0, sizes.prompts)
     for share in sizes.shares:
         budget = sizes.prompt_tokens // share
-        found = {name: demo.recall(name, sizes.prompt_tokens, budget, sizes.tries) for name in methods}
-        own, rest = found.pop("trained"), max(v for k, v in found.items() if k != "trained")
+        found = {name: demo.recall(name, sizes.prompt_tokens, budget, sizes.prompts) for name in methods}
+        own, newest = found.pop("trained"), found["recency"]
         claims.append(
             Claim(
                 claim=f"with the question last, trained scores answer more at T / {share} than the other scores",
-                measured=f"right of {sizes.tries} at {sizes.prompt_tokens} tokens, b = {budget}, "
-                f"c = {chunk_of(budget)}: full {full:.0%}; Locret {own:.0%}; "
-                + "; ".join(f"{name} {value:.0%}" for name, value in found.items()),
-                required="at most the full cache's (one try apart), and more than each other",
-                passed=own <= full + 1.5 / sizes.tries and own > rest,
+                measured=f"right of {sizes.prompts} times {FACTS} at {sizes.prompt_tokens} tokens, b = {budget}, "
+                f"c = {chunk_of(budget)}: full {full.mean():.0%}; Locret {own.mean():.0%}; "
+                + "; ".join(f"{n} {each.mean():.0%} ({shown_surplus(own, each)})" for n, each in found.items()),
+                required="not above the full cache, and more than each other, by 2 standard errors",
+                passed=not is_more(own, full) and all(is_more(own, each) for each in found.values()),
             )
         )
+        seen = {name: found[name] for name in ("H2O", "SnapKV a chunk")}
         claims.append(
             Claim(
                 claim=f"at T / {share} accumulated and windowed attention answer more than the last tokens do",
-                measured=f"H2O {found['H2O']:.0%}, SnapKV a chunk {found['SnapKV a chunk']:.0%}; "
-                f"recency {found['recency']:.0%}",
-                required="both above",
-                passed=min(found["H2O"], found["SnapKV a chunk"]) > found["recency"],
+                measured="; ".join(f"{n} {each.mean():.0%} ({shown_surplus(each, newest)})" for n, each in seen.items())
+                + f"; recency {newest.mean():.0%}",
+                required="both more, by 2 standard errors",
+                passed=all(is_more(each, newest) for each in seen.values()),
             )
         )
         if share == 16:
             claims.append(
                 Claim(
                     claim="at 16 times compression trained scores answer nearly as much as the full cache",
-                    measured=f"{own:.0%} against {full:.0%}",
+                    measured=f"{own.mean():.0%} against {full.mean():.0%}",
                     required="within 10 points",
-                    passed=own >= full - 0.1,
+                    passed=own.mean() >= full.mean() - 0.1,
                 )
             )
     return claims
@@ -430,22 +460,23 @@ def ablation_claims(demo: Demo) -> list[Claim]:
     """What each part is for."""
     sizes = demo.sizes
     budget = sizes.prompt_tokens // 16
-    own = demo.recall("trained", sizes.prompt_tokens, budget, sizes.tries)
-    shuffled = demo.recall("shuffled heads", sizes.prompt_tokens, budget, sizes.tries)
-    unsafe = demo.recall("trained", sizes.prompt_tokens, budget, sizes.tries, stable=0)
+    own = demo.recall("trained", sizes.prompt_tokens, budget, sizes.prompts)
+    shuffled = demo.recall("shuffled heads", sizes.prompt_tokens, budget, sizes.prompts)
+    unsafe = demo.recall("trained", sizes.prompt_tokens, budget, sizes.prompts, stable=0)
     rough, smooth = (float(np.mean(demo.smoothness[kind])) for kind in ("not smoothed", "trained"))
     return [
         Claim(
             claim="heads trained on the labels of other heads answer less",
-            measured=f"{shuffled:.0%} against {own:.0%} at T / 16",
-            required="less",
-            passed=shuffled < own,
+            measured=f"{shuffled.mean():.0%} against {own.mean():.0%} at T / 16, {shown_surplus(shuffled, own)}",
+            required="less by 2 standard errors",
+            passed=is_more(own, shuffled),
         ),
         Claim(
             claim="without stabilizers fewer questions are answered",
-            measured=f"{unsafe:.0%} with n_s = 0, {own:.0%} with n_s = {int(budget * STABLE_SHARE)}, at T / 16",
-            required="fewer",
-            passed=unsafe < own,
+            measured=f"{unsafe.mean():.0%} with n_s = 0, {own.mean():.0%} with n_s = {int(budget * STABLE_SHARE)}, at "
+            f"T / 16, {shown_surplus(unsafe, own)}",
+            required="fewer by 2 standard errors",
+            passed=is_more(own, unsafe),
         ),
         Claim(
             claim="the smoothness term keeps the scores of neighbours closer",
@@ -458,7 +489,7 @@ def ablation_claims(demo: Demo) -> list[Claim]:
 
 def causality_claim(demo: Demo) -> Claim:
     """Scores stored of the same tokens, with and without what follows them."""
-    prompt, _ = demo.facts(np.random.default_rng(5), 512)
+    prompt = demo.tokens[:512]
     found = []
     for count in (512, 300):
         cache = demo.cache("trained", 1024, stable=0, chunk=128)
@@ -481,14 +512,16 @@ def causality_claim(demo: Demo) -> Claim:
 def longer_claim(demo: Demo) -> Claim:
     """A prompt twice as long as anything that the model was trained on."""
     sizes = demo.sizes
-    budget, known = 192, demo.config.max_position
-    packed = demo.recall("trained", sizes.long_tokens, budget, sizes.long_tries)
-    spread = demo.recall("trained", sizes.long_tokens, budget, sizes.long_tries, turns=None)
-    full = demo.recall("full", sizes.long_tokens, 0, sizes.long_tries)
+    budget, known = 256, demo.config.max_position
+    packed, spread = (
+        float(demo.recall("trained", sizes.long_tokens, budget, sizes.long_prompts, **changes).mean())
+        for changes in ({}, {"turns": None})
+    )
+    full = float(demo.recall("full", sizes.long_tokens, 0, sizes.long_prompts).mean())
     return Claim(
         claim=f"prompts beyond the {known} positions that the model knows work, because units are numbered anew",
-        measured=f"right of {sizes.long_tries} at {sizes.long_tokens} tokens, b = {budget}: {packed:.0%} numbered "
-        f"anew, {spread:.0%} with the positions of the prompt; full cache {full:.0%}",
+        measured=f"right of {sizes.long_prompts} times {FACTS} at {sizes.long_tokens} tokens, b = {budget}: "
+        f"{packed:.0%} numbered anew, {spread:.0%} with the positions of the prompt; full cache {full:.0%}",
         required="at least a third right, and more than both others",
         passed=packed >= 1 / 3 and packed > max(spread, full),
     )

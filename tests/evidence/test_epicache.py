@@ -10,7 +10,6 @@ import pytest
 
 from memwall.cli.evidence import load_experiment
 from memwall.errors import InputError
-from memwall.studies import dialogues
 from memwall.systems import find_system
 
 
@@ -21,8 +20,8 @@ def epicache() -> ModuleType:
 
 def test_dialogues_state_what_is_asked(epicache: ModuleType) -> None:
     told = epicache.dialogue(3)
-    assert len(told.lines) == 4 * dialogues.SESSIONS * dialogues.LINES
-    assert len(told.facts) == 8
+    assert len(told.lines) == len(epicache.TOPICS) * epicache.SESSIONS * epicache.LINES
+    assert len(told.facts) == len(epicache.TOPICS) * epicache.FACTS
     for question, answer, line in told.facts:
         name = question.split("number of ")[1].split("?")[0]
         assert told.lines[line].text == f"The secret number of {name} is {answer}."
@@ -55,3 +54,10 @@ def test_conversations_are_read(epicache: ModuleType, tmp_path: Path) -> None:
     path.write_text('[{"qa": []}]')
     with pytest.raises(InputError, match="LoCoMo"):
         epicache.read_locomo(path)
+
+
+def test_more_is_judged_over_dialogues(epicache: ModuleType) -> None:
+    worse = [[False, False]] * 4
+    assert epicache.surplus([[True, False]] * 4, worse) == (0.5, 0.0)
+    assert epicache.is_more([[True, False]] * 4, worse)
+    assert not epicache.is_more([[True, True], *worse[1:]], worse)

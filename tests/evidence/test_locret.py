@@ -79,3 +79,43 @@ def test_window_attention_looks_at_the_last_queries(locret: ModuleType) -> None:
     kept = kept_after(locret, locret.WindowAttention(SHAPE), q, k)
     assert 3 in kept[0]
     assert 5 in kept[1]
+
+
+def test_a_question_stays_whole(locret: ModuleType) -> None:
+    """However long it and its answer are; and it goes again without a trace."""
+    cache = locret.Study(
+        SHAPE, Arena(1 << 24, Ledger()), 100, scorer=locret.Newest(), allocator=Uniform([6]), chunk=8, stable=0
+    )
+    rng = np.random.default_rng(0)
+
+    def read(count: int) -> None:
+        begin = cache.length
+        for size in cache.begin_prompt(count, 8):
+            q, k = (rng.standard_normal((size, heads, 8), np.float32) for heads in (4, 2))
+            cache.append(0, k, k, np.arange(begin, begin + size))
+            cache.attend(0, q, np.arange(begin, begin + size), np.empty_like(q))
+            cache.settle(0)
+            begin += size
+
+    read(24)
+    assert cache.kept_lengths == [[6, 6]]
+    cache.is_asking = True
+    read(20)
+    read(1)
+    assert cache.kept_lengths == [[6, 6]]
+    assert cache.length == 45
+    assert cache._layers[0].num_tail == 21
+    cache.truncate(24)
+    assert cache.length == 24
+    assert cache.next_position == 24
+
+
+def test_more_is_more_by_two_standard_errors(locret: ModuleType) -> None:
+    worse = np.zeros(16)
+    better = np.tile([0.0, 0.5], 8)
+    difference, error = locret.surplus(better, worse)
+    assert difference == 0.25
+    assert error == pytest.approx(0.25 * (16 / 15) ** 0.5 / 4)
+    assert locret.is_more(better, worse)
+    assert not locret.is_more(worse, better)
+    assert not locret.is_more(np.array([0.25, *worse[1:]]), worse)

@@ -47,6 +47,7 @@ def test_the_other_ways_keep_what_they_say(snapkv: ModuleType) -> None:
     for name, last in (("SnapKV", 10), ("no pooling", 10), ("H2O", 10), ("chance", 10)):
         np.testing.assert_array_equal(kept[name][:, -last:], [range(100 - last, 100)] * 2)
     total = evict.attention_votes(k, q, stats, 0.25)
+    np.testing.assert_allclose(snapkv.all_votes(k, q, stats, 0.25), total, rtol=1e-4)
     for head, own in enumerate(kept["H2O"]):
         assert set(own[:10]) == set(np.argsort(total[head, :90])[-10:])
     known[0] = total
@@ -74,6 +75,18 @@ def test_a_prompt_replayed_leaves_what_the_model_would(snapkv: ModuleType) -> No
         prompt, [prompt.stats(layer) for layer in range(2)], {0: np.zeros((2, 90)), 1: np.zeros((2, 90))}, 30
     )
     assert all(0 <= share <= 1 for share in shares.values())
+
+
+def test_more_is_more_by_two_standard_errors(snapkv: ModuleType) -> None:
+    some, none = [True, False] * 8, [False] * 16
+    difference, error = snapkv.surplus(some, none)
+    assert difference == 0.5
+    assert error == pytest.approx(0.5 * (16 / 15) ** 0.5 / 4)
+    assert snapkv.is_more(some, none)
+    assert not snapkv.is_no_less(none, some)
+    one = [True, *none[1:]]
+    assert not snapkv.is_more(one, none)
+    assert snapkv.is_no_less(none, one)
 
 
 def test_bytes_are_those_of_another_process(snapkv: ModuleType) -> None:
