@@ -10,11 +10,11 @@ client decodes or recomputes them in an engine with 26 million random weights, o
 the repository's bandwidth traces (`--data` a directory with cachegen-bandwidth.jsonl, or rates drawn alike), scaled to
 this model: the finest level takes as long at the mean rate as there is time.
 
-Changed after results were seen, and to be read so: an earlier controller left no time to spare, and over sockets missed
-as many deadlines as level 1 or more (24 against 14 % of 70). Its margins were chosen on drawn traces of other seeds, the
-one it begins with raised once after recorded traces, and sockets go through all three speeds of the virtual clock now,
-as the claim says, instead of the middle one, which is told apart. On 1,260 tries of a seed looked at only afterwards, on
-the virtual clock, the controller missed 11.6 %, level 1 21.5; at the middle speed 19 against 26 of 420.
+Changed after results were seen, and to be read so: an earlier controller left no time to spare, and over sockets
+missed as many deadlines as level 1 or more (24 against 14 % of 70). Its margins were chosen on drawn traces of other
+seeds, the one it begins with raised once after recorded traces, and sockets go through all three speeds of the virtual
+clock now, as the claim says, instead of the middle one, which is told apart. On 1,260 tries of a seed looked at only
+afterwards, on the virtual clock, the controller missed 11.6 %, level 1 21.5; at the middle speed 19 against 26 of 420.
 
 Text: `--data` a UTF-8 file, or a directory with one; the planner's held-out text otherwise. Profiles are fitted on the
 bundled calibration text, never on the text that is scored.

@@ -19,8 +19,8 @@ from memwall.errors import InputError
 REMEMBERED_ERRORS = 5
 LINK_ERROR, WORK_ERROR = 2.0, 0.2
 """Errors to begin with: a link may carry a third of what it just did; a processor, which was measured before it also
-had a link to attend to, may need a fifth longer. Chosen on drawn bandwidths, the link's after recorded ones had been seen (at
-1 the coarsest level missed less)."""
+had a link to attend to, may need a fifth longer. Chosen on drawn bandwidths, the link's after recorded ones had been
+seen (at 1 the coarsest level missed less)."""
 
 
 class Pace:
