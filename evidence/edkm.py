@@ -41,6 +41,7 @@ from memwall import _native, kernels
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.compress.base import MethodConfig, Statistics
 from memwall.compress.calibration import (
+    BUNDLED_TEXT,
     CalibrationSettings,
     LayerStream,
     PromptCache,
@@ -441,7 +442,8 @@ class Study:
         self.checkpoint = Checkpoint(self.folder, self.config)
         tokenizer = Tokenizer.from_directory(self.folder, self.config.vocab_size)
         if data is None:
-            learned, scored, name = library_text(), held_out_text(), "the standard library's docstrings"
+            learned = BUNDLED_TEXT.read_text(encoding="utf-8") if quick else library_text()
+            scored, name = held_out_text(), "the standard library's docstrings"
         else:
             text = data.read_text(encoding="utf-8")
             learned, scored, name = text[: len(text) // 2], text[len(text) // 2 :], str(data)
