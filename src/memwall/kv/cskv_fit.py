@@ -194,10 +194,11 @@ class Target:
         found = []
         for which, form in enumerate(forms):
             features = rounded(x @ factors[2 * which], form)
-            pair = (x @ self.weights[which], features @ factors[2 * which + 1])
+            exact, rebuilt = x @ self.weights[which], features @ factors[2 * which + 1]
             if which == 0 and self.norm is not None:
-                pair = tuple(self._normed(part if self.bias is None else part + self.bias) for part in pair)
-            found.append(torch.nn.functional.mse_loss(pair[1], pair[0]))
+                bias = 0.0 if self.bias is None else self.bias
+                exact, rebuilt = self._normed(exact + bias), self._normed(rebuilt + bias)
+            found.append(torch.nn.functional.mse_loss(rebuilt, exact))
         return found
 
     def _normed(self, keys: torch.Tensor) -> torch.Tensor:
