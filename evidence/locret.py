@@ -11,6 +11,10 @@ accumulated attention chose once more, knowing the question.
 Orders are judged by the difference of the shares of right answers, prompt by prompt: "more" is more by over two
 standard errors of its mean over prompts, "not above" is not more by over two.
 
+Findings, which are claims that fail: accumulated and windowed attention answer no more than the last tokens (2 and 0
+against 4 % at T / 16), as nothing looks at a fact before it is asked for; and without stabilizers 71 % are answered
+against 81 %, which is 1.7 standard errors on 12 prompts.
+
 Chunks and stabilizers have the paper's proportion to what is kept (c near b / 2, n_s near 0.4 b). In an earlier form
 chunks were more than twice what is kept, and few facts lay across their borders: there stabilizers did not show. Until
 this model was there, the bundled demo model was judged (heads of 32, prompts of 896 tokens, one question each): it

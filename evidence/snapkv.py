@@ -11,6 +11,14 @@ Orders between shares of right answers are judged by the paired difference over 
 its standard errors, "no less" is not less by over two. Prompts have 1,024 tokens, where the full cache finds all facts
 (at 1,536 nine of ten); the model goes on with no span of text that comes again, so that copying is not judged.
 
+A finding, which is a claim that fails: the paper's order of baselines, H2O no worse than first and last tokens, does
+not show on this model either. Of 96 prompts H2O finds 3 % at an eighth and nothing below, first and last tokens 14, 3
+and 0 %: nothing looks at a fact before it is asked for, and H2O has half of the last tokens.
+
+Changed after 32 of the prompts were seen: 96 prompts instead of 48, since at an eighth and at 1/32 differences were
+below two standard errors (15.6 and 9.4 points), and H2O must find some at all, since two that find nothing are never
+apart. The prompts added were not looked at before.
+
 Chosen after earlier runs were seen, and to be read so: the budget and the ratio by which recall over depth is judged
 (at 1/8, on 16 prompts of the bundled demo model, it failed), and the faster rounds as times. Until this model was
 there, the demo model (heads of 32, prompts of 900 tokens) was judged, without standard errors: there first and last
@@ -784,7 +792,7 @@ def overhead_claim(sizes: Sizes) -> Claim:
 
 def peer_claim(prompt: Prompt) -> Claim:
     """kvpress scores the same prompt's keys by its window's attention, computed densely in torch."""
-    name, required = "kept rows agree with kvpress' SnapKVPress on the demo model's prompt", "at least 99 % of them"
+    name, required = "kept rows agree with kvpress' SnapKVPress on the same prompt", "at least 99 % of them"
     missing = [each for each in ("torch", "kvpress") if importlib.util.find_spec(each) is None]
     if missing:
         return not_run(name, required, needs=", ".join(missing))
