@@ -8,7 +8,9 @@ as it is in these caches, so that one token at a time would see the same.
 
 On the demo model (heads of 32) the choice by the queries and the one by the keys' norm tied (KL 0.0220 and 0.0218 over
 2,688 tokens), and kvpress' ThinKPress dropped the same channels there. With the model came longer prompts and as many
-windows as the held-out text has.
+windows as the held-out text has. To be read beside the result: as this model was grown, a quarter of its channels bears
+94 % of the logits, which makes dropping easy for any rule that sees sizes; and on other text (WikiText-2's validation
+part) the order of ThinK and the keys' norm was the same by a third of a standard error only.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """
