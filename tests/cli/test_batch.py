@@ -88,7 +88,7 @@ BAD: list[tuple[Any, str]] = [
     ({**request(90, "x"), "custom_id": "r0"}, "is that of line 1 already"),
     ({**request(91, "x"), "url": "/v1/images"}, "a batch knows"),
     (request(92, "x", stream=True), "stream is for servers"),
-    (request(93, "x", tools=[{}]), "tools is not supported"),
+    (request(93, "x", tools=[{}]), "tool 0 must be"),
     (request(94, "word " * 3000), "context"),
     (request(95, "x", model="other"), "is not here"),
     (request(96, "x", temprature=1), "did you mean temperature"),

@@ -70,7 +70,7 @@ def test_rounded_keys_are_rounded_once_a_block_is_whole(accllm: Any, source: Pat
     k = rng.standard_normal((40, shape.num_kv_heads, shape.head_dim)).astype(np.float32)
     cache.append(0, k, k, np.arange(40))
     cache.settle(0)
-    held = cache.rows[0, 0, :40]
+    held = cache.held[0, 0, :40]
     assert np.abs(held[:32] - k[:32]).max() > 0.01
     np.testing.assert_array_equal(held[32:], k[32:])
     assert all(len(np.unique(held[:32, 0, channel])) <= 16 for channel in range(shape.head_dim))

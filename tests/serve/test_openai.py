@@ -211,11 +211,11 @@ def test_broken_bodies_are_refused(server: Running, body: bytes, names: str) -> 
 
 
 def test_chats_that_cannot_be_done_are_named(server: Running) -> None:
-    with pytest.raises(openai.BadRequestError, match="tools"):
+    with pytest.raises(openai.BadRequestError, match="two tools are called 'f'"):
         server.client().chat.completions.create(
             model="demo",
             messages=[{"role": "user", "content": "hi"}],
-            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}] * 2,
         )
     answer = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})
     assert answer.status_code == 400
