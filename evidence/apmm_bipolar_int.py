@@ -30,14 +30,13 @@ import numpy as np
 from memwall import kernels
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine import evaluate
-from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import codes_of, codes_of_signed, integers_of, pack
 from memwall.kernels.planes import pack_planes, plane_products, plane_products_apart
 from memwall.plan.choose import held_out_text
+from memwall.systems import wide_heads
 
 WIDTHS = range(1, 9)
-WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
 PAIRS = ((1, 1), (1, 2), (2, 2), (2, 3), (2, 4), (3, 4), (4, 4), (4, 8), (8, 8))
 SIZE = 4096
 
@@ -275,11 +274,9 @@ def recovery(rounds: int) -> list[Claim]:
 
 def quality(data: Path | None, limit: int) -> list[Claim]:
     text = data.read_text(encoding="utf-8") if data is not None else held_out_text()
-    if not (WIDE_HEADS / "model.safetensors").is_file():
-        raise InputError(f"{WIDE_HEADS} holds no model; get it with the source, or grow it: scripts/grow_wide_heads.py")
-    perplexity = {}
+    model, perplexity = wide_heads(), {}
     for n, m in itertools.product((1, 2, 3, 4), (2, 4, 8)):
-        perplexity[n, m] = evaluate(WIDE_HEADS, text, weights=f"w{n}a{m}", limit_tokens=limit).perplexity
+        perplexity[n, m] = evaluate(model, text, weights=f"w{n}a{m}", limit_tokens=limit).perplexity
     by_weights = all(perplexity[n, m] > perplexity[n + 1, m] for n in (1, 2, 3) for m in (2, 4, 8))
     by_activations = all(perplexity[n, m] > perplexity[n, 2 * m] for n in (1, 2, 3, 4) for m in (2, 4))
     shown = ", ".join(f"W{n}A{m} {value:,.1f}" for (n, m), value in perplexity.items())

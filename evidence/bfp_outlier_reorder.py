@@ -36,7 +36,6 @@ from memwall import kv
 from memwall.claims import Claim, Progress, main
 from memwall.cli.evidence import load_experiment
 from memwall.engine.loading import cache_shape
-from memwall.errors import InputError
 from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.kernels import bfp
 from memwall.kv.bfp_outlier_reorder import BfpCache, pair_order, row_norms
@@ -50,7 +49,7 @@ from memwall.models.rope import rope_tables
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 from memwall.plan.choose import held_out_text
-from memwall.systems import find_system
+from memwall.systems import find_system, wide_heads
 
 kivi: Any = load_experiment(find_system("kivi"))
 FULL = kivi.Sizes(windows=6, step_tokens=4, recall_tries=1, rounds=15)
@@ -66,7 +65,6 @@ CELLS = (
 PAIRS = 3
 """Pairs of channels that are outliers, of each head's 64: six channels of 128, as in the toy."""
 CONTEXT_TOKENS = 2048
-WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
 ONE_B = kv.CacheShape(num_layers=4, num_heads=32, num_kv_heads=8, head_dim=64)
 
 
@@ -95,13 +93,6 @@ def plant(source: Path, to: Path, factor: float) -> None:
                         own = pairs[int(name.split(".")[2]), kv_head]
                         heads[head, [*own, *own + half]] *= factor if ".k_proj." in name else 1 / factor
                 writer.write(name, rows)
-
-
-def wide_heads() -> Path:
-    """The folder of the model with heads of 128 channels."""
-    if not (WIDE_HEADS / "model.safetensors").is_file():
-        raise InputError(f"{WIDE_HEADS} holds no model; get it with the source, or grow it: scripts/grow_wide_heads.py")
-    return WIDE_HEADS
 
 
 class FolderDemo(kivi.Demo):  # type: ignore[misc]

@@ -50,7 +50,6 @@ from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.quality import evaluate
 from memwall.engine.sequence import Request
 from memwall.engine.simulated import StepCost, simulated_engine
-from memwall.errors import InputError
 from memwall.formats import Packed
 from memwall.formats.comet import CometCodec, with_wide
 from memwall.hardware import load_machine
@@ -64,10 +63,9 @@ from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 from memwall.plan.choose import held_out_text
 from memwall.serve.burstgpt import ZipfLengths, example_windows, generate
-from memwall.systems import find_system
+from memwall.systems import find_system, wide_heads
 
 kivi: Any = load_experiment(find_system("kivi"))
-WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
 BLOCK, TIMES, CHANNELS = 64, 20.0, 6
 TUNING = Tuning(calibration=CalibrationSettings(max_tokens=4096, sequence_tokens=512))
 
@@ -148,13 +146,9 @@ class Models:
     """Forms of the planted model, made when they are asked for, and their perplexities."""
 
     def __init__(self, root: Path, text: str, sizes: Sizes) -> None:
-        if not (WIDE_HEADS / "model.safetensors").is_file():
-            raise InputError(
-                f"{WIDE_HEADS} holds no model; get it with the source, or grow it: scripts/grow_wide_heads.py"
-            )
         self.root, self.text, self.sizes = root, text, sizes
-        self.config = ModelConfig.from_directory(WIDE_HEADS)
-        self.source = write_model(WIDE_HEADS, root / "planted", planted(self.config))
+        self.config = ModelConfig.from_directory(wide_heads())
+        self.source = write_model(wide_heads(), root / "planted", planted(self.config))
         self._known: dict[str, tuple[Path, float]] = {
             "float": (self.source, self.perplexity_of(self.source, "float32"))
         }
@@ -211,7 +205,7 @@ class Models:
 
 def exact_claims(models: Models) -> Iterator[Claim]:
     tokens = np.random.default_rng(0).integers(3, models.config.vocab_size, 128)
-    before = logits(WIDE_HEADS, tokens)
+    before = logits(wide_heads(), tokens)
     after = logits(models.source, tokens)
     permuted = logits(write_model(models.source, models.root / "permuted", calibrated(models.source, Comet())), tokens)
     pairs = ((after, before), (permuted, after))
@@ -345,7 +339,7 @@ def cache_claims(models: Models, data: Path | None, quick: bool) -> Iterator[Cla
     folder = models.folder("FMPQ")
     plain, coded = (models.perplexity_of(folder, cache=cache) for cache in ("float16", "kv4"))
     sizes = kivi.Sizes(windows=2, step_tokens=16 if quick else 8, recall_tries=1, rounds=1)
-    demo = kivi.Demo(data, sizes, WIDE_HEADS)
+    demo = kivi.Demo(data, sizes, wide_heads())
     exact = demo.score(demo.cache("float32"))
     assert len(exact.losses)
     tokens = kivi.AxesCache(demo.shape, 4, 0, False, False)

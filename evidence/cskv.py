@@ -39,7 +39,7 @@ from memwall.kv.cskv import CskvCache, CskvSettings
 from memwall.kv.latent import Factors
 from memwall.memory import Arena, Ledger, resident_bytes
 from memwall.models import Checkpoint
-from memwall.systems import find_system
+from memwall.systems import find_system, wide_heads
 
 bfp: Any = load_experiment(find_system("bfp-outlier-reorder"))  # the model with heads of 128 channels
 xquant: Any = load_experiment(find_system("xquant"))
@@ -354,7 +354,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
             progress(min(done, steps), steps, what)
         done += 1
 
-    demo = CskvDemo(bfp.wide_heads(), data, sizes, QUICK_STEPS if quick else FULL_STEPS)
+    demo = CskvDemo(wide_heads(), data, sizes, QUICK_STEPS if quick else FULL_STEPS)
     scores = xquant.Scores(demo, tick)
     recall = not_run(
         "facts hidden in a prompt are still found", "at density 0.2, as with float16", needs="the full form"

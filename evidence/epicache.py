@@ -57,8 +57,8 @@ from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 from memwall.studies.dialogues import Dialogue
 from memwall.studies.recall_task import is_right
+from memwall.systems import wide_heads
 
-WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
 CHUNK = 224
 CAPACITY = 2048
 FIRST_SEED = 2000
@@ -157,9 +157,7 @@ class Study:
     """The model with heads of 128 channels, reading dialogues through caches of every kind."""
 
     def __init__(self) -> None:
-        if not (WIDE_HEADS / "model.safetensors").exists():
-            raise InputError(f"{WIDE_HEADS}: the model is not there; scripts/grow_wide_heads.py makes it")
-        self.directory = WIDE_HEADS
+        self.directory = wide_heads()
         self.config = ModelConfig.from_directory(self.directory)
         self.shape = cache_shape(self.config)
         self.arena = Arena(1 << 40, Ledger())

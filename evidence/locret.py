@@ -56,8 +56,8 @@ from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import Weights, load_weights
 from memwall.plan.choose import held_out_text
 from memwall.studies.recall_task import hide_facts, is_right
+from memwall.systems import wide_heads
 
-WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
 MOST_TOKENS = 8192
 CHUNK_SHARE, STABLE_SHARE = 3072 / 6000, 2500 / 6000  # paper: table 1, Phi-3, as shares of b
 ANSWER_TOKENS = 6
@@ -219,9 +219,7 @@ class Demo:
     """The model with heads of 128 channels, retaining heads for it, and the recall task."""
 
     def __init__(self, data: Path | None, sizes: Sizes, tick: Callable[[str], None]) -> None:
-        if not (WIDE_HEADS / "model.safetensors").exists():
-            raise InputError(f"{WIDE_HEADS}: the model is not there; scripts/grow_wide_heads.py makes it")
-        self.directory, self.sizes, self.tick = WIDE_HEADS, sizes, tick
+        self.directory, self.sizes, self.tick = wide_heads(), sizes, tick
         self.config = ModelConfig.from_directory(self.directory)
         self.shape = cache_shape(self.config)
         self.arena = Arena(1 << 40, Ledger())

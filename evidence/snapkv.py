@@ -61,11 +61,10 @@ from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 from memwall.plan.choose import held_out_text
 from memwall.plan.profile import random_packed
-from memwall.systems import find_system
+from memwall.systems import find_system, wide_heads
 
 kivi = load_experiment(find_system("kivi"))  # a model over held-out windows, and its scores
 
-WIDE_HEADS = Path(__file__).parent / "models" / "wide-heads"
 CONTEXT_TOKENS = 2048
 ANSWER_TOKENS = 8
 RECALL_TOKENS = 1024
@@ -97,12 +96,11 @@ class Wide(kivi.Demo):  # type: ignore[name-defined,misc]
     """The model with heads of 128 channels, over held-out text, with prompts of up to 2,048 tokens."""
 
     def __init__(self, data: Path | None, sizes: Any) -> None:
-        if not (WIDE_HEADS / "model.safetensors").exists():
-            raise InputError(f"{WIDE_HEADS}: the model is not there; scripts/grow_wide_heads.py makes it")
+        directory = wide_heads()
         self.sizes, self.arena = sizes, Arena(1 << 40, Ledger())
-        self.config = ModelConfig.from_directory(WIDE_HEADS)
+        self.config = ModelConfig.from_directory(directory)
         self.shape = cache_shape(self.config)
-        with Checkpoint(WIDE_HEADS, self.config) as checkpoint:
+        with Checkpoint(directory, self.config) as checkpoint:
             weights = load_weights(self.config, checkpoint, resolve(self.config, "float16"), self.arena)
         self.decoder = Decoder(
             self.config,
@@ -112,7 +110,7 @@ class Wide(kivi.Demo):  # type: ignore[name-defined,misc]
             logit_rows=sizes.step_tokens,
             exact=True,
         )
-        self.tokenizer = Tokenizer.from_directory(WIDE_HEADS)
+        self.tokenizer = Tokenizer.from_directory(directory)
         text = held_out_text() if data is None else data.read_text(encoding="utf-8")
         self.tokens = np.array(self.tokenizer.encode(text, add_bos=False), np.int64)
         self.window_tokens = sizes.prompt_tokens + sizes.decoded_tokens

@@ -36,7 +36,7 @@ from memwall.kernels.attention import attend_float
 from memwall.kv.narrow_store import narrow_rows
 from memwall.kv.think import ThinkCache, channel_scores, energy
 from memwall.memory import Arena, Ledger
-from memwall.systems import find_system
+from memwall.systems import find_system, wide_heads
 
 snapkv = load_experiment(find_system("snapkv"))  # prompts with facts, and bytes of a process of its own
 bfp = load_experiment(find_system("bfp-outlier-reorder"))  # the model with heads of 128 channels
@@ -410,7 +410,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         prompt_tokens=PROMPT_TOKENS,
         recall_tokens=RECALL_TOKENS,
     )
-    demo = bfp.FolderDemo(bfp.wide_heads(), data, taken)
+    demo = bfp.FolderDemo(wide_heads(), data, taken)
     quality = kivi.Quality(demo, tick)
     claims = [*text_claims(quality, sizes, tick), fair_claim(quality, sizes, tick)]
     tick("recall")

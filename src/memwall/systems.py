@@ -58,7 +58,7 @@ class System:
     @property
     def evidence_path(self) -> Path | None:
         """The file of its experiment, or None while there is none."""
-        return next((path for path in _evidence_places(self.file_stem) if path.is_file()), None)
+        return next((path for path in _evidence_places(f"{self.file_stem}.py") if path.is_file()), None)
 
     @property
     def state(self) -> str:
@@ -80,9 +80,18 @@ class System:
         }
 
 
-def _evidence_places(file_stem: str) -> tuple[Path, ...]:
+def _evidence_places(name: str) -> tuple[Path, ...]:
     """Installed, the experiments travel inside the package; in a source checkout they lie beside it."""
-    return (_PACKAGE / "_evidence" / f"{file_stem}.py", _PACKAGE.parents[1] / "evidence" / f"{file_stem}.py")
+    return (_PACKAGE / "_evidence" / name, _PACKAGE.parents[1] / "evidence" / name)
+
+
+def wide_heads() -> Path:
+    """The folder of the model with heads of 128 channels that experiments judge caches on; InputError without one."""
+    places = _evidence_places("models/wide-heads")
+    for folder in places:
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise InputError(f"{places[-1]} holds no model; get it with the source, or grow it: scripts/grow_wide_heads.py")
 
 
 @cache
