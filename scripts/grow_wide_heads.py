@@ -227,12 +227,12 @@ class Wide(nn.Module):
         return F.rms_norm(y, (WIDTH,), self.weights["model/norm/weight"], 1e-5)
 
 
-def grown(seed: int) -> Wide:
-    """The demo model in wide heads. Of a frequency's logit 0.7 stays where it was, the rest goes to its neighbours."""
+def grown(seed: int, stays: float) -> Wide:
+    """The demo model in wide heads. stays: share of a frequency's logit where it was; its neighbours get the rest."""
     rng = np.random.default_rng(seed)
     demo = {name: value.astype(np.float32) for name, value in load_file(DEMO_DIRECTORY / "model.safetensors").items()}
     model, step, half = Wide(), WIDE // OLD, WIDE // 2
-    shares = np.array([0.7, *[0.3 / (step - 1)] * (step - 1)], np.float32)
+    shares = np.array([stays, *[(1 - stays) / (step - 1)] * (step - 1)], np.float32)
     shares *= math.sqrt(WIDE / OLD)  # what the larger divisor of the logits takes away
 
     def keys(weight: np.ndarray) -> np.ndarray:
@@ -289,7 +289,7 @@ def batches(samples: Samples, minutes: float) -> Iterator[tuple[float, torch.Ten
         yield (gone, *samples.batch(*((2, 2048) if long else (4, 1024))))
 
 
-def train(out: Path, minutes: float, peak: float, threads: int) -> None:
+def train(out: Path, minutes: float, peak: float, threads: int, stays: float) -> None:
     """AdamW in bfloat16 arithmetic, float32 weights; a checkpoint every five minutes, a mean of late steps last."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -298,7 +298,7 @@ def train(out: Path, minutes: float, peak: float, threads: int) -> None:
     text = corpus(tokenizer, out.parent / f"{out.name}-text.npy")
     print(f"{len(text):,} tokens of text", flush=True)
     samples = Samples(tokenizer, text, 1)
-    model = grown(0)
+    model = grown(0, stays)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -342,8 +342,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=75.0)
     parser.add_argument("--peak", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--stays", type=float, default=0.7,
+        help="of a rotary frequency's logit, what stays there; training does not even it out (0.25 would be even)",
+    )  # fmt: skip
     given = parser.parse_args()
-    train(given.out, given.minutes, given.peak, given.threads)
+    train(given.out, given.minutes, given.peak, given.threads, given.stays)
 
 
 if __name__ == "__main__":
