@@ -35,7 +35,6 @@ import numpy as np
 from memwall import kv
 from memwall.claims import Claim, Progress, main
 from memwall.cli.evidence import load_experiment
-from memwall.engine.loading import cache_shape
 from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.kernels import bfp
 from memwall.kv.bfp_outlier_reorder import BfpCache, pair_order, row_norms
@@ -43,12 +42,7 @@ from memwall.kv.key_sizes import key_sizes
 from memwall.kv.policy import parse
 from memwall.memory import Arena, Ledger
 from memwall.models import Checkpoint, ModelConfig, model_directory
-from memwall.models.decoder import Decoder
-from memwall.models.precision import resolve
 from memwall.models.rope import rope_tables
-from memwall.models.tokenizer import Tokenizer
-from memwall.models.weights import load_weights
-from memwall.plan.choose import held_out_text
 from memwall.systems import find_system, wide_heads
 
 kivi: Any = load_experiment(find_system("kivi"))
@@ -96,31 +90,10 @@ def plant(source: Path, to: Path, factor: float) -> None:
 
 
 class FolderDemo(kivi.Demo):  # type: ignore[misc]
-    """The model of a folder, decoding held-out windows through caches that look into it."""
+    """The model of a folder in float32."""
 
     def __init__(self, directory: Path, data: Path | None, sizes: Any) -> None:
-        self.sizes, self.directory = sizes, directory
-        self.config = ModelConfig.from_directory(directory)
-        self.shape, self.arena = cache_shape(self.config), Arena(1 << 40, Ledger())
-        with Checkpoint(directory, self.config) as checkpoint:
-            weights = load_weights(self.config, checkpoint, resolve(self.config, "float32"), self.arena)
-        self.decoder = Decoder(
-            self.config,
-            weights,
-            self.arena,
-            segment_tokens=CONTEXT_TOKENS,
-            logit_rows=sizes.step_tokens,
-            exact=True,
-        )
-        self.model = kv.CacheModel(config=self.config, weights=weights, directory=directory)
-        text = held_out_text() if data is None else data.read_text(encoding="utf-8")
-        self.tokenizer = Tokenizer.from_directory(directory)
-        self.tokens = np.array(self.tokenizer.encode(text, add_bos=False), np.int64)
-        self.window_tokens = sizes.prompt_tokens + sizes.decoded_tokens
-        self.truth: list[np.ndarray] = []
-
-    def cache(self, policy: str) -> kv.KVCache:
-        return kv.build(policy, self.shape, self.arena, CONTEXT_TOKENS, self.model)
+        kivi.Demo.__init__(self, data, sizes, directory, form="float32", context_tokens=CONTEXT_TOKENS)
 
     def logits(self, cache: kv.KVCache) -> np.ndarray:
         """Of the token after one prompt, and of one decoded behind it."""

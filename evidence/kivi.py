@@ -169,19 +169,28 @@ class OutlierCache(kv.KVCache):
 class Demo:
     """The bundled model or another one, decoding held-out windows through any cache."""
 
-    def __init__(self, data: Path | None, sizes: Sizes, directory: Path | None = None) -> None:
-        directory = directory or model_directory("demo")
-        self.sizes = sizes
+    def __init__(
+        self,
+        data: Path | None,
+        sizes: Sizes,
+        directory: Path | None = None,
+        *,
+        form: str = "float16",
+        context_tokens: int = CONTEXT_TOKENS,
+    ) -> None:
+        self.directory = directory = directory or model_directory("demo")
+        self.sizes, self.context_tokens = sizes, context_tokens
         self.config = ModelConfig.from_directory(directory)
         self.shape = cache_shape(self.config)
         self.arena = Arena(1 << 40, Ledger())
         with Checkpoint(directory, self.config) as checkpoint:
-            weights = load_weights(self.config, checkpoint, resolve(self.config, "float16"), self.arena)
+            weights = load_weights(self.config, checkpoint, resolve(self.config, form), self.arena)
+        self.model = kv.CacheModel(config=self.config, weights=weights, directory=directory)
         self.decoder = Decoder(
             self.config,
             weights,
             self.arena,
-            segment_tokens=CONTEXT_TOKENS,
+            segment_tokens=context_tokens,
             logit_rows=sizes.step_tokens,
             exact=True,
         )
@@ -197,7 +206,7 @@ class Demo:
         self.truth: list[np.ndarray] = []
 
     def cache(self, policy: str) -> kv.KVCache:
-        return kv.build(policy, self.shape, self.arena, CONTEXT_TOKENS)
+        return kv.build(policy, self.shape, self.arena, self.context_tokens, self.model)
 
     def windows(self) -> Iterator[np.ndarray]:
         stride = (len(self.tokens) - self.window_tokens - 1) // max(self.sizes.windows - 1, 1)

@@ -48,18 +48,13 @@ import numpy as np
 from memwall import kv
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.cli.evidence import load_experiment
-from memwall.engine.loading import cache_shape
 from memwall.errors import InputError
 from memwall.kernels.attention import attend_float
 from memwall.kv import evict
 from memwall.kv.snapkv import SnapSettings, WindowVotes
 from memwall.memory import Arena, Ledger
-from memwall.models import Checkpoint, ModelConfig
+from memwall.models import ModelConfig
 from memwall.models.decoder import BLOCK_ROWS, Decoder
-from memwall.models.precision import resolve
-from memwall.models.tokenizer import Tokenizer
-from memwall.models.weights import load_weights
-from memwall.plan.choose import held_out_text
 from memwall.plan.profile import random_packed
 from memwall.systems import find_system, wide_heads
 
@@ -96,31 +91,11 @@ class Wide(kivi.Demo):  # type: ignore[name-defined,misc]
     """The model with heads of 128 channels, over held-out text, with prompts of up to 2,048 tokens."""
 
     def __init__(self, data: Path | None, sizes: Any) -> None:
-        directory = wide_heads()
-        self.sizes, self.arena = sizes, Arena(1 << 40, Ledger())
-        self.config = ModelConfig.from_directory(directory)
-        self.shape = cache_shape(self.config)
-        with Checkpoint(directory, self.config) as checkpoint:
-            weights = load_weights(self.config, checkpoint, resolve(self.config, "float16"), self.arena)
-        self.decoder = Decoder(
-            self.config,
-            weights,
-            self.arena,
-            segment_tokens=CONTEXT_TOKENS,
-            logit_rows=sizes.step_tokens,
-            exact=True,
-        )
-        self.tokenizer = Tokenizer.from_directory(directory)
-        text = held_out_text() if data is None else data.read_text(encoding="utf-8")
-        self.tokens = np.array(self.tokenizer.encode(text, add_bos=False), np.int64)
-        self.window_tokens = sizes.prompt_tokens + sizes.decoded_tokens
-        least = max(sizes.windows * self.window_tokens, sizes.recall_tokens) + 1
-        if len(self.tokens) < least:
-            raise InputError(f"{data or 'the bundled text'}: {len(self.tokens):,} tokens; needs {least:,} at least")
-        self.truth: list[np.ndarray] = []
-
-    def cache(self, policy: str) -> kv.KVCache:
-        return kv.build(policy, self.shape, self.arena, CONTEXT_TOKENS)
+        super().__init__(data, sizes, wide_heads(), context_tokens=CONTEXT_TOKENS)
+        if len(self.tokens) <= sizes.recall_tokens:
+            raise InputError(
+                f"{data or 'the bundled text'}: {len(self.tokens):,} tokens; needs {sizes.recall_tokens + 1:,}"
+            )
 
     def encode(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer.encode(text, add_bos=False)

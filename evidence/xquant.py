@@ -66,9 +66,6 @@ class LatentDemo(kivi.Demo):  # type: ignore[misc]
             )  # fmt: skip
         self.model = kv.CacheModel(config=self.config, weights=weights, directory=model_directory("demo"))
 
-    def cache(self, policy: str) -> kv.KVCache:
-        return kv.build(policy, self.shape, self.arena, kivi.CONTEXT_TOKENS, self.model)
-
     def bytes_of(self, policy: str) -> int:
         """Of rows, tails and sums at the end of a window."""
         sizes = kv.predict(policy, self.shape, self.window_tokens, 0, kivi.CONTEXT_TOKENS)
