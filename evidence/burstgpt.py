@@ -356,8 +356,9 @@ def pair_ratios(part: Trace, sizes: Sizes, seed: int, names: Sequence[str]) -> d
     found = {}
     for name in names:
         load = loads[name].scale_rate(rate * loads[name].seconds / len(loads[name]))
-        found[name] = tuple(first_tokens(make(), load)[0] for make in ways.values())
-    return found  # type: ignore[return-value]
+        apart, chunked = (first_tokens(make(), load)[0] for make in ways.values())
+        found[name] = (apart, chunked)
+    return found
 
 
 def pair_claim(trace: Trace, sizes: Sizes) -> Claim:

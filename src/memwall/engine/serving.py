@@ -213,11 +213,11 @@ class Serving:
         # where workers change, there is room for two more of them before they are made
         outside = self._outside_bytes() + self._reserve_bytes()
         fixed = outside + self.arena.used_bytes - pool.committed_bytes + self._missing_bytes()
-        roomy = (self.budget_bytes - fixed - self.settings.headroom_bytes) // pool.page_bytes
-        if roomy < self._least_pages() and self._reserve_bytes():
-            roomy += self._reserve_bytes() // pool.page_bytes  # requests need it more
-            fixed -= self._reserve_bytes()
-            self._forked.make_do(roomy=False)  # type: ignore[union-attr]
+        roomy, forked = (self.budget_bytes - fixed - self.settings.headroom_bytes) // pool.page_bytes, self._forked
+        if forked is not None and forked.reserve_bytes and roomy < self._least_pages():
+            roomy += forked.reserve_bytes // pool.page_bytes  # requests need it more
+            fixed -= forked.reserve_bytes
+            forked.make_do(roomy=False)
         tight = (self.budget_bytes - fixed - self.settings.headroom_bytes // 2) // pool.page_bytes
         wanted = self.engine.wanted_pages
         # between the two nothing moves: the heap breathes
