@@ -9,9 +9,9 @@ Text: docstrings and sources of installed Python packages. Whatever shares 60 ch
 the calibration text that ship with memwall is left out. Half of the sequences hide facts and ask for them, or repeat
 a stretch of their text.
 
-    python scripts/grow_wide_heads.py OUT --minutes 75
+    python scripts/grow_wide_heads.py OUT --tokens 3000000 --stays 0.25
 
-The learning rate follows the clock, so that training ends when it was told to. Needs torch.
+Needs torch.
 """
 
 from __future__ import annotations
@@ -280,16 +280,15 @@ def save(model: Wide, out: Path) -> None:
         shutil.copy(DEMO_DIRECTORY / name, out / name)
 
 
-def batches(samples: Samples, minutes: float) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
-    """How much of the time has gone, and a batch; the last two fifths are half made of sequences of 2,048 tokens."""
-    begin, number = time.monotonic(), 0
-    while (gone := (time.monotonic() - begin) / 60 / minutes) < 1:
-        number += 1
-        long = gone > 0.6 and number % 2 == 0
-        yield (gone, *samples.batch(*((2, 2048) if long else (4, 1024))))
+def batches(samples: Samples, tokens: int) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+    """How much of the training has gone, and a batch; the last two fifths are half of sequences of 2,048 tokens."""
+    steps = -(-tokens // 4096)
+    for step in range(steps):
+        long = step > 0.6 * steps and step % 2 == 0
+        yield (step / steps, *samples.batch(*((2, 2048) if long else (4, 1024))))
 
 
-def train(out: Path, minutes: float, peak: float, threads: int, stays: float) -> None:
+def train(out: Path, tokens: int, peak: float, threads: int, stays: float) -> None:
     """AdamW in bfloat16 arithmetic, float32 weights; a checkpoint every five minutes, a mean of late steps last."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -306,7 +305,7 @@ def train(out: Path, minutes: float, peak: float, threads: int, stays: float) ->
     mean = {name: p.detach().clone() for name, p in model.named_parameters()}
     begin = saved = time.monotonic()
     seen, running = 0, math.nan
-    for step, (gone, ids, weights) in enumerate(batches(samples, minutes)):
+    for step, (gone, ids, weights) in enumerate(batches(samples, tokens)):
         rate = peak * min(1.0, (step + 1) / 60) * (0.04 + 0.96 * 0.5 * (1 + math.cos(math.pi * gone)))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -339,7 +338,7 @@ def train(out: Path, minutes: float, peak: float, threads: int, stays: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=75.0)
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="to learn from (about 1,400 a second on two cores)")
     parser.add_argument("--peak", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -347,7 +346,7 @@ def main() -> None:
         help="of a rotary frequency's logit, what stays there; training does not even it out (0.25 would be even)",
     )  # fmt: skip
     given = parser.parse_args()
-    train(given.out, given.minutes, given.peak, given.threads, given.stays)
+    train(given.out, given.tokens, given.peak, given.threads, given.stays)
 
 
 if __name__ == "__main__":
