@@ -70,7 +70,7 @@ class Sizes:
     hidden: int = 512
     intermediate: int = 1376
     chats: int = 80
-    real_loads: int = 1
+    real_loads: int = 3
     virtual_chats: int = 150
     loads: int = 3
     frequencies: tuple[float, ...] = (0.01, 0.02, 0.04)

@@ -362,6 +362,19 @@ inline void sum_tile(const T* v, std::int64_t stride, int count, const float* p,
     for (int i = 0; i < V; ++i) vstore(out + r * padded + i * W, sum[r][i]);
 }
 
+// the same for the numbers behind the last whole vector
+template <int R, typename T, typename Between>
+inline void sum_rest(const T* v, std::int64_t stride, int count, const float* p, float* out, int rest, int padded, Between&& between) {
+  vf sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = vload(out + r * padded);
+  for (int t = 0; t < count; ++t, v += stride) {
+    const vf value = vload_part(v, rest);
+    for (int r = 0; r < R; ++r) sum[r] = vfma(vset(p[r * kStep + t]), value, sum[r]);
+    between();
+  }
+  for (int r = 0; r < R; ++r) vstore(out + r * padded, sum[r]);
+}
+
 template <int R, typename T, typename Between>
 inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p, float* out, int dim, int padded, Between&& between) {
   int d = 0;
@@ -377,9 +390,7 @@ inline void sum_rows(const T* v, std::int64_t stride, int count, const float* p,
     for (; d + 4 * W <= dim; d += 4 * W) sum_tile<R, 4>(v + d, stride, count, p, out + d, padded, between);
   for (; d + 2 * W <= dim; d += 2 * W) sum_tile<R, 2>(v + d, stride, count, p, out + d, padded, between);
   for (; d + W <= dim; d += W) sum_tile<R, 1>(v + d, stride, count, p, out + d, padded, between);
-  for (; d < dim; ++d)
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < count; ++t) out[r * padded + d] += p[r * kStep + t] * to_float(v[t * stride + d]);
+  if (d < dim) sum_rest<R>(v + d, stride, count, p, out + d, dim - d, padded, between);
 }
 
 // how often the rows of a kv head are gone through

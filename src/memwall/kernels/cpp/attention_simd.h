@@ -315,9 +315,16 @@ static inline float scale_of(const T* row, int dim) {
   }
 }
 
-// First n (< W) numbers of a row, zeros behind.
+// First n (< W) numbers of a row, zeros behind. Nothing behind them is read.
 template <typename T>
 static inline vf vload_part(const T* p, int n) {
+#if defined(__AVX512F__)
+  const auto keep = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_maskz_loadu_ps(keep, p);
+  if constexpr (std::is_same_v<T, f16>) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(keep, p));
+  if constexpr (std::is_same_v<T, bf16>)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, p)), 16));
+#endif
   alignas(64) T lane[W] = {};
   for (int i = 0; i < n; ++i) lane[i] = p[i];
   return vload(lane);
