@@ -86,8 +86,9 @@ class StagedArea(SwapArea):
     def read(self, places: Sequence[int], pages: Sequence[int]) -> Copies:
         """See `SwapArea`."""
         self.read_bytes += len(pages) * self.pool.page_bytes
-        with self._tiers:
-            self._due.update(places)
+        if self._host is not None:
+            with self._tiers:
+                self._due.update(places)
         return self._staged(pages, places, 1)
 
     def empty(self) -> None:
@@ -117,12 +118,12 @@ class StagedArea(SwapArea):
             for block, first, some in pieces:
                 stage = self._staging[way][: len(some)]
                 if way == 0:
-                    np.take(rows, some, axis=0, out=stage)
+                    np.take(rows, some, axis=0, out=stage, mode="clip")  # "raise" would gather elsewhere first
                     self._put(block, first, stage)
                 else:
                     self._get(block, first, stage)
                     rows[some] = stage
-            if way == 1:
+            if way == 1 and self._host is not None:
                 with self._tiers:
                     self._due -= Counter(places)
 
@@ -156,17 +157,19 @@ class StagedArea(SwapArea):
     def _get(self, block: int, first: int, stage: np.ndarray) -> None:
         with self._tiers:
             slot = self._slots.get(block)
-            if slot is not None:
-                self._slots.move_to_end(block)
+            if slot is None:
+                self._read(stage.data.cast("B"), self._offset(block, first))
+                self.counts.disk_pages += len(stage)
+                return
+            assert self._host is not None
+            self._slots.move_to_end(block)
             at = 0
             while at < len(stage):
-                here = slot is not None and first + at in slot.valid
+                here = first + at in slot.valid
                 end = at + 1
-                while end < len(stage) and (slot is not None and first + end in slot.valid) == here:
+                while end < len(stage) and (first + end in slot.valid) == here:
                     end += 1
                 if here:
-                    assert slot is not None
-                    assert self._host is not None
                     stage[at:end] = self._host[slot.at, first + at : first + end]
                     self.counts.host_pages += end - at
                 else:
