@@ -242,14 +242,15 @@ def overlap_claims(folder: Path, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
     tick("classes beside each other")
     pairs = pairwise_speeds(bench, sizes.contexts[-1], seconds=sizes.pair_seconds)
     kept = undominated(pairs)
-    spread = max(pair.spread for pair in pairs)
+    spread = max(pair.spread for pair in kept)  # what another variant dominates is in no table
     yield Claim(
         claim="products beside decode attention, by quotas of threads: the table R -> P is measured",
         measured="; ".join(
             f"{one.compute_threads} + {one.memory_threads} threads: products keep {one.compute:.2f}, R "
-            f"{1 - one.compute:.2f} gives P {one.memory:.2f}" + ("" if one in kept else " (dominated)") for one in pairs
-        ) + f"; deviation over repeats at most {spread:.1%}",
-        required="deviation below 5 % of the mean",
+            f"{1 - one.compute:.2f} gives P {one.memory:.2f} (deviation {one.spread:.1%}"
+            + (")" if one in kept else ", dominated)") for one in pairs
+        ),
+        required="deviation over repeats below 5 % of the mean, of those in the table",
         passed=spread < 0.05,
     )  # fmt: skip
     points = measure(bench, sizes.contexts, sizes, tick)
