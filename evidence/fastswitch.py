@@ -326,7 +326,9 @@ def virtual(chats: Sequence[Chat], variant: int, pattern: str, frequency: float,
 
 def order_claim(found: Sequence[Figures], where: str, name: str, what: str) -> Claim:
     tails = [one.at(name, 0.99) for one in found]
-    told = ", ".join(f"{variant} {1e3 * tail:,.0f} ms" for variant, tail in zip(VARIANTS, tails))
+    told = ", ".join(
+        f"{variant} {1e3 * tail:,.{0 if tail >= 0.1 else 1}f} ms" for variant, tail in zip(VARIANTS, tails)
+    )
     return Claim(
         claim=f"each part lowers P99 of {what}: {where}",
         measured=f"{told} ({tails[0] / tails[-1]:.1f} times in all)",
@@ -487,15 +489,14 @@ def real_claims(data: Path | None, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
         held.release()
         pages = max(demand // 2, 129)
         for pattern in PATTERNS:
-            found = []
-            for variant, name in enumerate(VARIANTS):
-                tick(f"real engine, {pattern}: {name}")
-                each = []
-                for chats in loads:
+            each: dict[int, list[Figures]] = {variant: [] for variant in range(len(VARIANTS))}
+            for chats in loads:  # variants in turn, as the machine's speed drifts
+                for variant, name in enumerate(VARIANTS):
+                    tick(f"real engine, {pattern}: {name}")
                     held = load(model, variant, pattern, link=link)
-                    each.append(hold(held, chats, pages))
+                    each[variant].append(hold(held, chats, pages))
                     held.release()
-                found.append(joined(each))
+            found = [joined(figures) for figures in each.values()]
             where = (
                 f"{pattern} priorities, real engine and copies, {len(found[0].first)} turns, {pages} of {demand} "
                 f"pages, steps of {1e3 * step:.0f} ms, emulated link of {1e3 * link.seconds_per_copy:.2f} ms a copy "
