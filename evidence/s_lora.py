@@ -9,6 +9,9 @@ holds 320 pages of 16 tokens, of which a full batch of distinct adapters takes a
 PEFT, where it is installed beside torch, runs in a process of its own: the float32 base on as many threads, all
 adapters in memory, requests of the head's adapter together (up to 16), `set_adapter` between batches.
 
+Clustering has five requests an adapter in its queue. (It had 64 requests for 200 adapters: hardly two of them were for
+the same one, so that nothing could be gathered, and the gain was noise of either sign.)
+
 `--data` is not used: texts for training are the package's own sources and prose.
 """
 
@@ -71,6 +74,7 @@ class Sizes:
     hidden: int = 768
     intermediate: int = 2048
     requests: int = 64
+    clustered: int = 100
     counts: tuple[int, ...] = (1, 5, 20, 100, 200, 1000)
     rounds: int = 3
     peft_requests: int = 20
@@ -82,8 +86,8 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    layers=6, hidden=384, intermediate=1024, requests=24, counts=(1, 20, 200), rounds=1, peft_requests=6, mixes=20,
-    domains=1, train_steps=8,
+    layers=6, hidden=384, intermediate=1024, requests=24, clustered=40, counts=(1, 20, 200), rounds=1, peft_requests=6,
+    mixes=20, domains=1, train_steps=8,
 )  # fmt: skip
 
 # ---- models and adapters -------------------------------------------------------------------------------------------
@@ -356,41 +360,51 @@ def rate_claims(base: Path, files: Sequence[Path], sizes: Sizes, tick: Tick) -> 
     )
     yield peft_claim(base, files, rates, sizes, tick)
     yield from popularity_claims(rates, sizes, tick)
+    yield clustering_claim(rates, sizes, tick)
     rates.held.release()
     yield from prefetch_claims(base, files, sizes, tick)
 
 
 def popularity_claims(rates: Rates, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
-    alphas, several = (0.1, 0.3, 1.0), (None, 16, 8, 4)
-    found: dict[float, dict[int | None, list[float]]] = {alpha: {most: [] for most in several} for alpha in alphas}
+    alphas = (0.1, 0.3, 1.0)
+    asked = {alpha: drawn(sizes.requests, 200, alpha) for alpha in alphas}
+    found: dict[float, list[float]] = {alpha: [] for alpha in alphas}
     ones = []
     for _ in range(sizes.rounds):
         ones.append(rates.rate(drawn(sizes.requests, 1, 1.0)))
         for alpha in alphas:
             tick(f"alpha {alpha}")
-            asked = drawn(sizes.requests, 200, alpha)
-            for most in several:
-                found[alpha][most].append(rates.rate(asked, SLora(most_adapters=most)))
-    table = {alpha: {most: float(np.median(v)) for most, v in row.items()} for alpha, row in found.items()}
-    one = float(np.median(ones))
-    shown = "; ".join(
-        f"alpha {alpha}: " + ", ".join(f"D {most or 'any'} {value:.2f}" for most, value in row.items())
-        for alpha, row in table.items()
-    )
-    least = min(float(np.median(np.divide(row[None], ones))) for row in found.values())
+            found[alpha].append(rates.rate(asked[alpha]))
+    least = min(float(np.median(np.divide(values, ones))) for values in found.values())
     yield Claim(
         claim="the rate holds over the popularity of 200 adapters, from most requests on a few to even",
-        measured=f"requests/s {shown}; one adapter {one:.2f}",
+        measured="requests/s "
+        + ", ".join(f"alpha {alpha}: {np.median(values):.2f}" for alpha, values in found.items())
+        + f"; one adapter {np.median(ones):.2f}",
         required="at least 80 % of the one-adapter rate at every alpha",
         passed=least >= 0.8,
     )
-    even = found[1.0]
-    gain = max(float(np.median(np.divide(even[most], even[None]))) for most in several if most is not None)
-    yield Claim(
+
+
+def clustering_claim(rates: Rates, sizes: Sizes, tick: Tick) -> Claim:
+    """With about five requests an adapter, so that there is something to gather."""
+    several, asked = (None, 16, 8, 4), drawn(sizes.clustered, sizes.clustered // 5, 1.0)
+    found: dict[int | None, list[float]] = {most: [] for most in several}
+    for _ in range(sizes.rounds):
+        for most in several:
+            tick(f"clusters of {most or 'any'}")
+            found[most].append(rates.rate(asked, SLora(most_adapters=most)))
+    gains = {
+        most: float(np.median(np.divide(values, found[None]))) for most, values in found.items() if most is not None
+    }
+    return Claim(
         claim="clustering to D adapters a batch gains a little where requests are spread evenly",
-        measured=f"best D against any: {gain - 1:+.1%} at alpha 1",
-        required="a gain above 0 and below 30 %",
-        passed=1.0 < gain < 1.3,
+        measured=f"{len(asked)} requests for {sizes.clustered // 5} adapters, requests/s "
+        + ", ".join(f"D {most or 'any'} {np.median(values):.2f}" for most, values in found.items())
+        + "; against any, by rounds: "
+        + ", ".join(f"D {most} {gain - 1:+.1%}" for most, gain in gains.items()),
+        required="of the best D a gain above 0 and below 30 %",
+        passed=1.0 < max(gains.values()) < 1.3,
     )
 
 
