@@ -110,7 +110,7 @@ class Sizes:
     program_seconds: float = 8.0
     dense: tuple[int, ...] = (2048, 256, 512)
     iterations: int = 1100
-    pair_seconds: float = 0.5
+    pair_seconds: float = 1.5
 
 
 FULL = Sizes()
