@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 
 from memwall.engine.executor import Entry, Output
-from memwall.engine.kv_pages import KVPages
 from memwall.engine.page_forms import PAGED as PAGED
 from memwall.engine.page_forms import held_as
 from memwall.engine.page_forms import page_bytes as page_bytes
@@ -248,17 +247,14 @@ class ModelExecutor:
     def __init__(
         self,
         decoder: Decoder,
-        shape: CacheShape,
-        pages: KVPages,
+        cache: BatchCache,
         *,
         logit_rows: int,
         scratch: np.ndarray,
-        kv: str = "float16",
         adapters: HeldAdapters | None = None,
         lora: LoraBatch | None = None,
     ) -> None:
-        """logit_rows: as the decoder was built with; scratch: of `Sampler.scratch_shape`, for all requests in turn; kv:
-        one of PAGED.
+        """logit_rows: as the decoder was built with; scratch: of `Sampler.scratch_shape`, for all requests in turn.
 
         adapters, lora: both, where requests may have adapters.
         """
@@ -266,7 +262,7 @@ class ModelExecutor:
         self.adapters, self.lora = adapters, lora
         if lora is not None:
             decoder.adapt(lora)
-        self.cache = BatchCache(shape, pages.pool, pages.page_tokens, kv)
+        self.cache = cache
         self._logit_rows = logit_rows
         self._scratch = scratch
         self._samplers: dict[int, Sampler] = {}

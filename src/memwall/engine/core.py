@@ -364,7 +364,7 @@ class Engine:
 
     def _admit(self, one: Sequence, hit: int, now: float, *, restore: bool = False) -> None:
         pages = self._hits(one)[: hit // self.pages.page_tokens]
-        self.pages.acquire(pages)
+        pages = self.pages.acquire(pages, one.id, self.limits.pages(len(one.tokens)))
         one.status, one.registered = "running", len(pages)
         self.switch.admit(one, pages, restore=restore)
         one.computed = max(len(one.pages) * self.pages.page_tokens, one.base)
