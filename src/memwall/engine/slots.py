@@ -245,11 +245,6 @@ class SlotPool(PagePool):
         """See `PagePool`."""
         return self.store.pool.held * self.page_bytes
 
-    @property
-    def waiting_pages(self) -> int:
-        """Free pages that are mapped in some slot, for the next request there or for what its own will add."""
-        return self.store.pool.mapped - self.used_pages
-
     def slot(self, owner: Owner) -> int:
         """The slot of a running request."""
         return self._pages.slot(owner)
@@ -277,7 +272,21 @@ class SlotPool(PagePool):
 
     def map(self) -> Sequence[int]:
         """See `PagePool`: used pages together, then numbers of none for the free ones."""
-        return [*sorted(self._uses), *[-1] * self.free_pages]
+        return [*sorted(self._uses), *[-1] * (self.limit_pages - self.used_pages)]
+
+    def told(self) -> dict[str, int]:
+        """Slots, and how many have a request. Pages that were mapped in a step and beside one; those that are mapped
+        without being needed, for a slot's next request or for what its own will add; the system's mappings.
+        """
+        store = self.store
+        return {
+            "slots": store.num_slots,
+            "active_slots": store.num_active,
+            "mapped_in_steps": store.critical_blocks,
+            "mapped_beside_steps": store.background_blocks,
+            "waiting_pages": store.pool.mapped - self.used_pages,
+            "mappings": store.mappings,
+        }
 
     def release(self) -> None:
         """See `PagePool`."""

@@ -222,6 +222,10 @@ class PagePool:
         """Numbers of as many pages as the limit allows, used and free, in the order in which they are to be shown."""
         return range(self._limit)
 
+    def told(self) -> dict[str, int]:
+        """Counts of a pool's own kind, for who watches: those of this one are all known by name."""
+        return {}
+
     def array(self, row_shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """All resident whole pages as rows. Make it anew when `committed_bytes` has changed."""
         assert self._region is not None

@@ -48,6 +48,7 @@ def memory_map(service: Service) -> dict[str, Any]:
             "tenants": pool.usage(),
             "stride": stride,
             "cells": _cells(service, stride),
+            "slots": pool.told() or None,
         },
         "queue": {
             "running": counts["running"],
