@@ -84,10 +84,11 @@ class ServingSettings:
 
     weights: as for a session. kv: how pages hold keys and values, one of `batch.PAGED`, or `vattention` with its
     settings for slots instead of pages (see `slots`). context_tokens: longest request, prompt and answer; None for the
-    model's positions. page_tokens: 0 for what suits `kv`. token_budget: tokens computed in one step. swap_bytes: disk for requests set aside. headroom_bytes: kept free for what the process
-    comes to hold outside the arena. exact: float arithmetic on packed weights. lora: None where requests have no
-    adapters. shared_prefixes: room for requests that go on from prefixes (see `shared`). phases: None where one worker
-    computes prompts and tokens together. ahead: the next batch is formed while one is computed.
+    model's positions. page_tokens: 0 for what suits `kv`. token_budget: tokens computed in one step. swap_bytes: disk
+    for requests set aside. headroom_bytes: kept free for what the process comes to hold outside the arena. exact: float
+    arithmetic on packed weights. lora: None where requests have no adapters. shared_prefixes: room for requests that go
+    on from prefixes (see `shared`). phases: None where one worker computes prompts and tokens together. ahead: the next
+    batch is formed while one is computed.
     """
 
     weights: str = "float16"

@@ -36,7 +36,9 @@ MOST_PLACES = 1 << 31
 def check_unpaged(settings: ServingSettings) -> None:
     """InputError for keys and values that are served neither in pages nor in slots, and for what slots cannot do."""
     if parse(settings.kv).name != "vattention":
-        raise InputError(f"kv is {settings.kv!r}; pages hold keys and values as {', '.join(PAGED)}, slots as vattention")
+        raise InputError(
+            f"kv is {settings.kv!r}; pages hold keys and values as {', '.join(PAGED)}, slots as vattention"
+        )
     from memwall.engine.slots import check_slots  # whoever serves pages needs none of it
 
     check_slots(settings)

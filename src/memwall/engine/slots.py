@@ -2,8 +2,8 @@
 
 The engine goes on planning in pages; a page here is a block of `kv.vattention.VirtualKV`, as many of the system's pages
 in each array as hold whole rows. `SlotPool` keeps the engine's books like any pool, but the system's page tables say
-where a request's pages are: what it takes is mapped behind its slot at once, so that a refusal comes before a step, and
-`SlotCache` tells the store the lengths of a step, which maps ahead what the next ones will need while this one computes.
+where a request's pages are: what it takes is mapped behind its slot at once, so that a refusal comes before a step.
+`SlotCache` tells the store the lengths of a step; what the next ones will need is mapped while that one computes.
 Attention is `attend_float` over plain rows; there are no block tables.
 
 Pages of a request that is over stay mapped in its slot (deferred reclamation) and are free all the same: the next
@@ -32,7 +32,6 @@ from memwall.kv.vattention import OWNER, VirtualKV, VirtualSettings
 from memwall.kv.virtual_cache import ADDRESS_BYTES, VirtualCache, virtual_settings
 from memwall.memory import Arena, OutOfPages, PagePool
 from memwall.memory.page_groups import Owner
-from memwall.memory.pages import round_up
 
 if TYPE_CHECKING:
     from memwall.engine.serving import ServingSettings

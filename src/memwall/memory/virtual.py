@@ -262,9 +262,9 @@ class BlockPool:
     """Blocks of pages: free without memory, spare (memory held, mapped nowhere) or mapped, perhaps more than once.
 
     Memory is counted against the arena before it is touched: mapped blocks under `owner`, spare ones under `owner`
-    `/spare`. keep: whether a block that is dropped stays as a spare one; otherwise its memory goes back at once. A block
-    that is pinned counts as mapped, and keeps what is in it, wherever it is mapped. limit: blocks that may have memory,
-    `num_blocks` unless it is moved.
+    `/spare`. keep: whether a block that is dropped stays as a spare one; otherwise its memory goes back at once. limit:
+    blocks that may have memory, `num_blocks` unless it is moved. A block that is pinned counts as mapped, and keeps
+    what is in it.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ import numpy as np
 
 from memwall import kernels
 from memwall.engine.arrivals import Load
-from memwall.engine.batch import ModelExecutor, batch_order
+from memwall.engine.batch import BatchCache, ModelExecutor, batch_order
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Output
 from memwall.engine.fcfs import FirstComeFirstServed
