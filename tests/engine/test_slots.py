@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from memwall.hardware.units import KIB, MB
 from memwall.memory import Budget, OutOfPages, ledger_error, resident_bytes
 from memwall.models import DEMO_DIRECTORY
 from memwall.models.tokenizer import Tokenizer
+from tests.models.families import make_family
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memfd is Linux's")
 TOKENIZER = Tokenizer.from_directory(DEMO_DIRECTORY)
@@ -119,6 +121,36 @@ def test_32_bits_are_the_paged_float32() -> None:
     assert run(held, requests()) == [list(one.made) for one in sequences]
     wanted.release()
     held.release()
+
+
+@pytest.mark.parametrize(
+    ("family", "store", "page_tokens"),
+    [
+        ("mistral", "vattention(page_kib=4)", 256),  # rows of 80 bytes, sliding windows
+        ("llama", "vattention(page_kib=4,megacache=1)", 64),  # rows of 192 bytes in three layers
+        ("qwen3", "vattention(page_kib=4)", 32),
+    ],
+)
+def test_rows_that_no_page_of_the_system_holds(family: str, store: str, page_tokens: int, tmp_path: Path) -> None:
+    path, rng = make_family(family, tmp_path), np.random.default_rng(0)
+    wanted = [
+        Request(prompt=tuple(rng.integers(2, 300, n).tolist()), sampling=Sampling(max_new_tokens=90, ignore_eos=True))
+        for n in (1, 70, 33, 130, 64)
+    ]
+    made = []
+    for kind in ("float16", store):
+        settings = ServingSettings(weights="float32", kv=kind, context_tokens=256, token_budget=48, threads=1)
+        held = load_engine(path, settings)
+        sequences = [held.engine.submit(request) for request in wanted]
+        while held.engine.busy:
+            held.engine.step()
+        again = [held.engine.submit(request) for request in wanted]  # beginnings are there by now
+        while held.engine.busy:
+            held.engine.step()
+        made.append([list(one.made) for one in (*sequences, *again)])
+        assert held.settings.page_tokens == (page_tokens if kind == store else 16)
+        held.release()
+    assert made[0] == made[1]
 
 
 def test_no_table_is_made_and_no_paged_kernel_called(paged: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:

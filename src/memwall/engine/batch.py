@@ -3,8 +3,8 @@
 Keys and values lie in pages of the pool (`page_forms`): one page holds `page_tokens` tokens of all layers,
 so that moving, sharing or swapping a page is one copy. Native attention finds tokens through page tables
 (`attend_paged`): the cost over rows that lie in a line is a table look-up every 16 tokens, and in return any page can
-be anywhere, which sharing and a moving budget need; ranges of address space per sequence (`kv/vattention.py`) keep
-plain rows but share and move only blocks of megabytes. All decoding sequences of a step are attended in one parallel
+be anywhere, which adapters, shared prefixes of any length and copies in groups need. Where these are not wanted, plain
+rows in a range of addresses for each sequence do without tables (`slots`). All decoding sequences of a step are attended in one parallel
 region, and so are all those that go on from shared prefixes, which are read once for all of them.
 
 Numbers: attention and packed weights give a sequence the same bits whatever else is in its batch; dense float weights
