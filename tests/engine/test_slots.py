@@ -13,6 +13,7 @@ import pytest
 from memwall import kernels, kv
 from memwall.engine import Sampling
 from memwall.engine.base import Costs
+from memwall.engine.fastswitch import FastSwitch
 from memwall.engine.sequence import Request
 from memwall.engine.serving import LoraSettings, Serving, ServingSettings, load_engine
 from memwall.engine.slots import SlotCache, SlotLayout, SlotPool
@@ -139,7 +140,7 @@ def test_rows_that_no_page_of_the_system_holds(family: str, store: str, page_tok
     ]
     made = []
     for kind in ("float16", store):
-        settings = ServingSettings(weights="float32", kv=kind, context_tokens=256, token_budget=48, threads=1)
+        settings = ServingSettings(weights="int8", kv=kind, context_tokens=256, token_budget=48, threads=1)
         held = load_engine(path, settings)
         sequences = [held.engine.submit(request) for request in wanted]
         while held.engine.busy:
@@ -174,6 +175,16 @@ def test_requests_that_were_set_aside_make_the_same(paged: list[list[int]], swap
     assert set(held.engine.totals.preempted) == {by}
     assert held.engine.totals.preempted[by] > 0
     assert held.pool.peak_pages <= 9
+    held.release()
+
+
+def test_pages_are_out_before_the_slot_is_another_s(paged: list[list[int]]) -> None:
+    """Whatever a scheduler asks for: the next request in a slot would unmap what is still being copied."""
+    held = serving(swap_bytes=1 << 24)
+    held.engine.scheduler = FastSwitch()
+    assert run(held, requests(), num_pages=9) == paged
+    assert held.engine.totals.preempted["swap"] > 0
+    assert held.engine.switch.counts.conflicts == 0
     held.release()
 
 

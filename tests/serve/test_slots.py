@@ -47,6 +47,12 @@ def test_answers_are_the_paged_server_s(server: Running, slots: Running) -> None
     assert slots.told["kv"] == "vattention(page_kib=4)"
 
 
+def test_texts_are_embedded_alike(server: Running, slots: Running) -> None:
+    body = {"input": ["The river", "The history of the city " * 20]}
+    theirs, ours = (one.post("/v1/embeddings", body).json()["data"] for one in (server, slots))
+    assert [one["embedding"] for one in ours] == [one["embedding"] for one in theirs]
+
+
 def test_it_tells_of_slots_and_of_what_is_mapped(slots: Running) -> None:
     text_of(slots.post("/v1/completions", asked(5)))
     found = slots.memory()

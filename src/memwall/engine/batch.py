@@ -1,10 +1,10 @@
 """The executor with a model: one step's tokens of all sequences go through each matrix together.
 
-Keys and values lie in pages of the pool (`page_forms`): one page holds `page_tokens` tokens of all layers,
-so that moving, sharing or swapping a page is one copy. Native attention finds tokens through page tables
-(`attend_paged`): the cost over rows that lie in a line is a table look-up every 16 tokens, and in return any page can
-be anywhere, which adapters, shared prefixes of any length and copies in groups need. Where these are not wanted, plain
-rows in a range of addresses for each sequence do without tables (`slots`). All decoding sequences of a step are attended in one parallel
+Keys and values lie in pages of the pool (`page_forms`): one page holds `page_tokens` tokens of all layers, so that
+moving, sharing or swapping a page is one copy. Native attention finds tokens through page tables (`attend_paged`): the
+cost over rows that lie in a line is a table look-up every 16 tokens, and in return any page can be anywhere, which
+adapters, shared prefixes of any length and copies in groups need. Where these are not wanted, plain rows in a range of
+addresses for each sequence do without tables (`slots`). All decoding sequences of a step are attended in one parallel
 region, and so are all those that go on from shared prefixes, which are read once for all of them.
 
 Numbers: attention and packed weights give a sequence the same bits whatever else is in its batch; dense float weights

@@ -197,6 +197,8 @@ class _SlotPages:
 class SlotPool(PagePool):
     """A pool whose pages are blocks of a `VirtualKV`."""
 
+    anywhere = False
+
     def __init__(
         self,
         layout: SlotLayout,

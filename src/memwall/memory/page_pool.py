@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ class OutOfPages(DoesNotFit):
 
 class PagePool:
     """`limit_pages` of `page_bytes` each, at most `most_pages`; the limit moves between one page and that."""
+
+    anywhere: ClassVar[bool] = True
+    """Whether a page is as good for one owner as for another, and stays where it is until nobody holds it."""
 
     def __init__(
         self,
