@@ -359,10 +359,12 @@ def test_requests_come_and_go_at_random(seed: int, swap: int) -> None:
     plain.release()
 
 
-def test_the_system_allows_few_mappings(paged: list[list[int]]) -> None:
-    held = serving(swap_bytes=0, keep_prefixes=False)
+@pytest.mark.parametrize(("swap", "by"), [(0, "recompute"), (1 << 24, "swap")])
+def test_the_system_allows_few_mappings(paged: list[list[int]], swap: int, by: str) -> None:
+    held = serving(swap_bytes=swap, keep_prefixes=False)
+    held.engine.costs, held.engine._measures = Costs(seconds_per_token=1.0, seconds_per_page=1e-6), False
     ranges = held.pool.store.ranges  # type: ignore[attr-defined]
     ranges.most_mappings = ranges.mappings + 16 * 12  # three runs and what is left of three slots
     assert run(held, requests()) == paged
-    assert held.engine.totals.preempted["recompute"] > 0
+    assert held.engine.totals.preempted[by] > 0
     held.release()

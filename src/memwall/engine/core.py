@@ -349,7 +349,8 @@ class Engine:
         elif self.swapped[number].status == "swapped":
             one = self.swapped[number]
             one.registered = 0
-            self.switch.back(one, self.limits.pages(one.computed - one.base))
+            with suppress(OutOfPages):  # the system has no place for them now: it stays where it is
+                self.switch.back(one, self.limits.pages(one.computed - one.base))
 
     def _land(self) -> list[Event]:
         """Requests whose pages are here run from now on; those whose pages are lost begin anew."""

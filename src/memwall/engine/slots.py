@@ -9,6 +9,9 @@ Attention is `attend_float` over plain rows; there are no block tables.
 Pages of a request that is over stay mapped in its slot (deferred reclamation) and are free all the same: the next
 request in the slot finds them there, and any other takes them away. Beginnings that are kept for others are pinned, and
 are mapped once more at the slot of whoever begins with them.
+
+Differs from the paper: the pool takes memory as it is needed, up to the limit that the budget leaves now, and keeps
+what becomes free until that limit falls; a slot is chosen by all that a request brings, kept beginnings included.
 """
 
 from __future__ import annotations
@@ -141,13 +144,19 @@ class _SlotPages:
         """See `FreePages`. OutOfPages, BudgetExceeded or MemoryError with nothing changed."""
         if not count:
             return []
-        if owner not in self._slots:
+        new = owner not in self._slots
+        if new:
             self.begin(owner, [], count)
         if owner not in self._slots:
             raise OutOfPages(f"all {self.store.num_slots} slots are in use")
         self.store.wait()
         slot, held = self._slots[owner], self._counts[owner]
-        self._map(slot, (held + count - 1) * self.page_tokens + 1)
+        try:
+            self._map(slot, (held + count - 1) * self.page_tokens + 1)
+        except BaseException:
+            if new:
+                self.close(owner)
+            raise
         pages = self.store.ranges.blocks[slot][held : held + count]
         self.store.pool.pin(pages)
         self._counts[owner] = held + count
@@ -163,10 +172,10 @@ class _SlotPages:
         """See `FreePages`."""
         slot = self._slots.pop(owner, None)
         if slot is not None:
-            del self._counts[owner]
+            held = self._counts.pop(owner)
             self.store.wait()
             self.store.free(slot)
-            self.full = False
+            self.full = self.full and not held
 
     def reset(self, limit: int, used: Collection[int]) -> None:
         """See `FreePages`."""
