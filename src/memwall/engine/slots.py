@@ -16,6 +16,7 @@ what becomes free until that limit falls; a slot is chosen by all that a request
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,13 @@ from memwall.kv.vattention import OWNER, VirtualKV, VirtualSettings
 from memwall.kv.virtual_cache import ADDRESS_BYTES, VirtualCache, virtual_settings
 from memwall.memory import Arena, OutOfPages, PagePool
 from memwall.memory.page_groups import Owner
+from memwall.memory.virtual import runs
 
 if TYPE_CHECKING:
     from memwall.engine.serving import ServingSettings
 
 SLOTS = "vattention"
+log = logging.getLogger("memwall.engine")
 AHEAD_STEPS = 10
 """Steps that pages are mapped ahead for unless it is said otherwise; the paper's figure."""
 
@@ -115,15 +118,26 @@ class _SlotPages:
     def __init__(self, store: VirtualKV, page_tokens: int) -> None:
         self.store = store
         self.page_tokens = page_tokens
-        self.full = False
-        """The system allows no more mappings; until something goes, no page can be taken."""
+        self.tight = False
+        """The system's limit of mappings was met; from then on pages are counted as if each took one by itself."""
         self._slots: dict[Owner, int] = {}
         self._counts: dict[Owner, int] = {}
 
     @property
     def num_free(self) -> int:
         """See `FreePages`."""
-        return 0 if self.full else self.store.free_blocks
+        return self.mappable(self.store.free_blocks)
+
+    def mappable(self, pages: int) -> int:
+        """How many of so many free pages the system has mappings for."""
+        return min(pages, self._room) if self.tight else pages
+
+    @property
+    def _room(self) -> int:
+        """Pages that can be mapped, each by itself, once what nobody needs has made room."""
+        held = [self.store.ranges.blocks[slot][: self._counts[owner]] for owner, slot in self._slots.items()]
+        needed = 1 + sum(1 + sum(1 for _ in runs(blocks)) for blocks in held if blocks)
+        return max(self.store.ranges.most_mappings // self.store.pool.planes - needed - 2, 0)
 
     def slot(self, owner: Owner) -> int:
         """Where an owner's tokens lie."""
@@ -132,6 +146,8 @@ class _SlotPages:
     def begin(self, owner: Owner, pages: list[int], most: int) -> list[int]:
         """A slot for an owner, with pages mapped at its start; none of them where that cannot be."""
         self.store.wait()
+        if self.tight:  # shared pages take mappings too, which setting somebody aside would seem not to give back
+            pages = []
         tokens = min(most * self.page_tokens, self.store.max_tokens)
         try:
             slot = self.store.alloc(tokens, pages)
@@ -166,16 +182,15 @@ class _SlotPages:
         """See `FreePages`: they stay mapped where they are until they are wanted."""
         self.store.wait()
         self.store.pool.unpin(list(pages))
-        self.full = False
 
     def close(self, owner: Owner) -> None:
         """See `FreePages`."""
         slot = self._slots.pop(owner, None)
         if slot is not None:
-            held = self._counts.pop(owner)
+            del self._counts[owner]
             self.store.wait()
             self.store.free(slot)
-            self.full = self.full and not held
+            self.tight = self.tight and self._room < self.store.free_blocks
 
     def reset(self, limit: int, used: Collection[int]) -> None:
         """See `FreePages`."""
@@ -199,7 +214,9 @@ class _SlotPages:
             try:
                 self.store.step({slot: tokens})
             except DoesNotFit as refused:
-                self.full = True
+                if not self.tight:
+                    log.warning("fewer requests run than memory has room for: %s", refused)
+                self.tight = True
                 raise OutOfPages(str(refused)) from refused
 
 
@@ -248,7 +265,7 @@ class SlotPool(PagePool):
     @property
     def free_pages(self) -> int:
         """See `PagePool`: what is mapped without being needed is free too."""
-        return 0 if self._pages.full else super().free_pages
+        return self._pages.mappable(super().free_pages)
 
     @property
     def committed_bytes(self) -> int:
