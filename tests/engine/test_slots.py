@@ -291,7 +291,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
 def test_the_budget_moves_while_requests_run() -> None:
     held = load_engine(
         DEMO_DIRECTORY,
-        ServingSettings(weights="int8", context_tokens=512, token_budget=64, threads=1, kv=SMALL),
+        ServingSettings(weights="int8", context_tokens=512, token_budget=64, threads=1, kv=SMALL, exact=True),
         budget=Budget(tiers={"ram": resident_bytes(exact=True) + 60 * MB}), tokenizer=TOKENIZER,
     )  # fmt: skip
     # set aside at moments that depend on the heap: swapped, so that the bits are the same whenever that is
