@@ -4,12 +4,13 @@ Capacity: prompts and answers of a trace are served by one scheduler (all reques
 memory runs out) over kinds of memory of the same size: the model's context reserved for each sequence, the trace's
 longest length reserved (known only afterwards), paged blocks of 16 and of 256 tokens (all as books only), and
 vAttention's store with its pages really mapped. One layer of an 8B model's shape stands for all, as all layers do the
-same.
+same. The server's engine then runs the demo model over slots, over pages, and over pages as long as the context.
 
 Chosen after earlier runs were seen, and to be read so: with only the trace's longest length reserved, the first
 baseline here, twice the sequences cannot be had (paging itself reaches 1.53 times on the long trace), so that what a
 server must reserve is the bound now and the other is shown beside it; spikes are judged where pages are entered, with
-the spread of two rounds.
+the spread of two rounds. The engine first had the bytes of 8 contexts, in which nobody waited for memory; and its next
+requests were to map nothing, while 5 of 230 pages were mapped, as a slot is chosen by the prompt alone.
 
 Trace: `--data` a CSV file with the columns num_prefill_tokens and num_decode_tokens, or a directory of such; a
 synthetic one of similar lengths otherwise.
@@ -29,6 +30,7 @@ import textwrap
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +56,9 @@ NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """layers, width: of the decode loop's model (16 and 2,048 with 4 matrices of 4 times the width: 1.07 B weights)."""
+    """layers, width: of the decode loop's model (16 and 2,048 with 4 matrices of 4 times the width: 1.07 B weights).
+    served: requests of the engine.
+    """
 
     requests: int
     budget_bytes: int
@@ -63,12 +67,16 @@ class Sizes:
     layers: int
     width: int
     crossings: int
+    served: int
 
 
 FULL = Sizes(
-    requests=400, budget_bytes=2 * GIB, stress_steps=100_000, rounds=61, layers=16, width=2048, crossings=10
+    requests=400, budget_bytes=2 * GIB, stress_steps=100_000, rounds=61, layers=16, width=2048, crossings=10,
+    served=96,
 )  # fmt: skip
-QUICK = Sizes(requests=80, budget_bytes=GIB // 2, stress_steps=10_000, rounds=25, layers=8, width=1024, crossings=6)
+QUICK = Sizes(
+    requests=80, budget_bytes=GIB // 2, stress_steps=10_000, rounds=25, layers=8, width=1024, crossings=6, served=48
+)  # fmt: skip
 
 
 # ---- capacity ------------------------------------------------------------------------------------------------------
@@ -789,6 +797,177 @@ def intact(store: VirtualKV, slot: int, stamp: float, length: int) -> bool:
     return bool((keys == stamp).all() and (values == -stamp).all())
 
 
+# ---- the server's engine ---------------------------------------------------------------------------------------------
+
+TABLE_KERNELS = ("attend_paged", "attend_paged_sequences", "attend_shared")
+ENGINE_CONTEXT = 1024
+CONTEXTS = 4
+"""Whole contexts that the engine's keys and values may take."""
+SLOTS = 64
+
+
+@contextmanager
+def counted_kernels() -> Iterator[dict[str, int]]:
+    """Calls of attention kernels by name."""
+    from memwall import _native
+
+    calls = dict.fromkeys((*TABLE_KERNELS, "attend_float"), 0)
+    kept = {name: getattr(_native, name) for name in calls}
+
+    def counting(name: str) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            calls[name] += 1
+            return kept[name](*arguments)
+
+        return call
+
+    for name in calls:
+        setattr(_native, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, function in kept.items():
+            setattr(_native, name, function)
+
+
+@dataclass(slots=True)
+class EngineRun:
+    """What the engine did with requests. concurrent: mean over the steps in which one waited. in_decoding: pages mapped
+    in steps that only made tokens; mapped: in all, in steps and beside them. tables: calls of kernels that walk them;
+    plain: of the one over plain rows.
+    """
+
+    made: list[list[int]] = field(default_factory=list)
+    concurrent: float = 0.0
+    preempted: int = 0
+    in_decoding: int = 0
+    mapped: int = 0
+    tables: int = 0
+    plain: int = 0
+
+
+class EngineRuns:
+    """The demo model behind the server's engine, over one kind of memory."""
+
+    def __init__(self, kind: str, page_tokens: int = 0) -> None:
+        from memwall.engine.fcfs import FirstComeFirstServed
+        from memwall.engine.serving import ServingSettings, load_engine
+        from memwall.models import model_directory
+
+        # pages are of very different sizes here: none is kept free beside those that run
+        self.serving = load_engine(
+            model_directory("demo"),
+            ServingSettings(
+                weights="int8", kv=kind, page_tokens=page_tokens, context_tokens=ENGINE_CONTEXT, max_sequences=SLOTS,
+                swap_bytes=0, keep_prefixes=False,
+            ),
+            scheduler=FirstComeFirstServed(spare_pages=0),
+        )  # fmt: skip
+
+    def context_bytes(self) -> int:
+        """Keys and values of one whole context."""
+        return self.serving.pool.page_bytes * self.serving.engine.limits.pages(ENGINE_CONTEXT)
+
+    def run(self, requests: list[Request], budget_bytes: int) -> EngineRun:
+        """Serves requests of these lengths, all submitted at once, in so many bytes of keys and values."""
+        from memwall.engine.sampling import Sampling
+        from memwall.engine.sequence import Request as Asked
+
+        engine, pool, rng, found = self.serving.engine, self.serving.pool, np.random.default_rng(0), EngineRun()
+        engine.wanted_pages = budget_bytes // pool.page_bytes
+        set_aside, first = engine.totals.preempted.total(), pool.told()
+        sequences = []
+        for prompt, answer in requests:
+            tokens = rng.integers(3, self.serving.config.vocab_size, prompt).tolist()
+            sampling = Sampling(max_new_tokens=answer, ignore_eos=True)
+            sequences.append(engine.submit(Asked(prompt=tuple(tokens), sampling=sampling)))
+        running = []
+        with counted_kernels() as calls:
+            while engine.busy:
+                prompts, before = engine.totals.computed_prompt_tokens, pool.told()
+                engine.step()
+                if before and engine.totals.computed_prompt_tokens == prompts:
+                    found.in_decoding += pool.told()["mapped_in_steps"] - before["mapped_in_steps"]
+                if engine.waiting:
+                    running.append(len(engine.running))
+        found.made = [list(one.made) for one in sequences]
+        found.concurrent = float(np.mean(running)) if running else 0.0
+        found.preempted = engine.totals.preempted.total() - set_aside
+        mapped = ("mapped_in_steps", "mapped_beside_steps")
+        found.mapped = sum(pool.told()[name] - first[name] for name in mapped if name in first)
+        found.tables, found.plain = sum(calls[name] for name in TABLE_KERNELS), calls["attend_float"]
+        return found
+
+
+def engine_claims(requests: int, tick: Callable[[str], None]) -> Iterator[Claim]:
+    """The demo model's server: the same requests in slots, in pages, and with the context reserved."""
+    rng = np.random.default_rng(0)
+    asked = list(zip(rng.integers(10, 180, requests).tolist(), rng.integers(20, 120, requests).tolist()))
+    kinds = {
+        "static": ("float16", ENGINE_CONTEXT), "paged 16": ("float16", 16), "4 KiB": ("vattention(page_kib=4)", 0),
+        "paged 256": ("float16", 256), "64 KiB": ("vattention(page_kib=64)", 0),
+    }  # fmt: skip
+    found = {}
+    for name, kind in kinds.items():
+        tick(f"engine, {name}")
+        runs = EngineRuns(*kind)
+        found[name] = runs.run(asked, CONTEXTS * runs.context_bytes())
+        runs.serving.release()
+    static, *others = found.values()
+    pairs = list(zip(others[::2], others[1::2]))
+    equal = [paged.made == mine.made for paged, mine in pairs]
+    tables = [mine.tables for _, mine in pairs]
+    yield Claim(
+        claim="the server's engine makes from slots what it makes from pages, and its attention sees no block table",
+        measured=f"demo model, {len(asked)} requests at once, {sum(map(len, static.made)):,} tokens made in the bytes "
+        f"of {CONTEXTS} whole contexts; slots of 4 KiB pages equal pages of 16 tokens: {equal[0]}, of 64 KiB those of "
+        f"256: {equal[1]}; set aside and computed again: "
+        + ", ".join(f"{name} {one.preempted}" for name, one in found.items())
+        + f"; calls of kernels that walk tables over slots {tables}, over pages "
+        f"{[paged.tables for paged, _ in pairs]}; of attention over plain rows {[mine.plain for _, mine in pairs]}",
+        required="all tokens equal, requests set aside among them, no call of a kernel that walks tables",
+        passed=all(equal) and not any(tables) and all(mine.preempted > 0 for _, mine in pairs),
+    )
+    gains = [mine.concurrent / static.concurrent for _, mine in pairs]
+    shares = [mine.concurrent / paged.concurrent for paged, mine in pairs]
+    yield Claim(
+        claim=f"in the bytes of {CONTEXTS} whole contexts the engine runs many more requests than with these reserved",
+        measured="at once, while some wait: " + ", ".join(f"{name} {one.concurrent:.1f}" for name, one in found.items())
+        + f"; over static {gains[0]:.2f} times (4 KiB) and {gains[1]:.2f} (64 KiB), over pages of as many tokens "
+        f"{shares[0]:.3f} and {shares[1]:.3f}",
+        required="at least 2 times static with each page size, more with the smaller; at least 0.98 of paged",
+        passed=gains[0] > gains[1] >= 2 and min(shares) >= 0.98,
+    )  # fmt: skip
+    yield engine_steps_claim(tick)
+
+
+def engine_steps_claim(tick: Callable[[str], None]) -> Claim:
+    """Where the pages of steps that only decode come from, and those of the next requests."""
+    asked = [(20 + 9 * n, 600) for n in range(6)]
+    ran = []
+    for ahead in (10, 0):
+        tick(f"engine, {ahead} steps ahead")
+        runs = EngineRuns(f"vattention(page_kib=4,ahead={ahead})")
+        room = len(asked) * runs.context_bytes()
+        ran.append((runs.run(asked, room), runs.run(asked[::-1], room)))
+        page_tokens = runs.serving.settings.page_tokens
+        runs.serving.release()
+    (ahead, again), (sync, _) = ran
+    # the last token made is not computed
+    entered = sum((prompt + answer - 2) // page_tokens - (prompt - 1) // page_tokens for prompt, answer in asked)
+    return Claim(
+        claim="while the engine decodes nothing is mapped in a step, and the next requests find most pages of the last",
+        measured=f"{len(asked)} requests for 600 tokens, pages of {page_tokens}: decoding enters {entered}, of which "
+        f"{ahead.in_decoding} are mapped in steps, and without the thread {sync.in_decoding}; mapped in all "
+        f"{ahead.mapped}, and {again.mapped} for the next requests, of the same lengths in another order",
+        required="0 in steps with the thread, each page entered without it, the same tokens; a tenth for the next ones",
+        passed=ahead.in_decoding == 0
+        and sync.in_decoding == entered
+        and ahead.made == sync.made
+        and again.mapped <= ahead.mapped / 10,
+    )
+
+
 def policy_claim(tick: Callable[[str], None]) -> Claim:
     """The demo model through `--kv vattention` and `--kv float16`."""
     tick("policy")
@@ -1096,7 +1275,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
     sizes = QUICK if quick else FULL
     traces = read_traces(data, sizes.requests)
     gpu = here()
-    steps, done = 7 * len(traces) + (11 if isinstance(gpu, str) else 15), 0
+    steps, done = 7 * len(traces) + (18 if isinstance(gpu, str) else 22), 0
 
     def tick(what: str) -> None:
         nonlocal done
@@ -1115,6 +1294,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         *step_claims(sizes, tick),
         stress_claim(sizes.stress_steps, tick),
         policy_claim(tick),
+        *engine_claims(sizes.served, tick),
         *gpu_claims(gpu, GpuSizes(), tick),
     ]
 

@@ -11,7 +11,7 @@ import typer
 from memwall.cli.command import AsJson, Debug, Memory, Model, Quiet, Threads, Weights, add_command
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run import parse_budget, parse_context
-from memwall.cli.serve import PagedKV, paged_kv, start
+from memwall.cli.serve import PagedKV, check_scheduler, paged_kv, start
 from memwall.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def batch(
     be answered get an error line. Exit status: 0 all are answered, 1 some lines are errors, 2 all are.
     """
     _check_files(source, target)
+    stored = paged_kv(kv)
+    check_scheduler(stored, scheduler.value)
     from memwall.memory import peak_resident_bytes
     from memwall.serve.batch_file import BatchInput, BatchOutput
     from memwall.serve.settings import body_bytes
@@ -73,7 +75,7 @@ def batch(
         output.open()  # a wrong file is told before the model is loaded
     try:
         serving, settings, template = _load(
-            model, memory, weights, paged_kv(kv), context, name, threads, scheduler, step_tokens, quiet=quiet
+            model, memory, weights, stored, context, name, threads, scheduler, step_tokens, quiet=quiet
         )
         if not output.is_open:
             output.open()

@@ -34,12 +34,21 @@ if TYPE_CHECKING:
     from memwall.models.tokenizer import Tokenizer
 
 PAGED = {"auto": "float16", "float32": "float32", "float16": "float16", "int8": "int8", "int4": "int4", "kv4": "int4"}
+SLOTS = "vattention"
+
+
+def complete_paged_kv(incomplete: str) -> list[str]:
+    return [name for name in (*PAGED, SLOTS) if name.startswith(incomplete)]
+
+
 PagedKV = Annotated[
     str,
     typer.Option(
         "--kv",
         help="Keys and values in pages: float16 (the same as auto), float32, int8 for about twice the tokens, or int4 "
-        "(kv4 means the same here) for 2.7 times as many.",
+        "(kv4 means the same here) for 2.7 times as many. vattention: in slots of addresses that pages are mapped "
+        "behind, without page tables (docs/kv-caches.md#vattention has its settings); for --scheduler fcfs.",
+        autocompletion=complete_paged_kv,
     ),
 ]
 
@@ -112,6 +121,7 @@ def serve(
     grow back, and so does POST /v1/budget.
     """
     stored = paged_kv(kv)
+    check_scheduler(stored, scheduler.value)
     if pooling not in ("auto", "last", "mean"):
         raise InputError(f"--pooling {pooling}: choose last, mean or auto")
     try:
@@ -177,10 +187,26 @@ def serve(
 
 
 def paged_kv(kv: str) -> str:
-    """How pages hold keys and values, by the option's text."""
-    if kv not in PAGED:
-        raise InputError(f"--kv {kv}: pages of many requests hold keys and values as {', '.join(PAGED)}; name one")
-    return PAGED[kv]
+    """How pages hold keys and values, by the option's text; a policy where slots hold them."""
+    if kv in PAGED:
+        return PAGED[kv]
+    from memwall.kv.policy import parse
+
+    policy = parse(kv)
+    if policy.name != SLOTS or policy.inner is not None:
+        raise InputError(
+            f"--kv {kv}: pages of many requests hold keys and values as {', '.join(PAGED)}, slots as {SLOTS}; name one"
+        )
+    return str(policy)
+
+
+def check_scheduler(kv: str, scheduler: str) -> None:
+    """InputError for schedulers that work with page tables, where there are none."""
+    if kv not in PAGED and scheduler != "fcfs":
+        raise InputError(
+            f"--kv {kv}: slots of addresses are for one process and requests that come by themselves, "
+            f"and --scheduler {scheduler} plans for pages that lie anywhere; add --scheduler fcfs"
+        )
 
 
 def start(
@@ -228,10 +254,12 @@ def _lora_options(
     loras: AskedLoras, path: Path, kv: str, lora_batch: int | None, first_token_limit: float | None
 ) -> dict[str, Any]:
     from memwall.engine.s_lora import FIRST_TOKEN_SECONDS, SLora
-    from memwall.engine.serving import ServingSettings
+    from memwall.engine.serving import LoraSettings, ServingSettings
     from memwall.models.config import ModelConfig
 
-    settings = loras.settings(ModelConfig.from_directory(path), ServingSettings(kv=kv).page_tokens, kv)
+    asked = LoraSettings() if loras.adapters or loras.folder is not None else None
+    page_tokens = ServingSettings(kv=kv, lora=asked).page_tokens
+    settings = loras.settings(ModelConfig.from_directory(path), page_tokens, kv)
     if settings is None:
         if lora_batch is not None or first_token_limit is not None:
             raise InputError("--lora-batch and --first-token-limit need adapters: give --lora or --lora-dir")

@@ -1,10 +1,10 @@
 """The executor with a model: one step's tokens of all sequences go through each matrix together.
 
-Keys and values lie in pages of the pool (`page_forms`): one page holds `page_tokens` tokens of all layers,
-so that moving, sharing or swapping a page is one copy. Native attention finds tokens through page tables
-(`attend_paged`): the cost over rows that lie in a line is a table look-up every 16 tokens, and in return any page can
-be anywhere, which sharing and a moving budget need; ranges of address space per sequence (`kv/vattention.py`) keep
-plain rows but share and move only blocks of megabytes. All decoding sequences of a step are attended in one parallel
+Keys and values lie in pages of the pool (`page_forms`): one page holds `page_tokens` tokens of all layers, so that
+moving, sharing or swapping a page is one copy. Native attention finds tokens through page tables (`attend_paged`): the
+cost over rows that lie in a line is a table look-up every 16 tokens, and in return any page can be anywhere, which
+adapters, shared prefixes of any length and copies in groups need. Where these are not wanted, plain rows in a range of
+addresses for each sequence do without tables (`slots`). All decoding sequences of a step are attended in one parallel
 region, and so are all those that go on from shared prefixes, which are read once for all of them.
 
 Numbers: attention and packed weights give a sequence the same bits whatever else is in its batch; dense float weights
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 
 from memwall.engine.executor import Entry, Output
-from memwall.engine.kv_pages import KVPages
 from memwall.engine.page_forms import PAGED as PAGED
 from memwall.engine.page_forms import held_as
 from memwall.engine.page_forms import page_bytes as page_bytes
@@ -248,17 +247,14 @@ class ModelExecutor:
     def __init__(
         self,
         decoder: Decoder,
-        shape: CacheShape,
-        pages: KVPages,
+        cache: BatchCache,
         *,
         logit_rows: int,
         scratch: np.ndarray,
-        kv: str = "float16",
         adapters: HeldAdapters | None = None,
         lora: LoraBatch | None = None,
     ) -> None:
-        """logit_rows: as the decoder was built with; scratch: of `Sampler.scratch_shape`, for all requests in turn; kv:
-        one of PAGED.
+        """logit_rows: as the decoder was built with; scratch: of `Sampler.scratch_shape`, for all requests in turn.
 
         adapters, lora: both, where requests may have adapters.
         """
@@ -266,7 +262,7 @@ class ModelExecutor:
         self.adapters, self.lora = adapters, lora
         if lora is not None:
             decoder.adapt(lora)
-        self.cache = BatchCache(shape, pages.pool, pages.page_tokens, kv)
+        self.cache = cache
         self._logit_rows = logit_rows
         self._scratch = scratch
         self._samplers: dict[int, Sampler] = {}

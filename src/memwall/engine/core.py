@@ -349,7 +349,8 @@ class Engine:
         elif self.swapped[number].status == "swapped":
             one = self.swapped[number]
             one.registered = 0
-            self.switch.back(one, self.limits.pages(one.computed - one.base))
+            with suppress(OutOfPages):  # the system has no place for them now: it stays where it is
+                self.switch.back(one, self.limits.pages(one.computed - one.base))
 
     def _land(self) -> list[Event]:
         """Requests whose pages are here run from now on; those whose pages are lost begin anew."""
@@ -364,7 +365,7 @@ class Engine:
 
     def _admit(self, one: Sequence, hit: int, now: float, *, restore: bool = False) -> None:
         pages = self._hits(one)[: hit // self.pages.page_tokens]
-        self.pages.acquire(pages)
+        pages = self.pages.acquire(pages, one.id, self.limits.pages(len(one.tokens)))
         one.status, one.registered = "running", len(pages)
         self.switch.admit(one, pages, restore=restore)
         one.computed = max(len(one.pages) * self.pages.page_tokens, one.base)

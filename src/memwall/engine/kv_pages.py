@@ -101,14 +101,19 @@ class KVPages:
             found.append(page)
         return found
 
-    def acquire(self, pages: Sequence[int]) -> None:
-        """One more holder for pages that `find` gave."""
+    def acquire(self, pages: list[int], owner: int | None = None, most: int = 0) -> list[int]:
+        """One more holder for pages that `find` gave; those that it can have, all in a pool with page tables.
+
+        owner: the request that begins with them, and will come to hold `most` pages.
+        """
+        pages = pages if owner is None else self.pool.begin(owner, pages, most)
         for page in pages:
             if page in self._idle:  # the index's own reference becomes the sequence's
                 del self._idle[page]
                 self.pool.give_to(TENANT, [page])
             else:
                 self.pool.share([page])
+        return pages
 
     def take(self, count: int, tenant: str = TENANT, owner: int | None = None) -> list[int]:
         """Fresh pages; beginnings that nobody uses make room. OutOfPages when there are too few.

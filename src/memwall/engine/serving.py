@@ -28,7 +28,15 @@ from memwall.engine.page_forms import check_page_tokens, page_tokens_of
 from memwall.engine.priorities import Priorities
 from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
-from memwall.engine.serving_parts import make_adapters, make_pool, make_switcher, told_forms
+from memwall.engine.serving_parts import (
+    check_unpaged,
+    make_adapters,
+    make_cache,
+    make_pool,
+    make_switcher,
+    settled,
+    told_forms,
+)
 from memwall.engine.session import SAMPLING
 from memwall.engine.switching import SwitchSettings
 from memwall.errors import DoesNotFit, InputError
@@ -74,12 +82,13 @@ class LoraSettings:
 class ServingSettings:
     """How a model serves.
 
-    weights: as for a session. kv: how pages hold keys and values, one of `batch.PAGED`. context_tokens: longest
-    request, prompt and answer; None for the model's positions. page_tokens: 0 for what suits `kv`. token_budget:
-    tokens computed in one step. swap_bytes: disk for requests set aside. headroom_bytes: kept free for what the process
-    comes to hold outside the arena. exact: float arithmetic on packed weights. lora: None where requests have no
-    adapters. shared_prefixes: room for requests that go on from prefixes (see `shared`). phases: None where one worker
-    computes prompts and tokens together. ahead: the next batch is formed while one is computed.
+    weights: as for a session. kv: how pages hold keys and values, one of `batch.PAGED`, or `vattention` with its
+    settings for slots instead of pages (see `slots`). context_tokens: longest request, prompt and answer; None for the
+    model's positions. page_tokens: 0 for what suits `kv`. token_budget: tokens computed in one step. swap_bytes: disk
+    for requests set aside. headroom_bytes: kept free for what the process comes to hold outside the arena. exact: float
+    arithmetic on packed weights. lora: None where requests have no adapters. shared_prefixes: room for requests that go
+    on from prefixes (see `shared`). phases: None where one worker computes prompts and tokens together. ahead: the next
+    batch is formed while one is computed.
     """
 
     weights: str = "float16"
@@ -106,8 +115,6 @@ class ServingSettings:
         return Limits(token_budget=self.token_budget, max_sequences=self.max_sequences, page_tokens=self.page_tokens)
 
     def __post_init__(self) -> None:
-        if self.kv not in PAGED:
-            raise InputError(f"kv is {self.kv!r}; pages hold keys and values as {', '.join(PAGED)}")
         for name in ("max_sequences", "token_budget", "headroom_bytes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -118,6 +125,9 @@ class ServingSettings:
             )
         if self.ahead and (self.phases is not None or self.lora is not None):
             raise InputError("batches are formed ahead for one worker without adapters; choose the scheduler fcfs")
+        if self.kv not in PAGED:
+            check_unpaged(self)
+            return
         if not self.page_tokens:
             object.__setattr__(self, "page_tokens", page_tokens_of(self.kv))
         check_page_tokens(self.kv, self.page_tokens)
@@ -376,7 +386,7 @@ def load_engine(
         shared=settings.shared_prefixes,
         headroom_bytes=settings.headroom_bytes,
     )
-    config, arena = loaded.config, loaded.arena
+    config, arena, settings = loaded.config, loaded.arena, settled(settings, loaded.config)
     scratch = arena.allocate(SAMPLING, Sampler.scratch_shape(config.vocab_size), np.float32)
     pool, context = make_pool(settings, config, arena, limited=budget is not None)
     pages = KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
@@ -385,7 +395,7 @@ def load_engine(
         adapters, lora = make_adapters(settings, settings.lora, pages, arena, shape)
         scheduler = scheduler or (SLora() if settings.phases is None else None)
     own: dict[str, Any] = {"logit_rows": rows, "scratch": scratch, "adapters": adapters, "lora": lora}
-    executor = ModelExecutor(loaded.decoder, shape, pages, kv=settings.kv, **own)
+    executor = ModelExecutor(loaded.decoder, make_cache(settings, shape, pool), **own)
     common: dict[str, Any] = {
         "limits": settings.limits,
         "context_tokens": context,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memwall.engine.adapters import Adapters
-from memwall.engine.batch import lora_room, page_bytes
+from memwall.engine.batch import PAGED, BatchCache, lora_room, page_bytes
 from memwall.engine.kv_pages import POOL_OWNER, KVPages
 from memwall.engine.loading import cache_shape
 from memwall.engine.swap import SwapArea
@@ -15,7 +16,7 @@ from memwall.engine.switching import Switcher
 from memwall.errors import BudgetExceeded, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.kernels.lora import MOST_TOGETHER, LoraBatch
-from memwall.kv import CacheShape
+from memwall.kv import CacheShape, parse
 from memwall.memory import Arena, PagePool
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import BLOCK_ROWS
@@ -32,9 +33,54 @@ MOST_PLACES = 1 << 31
 """Page tables are of 32-bit numbers."""
 
 
+def check_unpaged(settings: ServingSettings) -> None:
+    """InputError for keys and values that are served neither in pages nor in slots, and for what slots cannot do."""
+    if parse(settings.kv).name != "vattention":
+        raise InputError(
+            f"kv is {settings.kv!r}; pages hold keys and values as {', '.join(PAGED)}, slots as vattention"
+        )
+    from memwall.engine.slots import check_slots  # whoever serves pages needs none of it
+
+    check_slots(settings)
+
+
+def settled(settings: ServingSettings, config: ModelConfig) -> ServingSettings:
+    """The settings with what follows from the model: how many tokens the pages of slots hold."""
+    if settings.kv in PAGED:
+        return settings
+    from memwall.engine.slots import SlotLayout
+
+    layout = SlotLayout.of(settings.kv, cache_shape(config))
+    if settings.page_tokens not in (0, layout.page_tokens):
+        raise InputError(
+            f"page_tokens is {settings.page_tokens}; with {settings.kv} this model's pages are of {layout.page_tokens} "
+            "tokens: page_kib says how large they are"
+        )
+    return replace(settings, page_tokens=layout.page_tokens)
+
+
+def make_cache(settings: ServingSettings, shape: CacheShape, pool: PagePool) -> BatchCache:
+    """What the decoder sees of the pool."""
+    if settings.kv in PAGED:
+        return BatchCache(shape, pool, settings.page_tokens, settings.kv)
+    from memwall.engine.slots import SlotCache, SlotPool
+
+    assert isinstance(pool, SlotPool)
+    return SlotCache(shape, pool, settings.page_tokens)
+
+
+def _bytes_of_page(settings: ServingSettings, shape: CacheShape) -> int:
+    if settings.kv in PAGED:
+        return page_bytes(shape, settings.page_tokens, settings.kv)
+    from memwall.engine.slots import SlotLayout
+
+    return SlotLayout.of(settings.kv, shape).block_bytes
+
+
 def make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
     """The pool, with a limit of one request of the whole context, and that context."""
-    size, pages = page_bytes(cache_shape(config), settings.page_tokens, settings.kv), settings.limits.pages
+    shape, pages = cache_shape(config), settings.limits.pages
+    size = _bytes_of_page(settings, shape)
     context = settings.context_tokens or config.max_position
     if context > config.max_position:
         raise InputError(f"a context of {context:,} tokens, but the model knows {config.max_position:,} positions")
@@ -49,14 +95,18 @@ def make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, l
     # address space for what the budget may become, not memory
     room = max(available_memory_bytes(), arena.cap_bytes if limited else 0)
     most = min(max(room // size, 1), MOST_PLACES // (2 * config.num_layers) - 1)
+    limits: dict[str, int] = {"most_pages": max(most, least), "limit_pages": least}
+    if settings.kv not in PAGED:
+        from memwall.engine.slots import make_slots
+
+        return make_slots(settings, shape, arena, context=context, **limits), context
     pool = PagePool(
         POOL_OWNER,
         page_bytes=size,
-        most_pages=max(most, least),
-        limit_pages=least,
         arena=arena,
         group_pages=settings.switch.group_pages,
         shared=settings.phases is not None,
+        **limits,
     )
     return pool, context
 

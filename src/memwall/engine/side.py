@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from memwall.engine.base import Limits
-from memwall.engine.batch import ModelExecutor, page_bytes
+from memwall.engine.batch import BatchCache, ModelExecutor, page_bytes
 from memwall.engine.guide import TokenTable
-from memwall.engine.kv_pages import KVPages
 from memwall.engine.loading import Settings, cache_shape, load_decoder
 from memwall.engine.phase_process import DrawingExecutor, answer_message
 from memwall.engine.sampling import Sampler
@@ -75,9 +74,11 @@ class Side:
         scratch = arena.allocate("sampling", Sampler.scratch_shape(loaded.config.vocab_size), np.float32)
         self.pool = _pool(settings, page_bytes(shape, settings.page_tokens, settings.kv), arena)
         made = ModelExecutor(
-            loaded.decoder, shape, KVPages(self.pool, settings.page_tokens), logit_rows=rows, scratch=scratch,
-            kv=settings.kv,
-        )  # fmt: skip
+            loaded.decoder,
+            BatchCache(shape, self.pool, settings.page_tokens, settings.kv),
+            logit_rows=rows,
+            scratch=scratch,
+        )
         self.executor = DrawingExecutor(made, made.cache, ToldForms(partial(_table, settings.model, loaded.config)))
 
     def describe(self) -> dict[str, Any]:

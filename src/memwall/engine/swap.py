@@ -120,7 +120,7 @@ class SwapArea:
         size = self.pool.page_bytes
         runs = paired_runs(pages, places) if self.merge else [(page, place, 1) for page, place in zip(pages, places)]
         # views are made here: the pool belongs to the engine's thread
-        views = [(self.pool.run(page, n).data, place * size) for page, place, n in runs] if self._file else []
+        views = self.pool.pieces(runs) if self._file else []
 
         def run() -> None:
             for view, at in views:

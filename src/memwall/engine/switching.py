@@ -175,7 +175,7 @@ class Switcher:
         copy.clean = (one.computed - one.base) // self.pages.page_tokens
         copy.needed = True
         self._send(one, copy, pages, first)
-        if wait and copy.writing is not None:
+        if (wait or not self.pages.pool.anywhere) and copy.writing is not None:
             self._wait(copy.writing)
             self._reap()
         if one in self._told.lost:

@@ -19,7 +19,7 @@ Holds when: Linux on a CPU; on a GPU the driver's virtual-memory calls (`memory.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,7 @@ class VirtualKV:
         self.source = source or HostPages(page, planes * num_blocks)
         keep = self.settings.keep
         self.pool = BlockPool(self.source, arena, OWNER, num_blocks=num_blocks, planes=planes, keep=keep)
-        self._ranges = SlotRanges(self.pool, num_slots=num_slots, slot_bytes=max_tokens * self.row_bytes)
+        self.ranges = SlotRanges(self.pool, num_slots=num_slots, slot_bytes=max_tokens * self.row_bytes)
         self.keys, self.values = (
             [self._array(layer, which, itemsize, dtype) for layer in range(layers)] for which in (0, 1)
         )
@@ -112,15 +112,17 @@ class VirtualKV:
 
     # ---- sequences ---------------------------------------------------------------------------------------------------
 
-    def alloc(self, num_tokens: int) -> int:
+    def alloc(self, num_tokens: int, begin: Sequence[int] = ()) -> int:
         """A slot for a sequence that begins with so many tokens: the idle one whose pages fit best. Maps nothing yet.
 
-        OutOfBlocks when no slot is idle.
+        begin: blocks, mapped elsewhere or pinned, that hold its first tokens already: these are mapped at once.
+        OutOfBlocks when no slot is idle; DoesNotFit at the system's limit of mappings.
         """
         with self._lock:
-            slot = self._best_fit(num_tokens)
+            slot = self._best_fit(num_tokens, begin)
             if slot is None:
                 raise OutOfBlocks(f"all {self.num_slots} slots are in use; end a sequence first")
+            self._begin(slot, begin)
             self._active.add(slot)
             self._next_tokens = num_tokens
             return slot
@@ -133,7 +135,7 @@ class VirtualKV:
             self.lengths[slot] = 0
             if not self.settings.deferred:
                 self.source.fence()
-                self._ranges.shrink(slot, 0)
+                self.ranges.shrink(slot, 0)
 
     def step(self, lengths: Mapping[int, int]) -> int:
         """Maps what is missing for sequences of these lengths (their new tokens included); the blocks that took.
@@ -170,7 +172,7 @@ class VirtualKV:
                 raise ValueError(f"slot {slot}: cannot truncate {self.lengths[slot]} tokens to {length}")
             self.source.fence()
             self.lengths[slot] = length
-            self._ranges.shrink(slot, self.blocks(min(length + spare_tokens, self.max_tokens)))
+            self.ranges.shrink(slot, self.blocks(min(length + spare_tokens, self.max_tokens)))
 
     def share(self, source: int, target: int, num_tokens: int) -> int:
         """The target, still empty, begins with the source's first tokens, in the same memory; how many: whole blocks.
@@ -184,11 +186,11 @@ class VirtualKV:
             if self.lengths[target] or source == target or num_tokens > self.lengths[source]:
                 raise ValueError(f"slot {target} cannot begin with {num_tokens} tokens of slot {source}")
             self.source.fence()
-            self._ranges.shrink(target, 0)
-            blocks = self._ranges.blocks[source][: num_tokens * self.row_bytes // self.settings.page_bytes]
+            self.ranges.shrink(target, 0)
+            blocks = self.ranges.blocks[source][: num_tokens * self.row_bytes // self.settings.page_bytes]
             self.pool.share(blocks)
             try:
-                self._ranges.grow(target, blocks)
+                self.ranges.grow(target, blocks)
             except BaseException:
                 self.pool.drop(blocks)
                 raise
@@ -209,11 +211,11 @@ class VirtualKV:
 
     def mapped_blocks(self, slot: int) -> int:
         """Blocks mapped at a slot now."""
-        return len(self._ranges.blocks[slot])
+        return len(self.ranges.blocks[slot])
 
     def slot_bytes(self, slot: int) -> int:
         """Bytes of a slot's blocks, those shared with others by its part of them."""
-        return sum(self.block_bytes // self.pool.uses(block) for block in self._ranges.blocks[slot])
+        return sum(self.block_bytes // self.pool.uses(block) for block in self.ranges.blocks[slot])
 
     @property
     def num_active(self) -> int:
@@ -223,13 +225,13 @@ class VirtualKV:
     @property
     def mappings(self) -> int:
         """At most this many mappings of the operating system."""
-        return self._ranges.mappings
+        return self.ranges.mappings
 
     @property
     def free_blocks(self) -> int:
         """Blocks for new tokens: what the pool has, and what is mapped without being needed. Admit by this figure."""
         with self._lock:
-            needed = {block for slot in self._active for block in self._needed(slot)}
+            needed = self.pool.pinned.union(*(self._needed(slot) for slot in self._active))
             return self.pool.available + self.pool.mapped - len(needed)
 
     def can_admit(self, num_tokens: int) -> bool:
@@ -245,8 +247,20 @@ class VirtualKV:
             for slot in reversed(range(self.num_slots)):
                 needed = len(self._needed(slot))
                 while freed < count and self.mapped_blocks(slot) > needed:
-                    freed += self._ranges.shrink(slot, self.mapped_blocks(slot) - 1)
+                    freed += self.ranges.shrink(slot, self.mapped_blocks(slot) - 1)
             return freed
+
+    def set_limit(self, num_blocks: int) -> None:
+        """The pool has memory for so many blocks at most from now on. OutOfBlocks, with the limit as it was, where
+        sequences need more.
+        """
+        self.wait()
+        with self._lock:
+            over = self.pool.held - num_blocks
+            if over > 0 and self.pool.spare + self.reclaim(over - self.pool.spare) < over:
+                raise OutOfBlocks(f"sequences need {self.pool.mapped} blocks; a limit of {num_blocks} is too low")
+            self.pool.give_back(max(over, 0))
+            self.pool.limit = num_blocks
 
     def release(self) -> None:
         """Gives everything back; the arrays must not be touched any more."""
@@ -256,16 +270,16 @@ class VirtualKV:
         with self._lock:
             self.source.fence()
             self._active.clear()
-            self._ranges.release()
+            self.ranges.release()
             self.pool.release()
 
     # ---- how ---------------------------------------------------------------------------------------------------------
 
     def _array(self, layer: int, which: int, itemsize: int, dtype: str) -> Any:
         head = (self.shape.num_kv_heads, self.shape.head_dim)
-        strides = (self._ranges.slot_bytes, self.row_bytes, head[1] * itemsize, itemsize)
+        strides = (self.ranges.slot_bytes, self.row_bytes, head[1] * itemsize, itemsize)
         together = self.settings.megacache
-        target = self._ranges.ranges[which if together else 2 * layer + which]
+        target = self.ranges.ranges[which if together else 2 * layer + which]
         offset = layer * self.shape.row_values * itemsize if together else 0
         return self.source.view(target, (self.num_slots, self.max_tokens, *head), strides, dtype, offset)
 
@@ -273,17 +287,40 @@ class VirtualKV:
         if slot not in self._active:
             raise ValueError(f"slot {slot} holds no sequence")
 
-    def _best_fit(self, num_tokens: int) -> int | None:
+    def _best_fit(self, num_tokens: int, begin: Sequence[int] = ()) -> int | None:
         """The idle slot with the fewest blocks that are enough; else the one with the most."""
-        idle = [slot for slot in range(self.num_slots) if slot not in self._active]
-        enough = [slot for slot in idle if self.mapped_blocks(slot) >= self.blocks(num_tokens)]
-        if enough:
-            return min(enough, key=self.mapped_blocks)
-        return max(idle, key=self.mapped_blocks, default=None)
+        idle = {slot: self._usable(slot, begin) for slot in range(self.num_slots) if slot not in self._active}
+        enough = [slot for slot, usable in idle.items() if usable >= self.blocks(num_tokens)]
+        return min(enough, key=idle.__getitem__) if enough else max(idle, key=idle.__getitem__, default=None)
+
+    def _usable(self, slot: int, begin: Sequence[int]) -> int:
+        """Blocks of an idle slot that can stay for a sequence: those it begins with, then those nobody else wants."""
+        held = self.ranges.blocks[slot]
+        if not begin and not self.pool.pinned:
+            return len(held)
+        same = next((i for i, pair in enumerate(zip(held, begin)) if pair[0] != pair[1]), min(len(held), len(begin)))
+        if same < len(begin):
+            return same
+        taken = (i for i in range(same, len(held)) if held[i] in self.pool.pinned or self.pool.uses(held[i]) > 1)
+        return next(taken, len(held))
+
+    def _begin(self, slot: int, begin: Sequence[int]) -> None:
+        usable = self._usable(slot, begin)
+        more = begin[usable:]
+        if usable < self.mapped_blocks(slot):
+            self.source.fence()
+            self.ranges.shrink(slot, usable)
+        self.pool.share(more)
+        try:
+            self.ranges.grow(slot, list(more))
+        except BaseException:
+            self.pool.drop(more)
+            raise
+        self.lengths[slot] = len(begin) * self.settings.page_bytes // self.row_bytes
 
     def _needed(self, slot: int) -> list[int]:
         """The blocks behind a slot's tokens."""
-        return self._ranges.blocks[slot][: self.blocks(self.lengths[slot])]
+        return self.ranges.blocks[slot][: self.blocks(self.lengths[slot])]
 
     def _grow(self, lengths: Mapping[int, int]) -> int:
         for slot, length in lengths.items():
@@ -304,7 +341,7 @@ class VirtualKV:
             if copies:
                 self.source.fence()
             for slot, index in copies:
-                self._ranges.replace(slot, index, self.pool.take(1)[0])
+                self.ranges.replace(slot, index, self.pool.take(1)[0])
         except BaseException:
             for slot, length in before.items():
                 self.lengths[slot] = length
@@ -313,7 +350,7 @@ class VirtualKV:
 
     def _shared(self, slot: int, length: int) -> Iterator[int]:
         """Places of the blocks that tokens up to `length` will be written to and that another slot sees too."""
-        held, page = self._ranges.blocks[slot], self.settings.page_bytes
+        held, page = self.ranges.blocks[slot], self.settings.page_bytes
         for index in range(self.lengths[slot] * self.row_bytes // page, min(self.blocks(length), len(held))):
             if self.pool.uses(held[index]) > 1:
                 yield index
@@ -327,13 +364,13 @@ class VirtualKV:
     def _map(self, slot: int, count: int) -> None:
         if count <= 0:
             return
-        held = self._ranges.blocks[slot]
+        held = self.ranges.blocks[slot]
         # an empty slot of a pool with a place for every block starts where no other slot ever comes
         roomy = self.pool.num_blocks >= self.num_slots * self.blocks(self.max_tokens)
         after = held[-1] if held else slot * self.blocks(self.max_tokens) - 1 if roomy else None
         blocks = self.pool.take(count, after)
         try:
-            self._ranges.grow(slot, blocks)
+            self.ranges.grow(slot, blocks)
         except BaseException:
             self.pool.drop(blocks)
             raise
@@ -375,5 +412,5 @@ class VirtualKV:
             for slot in reversed(range(self.num_slots)):
                 if slot not in self._active and slot != spared and self.mapped_blocks(slot):
                     self.source.fence()
-                    self._ranges.shrink(slot, self.mapped_blocks(slot) - 1)
+                    self.ranges.shrink(slot, self.mapped_blocks(slot) - 1)
                     return

@@ -55,7 +55,7 @@ class VirtualCache(KVCache):
         store: VirtualKV | None = None,
     ) -> None:
         super().__init__(shape, arena, capacity_tokens)
-        self._settings = settings = _settings(policy)
+        self._settings = settings = virtual_settings(policy)
         self._policy = policy
         page, dtype = settings["page_kib"] * KIB, self.DTYPES[settings["bits"]]
         if store is None:
@@ -88,7 +88,7 @@ class VirtualCache(KVCache):
         policy: Policy, shape: CacheShape, num_tokens: int, prefill_tokens: int, capacity_tokens: int
     ) -> dict[str, int]:
         """Bytes per ledger owner once `num_tokens` are held."""
-        settings = _settings(policy)
+        settings = virtual_settings(policy)
         mapped = min(num_tokens + settings["ahead"], capacity_tokens) if num_tokens else 0
         planes, row_bytes = _planes(settings, shape)
         return {OWNER: planes * round_up(mapped * row_bytes, settings["page_kib"] * KIB)}
@@ -96,7 +96,7 @@ class VirtualCache(KVCache):
     @staticmethod
     def read_bytes(policy: Policy, shape: CacheShape, num_tokens: int) -> int:
         """Bytes that one decode step reads with `num_tokens` held."""
-        row_bytes = shape.row_values * _settings(policy)["bits"] // 8
+        row_bytes = shape.row_values * virtual_settings(policy)["bits"] // 8
         return sum(2 * row_bytes * min(num_tokens, shape.window(i) or num_tokens) for i in range(shape.num_layers))
 
     @property
@@ -186,8 +186,9 @@ class VirtualCache(KVCache):
         return self._slot
 
 
-def _settings(policy: Policy) -> dict[str, int]:
-    settings = policy.integers(DEFAULTS)
+def virtual_settings(policy: Policy, **defaults: int) -> dict[str, int]:
+    """The settings of a policy, checked; defaults: other ones than those of one sequence."""
+    settings = policy.integers({**DEFAULTS, **defaults})
     page_kib, least = settings["page_kib"], max(mmap.PAGESIZE // KIB, 1)
     if not least <= page_kib <= LARGEST_PAGE_KIB or page_kib & (page_kib - 1):
         raise InputError(

@@ -10,7 +10,8 @@ A pool without an arena only counts: the simulator decides over the same object 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ class OutOfPages(DoesNotFit):
 
 class PagePool:
     """`limit_pages` of `page_bytes` each, at most `most_pages`; the limit moves between one page and that."""
+
+    anywhere: ClassVar[bool] = True
+    """Whether a page is as good for one owner as for another, and stays where it is until nobody holds it."""
 
     def __init__(
         self,
@@ -120,6 +124,13 @@ class PagePool:
         self.peak_pages = max(self.peak_pages, len(self._uses))
         return pages
 
+    def begin(self, owner: Owner, pages: list[int], most: int) -> list[int]:
+        """Whoever begins with these pages, which others hold, will come to hold `most`; those of them that it can have.
+
+        Here all: page tables find a page wherever it is.
+        """
+        return pages
+
     def close(self, owner: Owner) -> None:
         """Nothing more is taken for this owner: what was kept beside its pages is for all."""
         self._free.close(owner)
@@ -179,9 +190,7 @@ class PagePool:
         Pages from the new limit on move down and their memory goes back to the system. DoesNotFit, with nothing
         changed, while more are in use, or a pinned one would have to move.
         """
-        limit = min(limit_pages, self.most_pages)
-        if limit < len(self._uses):
-            raise DoesNotFit(f"{self.owner}: {len(self._uses)} pages are in use; free {len(self._uses) - limit} first")
+        limit = self._checked_limit(limit_pages)
         high = sorted(page for page in self._uses if page >= limit)
         if pinned := [page for page in high if self._pins[page]]:
             raise DoesNotFit(f"{self.owner}: page {pinned[0]} is pinned above a limit of {limit} pages")
@@ -209,12 +218,30 @@ class PagePool:
         assert self._region is not None
         return self._region.array(count * self.page_bytes, np.uint8, page * self.page_bytes)
 
+    def pieces(self, runs: Iterable[tuple[int, int, int]]) -> list[tuple[memoryview, int]]:
+        """The memory of runs (first page, first place, how many) and the byte of a file of pages that it belongs at."""
+        return [(self.run(page, count).data, place * self.page_bytes) for page, place, count in runs]
+
+    def map(self) -> Sequence[int]:
+        """Numbers of as many pages as the limit allows, used and free, in the order in which they are to be shown."""
+        return range(self._limit)
+
+    def told(self) -> dict[str, int]:
+        """Counts of a pool's own kind, for who watches: those of this one are all known by name."""
+        return {}
+
     def array(self, row_shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """All resident whole pages as rows. Make it anew when `committed_bytes` has changed."""
         assert self._region is not None
         row_bytes = int(np.prod(row_shape)) * dtype.itemsize
         pages = self._region.committed_bytes // self.page_bytes
         return self._region.array((pages * self.page_bytes // row_bytes, *row_shape), dtype)
+
+    def _checked_limit(self, limit_pages: int) -> int:
+        limit = min(limit_pages, self.most_pages)
+        if limit < len(self._uses):
+            raise DoesNotFit(f"{self.owner}: {len(self._uses)} pages are in use; free {len(self._uses) - limit} first")
+        return limit
 
     def release(self) -> None:
         """Gives everything back; the pool is of no more use."""

@@ -262,7 +262,9 @@ class BlockPool:
     """Blocks of pages: free without memory, spare (memory held, mapped nowhere) or mapped, perhaps more than once.
 
     Memory is counted against the arena before it is touched: mapped blocks under `owner`, spare ones under `owner`
-    `/spare`. keep: whether a block that is dropped stays as a spare one; otherwise its memory goes back at once.
+    `/spare`. keep: whether a block that is dropped stays as a spare one; otherwise its memory goes back at once. limit:
+    blocks that may have memory, `num_blocks` unless it is moved. A block that is pinned counts as mapped, and keeps
+    what is in it.
     """
 
     def __init__(
@@ -270,20 +272,26 @@ class BlockPool:
     ) -> None:
         self.source = source
         self.arena = arena
-        self.num_blocks = num_blocks
+        self.num_blocks = self.limit = num_blocks
         self.planes = planes
         self.keep = keep
         self.block_bytes = planes * source.page_bytes
         self._uses = np.zeros(num_blocks, np.int32)
         self._held = np.zeros(num_blocks, np.bool_)
         self._num_held = self._num_mapped = 0
+        self.pinned: set[int] = set()
         self._mapped_charge = arena.charge(owner, 0)
         self._spare_charge = arena.charge(f"{owner}/spare", 0)
 
     @property
     def mapped(self) -> int:
-        """Blocks mapped somewhere."""
+        """Blocks mapped somewhere, or pinned."""
         return self._num_mapped
+
+    @property
+    def held(self) -> int:
+        """Blocks with memory."""
+        return self._num_held
 
     @property
     def spare(self) -> int:
@@ -293,11 +301,11 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that `take` could hand out now: spare ones, and new ones as far as the arena has room."""
-        return self.spare + min(self.num_blocks - self._num_held, self.arena.free_bytes // self.block_bytes)
+        return self.spare + min(self.limit - self._num_held, self.arena.free_bytes // self.block_bytes)
 
     def uses(self, block: int) -> int:
         """How often a block is mapped."""
-        return int(self._uses[block])
+        return int(self._uses[block]) - (block in self.pinned)
 
     def fill(self, count: int) -> None:
         """Holds memory for `count` more spare blocks; BudgetExceeded or MemoryError with nothing changed."""
@@ -326,11 +334,9 @@ class BlockPool:
 
     def check(self, count: int) -> None:
         """OutOfBlocks or BudgetExceeded where `take` could not hand out so many."""
-        left = self.num_blocks - self._num_mapped
+        left = self.limit - self._num_mapped
         if count > left:
-            raise OutOfBlocks(
-                f"{count} blocks of {self.block_bytes:,} bytes wanted, {left} of {self.num_blocks} are left"
-            )
+            raise OutOfBlocks(f"{count} blocks of {self.block_bytes:,} bytes wanted, {left} of {self.limit} are left")
         new, arena = max(count - self.spare, 0) * self.block_bytes, self.arena
         if new > arena.free_bytes:
             raise BudgetExceeded(self._mapped_charge.owner, new, arena.free_bytes, arena.cap_bytes, arena.tier)
@@ -340,6 +346,16 @@ class BlockPool:
         assert all(self._uses[block] > 0 for block in blocks)
         for block in blocks:
             self._uses[block] += 1
+
+    def pin(self, blocks: Sequence[int]) -> None:
+        """These mapped blocks keep what is in them until `unpin`."""
+        self.share(blocks)
+        self.pinned.update(blocks)
+
+    def unpin(self, blocks: Sequence[int]) -> None:
+        """Those that are mapped nowhere are free from now on."""
+        self.pinned.difference_update(blocks)
+        self.drop(blocks)
 
     def drop(self, blocks: Sequence[int]) -> int:
         """These blocks are mapped once less each; how many are mapped nowhere now."""
@@ -486,6 +502,12 @@ class SlotRanges:
         self.pool.drop([self.blocks[slot][index]])
         self.blocks[slot][index] = block
         self._runs[slot] = sum(1 for _ in runs(self.blocks[slot]))
+
+    def pages(self, slot: int, index: int) -> list[Any]:
+        """The bytes of one of a slot's blocks: of its page in each range, uint8."""
+        page = self.pool.source.page_bytes
+        offset = slot * self.slot_bytes + index * page
+        return [self.pool.source.view(target, (page,), (1,), np.uint8, offset) for target in self.ranges]
 
     def release(self) -> None:
         """Unmaps everything."""

@@ -48,6 +48,7 @@ def memory_map(service: Service) -> dict[str, Any]:
             "tenants": pool.usage(),
             "stride": stride,
             "cells": _cells(service, stride),
+            "slots": pool.told() or None,
         },
         "queue": {
             "running": counts["running"],
@@ -151,7 +152,7 @@ def _cells(service: Service, stride: int) -> list[list[int]]:
         for page in one.pages:
             holder[page] = -3 if page in holder else one.id
     runs: list[list[int]] = []
-    for page in range(0, pool.limit_pages, stride):
+    for page in pool.map()[::stride]:
         mark = holder.get(page, MARKS.get(pool.tenant(page), -2))
         if runs and runs[-1][0] == mark:
             runs[-1][1] += 1

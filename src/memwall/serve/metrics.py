@@ -116,6 +116,12 @@ class EngineMetrics:
         for tenant, count in sorted(serving.pool.usage().items()):
             pages.add_metric([tenant], count)
         yield pages
+        told = serving.pool.told()
+        if told:
+            slots = GaugeMetricFamily(PREFIX + "slot_pool", "Slots of addresses and what is mapped.", labels=["what"])
+            for name, count in told.items():
+                slots.add_metric([name], count)
+            yield slots
         budget = GaugeMetricFamily(PREFIX + "memory_budget_bytes", "The budget.", labels=["tier"])
         if serving.budget_bytes is not None:
             budget.add_metric(["ram"], serving.budget_bytes)

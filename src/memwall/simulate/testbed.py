@@ -26,7 +26,7 @@ import numpy as np
 
 from memwall import kernels
 from memwall.engine.arrivals import Load
-from memwall.engine.batch import ModelExecutor, batch_order
+from memwall.engine.batch import BatchCache, ModelExecutor, batch_order
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Output
 from memwall.engine.fcfs import FirstComeFirstServed
@@ -388,9 +388,9 @@ class _Pipeline(_Part):
         )  # fmt: skip
         held = KVPages(pool, settings.page_tokens, keep_prefixes=False)
         executor = ModelExecutor(
-            self.executor.decoder, cache_shape(self.config), held,
+            self.executor.decoder, BatchCache(cache_shape(self.config), pool, settings.page_tokens, settings.kv),
             logit_rows=min(settings.max_sequences, MOST_LOGIT_ROWS),
-            scratch=np.empty(Sampler.scratch_shape(self.config.vocab_size), np.float32), kv=settings.kv,
+            scratch=np.empty(Sampler.scratch_shape(self.config.vocab_size), np.float32),
         )  # fmt: skip
         engine = Engine(
             FirstComeFirstServed(), executor, held, limits=settings.limits, context_tokens=self.serving.context_tokens
