@@ -338,7 +338,7 @@ def train(out: Path, tokens: int, peak: float, threads: int, stays: float) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=int, default=3_000_000, help="to learn from (about 1,400 a second on two cores)")
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="to learn from (two cores: about 1,400 a second)")
     parser.add_argument("--peak", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
