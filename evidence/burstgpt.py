@@ -3,8 +3,8 @@
 Trace: `--data` one file of BurstGPT (CSV), Azure (CSV) or Mooncake (JSON lines). Without it a made one: arrivals that
 switch between calm and busy (a Markov-modulated Poisson process under a slow wave), so that they are not drawn from
 what is fitted to them, with lengths that belong together, conversations and failures. Statistics of BurstGPT's own
-files are judged where such a file is given. Azure's conversations of 2023 have no bursts within a minute (CV 1.09): with
-them what is said of bursts fails (nobody is set aside, thinning does not lower a CV of 1), and what is said of the
+files are judged where such a file is given. Azure's conversations of 2023 have no bursts within a minute (CV 1.09):
+with them what is said of bursts fails (nobody is set aside, thinning does not lower a CV of 1), and what is said of the
 generator, of two schedulers and of the client holds.
 
 Serving is on a virtual clock: the engine's scheduler, pages and bookkeeping with a model's costs. Memory is what the
