@@ -171,6 +171,11 @@ def test_phases_train_and_bits_are_counted() -> None:
     trained = side.train(model, batches, loss, coarse, progress=lambda done, whole: seen.append((done, whole)))
     assert trained < 0.9
     assert seen[-1] == (10, 10)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    once = side.Phase(epochs=1, rate=0.01, weights=True, activations=True)
+    side.train(model, batches, loss, once, side.Recipe(adaptive=True, weight_decay=0.0, clip=1.0, warmup_epochs=0.0))
+    moved = max(float((now.detach() - then).abs().max()) for now, then in zip(model.parameters(), before, strict=True))
+    assert 0 < moved <= 4 * 0.0101  # four steps, none of which is longer than its rate
     assert side.weight_bits(model, {"0": FP4, "2": None}) == 8 * 16 * 4 + 16 * 16 + 16 * 4 * 16
     assert len(side.PHASES) == 3
 

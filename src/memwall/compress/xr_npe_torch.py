@@ -280,12 +280,22 @@ PHASES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """SGD with Nesterov momentum under a cosine with warm-up, as released; clip: of the gradient's norm, 0 for none."""
+    """SGD with Nesterov momentum under a cosine with warm-up, as released; clip: of the gradient's norm, 0 for none.
+    adaptive: AdamW in its place, which language models need."""
 
+    adaptive: bool = False
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup_epochs: float = 5
     clip: float = 0.0
+
+    def optimizer(self, parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        """A new one for a phase."""
+        if self.adaptive:
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
+        )
 
 
 def train(
@@ -302,9 +312,7 @@ def train(
     activate(model, phase.activations)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters, lr=phase.rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
-    )
+    optimizer = recipe.optimizer(parameters, phase.rate)
     mean = math.nan
     for epoch in range(phase.epochs):
         held = list(batches(epoch))
