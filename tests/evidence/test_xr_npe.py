@@ -59,10 +59,10 @@ def test_orders_over_seeds(xr_npe: ModuleType) -> None:
 
 
 def test_shares_recovered(xr_npe: ModuleType) -> None:
-    assert xr_npe.recovered_claim("x", 1.0, 2.0, 1.0, 1.5).passed
-    assert not xr_npe.recovered_claim("x", 1.0, 2.0, 1.0, 1.51).passed
-    assert not xr_npe.recovered_claim("x", 1.0, 2.0, 0.9, 1.5).passed  # floats gained as much by the same training
-    assert not xr_npe.recovered_claim("x", 1.0, 1.0, 1.0, 0.5).passed  # nothing was lost: nothing is shown
+    assert xr_npe.recovered_claim("x", 1.0, 2.0, 1.5).passed
+    assert not xr_npe.recovered_claim("x", 1.0, 2.0, 1.51).passed
+    assert not xr_npe.recovered_claim("x", 1.0, 1.0, 0.5).passed  # nothing was lost: nothing is shown
+    assert "(0.80000) 30.0%" in xr_npe.recovered_claim("x", 1.0, 2.0, 1.5, 0.8).measured  # floats gained as well
 
 
 def test_images_from_a_file(xr_npe: ModuleType, tmp_path: Path) -> None:
