@@ -1,7 +1,11 @@
 """The claims of the study of weight formats: codecs bit for bit, held-out loss, texts under temperature, bytes, time.
 
 Codecs are compared with bitsandbytes where it is installed. Texts, divergences and sensitivities are those of `memwall
-study ptq-impact` on the bundled demo model; products are timed on random weights in the shape of Llama-3.2-1B.
+study ptq-impact` on four models, and a claim holds if it does for each of them: Llama-like are the bundled demo model
+(7 million parameters) and `models/wide-heads` (11.7 million, heads of 128 channels); the second family is Mamba-2, of 1
+and 3 million, trained here on docstrings of the standard library and kept (the larger is that of `quamba2`'s evidence).
+The published second family, Falcon, is no form that memwall reads. Products are timed on random weights in the shape of
+Llama-3.2-1B.
 """
 
 from __future__ import annotations
@@ -21,17 +25,20 @@ import numpy as np
 
 from memwall import kernels
 from memwall.claims import Claim, Progress, main, not_run
+from memwall.cli.evidence import load_experiment
 from memwall.engine.quality import read_text
 from memwall.formats import Packed, codec
 from memwall.memory import Arena, Ledger
 from memwall.models import Checkpoint, ModelConfig, model_directory
 from memwall.plan.choose import held_out_text
 from memwall.studies import llm_int8
+from memwall.studies.ptq_across import across
 from memwall.studies.ptq_answers import answers, curves, heldout, heldout_gap, sensitivity_of
 from memwall.studies.ptq_costs import costs_of
 from memwall.studies.ptq_impact_study import Grid, Study, study_ptq
 from memwall.studies.ptq_models import PROMPTS
 from memwall.studies.ptq_statistics import estimate
+from memwall.systems import find_system, wide_heads
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -47,16 +54,20 @@ INT8_LAYERS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
+    """families: of all four models, or the demo model alone."""
+
     grid: Grid
     prompts: int
     layers: int
     rounds: int
     timed: tuple[str, ...]
+    families: bool = False
 
 
 FULL = Sizes(
-    grid=Grid(top_ks=(200,), lengths=(32,), tokens=32, windows=24, window_tokens=512),
-    prompts=10, layers=16, rounds=7, timed=("bf16", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"),
+    grid=Grid(temperatures=(0.1, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0), top_ks=(200,), lengths=(32,), tokens=32, windows=24,
+              window_tokens=512),
+    prompts=10, layers=16, rounds=7, timed=("bf16", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"), families=True,
 )  # fmt: skip
 QUICK = Sizes(
     grid=Grid(temperatures=(0.5, 0.8), top_ks=(200,), lengths=(12,), tokens=12, seeds=2, windows=6, window_tokens=256,
@@ -68,9 +79,22 @@ QUICK = Sizes(
 # ---- codecs --------------------------------------------------------------------------------------------------------
 
 
-def trained() -> dict[str, np.ndarray]:
-    """Linear layers of the demo model."""
-    directory = model_directory("demo")
+def models_of(sizes: Sizes, folder: Path, progress: Progress | None) -> dict[str, Path]:
+    """Name -> directory; family, then size."""
+    found = {"demo": model_directory("demo")}
+    if sizes.families:
+        found["wide-heads"] = wide_heads()
+        if importlib.util.find_spec("torch") is not None:
+            quamba: Any = load_experiment(find_system("quamba2"))
+            for hidden in (128, quamba.FULL.hidden):
+                size = dataclasses.replace(quamba.FULL, hidden=hidden)
+                name = f"mamba2-{hidden}"
+                found[name] = quamba.trained_model(folder / name, size, held_out_text(), progress)
+    return found
+
+
+def trained(directory: Path) -> dict[str, np.ndarray]:
+    """Linear layers of a model."""
     config = ModelConfig.from_directory(directory)
     with Checkpoint(directory, config) as checkpoint:
         return {t.name: np.asarray(checkpoint.tensor(t.name)).astype(np.float32)
@@ -188,7 +212,7 @@ def integers(values: np.ndarray, *, symmetric: bool) -> np.ndarray:
     return ((np.clip(np.rint(groups / scale) + zero, 0, 15) - zero) * scale).reshape(values.shape)
 
 
-def error_claims(weights: dict[str, np.ndarray]) -> Iterator[Claim]:
+def error_claims(models: dict[str, Path]) -> Iterator[Claim]:
     values = np.random.default_rng(2).standard_normal((4096, 512), np.float32)
     found = {spec: float(np.square(codec(spec).decode(codec(spec).encode(values)) - values).mean())
              for spec in ("nf4", "e2m1", "fp4")}  # fmt: skip
@@ -201,16 +225,23 @@ def error_claims(weights: dict[str, np.ndarray]) -> Iterator[Claim]:
         passed=[*MSE] == sorted(found, key=lambda name: found[name])
         and all(abs(found[name] / one - 1) < 0.03 for name, one in MSE.items()),
     )
+    ratios = {name: error_ratio(trained(directory)) for name, directory in models.items()}
+    yield Claim(
+        claim="on trained weights nf4 errs clearly less than fp4: equally good is a word about texts",
+        measured="squared error of fp4 over nf4's on all linear layers: "
+        + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()),
+        required="at least 1.5",
+        passed=min(ratios.values()) >= 1.5,
+    )
+
+
+def error_ratio(weights: dict[str, np.ndarray]) -> float:
+    """Squared error of fp4 over nf4's."""
     sums = dict.fromkeys(("nf4", "fp4"), 0.0)
     for matrix in weights.values():
         for spec in sums:
             sums[spec] += float(np.square(codec(spec).decode(codec(spec).encode(matrix)) - matrix).sum(dtype=float))
-    yield Claim(
-        claim="on trained weights nf4 errs clearly less than fp4: equally good is a word about texts",
-        measured=f"squared error of fp4 over nf4's on all linear layers: {sums['fp4'] / sums['nf4']:.3f}",
-        required="at least 1.5",
-        passed=sums["fp4"] >= 1.5 * sums["nf4"],
-    )
+    return sums["fp4"] / sums["nf4"]
 
 
 def outlier_claim(weights: dict[str, np.ndarray]) -> Claim:
@@ -236,43 +267,44 @@ def outlier_claim(weights: dict[str, np.ndarray]) -> Claim:
 # ---- the study -----------------------------------------------------------------------------------------------------
 
 
-def study_claims(study: Study) -> Iterator[Claim]:
+Judge = Callable[[Study], tuple[str, bool]]
+
+
+def of_all(studies: list[Study], claim: str, required: str, judge: Judge) -> Claim:
+    """One claim of every model."""
+    found = {study.model: judge(study) for study in studies}
+    return Claim(
+        claim=claim,
+        measured=" | ".join(f"{model}: {told}" for model, (told, _) in found.items()),
+        required=required + ("" if len(studies) == 1 else f", for each of {len(studies)} models"),
+        passed=all(holds for _, holds in found.values()),
+    )
+
+
+def heldout_order(study: Study) -> tuple[str, bool]:
     rows = {row.format: row for row in study.rows}
-    plain = rows["bf16"]
-    loss = {form: heldout(row) for form, row in rows.items()}
-    gaps = {form: heldout_gap(row, plain) for form, row in rows.items() if form != "bf16"}
-    ppl = {form: math.exp(one.mean) for form, one in loss.items() if one}
-    yield Claim(
-        claim="held-out perplexity orders bf16 <= int8 < nf4 ~ fp4",
-        measured=", ".join(f"{form} {found:.3f}" for form, found in ppl.items())
-        + "; loss over bf16's: " + ", ".join(f"{form} {g.mean:+.5f} ± {g.error:.5f}" for form, g in gaps.items()),
-        required="int8 not below bf16 by two standard errors, below nf4 and fp4; those within 2 % of each other",
-        passed=not gaps["int8"].below and ppl["int8"] < min(ppl["nf4"], ppl["fp4"])
-        and abs(ppl["nf4"] / ppl["fp4"] - 1) < 0.02,
-    )  # fmt: skip
+    gaps = {form: gap for form, row in rows.items() if form != "bf16"
+            and (gap := heldout_gap(row, rows["bf16"])) is not None}  # fmt: skip
+    ppl = perplexities(study)
+    told = ", ".join(f"{form} {found:.3f}" for form, found in ppl.items())
+    told += "; loss over bf16's: " + ", ".join(f"{form} {g.mean:+.5f} ± {g.error:.5f}" for form, g in gaps.items())
+    holds = not gaps["int8"].below and ppl["int8"] < min(ppl["nf4"], ppl["fp4"])
+    return told, holds and abs(ppl["nf4"] / ppl["fp4"] - 1) < 0.02
+
+
+def perplexities(study: Study) -> dict[str, float]:
+    return {row.format: math.exp(one.mean) for row in study.rows if (one := heldout(row)) is not None}
+
+
+def nested_change(study: Study) -> tuple[str, bool]:
+    ppl = perplexities(study)
     changes = {form: ppl[f"{form}-dq"] / ppl[form] - 1 for form in ("nf4", "fp4")}
-    yield Claim(
-        claim="quantizing the maxima again costs next to nothing",
-        measured="perplexity: " + ", ".join(f"{form}-dq {change:+.3%}" for form, change in changes.items()),
-        required="less than 0.5 %",
-        passed=all(abs(change) < 0.005 for change in changes.values()),
-    )
-    yield from curve_claims(study)
-    sensitive = [one for one in sensitivity_of(study) if one.window == "[0.5, 0.8]" and one.format != "bf16"]
-    told = next((one for one in answers(study) if one.question.startswith("4-bit")), None)
-    yield Claim(
-        claim="that 4-bit formats are more sensitive to temperature in 0.5 to 0.8 than bfloat16 is put to the test",
-        measured="no answer"
-        if told is None
-        else f"{told.verdict}: {told.figures}; range of the mean loss: "
-        + ", ".join(f"{one.format} {one.range:.2f}" for one in sensitive),
-        required="an answer with errors over seeds and prompts, whichever it is (small models need not agree)",
-        passed=told is not None and len(sensitive) == 5 and all(one.excess.error is not None for one in sensitive),
-    )
+    told = ", ".join(f"{form}-dq {change:+.3%}" for form, change in changes.items())
+    return told, all(abs(change) < 0.005 for change in changes.values())
 
 
-def curve_claims(study: Study) -> Iterator[Claim]:
-    kl, first, same = (curves(study, name) for name in ("kl", "first_difference", "same_text"))
+def divergence(study: Study) -> tuple[str, bool]:
+    kl, first = curves(study, "kl"), curves(study, "first_difference")
     lines, banded = [], True
     for form, tables in kl.items():
         if form == "bf16":
@@ -281,13 +313,69 @@ def curve_claims(study: Study) -> Iterator[Claim]:
         banded &= all(a is not None and a.error is not None and b is not None for _, a, b in found)
         lines.append(f"{form} " + " ".join(f"{t:g}: {a.mean:.4f}±{a.error:.4f}/{b.mean:.1f}" for t, a, b in found
                                            if a and b and a.error is not None))  # fmt: skip
-    yield Claim(
-        claim="divergence from bfloat16 against temperature, with errors over seeds and prompts",
-        measured="temperature: KL along bfloat16's texts / first token that differs: " + "; ".join(lines),
-        required="a value with an error for every format and temperature; int8 strays less than nf4, nf4 than fp4, at "
-        "every temperature",
-        passed=banded and all(kl["int8"][t].mean() < kl["nf4"][t].mean() < kl["fp4"][t].mean() for t in kl["nf4"]),
+    return "; ".join(lines), banded and strays_in_order(kl)
+
+
+def strays_in_order(kl: dict[str, dict[float, np.ndarray]]) -> bool:
+    """int8 least at every temperature; fp4 more than nf4 over all of them, and at none less by two standard errors."""
+    nf4, fp4 = kl["nf4"], kl["fp4"]
+    least = all(kl["int8"][t].mean() < min(nf4[t].mean(), fp4[t].mean()) for t in nf4)
+    apart = [estimate(fp4[t] - nf4[t]) for t in nf4]
+    return (
+        least
+        and all(one is not None and not one.below for one in apart)
+        and bool(np.mean([fp4[t] - nf4[t] for t in nf4]) > 0)
     )
+
+
+def sensitivity(study: Study) -> tuple[str, bool]:
+    found = [one for one in sensitivity_of(study) if one.window == "[0.5, 0.8]" and one.format != "bf16"]
+    told = next((one for one in answers(study) if one.question.startswith("4-bit")), None)
+    if told is None:
+        return "no answer", False
+    ranges = ", ".join(f"{one.format} {one.range:.2f}" for one in found)
+    answered = len(found) == 5 and all(one.excess.error is not None for one in found)
+    return f"{told.verdict}: {told.figures}; range of the mean loss: {ranges}", answered
+
+
+def study_claims(studies: list[Study]) -> Iterator[Claim]:
+    yield of_all(
+        studies, "held-out perplexity orders bf16 <= int8 < nf4 ~ fp4",
+        "int8 not below bf16 by two standard errors, below nf4 and fp4; those within 2 % of each other", heldout_order,
+    )  # fmt: skip
+    yield of_all(
+        studies, "quantizing the maxima again costs next to nothing", "perplexity changes by less than 0.5 %",
+        nested_change,
+    )  # fmt: skip
+    yield of_all(
+        studies, "divergence from bfloat16 against temperature, with errors over seeds and prompts (temperature: KL "
+        "along bfloat16's texts / first token that differs)", "a value with an error for every format and temperature; "
+        "int8 strays least at each; nf4 less than fp4 over all, and at none more by two standard errors", divergence,
+    )  # fmt: skip
+    yield draws_claim(studies[0])
+    yield of_all(
+        studies, "that 4-bit formats are more sensitive to temperature in 0.5 to 0.8 than bfloat16 is put to the test",
+        "an answer with errors over seeds and prompts, whichever it is (small models need not agree)", sensitivity,
+    )  # fmt: skip
+
+
+def family_claim(studies: list[Study]) -> Claim:
+    """The published answers differ by family; here each model answers for itself."""
+    claim = "which answers two families of two sizes each share, and where they part, is told"
+    required = "every question answered, with errors, by all four models: Llama-like and Mamba-2"
+    if len(studies) < 4:
+        return not_run(claim, required, needs="the whole run, and torch to train the second family")
+    found = across(studies)
+    return Claim(
+        claim=claim,
+        measured="; ".join(one.told for one in found),
+        required=required,
+        passed=len(found) == len(answers(studies[0])) and all(len(one.models) == len(studies) for one in found),
+    )
+
+
+def draws_claim(study: Study) -> Claim:
+    kl, same = curves(study, "kl"), curves(study, "same_text")
     zero = max(float(table.max()) for table in kl["bf16"].values())
     equal = min(float(table.min()) for table in same["bf16"].values())
     with tempfile.TemporaryDirectory() as folder:
@@ -297,7 +385,7 @@ def curve_claims(study: Study) -> Iterator[Claim]:
             store=Path(folder), costs=False,
         )  # fmt: skip
     other = curves(again, "same_text")["bfloat16"][0.8]
-    yield Claim(
+    return Claim(
         claim="formats see the same random numbers: bfloat16 against bfloat16 differs nowhere",
         measured=f"KL {zero:.2g} at most; same texts in {equal:.0%} of the grid, and in {other.mean():.0%} of "
         f"{other.size} between two loads of the model",
@@ -449,25 +537,33 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
             progress(min(done, 99), 100, what)
         done += 1
 
-    weights = trained()
+    weights = trained(model_directory("demo"))
     tick("codecs")
-    claims = [*codec_claims(weights), *error_claims(weights), outlier_claim(weights)]
+    claims = [*codec_claims(weights), outlier_claim(weights)]
+    studies: list[Study] = []
 
     def studied(at: int, whole: int, what: str) -> None:
         if progress is not None:
-            progress(2 + 80 * at // whole, 100, what)
+            share = (len(studies) + at / whole) / (4 if sizes.families else 1)
+            progress(2 + int(80 * share), 100, what)
 
     with tempfile.TemporaryDirectory() as folder:
-        study = study_ptq(
-            model_directory("demo"), "demo", grid=sizes.grid, prompts=PROMPTS[: sizes.prompts], text=text,
-            store=Path(folder), costs=False, progress=studied,
-        )  # fmt: skip
+        models = models_of(sizes, Path(folder), progress)
+        for name, directory in models.items():
+            studies.append(
+                study_ptq(
+                    directory, name, grid=sizes.grid, prompts=PROMPTS[: sizes.prompts], text=text,
+                    store=Path(folder) / "cells", costs=False, progress=studied,
+                )
+            )  # fmt: skip
+        claims += error_claims(models)
     done = 82
-    claims += [*study_claims(study), bytes_claim(sizes, text, tick), *speed_claims(sizes, tick)]
+    claims += [*study_claims(studies), family_claim(studies), bytes_claim(sizes, text, tick)]
     return [
         *claims,
-        not_run("the order of sensitivities in two families and two sizes of each", "printed per family",
-                needs="trained models of a second (Falcon-like) family and other sizes, beside the bundled one"),
+        *speed_claims(sizes, tick),
+        not_run("the same for a Falcon-like family (LayerNorm, attention beside the feed-forward, one key-value head)",
+                "as above", needs="a decoder of that form"),
         not_run("on a GPU at batch 1 with bitsandbytes: bf16 first, 4-bit next, int8 last", "int8 over bf16 above 1"),
     ]  # fmt: skip
 

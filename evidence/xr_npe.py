@@ -2,10 +2,14 @@
 
 Numbers: every code against a reading of the definition in rational numbers (and SoftPosit where it is installed), all
 products of 4 and 8 bits, sums of random vectors. Hardware: the Amaranth design and its synthesised gates. Quality, each
-network trained once in floats and then on in every format for as many epochs, floats included: a small CNN on the 1,797
+network trained once in floats and then on in every format for as many steps, floats included: a small CNN on the 1,797
 digits that come with scikit-learn, a regression of displacement from accelerations and turn rates of generated flights,
-and the bundled demo model. Errors are test losses: cross-entropy, mean squared error, divergence from the float model.
-Means over seeds within half a percent of each other count as equal.
+and the bundled demo model of 7 million parameters. That one was trained in floats before it was bundled: a seed decides
+the texts that it goes on with (docstrings of the standard library, none of the held-out text) and those that formats
+are chosen by. Errors are test losses: cross-entropy, mean squared error.
+
+Means over seeds within half a percent of each other count as equal; for the language model, most of whose cross-entropy
+no format changes, those within two standard errors of the differences that the seeds show.
 
 Data: `--data` a CSV file (it may be gzipped) of square images, pixels and then a label in each row, in place of the
 digits.
@@ -14,7 +18,6 @@ digits.
 from __future__ import annotations
 
 import gzip
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from memwall.claims import Claim, Progress, main, not_run
-from memwall.compress.xr_npe import greedy
+from memwall.compress.xr_npe import XrNpe, greedy
 from memwall.errors import InputError
 from memwall.formats.xr_npe import (
     FORMATS,
@@ -47,24 +50,38 @@ EQUAL = 0.005
 RECOVERED = 0.5
 FAR_MORE = 2.0
 WIDE_SHARE = 0.18
+MODEL_TOKENS = 128
+"""Of a sequence that the demo model is trained or tested on."""
+MODEL_BATCH, MODEL_STEPS = 4, 4
+"""Sequences of a step, and steps of an epoch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Of an experiment. epochs: in floats, with rounded weights, with all rounded, as 120 : 20 : 80 in the released
-    recipe, whose rates are as 1 : 1/10 : 1/20."""
+    recipe, whose rates are as 1 : 1/10 : 1/20; model_epochs: of the demo model, four steps each. looked_at: its
+    sequences that formats are chosen by."""
 
     seeds: int = 3
     epochs: tuple[int, int, int] = (24, 4, 16)
     flights: int = 2000
     dots: int = 400
+    model_epochs: tuple[int, int, int] = (0, 2, 8)
+    looked_at: int = 24
     qat_steps: int = 200
     held_out_tokens: int = 4096
     clocked: bool = True
 
+    @property
+    def model_steps(self) -> int:
+        return MODEL_STEPS * sum(self.model_epochs)
+
 
 FULL = Sizes()
-QUICK = Sizes(seeds=1, epochs=(12, 2, 8), flights=1000, dots=60, qat_steps=0, held_out_tokens=1024, clocked=False)
+QUICK = Sizes(
+    seeds=1, epochs=(12, 2, 8), flights=1000, dots=60, model_epochs=(0, 0, 1), looked_at=4, qat_steps=0,
+    held_out_tokens=1024, clocked=False,
+)  # fmt: skip
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -253,14 +270,25 @@ def throughput_claim() -> Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Inputs and targets to train and to test on; build(seed) makes a network."""
+    """Inputs and targets to train and to test on; build(seed) makes a network.
+
+    epochs and rates: in floats, with rounded weights, with all rounded. batch: rows of a step; drawn: rows of an epoch,
+    all of them where it is None. looked_at: rows, and how many at a time, whose gradients choose formats. ends: layers
+    before and behind those that are rounded.
+    """
 
     name: str
     train: tuple[Any, Any]
     test: tuple[Any, Any]
     build: Callable[[int], Any]
     loss: Callable[[Any, Any], Any]
-    rate: float
+    epochs: tuple[int, int, int]
+    rates: tuple[float, float, float]
+    batch: int = 64
+    drawn: int | None = None
+    looked_at: tuple[int, int] = (800, 8)
+    ends: tuple[int, int] = (1, 1)
+    language: bool = False
 
 
 def block(layer: Any) -> tuple[Any, Any, Any]:
@@ -299,7 +327,12 @@ def read_images(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return images / max(float(images.max()), 1e-6), labels.astype(np.int64)
 
 
-def digits_task(path: Path) -> Task:
+def falling(rate: float) -> tuple[float, float, float]:
+    """Rates of the three phases, as in the released recipe."""
+    return rate, rate / 10, rate / 20
+
+
+def digits_task(path: Path, sizes: Sizes) -> Task:
     import torch
     from torch import nn
 
@@ -322,8 +355,10 @@ def digits_task(path: Path) -> Task:
         )
 
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
-    loss = nn.functional.cross_entropy
-    return Task(name="digits", train=(x[:cut], y[:cut]), test=(x[cut:], y[cut:]), build=build, loss=loss, rate=0.03)
+    return Task(
+        name="digits", train=(x[:cut], y[:cut]), test=(x[cut:], y[cut:]), build=build,
+        loss=nn.functional.cross_entropy, epochs=sizes.epochs, rates=falling(0.03),
+    )  # fmt: skip
 
 
 def flights(count: int, seed: int, steps: int = 48) -> tuple[np.ndarray, np.ndarray]:
@@ -367,45 +402,97 @@ def flight_task(sizes: Sizes) -> Task:
 
     train, test = flights(sizes.flights, 0), flights(1000, 1)
     held = [tuple(torch.from_numpy(part) for part in each) for each in (train, test)]
-    return Task(name="flights", train=held[0], test=held[1], build=build, loss=nn.functional.mse_loss, rate=0.02)
+    return Task(
+        name="flights", train=held[0], test=held[1], build=build, loss=nn.functional.mse_loss, epochs=sizes.epochs,
+        rates=falling(0.02),
+    )  # fmt: skip
+
+
+def model_task(sizes: Sizes) -> Task:
+    """The demo model, to predict the next token, at the rate that `memwall compress` trains with. Embedding and head
+    are its first and last layer."""
+    import torch
+    from torch import nn
+
+    from memwall.compress import xr_npe_torch as side
+    from memwall.compress.calibration import CalibrationSettings, token_sequences
+    from memwall.models import Checkpoint, ModelConfig, model_directory
+    from memwall.models.tokenizer import Tokenizer
+    from memwall.plan.choose import held_out_text
+    from memwall.studies.library_text import library_text
+
+    path = model_directory("demo")
+    config = ModelConfig.from_directory(path)
+    tokenizer = Tokenizer.from_directory(path, config.vocab_size)
+
+    def sequences(text: str, most: int) -> tuple[Any, Any]:
+        settings = CalibrationSettings(max_tokens=most, sequence_tokens=MODEL_TOKENS + 1)
+        tokens = torch.from_numpy(token_sequences(text, tokenizer, config, settings, "text"))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def build(seed: int) -> Any:
+        with Checkpoint(path, config) as checkpoint:
+            return side.TorchDecoder.from_checkpoint(checkpoint, dtype=torch.float32).requires_grad_(True)
+
+    def loss(logits: Any, targets: Any) -> Any:
+        return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    rate, test = XrNpe().rate, sequences(held_out_text(), sizes.held_out_tokens)
+    return Task(
+        name="demo model", train=sequences(library_text(), 1 << 18), test=test,
+        build=build, loss=loss, epochs=sizes.model_epochs, rates=(0.0, rate, rate), batch=MODEL_BATCH,
+        drawn=MODEL_BATCH * MODEL_STEPS, looked_at=(sizes.looked_at, 1), ends=(0, 1), language=True,
+    )  # fmt: skip
 
 
 class Trained:
     """One task and seed: a float network, and what becomes of it in each format, rounded only and trained on."""
 
-    def __init__(self, task: Task, seed: int, sizes: Sizes) -> None:
+    def __init__(self, task: Task, seed: int) -> None:
         from memwall.compress import xr_npe_torch as side
 
-        self.task, self.seed, self.sizes, self.side = task, seed, sizes, side
+        self.task, self.seed, self.side = task, seed, side
         self.network = task.build(seed)
-        self._phase(self.network, sizes.epochs[0], task.rate, activations=False)
+        self._phase(self.network, 0)
         names = list(side.layers_of(self.network))
-        self.inner = names[1:-1]  # the first and the last layer stay floats
+        self.inner = names[task.ends[0] : len(names) - task.ends[1]]
         self.mixed = self._choose()
 
-    def _phase(self, network: Any, epochs: int, rate: float, *, activations: bool) -> None:
-        import torch
-
-        x, y = self.task.train
+    def _phase(self, network: Any, number: int) -> None:
+        task, (x, y) = self.task, self.task.train
 
         def batches(epoch: int) -> list[tuple[Any, Any]]:
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1000 * self.seed + epoch))
-            return [(x[part], y[part]) for part in order.split(64)]
+            # a new epoch that is drawn is other rows: those of the next phase go on where the last one's ended
+            order = self._order(epoch + (sum(task.epochs[:number]) if task.drawn else 0))[: task.drawn]
+            return [(x[part], y[part]) for part in order.split(task.batch)]
 
-        phase = self.side.Phase(epochs=epochs, rate=rate, weights=True, activations=activations)
-        self.side.train(network, batches, self.task.loss, phase)
+        phase = self.side.Phase(
+            epochs=task.epochs[number], rate=task.rates[number], weights=number > 0, activations=number == 2
+        )
+        recipe = self.side.Recipe(adaptive=task.language, clip=1.0 if task.language else 0.0)
+        self.side.train(network, batches, task.loss, phase, recipe)
+
+    def _order(self, draw: int) -> Any:
+        import torch
+
+        return torch.randperm(len(self.task.train[0]), generator=torch.Generator().manual_seed(1000 * self.seed + draw))
 
     def _choose(self) -> dict[str, LaneFormat]:
         """By Fisher information, of weights and of inputs, which share their format, and greedy steps, in the bytes of
         18 % of the weights in 8 bits."""
         from memwall.compress.allocate import Candidate
 
-        side, x, y = self.side, *self.task.train
-        layers = side.layers_of(self.network)
+        side, layers = self.side, self.side.layers_of(self.network)
+        most, size = self.task.looked_at
+        x, y = self.task.train
+        if self.task.language:  # its rows are in no random order
+            order = self._order(-1)[:most]
+            x, y = x[order], y[order]
         weights = {name: layers[name].weight for name in self.inner}
 
         def losses() -> Iterator[Any]:
-            return (self.task.loss(self.network(x[i : i + 8]), y[i : i + 8]) for i in range(0, min(len(x), 800), 8))
+            starts = range(0, min(len(x), most), size)
+            return (self.task.loss(self.network(x[i : i + size]), y[i : i + size]) for i in starts)
 
         of_weights = side.layer_sensitivity(weights, side.fisher_of(losses(), weights), [FP4, POSIT4, POSIT8])
         of_inputs = side.input_sensitivity(self.network, losses(), self.inner, [FP4, POSIT4, POSIT8])
@@ -437,12 +524,12 @@ class Trained:
 
         network = self.side.rounded(copy.deepcopy(self.network), self.formats(what))
         if train:
-            self._phase(network, self.sizes.epochs[1], self.task.rate / 10, activations=False)
-            self._phase(network, self.sizes.epochs[2], self.task.rate / 20, activations=True)
+            self._phase(network, 1)
+            self._phase(network, 2)
         else:
             self.side.activate(network)
             with torch.no_grad():
-                network.eval()(self.task.train[0][:256])
+                network.eval()(self.task.train[0][: 4 * self.task.batch])
         with torch.no_grad():
             return float(self.task.loss(network(self.task.test[0]), self.task.test[1]))
 
@@ -467,11 +554,31 @@ def constant_loss(task: Task) -> float:
 ORDER = ("floats", "posit16_1", "posit8_0", "mixed", "fp4")
 
 
+LINKS = (("floats", "posit16_1"), ("posit16_1", "posit8_0"), ("posit8_0", "fp4"), ("mixed", "fp4"))
+"""The better and the worse: floats, 16 bits, 8 bits, 4 bits; mixed no worse than 4 bits."""
+
+
 def ordered(errors: dict[str, float]) -> bool:
-    """Floats, 16 bits, 8 bits, 4 bits; mixed no worse than 4 bits."""
-    chain = [errors[what] for what in ("floats", "posit16_1", "posit8_0", "fp4")]
-    links = [*itertools.pairwise(chain), (errors["mixed"], errors["fp4"])]
-    return all(better <= worse * (1 + EQUAL) for better, worse in links)
+    """Half a percent counts as equal."""
+    return all(errors[better] <= errors[worse] * (1 + EQUAL) for better, worse in LINKS)
+
+
+def gap(table: dict[str, list[float]], better: str, worse: str) -> tuple[float, float]:
+    """Mean over seeds of worse - better, and its standard error."""
+    apart = np.subtract(table[worse], table[better])
+    return float(apart.mean()), float(apart.std(ddof=1) / len(apart) ** 0.5)
+
+
+def ordered_by_seeds(table: dict[str, list[float]]) -> bool:
+    """Two standard errors count as equal, but floats must beat FP4 by more than them: else nothing was measured."""
+    mean, error = gap(table, "floats", "fp4")
+    return mean > 2 * error and all(mean >= -2 * error for mean, error in (gap(table, *link) for link in LINKS))
+
+
+def told(values: list[float]) -> str:
+    """Mean and standard error."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return f"{np.mean(values):.5f}" + ("" if error is None else f" ± {error:.5f}")
 
 
 def task_claims(task: Task, sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
@@ -480,43 +587,80 @@ def task_claims(task: Task, sizes: Sizes, tick: Callable[[str], None]) -> Iterat
     bits = []
     for seed in range(sizes.seeds):
         tick(f"{task.name}, seed {seed}")
-        held = Trained(task, seed, sizes)
+        held = Trained(task, seed)
         for what in ORDER:
             trained[what].append(held.errors(what, train=True))
         for what in plain:
             plain[what].append(held.errors(what, train=False))
         bits.append(held.bits("mixed"))
+    exact, rounded = (float(np.mean(each)) for each in plain.values())
+    exact_trained, after = (float(np.mean(trained[what])) for what in plain)
+    if task.language:  # so few steps are no training to recover by; `model_claims` judges that
+        share = against(rounded - exact, after, exact_trained)
+        also = f"; before these {sizes.model_steps} steps floats {exact:.5f}, fp4 {rounded:.5f}: {share} recovered"
+        yield order_claim(task, trained, max(bits), also)
+    else:
+        yield order_claim(task, trained, max(bits))
+        yield recovered_claim(task.name, exact, rounded, after, exact_trained)
+
+
+def order_claim(task: Task, trained: dict[str, list[float]], bits: float, also: str = "") -> Claim:
+    """bits: a weight takes in the mixed model; also: what is shown beside."""
     errors = {what: float(np.mean(each)) for what, each in trained.items()}
-    yield Claim(
+    seeds = len(trained["floats"])
+    if task.language and seeds > 1:
+        holds, equal = ordered_by_seeds(trained), "two standard errors of the seeds' differences"
+        bound = "floats below FP4 by more than two"
+        apart = (f"{worse} - {better} {mean:+.5f} ± {error:.5f}"
+                 for better, worse in LINKS for mean, error in [gap(trained, better, worse)])  # fmt: skip
+        shown = f" of {seeds} seeds; differences: " + ", ".join(apart)
+    else:
+        holds = ordered(errors) and (task.language or errors["floats"] <= constant_loss(task) / 4)
+        equal, shown = "0.5 %", f" of {seeds} seeds"
+        bound = "one seed" if task.language else "floats at most a quarter of the loss of a constant answer"
+    return Claim(
         claim=f"{task.name}: trained on in each format, errors order as the formats' bits; mixed is smaller than 8-bit "
         "posits throughout and no worse than 4-bit floats",
-        measured=", ".join(f"{what} {error:.5f}" for what, error in errors.items())
-        + f" (test loss, mean of {sizes.seeds} seeds); mixed takes {max(bits):.2f} bits a weight, posit8_0 8",
-        required="floats <= Posit(16,1) <= Posit(8,0) <= FP4 and mixed <= FP4, 0.5 % counting as equal; below 8 bits; "
-        "floats at most a quarter of the loss of a constant answer",
-        passed=ordered(errors) and max(bits) < 8 and errors["floats"] <= constant_loss(task) / 4,
-    )
-    yield recovered_claim(task.name, *(float(np.mean(each)) for each in plain.values()), errors["fp4"])
+        measured="test loss, mean and standard error" + shown + "; "
+        + ", ".join(f"{what} {told(each)}" for what, each in trained.items())
+        + f"; mixed takes {bits:.2f} bits a weight, posit8_0 8" + also,
+        required="means: floats <= Posit(16,1) <= Posit(8,0) <= FP4 and mixed <= FP4, " + equal + " counting as equal; "
+        f"below 8 bits; {bound}",
+        passed=holds and bits < 8,
+    )  # fmt: skip
 
 
-def recovered_claim(name: str, exact: float, rounded: float, trained: float) -> Claim:
+def recovered_claim(
+    name: str, exact: float, rounded: float, trained: float, exact_trained: float | None = None
+) -> Claim:
+    """exact_trained: floats that were trained on as long; against them the share is shown, and not judged."""
     lost = rounded - exact
     share = (rounded - trained) / lost if lost > 0 else 1.0
+    beside = ""
+    if exact_trained is not None and lost > 0:
+        share_left = against(lost, trained, exact_trained)
+        beside = f"; against floats trained on as long ({exact_trained:.5f}) {share_left}"
     return Claim(
         claim=f"{name}: training recovers at least half of what rounding to 4-bit floats loses",
-        measured=f"loss in floats {exact:.5f}, rounded {rounded:.5f}, trained {trained:.5f}: {share:.1%} recovered",
+        measured=f"loss in floats {exact:.5f}, rounded {rounded:.5f}, trained {trained:.5f}: {share:.1%} recovered"
+        + beside,
         required="at least 50 %",
         passed=lost > 0 and share >= RECOVERED,
     )
 
 
-def baseline_claim(task: Task, sizes: Sizes) -> Claim:
+def against(lost: float, trained: float, exact_trained: float) -> str:
+    """Share of a loss that is recovered where floats learn as much from the same steps."""
+    return f"{1 - (trained - exact_trained) / lost:.1%}"
+
+
+def baseline_claim(task: Task) -> Claim:
     """Bytes and errors beside torch's 8-bit and 4-bit integers and 8-bit floats, weights rounded without training."""
     import copy
 
     import torch
 
-    held = Trained(task, 0, sizes)
+    held = Trained(task, 0)
     shown, side = [], held.side
 
     def error(network: Any) -> float:
@@ -619,15 +763,16 @@ def model_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
         stored = {**prior, **chosen}
         wide = sum(spec.startswith("posit8") for spec in chosen.values())
         yield Claim(
-            claim="demo model: errors order as the formats' bits; mixed is smaller than 8-bit posits and no worse than "
-            "4-bit floats",
+            claim="demo model, weights alone and rounded without training, as `memwall compress` stores them: "
+            "divergences order as the formats' bits; mixed is no worse than 4-bit floats",
             measured=", ".join(f"{what} {error:.5f}" for what, error in errors.items())
             + f" nats; mixed: {wide} of {len(chosen)} matrices in 8 bits, {bits_of(config, stored):.2f} bits a weight "
             f"with embeddings in 16, `by place` without looking at the model {bits_of(config, prior):.2f}",
             required="floats <= Posit(16,1) <= Posit(8,0) <= FP4, mixed <= FP4; some matrices in 4 bits",
             passed=ordered(errors) and any(spec.startswith("e2m1") for spec in chosen.values()),
         )
-        recovers = "demo model: training recovers at least half of what rounding to 4-bit floats loses"
+        whose = "demo model, weights alone, as stored, divergence"
+        recovers = f"{whose}: training recovers at least half of what rounding to 4-bit floats loses"
         if not sizes.qat_steps:
             yield not_run(recovers, "at least 50 %", needs="the full run: 200 steps of training")
             return
@@ -635,7 +780,7 @@ def model_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
         narrow = {**prior, **dict.fromkeys(sizes_of, "e2m1-g64")}
         trained = side.trained_decoder(subject, narrow, steps=sizes.qat_steps, rate=3e-4)
         after = divergence(uniform["e2m1"], trained)
-    yield recovered_claim("demo model", 0.0, errors["fp4"], after)
+    yield recovered_claim(whose, 0.0, errors["fp4"], after)
 
 
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
@@ -657,11 +802,12 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         what = "digits: errors order as bits, training recovers half"
         claims.append(not_run(what, "see the file", needs="scikit-learn's digits, or --data"))
     else:
-        task = digits_task(path)
-        claims += [*task_claims(task, sizes, tick), baseline_claim(task, sizes)]
+        task = digits_task(path, sizes)
+        claims += [*task_claims(task, sizes, tick), baseline_claim(task)]
     claims += task_claims(flight_task(sizes), sizes, tick)
     return [
         *claims,
+        *task_claims(model_task(sizes), sizes, tick),
         *model_claims(sizes, tick),
         not_run("KITTI odometry: mixed 2.36 % against 2.18 % in floats at a fifth of the size", "as published",
                 needs="the KITTI data set and the authors' network"),

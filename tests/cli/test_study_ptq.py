@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from memwall.studies import ptq_impact_study
+from tests.compress.tiny_model import make_model
 
 FAST = ("study", "ptq-impact", "--quick", "--no-peers", "--no-costs")
 
@@ -39,6 +40,24 @@ def test_table_json_and_files_agree(memwall: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "study.html").is_file()
 
 
+@pytest.mark.usefixtures("small")
+def test_several_models_stand_side_by_side(memwall: Any, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", max_position_embeddings=512)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Water is\n")
+    arguments = (*FAST, "demo", other, "--formats", "nf4", "--prompts", prompts, "--out", tmp_path / "out")
+    table = memwall(*arguments)
+    assert table.exit_code == 0, table.stderr
+    told = json.loads(memwall(*arguments, "--json").stdout)
+    assert [one["model"] for one in told["models"]] == ["demo", str(other)]
+    question = told["across"][0]
+    assert set(question["models"]) == {"demo", str(other)}
+    assert question["question"] in table.stdout
+    for name in ("demo", "other"):
+        assert (tmp_path / "out" / name / "study.html").is_file()
+    assert len(json.loads((tmp_path / "out" / "study.json").read_text())["models"]) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -57,6 +76,7 @@ def test_table_json_and_files_agree(memwall: Any, tmp_path: Path) -> None:
         (("--memory", "9MB"), "--no-costs"),
         (("--peer-python", "/nowhere/python"), "/nowhere/python"),
         (("/nowhere",), "/nowhere"),
+        (("demo", "demo"), "called demo"),
     ],
 )
 def test_bad_input(memwall: Any, options: tuple[str, ...], says: str) -> None:

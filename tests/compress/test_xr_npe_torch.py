@@ -39,6 +39,18 @@ def test_weights_become_levels_of_their_channel(found: LaneFormat) -> None:
         assert float(out.abs().max()) == pytest.approx(float(row.abs().max()), rel=1e-5)
 
 
+@pytest.mark.parametrize("found", FORMATS, ids=lambda found: found.name)
+def test_levels_are_found_as_by_a_whole_search(found: LaneFormat) -> None:
+    """Thresholds and their neighbours, zeros of both signs, tiny and huge numbers among them."""
+    edges = found.levels.thresholds
+    near = [edges, np.nextafter(edges, np.float32(-np.inf)), np.nextafter(edges, np.float32(np.inf))]
+    odd = np.array([0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38], np.float32)
+    random = np.random.default_rng(0).standard_normal(4097).astype(np.float32)
+    x = np.concatenate([*near, odd, random, 40 * random])
+    got = side._Levels(found.levels).nearest(torch.from_numpy(x))
+    np.testing.assert_array_equal(got.numpy(), found.levels.decode(found.levels.encode(x)))
+
+
 def test_gradients_pass_straight_and_stop_outside() -> None:
     x = torch.tensor([0.2, -3.9, 100.0, -7.0], requires_grad=True)
     y = side._StraightThrough.apply(x, torch.tensor(1.0), side._Levels(FP4.levels))
@@ -159,6 +171,11 @@ def test_phases_train_and_bits_are_counted() -> None:
     trained = side.train(model, batches, loss, coarse, progress=lambda done, whole: seen.append((done, whole)))
     assert trained < 0.9
     assert seen[-1] == (10, 10)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    once = side.Phase(epochs=1, rate=0.01, weights=True, activations=True)
+    side.train(model, batches, loss, once, side.Recipe(adaptive=True, weight_decay=0.0, clip=1.0, warmup_epochs=0.0))
+    moved = max(float((now.detach() - then).abs().max()) for now, then in zip(model.parameters(), before, strict=True))
+    assert 0 < moved <= 4 * 0.0101  # four steps, none of which is longer than its rate
     assert side.weight_bits(model, {"0": FP4, "2": None}) == 8 * 16 * 4 + 16 * 16 + 16 * 4 * 16
     assert len(side.PHASES) == 3
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,3 +56,23 @@ def test_layers_share_no_bytes_and_products_agree(study: ModuleType, monkeypatch
     assert layers[0][0] is not layers[1][0]
     took = study.medians({"a": study.pass_of(layers, {64: x, 128: np.ones((1, 128), np.float32)}, exact=False)}, 1)
     assert took["a"] > 0
+
+
+def test_a_claim_of_all_models_fails_with_one(study: ModuleType) -> None:
+    studies = [SimpleNamespace(model=name) for name in ("a", "b")]
+    good = study.of_all(studies, "c", "small", lambda one: (f"{one.model}!", True))
+    assert good.measured == "a: a! | b: b!"
+    assert good.required == "small, for each of 2 models"
+    assert good.passed
+    assert not study.of_all(studies, "c", "small", lambda one: ("", one.model == "a")).passed
+    assert study.family_claim(studies).passed is None
+
+
+def test_orders_of_divergences(study: ModuleType) -> None:
+    rising = np.arange(9.0).reshape(3, 3) / 100
+    good = {"int8": {0.5: rising, 1.0: rising}, "nf4": {0.5: rising + 1, 1.0: rising + 1},
+            "fp4": {0.5: rising + 2, 1.0: rising * 2 + 0.95}}  # fmt: skip
+    assert study.strays_in_order(good)  # at 1.0 fp4 strays less, by less than two standard errors
+    assert not study.strays_in_order({**good, "fp4": {0.5: rising + 2, 1.0: rising + 0.9}})
+    assert not study.strays_in_order({**good, "fp4": {0.5: rising * 2 + 0.95, 1.0: rising * 2 + 0.95}})
+    assert not study.strays_in_order({**good, "int8": {0.5: rising, 1.0: rising + 1}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 from pathlib import Path
 from types import ModuleType
@@ -44,10 +45,24 @@ def test_orders(xr_npe: ModuleType) -> None:
     assert not xr_npe.ordered({**good, "mixed": 2.1})
 
 
+def test_orders_over_seeds(xr_npe: ModuleType) -> None:
+    good = {"floats": [1.0, 2.0], "posit16_1": [1.0, 2.0], "posit8_0": [1.1, 2.2], "mixed": [1.3, 2.2],
+            "fp4": [1.5, 2.6]}  # fmt: skip
+    assert xr_npe.ordered_by_seeds(good)
+    assert xr_npe.gap(good, "posit8_0", "fp4") == pytest.approx((0.4, 0.0))
+    assert xr_npe.ordered_by_seeds({**good, "posit16_1": [0.9, 2.05]})  # a step back within the seeds' differences
+    assert not xr_npe.ordered_by_seeds({**good, "posit16_1": [0.9, 1.9]})  # every seed's
+    assert not xr_npe.ordered_by_seeds({**good, "mixed": [1.6, 2.7]})
+    assert not xr_npe.ordered_by_seeds({**good, "floats": [1.0, 2.9]})  # too uncertain to say anything
+    assert xr_npe.told([1.0, 2.0]) == "1.50000 ± 0.50000"
+    assert xr_npe.told([1.0]) == "1.00000"
+
+
 def test_shares_recovered(xr_npe: ModuleType) -> None:
     assert xr_npe.recovered_claim("x", 1.0, 2.0, 1.5).passed
     assert not xr_npe.recovered_claim("x", 1.0, 2.0, 1.51).passed
     assert not xr_npe.recovered_claim("x", 1.0, 1.0, 0.5).passed  # nothing was lost: nothing is shown
+    assert "(0.80000) 30.0%" in xr_npe.recovered_claim("x", 1.0, 2.0, 1.5, 0.8).measured  # floats gained as well
 
 
 def test_images_from_a_file(xr_npe: ModuleType, tmp_path: Path) -> None:
@@ -82,9 +97,25 @@ def test_a_small_task_from_end_to_end(xr_npe: ModuleType) -> None:
     pytest.importorskip("torch")
     sizes = xr_npe.Sizes(seeds=1, epochs=(2, 1, 1), flights=128)
     task = xr_npe.flight_task(sizes)
-    held = xr_npe.Trained(task, 0, sizes)
+    held = xr_npe.Trained(task, 0)
     assert held.bits("fp4") == 4
     assert 4 <= held.bits("mixed") <= 4.72
     assert held.errors("posit16_1", train=False) == pytest.approx(held.errors("floats", train=False), rel=0.02)
     assert np.isfinite(held.errors("mixed", train=True))
     assert xr_npe.constant_loss(task) > 0.1
+
+
+def test_the_language_model_goes_on_from_texts_that_the_seed_draws(xr_npe: ModuleType) -> None:
+    pytest.importorskip("torch")
+    sizes = xr_npe.Sizes(model_epochs=(0, 1, 1), looked_at=1, held_out_tokens=129)
+    task = dataclasses.replace(xr_npe.model_task(sizes), batch=1, drawn=1)
+    tokens, targets = task.train
+    assert (tokens[:, 1:] == targets[:, :-1]).all()
+    held, other = xr_npe.Trained(task, 0), xr_npe.Trained(task, 1)
+    assert held._order(0)[0] != other._order(0)[0]
+    assert "lm_head" not in held.inner
+    assert len(held.inner) == 56
+    plain = held.errors("floats", train=False)
+    assert plain == other.errors("floats", train=False)
+    assert held.errors("fp4", train=False) > plain
+    assert held.errors("fp4", train=True) != other.errors("fp4", train=True)

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,10 +17,12 @@ from memwall.engine.quality import log_softmax
 from memwall.errors import InputError
 from memwall.models import ModelConfig, model_directory
 from memwall.plan.choose import held_out_text
-from memwall.studies import ptq_answers, ptq_peers, ptq_report
+from memwall.studies import ptq_across, ptq_answers, ptq_peers, ptq_report
+from memwall.studies.llm_int8 import Int8SsmDecoder
 from memwall.studies.ptq_costs import costs_of
 from memwall.studies.ptq_impact_study import Grid, Runner, Study, study_ptq
 from memwall.studies.ptq_models import FORMATS, PROMPTS, FormatModel, forced, specs_of
+from tests.models.ssm_models import CONFIGS, write_model
 
 DEMO = model_directory("demo")
 SMALL = Grid(
@@ -251,3 +253,37 @@ def test_the_peer_gives_the_same_losses() -> None:
     if found.get("skipped"):
         pytest.skip(found["skipped"])
     assert found["losses"][0] == pytest.approx(np.mean(FormatModel(DEMO, "nf4").losses([0], tokens)), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_models_without_attention_take_part(tmp_path: Path, kind: str) -> None:
+    folder = write_model(tmp_path / kind, {**CONFIGS[kind], "vocab_size": 4096})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((DEMO / name).read_bytes())
+    found = study_ptq(
+        folder, kind, formats=("int8", "nf4", "fp4"), grid=SMALL, prompts=PROMPTS[:2], text=held_out_text(),
+        store=tmp_path / "cells", costs=False,
+    )  # fmt: skip
+    kl = {form: float(np.mean(list(tables.values()))) for form, tables in ptq_answers.curves(found, "kl").items()}
+    assert 0 == kl["bf16"] < kl["int8"] < kl["nf4"] < kl["fp4"]
+    model = FormatModel(folder, "int8", context_tokens=32)
+    model.losses([0], [5, 6, 7])
+    products = cast(Int8SsmDecoder, model.decoder).products
+    assert products.columns_seen > 0
+    assert all("proj" in name for name in products.linears)
+    model.release()
+    assert model.ledger.total() == 0
+
+
+def test_answers_across_models(study: Study) -> None:
+    other = dataclasses.replace(study, model="other")
+    for row in other.rows:
+        assert row.costs
+    found = ptq_across.across([study, other])
+    assert [one.verdict for one in found] == [one.verdict for one in ptq_answers.answers(study)]
+    assert found[0].told.startswith(f"{found[0].verdict} for demo, other: ")
+    parted = ptq_across.Across(question="q", verdict=ptq_across.DIFFER, models={"a": ("holds", ""), "b": ("no", "")})
+    assert parted.told == "models differ: q (a holds; b no)"
+    assert ptq_across.folder_names(["x/a", "b"]) == ["a", "b"]
+    with pytest.raises(InputError, match="called a"):
+        ptq_across.folder_names(["x/a", "y/a/"])

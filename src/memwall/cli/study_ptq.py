@@ -1,4 +1,4 @@
-"""`memwall study ptq-impact`: weight formats under temperature, top-k and length."""
+"""`memwall study ptq-impact`: weight formats under temperature, top-k and length, of one model or several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from memwall.cli.command import AsJson, Debug, ModelOrDemo, Quiet, Threads
+from memwall.cli.command import AsJson, Debug, Quiet, Threads, complete_model
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -19,6 +19,16 @@ DEMO = "demo"
 MOST_SEEDS, MOST_NUMBERS, MOST_TOP_K = 1000, 100, 2**24
 _Number = TypeVar("_Number", int, float)
 
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Directory of a Hugging Face model, ORG/NAME of one in the Hub's cache, or `demo` (the default). Several "
+        "are studied one by one and held side by side.",
+        metavar="[MODEL]...",
+        autocompletion=complete_model,
+        show_default=False,
+    ),
+]
 Formats = Annotated[
     str | None,
     typer.Option(
@@ -51,7 +61,7 @@ Peer = Annotated[
 
 
 def ptq_impact(
-    model: ModelOrDemo = DEMO,
+    models: Models = None,
     *,
     formats: Formats = None,
     temperatures: Temperatures = None,
@@ -85,7 +95,7 @@ def ptq_impact(
     from memwall.claims import describe_machine
     from memwall.errors import InputError
     from memwall.hardware.units import parse_bytes
-    from memwall.studies import ptq_report
+    from memwall.studies import ptq_across, ptq_report
 
     memory_bytes = None if memory is None else parse_bytes(memory)
     if memory is not None and no_costs:
@@ -93,24 +103,48 @@ def ptq_impact(
     if peer_python is not None and not peer_python.is_file():
         raise InputError(f"--peer-python {peer_python}: there is no such file; give a Python's path")
     grid = _grid(quick, temperatures, top_k, lengths, tokens, seeds, product)
+    names = models or [DEMO]
+    ptq_across.folder_names(names)
     if out is not None:
         ptq_report.check()
-    study = _run(
-        model, formats, grid, prompts, out, text, not no_costs, None if no_peers else peer_python or _this(), threads,
-        quiet, describe_machine(),
-    )  # fmt: skip
+    studies = [
+        _run(
+            model, formats, grid, prompts, out, text, not no_costs, None if no_peers else peer_python or _this(),
+            threads, quiet, describe_machine(),
+        )
+        for model in names
+    ]  # fmt: skip
     if out is not None:
-        for path in ptq_report.write(study, out, memory_bytes):
+        alone = len(studies) == 1
+        made = (
+            ptq_report.write(studies[0], out, memory_bytes) if alone else ptq_across.write(studies, out, memory_bytes)
+        )
+        for path in made:
             note(f"wrote {path}", quiet=quiet)
     if json:
         from memwall.studies.ptq_answers import to_dict
 
-        print_json(to_dict(study))
+        print_json(to_dict(studies[0]) if len(studies) == 1 else ptq_across.whole(studies))
         return
-    typer.echo(format_table(ptq_report.COLUMNS, ptq_report.lines(study), right=ptq_report.RIGHT))
-    typer.echo()
-    for remark in ptq_report.remarks(study, memory_bytes):
-        typer.echo(remark)
+    _show(studies, memory_bytes, quiet)
+
+
+def _show(studies: list[Study], memory_bytes: int | None, quiet: bool) -> None:
+    from memwall.studies import ptq_across, ptq_report
+
+    for study in studies:
+        if len(studies) > 1:
+            typer.echo(f"{study.model}\n")
+        typer.echo(format_table(ptq_report.COLUMNS, ptq_report.lines(study), right=ptq_report.RIGHT))
+        typer.echo()
+        for remark in ptq_report.remarks(study, memory_bytes):
+            typer.echo(remark)
+        if len(studies) > 1:
+            typer.echo()
+    if len(studies) > 1:
+        typer.echo(f"All {len(studies)} models\n")
+        for one in ptq_across.across(studies):
+            typer.echo(one.told)
     note("\n" + ptq_report.LEGEND, quiet=quiet)
 
 

@@ -28,6 +28,7 @@ from memwall.models import Checkpoint, ModelConfig
 from memwall.models.config import EMBEDDING, HEAD
 from memwall.models.decode import DecodeStep
 from memwall.models.decoder import Decoder
+from memwall.models.ssm_decoder import SsmDecoder
 from memwall.models.weights import Weights
 
 NAME = "llm-int8"
@@ -97,31 +98,27 @@ def round_activations(x: np.ndarray, threshold: float = THRESHOLD) -> tuple[np.n
     return rounded, scales, len(columns)
 
 
-class Int8Decoder(Decoder):
-    """A decoder whose linear layers but the head are `Int8Matrix`; counts the outlier columns that it meets."""
+class Int8Products:
+    """The products of a decoder whose linear layers but the head are `Int8Matrix`; counts the outlier columns that it
+    meets.
+    """
 
-    def __init__(self, config: ModelConfig, weights: Weights, linears: dict[str, Int8Matrix], arena: Arena,
-                 *, segment_tokens: int) -> None:  # fmt: skip
-        super().__init__(config, weights, arena, segment_tokens=segment_tokens, exact=True)
+    def __init__(self, linears: dict[str, Int8Matrix], arena: Arena) -> None:
         self.linears = linears
         self.held = [buffer for matrix in linears.values() for buffer in matrix.held]
         self.threshold = THRESHOLD
         self.columns_seen = self.outliers_seen = 0
+        self._arena = arena
 
-    def _decode_step(self, num_rows: int = 1) -> DecodeStep | None:
-        return None  # a recorded step knows plain products only
-
-    def _linear(
+    def multiply(
         self,
         x: np.ndarray,
         names: list[str],
         outs: list[np.ndarray],
-        biases: list[np.ndarray | None] | None = None,
-        accumulate: bool = False,
+        biases: list[np.ndarray | None] | None,
+        accumulate: bool,
     ) -> None:
-        if any(name not in self.linears for name in names):
-            super()._linear(x, names, outs, biases, accumulate)
-            return
+        """One input's products with some of the matrices."""
         rounded, scales, outliers = round_activations(x, self.threshold)
         self.columns_seen += x.shape[1]
         self.outliers_seen += outliers
@@ -134,14 +131,66 @@ class Int8Decoder(Decoder):
                 out += target
 
     def release(self) -> None:
-        super().release()
+        """Gives the matrices back, and what else is `held`."""
         for buffer in self.held:
             self._arena.free(buffer)
         self.held.clear()
         self.linears.clear()
 
 
-def load(directory: Path, config: ModelConfig, arena: Arena, *, segment_tokens: int) -> Int8Decoder:
+class Int8Decoder(Decoder):
+    """With attention."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, products: Int8Products, arena: Arena, *, segment_tokens: int
+    ) -> None:
+        super().__init__(config, weights, arena, segment_tokens=segment_tokens, exact=True)
+        self.products = products
+
+    def _decode_step(self, num_rows: int = 1) -> DecodeStep | None:
+        return None  # a recorded step knows plain products only
+
+    def _linear(
+        self,
+        x: np.ndarray,
+        names: list[str],
+        outs: list[np.ndarray],
+        biases: list[np.ndarray | None] | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        if all(name in self.products.linears for name in names):
+            self.products.multiply(x, names, outs, biases, accumulate)
+        else:
+            super()._linear(x, names, outs, biases, accumulate)
+
+    def release(self) -> None:
+        super().release()
+        self.products.release()
+
+
+class Int8SsmDecoder(SsmDecoder):
+    """Without attention: Mamba models."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, products: Int8Products, arena: Arena, *, segment_tokens: int
+    ) -> None:
+        super().__init__(config, weights, arena, segment_tokens=segment_tokens, exact=True)
+        self.products = products
+
+    def _linear(
+        self, name: str, x: np.ndarray, out: np.ndarray, bias: np.ndarray | None = None, *, accumulate: bool = False
+    ) -> None:
+        if name in self.products.linears:
+            self.products.multiply(x, [name], [out], [bias], accumulate)
+        else:
+            super()._linear(name, x, out, bias, accumulate=accumulate)
+
+    def release(self) -> None:
+        super().release()
+        self.products.release()
+
+
+def load(directory: Path, config: ModelConfig, arena: Arena, *, segment_tokens: int) -> Int8Decoder | Int8SsmDecoder:
     """The model with embedding and head in bfloat16, vectors in float32 and all other matrices as above."""
     weights = Weights(matrices={}, vectors={}, specs={})
     linears: dict[str, Int8Matrix] = {}
@@ -152,6 +201,7 @@ def load(directory: Path, config: ModelConfig, arena: Arena, *, segment_tokens: 
             values = np.asarray(checkpoint.tensor(tensor.name)).astype(np.float32)
             if tensor.role in ("linear", "expert"):
                 linears[tensor.name], specs[tensor.name] = Int8Matrix(values, arena), spec_of(values.shape[1])
+                checkpoint.drop(tensor.name)
                 continue
             spec = specs[tensor.name] = "bfloat16" if tensor.role in ("embedding", "head") else "float32"
             packed = codec(spec).encode(values)
@@ -160,7 +210,7 @@ def load(directory: Path, config: ModelConfig, arena: Arena, *, segment_tokens: 
                 buffers[name] = arena.allocate(f"weights/{spec}", buffer.shape, buffer.dtype)
                 np.copyto(buffers[name], buffer)
             loose += buffers.values()
-            if values.ndim == 2:
+            if values.ndim == 2 and tensor.role != "other":
                 weights.matrices[tensor.name] = kernels.matrix(Packed(spec=spec, shape=values.shape, buffers=buffers))
             else:
                 weights.vectors[tensor.name] = next(iter(buffers.values()))
@@ -168,6 +218,8 @@ def load(directory: Path, config: ModelConfig, arena: Arena, *, segment_tokens: 
     if config.tie_word_embeddings:
         weights.matrices[HEAD] = weights.matrices[EMBEDDING]
     weights.specs = specs
-    decoder = Int8Decoder(config, weights, linears, arena, segment_tokens=segment_tokens)
-    decoder.held += loose
+    products = Int8Products(linears, arena)
+    kind = Int8Decoder if config.ssm is None else Int8SsmDecoder
+    decoder = kind(config, weights, products, arena, segment_tokens=segment_tokens)
+    products.held += loose
     return decoder

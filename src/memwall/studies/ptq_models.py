@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from memwall.memory import Arena, Ledger
 from memwall.models import Checkpoint, ModelConfig
 from memwall.models.decoder import Decoder
 from memwall.models.precision import LAYER_ADAPTIVE, resolve
+from memwall.models.ssm_decoder import SsmDecoder
 from memwall.models.tokenizer import Tokenizer
 from memwall.models.weights import load_weights
 from memwall.studies import llm_int8
@@ -89,15 +91,18 @@ class FormatModel:
         self.arena = arena = Arena(available_memory_bytes(), self.ledger)
         segment = min(self.context_tokens, MOST_SEGMENT)
         specs = specs_of(config, form)
-        self.decoder: Decoder
+        decoder: Decoder | SsmDecoder
         if form == "int8":
-            self.decoder = llm_int8.load(directory, config, arena, segment_tokens=segment)
+            decoder = llm_int8.load(directory, config, arena, segment_tokens=segment)
         else:
             with Checkpoint(directory, config) as checkpoint:
                 weights = load_weights(config, checkpoint, specs, arena)
-            self.decoder = Decoder(config, weights, arena, segment_tokens=segment, exact=exact)
+            kind = Decoder if config.ssm is None else SsmDecoder
+            decoder = kind(config, weights, arena, segment_tokens=segment, exact=exact)
+        self.decoder = cast(Decoder, decoder)  # Mamba's has what is called here, and takes the cache built below
         self.tokenizer = tokenizer or Tokenizer.from_directory(directory)
-        self.cache = kv.build("float32", cache_shape(config), arena, self.context_tokens)
+        held = "float32" if config.ssm is None else "state"
+        self.cache = kv.build(held, cache_shape(config), arena, self.context_tokens)
         self._work = arena.allocate("comparing", Sampler.scratch_shape(config.vocab_size), np.float32)
 
     @property
@@ -110,8 +115,8 @@ class FormatModel:
         """True bits per number of the linear layers, scales included, of real buffers."""
         held = self.decoder.weights.matrices
         linears = [t for t in self.config.tensors() if t.role in ("linear", "expert")]
-        if isinstance(self.decoder, llm_int8.Int8Decoder):
-            nbytes = sum(matrix.nbytes for matrix in self.decoder.linears.values())
+        if isinstance(self.decoder, llm_int8.Int8Decoder | llm_int8.Int8SsmDecoder):
+            nbytes = sum(matrix.nbytes for matrix in self.decoder.products.linears.values())
         else:
             nbytes = sum(held[t.name].nbytes for t in linears)
         return 8 * nbytes / sum(t.size for t in linears)
