@@ -108,8 +108,15 @@ def texts(data: Path | None) -> tuple[bytes, bytes]:
     return b"\n\n".join(trained), b"\n\n".join(held)
 
 
-def train(text: np.ndarray, sizes: Sizes, progress: Callable[[int, int], None]) -> dict[str, np.ndarray]:
-    """Tensors of the model, by their names in a checkpoint."""
+def train(
+    text: np.ndarray,
+    sizes: Sizes,
+    progress: Callable[[int, int], None],
+    looks: dict[int, dict[str, np.ndarray]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Tensors of the model, by their names in a checkpoint. looks: by numbers of steps; is given the tensors as they
+    were after so many.
+    """
     import torch
     from torch import nn
     from torch.nn import functional
@@ -180,6 +187,8 @@ def train(text: np.ndarray, sizes: Sizes, progress: Callable[[int, int], None]) 
         loss.backward()
         nn.utils.clip_grad_norm_(list(tensors.values()), 1.0)
         optimizer.step()
+        if looks is not None and step + 1 in looks:
+            looks[step + 1] = {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
         progress(step + 1, sizes.steps)
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
