@@ -503,9 +503,8 @@ def outliers(bench: Bench, quick: bool) -> list[Claim]:
 
 def training_tokens(quick: bool) -> list[Claim]:
     """One model on its way through training: at each state, what 3 bits cost it."""
-    claim, required = "the relative loss at 3 bits grows with training tokens per parameter", (
-        "perplexity over the float state's rises from each state to the next, for rounding and for GPTQ"
-    )  # fmt: skip
+    claim = "the relative loss at 3 bits grows with training tokens per parameter"
+    required = "perplexity over the float state's rises from each state to the next, for rounding and for GPTQ"
     if quick:
         return [not_run(claim, required, "the whole run: a model is trained")]
     if importlib.util.find_spec("torch") is None:
