@@ -3,9 +3,17 @@
 Forms are compared on the bundled demo model. Every variant goes through the whole model layer by layer, each layer
 calibrated on what the compressed ones before it hand on; the same held-out tokens are scored in exact arithmetic, so
 differences are those of the weights. Bits are the bytes of the stored form over the weights of the linear layers, row
-offsets, order of columns and padding included (embedding and head stay float16 in all variants). Ablations compare
-output errors over one set of calibration statistics. Speed is that of products with random weights in the shapes of a
-model of a thousand million weights, one token at a time, taken alternately.
+offsets, order of columns and padding included (embedding and head stay float16 in all variants). The threshold is the
+one whose forms take as many bits as GPTQ's groups of 32: found in steps of a half, as in an earlier form of this file,
+it left them a tenth of a bit short, and SpQR, over one draw of the calibration text, 0.04 % above GPTQ.
+
+A finding, which is a claim that fails in the run of 29 November 2026: at the published damping of 1 SpQR's statistics
+are 0.07 % +- 0.25 % behind GPTQ's groups of 52 at its own damping of 0.01, which is no difference; they are ahead of
+its groups of 64 and 128, and of all three at equal dampings. The code's own 0.01 is better than 1 on this model and no
+better on one of 11.7 million weights calibrated on other text (92.25 and 92.23), so the recipe's stays.
+
+Ablations compare output errors over one set of calibration statistics. Speed is that of products with random weights in
+the shapes of a model of a thousand million weights, one token at a time, taken alternately.
 
 Text: `--data` a UTF-8 file (its first half calibrates, the second is scored); the bundled calibration text and the
 planner's held-out text otherwise.
@@ -16,9 +24,10 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -221,7 +230,7 @@ def readable(form: Packed) -> Packed:
     return form
 
 
-def bits_of(made: dict[str, Packed]) -> float:
+def bits_of(made: Mapping[Any, Packed]) -> float:
     return 8 * sum(form.nbytes for form in made.values()) / sum(form.size for form in made.values())
 
 
@@ -244,33 +253,44 @@ def spqr(bits: int, method: Spqr, damping: float = Spqr.damping) -> Compress:
 
 
 def threshold_for(study: Study, bits: int, most_bits: float) -> float:
-    """The smallest threshold, in steps of a half, whose forms take at most `most_bits` on the float model's layers."""
-    threshold = 0.2
-    while True:
-        made = {str(i): spqr(bits, Spqr(outlier_threshold=threshold))(*layer) for i, layer in enumerate(study.layers())}
-        if bits_of(made) <= most_bits:
-            return threshold
-        threshold *= 1.5
+    """The smallest threshold, to 3 %, whose forms take at most `most_bits` on the float model's layers."""
+
+    def taken(threshold: float) -> float:
+        made = (spqr(bits, Spqr(outlier_threshold=threshold))(*layer) for layer in study.layers())
+        return bits_of(dict(enumerate(made)))
+
+    low = high = 0.2
+    while taken(high) > most_bits:
+        low, high = high, 1.5 * high
+    while high > 1.03 * low:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if taken(middle) > most_bits else (low, middle)
+    return high
 
 
 def matched_bits(study: Study, quick: bool) -> list[Claim]:
+    """The narrow order by its means over draws of the calibration text, what stands beside it by the first."""
+    draws = 1 if quick else DRAWS
     threshold = threshold_for(study, 3, MATCHED_BITS - 0.03)
-    ours = study.score("spqr3 matched", spqr(3, Spqr(outlier_threshold=threshold)))
-    study.matched = ours
+    ours = study.mean_score("spqr3 matched", spqr(3, Spqr(outlier_threshold=threshold)), draws)
+    study.matched = study.score("spqr3 matched", spqr(3, Spqr(outlier_threshold=threshold)))
     # at 4 bits a weight with 16-bit statistics: 3-bit codes in groups of 32, or 2-bit codes in groups of 16
-    rounded = study.score("rtn g32", nearest("int3-g32-asym"))
-    swept = study.score("gptq g32", gptq("int3-g32-asym"))
-    tiny = study.score("gptq 2 g16", gptq("int2-g16-asym-rows"))
+    plain = study.score("rtn g32", nearest("int3-g32-asym"))
+    rounded = Drawn(np.full(draws, np.log(plain.perplexity)), plain.bits)  # which no calibration text changes
+    swept = study.mean_score("gptq g32", gptq("int3-g32-asym"), draws)
+    tiny = study.mean_score("gptq 2 g16", gptq("int2-g16-asym-rows"), draws)
     large = study.score(f"gptq g128 {Gptq.damping}", gptq("int3-g128-asym"))
     four = study.score("spqr4", spqr(4, Spqr()))
+    gap, error = ours.below(swept)
     shown = (
-        f"float {study.float:.3f}; rounding {rounded}; GPTQ {swept}, 2-bit codes in groups of 16 {tiny}; SpQR {ours}"
+        f"float {study.float:.3f}; rounding {rounded}; GPTQ {swept}, 2-bit codes in groups of 16 {tiny}; SpQR {ours}, "
+        f"{gap:.2%} +- {error:.2%} below GPTQ (means over {draws} draws of the calibration text)"
     )
     more = f"; beside it GPTQ in groups of 128 {large}"
     if not quick:
         more += f", 3-bit codes in groups of 16 {study.score('gptq 3 g16', gptq('int3-g16-asym-rows'))}"
         more += f", 4-bit codes by rows {study.score('gptq 4 rows', gptq('int4-g1024-rows'))}"
-    order = rounded.perplexity > swept.perplexity > ours.perplexity and tiny.perplexity > ours.perplexity
+    order = rounded.below(swept)[0] < 0 < gap and ours.below(tiny)[0] > 0
     return [
         Claim(
             claim="at equal measured bits perplexity orders rounding > GPTQ > SpQR, and GPTQ's small groups lose too",

@@ -6,7 +6,8 @@ Source: "INT2.1: Towards Fine-Tunable Quantized LLMs with Error Correction throu
 Idea: the same trainable low-rank path serves twice. For a task (`MemoryFrugal`) it adapts a base of which no float copy
 ever exists (`kernels.torch_frozen`). With a teacher (`ErrorCorrection`) it is trained on every projection to give the
 float model's answers again: KL(teacher || student), summed over vocabulary and positions and divided by the windows of
-the batch, plus the cross-entropy of the next token, mean per token, with weights 1 and 200.
+the batch, plus the cross-entropy of the next token, mean per token, with weights 1 and 200. The sum grows with the
+window, the mean does not: 200 is for 2,048 tokens, and shorter windows keep the published share with less (25 for 256).
 Units and shapes: y = x Wq + (alpha / rank) B A dropout(x), Wq packed, A [rank, in], B [out, rank] float32; losses in
 nats. Effective bits are the bytes of Wq and of the adapter as saved (float16) over the weights of Wq.
 Differs from the paper: any packed form is a base, not GPTQ's alone; the base's embedding and head have at least four
@@ -53,7 +54,9 @@ class MemoryFrugal(TuneMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorCorrection(TuneMethod):
-    """LREC, with the published settings. teacher_top: answers kept per position, 0 for all."""
+    """LREC, with the published settings. ce_weight: of a mean beside a sum over the window, so in proportion to
+    `context`. teacher_top: answers kept per position, 0 for all.
+    """
 
     name: ClassVar[str] = "int2-1"
     base: ClassVar[str] = "int2-g64-asym"
