@@ -78,8 +78,8 @@ class Sizes:
 
 
 FULL = Sizes(
-    layers=12, hidden=768, heads=12, kv_heads=4, filters=2048, vocabulary=32000, requests=48, rounds=3,
-    plan_requests=24, plan_rounds=2, large_nodes=4, large_requests=24,
+    layers=12, hidden=768, heads=12, kv_heads=4, filters=2048, vocabulary=32000, requests=48, rounds=5,
+    plan_requests=24, plan_rounds=5, large_nodes=4, large_requests=24,
 )  # fmt: skip
 QUICK = Sizes(
     layers=4, hidden=512, heads=8, kv_heads=4, filters=1024, vocabulary=8000, requests=24, rounds=1, plan_requests=16,
@@ -251,9 +251,13 @@ def engine_claims(host: Host, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
     burst = at_once(sizes, sizes.requests)
     chosen = ways()
     measured, predicted, exact, told = [], [], [], []
+    taken: dict[str, list[tuple[Outcome, Counter[int], int]]] = {way.name: [] for way in chosen}
+    for _ in range(sizes.rounds):  # ways in turn, as the machine's speed drifts
+        for way in chosen:
+            tick(way.name)
+            taken[way.name].append(host.measured(way, burst))
     for way in chosen:
-        tick(way.name)
-        runs = [host.measured(way, burst) for _ in range(sizes.rounds)]
+        runs = taken[way.name]
         result = host.simulated(way, burst)
         measured.append(Outcome.median([run[0] for run in runs]))
         predicted.append(Outcome.simulated(result))
@@ -398,10 +402,11 @@ def two_processes(
         messages = both.messages(MESSAGE_BYTES)
         (telling(profile, messages.piped) if kind == "tensor" else profile).write(tables)
         write_messages(tables, kind, messages)
-        measured = {
-            name: Outcome.median([Outcome.of(both.serve(load)) for _ in range(sizes.plan_rounds)])
-            for name, load in loads.items()
-        }
+        taken: dict[str, list[Outcome]] = {name: [] for name in loads}
+        for _ in range(sizes.plan_rounds):
+            for name, load in loads.items():
+                taken[name].append(Outcome.of(both.serve(load)))
+        measured = {name: Outcome.median(runs) for name, runs in taken.items()}
     config = ModelConfig.from_directory(source)
     device = Device.of(load_machine("cloud-2core"))
     model = ServedModel.of(config, "random", profile.formats)
