@@ -56,7 +56,6 @@ def test_a_pool_without_a_slot_left() -> None:
         ({"kv": "vattention(page_kib=5)"}, "power of two"),
         ({"kv": "vattention(bits=4)"}, "16 or 32"),
         ({"kv": "vattention(pages=4)"}, "unknown setting"),
-        ({"kv": "kivi(4bit)"}, "slots as vattention"),
     ],
 )
 def test_what_slots_cannot_do_is_refused(changes: dict[str, object], why: str) -> None:

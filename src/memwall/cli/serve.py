@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from memwall.models.tokenizer import Tokenizer
 
 PAGED = {"auto": "float16", "float32": "float32", "float16": "float16", "int8": "int8", "int4": "int4", "kv4": "int4"}
-SLOTS = "vattention"
 
 
 def complete_paged_kv(incomplete: str) -> list[str]:
-    return [name for name in (*PAGED, SLOTS) if name.startswith(incomplete)]
+    from memwall.kv import POLICIES
+
+    return [name for name in dict.fromkeys((*PAGED, *POLICIES)) if name.startswith(incomplete)]
 
 
 PagedKV = Annotated[
@@ -47,7 +48,8 @@ PagedKV = Annotated[
         "--kv",
         help="Keys and values in pages: float16 (the same as auto), float32, int8 for about twice the tokens, or int4 "
         "(kv4 means the same here) for 2.7 times as many. vattention: in slots of addresses that pages are mapped "
-        "behind, without page tables (docs/kv-caches.md#vattention has its settings); for --scheduler fcfs.",
+        "behind, without page tables. Any other policy of docs/kv-caches.md, such as 'snapkv(0.25)+kivi(2bit)': in a "
+        "cache of each request's own. All but pages are for --scheduler fcfs.",
         autocompletion=complete_paged_kv,
     ),
 ]
@@ -187,25 +189,20 @@ def serve(
 
 
 def paged_kv(kv: str) -> str:
-    """How pages hold keys and values, by the option's text; a policy where slots hold them."""
+    """How keys and values are held, by the option's text: what pages hold, or a policy of slots or of own caches."""
     if kv in PAGED:
         return PAGED[kv]
-    from memwall.kv.policy import parse
+    from memwall.kv import resolve
 
-    policy = parse(kv)
-    if policy.name != SLOTS or policy.inner is not None:
-        raise InputError(
-            f"--kv {kv}: pages of many requests hold keys and values as {', '.join(PAGED)}, slots as {SLOTS}; name one"
-        )
-    return str(policy)
+    return str(resolve(kv))
 
 
 def check_scheduler(kv: str, scheduler: str) -> None:
     """InputError for schedulers that work with page tables, where there are none."""
     if kv not in PAGED and scheduler != "fcfs":
         raise InputError(
-            f"--kv {kv}: slots of addresses are for one process and requests that come by themselves, "
-            f"and --scheduler {scheduler} plans for pages that lie anywhere; add --scheduler fcfs"
+            f"--kv {kv} keeps no pages that lie anywhere, and --scheduler {scheduler} plans for such; "
+            "add --scheduler fcfs"
         )
 
 
@@ -279,6 +276,7 @@ def _swap_bytes(text: str) -> int:
 
 
 def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, quiet: bool) -> None:
+    from memwall.engine.serving_parts import has_own
     from memwall.hardware.units import format_bytes
 
     serving.close_books()
@@ -305,7 +303,12 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
         return
     rows = [(row.tier, row.owner, format_bytes(row.nbytes)) for row in serving.ledger.rows()]
     held = f"{serving.settings.kv} keys and values"
-    room = f"{held} in pages for {tokens:,} tokens of {format_bytes(pool.page_bytes)} per {limits.page_tokens}"
+    if has_own(serving.settings.kv):
+        largest = limits.pages(serving.context_tokens) * pool.page_bytes
+        room = f"{held} of each request by itself, {format_bytes(largest)} at most, in "
+        room += format_bytes(serving.engine.wanted_pages * pool.page_bytes)
+    else:
+        room = f"{held} in pages for {tokens:,} tokens of {format_bytes(pool.page_bytes)} per {limits.page_tokens}"
     note(format_table(("tier", "owner", "bytes"), rows, right=frozenset({2})), quiet=quiet)
     note(f"{name}: {serving.settings.weights} weights, context {serving.context_tokens:,}, {room}", quiet=quiet)
     if serving.adapters is not None:

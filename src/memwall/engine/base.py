@@ -20,6 +20,16 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
+class Growth(Protocol):
+    """What a request takes where that does not go by pages of so many tokens (see `own_caches`)."""
+
+    def pages(self, tokens: int) -> int:
+        """Pages that it needs to come to hold so many tokens; beyond the prompt never fewer for more of them."""
+
+    def piece(self, computed: int) -> int:
+        """Tokens after the computed ones that must come in one step."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
     """A request as schedulers see it.
@@ -31,7 +41,8 @@ class RequestView:
     free until it takes them.
     prefix: the request whose keys and values it goes on from, and base: after how many of its tokens; its own pages
     begin there. shares: of a prefix, how many requests that go on from it are not over; `most_tokens` then counts the
-    largest of them with it. expected_tokens: what it will likely come to hold; 0 where nobody knows.
+    largest of them with it. expected_tokens: what it will likely come to hold; 0 where nobody knows. growth: None where
+    pages are of so many tokens.
     """
 
     id: int
@@ -54,6 +65,18 @@ class RequestView:
     base: int = 0
     shares: int = 0
     expected_tokens: int = 0
+    growth: Growth | None = None
+
+    def pages_at(self, tokens: int, limits: Limits) -> int:
+        """Pages behind its first `tokens`."""
+        return limits.pages(tokens) if self.growth is None else self.growth.pages(tokens)
+
+    def next_tokens(self, most: int) -> int:
+        """Tokens that the next step may compute of it, where it has room for so many."""
+        if self.growth is None:
+            return min(self.remaining, most)
+        piece = self.growth.piece(self.computed)
+        return piece if piece <= most else 0
 
     def own(self, tokens: int) -> int:
         """How many of its first `tokens` lie in its own pages."""

@@ -388,10 +388,14 @@ class Engine:
         one = self.running[work.id]
         end = one.computed + work.tokens
         assert 0 < work.tokens <= len(one.tokens) - one.computed
-        more = self.limits.pages(end - one.base) - len(one.pages)
+        more = self._pages_behind(one, end) - len(one.pages)
         if more > 0:
             one.pages += self.pages.take(more, owner=one.id)
         return Entry(one, one.computed, work.tokens, end == len(one.tokens) and not one.request.members)
+
+    def _pages_behind(self, one: Sequence, tokens: int) -> int:
+        """Pages of its own that it needs for its first `tokens`."""
+        return self.limits.pages(tokens - one.base)
 
     def _computed(self, entry: Entry, output: Output | None, now: float) -> Event | None:
         one = entry.sequence

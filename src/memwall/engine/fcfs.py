@@ -71,6 +71,9 @@ class Plan:
             while need > self.free and len(queue) > at + 1:
                 self._set_aside(queue.pop())
             if need > self.free:
+                if view.growth is not None:  # all of it or none
+                    self._set_aside(queue.pop())
+                    continue
                 fitting = (view.pages + max(self.free, 0)) * self.state.limits.page_tokens - view.computed
                 if fitting < 1:  # alone and still no room
                     self._set_aside(queue.pop())
@@ -89,17 +92,19 @@ class Plan:
         swapped = {view.id for view in state.swapped}
         count = len(self.running)
         # what the prompts that have begun will still take is promised to them
-        self.free -= sum(limits.pages(one.known) - self._pages_after(one) for one in self.running)
+        self.free -= sum(one.pages_at(one.known, limits) - self._pages_after(one) for one in self.running)
         for view in sorted((*state.swapped, *state.waiting), key=lambda view: view.rank):
             if self.budget < 1 or count >= limits.max_sequences:
                 return
             back = view.id in swapped
             held = view.computed if back else view.hit
-            tokens = min(view.known - held, self.budget)
+            tokens = min(view.known - held, self.budget) if view.growth is None else view.next_tokens(self.budget)
+            if not tokens:
+                return
             # a prompt comes in chunks, but only once all of it has room: else prompts would fill the pool half-way
-            pages = (
-                limits.pages(view.known) if back else limits.pages(view.known) - limits.pages(view.hit) + view.hit_idle
-            )
+            pages = view.pages_at(view.known, limits)
+            if not back:
+                pages += view.hit_idle - limits.pages(view.hit)
             spare = spare_pages * (count + 1) if count else 0
             if pages + spare > self.free:
                 return
@@ -118,16 +123,16 @@ class Plan:
         left = self.budget
         shares = {}
         for view in sorted(self.running, key=lambda view: (not view.decodes, view.rank)):
-            shares[view.id] = min(view.remaining, left)
+            shares[view.id] = view.next_tokens(left)
             left -= shares[view.id]
         return shares
 
     def _pages_more(self, view: RequestView, tokens: int) -> int:
-        return max(self.state.limits.pages(view.computed + tokens) - view.pages, 0)
+        return max(view.pages_at(view.computed + tokens, self.state.limits) - view.pages, 0)
 
     def _pages_after(self, view: RequestView) -> int:
         """Pages that a running request holds once this step is done."""
-        return max(self.state.limits.pages(view.computed + self.work.get(view.id, 0)), view.pages)
+        return max(view.pages_at(view.computed + self.work.get(view.id, 0), self.state.limits), view.pages)
 
     def _set_aside(self, view: RequestView) -> None:
         costs = self.state.costs

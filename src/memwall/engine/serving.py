@@ -30,6 +30,7 @@ from memwall.engine.s_lora import SLora
 from memwall.engine.sampling import Sampler
 from memwall.engine.serving_parts import (
     check_unpaged,
+    has_own,
     make_adapters,
     make_cache,
     make_pool,
@@ -41,6 +42,7 @@ from memwall.engine.session import SAMPLING
 from memwall.engine.switching import SwitchSettings
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.units import MIB, format_bytes
+from memwall.kv import CacheModel
 from memwall.memory import Arena, Budget, Ledger, PagePool, measure_runtime, resident_bytes
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import Decoder
@@ -388,7 +390,8 @@ def load_engine(
     )
     config, arena, settings = loaded.config, loaded.arena, settled(settings, loaded.config)
     scratch = arena.allocate(SAMPLING, Sampler.scratch_shape(config.vocab_size), np.float32)
-    pool, context = make_pool(settings, config, arena, limited=budget is not None)
+    behind = CacheModel(config=config, weights=loaded.weights, directory=model)
+    pool, context = make_pool(settings, behind, arena, limited=budget is not None)
     pages = KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
     shape, adapters, lora = cache_shape(config), None, None
     if settings.lora is not None:
@@ -444,6 +447,10 @@ def _load_phases(
 
 
 def _kind_of(settings: ServingSettings) -> type[Engine]:
+    if has_own(settings.kv):
+        from memwall.engine.own_caches import OwnCachesEngine
+
+        return OwnCachesEngine
     if not settings.ahead:
         return Engine
     from memwall.engine.ahead import AheadEngine

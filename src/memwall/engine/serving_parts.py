@@ -16,7 +16,7 @@ from memwall.engine.switching import Switcher
 from memwall.errors import BudgetExceeded, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.kernels.lora import MOST_TOGETHER, LoraBatch
-from memwall.kv import CacheShape, parse
+from memwall.kv import CacheModel, CacheShape, parse
 from memwall.memory import Arena, PagePool
 from memwall.models.config import ModelConfig
 from memwall.models.decoder import BLOCK_ROWS
@@ -33,21 +33,38 @@ MOST_PLACES = 1 << 31
 """Page tables are of 32-bit numbers."""
 
 
-def check_unpaged(settings: ServingSettings) -> None:
-    """InputError for keys and values that are served neither in pages nor in slots, and for what slots cannot do."""
-    if parse(settings.kv).name != "vattention":
-        raise InputError(
-            f"kv is {settings.kv!r}; pages hold keys and values as {', '.join(PAGED)}, slots as vattention"
-        )
-    from memwall.engine.slots import check_slots  # whoever serves pages needs none of it
+def in_slots(kv: str) -> bool:
+    """Whether keys and values lie in slots of addresses, by a policy that pages do not hold."""
+    policy = parse(kv)
+    return policy.name == "vattention" and policy.inner is None
 
-    check_slots(settings)
+
+def has_own(kv: str) -> bool:
+    """Whether each request has a cache of its own."""
+    return kv not in PAGED and not in_slots(kv)
+
+
+def check_unpaged(settings: ServingSettings) -> None:
+    """InputError for what slots, or caches of each request, cannot do."""
+    # whoever serves pages needs none of it
+    if in_slots(settings.kv):
+        from memwall.engine.slots import check_slots
+
+        check_slots(settings)
+    else:
+        from memwall.engine.own_caches import check_own
+
+        check_own(settings)
 
 
 def settled(settings: ServingSettings, config: ModelConfig) -> ServingSettings:
     """The settings with what follows from the model: how many tokens the pages of slots hold."""
     if settings.kv in PAGED:
         return settings
+    if has_own(settings.kv):
+        from memwall.engine.own_caches import settled_own
+
+        return settled_own(settings)
     from memwall.engine.slots import SlotLayout
 
     layout = SlotLayout.of(settings.kv, cache_shape(config))
@@ -63,6 +80,11 @@ def make_cache(settings: ServingSettings, shape: CacheShape, pool: PagePool) -> 
     """What the decoder sees of the pool."""
     if settings.kv in PAGED:
         return BatchCache(shape, pool, settings.page_tokens, settings.kv)
+    if has_own(settings.kv):
+        from memwall.engine.own_caches import OwnPool, decoders_view
+
+        assert isinstance(pool, OwnPool)
+        return decoders_view(settings, shape, pool)
     from memwall.engine.slots import SlotCache, SlotPool
 
     assert isinstance(pool, SlotPool)
@@ -77,9 +99,14 @@ def _bytes_of_page(settings: ServingSettings, shape: CacheShape) -> int:
     return SlotLayout.of(settings.kv, shape).block_bytes
 
 
-def make_pool(settings: ServingSettings, config: ModelConfig, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
+def make_pool(settings: ServingSettings, model: CacheModel, arena: Arena, *, limited: bool) -> tuple[PagePool, int]:
     """The pool, with a limit of one request of the whole context, and that context."""
+    config = model.config
     shape, pages = cache_shape(config), settings.limits.pages
+    if has_own(settings.kv):
+        from memwall.engine.own_caches import make_own
+
+        return make_own(settings, shape, model, arena, limited=limited)
     size = _bytes_of_page(settings, shape)
     context = settings.context_tokens or config.max_position
     if context > config.max_position:

@@ -41,15 +41,9 @@ from memwall.memory.virtual import runs
 if TYPE_CHECKING:
     from memwall.engine.serving import ServingSettings
 
-SLOTS = "vattention"
 log = logging.getLogger("memwall.engine")
 AHEAD_STEPS = 10
 """Steps that pages are mapped ahead for unless it is said otherwise; the paper's figure."""
-
-
-def in_slots(kv: str) -> bool:
-    """Whether keys and values are to lie in slots of addresses, and not in pages that tables list."""
-    return parse(kv).name == SLOTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +218,7 @@ class SlotPool(PagePool):
     """A pool whose pages are blocks of a `VirtualKV`."""
 
     anywhere = False
+    counts = "slots"
 
     def __init__(
         self,

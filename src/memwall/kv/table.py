@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,17 @@ def resolve(policy: str | Policy) -> Policy:
 
     InputError for unknown names and for parts that cannot work on top of each other, saying why.
     """
-    parts = (parse(policy) if isinstance(policy, str) else policy).parts
+    return _read(policy) if isinstance(policy, str) else _resolved(policy)
+
+
+@lru_cache(maxsize=256)
+def _read(policy: str) -> Policy:
+    """Of a string, which is asked for at every token where memory is predicted."""
+    return _resolved(parse(policy))
+
+
+def _resolved(policy: Policy) -> Policy:
+    parts = policy.parts
     kinds = {part.name: technique(part.name) for part in parts}
     parts = tuple(_with_budget(part) if kinds[part.name].role == "tokens" else part for part in parts)
     ordered = sorted(parts, key=lambda part: ROLES.index(kinds[part.name].role))

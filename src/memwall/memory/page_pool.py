@@ -29,6 +29,8 @@ class PagePool:
 
     anywhere: ClassVar[bool] = True
     """Whether a page is as good for one owner as for another, and stays where it is until nobody holds it."""
+    counts: ClassVar[str] = ""
+    """What `told` counts."""
 
     def __init__(
         self,

@@ -221,7 +221,8 @@ class Decoder:
         hidden = self._buffers["hidden"][:num_tokens]
         kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
         cos, sin = self._rotation(cache, positions)
-        step = self._decode_step(num_tokens) if num_tokens <= min(RECORDED_ROWS, BLOCK_ROWS) else None
+        recorded = num_tokens <= min(RECORDED_ROWS, BLOCK_ROWS) and not cache.takes_inputs
+        step = self._decode_step(num_tokens) if recorded else None
         if step is not None:
             step.run(cache, positions)
             return hidden

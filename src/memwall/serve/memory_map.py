@@ -48,7 +48,7 @@ def memory_map(service: Service) -> dict[str, Any]:
             "tenants": pool.usage(),
             "stride": stride,
             "cells": _cells(service, stride),
-            "slots": pool.told() or None,
+            **({pool.counts: pool.told()} if pool.counts else {}),
         },
         "queue": {
             "running": counts["running"],

@@ -116,12 +116,11 @@ class EngineMetrics:
         for tenant, count in sorted(serving.pool.usage().items()):
             pages.add_metric([tenant], count)
         yield pages
-        told = serving.pool.told()
-        if told:
-            slots = GaugeMetricFamily(PREFIX + "slot_pool", "Slots of addresses and what is mapped.", labels=["what"])
-            for name, count in told.items():
-                slots.add_metric([name], count)
-            yield slots
+        if kind := serving.pool.counts.removesuffix("s"):
+            told = GaugeMetricFamily(PREFIX + kind + "_pool", f"{kind.title()}s and what they hold.", labels=["what"])
+            for name, count in serving.pool.told().items():
+                told.add_metric([name], count)
+            yield told
         budget = GaugeMetricFamily(PREFIX + "memory_budget_bytes", "The budget.", labels=["tier"])
         if serving.budget_bytes is not None:
             budget.add_metric(["ram"], serving.budget_bytes)

@@ -1,0 +1,371 @@
+"""A cache of its own for each request: every policy of `memwall.kv`, behind a server.
+
+Pages of a pool hold rows that are all alike, which any request can have. What other policies keep is not: a prompt is
+pruned once it has been read, codes wait for a group, keys lose channels. Here each running request has a cache that its
+policy made, and the engine goes on counting in pages: of bytes, which a request takes for what its cache will hold at
+most (`Growth`, from the policy's own `predict`) before it comes to hold it. So the budget is never crossed, and nobody
+waits for memory in the middle of a step. What all caches share, such as fitted matrices, is held once (`template`).
+
+A prompt is cut as its policy asks (`KVCache.begin_prompt`), and its pieces are not cut any further, so that answers are
+those of `memwall run`. Of decoding requests each attends by itself; products with weights are shared as always.
+
+Not here: beginnings that are shared, swapping (a request that is set aside is read again, as one prompt with what it
+had made), adapters, and schedulers that count in tokens of pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memwall.engine.base import RequestView
+from memwall.engine.batch import BatchCache
+from memwall.engine.core import Engine
+from memwall.engine.executor import Entry, Output
+from memwall.engine.kv_pages import POOL_OWNER
+from memwall.engine.sequence import Event, FinishReason, Sequence
+from memwall.engine.switching import SwitchSettings
+from memwall.errors import BudgetExceeded, InputError
+from memwall.hardware import available_memory_bytes
+from memwall.kv import CacheModel, CacheShape, KVCache, build, packs_positions, predict, resolve
+from memwall.kv.table import technique
+from memwall.memory import Arena, PagePool
+
+if TYPE_CHECKING:
+    from memwall.engine.serving import ServingSettings
+
+PAGE_TOKENS = 16
+"""Of a page's share in the largest request: pages are of bytes, and so many that the context is in pages of these."""
+PAGE_ROUNDING = 256
+SYSTEM_PAGE = 4096
+LEAST_CONTEXT_TOKENS = 256
+LOOKED_AT = 17
+"""Lengths of prompts that the largest request is looked for among; the bytes of one are linear between them."""
+LAST_TOKENS = 160
+"""Of the context, where a cache is largest: more than any group that codes wait for to fill."""
+MARGIN = 1 / 64
+ELSEWHERE = {
+    "vattention": "it is served in slots, by itself: --kv vattention",
+    "instinfer": "each request would need a storage process of its own",
+}
+
+
+def check_own(settings: ServingSettings) -> None:
+    """InputError for policies that are not served, and for what cannot be done where requests have caches."""
+    policy = resolve(settings.kv)
+    for part in policy.parts:
+        if part.name in ELSEWHERE:
+            raise InputError(f"--kv {policy}: {part.name} is not kept for each request: {ELSEWHERE[part.name]}")
+    without = f"--kv {policy} gives each request a cache of its own: "
+    if settings.lora is not None:
+        raise InputError(without + "there are no pages that adapters could lie in; leave --lora and --lora-dir out")
+    if settings.shared_prefixes or settings.phases is not None or settings.ahead:
+        raise InputError(without + "nothing of it is shared between requests or processes; use --scheduler fcfs")
+    if settings.switch != SwitchSettings():
+        raise InputError(without + "it is not moved in groups of pages beside the steps; use --scheduler fcfs")
+
+
+def settled_own(settings: ServingSettings) -> ServingSettings:
+    """The settings with what follows: pages of a share of the context, nothing kept or swapped."""
+    return replace(settings, page_tokens=PAGE_TOKENS, keep_prefixes=False, swap_bytes=0)
+
+
+# ---- what a request takes ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of one request's cache. shared: of them, those that all caches have together. segments: the pieces that a
+    prompt of so many tokens is read in.
+    """
+
+    policy: str
+    shape: CacheShape
+    context_tokens: int
+    shared: int
+    segments: Callable[[int], list[int]]
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a prompt in several pieces is kept whole, in float16, until its last one."""
+        kinds = [technique(part.name) for part in resolve(self.policy).parts]
+        return any(kind.codes_prompt and kind.role != "store" for kind in kinds)
+
+    def at(self, prompt: int, tokens: int) -> int:
+        """With so many tokens taken in, those of the prompt at once."""
+        return sum(predict(self.policy, self.shape, tokens, prompt, self.context_tokens).values()) - self.shared
+
+    def read(self, prompt: int) -> int:
+        """While a prompt is read, at most."""
+        found = self.at(prompt, prompt)
+        if self.prunes and len(self.segments(prompt)) > 1:
+            row = 2 * self.shape.num_layers * self.shape.row_values * np.dtype(np.float16).itemsize
+            found += row * prompt + 2 * self.shape.num_layers * SYSTEM_PAGE
+        return found
+
+    def largest(self) -> int:
+        """Of any request of the whole context, at most."""
+        longest = self.context_tokens
+        prompts = {1 + (longest - 2) * at // (LOOKED_AT - 1) for at in range(LOOKED_AT)} if longest > 2 else {1}
+        ends = range(max(longest - LAST_TOKENS, 1), longest + 1)
+        peaks = [max(self.read(m), *(self.at(m, n) for n in ends if n >= m)) for m in prompts]
+        return int(max(peaks) * (1 + MARGIN))
+
+
+class Growth:
+    """What a request with such a prompt takes with every token, in pages of page_bytes, and the pieces of its prompt.
+    See `base.Growth`; a function of its arguments, whose values are kept once they are known.
+    """
+
+    def __init__(self, sizes: Sizes, page_bytes: int, prompt: int) -> None:
+        self.sizes, self.page_bytes, self.prompt = sizes, page_bytes, prompt
+        self._ends = list(accumulate(sizes.segments(prompt)))
+        self._read = sizes.read(prompt)
+        self._peaks = [sizes.at(prompt, prompt)]
+
+    def pages(self, tokens: int) -> int:
+        """See `base.Growth`: all of the prompt's from its first token on, and less once it has been read."""
+        while len(self._peaks) <= tokens - self.prompt:
+            self._peaks.append(max(self._peaks[-1], self.sizes.at(self.prompt, self.prompt + len(self._peaks))))
+        nbytes = self._peaks[tokens - self.prompt] if tokens > self.prompt else self._read
+        return -(-nbytes // self.page_bytes)
+
+    def piece(self, computed: int) -> int:
+        """See `base.Growth`."""
+        return next((end - computed for end in self._ends if end > computed), 1)
+
+
+# ---- the caches ----------------------------------------------------------------------------------------------------
+
+
+class OwnPool(PagePool):
+    """Pages are counted, and caches hold the memory."""
+
+    counts = "caches"
+
+    def __init__(self, template: KVCache, sizes: Sizes, *, page_bytes: int, most_pages: int, limit_pages: int) -> None:
+        """template: an empty cache, of which each request's is a fork."""
+        super().__init__(POOL_OWNER, page_bytes=page_bytes, most_pages=most_pages, limit_pages=limit_pages)
+        self.template, self.sizes = template, sizes
+        self.caches: dict[int, KVCache] = {}
+        self._held = 0
+
+    @property
+    def committed_bytes(self) -> int:
+        """See `PagePool`: what the caches hold, of all that was taken for them."""
+        return self._held
+
+    def begin_cache(self, number: int, num_tokens: int, longest: int) -> None:
+        """An empty cache for a request, whose prompt comes in the pieces that `Growth` knows."""
+        self.end_cache(number)
+        cache = self.caches[number] = self.template.fork()
+        cache.begin_prompt(num_tokens, longest)
+
+    def end_cache(self, number: int) -> None:
+        """A request's cache goes, if it has one."""
+        cache = self.caches.pop(number, None)
+        if cache is not None:
+            cache.release()
+            self.count()
+
+    def count(self) -> None:
+        """Counts what the caches hold now; once a step, as each has to be asked."""
+        self._held = sum(max(cache.nbytes - self.sizes.shared, 0) for cache in self.caches.values())
+
+    def told(self) -> dict[str, int]:
+        """Caches, and the bytes that they hold, beside those taken for what they will."""
+        return {"caches": len(self.caches), "held_bytes": self._held, "taken_bytes": self.used_pages * self.page_bytes}
+
+    def release(self) -> None:
+        """See `PagePool`."""
+        for cache in (*self.caches.values(), self.template):
+            cache.release()
+        self.caches.clear()
+        self._held = 0
+        super().release()
+
+
+@dataclass(slots=True)
+class _Part:
+    """Rows [begin, end) of the batch are tokens at these places of one cache."""
+
+    begin: int
+    end: int
+    cache: KVCache
+    at: np.ndarray
+
+    def within(self, begin: int, end: int) -> tuple[slice, np.ndarray] | None:
+        """Its rows among [begin, end): where among these, and their places."""
+        first, last = max(self.begin, begin), min(self.end, end)
+        if first >= last:
+            return None
+        return slice(first - begin, last - begin), self.at[first - self.begin : last - self.begin]
+
+
+class OwnCaches(BatchCache):
+    """A `BatchCache` that hands every row to the cache of its request."""
+
+    def __init__(self, shape: CacheShape, pool: OwnPool, longest: int) -> None:
+        """longest: tokens of a prompt's piece."""
+        super().__init__(shape, pool, PAGE_TOKENS)
+        self.own, self.longest = pool, longest
+        self._parts: list[_Part] = []
+        self._taken = 0
+
+    def begin(self, batch: list[Entry]) -> np.ndarray:
+        """See `BatchCache`; positions are those that rows are turned by, which some caches number anew."""
+        self._parts, self._at, self._taken, turns, row = [], 0, 0, [], 0
+        self._singles = sum(entry.count == 1 for entry in batch)
+        for entry in batch:
+            number = entry.sequence.id
+            if entry.first == 0:
+                self.own.begin_cache(number, len(entry.sequence.tokens), self.longest)
+            cache = self.own.caches[number]
+            assert cache.length == entry.first
+            at = np.arange(entry.first, entry.first + entry.count, dtype=np.int64)
+            self._parts.append(_Part(row, row + entry.count, cache, at))
+            turns.append(at + (cache.next_position - cache.length))
+            row += entry.count
+        return np.concatenate(turns)
+
+    def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
+        """See `KVCache`: rows come in order, blocks of them at a time."""
+        begin, self._taken = self._taken, self._taken + len(x)
+        for part in self._parts:
+            if (found := part.within(begin, self._taken)) is not None:
+                part.cache.take_inputs(layer, x[found[0]], found[1])
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
+        """See `BatchCache`."""
+        for part in self._parts:
+            part.cache.append(layer, k[part.begin : part.end], v[part.begin : part.end], part.at)
+        self._at = self._taken = 0
+
+    def append_rows(self, layer: int, k: np.ndarray, v: np.ndarray, begin: int) -> None:
+        """Not here: a cache takes all of its new rows at once."""
+        raise NotImplementedError
+
+    def attend_rows(self, layer: int, q: np.ndarray, begin: int, out: np.ndarray) -> np.ndarray:
+        """See `BatchCache`."""
+        for part in self._parts:
+            if (found := part.within(begin, begin + len(q))) is not None:
+                place, at = found
+                part.cache.attend(layer, q[place], at, out[place])
+        return out
+
+    def settle(self, layer: int) -> None:
+        """See `KVCache`."""
+        for part in self._parts:
+            part.cache.settle(layer)
+        if layer == self.shape.num_layers - 1:
+            self.own.count()
+
+
+class OwnInputs(OwnCaches):
+    """The same for caches that keep what layers read."""
+
+    takes_inputs = True
+
+
+class OwnCachesEngine(Engine):
+    """An engine whose requests take pages by `Growth`."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        pool = self.pages.pool
+        assert isinstance(pool, OwnPool)
+        self.own = pool
+        self._growths: dict[int, Growth] = {}
+
+    def growth(self, one: Sequence) -> Growth:
+        """Of a request, whose prompt is all that it had when it began to be read."""
+        found = self._growths.get(one.id)
+        if found is None or (not one.computed and found.prompt != len(one.tokens)):
+            found = self._growths[one.id] = Growth(self.own.sizes, self.own.page_bytes, len(one.tokens))
+        return found
+
+    def _view(self, one: Sequence) -> RequestView:
+        return replace(super()._view(one), growth=self.growth(one))
+
+    def _pages_behind(self, one: Sequence, tokens: int) -> int:
+        return self.growth(one).pages(tokens)
+
+    def _computed(self, entry: Entry, output: Output | None, now: float) -> Event | None:
+        event, one = super()._computed(entry, output, now), entry.sequence
+        if one.status == "running" and one.computed == self.growth(one).prompt:  # what reading it took is free again
+            kept = self.growth(one).pages(one.computed + 1)
+            self.pages.release(one.pages[kept:])
+            del one.pages[kept:]
+        return event
+
+    def _start_over(self, one: Sequence) -> None:
+        super()._start_over(one)
+        self.own.end_cache(one.id)
+
+    def _finish(self, one: Sequence, why: FinishReason) -> Event:
+        event = super()._finish(one, why)
+        self._growths.pop(one.id, None)
+        self.own.end_cache(one.id)
+        return event
+
+
+def decoders_view(settings: ServingSettings, shape: CacheShape, pool: OwnPool) -> OwnCaches:
+    """What the decoder sees of the caches."""
+    kind = OwnInputs if pool.template.takes_inputs else OwnCaches
+    return kind(shape, pool, longest_piece(settings))
+
+
+def longest_piece(settings: ServingSettings) -> int:
+    """Tokens of a prompt that one step reads at most: beside those that decode, who go first, they must fit a step."""
+    return max(settings.token_budget - settings.max_sequences, 1)
+
+
+def make_own(
+    settings: ServingSettings, shape: CacheShape, model: CacheModel, arena: Arena, *, limited: bool
+) -> tuple[OwnPool, int]:
+    """The pool of a server, with a limit of one request of the whole context, and that context."""
+    most = model.config.max_position
+    context = settings.context_tokens or most
+    if context > most and not packs_positions(settings.kv):
+        raise InputError(f"a context of {context:,} tokens, but the model knows {most:,} positions")
+    while True:
+        template, sizes = _template(settings, shape, model, arena, context)
+        pages = settings.limits.pages(context)
+        page_bytes = -(-sizes.largest() // (pages * PAGE_ROUNDING)) * PAGE_ROUNDING
+        if arena.free_bytes >= pages * page_bytes:
+            break
+        needed, free = pages * page_bytes, arena.free_bytes
+        template.release()
+        if settings.context_tokens is not None or context <= LEAST_CONTEXT_TOKENS:
+            raise BudgetExceeded(POOL_OWNER, needed, free, arena.cap_bytes)
+        context = max(context // 2, LEAST_CONTEXT_TOKENS)
+    room = max(available_memory_bytes(), arena.cap_bytes if limited else 0)
+    pool = OwnPool(template, sizes, page_bytes=page_bytes, most_pages=max(room // page_bytes, pages), limit_pages=pages)
+    return pool, context
+
+
+def _template(
+    settings: ServingSettings, shape: CacheShape, model: CacheModel, arena: Arena, context: int
+) -> tuple[KVCache, Sizes]:
+    """An empty cache, and what its forks take."""
+    template = build(settings.kv, shape, arena, context, model)
+    try:
+        before = arena.used_bytes
+        probe = template.fork()
+        shared = max(template.nbytes - (arena.used_bytes - before), 0)
+        probe.release()
+        longest = longest_piece(settings)
+
+        def segments(prompt: int) -> list[int]:
+            sizes = template.begin_prompt(prompt, longest)
+            template.truncate(0)  # it begins no prompt itself
+            return sizes
+
+        return template, Sizes(template.policy, shape, context, shared, segments)
+    except BaseException:
+        template.release()
+        raise
