@@ -40,7 +40,7 @@ def test_a_batch_from_slots_has_the_same_answers(memwall: Memwall, tmp_path: Pat
         (("--kv", "vattention", "--lora-dir", "."), ("adapters", "--lora-dir")),
         (("--kv", "vattention(page_kib=6)"), ("page_kib=6", "power of two")),
         (("--kv", "vattention(slots=6)"), ("slots", "megacache")),
-        (("--kv", "vattention+think(0.4)"), ("think", "int8")),
+        (("--kv", "vattention+think(0.4)"), ("think", "slots")),
         (("--kv", "vattention("), ("must look like",)),
         (("--kv", "vattention", "--max-sequences", "1024", "--step-tokens", "1024", "--context", "100k"), ("1,024",)),
     ],
