@@ -4,12 +4,12 @@ processes, and the search against published examples.
 The model is random (100 million weights, int8). Its operations are profiled first, alone for one engine (with each of
 its schedulers, whose own time is part of a step), in both processes at once for two; then the same loads are served on
 the real clock and simulated. Loads: all requests at once, and arrivals at a share of what the engine was predicted to
-do. Runs are repeated and medians count.
+do. Runs are repeated in turns and medians count.
 
 Of the plan in halves the processes' meetings are profiled as a step has them: sums between products, so that waiting
 for the slower one is in them; halves of the logits, which the first one samples from; and telling the second one what a
-step works on. (Before, sums were timed one after another without anything between, and the other two were left out: the
-plan was predicted 20 % faster than it was, and ranked wrongly in a pair.)
+step works on. (Without them, with keys profiled from the cache, and with buffers that each step took anew, the plan was
+predicted 20 % faster than it was, and ranked wrongly in a pair.)
 
 `--data`: a folder that holds `profiles` (collectives of apex_plus, A100 latencies of DistServe) and `traces` (Azure's
 conversations). Claims that need them are not run without.
@@ -192,24 +192,35 @@ def ways() -> list[Way]:
     ]
 
 
+def merged(profiles: Sequence[Profile]) -> Profile:
+    """Rows of all; the reader takes their means."""
+    return dataclasses.replace(
+        profiles[0],
+        gemm=[row for one in profiles for row in one.gemm],
+        attention=[row for one in profiles for row in one.attention],
+        passes=[row for one in profiles for row in one.passes],
+    )
+
+
 @dataclasses.dataclass(slots=True)
 class Host:
     """The engine here, what was profiled of it with each scheduler, and both ways to serve a load."""
 
     serving: Serving
-    formats: Formats
-    tables: dict[type[Scheduler], Tables]
+    work: Path
+    profiles: dict[type[Scheduler], list[Profile]] = dataclasses.field(default_factory=dict)
+    tables: dict[type[Scheduler], Tables] = dataclasses.field(default_factory=dict)
 
-    @staticmethod
-    def load(folder: Path, work: Path) -> Host:
-        serving, tables = load_engine(folder, settings()), {}
-        device = Device.of(load_machine("cloud-2core"))
+    def profile(self) -> None:
+        """Once more: rows of all times count."""
+        device, engine = Device.of(load_machine("cloud-2core")), self.serving.engine
+        engine.limits, engine.wanted_pages = self.serving.settings.limits, MANY_PAGES
         for scheduler in {way.scheduler: None for way in ways()}:
-            serving.engine.scheduler = scheduler()
-            profile = profile_engine(serving)
-            profile.write(work / scheduler.__name__)
-            tables[scheduler] = read_tables(work / scheduler.__name__, device)
-        return Host(serving, profile.formats, tables)
+            engine.scheduler = scheduler()
+            found = self.profiles.setdefault(scheduler, [])
+            found.append(profile_engine(self.serving))
+            merged(found).write(self.work / scheduler.__name__)
+            self.tables[scheduler] = read_tables(self.work / scheduler.__name__, device)
 
     def measured(self, way: Way, loads: Sequence[Load]) -> tuple[Outcome, Counter[int], int]:
         """(outcome, iterations by requests in them, how often one was set aside)."""
@@ -228,7 +239,7 @@ class Host:
 
     def case(self, way: Way, loads: Sequence[Load]) -> Case:
         return Case(
-            model=ServedModel.of(self.serving.config, "random", self.formats),
+            model=ServedModel.of(self.serving.config, "random", self.profiles[way.scheduler][0].formats),
             cluster=Cluster(device=self.tables[way.scheduler].device),
             loads=tuple(loads),
             tables=self.tables[way.scheduler],
@@ -252,7 +263,9 @@ def engine_claims(host: Host, sizes: Sizes, tick: Tick) -> Iterator[Claim]:
     chosen = ways()
     measured, predicted, exact, told = [], [], [], []
     taken: dict[str, list[tuple[Outcome, Counter[int], int]]] = {way.name: [] for way in chosen}
-    for _ in range(sizes.rounds):  # ways in turn, as the machine's speed drifts
+    for number in range(sizes.rounds):  # in turns, as the machine's speed drifts
+        tick(f"operations, round {number + 1}")
+        host.profile()
         for way in chosen:
             tick(way.name)
             taken[way.name].append(host.measured(way, burst))
@@ -358,17 +371,6 @@ KINDS: tuple[Kind, ...] = ("data", "tensor", "pipeline")
 NAMES = {"data": "DP2", "tensor": "TP2", "pipeline": "PP2"}
 
 
-def merged(profiles: Sequence[Profile]) -> Profile:
-    """Rows of both processes; the reader takes their means."""
-    one, other = profiles
-    return dataclasses.replace(
-        one,
-        gemm=one.gemm + other.gemm,
-        attention=one.attention + other.attention,
-        passes=one.passes + other.passes,
-    )
-
-
 def write_messages(folder: Path, kind: Kind, told: Messages) -> None:
     """A sum over both processes and a gathering of logits, or a message to the other one and its answer."""
     extra = 2 * told.piped if kind == "pipeline" else 0.0
@@ -387,41 +389,56 @@ def telling(profile: Profile, seconds: float) -> Profile:
     return dataclasses.replace(profile, passes=told)
 
 
-def two_processes(
-    source: Path, work: Path, kind: Kind, loads: dict[str, list[Load]], sizes: Sizes
-) -> dict[str, tuple[Outcome, Outcome]]:
-    """(measured, predicted) of each load."""
-    folders = [source if kind == "data" else cut_model(source, work / f"{kind}{rank}", kind, rank) for rank in (0, 1)]
-    setting = Setting(
-        kind=kind, folders=(folders[0], folders[1]), settings=dataclasses.replace(settings(1), max_sequences=16),
-        num_pages=MANY_PAGES // 2, wire=work / f"wire {kind}",
-    )  # fmt: skip
-    with TwoProcesses(setting) as both:
-        profile = merged(both.profile())
-        tables = work / f"tables {kind}"
-        messages = both.messages(MESSAGE_BYTES)
-        (telling(profile, messages.piped) if kind == "tensor" else profile).write(tables)
-        write_messages(tables, kind, messages)
-        taken: dict[str, list[Outcome]] = {name: [] for name in loads}
-        for _ in range(sizes.plan_rounds):
+@dataclasses.dataclass(slots=True)
+class Carried:
+    """A plan carried out by two processes, several times over: each time its parts are profiled and the loads served
+    right after, so that a machine whose speed drifts is profiled as fast as it is measured.
+    """
+
+    source: Path
+    setting: Setting
+    profiles: list[Profile] = dataclasses.field(default_factory=list)
+    messages: list[Messages] = dataclasses.field(default_factory=list)
+    outcomes: dict[str, list[Outcome]] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def of(source: Path, work: Path, kind: Kind) -> Carried:
+        folders = [
+            source if kind == "data" else cut_model(source, work / f"{kind}{rank}", kind, rank) for rank in (0, 1)
+        ]
+        return Carried(source, Setting(
+            kind=kind, folders=(folders[0], folders[1]), settings=dataclasses.replace(settings(1), max_sequences=16),
+            num_pages=MANY_PAGES // 2, wire=work / f"wire {kind}",
+        ))  # fmt: skip
+
+    def round(self, loads: dict[str, list[Load]]) -> None:
+        self.setting.wire.unlink(missing_ok=True)  # it counts from zero
+        with TwoProcesses(self.setting) as both:
+            self.profiles += both.profile()
+            self.messages.append(both.messages(MESSAGE_BYTES))
+            both.serve(next(iter(loads.values())))  # else a first run would be measured: its memory is not yet there
             for name, load in loads.items():
-                taken[name].append(Outcome.of(both.serve(load)))
-        measured = {name: Outcome.median(runs) for name, runs in taken.items()}
-    config = ModelConfig.from_directory(source)
-    device = Device.of(load_machine("cloud-2core"))
-    model = ServedModel.of(config, "random", profile.formats)
-    cluster = Cluster(device=device, per_node=2, link_bytes_per_s=device.bytes_per_s)
-    plan = next(one for one in enumerate_plans(model, 2) if one.name == NAMES[kind])
-    found = {}
-    for name, load in loads.items():
-        case = Case(
-            model=model, cluster=cluster, loads=tuple(load), tables=read_tables(tables, device),
-            batching=Batching(limits=setting.settings.limits), kv_tokens=setting.num_pages * PAGE,
-        )  # fmt: skip
-        result = simulate(case, plan)
-        assert result is not None
-        found[name] = (measured[name], Outcome.simulated(result))
-    return found
+                self.outcomes.setdefault(name, []).append(Outcome.of(both.serve(load)))
+
+    def compared(self, work: Path, loads: dict[str, list[Load]]) -> dict[str, tuple[Outcome, Outcome]]:
+        """(measured, predicted) of each load."""
+        kind, profile, device = self.setting.kind, merged(self.profiles), Device.of(load_machine("cloud-2core"))
+        folder, messages = work / f"tables {kind}", Messages.mean_of(self.messages)
+        (telling(profile, messages.piped) if kind == "tensor" else profile).write(folder)
+        write_messages(folder, kind, messages)
+        model = ServedModel.of(ModelConfig.from_directory(self.source), "random", profile.formats)
+        cluster = Cluster(device=device, per_node=2, link_bytes_per_s=device.bytes_per_s)
+        plan = next(one for one in enumerate_plans(model, 2) if one.name == NAMES[kind])
+        found = {}
+        for name, load in loads.items():
+            case = Case(
+                model=model, cluster=cluster, loads=tuple(load), tables=read_tables(folder, device),
+                batching=Batching(limits=self.setting.settings.limits), kv_tokens=self.setting.num_pages * PAGE,
+            )  # fmt: skip
+            result = simulate(case, plan)
+            assert result is not None
+            found[name] = (Outcome.median(self.outcomes[name]), Outcome.simulated(result))
+        return found
 
 
 def plan_claims(source: Path, work: Path, sizes: Sizes, host: Host, tick: Tick) -> Iterator[Claim]:
@@ -431,10 +448,12 @@ def plan_claims(source: Path, work: Path, sizes: Sizes, host: Host, tick: Tick) 
         "all at once": at_once(sizes, count),
         "arrivals": timed(drawn_lengths(128, 64, count, 3), gamma_gaps(rate, 1.0, count, 3)),
     }
-    runs = {}
-    for kind in KINDS:
-        tick(f"{NAMES[kind]} by two processes")
-        runs[kind] = two_processes(source, work, kind, loads, sizes)
+    carried = {kind: Carried.of(source, work, kind) for kind in KINDS}
+    for number in range(sizes.plan_rounds):
+        for kind in KINDS:
+            tick(f"{NAMES[kind]} by two processes, round {number + 1}")
+            carried[kind].round(loads)
+    runs = {kind: one.compared(work, loads) for kind, one in carried.items()}
     wrong, told = [], []
     for name, load in loads.items():
         del load
@@ -731,7 +750,7 @@ def absent_claims() -> Iterator[Claim]:
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     """See `memwall.claims`."""
     sizes = QUICK if quick else FULL
-    whole, done, threads = len(ways()) + 9, 0, kernels.num_threads()
+    whole, done, threads = (len(ways()) + 4) * sizes.rounds + 9, 0, kernels.num_threads()
 
     def tick(what: str) -> None:
         nonlocal done
@@ -744,7 +763,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         work = Path(place)
         tick("model")
         write_model(work / "model", sizes)
-        host = Host.load(work / "model", work)
+        host = Host(load_engine(work / "model", settings()), work)
         try:
             claims += engine_claims(host, sizes, tick)
             claims.append(burst_claim(host, data, sizes, tick))

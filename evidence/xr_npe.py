@@ -8,8 +8,9 @@ and the bundled demo model of 7 million parameters. That one was trained in floa
 the texts that it goes on with (docstrings of the standard library, none of the held-out text) and those that formats
 are chosen by. Errors are test losses: cross-entropy, mean squared error.
 
-Means over seeds within half a percent of each other count as equal; for the language model, most of whose cross-entropy
-no format changes, those within two standard errors of the differences that the seeds show.
+Means over seeds within two standard errors of the differences that the seeds show count as equal; floats must be below
+FP4 by more than that. (Once half a percent counted as equal on the first two, over three seeds: the digits then missed
+and held "mixed <= FP4" from run to run by a tenth of what the seeds differ by.)
 
 Data: `--data` a CSV file (it may be gzipped) of square images, pixels and then a label in each row, in place of the
 digits.
@@ -62,7 +63,8 @@ class Sizes:
     recipe, whose rates are as 1 : 1/10 : 1/20; model_epochs: of the demo model, four steps each. looked_at: its
     sequences that formats are chosen by."""
 
-    seeds: int = 3
+    seeds: int = 10
+    model_seeds: int = 3
     epochs: tuple[int, int, int] = (24, 4, 16)
     flights: int = 2000
     dots: int = 400
@@ -79,7 +81,7 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    seeds=1, epochs=(12, 2, 8), flights=1000, dots=60, model_epochs=(0, 0, 1), looked_at=4, qat_steps=0,
+    seeds=1, model_seeds=1, epochs=(12, 2, 8), flights=1000, dots=60, model_epochs=(0, 0, 1), looked_at=4, qat_steps=0,
     held_out_tokens=1024, clocked=False,
 )  # fmt: skip
 
@@ -559,7 +561,7 @@ LINKS = (("floats", "posit16_1"), ("posit16_1", "posit8_0"), ("posit8_0", "fp4")
 
 
 def ordered(errors: dict[str, float]) -> bool:
-    """Half a percent counts as equal."""
+    """Of one seed, which tells no spread: half a percent counts as equal."""
     return all(errors[better] <= errors[worse] * (1 + EQUAL) for better, worse in LINKS)
 
 
@@ -585,7 +587,7 @@ def task_claims(task: Task, sizes: Sizes, tick: Callable[[str], None]) -> Iterat
     trained: dict[str, list[float]] = {what: [] for what in ORDER}
     plain: dict[str, list[float]] = {what: [] for what in ("floats", "fp4")}
     bits = []
-    for seed in range(sizes.seeds):
+    for seed in range(sizes.model_seeds if task.language else sizes.seeds):
         tick(f"{task.name}, seed {seed}")
         held = Trained(task, seed)
         for what in ORDER:
@@ -607,17 +609,17 @@ def task_claims(task: Task, sizes: Sizes, tick: Callable[[str], None]) -> Iterat
 def order_claim(task: Task, trained: dict[str, list[float]], bits: float, also: str = "") -> Claim:
     """bits: a weight takes in the mixed model; also: what is shown beside."""
     errors = {what: float(np.mean(each)) for what, each in trained.items()}
-    seeds = len(trained["floats"])
-    if task.language and seeds > 1:
-        holds, equal = ordered_by_seeds(trained), "two standard errors of the seeds' differences"
-        bound = "floats below FP4 by more than two"
+    seeds, several = len(trained["floats"]), len(trained["floats"]) > 1
+    learnt = task.language or errors["floats"] <= constant_loss(task) / 4
+    holds = (ordered_by_seeds(trained) if several else ordered(errors)) and learnt
+    equal, bound, shown = "0.5 %", "", " of one seed"
+    if several:
+        equal, bound = "two standard errors of the seeds' differences", "; floats below FP4 by more than two"
         apart = (f"{worse} - {better} {mean:+.5f} ± {error:.5f}"
                  for better, worse in LINKS for mean, error in [gap(trained, better, worse)])  # fmt: skip
         shown = f" of {seeds} seeds; differences: " + ", ".join(apart)
-    else:
-        holds = ordered(errors) and (task.language or errors["floats"] <= constant_loss(task) / 4)
-        equal, shown = "0.5 %", f" of {seeds} seeds"
-        bound = "one seed" if task.language else "floats at most a quarter of the loss of a constant answer"
+    if not task.language:
+        bound += "; floats at most a quarter of the loss of a constant answer"
     return Claim(
         claim=f"{task.name}: trained on in each format, errors order as the formats' bits; mixed is smaller than 8-bit "
         "posits throughout and no worse than 4-bit floats",
@@ -625,7 +627,7 @@ def order_claim(task: Task, trained: dict[str, list[float]], bits: float, also: 
         + ", ".join(f"{what} {told(each)}" for what, each in trained.items())
         + f"; mixed takes {bits:.2f} bits a weight, posit8_0 8" + also,
         required="means: floats <= Posit(16,1) <= Posit(8,0) <= FP4 and mixed <= FP4, " + equal + " counting as equal; "
-        f"below 8 bits; {bound}",
+        f"below 8 bits{bound}",
         passed=holds and bits < 8,
     )  # fmt: skip
 

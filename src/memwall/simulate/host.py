@@ -37,7 +37,8 @@ from memwall.models.decoder import BLOCK_ROWS
 from memwall.simulate.serving_model import Formats
 from memwall.simulate.tables import AttentionTable, Curve, along
 
-TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+TOKENS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 20, 24, 32, 33, 48, 64, 96, 128)
+"""Closer where the kernels go over to another tile: 9 tokens take a third longer than 8, as do 33 than 32."""
 CONTEXTS = (32, 128, 512, 1024)
 QUERIES = (16, 64, 128, 256)
 ROUNDS = 7
@@ -147,7 +148,7 @@ class _Work:
         self.gemm_rows: list[tuple[int, int, int, float]] = []
         self.attention_rows: list[tuple[int, int, int, float]] = []
         self.pass_rows: list[tuple[str, int, float]] = []
-        self._submitted = 0
+        self._products, self._submitted = self._names(), 0
         serving.govern()
         self.engine.fit_limit()
 
@@ -157,11 +158,11 @@ class _Work:
         """All of a layer's products, one layer after another; then the head's, and sampling."""
         random = np.random.default_rng(0)
         for tokens in [n for n in TOKENS if n <= min(BLOCK_ROWS, self.most_tokens)]:
-            names = self._names()
-            inputs = [random.standard_normal((tokens, k), np.float32) for _, _, k in names]
-            outs = [[np.empty((tokens, m), np.float32) for m in sizes] for _, sizes, _ in names]
+            inputs, outs = self._room(tokens)
+            for x in inputs:
+                random.standard_normal(out=x, dtype=np.float32)
             taken = [self._layer_pass(inputs, outs) for _ in range(self.rounds + 1)]
-            for (_, sizes, k), seconds in zip(names, np.median(taken[1:], axis=0)):
+            for (_, sizes, k), seconds in zip(self._products, np.median(taken[1:], axis=0)):
                 self.gemm_rows.append((sum(sizes), k, tokens, float(seconds)))
         most = min(self.engine.limits.max_sequences, MOST_LOGIT_ROWS)
         for sampled in [n for n in TOKENS if n <= most]:
@@ -178,22 +179,24 @@ class _Work:
 
     def _layer_pass(self, inputs: list[np.ndarray], outs: list[list[np.ndarray]]) -> np.ndarray:
         """Mean seconds of each product over all layers."""
-        taken, held, clock = np.zeros(len(inputs)), self.decoder.weights.matrices, time.perf_counter
-        names = [name for name, _, _ in self._names()]
-        for layer in self.layers:
-            for place, name in enumerate(names):
-                matrices = [held[each] for each in name(layer)]
-                began = clock()
-                kernels.linear(inputs[place], matrices, outs[place], exact=self.decoder.exact)
-                taken[place] += clock() - began
-        return taken / len(self.layers)
+        return np.mean([self._layer_products(layer, inputs, outs) for layer in self.layers], axis=0)
+
+    def _layer_products(self, layer: Layer, inputs: list[np.ndarray], outs: list[list[np.ndarray]]) -> list[float]:
+        """Seconds of each product of one layer."""
+        taken, held, clock = [], self.decoder.weights.matrices, time.perf_counter
+        for (name, _, _), x, out in zip(self._products, inputs, outs):
+            matrices = [held[each] for each in name(layer)]
+            began = clock()
+            kernels.linear(x, matrices, out, exact=self.decoder.exact)
+            taken.append(clock() - began)
+        return taken
 
     def _head(self, sampled: int, hidden: np.ndarray) -> None:
         head, out = self.decoder.weights.matrices[HEAD], np.empty((sampled, self.config.vocab_size), np.float32)
         sampler = Sampler(Sampling(), np.empty(Sampler.scratch_shape(self.config.vocab_size), np.float32))
-        products, picks = [], []
+        products, picks, room = [], [], self._room(1)
         for _ in range(self.rounds):
-            self._layer_pass_of_one()  # the head's weights are not in a cache when a step comes to them
+            self._layer_pass(*room)  # the head's weights are not in a cache when a step comes to them
             began = time.perf_counter()
             kernels.linear(hidden, [head], [out], exact=self.decoder.exact)
             products.append(time.perf_counter() - began)
@@ -204,10 +207,10 @@ class _Work:
         self.gemm_rows.append((self.config.vocab_size, self.config.hidden_size, sampled, median(products)))
         self.pass_rows.append(("sample", sampled, median(picks)))
 
-    def _layer_pass_of_one(self) -> None:
-        names = self._names()
-        inputs = [np.zeros((1, k), np.float32) for _, _, k in names]
-        self._layer_pass(inputs, [[np.empty((1, m), np.float32) for m in sizes] for _, sizes, _ in names])
+    def _room(self, tokens: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """Inputs (zero) and outputs of a layer's products for so many tokens."""
+        inputs = [np.zeros((tokens, k), np.float32) for _, _, k in self._products]
+        return inputs, [[np.empty((tokens, m), np.float32) for m in sizes] for _, sizes, _ in self._products]
 
     # ---- attention ---------------------------------------------------------------------------------------------
 
@@ -226,8 +229,10 @@ class _Work:
                     self.attention_rows.append((1, queries, keys, self._attend([(keys - queries, queries)])))
 
     def _attend(self, parts: list[tuple[int, int]]) -> float:
-        """Seconds of one layer's attention for (first, count) of each sequence."""
-        config = self.config
+        """Seconds of one layer's attention for (first, count) of each sequence, a layer's products before each: its
+        keys come from where they come from in a step, which reads all weights from one step's attention to the next.
+        """
+        config, room = self.config, self._room(1)
         entries = []
         for number, (first, count) in enumerate(parts):
             one = Running(id=number, request=Request(prompt=(0,)), arrival=0.0, eos=())
@@ -241,6 +246,7 @@ class _Work:
         for _ in range(self.rounds):
             taken = 0.0
             for layer in range(config.num_layers):
+                self._layer_products(self.layers[layer], *room)
                 self.cache.append(layer, keys, keys, positions)
                 began = time.perf_counter()
                 for at in range(0, rows, BLOCK_ROWS):

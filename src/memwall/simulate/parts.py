@@ -111,6 +111,9 @@ class TensorDecoder(Decoder):
     def join(self, wire: Wire, head: kernels.Matrix, rows: int) -> None:
         """Call it before the first step. head: this half's rows of the head."""
         self.wire, self.head, self.rows = wire, head, rows
+        buffers = self._buffers
+        self._partial = np.empty_like(buffers["hidden"])
+        self._half = np.empty((len(buffers["logits"]), rows), np.float32)
         self.observer = lambda name, x: None  # recorded steps would not stop for the other process
 
     def _linear(
@@ -122,7 +125,7 @@ class TensorDecoder(Decoder):
         accumulate: bool = False,
     ) -> None:
         if accumulate:  # exchanged by the call that follows, once adapters have added their slice
-            self._sums = np.empty_like(outs[0])
+            self._sums = self._partial[: len(x)]
             outs = [self._sums]
         super()._linear(x, names, outs, biases)
 
@@ -140,7 +143,7 @@ class TensorDecoder(Decoder):
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """See `Decoder`: half of them from the other process."""
-        half = np.empty((len(hidden), self.rows), np.float32)
+        half = self._half[: len(hidden)]
         kernels.linear(hidden, [self.head], [half], exact=self.exact)
         other, out = self.wire.exchange(half), self._buffers["logits"][: len(hidden)]
         parts = (half, other) if self.wire.rank == 0 else (other, half)

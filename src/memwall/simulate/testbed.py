@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -99,13 +100,13 @@ class Messages:
     gathers: list[tuple[int, float]]
     piped: float
 
-    def mean(self, other: Messages) -> Messages:
-        """Of both processes."""
-        sums, gathers = (
-            [(size, (one + two) / 2) for (size, one), (_, two) in zip(ours, theirs)]
-            for ours, theirs in ((self.sums, other.sums), (self.gathers, other.gathers))
-        )
-        return Messages(sums=sums, gathers=gathers, piped=(self.piped + other.piped) / 2)
+    @staticmethod
+    def mean_of(all_of_them: Sequence[Messages]) -> Messages:
+        def rows(which: str) -> list[tuple[int, float]]:
+            found = zip(*(getattr(one, which) for one in all_of_them))
+            return [(same[0][0], fmean(seconds for _, seconds in same)) for same in found]
+
+        return Messages(sums=rows("sums"), gathers=rows("gathers"), piped=fmean(one.piped for one in all_of_them))
 
 
 class TwoProcesses:
@@ -163,8 +164,7 @@ class TwoProcesses:
 
     def messages(self, sizes: Sequence[int]) -> Messages:
         """What both processes take to meet, in the mean of the two. sizes: bytes of hidden states to add up."""
-        one, other = self._ask("messages", [sizes] * RANKS)
-        return one.mean(other)
+        return Messages.mean_of(self._ask("messages", [sizes] * RANKS))
 
     def _ask(self, what: str, arguments: Sequence[Any]) -> list[Any]:
         for pipe, argument in zip(self._pipes, arguments):
@@ -299,15 +299,20 @@ class _Tensor(_Part):
         return Messages(sums=sums, gathers=gathers, piped=self._piped())
 
     def _sums(self, tokens: int) -> float:
-        """Mean seconds of the sums that a step of so many tokens has, products between them."""
+        """Mean seconds of the sums that a step of so many tokens has, all products between them."""
         config, held, taken = self.config, self.executor.decoder.weights.matrices, 0.0
-        halves = ((config.hidden_size, config.query_size), (config.hidden_size, config.intermediate_size))
-        out = np.zeros((tokens, config.hidden_size), np.float32)
+        widths = (config.hidden_size, config.query_size, config.kv_size, config.intermediate_size)
+        hidden, q, kv, filters = (np.zeros((tokens, width), np.float32) for width in widths)
+        part, out = np.empty_like(hidden), np.zeros_like(hidden)
         for index in range(config.num_layers):
             layer = Layer(config, self.executor.decoder.weights, index)
-            for name, (_, width) in zip((layer.output, layer.down), halves):
-                x, part = np.zeros((tokens, width), np.float32), np.empty_like(out)
-                kernels.linear(x, [held[name]], [part], exact=self.executor.decoder.exact)
+            pairs = (
+                (hidden, layer.qkv, [q, kv, kv.copy()], q, layer.output),
+                (hidden, layer.gate_up, [filters, filters.copy()], filters, layer.down),
+            )
+            for x, first, outs, inner, second in pairs:
+                kernels.linear(x, [held[name] for name in first], outs, exact=self.executor.decoder.exact)
+                kernels.linear(inner, [held[second]], [part], exact=self.executor.decoder.exact)
                 began = time.perf_counter()
                 out += part
                 out += self.wire.exchange(part)
