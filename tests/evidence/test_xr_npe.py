@@ -48,12 +48,13 @@ def test_orders(xr_npe: ModuleType) -> None:
 def test_orders_over_seeds(xr_npe: ModuleType) -> None:
     good = {"floats": [1.0, 2.0], "posit16_1": [1.0, 2.0], "posit8_0": [1.1, 2.2], "mixed": [1.3, 2.2],
             "fp4": [1.5, 2.6]}  # fmt: skip
-    assert xr_npe.ordered_by_seeds(good)
+    assert xr_npe.ordered_by_seeds(good, 0.0)
     assert xr_npe.gap(good, "posit8_0", "fp4") == pytest.approx((0.4, 0.0))
-    assert xr_npe.ordered_by_seeds({**good, "posit16_1": [0.9, 2.05]})  # a step back within the seeds' differences
-    assert not xr_npe.ordered_by_seeds({**good, "posit16_1": [0.9, 1.9]})  # every seed's
-    assert not xr_npe.ordered_by_seeds({**good, "mixed": [1.6, 2.7]})
-    assert not xr_npe.ordered_by_seeds({**good, "floats": [1.0, 2.9]})  # too uncertain to say anything
+    assert xr_npe.ordered_by_seeds({**good, "posit16_1": [0.9, 2.05]}, 0.0)  # a step back within the seeds' differences
+    assert not xr_npe.ordered_by_seeds({**good, "posit16_1": [0.9, 1.9]}, 0.0)  # every seed's
+    assert xr_npe.ordered_by_seeds({**good, "posit16_1": [0.9, 1.9]}, 0.1)  # but by less than counts
+    assert not xr_npe.ordered_by_seeds({**good, "mixed": [1.6, 2.7]}, 0.0)
+    assert not xr_npe.ordered_by_seeds({**good, "floats": [1.0, 2.9]}, 0.0)  # too uncertain to say anything
     assert xr_npe.told([1.0, 2.0]) == "1.50000 ± 0.50000"
     assert xr_npe.told([1.0]) == "1.00000"
 
