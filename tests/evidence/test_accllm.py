@@ -87,3 +87,11 @@ def test_short_data_is_refused(accllm: Any, tmp_path: Path) -> None:
     short.write_text("a wall " * 100)
     with pytest.raises(InputError, match="200,000"):
         accllm.run(True, short)
+
+
+def test_a_table_of_triples_knows_what_it_has_seen_and_nothing_else(accllm: Any) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
+    assert accllm.counted_perplexity(noise, noise[::-1].copy(), 4) > 256  # sure of what it saw once, and wrong
+    period = np.tile(np.frombuffer(b"abcabd", np.uint8), 400)
+    # after "ab" either letter comes: of six bytes two are a coin toss
+    assert accllm.counted_perplexity(period, period, 4) == pytest.approx(2 ** (1 / 3), rel=0.05)
