@@ -11,6 +11,8 @@ import pytest
 
 from memwall.cli.serve import complete_paged_kv
 from tests.cli.test_batch import OPTIONS, batch, texts, write
+from tests.compress.test_quamba2 import make_model
+from tests.models.ssm_models import MAMBA2
 
 Memwall = Callable[..., Any]
 
@@ -47,6 +49,17 @@ def test_what_does_not_go_with_them_is_refused(
     done = memwall("serve", "demo", "--port", "0", "--weights", "int8", *arguments)
     assert done.exit_code == 2, (done.stderr, done.exception)
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_batch_for_a_model_without_attention(memwall: Memwall, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "demo", MAMBA2)  # as the lines of the batch name it
+    source, target = write(tmp_path / "in.jsonl", batch(6)), tmp_path / "out.jsonl"
+    refused = memwall("batch", folder, source, target, "--weights", "float32")
+    assert refused.exit_code == 2
+    assert "--scheduler fcfs" in refused.stderr
+    done = memwall("batch", folder, source, target, "--weights", "float32", "--scheduler", "fcfs")
+    assert done.exit_code == 0, done.stderr
+    assert len(texts(target)) == 6
 
 
 def test_completion_offers_them() -> None:

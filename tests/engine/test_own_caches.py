@@ -218,7 +218,7 @@ def test_a_context_that_does_not_fit_is_refused_and_an_open_one_is_halved() -> N
     common = {"kv": "snapkv(0.5)", "token_budget": 64}
 
     def made(context: int | None) -> tuple[OwnPool, int]:
-        settings = settled_own(ServingSettings(context_tokens=context, **common))  # type: ignore[arg-type]
+        settings = settled_own(ServingSettings(context_tokens=context, **common), config)  # type: ignore[arg-type]
         return make_own(settings, cache_shape(config), model, arena, limited=True)  # type: ignore[arg-type]
 
     with pytest.raises(BudgetExceeded):

@@ -113,8 +113,8 @@ def test_what_works_on_attention_refuses_these_models(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", MAMBA2)
     with pytest.raises(InputError, match="has no attention"):
         Decoder(ModelConfig.from_directory(folder), Weights({}, {}, {}), Arena(1 << 30, Ledger()))
-    with pytest.raises(InputError, match="one sequence at a time"):
-        load_decoder(folder, Settings(weights="float32"), sequences=4)
+    with pytest.raises(InputError, match="no keys and values that requests could share"):
+        load_decoder(folder, Settings(weights="float32"), sequences=4, shared=True)
 
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:

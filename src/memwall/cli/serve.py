@@ -302,10 +302,10 @@ def _announce(serving: Serving, name: str, host: str, port: int, *, json: bool, 
         sys.stdout.flush()
         return
     rows = [(row.tier, row.owner, format_bytes(row.nbytes)) for row in serving.ledger.rows()]
-    held = f"{serving.settings.kv} keys and values"
+    held = f"{serving.settings.kv} keys and values" if serving.settings.kv != "state" else "a state"
     if has_own(serving.settings.kv):
         largest = limits.pages(serving.context_tokens) * pool.page_bytes
-        room = f"{held} of each request by itself, {format_bytes(largest)} at most, in "
+        room = f"{held} for each request by itself, {format_bytes(largest)} at most, in "
         room += format_bytes(serving.engine.wanted_pages * pool.page_bytes)
     else:
         room = f"{held} in pages for {tokens:,} tokens of {format_bytes(pool.page_bytes)} per {limits.page_tokens}"

@@ -79,8 +79,10 @@ def load_decoder(
     if settings.threads is not None:
         kernels.set_num_threads(settings.threads)
     config = ModelConfig.from_directory(model)
-    if config.ssm is not None and (sequences > 1 or shared):
-        raise InputError(f"{model}: a {config.family} model runs one sequence at a time: use memwall run or eval")
+    if config.ssm is not None and shared:
+        raise InputError(
+            f"{model}: a {config.family} model has no keys and values that requests could share; add --scheduler fcfs"
+        )
     with Checkpoint(model, config) as checkpoint:
         checkpoint.verify_once()
         specs = resolve(config, settings.weights, checkpoint)
@@ -106,7 +108,7 @@ def _decoder(
     sizes = {"segment_tokens": settings.segment_tokens, "logit_rows": settings.logit_rows}
     if config.ssm is None:
         return Decoder(config, weights, arena, **sizes, exact=settings.exact, sequences=sequences, shared=shared)
-    # it has what a session calls, and none of what batches need, which were refused above
+    # it has what sessions and requests with memories of their own call, and no more
     return cast(Decoder, SsmDecoder(config, weights, arena, **sizes, exact=settings.exact))
 
 

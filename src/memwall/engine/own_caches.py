@@ -27,19 +27,23 @@ from memwall.engine.batch import BatchCache
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Output
 from memwall.engine.kv_pages import POOL_OWNER
+from memwall.engine.loading import cache_shape
 from memwall.engine.sequence import Event, FinishReason, Sequence
 from memwall.engine.switching import SwitchSettings
 from memwall.errors import BudgetExceeded, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.kv import CacheModel, CacheShape, KVCache, build, packs_positions, predict, resolve
-from memwall.kv.table import technique
+from memwall.kv.table import resolve_for, technique
 from memwall.memory import Arena, PagePool
+from memwall.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from memwall.engine.serving import ServingSettings
 
 PAGE_TOKENS = 16
 """Of a page's share in the largest request: pages are of bytes, and so many that the context is in pages of these."""
+STATE_PAGES = 64
+"""Of a state, whose size does not go by tokens."""
 PAGE_ROUNDING = 256
 SYSTEM_PAGE = 4096
 LEAST_CONTEXT_TOKENS = 256
@@ -69,9 +73,15 @@ def check_own(settings: ServingSettings) -> None:
         raise InputError(without + "it is not moved in groups of pages beside the steps; use --scheduler fcfs")
 
 
-def settled_own(settings: ServingSettings) -> ServingSettings:
-    """The settings with what follows: pages of a share of the context, nothing kept or swapped."""
-    return replace(settings, page_tokens=PAGE_TOKENS, keep_prefixes=False, swap_bytes=0)
+def settled_own(settings: ServingSettings, config: ModelConfig) -> ServingSettings:
+    """The settings with what follows: pages of a share of the context, nothing kept or swapped. A model without
+    attention has a state of one size for requests of any length.
+    """
+    kv, tokens = settings.kv, PAGE_TOKENS
+    if config.ssm is not None:
+        kv = str(resolve_for(kv, cache_shape(config)))
+        tokens = max(tokens, -(-(settings.context_tokens or config.max_position) // STATE_PAGES))
+    return replace(settings, kv=kv, page_tokens=tokens, keep_prefixes=False, swap_bytes=0)
 
 
 # ---- what a request takes ------------------------------------------------------------------------------------------
@@ -190,7 +200,7 @@ class OwnPool(PagePool):
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """Rows [begin, end) of the batch are tokens at these places of one cache."""
 
     begin: int
@@ -211,14 +221,14 @@ class OwnCaches(BatchCache):
 
     def __init__(self, shape: CacheShape, pool: OwnPool, longest: int) -> None:
         """longest: tokens of a prompt's piece."""
-        super().__init__(shape, pool, PAGE_TOKENS)
+        super().__init__(shape, pool, PAGE_TOKENS)  # what pages would hold is not looked at
         self.own, self.longest = pool, longest
-        self._parts: list[_Part] = []
+        self.parts: list[Part] = []
         self._taken = 0
 
     def begin(self, batch: list[Entry]) -> np.ndarray:
         """See `BatchCache`; positions are those that rows are turned by, which some caches number anew."""
-        self._parts, self._at, self._taken, turns, row = [], 0, 0, [], 0
+        self.parts, self._at, self._taken, turns, row = [], 0, 0, [], 0
         self._singles = sum(entry.count == 1 for entry in batch)
         for entry in batch:
             number = entry.sequence.id
@@ -227,7 +237,7 @@ class OwnCaches(BatchCache):
             cache = self.own.caches[number]
             assert cache.length == entry.first
             at = np.arange(entry.first, entry.first + entry.count, dtype=np.int64)
-            self._parts.append(_Part(row, row + entry.count, cache, at))
+            self.parts.append(Part(row, row + entry.count, cache, at))
             turns.append(at + (cache.next_position - cache.length))
             row += entry.count
         return np.concatenate(turns)
@@ -235,13 +245,13 @@ class OwnCaches(BatchCache):
     def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
         """See `KVCache`: rows come in order, blocks of them at a time."""
         begin, self._taken = self._taken, self._taken + len(x)
-        for part in self._parts:
+        for part in self.parts:
             if (found := part.within(begin, self._taken)) is not None:
                 part.cache.take_inputs(layer, x[found[0]], found[1])
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         """See `BatchCache`."""
-        for part in self._parts:
+        for part in self.parts:
             part.cache.append(layer, k[part.begin : part.end], v[part.begin : part.end], part.at)
         self._at = self._taken = 0
 
@@ -251,7 +261,7 @@ class OwnCaches(BatchCache):
 
     def attend_rows(self, layer: int, q: np.ndarray, begin: int, out: np.ndarray) -> np.ndarray:
         """See `BatchCache`."""
-        for part in self._parts:
+        for part in self.parts:
             if (found := part.within(begin, begin + len(q))) is not None:
                 place, at = found
                 part.cache.attend(layer, q[place], at, out[place])
@@ -259,7 +269,7 @@ class OwnCaches(BatchCache):
 
     def settle(self, layer: int) -> None:
         """See `KVCache`."""
-        for part in self._parts:
+        for part in self.parts:
             part.cache.settle(layer)
         if layer == self.shape.num_layers - 1:
             self.own.count()

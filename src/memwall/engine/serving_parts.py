@@ -59,12 +59,12 @@ def check_unpaged(settings: ServingSettings) -> None:
 
 def settled(settings: ServingSettings, config: ModelConfig) -> ServingSettings:
     """The settings with what follows from the model: how many tokens the pages of slots hold."""
-    if settings.kv in PAGED:
-        return settings
-    if has_own(settings.kv):
+    if has_own(settings.kv) or config.ssm is not None:
         from memwall.engine.own_caches import settled_own
 
-        return settled_own(settings)
+        return settled_own(settings, config)
+    if settings.kv in PAGED:
+        return settings
     from memwall.engine.slots import SlotLayout
 
     layout = SlotLayout.of(settings.kv, cache_shape(config))

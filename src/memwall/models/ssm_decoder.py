@@ -10,7 +10,7 @@ Shapes: T new tokens, B rows of a chunk, d hidden, W rows of in_proj, E inner si
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -102,6 +102,27 @@ def _ssm(config: ModelConfig) -> SsmConfig:
     return config.ssm
 
 
+class StatePart(Protocol):
+    """Rows [begin, end) of a batch are the next tokens of one sequence."""
+
+    begin: int
+    end: int
+    cache: Any
+
+
+class StateParts(Protocol):
+    """A batch of sequences, each with a memory of its own (`engine.own_caches`)."""
+
+    parts: Sequence[StatePart]
+
+    def settle(self, layer: int) -> None:
+        """Called once, after the last layer."""
+
+
+Pieces = Sequence[tuple[slice, np.ndarray, np.ndarray]]
+"""Rows of a chunk, and the state and inputs of the sequence that they go on."""
+
+
 class SsmDecoder:
     """A Mamba model ready to run on the CPU; `exact`, `segment_tokens` and `logit_rows` as in `decoder.Decoder`.
 
@@ -171,6 +192,26 @@ class SsmDecoder:
         kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], eps, hidden)
         return hidden
 
+    def batch(self, tokens: np.ndarray, positions: np.ndarray, cache: StateParts) -> np.ndarray:
+        """Final normed hidden states [B, d] of tokens of several sequences; see `decoder.Decoder.batch`."""
+        if not 0 < len(tokens) <= self.segment_tokens:
+            raise ValueError(f"batch takes 1 to {self.segment_tokens} tokens at a time, got {len(tokens)}")
+        hidden = self._buffers["hidden"][: len(tokens)]
+        kernels.gather_rows(self.weights.matrices[EMBEDDING], np.asarray(tokens, np.int64), hidden)
+        groups = _groups(cache.parts)
+        for layer in range(self.config.num_layers):
+            for group in groups:
+                first = group[0][0].start
+                pieces = [(slice(rows.start - first, rows.stop - first), part.cache.states[layer],
+                           part.cache.inputs[layer]) for rows, part in group]  # fmt: skip
+                self._run_chunk(layer, hidden[first : group[-1][0].stop], pieces)
+        for part in cache.parts:
+            part.cache.advance(part.end - part.begin)
+        cache.settle(self.config.num_layers - 1)
+        eps = self.config.rms_norm_eps
+        kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], eps, hidden)
+        return hidden
+
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Normed hidden states [n, d] -> logits [n, V] (n at most the logit_rows given at construction)."""
         out = self._buffers["logits"][: len(hidden)]
@@ -184,17 +225,19 @@ class SsmDecoder:
 
     def run_layer(self, layer: int, hidden: np.ndarray, state: np.ndarray, inputs: np.ndarray) -> None:
         """One layer over the hidden states [T, d] of the next tokens, in place; its state and inputs move on."""
-        prefix = f"model.layers.{layer}."
-        static = self._tables.layers[layer].static
-        norm = self.weights.vectors[prefix + "norm.weight"]
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = hidden[start : start + CHUNK_ROWS]
-            normed = self._buffers["normed"][: len(rows)]
-            kernels.rms_norm(rows, norm, self.config.rms_norm_eps, normed)
-            if static is None:
-                self._float_rows(layer, normed, rows, state, inputs)
-            else:
-                self._static_rows(layer, static, normed, rows, state, inputs)
+            self._run_chunk(layer, rows, [(slice(0, len(rows)), state, inputs)])
+
+    def _run_chunk(self, layer: int, rows: np.ndarray, pieces: Pieces) -> None:
+        """A layer over at most CHUNK_ROWS rows of one sequence or several, in place."""
+        static, norm = self._tables.layers[layer].static, self.weights.vectors[f"model.layers.{layer}.norm.weight"]
+        normed = self._buffers["normed"][: len(rows)]
+        kernels.rms_norm(rows, norm, self.config.rms_norm_eps, normed)
+        if static is None:
+            self._float_rows(layer, normed, rows, pieces)
+        else:
+            self._static_rows(layer, static, normed, rows, pieces)
 
     def _scan(
         self,
@@ -202,7 +245,7 @@ class SsmDecoder:
         conv: np.ndarray,
         selected: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
         parts: dict[str, np.ndarray],
-        state: np.ndarray,
+        pieces: Pieces,
         y: np.ndarray,
         **told: Any,
     ) -> None:
@@ -213,16 +256,16 @@ class SsmDecoder:
         else:
             x, b, c = _cut(conv, {"x": ssm.inner_size, "b": ssm.bc_size, "c": ssm.bc_size}).values()
             dt, bias = parts["dt"], vectors[mixer + "dt_bias"]
-        scan.selective_scan(
-            x, b, c, dt, dt_bias=bias, decay=self._tables.layers[layer].decay, skip=vectors[mixer + "D"],
-            dt_limits=ssm.dt_limits, state=state, y=y, scratch=self._buffers["scan"], **told,
-        )  # fmt: skip
+        for rows, state, _ in pieces:
+            scan.selective_scan(
+                x[rows], b[rows], c[rows], dt[rows], dt_bias=bias, decay=self._tables.layers[layer].decay,
+                skip=vectors[mixer + "D"], dt_limits=ssm.dt_limits, state=state, y=y[rows],
+                scratch=self._buffers["scan"], **told,
+            )  # fmt: skip
 
     # -- layers of floats ----------------------------------------------------------------------------------------
 
-    def _float_rows(
-        self, layer: int, normed: np.ndarray, residual: np.ndarray, state: np.ndarray, inputs: np.ndarray
-    ) -> None:
+    def _float_rows(self, layer: int, normed: np.ndarray, residual: np.ndarray, pieces: Pieces) -> None:
         ssm, mixer = self._ssm, f"model.layers.{layer}.mixer."
         proj, conv, y = (self._buffers[name][: len(normed)] for name in ("proj", "conv", "y"))
         vector = self.weights.vectors.get
@@ -230,10 +273,11 @@ class SsmDecoder:
         self._see(mixer + "proj", proj)
         parts = _cut(proj, ssm.proj_parts)
         into = parts["x"] if ssm.is_first else proj[:, ssm.inner_size : ssm.inner_size + ssm.conv_size]
-        scan.conv_silu(into, inputs, self._conv_weight(mixer), vector(mixer + "conv1d.bias"), conv)
+        for rows, _, inputs in pieces:
+            scan.conv_silu(into[rows], inputs, self._conv_weight(mixer), vector(mixer + "conv1d.bias"), conv[rows])
         self._see(mixer + "conv", conv)
         selected = self._select(mixer, conv) if ssm.is_first else None
-        self._scan(layer, conv, selected, parts, state, y, peak=self.peaks.get(layer))
+        self._scan(layer, conv, selected, parts, pieces, y, peak=self.peaks.get(layer))
         self._gate(mixer, y, parts["z"], 0.0)
         self._linear(mixer + "out_proj.weight", y, residual, vector(mixer + "out_proj.bias"), accumulate=True)
 
@@ -257,8 +301,7 @@ class SsmDecoder:
         scales: StaticScales,
         normed: np.ndarray,
         residual: np.ndarray,
-        state: np.ndarray,
-        inputs: np.ndarray,
+        pieces: Pieces,
     ) -> None:
         ssm, mixer, count = self._ssm, f"model.layers.{layer}.mixer.", len(normed)
         normed8, proj, conv, y8 = (self._buffers[name][:count] for name in ("normed8", "proj8", "conv8", "y8"))
@@ -268,17 +311,13 @@ class SsmDecoder:
         matrices[mixer + "in_proj.weight"].multiply_rounded(normed8, scales.input, proj, scales.proj_inverse)
         parts = _cut(proj, ssm.proj_parts)
         into = parts["x"] if ssm.is_first else proj[:, ssm.inner_size : ssm.inner_size + ssm.conv_size]
-        scan.conv_silu(
-            into,
-            inputs,
-            self._conv_weight(mixer),
-            vector(mixer + "conv1d.bias"),
-            conv,
-            in_scale=scales.conv_in,
-            out_inverse=scales.conv_inverse,
-        )
+        for rows, _, inputs in pieces:
+            scan.conv_silu(
+                into[rows], inputs, self._conv_weight(mixer), vector(mixer + "conv1d.bias"), conv[rows],
+                in_scale=scales.conv_in, out_inverse=scales.conv_inverse,
+            )  # fmt: skip
         selected = self._select_static(mixer, scales, conv) if ssm.is_first else None
-        self._scan(layer, conv, selected, parts, state, y, tables=scales.scan)
+        self._scan(layer, conv, selected, parts, pieces, y, tables=scales.scan)
         self._gate(mixer, y, parts["z"], scales.parts["z"])
         scan.round_static(y, scales.out, y8)
         matrices[mixer + "out_proj.weight"].multiply(y8, scales.out, residual, accumulate=True)
@@ -327,3 +366,18 @@ def _cut(rows: np.ndarray, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Columns of rows [T, W] as views, by name and in order."""
     ends = np.cumsum(list(sizes.values()))
     return {name: rows[:, end - size : end] for (name, size), end in zip(sizes.items(), ends)}
+
+
+def _groups(parts: Sequence[StatePart]) -> list[list[tuple[slice, StatePart]]]:
+    """Chunks of a batch's sequences, each cut as if it came alone, that are worked together: CHUNK_ROWS at most."""
+    groups: list[list[tuple[slice, StatePart]]] = []
+    room = 0
+    for part in parts:
+        for begin in range(part.begin, part.end, CHUNK_ROWS):
+            rows = slice(begin, min(begin + CHUNK_ROWS, part.end))
+            if rows.stop - rows.start > room:
+                groups.append([])
+                room = CHUNK_ROWS
+            groups[-1].append((rows, part))
+            room -= rows.stop - rows.start
+    return groups
