@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -255,6 +256,15 @@ def test_growth_never_shrinks_beyond_the_prompt_and_fits_the_largest(policy: str
         computed += one.piece(computed)
     assert computed == prompt
     assert one.piece(prompt) == one.piece(prompt + 7) == 1
+
+
+@pytest.mark.parametrize("context", [1200, 1999])
+def test_groups_that_fill_slowly_are_in_the_largest_request(context: int) -> None:
+    """A request may hold most long before its end: of 512 exact tokens nearly all, just before they are coded."""
+    found = replace(sizes("kivi(bits=2,residual=512)"), context_tokens=context)
+    page = -(-found.largest() // Limits().pages(context))
+    one = Growth(found, page, 100)
+    assert max(one.pages(n) for n in range(1, context + 1)) <= Limits().pages(context)
 
 
 def test_a_scheduler_leaves_pieces_whole() -> None:

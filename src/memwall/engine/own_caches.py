@@ -47,10 +47,8 @@ STATE_PAGES = 64
 PAGE_ROUNDING = 256
 SYSTEM_PAGE = 4096
 LEAST_CONTEXT_TOKENS = 256
-LOOKED_AT = 17
-"""Lengths of prompts that the largest request is looked for among; the bytes of one are linear between them."""
-LAST_TOKENS = 160
-"""Of the context, where a cache is largest: more than any group that codes wait for to fill."""
+LOOKED_AT, LENGTHS = 9, 512
+"""Prompts, and lengths for each, that the largest request is looked for among."""
 MARGIN = 1 / 64
 ELSEWHERE = {
     "vattention": "it is served in slots, by itself: --kv vattention",
@@ -118,12 +116,14 @@ class Sizes:
         return found
 
     def largest(self) -> int:
-        """Of any request of the whole context, at most."""
-        longest = self.context_tokens
-        prompts = {1 + (longest - 2) * at // (LOOKED_AT - 1) for at in range(LOOKED_AT)} if longest > 2 else {1}
-        ends = range(max(longest - LAST_TOKENS, 1), longest + 1)
-        peaks = [max(self.read(m), *(self.at(m, n) for n in ends if n >= m)) for m in prompts]
-        return int(max(peaks) * (1 + MARGIN))
+        """Of any request of the whole context, at most. Between the lengths that are looked at a cache may hold more,
+        where codes wait for a group to fill: by the tokens between them at most, as floats.
+        """
+        longest, step = self.context_tokens, max(self.context_tokens // LENGTHS, 1)
+        prompts = {1 + (longest - 1) * at // LOOKED_AT for at in range(LOOKED_AT)} | {max(longest - 1, 1)}
+        peaks = [max(self.read(m), *(self.at(m, n) for n in range(longest, m - 1, -step))) for m in prompts]
+        between = (step - 1) * 2 * self.shape.num_layers * self.shape.row_values * np.dtype(np.float32).itemsize
+        return int(max(peaks) * (1 + MARGIN)) + between
 
 
 class Growth:
