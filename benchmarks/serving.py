@@ -168,7 +168,7 @@ def servers(shape: Shape, settings: Settings, arguments: argparse.Namespace) -> 
 
 def compare(shape: Shape, count: int, settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
     """All measurements of one model."""
-    found: dict[str, Any] = {"streams": {}, "trace": {}}
+    found: dict[str, Any] = {"streams": {}, "trace": {}, "transformers": {}}
     loads = clipped(
         drawn_lengths(settings.prompt_tokens, settings.output_tokens, settings.requests, 0), settings.context
     )
@@ -181,7 +181,7 @@ def compare(shape: Shape, count: int, settings: Settings, arguments: argparse.Na
             found["trace"] = replay(both, read_trace(arguments.trace, count), settings, shape)
         found["peak_bytes"] = {name: one.peak_bytes() for name, one in both.items()}
     if "transformers" not in settings.parts:
-        return {**found, "transformers": {}, "wanted": wanted(found)}
+        return {**found, "wanted": wanted(found)}
     some = [(load.prompt_tokens, load.output_tokens) for load in loads[: settings.sequential]]
     note(f"{shape.name}: transformers, one at a time")
     command = [arguments.peer_python, "-c", SEQUENTIAL, arguments.work / f"llama-{shape.name}", settings.threads]
