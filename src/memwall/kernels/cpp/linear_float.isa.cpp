@@ -5,6 +5,8 @@
 namespace mw::MW_ISA {
 namespace {
 
+constexpr int kPrefetchBytes = 4096;
+
 // Rows as they lie in memory: lanes run along the columns and are added up at the end. A block of Rows by Tokens is computed
 // together, so that each vector loaded is used several times; a single product has Chains sums to hide their latency.
 template <class Type, int Rows, int Tokens>
@@ -14,7 +16,11 @@ void row_block(const Matrix& m, const Input& input, std::int64_t row, std::int64
   const auto* w = static_cast<const typename Type::Element*>(m.data) + row * cols;
   const float* x = input.x + token * cols;
   Vf sums[Rows][Tokens][kChains] = {};
-  for (std::int64_t c = 0; c < whole; c += kStep)
+  for (std::int64_t c = 0; c < whole; c += kStep) {
+    if constexpr (Tokens == 1)  // all of the time goes to reading, into the next rows too
+      for (int r = 0; r < Rows; ++r)
+        for (std::size_t byte = 0; byte < kStep * sizeof(*w); byte += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(w + r * cols + c) + kPrefetchBytes + byte);
     for (int i = 0; i < kChains; ++i) {
       Vf weights[Rows];
       for (int r = 0; r < Rows; ++r) weights[r] = Type::vector(w + r * cols + c + i * kWidth);
@@ -23,6 +29,7 @@ void row_block(const Matrix& m, const Input& input, std::int64_t row, std::int64
         for (int r = 0; r < Rows; ++r) sums[r][t][i] += weights[r] * values;
       }
     }
+  }
   for (int r = 0; r < Rows; ++r)
     for (int t = 0; t < Tokens; ++t) {
       Vf all = sums[r][t][0];
@@ -36,7 +43,8 @@ void row_block(const Matrix& m, const Input& input, std::int64_t row, std::int64
 // Four short rows of a single product: the input is loaded once for all, and their lanes are added up together, which would
 // otherwise take as long as multiplying. Long rows are better read one after the other: the hardware's prefetch sees one stream.
 constexpr int kSingleRows = 4, kShortColumns = 512;
-constexpr int kPrefetchBytes = 4096;
+// An input longer than half a first-level cache would be read again for each row: four rows share it.
+constexpr int kLongColumns = 4096;
 
 template <class Type>
 void single_block(const Matrix& m, const Input& input, std::int64_t row, const Output& out) {
@@ -79,6 +87,7 @@ void row_tokens(const Matrix& m, const Input& input, std::int64_t row, const Out
 template <class Type>
 void row_products(const Matrix& m, const Input& input, std::int64_t row, std::int64_t end_row, const Output& out) {
   for (; input.tokens == 1 && m.cols <= kShortColumns && row + kSingleRows <= end_row; row += kSingleRows) single_block<Type>(m, input, row, out);
+  for (; input.tokens == 1 && m.cols > kLongColumns && row + kSingleRows <= end_row; row += kSingleRows) row_block<Type, kSingleRows, 1>(m, input, row, 0, out);
   for (; input.tokens > 1 && row + kBlockRows <= end_row; row += kBlockRows) row_tokens<Type, kBlockRows>(m, input, row, out);
   for (; row < end_row; ++row) row_tokens<Type, 1>(m, input, row, out);
 }
