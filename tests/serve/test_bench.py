@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,11 +187,3 @@ def test_what_cannot_be_measured_is_named(arguments: tuple[str, ...], names: str
     done = invoke("demo", *arguments)
     assert done.exit_code == 2
     assert names in done.stderr
-
-
-@pytest.mark.parametrize("verb", [("serve", "demo"), ("batch", "demo", __file__, "answers.jsonl")])
-def test_pages_hold_what_can_be_told_token_by_token(verb: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(app, [*verb, "--kv", "kivi(4bit)"], prog_name="memwall")
-    assert done.exit_code == 2, done.output
-    assert "float16, int8" in " ".join(done.output.split())
-    assert not Path("answers.jsonl").exists()
