@@ -83,8 +83,8 @@ def test_pages_of_int8_rows_hold_almost_twice_the_tokens(swap: int) -> None:
     assert run(held, requests(), num_pages=9) == alone("float32", "int8")
     assert sum(held.engine.totals.preempted.values()) > 0
     held.release()
-    with pytest.raises(InputError, match="float32, float16, int8, int4"):
-        ServingSettings(kv="kivi(4bit)")
+    with pytest.raises(InputError, match="unknown KV policy"):
+        ServingSettings(kv="int9")
 
 
 def test_pages_of_4_bit_blocks_hold_more_than_twice_the_tokens() -> None:
