@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +14,14 @@ from memwall.engine import Sampling, Settings, load
 from memwall.engine.base import Limits, RequestView, State
 from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.engine.loading import cache_shape
-from memwall.engine.own_caches import Growth, OwnPool, Sizes, longest_piece, make_own, settled_own
+from memwall.engine.own_caches import Growth, OwnPool, Sizes, longest_chunk, make_own, settled_own
 from memwall.engine.sequence import Request
 from memwall.engine.serving import Serving, ServingSettings, load_engine
 from memwall.errors import BudgetExceeded, InputError
 from memwall.hardware.units import MB
 from memwall.kv import fitted
-from memwall.kv.cskv import CskvCache
+from memwall.kv.blocks import pieces
+from memwall.kv.cskv import CskvCache, CskvSettings
 from memwall.kv.locret import LocretCache, heads_width
 from memwall.kv.policy import parse
 from memwall.memory import Arena, Budget, Ledger, resident_bytes
@@ -28,6 +29,7 @@ from memwall.models import DEMO_DIRECTORY
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.tokenizer import Tokenizer
+from memwall.models.weights import Weights
 from tests.kv.test_locret import random_heads
 
 TOKENIZER = Tokenizer.from_directory(DEMO_DIRECTORY)
@@ -51,8 +53,6 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> None:
     fitted.save(print_, LocretCache.fit_key(parse("locret")), random_heads(SHAPE, heads_width(SHAPE)))
     policy = parse("cskv(0.5,init=pca,train=0)")
     rng, arrays = np.random.default_rng(0), {}
-    from memwall.kv.cskv import CskvSettings
-
     shape = kv.CacheShape(num_layers=8, num_heads=8, num_kv_heads=4, head_dim=32, hidden_size=256)
     for layer in range(shape.num_layers):
         for name, size in CskvSettings.from_policy(policy).factor_shapes(shape).items():
@@ -67,18 +67,18 @@ def requests(made: int = 24) -> list[Request]:
     ]
 
 
-def serving(policy: str, **changes: object) -> Serving:
-    settings = {
+def serving(policy: str, folder: Path = DEMO_DIRECTORY, **changes: Any) -> Serving:
+    settings: dict[str, Any] = {
         "weights": "int8", "context_tokens": CONTEXT, "token_budget": 64, "max_sequences": 8, "threads": 1,
         "kv": policy, "exact": True, **changes,
     }  # fmt: skip
     budget = settings.pop("budget", None)
-    return load_engine(
-        DEMO_DIRECTORY,
-        ServingSettings(**settings),
-        tokenizer=TOKENIZER,
-        budget=budget,  # type: ignore[arg-type]
-    )
+    return load_engine(folder, ServingSettings(**settings), budget=budget)
+
+
+def caches_of(held: Serving) -> OwnPool:
+    assert isinstance(held.pool, OwnPool)
+    return held.pool
 
 
 def run(held: Serving, wanted: list[Request]) -> list[list[int]]:
@@ -93,8 +93,7 @@ def run(held: Serving, wanted: list[Request]) -> list[list[int]]:
 
 def check(held: Serving) -> None:
     """Each cache is within what was taken for it, and all of them are what the arena has."""
-    pool, running = held.pool, held.engine.running
-    assert isinstance(pool, OwnPool)
+    pool, running = caches_of(held), held.engine.running
     assert set(pool.caches) == {number for number, one in running.items() if one.computed}
     assert pool.used_pages == sum(len(one.pages) for one in running.values()) <= pool.limit_pages
     for number, cache in pool.caches.items():
@@ -103,11 +102,14 @@ def check(held: Serving) -> None:
     assert pool.committed_bytes <= pool.used_pages * pool.page_bytes
 
 
-def alone(policy: str, wanted: list[Request], segment: int) -> list[list[int]]:
+def alone(held: Serving, wanted: list[Request], folder: Path = DEMO_DIRECTORY) -> list[list[int]]:
+    """Answers of a session with the server's settings, whose prompts come in the same chunks."""
+    how = held.settings
     settings = Settings(
-        weights="int8", context_tokens=CONTEXT, threads=1, kv=policy, exact=True, segment_tokens=segment
-    )
-    session, found = load(DEMO_DIRECTORY, settings, tokenizer=TOKENIZER), []
+        weights=how.weights, context_tokens=CONTEXT, threads=1, kv=how.kv, exact=True,
+        segment_tokens=longest_chunk(how),
+    )  # fmt: skip
+    session, found = load(folder, settings), []
     for request in wanted:
         session.reset()
         list(session.generate(list(request.prompt), request.sampling))
@@ -119,14 +121,13 @@ def alone(policy: str, wanted: list[Request], segment: int) -> list[list[int]]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_answers_are_those_of_a_session_by_itself(policy: str) -> None:
     held = serving(policy)
-    pool = held.pool
-    assert isinstance(pool, OwnPool)
+    pool = caches_of(held)
     before = held.arena.used_bytes
     held.engine.wanted_pages = 4 * pool.limit_pages
     made = run(held, requests())
     assert held.arena.used_bytes == before, "caches of requests that are over are gone"
     assert not pool.used_pages
-    assert made == alone(policy, requests(), longest_piece(held.settings))
+    assert made == alone(held, requests())
     held.release()
     paged = serving("float16")
     paged.release()
@@ -138,7 +139,7 @@ def test_one_at_a_time_in_room_for_one(policy: str) -> None:
     held = serving(policy)
     assert held.pool.limit_pages == held.settings.limits.pages(CONTEXT)
     held.engine.wanted_pages = held.pool.limit_pages
-    assert run(held, requests(12)) == alone(policy, requests(12), longest_piece(held.settings))
+    assert run(held, requests(12)) == alone(held, requests(12))
     held.release()
 
 
@@ -154,7 +155,7 @@ def test_a_pruned_prompt_makes_room() -> None:
         check(held)
         most = max(most, len(held.engine.running))
     assert [one.num_made for one in sequences] == [40] * 6
-    whole = Growth(held.pool.sizes, held.pool.page_bytes, 230)  # type: ignore[attr-defined]
+    whole = Growth(caches_of(held).sizes, held.pool.page_bytes, 230)
     assert whole.pages(231) < whole.pages(230)
     assert most > held.pool.limit_pages // whole.pages(230)
     held.release()
@@ -184,7 +185,7 @@ def test_requests_that_are_cancelled_leave_nothing() -> None:
         held.engine.submit(request)
     for _ in range(5):
         held.engine.step()
-    assert held.pool.told()["caches"] > 0  # type: ignore[attr-defined]
+    assert held.pool.told()["caches"] > 0
     for one in held.engine.everyone():
         held.engine.cancel(one.id)
     assert held.pool.told() == {"caches": 0, "held_bytes": 0, "taken_bytes": 0}
@@ -208,19 +209,20 @@ def test_requests_that_are_cancelled_leave_nothing() -> None:
         ({"kv": "kivi(2bit)+kv4"}, "name one"),
     ],
 )
-def test_what_cannot_be_served_is_refused(changes: dict[str, object], words: str) -> None:
+def test_what_cannot_be_served_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        serving(str(changes.pop("kv")), **changes)
+        serving(changes.pop("kv"), **changes)
 
 
 def test_a_context_that_does_not_fit_is_refused_and_an_open_one_is_halved() -> None:
     config = ModelConfig.from_directory(DEMO_DIRECTORY)
-    model, arena = SimpleNamespace(config=config), Arena(4 * MB, Ledger())
-    common = {"kv": "snapkv(0.5)", "token_budget": 64}
+    model = kv.CacheModel(config=config, weights=Weights({}, {}, {}), directory=DEMO_DIRECTORY)
+    arena = Arena(4 * MB, Ledger())
+    common: dict[str, Any] = {"kv": "snapkv(0.5)", "token_budget": 64}
 
     def made(context: int | None) -> tuple[OwnPool, int]:
-        settings = settled_own(ServingSettings(context_tokens=context, **common), config)  # type: ignore[arg-type]
-        return make_own(settings, cache_shape(config), model, arena, limited=True)  # type: ignore[arg-type]
+        settings = settled_own(ServingSettings(context_tokens=context, **common), config)
+        return make_own(settings, cache_shape(config), model, arena, limited=True)
 
     with pytest.raises(BudgetExceeded):
         made(config.max_position)
@@ -237,8 +239,7 @@ def test_a_context_that_does_not_fit_is_refused_and_an_open_one_is_halved() -> N
 
 
 def sizes(policy: str, longest: int = 48) -> Sizes:
-    pieces = lambda n: [min(longest, n - at) for at in range(0, n, longest)]  # noqa: E731
-    return Sizes(policy, SHAPE, CONTEXT, 0, pieces)
+    return Sizes(policy, SHAPE, CONTEXT, 0, lambda prompt: pieces(prompt, longest))
 
 
 @pytest.mark.parametrize("policy", ["kivi(2bit)", "snapkv(0.25)", "snapkv(0.25)+think(0.4)+kivi(2bit)", "kv4"])
@@ -253,9 +254,9 @@ def test_growth_never_shrinks_beyond_the_prompt_and_fits_the_largest(policy: str
     assert one.pages(1) == one.pages(prompt)
     computed = 0
     while computed < prompt:
-        computed += one.piece(computed)
+        computed += one.chunk(computed)
     assert computed == prompt
-    assert one.piece(prompt) == one.piece(prompt + 7) == 1
+    assert one.chunk(prompt) == one.chunk(prompt + 7) == 1
 
 
 @pytest.mark.parametrize("context", [1200, 1999])
@@ -267,8 +268,8 @@ def test_groups_that_fill_slowly_are_in_the_largest_request(context: int) -> Non
     assert max(one.pages(n) for n in range(1, context + 1)) <= Limits().pages(context)
 
 
-def test_a_scheduler_leaves_pieces_whole() -> None:
-    """Where a step has no room for a piece beside those that decode, the prompt waits for one that has."""
+def test_a_scheduler_leaves_chunks_whole() -> None:
+    """Where a step has no room for a chunk beside those that decode, the prompt waits for one that has."""
     growth = Growth(sizes("kivi(2bit)", longest=10), 1 << 16, 25)
     view = RequestView(id=1, arrival=0.0, prompt=25, known=25, most_tokens=40, computed=10, pages=9, growth=growth)
     other = [

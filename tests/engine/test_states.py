@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from memwall.engine import Sampling, Settings, load
-from memwall.engine.own_caches import OwnPool, longest_piece
+from memwall.engine import Sampling
 from memwall.engine.sequence import Request
-from memwall.engine.serving import Serving, ServingSettings, load_engine
+from memwall.engine.serving import Serving
 from memwall.errors import InputError
 from memwall.models.ssm_decoder import CHUNK_ROWS, StatePart, _groups
 from tests.compress.test_quamba2 import compress, make_model
+from tests.engine.test_own_caches import alone, caches_of
+from tests.engine.test_own_caches import serving as own_serving
 from tests.models.ssm_models import CONFIGS, MAMBA, MAMBA2, write_model
 
 LENGTHS = (3, 61, 300, 17, 130, 1, 44)
@@ -31,17 +33,12 @@ def requests(vocabulary: int = 96) -> list[Request]:
     ]
 
 
-def serving(folder: Path, **changes: object) -> Serving:
-    settings = {
-        "weights": "float32", "context_tokens": 512, "token_budget": 64, "max_sequences": 5, "threads": 1,
-        "exact": True, **changes,
-    }  # fmt: skip
-    return load_engine(folder, ServingSettings(**settings))  # type: ignore[arg-type]
+def serving(folder: Path, kv: str = "float16", **changes: Any) -> Serving:
+    return own_serving(kv, folder, **{"weights": "float32", "max_sequences": 5, **changes})
 
 
 def run(held: Serving) -> list[list[int]]:
-    pool = held.pool
-    assert isinstance(pool, OwnPool)
+    pool = caches_of(held)
     held.engine.wanted_pages = 4 * pool.limit_pages
     sequences = [held.engine.submit(request) for request in requests()]
     most = 0
@@ -54,25 +51,12 @@ def run(held: Serving) -> list[list[int]]:
     return [list(one.made) for one in sequences]
 
 
-def alone(folder: Path, segment: int, weights: str = "float32") -> list[list[int]]:
-    session = load(folder, Settings(
-        weights=weights, kv="state", context_tokens=512, segment_tokens=segment, threads=1, exact=True
-    ))  # fmt: skip
-    found = []
-    for request in requests():
-        session.reset()
-        list(session.generate(list(request.prompt), request.sampling))
-        found.append(list(session.last.tokens))
-    session.release()
-    return found
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_answers_are_those_of_a_session_by_itself(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", CONFIGS[name])
     held = serving(folder)
     assert held.settings.kv == "state"
-    assert run(held) == alone(folder, longest_piece(held.settings))
+    assert run(held) == alone(held, requests(), folder)
     held.release()
 
 
@@ -82,7 +66,7 @@ def test_models_on_integers_too(config: dict[str, object], bits: str, tmp_path: 
     source = make_model(tmp_path / "model", config)
     compress(source, tmp_path / "small", bits)
     held = serving(tmp_path / "small", weights="saved", token_budget=400)
-    assert run(held) == alone(tmp_path / "small", longest_piece(held.settings), "saved")
+    assert run(held) == alone(held, requests(), tmp_path / "small")
     held.release()
 
 

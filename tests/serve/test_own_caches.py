@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.serve.conftest import Running, Starter
 from tests.serve.test_guard import peak_bytes, wait_until
+from tests.serve.test_slots import asked, text_of
 
 BUDGET = 140_000_000
 
@@ -22,16 +22,6 @@ def pruned(starter: Starter) -> Running:
         "--memory", str(BUDGET), "--weights", "int8", "--context", "512", "--kv", "snapkv(0.25)+kivi(2bit)",
         "--queue", "64",
     )  # fmt: skip
-
-
-def asked(number: int, **changes: Any) -> dict[str, Any]:
-    words = " ".join(f"word{(number * 7 + i) % 97}" for i in range(10 + 3 * number))
-    return {"prompt": words, "max_tokens": 30 + number, "temperature": 0, "ignore_eos": True, **changes}
-
-
-def text_of(answer: httpx.Response) -> str:
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["choices"][0]["text"])
 
 
 def test_answers_do_not_depend_on_who_runs_beside(pruned: Running) -> None:

@@ -12,7 +12,8 @@ Units and shapes: weight [rows, cols] float, H [cols, cols] -> Packed of `format
 64 kept weights share a float16 scale and a zero point.
 Differs from the paper: which score, tuning, group and quantizer it uses is not published; these are standard practice.
 Tuning distils on the calibration text. Activations have a scale per token and group of columns instead of one per
-token. Embedding and head have at least four bits.
+token. Embedding and head have at least four bits. Queries are not rounded: they meet 4-bit keys as floats, as shares
+meet values, where the paper's engine multiplies integers of 8 and 4 bits; those are in its simulator only.
 Cost: 2 + 24 / 128 bits a weight; SparseGPT's sweep twice; tuning holds the model in torch twice, and two moments.
 Holds when: inputs of a layer are multiples of four; the model is large, or tuning is long: half of the weights and two
 bits are little.

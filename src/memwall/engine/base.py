@@ -26,7 +26,7 @@ class Growth(Protocol):
     def pages(self, tokens: int) -> int:
         """Pages that it needs to come to hold so many tokens; beyond the prompt never fewer for more of them."""
 
-    def piece(self, computed: int) -> int:
+    def chunk(self, computed: int) -> int:
         """Tokens after the computed ones that must come in one step."""
 
 
@@ -75,8 +75,8 @@ class RequestView:
         """Tokens that the next step may compute of it, where it has room for so many."""
         if self.growth is None:
             return min(self.remaining, most)
-        piece = self.growth.piece(self.computed)
-        return piece if piece <= most else 0
+        chunk = self.growth.chunk(self.computed)
+        return chunk if chunk <= most else 0
 
     def own(self, tokens: int) -> int:
         """How many of its first `tokens` lie in its own pages."""

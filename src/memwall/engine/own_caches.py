@@ -6,7 +6,7 @@ policy made, and the engine goes on counting in pages: of bytes, which a request
 most (`Growth`, from the policy's own `predict`) before it comes to hold it. So the budget is never crossed, and nobody
 waits for memory in the middle of a step. What all caches share, such as fitted matrices, is held once (`template`).
 
-A prompt is cut as its policy asks (`KVCache.begin_prompt`), and its pieces are not cut any further, so that answers are
+A prompt is cut as its policy asks (`KVCache.begin_prompt`), and its chunks are not cut any further, so that answers are
 those of `memwall run`. Of decoding requests each attends by itself; products with weights are shared as always.
 
 Not here: beginnings that are shared, swapping (a request that is set aside is read again, as one prompt with what it
@@ -87,7 +87,7 @@ def settled_own(settings: ServingSettings, config: ModelConfig) -> ServingSettin
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of one request's cache. shared: of them, those that all caches have together. segments: the pieces that a
+    """Bytes of one request's cache. shared: of them, those that all caches have together. segments: the chunks that a
     prompt of so many tokens is read in.
     """
 
@@ -99,7 +99,7 @@ class Sizes:
 
     @property
     def prunes(self) -> bool:
-        """Whether a prompt in several pieces is kept whole, in float16, until its last one."""
+        """Whether a prompt in several chunks is kept whole, in float16, until its last one."""
         kinds = [technique(part.name) for part in resolve(self.policy).parts]
         return any(kind.codes_prompt and kind.role != "store" for kind in kinds)
 
@@ -127,7 +127,7 @@ class Sizes:
 
 
 class Growth:
-    """What a request with such a prompt takes with every token, in pages of page_bytes, and the pieces of its prompt.
+    """What a request with such a prompt takes with every token, in pages of page_bytes, and the chunks of its prompt.
     See `base.Growth`; a function of its arguments, whose values are kept once they are known.
     """
 
@@ -144,7 +144,7 @@ class Growth:
         nbytes = self._peaks[tokens - self.prompt] if tokens > self.prompt else self._read
         return -(-nbytes // self.page_bytes)
 
-    def piece(self, computed: int) -> int:
+    def chunk(self, computed: int) -> int:
         """See `base.Growth`."""
         return next((end - computed for end in self._ends if end > computed), 1)
 
@@ -170,7 +170,7 @@ class OwnPool(PagePool):
         return self._held
 
     def begin_cache(self, number: int, num_tokens: int, longest: int) -> None:
-        """An empty cache for a request, whose prompt comes in the pieces that `Growth` knows."""
+        """An empty cache for a request, whose prompt comes in the chunks that `Growth` knows."""
         self.end_cache(number)
         cache = self.caches[number] = self.template.fork()
         cache.begin_prompt(num_tokens, longest)
@@ -220,7 +220,7 @@ class OwnCaches(BatchCache):
     """A `BatchCache` that hands every row to the cache of its request."""
 
     def __init__(self, shape: CacheShape, pool: OwnPool, longest: int) -> None:
-        """longest: tokens of a prompt's piece."""
+        """longest: tokens of a prompt's chunk."""
         super().__init__(shape, pool, PAGE_TOKENS)  # what pages would hold is not looked at
         self.own, self.longest = pool, longest
         self.parts: list[Part] = []
@@ -326,10 +326,10 @@ class OwnCachesEngine(Engine):
 def decoders_view(settings: ServingSettings, shape: CacheShape, pool: OwnPool) -> OwnCaches:
     """What the decoder sees of the caches."""
     kind = OwnInputs if pool.template.takes_inputs else OwnCaches
-    return kind(shape, pool, longest_piece(settings))
+    return kind(shape, pool, longest_chunk(settings))
 
 
-def longest_piece(settings: ServingSettings) -> int:
+def longest_chunk(settings: ServingSettings) -> int:
     """Tokens of a prompt that one step reads at most: beside those that decode, who go first, they must fit a step."""
     return max(settings.token_budget - settings.max_sequences, 1)
 
@@ -368,7 +368,7 @@ def _template(
         probe = template.fork()
         shared = max(template.nbytes - (arena.used_bytes - before), 0)
         probe.release()
-        longest = longest_piece(settings)
+        longest = longest_chunk(settings)
 
         def segments(prompt: int) -> list[int]:
             sizes = template.begin_prompt(prompt, longest)

@@ -102,6 +102,8 @@ class Messages:
 
     @staticmethod
     def mean_of(all_of_them: Sequence[Messages]) -> Messages:
+        """Of both processes, or of several rounds; sizes must be the same."""
+
         def rows(which: str) -> list[tuple[int, float]]:
             found = zip(*(getattr(one, which) for one in all_of_them))
             return [(same[0][0], fmean(seconds for _, seconds in same)) for same in found]
