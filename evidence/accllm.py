@@ -58,6 +58,8 @@ CONTEXT, WIDTH, LAYERS, HEADS, FEED_FORWARD = 256, 128, 4, 4, 384
 VOCABULARY, BEGIN = 257, 256
 SINK_SIZE = 4.0
 SINKS = 4
+KV4 = "kivi(4bit,residual=64,queries=int8)"
+"""Four bits a number, met by queries and shares of eight."""
 SPARSE = "sparse2-g128-asym"
 NEAR_3 = (2.4, 3.6)
 STEP_TOKENS = 16
@@ -354,7 +356,7 @@ def long_stream(model: Loaded, held: np.ndarray, sizes: Sizes) -> Claim:
     """Bytes and perplexity of the longest stream."""
     count = min(sizes.long_stream, len(held) - 1)
     tokens = np.concatenate([[BEGIN], held[:count]]).astype(np.int64)
-    cache = model.cache(f"lambda(sinks={SINKS},window={CONTEXT - SINKS})+kivi(4bit,residual=64)", len(tokens))
+    cache = model.cache(f"lambda(sinks={SINKS},window={CONTEXT - SINKS})+{KV4}", len(tokens))
     early = model.losses(tokens[: 1024 + 1], cache, STEP_TOKENS)
     nbytes, resident = cache.nbytes, resident_bytes(exact=True)
     late = [early]
@@ -457,7 +459,7 @@ def ladder(source: Path, folder: Path, text: Path, held: np.ndarray, sizes: Size
     w8 = made("w8", 8)
     shape, seen = cache_shape(ModelConfig.from_directory(source)), CONTEXT
     lam = f"lambda(sinks={SINKS},window={CONTEXT - SINKS})"
-    caches = {policy: kv.read_bytes(policy, shape, seen) for policy in (lam, f"{lam}+kivi(4bit,residual=64)")}
+    caches = {policy: kv.read_bytes(policy, shape, seen) for policy in (lam, f"{lam}+{KV4}")}
     four = list(caches)[1]
     forms = {path.name: linear_bytes(path) for path in (whole, w8)}
     w4, rounded = made("w4", 4), made("w2 swept", 2)
@@ -557,7 +559,7 @@ def compression_claims(
             required="at least 7 times less", passed=linear <= 1 / 7,
         ),
     ]  # fmt: skip
-    return [*claims, integer_claim(whole), axes_claim(Loaded(source), held, sizes)], whole
+    return [*claims, integer_claim(whole), attention_claim(), axes_claim(Loaded(source), held, sizes)], whole
 
 
 def integer_claim(directory: Path) -> Claim:
@@ -585,6 +587,73 @@ def integer_claim(directory: Path) -> Claim:
         claim="the integer path gives what rounded floats give",
         measured=f"largest difference {worst:.1e} of the sum of sizes, every matrix of the compressed model",
         required="at most 1e-5: the order of additions", passed=worst <= 1e-5,
+    )  # fmt: skip
+
+
+BLOCK = attention.VALUE_BLOCK_TOKENS
+FACTORS = {"bits": 4, "group": BLOCK, "integers": True, "scale": 1.0, "first_position": BLOCK - 1}
+
+
+def rounded_to(x: np.ndarray, top: int) -> np.ndarray:
+    step = np.abs(x).max() / top
+    return np.rint(x / step) * step
+
+
+def logit_error(q: np.ndarray, rows: np.ndarray, unit: np.ndarray) -> float:
+    """A query's logits over 4-bit keys, which values that are a unit matrix show as shares."""
+    blocks, out = np.zeros(attention.kivi_key_block_bytes(4, BLOCK, BLOCK), np.uint8), np.empty_like(q)
+    attention.kivi_encode_keys(rows, blocks, bits=4, group=BLOCK)
+    codes, scale, low = quantized(rows, 0)
+    attention.attend_kivi(
+        q, blocks, blocks[:0], rows[:0], unit, coded_keys=BLOCK, coded_values=0, **FACTORS, out=out
+    )  # fmt: skip
+    x, codes, low = q[0, 0].astype(np.float64), codes[:, 0], low[0, 0]
+    factors = rounded_to(x * scale[0, 0], 127)
+    want = codes @ factors + x @ low
+    size = codes @ np.abs(factors) + np.abs(x) @ np.abs(low)
+    seen = out[0, 0] > 1e-6
+    found = np.log(out[0, 0], where=seen, out=np.zeros(BLOCK, np.float64), dtype=np.float64)
+    return float(np.abs((found - found[seen].max() - want + want.max()) / size)[seen].max())
+
+
+def value_error(q: np.ndarray, rows: np.ndarray, unit: np.ndarray) -> float:
+    """What shares make of 4-bit values; keys that are a unit matrix let the query be the logits."""
+    blocks, out = np.zeros(attention.kivi_block_bytes(4, BLOCK, BLOCK)[1], np.uint8), np.empty_like(q)
+    attention.kivi_encode_values(rows, 0, blocks, bits=4, group=BLOCK)
+    codes, scale, low = quantized(rows, 2)
+    attention.attend_kivi(
+        q, blocks[:0], blocks, unit, rows[:0], coded_keys=0, coded_values=BLOCK, **FACTORS, out=out
+    )  # fmt: skip
+    shares = np.exp(q[0, 0].astype(np.float64) - q.max())
+    factors = rounded_to(shares * scale[:, 0, 0], 255)
+    want, size = (factors @ codes[:, 0] + shares @ each[:, 0] for each in (low, np.abs(low)))
+    return float(np.abs((out[0, 0] * shares.sum() - want) / size).max())
+
+
+def quantized(rows: np.ndarray, axis: int) -> list[np.ndarray]:
+    """Codes, scales and minima."""
+    import torch
+
+    from memwall.kernels import attention_reference
+
+    return [x.double().numpy() for x in attention_reference.kivi_quantize(torch.from_numpy(rows), 4, axis)]
+
+
+def attention_claim() -> Claim:
+    """Logits and mixed values of 4-bit codes and 8-bit factors against sums of the same numbers in 64 bits."""
+    rng, unit = np.random.default_rng(0), np.eye(BLOCK, dtype=np.float32).reshape(BLOCK, 1, BLOCK)
+    worst = {"logits": 0.0, "values": 0.0}
+    for _ in range(50):
+        rows = rng.standard_normal((BLOCK, 1, BLOCK)) * np.exp(rng.standard_normal(BLOCK))
+        rows = rows.astype(np.float16).astype(np.float32)
+        q = rng.standard_normal((1, 1, BLOCK)).astype(np.float32)
+        worst["logits"] = max(worst["logits"], logit_error(q, rows, unit))
+        worst["values"] = max(worst["values"], value_error(q, rows, unit))
+    return Claim(
+        claim="attention multiplies 8-bit queries and shares with 4-bit codes as integers",
+        measured=", ".join(f"{name} {error:.1e}" for name, error in worst.items()) + " of the sum of sizes away from "
+        "sums of the same integers, in 50 random blocks",
+        required="at most 1e-6: the order of additions", passed=max(worst.values()) <= 1e-6,
     )  # fmt: skip
 
 

@@ -105,6 +105,18 @@ def test_prompts_in_pieces(bits: int, group: int, multiple: int, cuts: list[int]
         begin += cut
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_queries_of_eight_bits_attend_nearly_as_floats(bits: int) -> None:
+    q, k, v = numbers(np.random.default_rng(0), 400)
+    caches = [cache_of(f"kivi({bits}bit,residual=32{queries})") for queries in ("", ",queries=int8")]
+    assert [cache.policy.endswith("queries=int8)") for cache in caches] == [False, True]
+    for begin, end in [(0, 300), (300, 340), *((i, i + 1) for i in range(340, 400))]:
+        exact, rounded = (step(cache, q[begin:end], k[begin:end], v[begin:end], begin) for cache in caches)
+        error = np.linalg.norm(rounded - exact, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))
+        assert (error == 0).all() if end <= 300 else 1e-5 < error.mean() < 0.2  # a prompt attends exactly
+    np.testing.assert_array_equal(*(cache._layers[1].key_blocks.bytes for cache in caches))
+
+
 def codes(cache: KiviCache) -> tuple[torch.Tensor, torch.Tensor]:
     state, s = cache._layers[0], cache.settings
     keys, values = (
@@ -246,6 +258,8 @@ def test_an_arena_that_is_full_leaves_the_cache_as_it_was() -> None:
         ("kivi(residual=100)", "try 128"),
         ("kivi(budget=3)", "unknown setting"),
         ("kivi(exact=int8)", "float32, float16 or bfloat16"),
+        ("kivi(queries=int4)", "must be one of float32, int8"),
+        ("kivi(3bit,queries=int8)", "2 or 4 bits, not 3"),
         ("kivi(bits=two)", "not a whole number"),
         ("kivi(2bit,bits=3)", "given twice"),
         ("kivi(", "must look like"),

@@ -95,6 +95,15 @@ def test_equals_keys_rotated_anew(policy: str, counts: list[int]) -> None:
     cache.release()
 
 
+def test_integers_meet_what_the_ring_codes() -> None:
+    rows, outs = numbers(5), []
+    for queries in ("", ",queries=int8"):
+        cache = build(f"lambda(sinks=4,window=70)+kivi(4bit,group=16,residual=16{queries})")
+        outs.append(np.concatenate([feed(cache, rows, 0, 200), *(feed(cache, rows, i, 1) for i in range(200, TOKENS))]))
+    error = np.linalg.norm(outs[1] - outs[0], axis=(1, 2)) / np.linalg.norm(outs[0], axis=(1, 2))
+    assert 1e-4 < error[200:].mean() < 0.02
+
+
 @pytest.mark.parametrize("policy", FORMS)
 def test_bytes_stop_growing(policy: str) -> None:
     ledger = Ledger()

@@ -99,6 +99,18 @@ def test_channels_and_outputs_are_those_of_the_dense_reference(share: float, rec
             np.testing.assert_allclose(found[layer], want, atol=3e-5)
 
 
+def test_integers_meet_narrow_codes() -> None:
+    rows, outs = numbers(3, 300), []
+    for queries in ("", ",queries=int8"):
+        cache = cache_of(f"think(0.4)+kivi(4bit,residual=32{queries})")
+        outs.append(
+            np.concatenate([run(cache, rows, 0, 250), *(run(cache, rows, i, i + 1) for i in range(250, 300))], 1)
+        )
+    error = np.linalg.norm(outs[1] - outs[0], axis=(2, 3)) / np.linalg.norm(outs[0], axis=(2, 3))
+    assert not error[:, :250].any()
+    assert 1e-4 < error[:, 250:].mean() < 0.1
+
+
 def test_the_queries_choose() -> None:
     """The same keys met by other queries lose other channels; a large channel that no query meets goes."""
     q, k, v = numbers(1, 100)

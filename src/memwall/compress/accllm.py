@@ -7,13 +7,14 @@ Idea: prune -> fine-tune -> quantize. A two-bit code and a two-bit place for hal
 an eighth of float16, and half of the products. Pruning is compensated in the sweep (`pruning`); then the pruned model
 learns, its mask held, to say what the float model says, first in floats (`tune_steps`), then rounded as it will be
 stored (`aware_steps`); without the latter the kept weights are rounded in a second compensated sweep. Products round
-their inputs to eight bits as every packed form here does (A8); `--kv 'lambda(...)+kivi(4bit)'` is the rest (KV4).
+their inputs to eight bits as every packed form here does (A8); `--kv 'lambda(...)+kivi(4bit,queries=int8)'` is the rest:
+KV4, with queries and shares of eight bits.
 Units and shapes: weight [rows, cols] float, H [cols, cols] -> Packed of `formats.sparse`, by default sparse2-g128-asym:
 64 kept weights share a float16 scale and a zero point.
 Differs from the paper: which score, tuning, group and quantizer it uses is not published; these are standard practice.
 Tuning distils on the calibration text. Activations have a scale per token and group of columns instead of one per
-token. Embedding and head have at least four bits. Queries are not rounded: they meet 4-bit keys as floats, as shares
-meet values, where the paper's engine multiplies integers of 8 and 4 bits; those are in its simulator only.
+token. Embedding and head have at least four bits. A key's scale goes to the query before this is rounded, with a step
+for each head and block of keys.
 Cost: 2 + 24 / 128 bits a weight; SparseGPT's sweep twice; tuning holds the model in torch twice, and two moments.
 Holds when: inputs of a layer are multiples of four; the model is large, or tuning is long: half of the weights and two
 bits are little.

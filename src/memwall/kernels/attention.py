@@ -182,6 +182,7 @@ def attend_kivi(
     bits: int,
     group: int,
     key_group: int | None = None,
+    integers: bool = False,
     scale: float,
     first_position: int,
     window: int | None = None,
@@ -193,11 +194,13 @@ def attend_kivi(
 
     key_blocks, value_blocks: uint8, as `kivi_encode_keys` and `kivi_encode_values` fill them; the first `coded_keys`
     keys and `coded_values` values are read from there, the rest from the rows of k and v, which start where these end.
-    key_group: tokens of a key block; None for as many as a value's group has channels.
+    key_group: tokens of a key block; None for as many as a value's group has channels. integers: where codes have 2 or
+    4 bits, q times a key block's scales, and shares times a value block's, are rounded to 8 bits, with a step for each
+    head and block, and their products with codes summed as integers.
     """
     _native.attend_kivi(
         q, key_blocks, value_blocks, coded_keys, coded_values, _plain(k), _plain(v), out, bits, group,
-        group if key_group is None else key_group, scale, first_position, window, key_start, stats,
+        group if key_group is None else key_group, integers, scale, first_position, window, key_start, stats,
     )  # fmt: skip
     return out
 

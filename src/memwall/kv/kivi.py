@@ -9,9 +9,10 @@ coded together.
 Units and shapes: rows [tokens, Hkv, D]; G numbers share a float16 scale and minimum; lengths and R in tokens.
 Differs from the paper: words hold other neighbours than in the official code, so that vectors load them whole; codes
 are computed from the rounded scale and minimum; a constant group is coded as zeros of scale zero; 3 bits are offered,
-and groups of keys of another length than those of values; R = 0 keeps keys exact until a group is full, the least that
-grouping along tokens allows. After `truncate` inside a coded group its remaining keys go back to the exact part as they
-were decoded, and are coded anew with those to come.
+groups of keys of another length than those of values, and `queries=int8`, with which queries and shares meet codes of
+2 or 4 bits as integers (AccLLM's KV4); R = 0 keeps keys exact until a group is full, the least that grouping along
+tokens allows. After `truncate` inside a coded group its remaining keys go back to the exact part as they were decoded,
+and are coded anew with those to come.
 Cost: resident 2 * layers * tokens * Hkv * D * (b + 32 / G) / 8 bytes plus the exact part, R to 2 R tokens; a prompt
 stages one layer's exact keys and values besides. A decode step reads all of it once, and multiplies with the codes.
 Holds when: G divides D, R is a multiple of G, and numbers stay below 65,504.
@@ -71,7 +72,8 @@ class KiviCache(CodedCache):
         s = self.settings
         exact = "" if s.exact == "float16" else f",exact={s.exact}"
         keys = f",key_group={s.key_group}" if s.key_group else ""
-        return f"kivi(bits={s.bits},group={s.group},residual={s.residual}{keys}{exact})"
+        queries = f",queries={s.queries}" if s.integers else ""
+        return f"kivi(bits={s.bits},group={s.group},residual={s.residual}{keys}{exact}{queries})"
 
     def attend(
         self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
@@ -89,6 +91,7 @@ class KiviCache(CodedCache):
             bits=self.settings.bits,
             group=self.settings.group,
             key_group=self.settings.key_tokens,
+            integers=self.settings.integers,
             scale=self.shape.logit_scale,
             first_position=int(positions[0]),
             window=self.shape.window(layer),

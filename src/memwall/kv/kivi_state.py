@@ -14,12 +14,15 @@ from memwall.memory.pages import round_up
 
 BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128)
+QUERIES = ("float32", "int8")
+INTEGER_BITS = (2, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KiviSettings:
     """bits per code; numbers per group; tokens of the residual R; type of the exact tokens; key_group: tokens of a
-    group of keys where they are not as many as the channels of one of values (0: as many).
+    group of keys where they are not as many as the channels of one of values (0: as many); queries: what meets codes,
+    float32 or, where these have 2 or 4 bits, int8, so that products are integers.
     """
 
     bits: int = 2
@@ -27,18 +30,19 @@ class KiviSettings:
     residual: int = 128
     exact: str = "float16"
     key_group: int = 0
+    queries: str = "float32"
 
     @classmethod
     def from_policy(cls, policy: Policy, head_dim: int) -> KiviSettings:
         """Settings of a policy string, checked against the model's head dimension."""
         texts = dict(policy.settings)
-        exact = texts.pop("exact", "float16")
+        exact, queries = texts.pop("exact", "float16"), texts.pop("queries", "float32")
         fitting = [group for group in GROUPS if head_dim % group == 0]
         if not fitting:
             raise InputError(f"kivi needs a head dimension that 16 divides, not {head_dim}; use float16")
         default = 32 if 32 in fitting else max(fitting)
         numbers = Policy(policy.name, texts).integers({"bits": 2, "group": default, "residual": 128, "key_group": 0})
-        settings = cls(**numbers, exact=exact)
+        settings = cls(**numbers, exact=exact, queries=queries)
         float_dtype(exact)
         if settings.bits not in BITS:
             raise InputError(f"policy {policy}: {settings.bits} bits; must be one of {', '.join(map(str, BITS))}")
@@ -49,6 +53,10 @@ class KiviSettings:
             )
         if settings.key_group not in (0, *GROUPS):
             raise InputError(f"policy {policy}: key_group must be one of {', '.join(map(str, GROUPS))}")
+        if queries not in QUERIES:
+            raise InputError(f"policy {policy}: queries={queries}; must be one of {', '.join(QUERIES)}")
+        if settings.integers and settings.bits not in INTEGER_BITS:
+            raise InputError(f"policy {policy}: int8 queries meet codes of 2 or 4 bits, not {settings.bits}")
         if settings.residual % settings.key_tokens:
             near = round_up(settings.residual, settings.key_tokens)
             raise InputError(
@@ -61,6 +69,11 @@ class KiviSettings:
     def key_tokens(self) -> int:
         """Tokens of a group of keys."""
         return self.key_group or self.group
+
+    @property
+    def integers(self) -> bool:
+        """Whether queries and shares meet codes as integers."""
+        return self.queries == "int8"
 
     @property
     def cycle(self) -> int:

@@ -238,6 +238,7 @@ class NarrowKivi(KiviCache):
                 q, state.key_blocks.bytes, state.value_blocks.bytes, none, values[:cut],
                 coded_keys=state.coded_keys, coded_values=coded,
                 bits=self.settings.bits, group=self.settings.group, key_group=self.settings.key_tokens,
+                integers=self.settings.integers,
                 **where, out=out, stats=stats,
             ),
             lambda q, out, stats: attention.attend_float(

@@ -327,6 +327,7 @@ class KiviRing:
             "coded_values": stop - begin,
             "bits": settings.bits,
             "group": settings.group,
+            "integers": settings.integers,
         }
         return Piece(begin, self.layout.frame_of(begin), arguments)
 

@@ -159,6 +159,28 @@ void attend_many(const Attention& a, const AttentionKernels& kernels, const Atte
   parallel_for(static_cast<std::size_t>(a.num_kv_heads * blocks), 1, body);
 }
 
+// Queries one by one, each by the code for a single one: where coded keys meet rounded queries, which tiles of floats would not do.
+void attend_singly(const Attention& a, const AttentionKernels& kernels) {
+  const std::size_t q_floats = static_cast<std::size_t>(a.num_heads) * a.padded_key(), partial = (partial_stride(a) + 15) / 16 * 16;
+  const std::size_t scratch = single_scratch(a, kernels);
+  parallel_for(static_cast<std::size_t>(a.num_tokens), 1, [&](std::size_t first, std::size_t last, int) {
+    float* work = t_work.get(scratch);
+    for (std::size_t i = first; i < last; ++i) {
+      Attention one = a;
+      const std::int64_t place = a.place(static_cast<int>(i));
+      one.num_tokens = 1, one.first_key += place, one.query_key += place;
+      one.q += i * static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.key_dim);
+      one.out += i * static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.head_dim);
+      if (a.stats != nullptr) one.stats += 2 * i * static_cast<std::size_t>(a.num_heads);
+      const Cut cut(one, 1);
+      float* at = work + q_floats;
+      scale_queries(one, work);
+      kernels.decode(one, work, cut.begin, std::max(cut.end, cut.begin), {at, at + a.num_heads, at + 2 * a.num_heads}, at + partial);
+      merge(one, at, partial, 1);
+    }
+  });
+}
+
 // One worker's share of a ragged decode: a run of one head's past, or of the tail, which all heads share (head -1).
 struct Run {
   int head;
@@ -299,6 +321,7 @@ const AttentionKernels& attention_kernels() {
 void attend(const Attention& a) {
   if (a.num_tokens == 0) return;
   const AttentionKernels& kernels = attention_kernels();
+  if (a.num_tokens > 1 && a.form.integers && a.coded_keys + a.coded_values > 0) return attend_singly(a, kernels);
   if (a.num_tokens > 1 || a.waiting != nullptr) return attend_many(a, kernels);
   Attention one = a;
   one.first_key += a.place(0), one.query_key += a.place(0), one.places = nullptr;

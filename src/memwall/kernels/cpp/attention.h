@@ -31,6 +31,7 @@ struct KiviForm {
   int bits = 0;
   int group = 0;
   int key_group = 0;  // tokens of a key block where they are not as many as the channels of a value's group
+  bool integers = false;  // of 2 or 4 bits: queries and shares are rounded to 8 bits, and their products with codes summed in 32
 
   int key_tokens() const { return key_group > 0 ? key_group : group; }
   // bytes of the codes, then of scales and minima, of one key block (`key_tokens` tokens) of one kv head

@@ -1,4 +1,4 @@
-// What attention.isa.cpp, kivi.isa.cpp and bfp.isa.cpp need of each other, inside one instruction set.
+// What attention.isa.cpp, kivi.isa.cpp, kivi_integer.isa.cpp and bfp.isa.cpp need of each other, inside one instruction set.
 #pragma once
 
 #include "attention.h"
@@ -10,6 +10,10 @@ void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::in
 // out[head][channel] += sum of p[head * kStep + token - begin] * v over coded tokens [begin, end), begin a multiple of 32
 void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::int64_t end, float* out, float* scratch);
 std::size_t kivi_scratch(const Attention& a);  // floats
+// the same where the form asks for integers
+void kivi_integer_scores(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, float* scores, float* scratch);
+void kivi_integer_values(const Attention& a, const float* p, std::int64_t begin, std::int64_t end, float* out, float* scratch);
+std::size_t kivi_integer_scratch(const Attention& a);
 // float form of a few coded tokens of one kv head: tile[(token - begin) * ld + channel]
 void kivi_key_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);
 void kivi_value_tile(const Attention& a, int kv_head, std::int64_t begin, std::int64_t end, float* tile, int ld);

@@ -89,10 +89,12 @@ void attend_shared(const Float3& q, const Cache& k, const Cache& v, const Table&
 
 void attend_kivi(const Float3& q, const Blocks& key_blocks, const Blocks& value_blocks, std::int64_t coded_keys,
                  std::int64_t coded_values, const Cache& k, const Cache& v, const Out3& out, int bits, int group, int key_group,
-                 float scale, std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
+                 bool integers, float scale, std::int64_t first_position, std::optional<std::int64_t> window, std::int64_t key_start,
                  std::optional<Out3> stats) {
   mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start);
   a.form = form_of(bits, group, v.shape(2));
+  require(!integers || bits == 2 || bits == 4, "integers: codes of 2 or 4 bits");
+  a.form.integers = integers;
   a.form.key_group = form_of(bits, key_group, 0).group;
   const std::size_t kv_heads = k.shape(1);
   require(coded_keys >= 0 && coded_keys % key_group == 0, "coded keys must be whole groups of tokens");
@@ -235,7 +237,7 @@ void bind_attention(nb::module_& m, nb::class_<Program>& program) {
   m.def("attend_shared", &attend_shared, "q"_a, "k"_a, "v"_a, "tables"_a, "own"_a, "prefixes"_a, "page_tokens"_a, "out"_a,
         "scale"_a, "window"_a.none());
   m.def("attend_kivi", &attend_kivi, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a,
-        "out"_a, "bits"_a, "group"_a, "key_group"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
+        "out"_a, "bits"_a, "group"_a, "key_group"_a, "integers"_a, "scale"_a, "first_position"_a, "window"_a.none(), "key_start"_a, "stats"_a.none());
   m.def("attend_ragged", &attend_ragged, "q"_a, "past_k"_a, "past_v"_a, "offsets"_a, "k"_a, "v"_a, "out"_a, "scale"_a,
         "first_query"_a, "stats"_a.none());
   m.def("attention_scratch_bytes_for", &mw::attention_scratch_bytes_for, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,

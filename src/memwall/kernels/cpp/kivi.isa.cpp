@@ -10,8 +10,10 @@
 //   scales float16 [channels / group][tokens], minima the same
 // So in both, the lanes of a vector are what shares no scale, one shift and one table look-up turn a word into 16 codes, and the
 // scale goes with the other factor: q * scale once per channel and block, p * scale once per token and group.
+// That factor is a float here; kivi_integer.isa.cpp rounds it to eight bits.
 #include "attention_isa.h"
 #include "attention_simd.h"
+#include "kivi_codes.h"
 
 #include <vector>
 
@@ -24,7 +26,6 @@ constexpr int kSums = 2;  // per result: twice the registers, so twice the addit
 #else
 constexpr int kSums = 1;
 #endif
-constexpr int kBlock = KiviForm::kValueBlock;
 constexpr float kLargestHalf = 65504.0f;
 
 // Turns the code that starts at bit `shift` of each lane into a float. Tables look at the lowest bits alone, and repeat, so that
@@ -80,23 +81,6 @@ struct Codes {
 };
 #endif
 
-template <int B>
-constexpr int kPerWord = B == 8 ? 4 : B == 4 ? 8 : 16;  // codes in a word of the main plane
-
-inline const std::uint32_t* words(const std::uint8_t* p) { return reinterpret_cast<const std::uint32_t*>(p); }
-
-// Rows of words of a key block's plane.
-struct Plane {
-  const std::uint32_t* data;
-  int tokens, full;  // rows of 32-bit words; what comes after has words of 16
-  Plane(const std::uint32_t* first, int block_tokens, int dim, int per_word)
-      : data(first), tokens(block_tokens), full((dim + per_word - 1) / per_word - KiviForm::half_row(dim, per_word)) {}
-  vi load(int row, int token) const {
-    const std::uint32_t* at = data + row * tokens;
-    return row < full ? iload(at + token) : iload(reinterpret_cast<const std::uint16_t*>(at) + token);
-  }
-};
-
 // the main plane, and the one of third bits behind it
 template <int B>
 struct Planes {
@@ -105,7 +89,6 @@ struct Planes {
       : main(words(block), tokens, dim, kPerWord<B>),
         extra(words(block + 2 * (2 * main.full + KiviForm::half_row(dim, kPerWord<B>)) * tokens), tokens, dim, 32) {}
 };
-inline const f16* halves(const std::uint8_t* p) { return reinterpret_cast<const f16*>(p); }
 
 template <int B>
 struct Bits {
@@ -163,25 +146,6 @@ inline void score_block(const Codes<B>& codes, const std::uint8_t* block, int to
   for (; t + 2 * W <= tokens; t += 2 * W)
     score_tile<B, R, 2, U>(codes, planes, t, dim, padded, scaled, offset, scores + t);
   for (; t < tokens; t += W) score_tile<B, R, 1, U>(codes, planes, t, dim, padded, scaled, offset, scores + t);
-}
-
-// q * scale per channel, and the sum of q * minimum: the same for all tokens of the block; zeros up to the next multiple of 16
-inline void fold_key_scales(const f16* scales, const f16* minima, const float* q, int dim, float* scaled, float* offset) {
-  vf sum = vset(0.0f);
-  int d = 0;
-  for (; d + W <= dim; d += W) {
-    const vf query = vload(q + d);
-    vstore(scaled + d, vmul(query, vload(scales + d)));
-    sum = vfma(query, vload(minima + d), sum);
-  }
-  if (d < dim) {
-    const vf query = vload(q + d);
-    vstore(scaled + d, vmul(query, vload_part(scales + d, dim - d)));
-    sum = vfma(query, vload_part(minima + d, dim - d), sum);
-    d += W;
-  }
-  for (; d % 16 != 0; d += W) vstore(scaled + d, vset(0.0f));
-  *offset = hsum(sum);
 }
 
 // ---- values ------------------------------------------------------------------------------------------------------------
@@ -302,10 +266,12 @@ inline float at(const Rows& rows, std::int64_t i) {
 
 std::size_t kivi_scratch(const Attention& a) {
   const std::size_t rep = static_cast<std::size_t>(a.queries_per_kv_head());
+  if (a.form.integers) return kivi_integer_scratch(a);
   return rep * (static_cast<std::size_t>(a.padded_key()) + 1) + kHeads * kBlock + rep * kBlock;
 }
 
 void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::int64_t end, float* scores, float* scratch) {
+  if (a.form.integers) return kivi_integer_scores(a, q, begin, end, scores, scratch);
   const int rep = a.queries_per_kv_head(), dim = a.key_dim, padded = a.padded_key(), tokens = a.form.key_tokens();
   const std::size_t size = a.form.key_block_bytes(dim), code_bytes = a.form.key_code_bytes(dim);
   float *scaled = scratch, *offset = scratch + rep * padded;
@@ -333,6 +299,7 @@ void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::in
 }
 
 void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::int64_t end, float* out, float* scratch) {
+  if (a.form.integers) return kivi_integer_values(a, p, begin, end, out, scratch);
   const int rep = a.queries_per_kv_head(), dim = a.head_dim;
   const std::size_t size = a.form.value_block_bytes(dim);
   float *scaled = scratch, *cut = scratch + kHeads * kBlock;
