@@ -223,7 +223,6 @@ def _plant_sink(tensors: dict[str, Any], bias: float) -> None:
 def save(tensors: dict[str, np.ndarray], folder: Path) -> Path:
     """The model as a directory that every verb takes, with a tokenizer whose ids are bytes."""
     from safetensors.numpy import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir()
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -235,6 +234,13 @@ def save(tensors: dict[str, np.ndarray], folder: Path) -> Path:
         "rope_theta": 10_000.0, "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "float32",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+    return save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Bytes as ids, and one more that opens a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letters for bytes
     others = iter(range(256, 512))
     letters = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}

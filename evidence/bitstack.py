@@ -19,6 +19,9 @@ elements that are several times the mean are reached by the factors only: of the
 256, random normal matrices keep 6.4 to 7.5 %. Signs turned where factors come out negative, and factors fitted again to
 them, win a fiftieth of it.
 
+What all 16 blocks lose is judged on all of the held-out text: on its first 4,096 tokens, which all sizes are scored on,
+it was +0.503 % once, where half a percent is allowed, and the sign of a thousandth is not known from as few.
+
 Text: `--data` a UTF-8 file (its first half calibrates, the second is scored); the bundled texts otherwise.
 """
 
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -114,6 +118,8 @@ class Study:
         read = CalibrationSettings(max_tokens=1024 if quick else 4096, sequence_tokens=WINDOW)
         scored, name = (held_out_text(), "bundled") if text is None else (text[len(text) // 2 :], str(data))
         self.scored = token_sequences(scored, tokenizer, self.config, read, name)
+        whole = CalibrationSettings(max_tokens=1 << 20, sequence_tokens=WINDOW)
+        self.all_scored = token_sequences(scored, tokenizer, self.config, whole, name)
         self.tuning = Tuning(
             calibration=CalibrationSettings(max_tokens=2048 if quick else 16_384, sequence_tokens=WINDOW)
         )
@@ -146,23 +152,32 @@ class Study:
 
     def perplexity(self, folder: Path, weights: str, forms: Mapping[str, Packed]) -> float:
         """Of the held-out tokens with these matrices in place, in exact arithmetic."""
+        return float(np.exp(self.losses(folder, weights, forms, self.scored).mean()))
+
+    def losses(
+        self, folder: Path, weights: str, forms: Mapping[str, Packed], windows: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """The same, token by token, in nats."""
         arena = Arena(1 << 40, Ledger())
         with Checkpoint(folder, self.config) as checkpoint:
             held = load_weights(self.config, checkpoint, resolve(self.config, weights, checkpoint), arena)
         for name, form in forms.items():
             held.replace(name, form)
         decoder = Decoder(self.config, held, arena, segment_tokens=WINDOW, logit_rows=WINDOW, exact=True)
-        loss, count = 0.0, 0
-        for window in self.scored:
+        found = []
+        for window in windows:
             logits = decoder.forward(window[:-1], PromptCache(self.config), all_logits=True)
-            loss -= float(log_softmax(logits)[np.arange(len(window) - 1), window[1:]].sum(dtype=np.float64))
-            count += len(window) - 1
+            found.append(-log_softmax(logits)[np.arange(len(window) - 1), window[1:]].astype(np.float64))
         decoder.release()
         held.release()
-        return float(np.exp(loss / count))
+        return np.concatenate(found)
 
     def at(self, counts: Mapping[str, int]) -> float:
-        """Perplexity of the stack's model with so many blocks of each matrix.
+        """Perplexity of the stack's model with so many blocks of each matrix."""
+        return self.perplexity(self.stack, "stack-0", self.decoded(counts))
+
+    def decoded(self, counts: Mapping[str, int]) -> dict[str, Packed]:
+        """So many first blocks of each matrix as floats.
 
         In exact arithmetic products of the stored blocks are those of what they decode to, bit for bit, so each first
         part of a matrix is decoded once and not for every window of text.
@@ -171,7 +186,7 @@ class Study:
             if name not in self._decoded or self._decoded[name][0] != count:
                 form = first_blocks(self.whole[name], count)
                 self._decoded[name] = (count, codec("float32").encode(codec(form.spec).decode(form)))
-        return self.perplexity(self.stack, "stack-0", {name: self._decoded[name][1] for name in counts})
+        return {name: self._decoded[name][1] for name in counts}
 
     def nbytes(self, counts: Mapping[str, int]) -> int:
         return sum(first_blocks(self.whole[name], count).nbytes for name, count in counts.items())
@@ -201,10 +216,16 @@ def curve(study: Study) -> list[Claim]:
     sizes = [study.bits(study.nbytes(study.index.counts(int(step)))) for step in steps]
     shown = ", ".join(f"{found[i]:.1f} at {sizes[i]:.1f}" for i in np.linspace(0, len(found) - 1, 8).astype(int))
     wanted = len(found) if study.quick else 100
+    full = study.index.counts(study.index.num_blocks)
+    stack = study.losses(study.stack, "stack-0", study.decoded(full), study.all_scored)
+    plain = study.losses(study.source, "float16", {}, study.all_scored)
+    above = np.exp((stack - plain).mean()) - 1
+    error = (stack - plain).std() / math.sqrt(len(plain))
     top = Claim(
         claim="with all blocks perplexity is within 0.5 % of the float model's",
-        measured=f"{found[-1]:.3f} against {study.float:.3f} ({found[-1] / study.float - 1:+.2%})",
-        required="at most +0.5 %", passed=found[-1] <= 1.005 * study.float,
+        measured=f"{np.exp(stack.mean()):.3f} against {np.exp(plain.mean()):.3f} over {len(plain):,} tokens "
+        f"({above:+.2%} +- {error:.2%})",
+        required="at most +0.5 %", passed=bool(above <= 0.005),
     )  # fmt: skip
     if study.quick:
         top = Claim(claim=top.claim, measured=f"not run: needs all 16 blocks, made without --quick ({top.measured})",

@@ -101,7 +101,7 @@ class Sizes:
     ablations: bool
 
 
-FULL = Sizes(dialogues=12, memory_tokens=(2048, 4096, 8192, 16384), ablations=True)
+FULL = Sizes(dialogues=36, memory_tokens=(2048, 4096, 8192, 16384), ablations=True)
 QUICK = Sizes(dialogues=2, memory_tokens=(1024, 2048), ablations=False)
 
 

@@ -8,14 +8,19 @@ much more beside matrices of 256 columns than beside those of large models: effe
 Memory is the peak resident set of one process per contender, each working one step over the same random model.
 
 Text: `--data` a UTF-8 file (its first nine tenths are learned, the rest is scored); otherwise docstrings of Python's
-standard library are learned, some three hundred thousand tokens once (with --quick the bundled calibration text), and
-the planner's held-out text is scored, which shares no stretch with them. The published correction learned four million
+standard library are learned, some three hundred thousand tokens (with --quick the bundled calibration text), and the
+planner's held-out text is scored, which shares no stretch with them. The published correction learned four million
 tokens and more. An earlier form of this file learned the bundled calibration text, 24 thousand tokens, up to twenty
 times over, on a base in groups of 64: it learned them by heart, and closed 32 to 36 % of the gap on the scored text.
 Now samples are new ones, as published, the rate falls to nothing over so short a run, and the base has the published
 groups of 128. The divergence is summed over a window's positions and the cross-entropy is their mean, so the published
 weights, 1 and 200, are those of windows of 2,048 tokens; at 256 tokens 200 gave the labels eight times the published
 share, and the text that has them is what is learned by heart. The share is kept here: 25.
+
+The whole run of 30 November 2026 read every text once: a correction then closed 69 % of the gap where 70 % are asked,
+and of losses with few samples KL alone ended at 102.6, CE alone at 101.7, both at 101.7. The published corrections go
+over their samples up to twenty times, and what KL is for, that few samples are not learned by heart, cannot show where
+each is seen once. Texts are read as often as stands in PASSES since then; nothing else was changed.
 """
 
 from __future__ import annotations
@@ -56,6 +61,7 @@ CE_WEIGHT = 200.0 * CONTEXT / 2048
 BASE = "int{}-g128-asym"
 # characters of a text for what needs few samples (24 thousand tokens), and for bases that lost little
 FEW, SOME = 90_000, 400_000
+PASSES = {"whole": 2, "some": 1, "few": 8}
 # answers kept of the teacher's 4,096 a position: all of the whole text would be 2.6 GB
 KEPT = 128
 DEMO = model_directory("demo")
@@ -145,11 +151,12 @@ class Study:
         return (math.log(broken) - math.log(mended)) / (math.log(broken) - math.log(self.float))
 
     def corrected(self, name: str, base: Path, text: str, **options: Any) -> tuple[Path, TuneReport]:
-        """A correction of `base`, made in one pass over one of the texts. Of all states seen the best is kept."""
+        """A correction of `base`, made in PASSES over one of the texts. Of all states seen the best is kept."""
         out = self.folder / f"lora-{base.name}-{name}"
         if name + base.name not in self.known:
             asked = {
-                "rank": RANK, "alpha": ALPHA, "context": CONTEXT, "micro_batch": 4, "epochs": 1, "decay": "yes",
+                "rank": RANK, "alpha": ALPHA, "context": CONTEXT, "micro_batch": 4, "decay": "yes",
+                "epochs": 1 if self.quick else PASSES[text],
                 "learning_rate": RATE, "ce_weight": CE_WEIGHT, "save_every": 40, "held_out": 0.02,
                 "teacher_top": KEPT, **options,
             }  # fmt: skip
