@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::int64_t kBytesPerMicrosecond = 10000;  // a core reads about this much; waking a thread costs a few microseconds
 constexpr std::int64_t kInlineMicroseconds = 20;
+constexpr int kFewQueries = 12;
 
 std::size_t bytes_of(Real type) { return type == Real::float32 ? 4 : type == Real::int8 ? 1 : 2; }
 
@@ -159,19 +160,31 @@ void attend_many(const Attention& a, const AttentionKernels& kernels, const Atte
   parallel_for(static_cast<std::size_t>(a.num_kv_heads * blocks), 1, body);
 }
 
-// Queries one by one, each by the code for a single one: where coded keys meet rounded queries, which tiles of floats would not do.
+// Queries one by one, each by the code for a single one.
 void attend_singly(const Attention& a, const AttentionKernels& kernels) {
+  const auto query = [&](std::size_t i) {
+    Attention one = a;
+    const std::int64_t place = a.place(static_cast<int>(i));
+    one.num_tokens = 1, one.places = nullptr, one.first_key += place, one.query_key += place;
+    one.q += i * static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.key_dim);
+    one.out += i * static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.head_dim);
+    if (a.stats != nullptr) one.stats += 2 * i * static_cast<std::size_t>(a.num_heads);
+    return one;
+  };
+  const auto count = static_cast<std::size_t>(a.num_tokens);
+  if (a.num_tokens < num_threads()) {  // all threads over one query's keys
+    for (std::size_t i = 0; i < count; ++i) {
+      const Attention one = query(i);
+      attend_each(&one, 1, kernels);
+    }
+    return;
+  }
   const std::size_t q_floats = static_cast<std::size_t>(a.num_heads) * a.padded_key(), partial = (partial_stride(a) + 15) / 16 * 16;
   const std::size_t scratch = single_scratch(a, kernels);
-  parallel_for(static_cast<std::size_t>(a.num_tokens), 1, [&](std::size_t first, std::size_t last, int) {
+  parallel_for(count, 1, [&](std::size_t first, std::size_t last, int) {
     float* work = t_work.get(scratch);
     for (std::size_t i = first; i < last; ++i) {
-      Attention one = a;
-      const std::int64_t place = a.place(static_cast<int>(i));
-      one.num_tokens = 1, one.first_key += place, one.query_key += place;
-      one.q += i * static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.key_dim);
-      one.out += i * static_cast<std::size_t>(a.num_heads) * static_cast<std::size_t>(a.head_dim);
-      if (a.stats != nullptr) one.stats += 2 * i * static_cast<std::size_t>(a.num_heads);
+      const Attention one = query(i);
       const Cut cut(one, 1);
       float* at = work + q_floats;
       scale_queries(one, work);
@@ -179,6 +192,12 @@ void attend_singly(const Attention& a, const AttentionKernels& kernels) {
       merge(one, at, partial, 1);
     }
   });
+}
+
+// Whether that is the way for KIVI's codes: few queries do not pay for turning codes into tiles of floats, and tiles know no integers.
+bool singly(const Attention& a) {
+  if (a.form.bits == 0 || a.waiting != nullptr || a.coded_keys + a.coded_values == 0) return false;
+  return a.form.integers || a.num_tokens <= kFewQueries;
 }
 
 // One worker's share of a ragged decode: a run of one head's past, or of the tail, which all heads share (head -1).
@@ -321,7 +340,7 @@ const AttentionKernels& attention_kernels() {
 void attend(const Attention& a) {
   if (a.num_tokens == 0) return;
   const AttentionKernels& kernels = attention_kernels();
-  if (a.num_tokens > 1 && a.form.integers && a.coded_keys + a.coded_values > 0) return attend_singly(a, kernels);
+  if (a.num_tokens > 1 && singly(a)) return attend_singly(a, kernels);
   if (a.num_tokens > 1 || a.waiting != nullptr) return attend_many(a, kernels);
   Attention one = a;
   one.first_key += a.place(0), one.query_key += a.place(0), one.places = nullptr;
@@ -367,7 +386,7 @@ std::size_t attention_scratch_bytes_for(int num_heads, int num_kv_heads, int hea
   a.bfp.bits = 4, a.bfp.block = 16;
   const AttentionKernels& kernels = attention_kernels();
   std::size_t work = kernels.decode_scratch(a);
-  if (tokens > 1) work = std::max(work, kernels.prefill_scratch(a, prompt_queries(a, threads)));
+  if (tokens > 1) work = std::max({work, kernels.prefill_scratch(a, prompt_queries(a, threads)), single_scratch(a, kernels)});
   const auto together = static_cast<std::size_t>(std::clamp(sequences, 1, kSequencesTogether));
   std::size_t shared = (shared_scratch(a, most_chunks(threads)) + kernels.prepared(a)) * together;
   if (shared_rows > 0) {
