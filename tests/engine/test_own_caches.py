@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from memwall import kv
 from memwall.engine import Sampling, Settings, load
 from memwall.engine.base import Limits, RequestView, State
 from memwall.engine.fcfs import FirstComeFirstServed
+from memwall.engine.kept_caches import OwnPages
 from memwall.engine.loading import cache_shape
 from memwall.engine.own_caches import Growth, OwnPool, Sizes, longest_chunk, make_own, settled_own
 from memwall.engine.sequence import Request
@@ -46,8 +48,17 @@ POLICIES = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def learned(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What some policies fit, drawn at random: only that runs agree is looked at."""
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What some policies fit, drawn at random: only that runs agree is looked at. In a folder of its own, as other
+    tests count on that the demo model has none of it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("fitted")))
+        learn()
+        yield
+
+
+def learn() -> None:
     with Checkpoint(DEMO_DIRECTORY) as checkpoint:
         print_ = checkpoint.fingerprint()
     fitted.save(print_, LocretCache.fit_key(parse("locret")), random_heads(SHAPE, heads_width(SHAPE)))
@@ -70,7 +81,7 @@ def requests(made: int = 24) -> list[Request]:
 def serving(policy: str, folder: Path = DEMO_DIRECTORY, **changes: Any) -> Serving:
     settings: dict[str, Any] = {
         "weights": "int8", "context_tokens": CONTEXT, "token_budget": 64, "max_sequences": 8, "threads": 1,
-        "kv": policy, "exact": True, **changes,
+        "kv": policy, "exact": True, "keep_prefixes": False, **changes,
     }  # fmt: skip
     budget = settings.pop("budget", None)
     return load_engine(folder, ServingSettings(**settings), budget=budget)
@@ -93,12 +104,14 @@ def run(held: Serving, wanted: list[Request]) -> list[list[int]]:
 
 def check(held: Serving) -> None:
     """Each cache is within what was taken for it, and all of them are what the arena has."""
-    pool, running = caches_of(held), held.engine.running
-    assert set(pool.caches) == {number for number, one in running.items() if one.computed}
-    assert pool.used_pages == sum(len(one.pages) for one in running.values()) <= pool.limit_pages
+    pool, running, pages = caches_of(held), held.engine.running, held.engine.pages
+    assert isinstance(pages, OwnPages)
+    assert set(pool.caches) == {number for number, one in running.items() if one.computed} | set(pages.kept)
+    taken = {number: one.pages for number, one in running.items()} | {n: kept.pages for n, kept in pages.kept.items()}
+    assert pool.used_pages == sum(map(len, taken.values())) <= pool.limit_pages
     for number, cache in pool.caches.items():
-        assert cache.nbytes - pool.sizes.shared <= len(running[number].pages) * pool.page_bytes
-        assert cache.length == running[number].computed
+        assert cache.nbytes - pool.sizes.shared <= len(taken[number]) * pool.page_bytes
+        assert cache.length == (running[number].computed if number in running else len(pages.kept[number].tokens))
     assert pool.committed_bytes <= pool.used_pages * pool.page_bytes
 
 

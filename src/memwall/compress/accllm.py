@@ -7,8 +7,8 @@ Idea: prune -> fine-tune -> quantize. A two-bit code and a two-bit place for hal
 an eighth of float16, and half of the products. Pruning is compensated in the sweep (`pruning`); then the pruned model
 learns, its mask held, to say what the float model says, first in floats (`tune_steps`), then rounded as it will be
 stored (`aware_steps`); without the latter the kept weights are rounded in a second compensated sweep. Products round
-their inputs to eight bits as every packed form here does (A8); `--kv 'lambda(...)+kivi(4bit,queries=int8)'` is the rest:
-KV4, with queries and shares of eight bits.
+their inputs to eight bits as every packed form here does (A8); `--kv 'lambda(...)+kivi(4bit,queries=int8)'` is the
+rest: KV4, with queries and shares of eight bits.
 Units and shapes: weight [rows, cols] float, H [cols, cols] -> Packed of `formats.sparse`, by default sparse2-g128-asym:
 64 kept weights share a float16 scale and a zero point.
 Differs from the paper: which score, tuning, group and quantizer it uses is not published; these are standard practice.

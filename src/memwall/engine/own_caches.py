@@ -9,7 +9,9 @@ waits for memory in the middle of a step. What all caches share, such as fitted 
 A prompt is cut as its policy asks (`KVCache.begin_prompt`), and its chunks are not cut any further, so that answers are
 those of `memwall run`. Of decoding requests each attends by itself; products with weights are shared as always.
 
-Not here: beginnings that are shared, swapping (a request that is set aside is read again, as one prompt with what it
+A request that ended leaves its cache to the next turn of its conversation (`kept_caches`).
+
+Not here: beginnings that several share, swapping (a request that is set aside is read again, as one prompt with what it
 had made), adapters, and schedulers that count in tokens of pages.
 """
 
@@ -26,6 +28,7 @@ from memwall.engine.base import RequestView
 from memwall.engine.batch import BatchCache
 from memwall.engine.core import Engine
 from memwall.engine.executor import Entry, Output
+from memwall.engine.kept_caches import Kept, OwnPages
 from memwall.engine.kv_pages import POOL_OWNER
 from memwall.engine.loading import cache_shape
 from memwall.engine.sequence import Event, FinishReason, Sequence
@@ -72,14 +75,14 @@ def check_own(settings: ServingSettings) -> None:
 
 
 def settled_own(settings: ServingSettings, config: ModelConfig) -> ServingSettings:
-    """The settings with what follows: pages of a share of the context, nothing kept or swapped. A model without
-    attention has a state of one size for requests of any length.
+    """The settings with what follows: pages of a share of the context, nothing swapped. A model without attention has a
+    state of one size for requests of any length.
     """
     kv, tokens = settings.kv, PAGE_TOKENS
     if config.ssm is not None:
         kv = str(resolve_for(kv, cache_shape(config)))
         tokens = max(tokens, -(-(settings.context_tokens or config.max_position) // STATE_PAGES))
-    return replace(settings, kv=kv, page_tokens=tokens, keep_prefixes=False, swap_bytes=0)
+    return replace(settings, kv=kv, page_tokens=tokens, swap_bytes=0)
 
 
 # ---- what a request takes ------------------------------------------------------------------------------------------
@@ -157,10 +160,12 @@ class OwnPool(PagePool):
 
     counts = "caches"
 
-    def __init__(self, template: KVCache, sizes: Sizes, *, page_bytes: int, most_pages: int, limit_pages: int) -> None:
-        """template: an empty cache, of which each request's is a fork."""
+    def __init__(
+        self, template: KVCache, sizes: Sizes, longest: int, *, page_bytes: int, most_pages: int, limit_pages: int
+    ) -> None:
+        """template: an empty cache, of which each request's is a fork. longest: tokens of a prompt's chunk."""
         super().__init__(POOL_OWNER, page_bytes=page_bytes, most_pages=most_pages, limit_pages=limit_pages)
-        self.template, self.sizes = template, sizes
+        self.template, self.sizes, self.longest = template, sizes, longest
         self.caches: dict[int, KVCache] = {}
         self._held = 0
 
@@ -169,11 +174,11 @@ class OwnPool(PagePool):
         """See `PagePool`: what the caches hold, of all that was taken for them."""
         return self._held
 
-    def begin_cache(self, number: int, num_tokens: int, longest: int) -> None:
+    def begin_cache(self, number: int, num_tokens: int) -> None:
         """An empty cache for a request, whose prompt comes in the chunks that `Growth` knows."""
         self.end_cache(number)
         cache = self.caches[number] = self.template.fork()
-        cache.begin_prompt(num_tokens, longest)
+        cache.begin_prompt(num_tokens, self.longest)
 
     def end_cache(self, number: int) -> None:
         """A request's cache goes, if it has one."""
@@ -219,10 +224,9 @@ class Part:
 class OwnCaches(BatchCache):
     """A `BatchCache` that hands every row to the cache of its request."""
 
-    def __init__(self, shape: CacheShape, pool: OwnPool, longest: int) -> None:
-        """longest: tokens of a prompt's chunk."""
+    def __init__(self, shape: CacheShape, pool: OwnPool) -> None:
         super().__init__(shape, pool, PAGE_TOKENS)  # what pages would hold is not looked at
-        self.own, self.longest = pool, longest
+        self.own = pool
         self.parts: list[Part] = []
         self._taken = 0
 
@@ -233,7 +237,7 @@ class OwnCaches(BatchCache):
         for entry in batch:
             number = entry.sequence.id
             if entry.first == 0:
-                self.own.begin_cache(number, len(entry.sequence.tokens), self.longest)
+                self.own.begin_cache(number, len(entry.sequence.tokens))
             cache = self.own.caches[number]
             assert cache.length == entry.first
             at = np.arange(entry.first, entry.first + entry.count, dtype=np.int64)
@@ -286,9 +290,9 @@ class OwnCachesEngine(Engine):
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
-        pool = self.pages.pool
-        assert isinstance(pool, OwnPool)
-        self.own = pool
+        pages = self.pages
+        assert isinstance(pages, OwnPages)
+        self.kept, self.own = pages, pages.own
         self._growths: dict[int, Growth] = {}
 
     def growth(self, one: Sequence) -> Growth:
@@ -300,6 +304,27 @@ class OwnCachesEngine(Engine):
 
     def _view(self, one: Sequence) -> RequestView:
         return replace(super()._view(one), growth=self.growth(one))
+
+    def _waiting_view(self, one: Sequence) -> RequestView:
+        """What it would go on from counts as computed; its pages are among the free ones until it has them."""
+        if one.view is None or one.version != self.pages.version:
+            found = self.kept.find_kept(one)
+            one.view = replace(self._view(one), computed=0 if found is None else found[1])
+            one.version = self.pages.version
+        return one.view
+
+    def _admit(self, one: Sequence, hit: int, now: float, *, restore: bool = False) -> None:
+        found, first = self.kept.find_kept(one), one.admitted is None
+        growth = self.growth(one)  # of all its tokens, whatever it goes on from
+        super()._admit(one, hit, now, restore=restore)
+        if found is None:
+            return
+        cache, one.pages = self.kept.take_over(found[0], one.id, found[1])
+        one.computed = found[1]
+        cache.begin_prompt(growth.prompt - one.computed, self.own.longest)
+        if first:
+            one.cached = one.computed
+            self.totals.prefix_hits += one.computed
 
     def _pages_behind(self, one: Sequence, tokens: int) -> int:
         return self.growth(one).pages(tokens)
@@ -317,16 +342,22 @@ class OwnCachesEngine(Engine):
         self.own.end_cache(one.id)
 
     def _finish(self, one: Sequence, why: FinishReason) -> Event:
+        kept = None
+        if self.kept.keeps and why in ("stop", "length") and one.status == "running" and one.num_made:
+            kept, one.pages = Kept(one.tokens[: one.computed], one.request.salt, one.pages), []
         event = super()._finish(one, why)
         self._growths.pop(one.id, None)
-        self.own.end_cache(one.id)
+        if kept is not None:
+            self.kept.keep(one.id, kept)
+        else:
+            self.own.end_cache(one.id)
         return event
 
 
-def decoders_view(settings: ServingSettings, shape: CacheShape, pool: OwnPool) -> OwnCaches:
+def decoders_view(shape: CacheShape, pool: OwnPool) -> OwnCaches:
     """What the decoder sees of the caches."""
     kind = OwnInputs if pool.template.takes_inputs else OwnCaches
-    return kind(shape, pool, longest_chunk(settings))
+    return kind(shape, pool)
 
 
 def longest_chunk(settings: ServingSettings) -> int:
@@ -354,7 +385,8 @@ def make_own(
             raise BudgetExceeded(POOL_OWNER, needed, free, arena.cap_bytes)
         context = max(context // 2, LEAST_CONTEXT_TOKENS)
     room = max(available_memory_bytes(), arena.cap_bytes if limited else 0)
-    pool = OwnPool(template, sizes, page_bytes=page_bytes, most_pages=max(room // page_bytes, pages), limit_pages=pages)
+    limits = {"most_pages": max(room // page_bytes, pages), "limit_pages": pages}
+    pool = OwnPool(template, sizes, longest_chunk(settings), page_bytes=page_bytes, **limits)
     return pool, context
 
 

@@ -33,6 +33,7 @@ from memwall.engine.serving_parts import (
     has_own,
     make_adapters,
     make_cache,
+    make_pages,
     make_pool,
     make_switcher,
     settled,
@@ -392,7 +393,7 @@ def load_engine(
     scratch = arena.allocate(SAMPLING, Sampler.scratch_shape(config.vocab_size), np.float32)
     behind = CacheModel(config=config, weights=loaded.weights, directory=model)
     pool, context = make_pool(settings, behind, arena, limited=budget is not None)
-    pages = KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
+    pages = make_pages(settings, pool)
     shape, adapters, lora = cache_shape(config), None, None
     if settings.lora is not None:
         adapters, lora = make_adapters(settings, settings.lora, pages, arena, shape)

@@ -84,11 +84,22 @@ def make_cache(settings: ServingSettings, shape: CacheShape, pool: PagePool) -> 
         from memwall.engine.own_caches import OwnPool, decoders_view
 
         assert isinstance(pool, OwnPool)
-        return decoders_view(settings, shape, pool)
+        return decoders_view(shape, pool)
     from memwall.engine.slots import SlotCache, SlotPool
 
     assert isinstance(pool, SlotPool)
     return SlotCache(shape, pool, settings.page_tokens)
+
+
+def make_pages(settings: ServingSettings, pool: PagePool) -> KVPages:
+    """The pool's pages by what they hold."""
+    if not has_own(settings.kv):
+        return KVPages(pool, settings.page_tokens, keep_prefixes=settings.keep_prefixes)
+    from memwall.engine.kept_caches import OwnPages
+    from memwall.engine.own_caches import OwnPool
+
+    assert isinstance(pool, OwnPool)
+    return OwnPages(pool, settings.page_tokens, keep=settings.keep_prefixes)
 
 
 def _bytes_of_page(settings: ServingSettings, shape: CacheShape) -> int:

@@ -142,6 +142,8 @@ class KVCache(ABC):
     """Whether it takes prompts of any length in segments, so that later ones see of the past what it keeps, as it keeps
     it.
     """
+    goes_on: ClassVar[bool] = False
+    """Of what is no store: whether another prompt after an answer takes no more than one prompt of all of it would."""
     packs_positions: ClassVar[bool] = False
     """Whether it numbers the tokens that it keeps anew (`next_position`): a sequence may then outgrow the positions
     that the model knows.
