@@ -15,6 +15,7 @@ from memwall.engine.serving import Serving
 from memwall.errors import InputError
 from memwall.models.ssm_decoder import CHUNK_ROWS, StatePart, _groups
 from tests.compress.test_quamba2 import compress, make_model
+from tests.engine.test_kept_caches import answer
 from tests.engine.test_own_caches import alone, caches_of
 from tests.engine.test_own_caches import serving as own_serving
 from tests.models.ssm_models import CONFIGS, MAMBA, MAMBA2, write_model
@@ -68,6 +69,19 @@ def test_models_on_integers_too(config: dict[str, object], bits: str, tmp_path: 
     held = serving(tmp_path / "small", weights="saved", token_budget=400)
     assert run(held) == alone(held, requests(), tmp_path / "small")
     held.release()
+
+
+def test_a_state_goes_on_where_all_it_has_seen_comes_again(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", MAMBA2)
+    held, fresh = serving(folder, keep_prefixes=True), serving(folder)
+    first = answer(held, list(range(50)))
+    turn = [*first.tokens, 7, 8, 9]
+    again = answer(held, turn)
+    assert again.cached == len(first.tokens) - 1
+    assert list(again.made) == list(answer(fresh, turn).made)
+    assert answer(held, [*turn[:55], 1]).cached == 0, "a state cannot be cut"
+    held.release()
+    fresh.release()
 
 
 def test_chunks_of_a_batch() -> None:

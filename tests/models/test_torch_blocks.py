@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from memwall.models.torch_blocks import described, norm_of, rotary, rotated, scores_of  # noqa: E402
+from memwall.models.torch_blocks import attended, described, norm_of, rotary, rotated, scores_of  # noqa: E402
 from memwall.models.torch_grouped import Grouped  # noqa: E402
 from memwall.models.torch_mla import Latent  # noqa: E402
 from memwall.models.torch_moe import Experts  # noqa: E402
@@ -123,3 +123,16 @@ def test_norm_by_hand_and_specs_as_records_hold_them() -> None:
     assert torch.allclose(norm_of(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]) / 12.5**0.5, atol=1e-5)
     told = described(Grouped(heads=2, kv_heads=1, head_dim=4))
     assert told == {"kind": "grouped", "heads": 2, "kv_heads": 1, "head_dim": 4, "turned": True, "relative": False}
+
+
+@pytest.mark.parametrize(("groups", "shared", "dim", "value_dim"), [(4, 1, 32, 32), (1, 4, 32, 32), (2, 3, 20, 13)])
+def test_a_token_attends_alike_with_and_without_gradients(groups: int, shared: int, dim: int, value_dim: int) -> None:
+    torch.manual_seed(0)
+    queries, rows = torch.randn(2, groups, shared, dim), torch.randn(2, groups, 70, dim)
+    values = rows[..., :value_dim]
+    want = attended(queries.requires_grad_(), rows, values, 0.3)
+    with torch.no_grad():
+        found = attended(queries, rows, values, 0.3)
+    assert want.requires_grad
+    assert found.shape == (2, groups, shared, value_dim)
+    assert torch.allclose(found, want, atol=1e-5)

@@ -130,13 +130,14 @@ class Sizes:
 
 
 class Growth:
-    """What a request with such a prompt takes with every token, in pages of page_bytes, and the chunks of its prompt.
-    See `base.Growth`; a function of its arguments, whose values are kept once they are known.
+    """What a request with such a prompt takes with every token, in pages of page_bytes, and the chunks of its prompt,
+    of which the first `begun` tokens are there. See `base.Growth`; a function of its arguments, whose values are kept
+    once they are known.
     """
 
-    def __init__(self, sizes: Sizes, page_bytes: int, prompt: int) -> None:
-        self.sizes, self.page_bytes, self.prompt = sizes, page_bytes, prompt
-        self._ends = list(accumulate(sizes.segments(prompt)))
+    def __init__(self, sizes: Sizes, page_bytes: int, prompt: int, begun: int = 0) -> None:
+        self.sizes, self.page_bytes, self.prompt, self.begun = sizes, page_bytes, prompt, begun
+        self._ends = [begun + end for end in accumulate(sizes.segments(prompt - begun))]
         self._read = sizes.read(prompt)
         self._peaks = [sizes.at(prompt, prompt)]
 
@@ -295,11 +296,15 @@ class OwnCachesEngine(Engine):
         self.kept, self.own = pages, pages.own
         self._growths: dict[int, Growth] = {}
 
-    def growth(self, one: Sequence) -> Growth:
-        """Of a request, whose prompt is all that it had when it began to be read."""
-        found = self._growths.get(one.id)
-        if found is None or (not one.computed and found.prompt != len(one.tokens)):
-            found = self._growths[one.id] = Growth(self.own.sizes, self.own.page_bytes, len(one.tokens))
+    def growth(self, one: Sequence, begun: int | None = None) -> Growth:
+        """Of a request, whose prompt is all that it had when it began to be read; begun: what it goes on from, None for
+        what was said last.
+        """
+        found, prompt = self._growths.get(one.id), len(one.tokens)
+        if begun is None:
+            begun = 0 if found is None else found.begun
+        if found is None or (not one.computed and (found.prompt, found.begun) != (prompt, begun)):
+            found = self._growths[one.id] = Growth(self.own.sizes, self.own.page_bytes, prompt, begun)
         return found
 
     def _view(self, one: Sequence) -> RequestView:
@@ -309,19 +314,21 @@ class OwnCachesEngine(Engine):
         """What it would go on from counts as computed; its pages are among the free ones until it has them."""
         if one.view is None or one.version != self.pages.version:
             found = self.kept.find_kept(one)
-            one.view = replace(self._view(one), computed=0 if found is None else found[1])
+            begun = 0 if found is None else found[1]
+            self.growth(one, begun)
+            one.view = replace(self._view(one), computed=begun)
             one.version = self.pages.version
         return one.view
 
     def _admit(self, one: Sequence, hit: int, now: float, *, restore: bool = False) -> None:
         found, first = self.kept.find_kept(one), one.admitted is None
-        growth = self.growth(one)  # of all its tokens, whatever it goes on from
+        self.growth(one, 0 if found is None else found[1])  # another one may have taken it in this step
         super()._admit(one, hit, now, restore=restore)
         if found is None:
             return
         cache, one.pages = self.kept.take_over(found[0], one.id, found[1])
         one.computed = found[1]
-        cache.begin_prompt(growth.prompt - one.computed, self.own.longest)
+        cache.begin_prompt(len(one.tokens) - one.computed, self.own.longest)
         if first:
             one.cached = one.computed
             self.totals.prefix_hits += one.computed

@@ -13,10 +13,12 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from memwall.errors import InputError
+from memwall.kernels import attention
 
 ROTARY_BASE = 10000.0
 
@@ -151,6 +153,28 @@ def scores_of(queries: Tensor, keys: Tensor) -> Tensor:
     order takes little more than half the time of the other.
     """
     return (keys @ queries.transpose(-1, -2)).transpose(-1, -2)
+
+
+def attended(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """One token's attention: queries [B, G, n, D] over keys [B, G, T, D] and values [B, G, T, V] -> [B, G, n, V].
+
+    Without gradients it is the compiled one, which reads a key once for all n queries and shares the tokens out among
+    all threads; torch's product of few rows with many takes one of them.
+    """
+    if torch.is_grad_enabled():
+        return (scale * scores_of(queries, keys)).softmax(-1) @ values
+    out = torch.empty(*queries.shape[:-1], values.shape[-1])
+    for batch, group in np.ndindex(*keys.shape[:2]):
+        q, k, v, to = (each[batch, group].numpy() for each in (queries.contiguous(), keys, values, out))
+        attention.attend_float(
+            q[None], _one_head(k), _one_head(v), scale=scale, first_position=len(k) - 1, out=to[None]
+        )  # fmt: skip
+    return out
+
+
+def _one_head(x: np.ndarray) -> np.ndarray:
+    """Rows [T, D], which may lie apart, as [T, 1, D]."""
+    return np.lib.stride_tricks.as_strided(x, (len(x), 1, x.shape[1]), (x.strides[0], x[0].nbytes, x.itemsize))
 
 
 def norm_of(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memwall.errors import InputError
-from memwall.models.torch_blocks import Mixer, Rows, linear, rotary, rotated, scores_of
+from memwall.models.torch_blocks import Mixer, Rows, attended, linear, rotary, rotated, scores_of
 
 BUCKETS, FARTHEST = 32, 128
 
@@ -90,11 +90,13 @@ class GroupedAttention(Mixer):
         q, k, v = self._parts(x, cache.length)
         keys, values = cache.append(keys=k, values=v)
         q = q.reshape(len(x), spec.kv_heads, -1, spec.head_dim)  # queries that share a head, together
-        scores = scores_of(q, keys) / math.sqrt(spec.head_dim)
-        if self.bias is not None:
+        scale = 1 / math.sqrt(spec.head_dim)
+        if self.bias is None:
+            mixed = attended(q, keys, values, scale)
+        else:
             distances = cache.length - 1 - torch.arange(cache.length)
-            scores = scores + self._biases(distances[None]).reshape(1, spec.kv_heads, -1, cache.length)
-        mixed = scores.softmax(-1) @ values
+            biases = self._biases(distances[None]).reshape(1, spec.kv_heads, -1, cache.length)
+            mixed = (scale * scores_of(q, keys) + biases).softmax(-1) @ values
         return self._out(mixed.reshape(len(x), spec.heads, 1, spec.head_dim))
 
     def _parts(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memwall.errors import InputError
-from memwall.models.torch_blocks import Mixer, Rows, linear, norm_of, rotary, rotated, scores_of
+from memwall.models.torch_blocks import Mixer, Rows, attended, linear, norm_of, rotary, rotated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +87,9 @@ class LatentAttention(Mixer):
         plain, turned, latents, key = self._parts(x, cache.length)
         (rows,) = cache.append(rows=torch.cat([latents, key], -1))
         asked = torch.cat([torch.einsum("bhd,hdr->bhr", plain[:, :, 0], self.key_up), turned[:, :, 0]], -1)
-        scores = scores_of(asked, rows) / math.sqrt(spec.head_dim + spec.turned_dim)
-        mixed = torch.einsum("bhr,hdr->bhd", scores.softmax(-1) @ rows[..., : spec.rank], self.value_up)
+        scale, alike = 1 / math.sqrt(spec.head_dim + spec.turned_dim), rows[:, None]  # all heads see one key
+        latent = attended(asked[:, None], alike, alike[..., : spec.rank], scale)[:, 0]
+        mixed = torch.einsum("bhr,hdr->bhd", latent, self.value_up)
         return self._out(mixed[:, :, None])
 
     def _parts(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

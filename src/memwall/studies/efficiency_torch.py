@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from memwall import _native
+from memwall import _native, kernels
 from memwall.hardware.meter import Meter
 from memwall.hardware.power import WorkModel, power_source
 from memwall.hardware.system import describe_system
@@ -237,6 +237,7 @@ def _begin(request: dict[str, Any]) -> tuple[Sizes, int]:
     dropped first, so that what the run adds is data and not the code of libraries.
     """
     torch.set_num_threads(request["threads"])
+    kernels.set_num_threads(request["threads"])
     torch.manual_seed(request["seed"])
     first = SmallLm(config_of(request["axis"], request["technique"], TINY))
     optimizer = torch.optim.AdamW(first.parameters())
