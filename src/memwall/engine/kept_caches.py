@@ -11,8 +11,9 @@ been attended to exactly once more.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -47,9 +48,16 @@ class Kept:
     salt: bytes
     pages: list[int]
 
-    def shared(self, tokens: Sequence[int]) -> int:
-        """Tokens that both begin with."""
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens)))
+    def shared(self, tokens: list[int]) -> int:
+        """Tokens that both begin with; 0 where it is less than LEAST_SHARE of the kept ones."""
+        least = max(math.ceil(LEAST_SHARE * len(self.tokens)), LEAST_TOKENS)
+        look = slice(least - LEAST_TOKENS, least)
+        if (
+            len(tokens) < least or self.tokens[look] != tokens[look]
+        ):  # conversations have openings in common, seldom this
+            return 0
+        both = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens)))
+        return both if both >= least else 0
 
 
 class OwnPages(KVPages):
@@ -110,9 +118,8 @@ class OwnPages(KVPages):
         for number, kept in self.kept.items():
             if kept.salt != one.request.salt:
                 continue
-            cache, shared = self.own.caches[number], min(kept.shared(one.tokens), len(one.tokens) - 1)
-            shared = cache.rewindable(shared)
-            if shared >= max(LEAST_TOKENS, LEAST_SHARE * len(kept.tokens)) and (best is None or shared > best[1]):
+            shared = self.own.caches[number].rewindable(min(kept.shared(one.tokens), len(one.tokens) - 1))
+            if shared and (best is None or shared > best[1]):
                 best = number, shared
         return best
 
