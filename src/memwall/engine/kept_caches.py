@@ -12,7 +12,6 @@ been attended to exactly once more.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING
 from memwall.engine.kv_pages import IDLE_TENANT, TENANT, KVPages
 from memwall.kv import KVCache, resolve
 from memwall.kv.table import technique
-from memwall.memory import OutOfPages
 
 if TYPE_CHECKING:
     from memwall.engine.own_caches import OwnPool
@@ -52,9 +50,8 @@ class Kept:
         """Tokens that both begin with; 0 where it is less than LEAST_SHARE of the kept ones."""
         least = max(math.ceil(LEAST_SHARE * len(self.tokens)), LEAST_TOKENS)
         look = slice(least - LEAST_TOKENS, least)
-        if (
-            len(tokens) < least or self.tokens[look] != tokens[look]
-        ):  # conversations have openings in common, seldom this
+        # conversations have openings in common, but seldom what comes half-way
+        if len(tokens) < least or self.tokens[look] != tokens[look]:
             return 0
         both = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens)))
         return both if both >= least else 0
@@ -67,24 +64,13 @@ class OwnPages(KVPages):
         super().__init__(pool, page_tokens, keep_prefixes=False)
         self.own = pool
         self.keeps = keep and goes_on(pool.sizes.policy)
-        self.kept: OrderedDict[int, Kept] = OrderedDict()
+        self.kept: dict[int, Kept] = {}
+        """By request, the longest unused first."""
 
     @property
     def idle_pages(self) -> int:
         """See `KVPages`."""
         return sum(len(kept.pages) for kept in self.kept.values())
-
-    @property
-    def available_pages(self) -> int:
-        """See `KVPages`."""
-        return self.pool.free_pages + self.idle_pages
-
-    def take(self, count: int, tenant: str = TENANT, owner: int | None = None) -> list[int]:
-        """See `KVPages`."""
-        if count > self.available_pages:
-            raise OutOfPages(f"{count} pages wanted, {self.available_pages} of {self.pool.limit_pages} are free")
-        self.forget(count - self.pool.free_pages)
-        return self.pool.take(tenant, count, owner)
 
     def forget(self, count: int) -> int:
         """See `KVPages`: whole caches, the longest unused first."""

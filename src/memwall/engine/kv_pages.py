@@ -81,7 +81,7 @@ class KVPages:
         """Pages that `take` can give."""
         lent = self.lender.idle_pages if self.lender is not None else 0
         leaving = self.leaving.leaving_pages if self.leaving is not None else 0
-        return self.pool.free_pages + len(self._idle) + lent + leaving
+        return self.pool.free_pages + self.idle_pages + lent + leaving
 
     def is_idle(self, page: int) -> bool:
         """Whether nobody but the index, or a copy on its way out, holds it."""

@@ -281,7 +281,7 @@ void kivi_scores(const Attention& a, const float* q, std::int64_t begin, std::in
     for (std::int64_t token = begin; token < end; token += tokens) {
       const std::uint8_t* block = a.key_block(token);
       for (int h = 0; h < a.num_kv_heads; ++h, block += size) {
-        for (std::size_t byte = 0; byte < size; byte += 64) __builtin_prefetch(block + 4 * size + byte);
+        fetch_ahead(block, size);
         const f16* scales = halves(block + code_bytes);
         for (int r = 0; r < rep; ++r)
           fold_key_scales(scales, scales + dim, q + (h * rep + r) * padded, dim, scaled + r * padded, offset + r);
@@ -310,7 +310,7 @@ void kivi_values(const Attention& a, const float* p, std::int64_t begin, std::in
       const std::uint8_t* block = a.value_block(token);
       const int count = static_cast<int>(end - token < kBlock ? end - token : kBlock);
       for (int h = 0; h < a.num_kv_heads; ++h, block += size) {
-        for (std::size_t byte = 0; byte < size; byte += 64) __builtin_prefetch(block + 4 * size + byte);
+        fetch_ahead(block, size);
         const auto weights = [&](int r) {
           const float* weight = p + (h * rep + r) * kStep + (token - begin);
           if (count == kBlock) return weight;

@@ -28,6 +28,11 @@ struct Plane {
 
 inline const f16* halves(const std::uint8_t* p) { return reinterpret_cast<const f16*>(p); }
 
+// the block four further on: of another head, or of the next tokens
+inline void fetch_ahead(const std::uint8_t* block, std::size_t size) {
+  for (std::size_t byte = 0; byte < size; byte += 64) __builtin_prefetch(block + 4 * size + byte);
+}
+
 // q * scale per channel, and the sum of q * minimum: the same for all tokens of the block; zeros up to the next multiple of 16
 inline void fold_key_scales(const f16* scales, const f16* minima, const float* q, int dim, float* scaled, float* offset) {
   vf sum = vset(0.0f);

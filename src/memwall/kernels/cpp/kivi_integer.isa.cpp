@@ -88,8 +88,7 @@ inline void pack_factors(const float* x, float inverse, std::uint8_t* to) {
   for (int c = 0; c < 16; ++c) {
     const float rounded = (x[c] * inverse + kRound) - kRound;
     const int within = c % (4 * kPasses<B>), word = c / (4 * kPasses<B>);
-    to[word * 4 * kPasses<B> + within % kPasses<B> * 4 + within / kPasses<B>] =
-        static_cast<std::uint8_t>(static_cast<std::int8_t>(kShares ? 0 : static_cast<int>(rounded)) | (kShares ? static_cast<int>(rounded) : 0));
+    to[word * 4 * kPasses<B> + within % kPasses<B> * 4 + within / kPasses<B>] = static_cast<std::uint8_t>(static_cast<int>(rounded));
   }
 #endif
 }
@@ -187,10 +186,6 @@ template <typename Body>
 inline void with_bits(int bits, Body&& body) {
   if (bits == 2) body(std::integral_constant<int, 2>());
   else body(std::integral_constant<int, 4>());
-}
-
-inline void fetch_ahead(const std::uint8_t* block, std::size_t size) {
-  for (std::size_t byte = 0; byte < size; byte += 64) __builtin_prefetch(block + 4 * size + byte);
 }
 
 }  // namespace
