@@ -76,16 +76,19 @@ void quantize_token(const float* x, const Matrix& m, int token, const Activation
   }
 }
 
-// Codes of 4 bits to bytes, 16 times: the first four columns of eight are the low nibbles.
+// Codes of 4 bits to bytes, 16 times: of eight columns the first four are the low nibbles. One run of bytes has those of all tokens.
+template <int Bytes>
+struct RunOf {
+  typedef std::uint8_t type __attribute__((vector_size(Bytes)));
+};
 template <int Tokens>
 MW_INLINE void widen(const std::int8_t* packed, int columns, std::int8_t* bytes) {
-  constexpr int kRun = 4 * Tokens;
-  for (int c = 0; c < columns; c += 8, packed += kRun, bytes += 2 * kRun)
-    for (int i = 0; i < kRun; ++i) {
-      const auto both = static_cast<std::uint8_t>(packed[i]);
-      bytes[i] = static_cast<std::int8_t>(both << 4);
-      bytes[kRun + i] = static_cast<std::int8_t>(both & 0xf0);
-    }
+  using Run = typename RunOf<4 * Tokens>::type;
+  for (int c = 0; c < columns; c += 8, packed += sizeof(Run), bytes += 2 * sizeof(Run)) {
+    const Run both = load<Run>(packed), low = both << 4, high = both & 0xf0;
+    store(bytes, low);
+    store(bytes + sizeof(Run), high);
+  }
 }
 
 // What the sum of a group is divided by, as a factor of the scale; a power of two, so that nothing is rounded by it.
@@ -126,91 +129,150 @@ void one_token_tile(const Matrix& m, const Activations& a, const std::int8_t* by
   for (int p = 0; p < kPieces; ++p) store(out + p * kWidth, total[p]);
 }
 
-// Several tokens: a strip of row tiles is unpacked, one group at a time, and every block of tokens passes over it.
-constexpr int kMostGroup = 128;
+// Several tokens: blocks of them pass over a strip of row tiles, whose weights come from the tiles themselves where the tokens are
+// few, else from a panel that some groups are unpacked into.
+constexpr int kPanelColumns = 512, kPanelGroups = kPanelColumns / 32;
 struct Panel {
-  alignas(64) std::uint8_t codes[kMostGroup / 4][kStripTiles][kLaneVectorBytes];
-  alignas(64) float scales[kStripRows];
-  alignas(64) std::int8_t bytes[kMostGroup * kTokenBlock];
+  alignas(64) std::uint8_t codes[kPanelColumns / 4][kStripVectors][kVectorBytes];
+  alignas(64) float scales[kPanelGroups][kStripRows];
   alignas(64) float sums[kMaxTokens][kStripRows];
+  alignas(64) std::int8_t bytes[kPanelColumns * kTokenBlock];  // activations of a block of tokens
 };
-static_assert(sizeof(Panel) <= kWorkerScratchBytes);
-
-// A strip may end past the last tile: the missing one reads as zeros.
-void unpack_group(const Matrix& m, std::int64_t strip, std::int64_t g, Panel& panel) {
-  for (int slot = 0; slot < kStripTiles; ++slot) {
-    const std::int64_t tile = strip * kStripTiles + slot;
-    if (tile >= m.row_tiles) {
-      for (int r = 0; r < kTileRows; ++r) panel.scales[slot * kTileRows + r] = 0.0f;
-      continue;
-    }
-    const std::uint8_t* unit = m.tile(tile) + g * m.group_bytes();
-    for (int u = 0; u < m.group / kUnitColumns; ++u, unit += kLaneVectorBytes * 4)
-      static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
-        constexpr int I = decltype(block)::value;
-        for (int p = 0; p < kPieces; ++p)
-          store(panel.codes[u * kUnitBlocks + I][slot] + p * kVectorBytes, weight_block<I>(unit + p * kVectorBytes));
-      });
-    for (int p = 0; p < kPieces; ++p) store(panel.scales + slot * kTileRows + p * kWidth, group_scale(m, tile, g, p));
+struct Few {
+  alignas(64) float sums[32][kStripRows];
+  alignas(64) std::int8_t bytes[kWorkerScratchBytes - sizeof sums];  // activations of all tokens, widened once for all strips
+  // Whether so many tokens have room.
+  bool holds(std::int64_t tokens, std::int64_t columns) const {
+    return tokens <= 32 && (tokens + kTokenBlock - 1) / kTokenBlock * kTokenBlock * columns <= static_cast<std::int64_t>(sizeof bytes);
   }
-}
+};
+static_assert(sizeof(Panel) <= kWorkerScratchBytes && sizeof(Few) <= kWorkerScratchBytes);
 
-template <int Tokens>
-void group_block(const Panel& panel, const std::int8_t* bytes, const float* x_scales, const std::int32_t* x_sums, int columns, bool wide,
-                 float (*sums)[kStripRows]) {
-  const std::uint8_t* codes = panel.codes[0][0];
-  Dot<4> dot[Tokens][kStripVectors];
-  for (int t = 0; t < Tokens; ++t)
-    for (auto& d : dot[t]) d.start(splat(start_of(x_sums[t], wide)));
-  for (int c = 0; c < columns; c += kUnitColumns)
-    static_for<kUnitBlocks>([&](auto index) __attribute__((always_inline)) {
-      constexpr int I = decltype(index)::value;
-      Vb weights[kStripVectors];
-      for (int v = 0; v < kStripVectors; ++v) weights[v] = load<Vb>(codes + v * kVectorBytes);
-      for (int t = 0; t < Tokens; ++t) {
-        const Vb four = repeat_four(bytes + 4 * t);
-        for (int v = 0; v < kStripVectors; ++v) dot[t][v].template add<I>(weights[v], four);
-      }
-      codes += kStripVectors * kVectorBytes;
-      bytes += 4 * kTokenBlock;
-    });
-  const float factor = group_factor(wide);
-  for (int t = 0; t < Tokens; ++t)
-    for (int v = 0; v < kStripVectors; ++v) {
-      const Vf before = load<Vf>(sums[t] + v * kWidth);
-      store(sums[t] + v * kWidth, before + load<Vf>(panel.scales + v * kWidth) * (x_scales[t] * factor) * to_float(dot[t][v].total()));
+// Where weights of a strip come from, unit by unit: vector v of column block I, and the scales of group g.
+struct FromTiles {
+  const Matrix& m;
+  std::int64_t tiles[kStripTiles];
+  const std::uint8_t* units[kStripTiles];
+
+  // A strip may end past the last tile, which then stands for the missing one: those rows are not written.
+  FromTiles(const Matrix& matrix, std::int64_t strip) : m(matrix) {
+    for (int slot = 0; slot < kStripTiles; ++slot) {
+      const std::int64_t tile = strip * kStripTiles + slot;
+      tiles[slot] = tile < m.row_tiles ? tile : m.row_tiles - 1;
+      units[slot] = m.tile(tiles[slot]);
     }
+  }
+  template <int I>
+  MW_INLINE Vb weights(int v) const {
+    return weight_block<I>(units[v / kPieces] + v % kPieces * kVectorBytes);
+  }
+  MW_INLINE Vf scale(std::int64_t g, int v) const { return group_scale(m, tiles[v / kPieces], g, v % kPieces); }
+  MW_INLINE void next() {
+    for (auto& unit : units) unit += kLaneVectorBytes * 4;
+  }
+};
+struct FromPanel {
+  const Panel& panel;
+  const std::uint8_t (*codes)[kStripVectors][kVectorBytes] = panel.codes;
+
+  template <int I>
+  MW_INLINE Vb weights(int v) const {
+    return load<Vb>(codes[I][v]);
+  }
+  MW_INLINE Vf scale(std::int64_t g, int v) const { return load<Vf>(panel.scales[g] + v * kWidth); }
+  MW_INLINE void next() { codes += kUnitBlocks; }
+};
+
+void unpack_groups(const Matrix& m, std::int64_t strip, std::int64_t first, int groups, Panel& panel) {
+  FromTiles from(m, strip);
+  for (auto& unit : from.units) unit += first * m.group_bytes();
+  for (int u = 0; u < groups * (m.group / kUnitColumns); ++u, from.next())
+    static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
+      constexpr int I = decltype(block)::value;
+      for (int v = 0; v < kStripVectors; ++v) store(panel.codes[u * kUnitBlocks + I][v], from.weights<I>(v));
+    });
+  for (int g = 0; g < groups; ++g)
+    for (int v = 0; v < kStripVectors; ++v) store(panel.scales[g] + v * kWidth, from.scale(first + g, v));
 }
 
-using GroupBlock = void (*)(const Panel&, const std::int8_t*, const float*, const std::int32_t*, int, bool, float (*)[kStripRows]);
+// What a block of tokens is multiplied by some groups with: `wide` and the statistics of activations from the first of them on.
+struct Groups {
+  int columns, count;  // of one group, and how many
+  const std::uint8_t* wide;
+  const float* scales;
+  const std::int32_t* sums;
+};
 
-GroupBlock group_block_for(int tokens) {
-  GroupBlock found = nullptr;
+// Adds the products of the first Tokens of a block to its sums; `bytes` are its activations.
+template <int Tokens, class Source>
+void token_block(Source from, const Groups& groups, const std::int8_t* bytes, float (*sums)[kStripRows]) {
+  Vf total[Tokens][kStripVectors];
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) total[t][v] = load<Vf>(sums[t] + v * kWidth);
+  for (int g = 0; g < groups.count; ++g) {
+    const float *x_scales = groups.scales + g * kTokenBlock, factor = group_factor(groups.wide[g]);
+    Dot<4> dot[Tokens][kStripVectors];
+    for (int t = 0; t < Tokens; ++t)
+      for (auto& d : dot[t]) d.start(splat(start_of(groups.sums[g * kTokenBlock + t], groups.wide[g])));
+    for (int c = 0; c < groups.columns; c += kUnitColumns, from.next())
+      static_for<kUnitBlocks>([&](auto index) __attribute__((always_inline)) {
+        constexpr int I = decltype(index)::value;
+        Vb weights[kStripVectors];
+        for (int v = 0; v < kStripVectors; ++v) weights[v] = from.template weights<I>(v);
+        for (int t = 0; t < Tokens; ++t) {
+          const Vb four = repeat_four(bytes + 4 * t);
+          for (int v = 0; v < kStripVectors; ++v) dot[t][v].template add<I>(weights[v], four);
+        }
+        bytes += 4 * kTokenBlock;
+      });
+    for (int v = 0; v < kStripVectors; ++v) {
+      const Vf scale = from.scale(g, v);
+      for (int t = 0; t < Tokens; ++t) total[t][v] += scale * (x_scales[t] * factor) * to_float(dot[t][v].total());
+    }
+  }
+  for (int t = 0; t < Tokens; ++t)
+    for (int v = 0; v < kStripVectors; ++v) store(sums[t] + v * kWidth, total[t][v]);
+}
+
+template <class Source>
+auto token_block_for(std::int64_t tokens) {
+  void (*found)(Source, const Groups&, const std::int8_t*, float (*)[kStripRows]) = nullptr;
   static_for<kTokenBlock>([&](auto index) {
     constexpr int count = decltype(index)::value + 1;
-    if (tokens == count) found = group_block<count>;
+    if (tokens == count) found = token_block<count, Source>;
   });
   return found;
 }
 
-// Adds a strip's products with groups [first, last) to panel.sums.
+// Codes of groups [first, last) of a block of tokens, a byte each: `packed` is where the first begins. Returns where the last ends.
+const std::int8_t* widen_groups(const Matrix& m, const std::int8_t* packed, std::int64_t first, std::int64_t last, std::int8_t* bytes) {
+  const int count = m.group * kTokenBlock;
+  for (std::int64_t g = first; g < last; ++g, bytes += count) {
+    if (m.wide_groups[g]) __builtin_memcpy(bytes, packed, static_cast<std::size_t>(count));
+    else widen<kTokenBlock>(packed, m.group, bytes);
+    packed += m.wide_groups[g] ? count : count / 2;
+  }
+  return packed;
+}
+
+// Gives panel.sums what groups [first, last) of a strip add up to.
 void strip_groups(const Matrix& m, const Activations& a, std::int64_t tokens, std::int64_t strip, std::int64_t first, std::int64_t last, Panel& panel) {
-  std::int64_t before = 0;  // bytes of a token's codes in front of the group
+  __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * static_cast<std::size_t>(tokens));
+  const std::int64_t chunk = kPanelColumns / m.group;
+  const auto full = token_block_for<FromPanel>(kTokenBlock), rest = token_block_for<FromPanel>(tokens % kTokenBlock);
+  std::int64_t before = 0;  // bytes of a token's codes in front of the groups
   for (std::int64_t g = 0; g < first; ++g) before += m.wide_groups[g] ? m.group : m.group / 2;
-  const GroupBlock full = group_block_for(kTokenBlock), rest = group_block_for(static_cast<int>(tokens % kTokenBlock));
-  for (std::int64_t g = first; g < last; ++g) {
-    const bool wide = m.wide_groups[g];
-    unpack_group(m, strip, g, panel);
+  for (std::int64_t g = first, end, passed = 0; g < last; g = end, before += passed) {
+    end = g + chunk < last ? g + chunk : last;
+    const int count = static_cast<int>(end - g);
+    unpack_groups(m, strip, g, count, panel);
     for (std::int64_t t = 0; t < tokens; t += kTokenBlock) {
       const std::int64_t block = t / kTokenBlock, at = (block * a.groups + g) * kTokenBlock;
-      const std::int8_t* bytes = a.codes + (block * a.token_bytes + before) * kTokenBlock;
-      if (!wide) {
-        widen<kTokenBlock>(bytes, m.group, panel.bytes);
-        bytes = panel.bytes;
-      }
-      (tokens - t < kTokenBlock ? rest : full)(panel, bytes, a.scales + at, a.sums + at, m.group, wide, panel.sums + t);
+      const std::int8_t* packed = a.codes + (block * a.token_bytes + before) * kTokenBlock;
+      passed = (widen_groups(m, packed, g, end, panel.bytes) - packed) / kTokenBlock;
+      const Groups groups{m.group, count, m.wide_groups + g, a.scales + at, a.sums + at};
+      (tokens - t < kTokenBlock ? rest : full)({panel}, groups, panel.bytes, panel.sums + t);
     }
-    before += wide ? m.group : m.group / 2;
   }
 }
 
@@ -240,20 +302,38 @@ void mixed_one(const Matrix& m, const Input& input, std::int64_t begin, std::int
 }
 
 void mixed_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
-  Panel& panel = *reinterpret_cast<Panel*>(scratch);
+  const Activations& a = input.coded;
+  const std::int64_t tokens = input.tokens;
+  const auto write = [&](std::int64_t strip, const float (*sums)[kStripRows]) {
+    for (std::int64_t t = 0; t < tokens; ++t) write_rows(sums[t], t, strip * kStripRows, kStripRows, out);
+  };
+  const std::int64_t columns = m.groups * m.group;
+  auto& few = *reinterpret_cast<Few*>(scratch);
+  if (few.holds(tokens, columns)) {
+    const auto bytes_of = [&](std::int64_t t) { return few.bytes + t * columns; };
+    for (std::int64_t t = 0; t < tokens; t += kTokenBlock) widen_groups(m, a.codes + t * a.token_bytes, 0, m.groups, bytes_of(t));
+    const auto full = token_block_for<FromTiles>(kTokenBlock), rest = token_block_for<FromTiles>(tokens % kTokenBlock);
+    for (std::int64_t strip = begin; strip < end; ++strip) {
+      __builtin_memset(few.sums, 0, sizeof(float) * kStripRows * static_cast<std::size_t>(tokens));
+      for (std::int64_t t = 0; t < tokens; t += kTokenBlock) {
+        const Groups groups{m.group, static_cast<int>(m.groups), m.wide_groups, a.scales + t * a.groups, a.sums + t * a.groups};
+        (tokens - t < kTokenBlock ? rest : full)({m, strip}, groups, bytes_of(t), few.sums + t);
+      }
+      write(strip, few.sums);
+    }
+    return;
+  }
+  auto& panel = *reinterpret_cast<Panel*>(scratch);
   for (std::int64_t strip = begin; strip < end; ++strip) {
-    __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * static_cast<std::size_t>(input.tokens));
-    strip_groups(m, input.coded, input.tokens, strip, 0, m.groups, panel);
-    for (std::int64_t t = 0; t < input.tokens; ++t) write_rows(panel.sums[t], t, strip * kStripRows, kStripRows, out);
+    strip_groups(m, a, tokens, strip, 0, m.groups, panel);
+    write(strip, panel.sums);
   }
 }
 
 void mixed_part(const Matrix& m, const Input& input, std::int64_t strip, std::int64_t first, std::int64_t last, float* sums, char* scratch) {
-  Panel& panel = *reinterpret_cast<Panel*>(scratch);
-  const std::size_t bytes = sizeof(float) * kStripRows * static_cast<std::size_t>(input.tokens);
-  __builtin_memset(panel.sums, 0, bytes);
+  auto& panel = *reinterpret_cast<Panel*>(scratch);
   strip_groups(m, input.coded, input.tokens, strip, first, last, panel);
-  __builtin_memcpy(sums, panel.sums, bytes);
+  __builtin_memcpy(sums, panel.sums, sizeof(float) * kStripRows * static_cast<std::size_t>(input.tokens));
 }
 
 // Codes of one token as the kernels widen them: 16 times the signed code, columns in their order.
