@@ -60,6 +60,8 @@ HIDDEN, WIDE, NARROW, LAYERS = 2048, 8192, 512, 16
 """Of Llama-3.2-1B."""
 SHAPES = [(HIDDEN, HIDDEN)] * 2 + [(NARROW, HIDDEN)] * 2 + [(WIDE, HIDDEN)] * 2 + [(HIDDEN, WIDE)]
 BATCHES, QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 64)
+ANEW = "torch.matmul"
+"""Lays weights out anew in every call of more than one row."""
 FLOAT_LAYERS = 4
 """Layers of float weights that are held; a step visits them in turn until it has done as many as the packed model."""
 
@@ -397,7 +399,7 @@ def batches(sizes: Sequence[int], layers: int, quick: bool) -> list[Claim]:
             seconds[name][tokens] = each
     first, last = sizes[0], sizes[-1]
     shape, bits = (1, dense.weights), 8 * dense.nbytes / dense.weights
-    fitted = fit(shape, bits, seconds["int4"], first, last)
+    fitted = fit(shape, bits, seconds["int4"], (first, last))
     knee = roofline.knee(fitted, bits)
     flat = max(tokens for tokens in sizes if tokens <= max(1, min(8, knee)))
     ratio = seconds["int4"][flat] / seconds["int4"][first]
@@ -421,14 +423,17 @@ def batches(sizes: Sequence[int], layers: int, quick: bool) -> list[Claim]:
     for name, float_bits in (("float32", 32.0), ("bfloat16", 16.0)):
         ways = {way: each for way, each in seconds.items() if way.split()[0] == name}
         fastest = {tokens: min(each[tokens] for each in ways.values()) for tokens in sizes}
-        for title, wide in ((f"torch.matmul's {name}", seconds[name]), (f"torch's fastest {name}", fastest)):
+        for title, wide in ((f"{ANEW}'s {name}", seconds[name]), (f"torch's fastest {name}", fastest)):
             found += decay(sizes, seconds["int4"], wide, fitted, (shape, bits, float_bits, title, knee))
     return found
 
 
-def fit(shape: tuple[int, int], bits: float, seconds: dict[int, float], first: int, last: int) -> roofline.Engine:
+def fit(
+    shape: tuple[int, int], bits: float, seconds: dict[int, float], ends: tuple[int, int], lays_out: bool = False
+) -> roofline.Engine:
     """On the smallest and the largest batch; activations and results stay in the cache."""
-    return roofline.Engine.fitted(shape, bits, (first, seconds[first]), (last, seconds[last]), value_bytes=0)
+    points = [(tokens, seconds[tokens]) for tokens in ends]
+    return roofline.Engine.fitted(shape, bits, points[0], points[1], value_bytes=0, lays_out=lays_out)
 
 
 def decay(
@@ -439,7 +444,7 @@ def decay(
     about: tuple[tuple[int, int], float, float, str, float],
 ) -> list[Claim]:
     shape, bits, float_bits, name, knee = about
-    floats = fit(shape, float_bits, wide, sizes[0], sizes[-1])
+    floats = fit(shape, float_bits, wide, (sizes[0], sizes[-1]), lays_out=name.startswith(ANEW))
     gains = {tokens: wide[tokens] / narrow[tokens] for tokens in sizes}
     told = {
         tokens: roofline.speedup(fitted, shape, tokens, bits, floats=floats, float_bits=float_bits) for tokens in sizes

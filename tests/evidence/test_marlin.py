@@ -37,7 +37,7 @@ def test_decay_is_judged(evidence: ModuleType) -> None:
     engine = Engine(bytes_per_s=40e9, flop_per_s=800e9, value_bytes=0)
     sizes = (1, 4, 16, 64, 128)
     narrow, wide = ({m: seconds(engine, shape, m, b) for m in sizes} for b in (bits, 32.0))
-    fitted = evidence.fit(shape, bits, narrow, 1, 128)
+    fitted = evidence.fit(shape, bits, narrow, (1, 128))
     about = (shape, bits, 32.0, "float32", knee(fitted, bits))
     assert fitted.bytes_per_s == pytest.approx(40e9)
     assert [claim.passed for claim in evidence.decay(sizes, narrow, wide, fitted, about)] == [True, True]

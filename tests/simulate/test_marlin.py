@@ -60,6 +60,22 @@ def test_fitted_on_two_points_gives_them_back() -> None:
         Engine(bytes_per_s=1, flop_per_s=1, value_bytes=-1)
 
 
+def test_laying_weights_out_anew_adds_a_pass_from_the_second_token_on() -> None:
+    plain = Engine(bytes_per_s=40e9, flop_per_s=800e9, value_bytes=0)
+    laying = Engine(bytes_per_s=40e9, flop_per_s=800e9, value_bytes=0, lays_out=True)
+    read = moved_bytes(LARGE, 1, 32.0, 0) / 40e9
+    assert seconds(laying, LARGE, 1, 32.0) == seconds(plain, LARGE, 1, 32.0)
+    for tokens in (2, 8, 256):
+        assert seconds(laying, LARGE, tokens, 32.0) == pytest.approx(read + seconds(plain, LARGE, tokens, 32.0))
+    points = [(m, seconds(laying, LARGE, m, 32.0)) for m in (1, 256)]
+    fitted = Engine.fitted(LARGE, 32.0, *points, value_bytes=0, lays_out=True)
+    assert fitted.flop_per_s == pytest.approx(800e9)
+    with pytest.raises(InputError, match="no longer than laying"):
+        Engine.fitted(LARGE, 32.0, points[0], (2, points[0][1] / 2), lays_out=True)
+    with pytest.raises(InputError, match="one token and many"):
+        Engine.fitted(LARGE, 32.0, (2, 1.0), (4, 9.0), lays_out=True)
+
+
 def test_unpacking_that_is_not_hidden() -> None:
     slow = Engine(bytes_per_s=600e9, flop_per_s=125e12, dequantized_per_s=1e11)
     assert seconds(slow, LARGE, 1) == LARGE[0] * LARGE[1] / 1e11

@@ -9,8 +9,11 @@ floats, until the arithmetic of the batch takes longer than that:
 
 b counts scales (4.125 for groups of 128), r says how often activations are read again. Up to M* = FLOP rate b / (16
 bandwidth) tokens a batch is free; from there on the gain over half floats falls, to 1 or what a slower product leaves.
+
+A processor's library that is given plain rows lays them out anew in every call of more than one token: it takes all
+weights through the cache once more, and the arithmetic begins when a panel is done, so that both times add up.
 Units: seconds, bytes, FLOP (a multiply-add is two); shape (K, N) is inputs and outputs of the matrix.
-Differs from the paper: the term for dequantizing is not in its formula (the kernel hides it).
+Differs from the paper: the terms for dequantizing (the kernel hides it) and for laying out are not in its formula.
 Holds when: one product at a time fills the machine; near the knee real ones take longer than the longest term.
 """
 
@@ -33,13 +36,15 @@ SPARSE_FLOP = 0.5
 class Engine:
     """What products reach on a machine. dequantized_per_s: weights per second, None where hidden behind the rest.
 
-    value_bytes: of an activation and of a result; 0 where they stay in a cache.
+    value_bytes: of an activation and of a result; 0 where they stay in a cache. lays_out: weights are laid out anew in
+    every call of more than one token.
     """
 
     bytes_per_s: float
     flop_per_s: float
     dequantized_per_s: float | None = None
     value_bytes: float = 2.0
+    lays_out: bool = False
 
     def __post_init__(self) -> None:
         for name in ("bytes_per_s", "flop_per_s"):
@@ -62,15 +67,21 @@ class Engine:
         *,
         value_bytes: float = 2.0,
         flop_share: float = 1.0,
+        lays_out: bool = False,
     ) -> Engine:
         """From two measured points (tokens, seconds): one that waits for memory and one that waits for arithmetic."""
         if not first[0] < last[0] or min(first[1], last[1]) <= 0:
             raise InputError(
                 f"the model is fitted on a small and a large batch with their times, got {first} and {last}"
             )
-        read = moved_bytes(shape, first[0], bits, value_bytes)
+        if lays_out and first[0] != 1:
+            raise InputError(f"what lays weights out anew is fitted on one token and many, got {first[0]} and {last[0]}")
+        rate = moved_bytes(shape, first[0], bits, value_bytes) / first[1]
+        laying = moved_bytes(shape, 0, bits) / rate if lays_out else 0.0
+        if last[1] <= laying:
+            raise InputError(f"{last[0]} tokens take {last[1]:g} s, no longer than laying their weights out")
         flop = 2.0 * last[0] * shape[0] * shape[1] * flop_share
-        return Engine(bytes_per_s=read / first[1], flop_per_s=flop / last[1], value_bytes=value_bytes)
+        return Engine(bytes_per_s=rate, flop_per_s=flop / (last[1] - laying), value_bytes=value_bytes, lays_out=lays_out)
 
 
 def moved_bytes(
@@ -89,7 +100,8 @@ def seconds(
     moving = moved_bytes(shape, tokens, bits, engine.value_bytes) / engine.bytes_per_s
     arithmetic = 2.0 * tokens * size_k * size_n * flop_share / engine.flop_per_s
     unpacking = size_k * size_n / engine.dequantized_per_s if engine.dequantized_per_s else 0.0
-    return max(moving, arithmetic, unpacking)
+    laying = moved_bytes(shape, 0, bits) / engine.bytes_per_s if engine.lays_out and tokens > 1 else 0.0
+    return laying + max(moving, arithmetic, unpacking)
 
 
 def knee(engine: Engine, bits: float = DENSE_BITS, *, flop_share: float = 1.0) -> float:

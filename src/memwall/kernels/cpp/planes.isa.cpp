@@ -1,4 +1,5 @@
-// Bit-plane products: population counts of whole vectors by table look-up, sums of a row pair in registers until they are whole.
+// Bit-plane products: population counts of whole vectors, by table look-up where there is no instruction; sums of a row pair stay in
+// registers until they are whole.
 #include "linear_kernels.h"
 #include "planes.h"
 #include "tiles.h"
@@ -8,87 +9,115 @@ namespace mw::MW_ISA {
 namespace {
 
 constexpr int kVectorWords = kVectorBytes / 8;
-// a byte counts up to 8 bits a vector, so this many vectors fit in its 255
-constexpr std::int64_t kBurst = 31;
 
 typedef std::uint64_t Vw __attribute__((vector_size(kVectorBytes)));
 
-#if defined(__AVX2__)
+// Adds popcount(w ^ x) to each of N sums, per 64-bit lane, for N planes of w that lie one after another, `words` long each, and one
+// plane of x. Returns how many words of each it has done; the rest is the caller's.
+#if defined(__AVX512VPOPCNTDQ__)
+template <int N>
+MW_INLINE std::int64_t add_differing(const std::uint64_t* w, const std::uint64_t* x, std::int64_t words, Vw (&sums)[N]) {
+  const auto add = [&](std::int64_t from, auto load_words) __attribute__((always_inline)) {
+    const __m512i at = load_words(x + from);
+    for (int i = 0; i < N; ++i) sums[i] += (Vw)_mm512_popcnt_epi64(_mm512_xor_si512(load_words(w + i * words + from), at));
+  };
+  std::int64_t from = 0;
+  for (; from + kVectorWords <= words; from += kVectorWords) add(from, [](const std::uint64_t* at) { return (__m512i)load<Vw>(at); });
+  const auto rest = static_cast<__mmask8>((1u << (words - from)) - 1);
+  if (rest) add(from, [&](const std::uint64_t* at) { return _mm512_maskz_loadu_epi64(rest, at); });
+  return words;
+}
+MW_INLINE std::int64_t total_of(Vw lanes) { return _mm512_reduce_add_epi64((__m512i)lanes); }
+#elif defined(__AVX2__)
 MW_INLINE Vb nibble_counts(Vb nibbles) {
   const __m128i table = _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-#if defined(__AVX512F__)
-  return (Vb)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)nibbles);
-#else
   return (Vb)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), (__m256i)nibbles);
-#endif
 }
 // bits set in each byte
 MW_INLINE Vb byte_counts(Vw v) {
   const Vb low = (Vb)v & 15, high = (Vb)((Vw)v >> 4) & 15;
   return nibble_counts(low) + nibble_counts(high);
 }
-// bytes added up in each 64-bit lane
-MW_INLINE Vw lane_sums(Vb counts) {
-#if defined(__AVX512F__)
-  return (Vw)_mm512_sad_epu8((__m512i)counts, _mm512_setzero_si512());
-#else
-  return (Vw)_mm256_sad_epu8((__m256i)counts, _mm256_setzero_si256());
-#endif
-}
-
-// popcount(w ^ x) of `vectors` vectors, per 64-bit lane
-MW_INLINE Vw differing(const std::uint64_t* w, const std::uint64_t* x, std::int64_t vectors) {
-  Vw total = {};
-  for (std::int64_t v = 0; v < vectors;) {
-    const std::int64_t stop = v + kBurst < vectors ? v + kBurst : vectors;
-    Vb counts = {};
-    for (; v < stop; ++v) counts += byte_counts(load<Vw>(w + v * kVectorWords) ^ load<Vw>(x + v * kVectorWords));
-    total += lane_sums(counts);
+template <int N>
+MW_INLINE std::int64_t add_differing(const std::uint64_t* w, const std::uint64_t* x, std::int64_t words, Vw (&sums)[N]) {
+  // a byte counts up to 8 bits a vector, so this many vectors fit in its 255
+  constexpr std::int64_t kBurst = 31 * kVectorWords;
+  const std::int64_t whole = words / kVectorWords * kVectorWords;
+  for (std::int64_t first = 0; first < whole; first += kBurst) {
+    const std::int64_t stop = first + kBurst < whole ? first + kBurst : whole;
+    Vb counts[N] = {};
+    for (std::int64_t at = first; at < stop; at += kVectorWords) {
+      const Vw from = load<Vw>(x + at);
+      for (int i = 0; i < N; ++i) counts[i] += byte_counts(load<Vw>(w + i * words + at) ^ from);
+    }
+    for (int i = 0; i < N; ++i) sums[i] += (Vw)_mm256_sad_epu8((__m256i)counts[i], _mm256_setzero_si256());
   }
-  return total;
+  return whole;
 }
 MW_INLINE std::int64_t total_of(Vw lanes) {
-  std::int64_t sum = 0;
-  for (int i = 0; i < kVectorWords; ++i) sum += static_cast<std::int64_t>(lanes[i]);
-  return sum;
+  return static_cast<std::int64_t>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
 }
+#else
+template <int N>
+MW_INLINE std::int64_t add_differing(const std::uint64_t*, const std::uint64_t*, std::int64_t, Vw (&)[N]) {
+  return 0;
+}
+MW_INLINE std::int64_t total_of(Vw) { return 0; }
 #endif
 
-// Differing bits of two rows of words beyond the whole vectors.
+// Differing bits of two rows of words from word `from` on.
 MW_INLINE std::int64_t differing_tail(const std::uint64_t* w, const std::uint64_t* x, std::int64_t from, std::int64_t words) {
   std::int64_t sum = 0;
   for (std::int64_t i = from; i < words; ++i) sum += __builtin_popcountll(w[i] ^ x[i]);
   return sum;
 }
 
-// sum_ij 2^(i+j) popcount(w_i ^ x_j) of one row of each, kept in registers throughout.
-std::int64_t weighted_differences(const Planes& w, const Planes& x, std::int64_t w_row, std::int64_t x_row) {
+// sum_ij 2^(i+j) popcount(w_i ^ x_j) of Rows rows of w, of N planes each, and one row of x, kept in registers throughout.
+template <int N, int Rows>
+MW_INLINE void weighted_differences(const Planes& w, const Planes& x, std::int64_t w_row, std::int64_t x_row, std::int64_t* to) {
   const std::int64_t words = w.row_words();
-  std::int64_t sum = 0, whole = 0;
-#if defined(__AVX2__)
-  const std::int64_t vectors = words / kVectorWords;
-  whole = vectors * kVectorWords;
-  Vw lanes = {};
-  for (int i = 0; i < w.bits && vectors; ++i)
-    for (int j = 0; j < x.bits; ++j) lanes += differing(w.plane(w_row, i), x.plane(x_row, j), vectors) << (i + j);
-  sum = total_of(lanes);
-#endif
-  for (int i = 0; i < w.bits && whole < words; ++i)
-    for (int j = 0; j < x.bits; ++j) sum += differing_tail(w.plane(w_row, i), x.plane(x_row, j), whole, words) << (i + j);
-  return sum;
+  std::int64_t done = 0;
+  Vw lanes[Rows] = {};
+  for (int j = 0; j < x.bits; ++j) {
+    Vw sums[Rows * N] = {};
+    done = add_differing<Rows * N>(w.plane(w_row, 0), x.plane(x_row, j), words, sums);
+    for (int r = 0; r < Rows; ++r)
+      for (int i = 0; i < N; ++i) lanes[r] += sums[r * N + i] << (i + j);
+  }
+  for (int r = 0; r < Rows; ++r) {
+    to[r] = total_of(lanes[r]);
+    for (int i = 0; i < N && done < words; ++i)
+      for (int j = 0; j < x.bits; ++j) to[r] += differing_tail(w.plane(w_row + r, i), x.plane(x_row, j), done, words) << (i + j);
+  }
 }
 
-void fused(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t end, std::int32_t* out) {
+// The same for any number of rows: as many together as have their planes' sums in eight registers.
+template <int N>
+MW_INLINE void weighted_differences(const Planes& w, const Planes& x, std::int64_t w_row, int rows, std::int64_t x_row, std::int64_t* to) {
+  constexpr int kTogether = N > 4 ? 1 : 8 / N;
+  int r = 0;
+  for (; r + kTogether <= rows; r += kTogether) weighted_differences<N, kTogether>(w, x, w_row + r, x_row, to + r);
+  for (; r < rows; ++r) weighted_differences<N, 1>(w, x, w_row + r, x_row, to + r);
+}
+
+// Rows whose planes stay in the first-level cache while every token passes.
+constexpr int kRows = 8;
+
+template <int N>
+void fused_rows(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t end, std::int32_t* out) {
   // sum_ij 2^(i+j), the weight of the true number of columns
   const std::int64_t all = w.cols * ((1 << w.bits) - 1) * ((1 << x.bits) - 1);
-  // a few rows of w stay in the first-level cache while every row of x passes
-  constexpr std::int64_t kRows = 8;
   for (std::int64_t first = begin; first < end; first += kRows) {
-    const std::int64_t last = first + kRows < end ? first + kRows : end;
-    for (std::int64_t t = 0; t < x.rows; ++t)
-      for (std::int64_t r = first; r < last; ++r)
-        out[t * w.rows + r] = static_cast<std::int32_t>(all - 2 * weighted_differences(w, x, r, t));
+    const int count = static_cast<int>(end - first < kRows ? end - first : kRows);
+    for (std::int64_t t = 0; t < x.rows; ++t) {
+      std::int64_t sums[kRows];
+      weighted_differences<N>(w, x, first, count, t, sums);
+      for (int r = 0; r < count; ++r) out[t * w.rows + first + r] = static_cast<std::int32_t>(all - 2 * sums[r]);
+    }
   }
+}
+void fused(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t end, std::int32_t* out) {
+  with_bits(w.bits, [&](auto bits) { fused_rows<decltype(bits)::value>(w, x, begin, end, out); });
 }
 
 void apart(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t end, std::int32_t* out) {
@@ -98,13 +127,8 @@ void apart(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t en
         for (std::int64_t r = begin; r < end; ++r) {
           const std::uint64_t *a = w.plane(r, i), *b = x.plane(t, j);
           const std::int64_t words = w.row_words();
-          std::int64_t sum = 0, whole = 0;
-#if defined(__AVX2__)
-          const std::int64_t vectors = words / kVectorWords;
-          whole = vectors * kVectorWords;
-          sum = total_of(differing(a, b, vectors));
-#endif
-          sum += differing_tail(a, b, whole, words);
+          Vw sums[1] = {};
+          const std::int64_t done = add_differing<1>(a, b, words, sums), sum = total_of(sums[0]) + differing_tail(a, b, done, words);
           out[t * w.rows + r] = static_cast<std::int32_t>(w.cols - 2 * sum);
         }
 }
@@ -112,23 +136,28 @@ void apart(const Planes& w, const Planes& x, std::int64_t begin, std::int64_t en
 std::int64_t end_of_rows(const Matrix& m, std::int64_t end, std::int64_t strip) { return end * strip < m.rows ? end * strip : m.rows; }
 std::int64_t strip_of(const Input& input) { return input.tokens == 1 ? kTileRows : kStripRows; }
 
-}  // namespace
-
 // The product of a layer: integer sums of a row and a token, times both scales.
-void planes_rounded(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
+template <int N>
+void rounded_rows(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out) {
   const Planes w = m.planes(), &x = input.planes;
   const auto* scales = static_cast<const float*>(m.scales);
   const std::int64_t all = w.cols * ((1 << w.bits) - 1) * ((1 << x.bits) - 1), last = end_of_rows(m, end, strip_of(input));
-  constexpr int kRows = 8;  // rows whose planes stay in the first-level cache while every token passes
   for (std::int64_t first = begin * strip_of(input); first < last; first += kRows) {
     const int count = static_cast<int>(last - first < kRows ? last - first : kRows);
     for (std::int64_t t = 0; t < input.tokens; ++t) {
+      std::int64_t sums[kRows];
       float values[kRows];
-      for (int r = 0; r < count; ++r)
-        values[r] = static_cast<float>(all - 2 * weighted_differences(w, x, first + r, t)) * (scales[first + r] * input.plane_scales[t]);
+      weighted_differences<N>(w, x, first, count, t, sums);
+      for (int r = 0; r < count; ++r) values[r] = static_cast<float>(all - 2 * sums[r]) * (scales[first + r] * input.plane_scales[t]);
       write_rows(values, t, first, count, out);
     }
   }
+}
+
+}  // namespace
+
+void planes_rounded(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
+  with_bits(m.bits, [&](auto bits) { rounded_rows<decltype(bits)::value>(m, input, begin, end, out); });
 }
 
 // Activations as they are, weights decoded a piece at a time.
