@@ -47,6 +47,27 @@ def test_decoding_is_off_by_at_most_the_scale(bits: int, seed: int) -> None:
     assert (off <= packed.buffers["scales"][:, None] * 1.0001).all()
 
 
+@given(bits=st.integers(1, 8), cols=st.integers(1, 200), seed=st.integers(0, 99))
+def test_groups_have_scales_of_their_own(bits: int, cols: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    x = (random.standard_normal((5, cols)) * 10.0 ** random.integers(-3, 4, (5, cols))).astype(np.float32)
+    form = codec(f"w{bits}a4-g64")
+    packed = form.encode(x)
+    groups = -(-cols // 64)
+    assert packed.nbytes == form.nbytes(x.shape) == 5 * groups * (8 * bits + 2)
+    scales = np.repeat(packed.buffers["scales"].astype(np.float32), 64, axis=1)[:, :cols]
+    off = np.abs(form.decode(packed) - x)
+    # half a step, and what float16 may round a scale by at the largest number
+    assert (off <= scales * (1.0001 + 2.0**-11 * ((1 << bits) - 1)) + 1e-7 * (1 << bits)).all()
+    alone = codec(f"w{bits}a4").encode(x[:, :64])
+    np.testing.assert_allclose(packed.buffers["scales"][:, 0], alone.buffers["scales"], rtol=2.0**-10, atol=1e-7)
+
+
+def test_a_scale_that_float16_cannot_hold_is_refused() -> None:
+    with pytest.raises(InputError, match="float16"):
+        codec("w1a4-g64").encode(np.full((1, 64), 1e6, np.float32))
+
+
 def test_signed_integers_convert_without_loss() -> None:
     for bits in range(1, 9):
         q = np.arange(-(1 << (bits - 1)), 1 << (bits - 1))
@@ -64,7 +85,7 @@ def test_the_file_form_is_whole() -> None:
     np.testing.assert_array_equal(form.decode(again), form.decode(packed))
 
 
-@pytest.mark.parametrize("spec", ["w0a4", "w9a1", "w3a0", "w3", "w3a4-g64"])
+@pytest.mark.parametrize("spec", ["w0a4", "w9a1", "w3a0", "w3", "w3a4-g32", "w9a1-g64"])
 def test_other_widths_are_refused(spec: str) -> None:
     with pytest.raises(InputError):
         codec(spec)

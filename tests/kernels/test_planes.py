@@ -10,8 +10,8 @@ import pytest
 
 from memwall import _native, kernels
 from memwall.errors import InputError
+from memwall.formats import Packed, codec
 from memwall.formats import apmm_bipolar_int as planes
-from memwall.formats import codec
 from memwall.kernels.planes import pack_planes, plane_products, plane_products_apart
 
 ISAS = ("portable", "avx2", "avx512")
@@ -70,6 +70,10 @@ def test_planes_apart_add_up(isa: str) -> None:
 def test_packing_is_the_codec_s(bits: int) -> None:
     x = np.random.default_rng(bits).standard_normal((6, 131)).astype(np.float32)
     x[2] = 0
+    words, scales = pack_planes(x, bits, grouped=True)
+    codes, expected = planes.codes_of(planes.in_groups(x), bits)
+    np.testing.assert_array_equal(scales, expected)
+    np.testing.assert_array_equal(words, planes.pack(codes.reshape(6, -1)[:, :131], bits))
     words, scales = pack_planes(x, bits)
     codes, expected = planes.codes_of(x, bits)
     np.testing.assert_array_equal(scales, expected)
@@ -115,8 +119,53 @@ def test_layers_multiply_by_planes(isa: str, spec: str, tokens: int) -> None:
     assert kernels.matrix(packed).nbytes == packed.nbytes
 
 
+def grouped_reference(form: planes.BitPlaneCodec, packed: Packed, x: np.ndarray) -> np.ndarray:
+    """What the codec's docstring says, in NumPy: float32 [tokens, rows]."""
+    groups = planes.in_groups(x)
+    codes, x_scales = planes.codes_of(groups, form.activation_bits)
+    w = planes.integers_of(planes.unpack(packed.buffers["words"], x.shape[1]), form.weight_bits)
+    w = planes.in_groups(w.astype(np.float32)).astype(np.int64)
+    sums = np.einsum("tgc,rgc->trg", planes.integers_of(codes, form.activation_bits), w).astype(np.float32)
+    terms = sums * (packed.buffers["scales"].astype(np.float32)[None] * x_scales[:, None])
+    lanes = np.zeros((*terms.shape[:2], 8), np.float32)
+    for word in range(terms.shape[2]):
+        lanes[..., word % 8] += terms[..., word]
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+@pytest.mark.parametrize("cols", [1, 63, 64, 131, 511, 512, 513, 700])
+@pytest.mark.parametrize(("spec", "tokens"), [("w1a1-g64", 1), ("w2a2-g64", 5), ("w3a4-g64", 1), ("w8a8-g64", 3)])
+def test_groups_multiply_bit_for_bit(isa: str, spec: str, tokens: int, cols: int) -> None:
+    random = np.random.default_rng(cols)
+    form = codec(spec)
+    assert isinstance(form, planes.BitPlaneCodec)
+    packed = form.encode(random.standard_normal((45, cols)).astype(np.float32))
+    x = random.standard_normal((tokens, cols)).astype(np.float32)
+    matrix = kernels.matrix(packed)
+    out = np.empty((tokens, 45), np.float32)
+    kernels.linear(x, [matrix], [out])
+    np.testing.assert_array_equal(out, grouped_reference(form, packed, x))
+    kernels.linear(x, [matrix], [out], exact=True)
+    weights = form.decode(packed).astype(np.float64)
+    np.testing.assert_allclose(out, x.astype(np.float64) @ weights.T, rtol=2e-5, atol=2e-4)
+    np.testing.assert_array_equal(
+        kernels.gather_rows(matrix, np.array([3, 44]), np.empty((2, cols), np.float32)), form.decode(packed)[[3, 44]]
+    )
+    assert matrix.nbytes == packed.nbytes
+    # beside the same widths with a scale per token, which round the same input otherwise
+    plain = codec(spec.removesuffix("-g64")).encode(random.standard_normal((45, cols)).astype(np.float32))
+    outs, alone = [np.empty((tokens, 45), np.float32) for _ in range(2)], np.empty((tokens, 45), np.float32)
+    kernels.linear(x, [kernels.matrix(plain), matrix], outs)
+    kernels.linear(x, [kernels.matrix(plain)], [alone])
+    np.testing.assert_array_equal(outs[0], alone)
+    np.testing.assert_array_equal(outs[1], grouped_reference(form, packed, x))
+
+
 def test_scratch_is_predicted() -> None:
-    for spec, tokens in (("w3a4", 1), ("w2a8", 64)):
+    for spec, tokens in (("w3a4", 1), ("w2a8", 64), ("w3a4-g64", 8)):
         packed = codec(spec).encode(np.ones((64, 4160), np.float32))
         before = kernels.scratch_bytes()
         kernels.linear(
@@ -125,7 +174,10 @@ def test_scratch_is_predicted() -> None:
         panels = kernels.predict_scratch_bytes(tokens, 4160, group=0)
         predicted = kernels.predict_scratch_bytes(tokens, 4160, group=kernels.roundings(spec)[0]) - panels
         assert 0 <= kernels.scratch_bytes() - before <= predicted + panels
-        assert predicted == -(-tokens * (65 * 8 * kernels.roundings(spec)[0] * -1 + 4) // 64) * 64
+        form = codec(spec)
+        assert isinstance(form, planes.BitPlaneCodec)
+        scales = 65 if form.grouped else 1
+        assert predicted == -(-tokens * (65 * 8 * form.activation_bits + 4 * scales) // 64) * 64
 
 
 def test_compiled_encoding_is_the_codec_s() -> None:

@@ -54,7 +54,7 @@ def _encode_native(form: object, values: np.ndarray, out: Mapping[str, np.ndarra
     """Fill `out` by compiled code; False where that has no way or the numbers cannot be encoded."""
     name = values.dtype.name
     if isinstance(form, BitPlaneCodec):
-        return _encode_planes(values, out)
+        return not form.grouped and _encode_planes(values, out)
     if isinstance(form, ShiftedCodec):
         return _encode_shifted(form, values, out)
     if isinstance(form, LevelCodec) and not form.encodes_natively:

@@ -61,6 +61,7 @@ def matrix(packed: Packed) -> Matrix:
         return _tile_matrix(packed, form.bits, form.group)
     if isinstance(form, BitPlaneCodec):
         words, scales = (np.ascontiguousarray(packed.buffers[name]) for name in ("words", "scales"))
+        scales = scales.view(np.uint16) if form.grouped else scales
         return _native.plane_matrix(form.spec, packed.shape[1], form.activation_bits, words, scales)
     if isinstance(form, SpqrCodec):
         check_bilevel(packed)
@@ -211,15 +212,18 @@ def roundings(spec: str, *, exact: bool = False) -> tuple[int, ...]:
 
 
 def _rounding(form: Codec) -> int:
-    return -form.activation_bits if isinstance(form, BitPlaneCodec) else getattr(form, "group", 0)
+    if isinstance(form, BitPlaneCodec):
+        return -form.activation_bits - (8 if form.grouped else 0)
+    return getattr(form, "group", 0)
 
 
 def predict_scratch_bytes(tokens: int, cols: int, *, group: int = 64, threads: int | None = None) -> int:
     """What `scratch_bytes` will be once `tokens` tokens of `cols` columns have been multiplied; for plans.
 
-    group: of the weights; -m for bit planes with activations of m bits; 0 for dense weights and for exact products,
-    which round no activations; 16 for bilevel weights; `MIXED` and the group for mixed activations; 2 for signs and
-    masks; 3 (exact: 4) for turned weights; 1 where columns are put in order or scaled. Weights of several groups keep
-    one piece each; the widest input and the largest number of tokens of a run count. threads: None for those in use.
+    group: of the weights; -m for bit planes with activations of m bits, -m - 8 where both have scales by groups; 0 for
+    dense weights and for exact products, which round no activations; 16 for bilevel weights; `MIXED` and the group for
+    mixed activations; 2 for signs and masks; 3 (exact: 4) for turned weights; 1 where columns are put in order or
+    scaled. Weights of several groups keep one piece each; the widest input and the largest number of tokens of a run
+    count. threads: None for those in use.
     """
     return int(_native.linear_scratch_bytes_for(tokens, cols, group, threads or _native.num_threads()))

@@ -11,14 +11,15 @@ from memwall.formats.apmm_bipolar_int import WORD_BITS
 __all__ = ["pack_planes", "plane_products", "plane_products_apart"]
 
 
-def pack_planes(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [rows, cols] -> planes uint64 [rows, bits, ceil(cols / 64)] and scales float32 [rows].
+def pack_planes(x: np.ndarray, bits: int, *, grouped: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [rows, cols] -> planes uint64 [rows, bits, ceil(cols / 64)] and scales float32 [rows], or, grouped,
+    [rows, ceil(cols / 64)].
 
     InputError for numbers that are not finite.
     """
     x = np.ascontiguousarray(x, np.float32)
     words = np.empty((len(x), bits, -(-x.shape[1] // WORD_BITS)), np.uint64)
-    scales = np.empty(len(x), np.float32)
+    scales = np.empty((len(x), words.shape[2]) if grouped else len(x), np.float32)
     if not _native.pack_planes(x, words, scales):
         raise InputError(f"{bits}-bit planes cannot hold NaN or infinite values")
     return words, scales

@@ -75,13 +75,14 @@ class Engine:
                 f"the model is fitted on a small and a large batch with their times, got {first} and {last}"
             )
         if lays_out and first[0] != 1:
-            raise InputError(f"what lays weights out anew is fitted on one token and many, got {first[0]} and {last[0]}")
+            raise InputError(f"what lays weights out is fitted on one token and many, got {first[0]} and {last[0]}")
         rate = moved_bytes(shape, first[0], bits, value_bytes) / first[1]
         laying = moved_bytes(shape, 0, bits) / rate if lays_out else 0.0
         if last[1] <= laying:
             raise InputError(f"{last[0]} tokens take {last[1]:g} s, no longer than laying their weights out")
         flop = 2.0 * last[0] * shape[0] * shape[1] * flop_share
-        return Engine(bytes_per_s=rate, flop_per_s=flop / (last[1] - laying), value_bytes=value_bytes, lays_out=lays_out)
+        rates = {"bytes_per_s": rate, "flop_per_s": flop / (last[1] - laying)}
+        return Engine(**rates, value_bytes=value_bytes, lays_out=lays_out)
 
 
 def moved_bytes(

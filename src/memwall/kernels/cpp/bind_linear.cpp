@@ -117,8 +117,9 @@ PyMatrix tile_matrix(const std::string& spec, std::int64_t rows, std::int64_t co
   return m;
 }
 
+// scales: float32 [rows], or float16 [rows, words of a row].
 PyMatrix plane_matrix(const std::string& spec, std::int64_t cols, int activation_bits, nb::ndarray<const std::uint64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu> words,
-                      Vector scales) {
+                      nb::object scales) {
   PyMatrix m;
   m.spec = spec;
   mw::Matrix& view = m.view;
@@ -130,11 +131,12 @@ PyMatrix plane_matrix(const std::string& spec, std::int64_t cols, int activation
   require(view.bits >= 1 && view.bits <= mw::kMaxPlanes && activation_bits >= 1 && activation_bits <= mw::kMaxPlanes, "there are 1 to 8 planes");
   require(cols >= 1 && static_cast<std::int64_t>(words.shape(2)) == view.planes().row_words(), "planes must be [rows, bits, ceil(cols / 64)]");
   require(cols * ((1 << view.bits) - 1) * ((1 << activation_bits) - 1) < (std::int64_t{1} << 31), "products of so many columns do not fit in 32 bits");
-  require(scales.shape(0) == words.shape(0), "there must be a scale per row");
   view.data = words.data();
-  view.scales = scales.data();
   m.owners[0] = nb::cast(words);
-  m.owners[1] = nb::cast(scales);
+  Vector by_row;
+  view.scale_form = nb::try_cast(scales, by_row, false) ? mw::ScaleForm::single : mw::ScaleForm::half;
+  view.scales = view.plane_groups() ? static_cast<const void*>(part_of<std::uint16_t, 2>(m, 1, scales, {view.rows, view.planes().row_words()}, "scales"))
+                                    : static_cast<const void*>(part_of<float, 1>(m, 1, scales, {view.rows}, "scales"));
   return m;
 }
 

@@ -12,7 +12,7 @@ namespace {
 using Words = nb::ndarray<const std::uint64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using OutWords = nb::ndarray<std::uint64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using OutScales = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutScales = nb::ndarray<float, nb::c_contig, nb::device::cpu>;  // of one or two dimensions
 using Sums = nb::ndarray<std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using SumsApart = nb::ndarray<std::int32_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
@@ -51,10 +51,12 @@ void products_apart(const Words& w_words, const Words& x_words, std::int64_t col
 
 bool pack(const Numbers& x, const OutWords& words, const OutScales& scales) {
   const auto rows = static_cast<std::int64_t>(x.shape(0)), cols = static_cast<std::int64_t>(x.shape(1));
+  const bool grouped = scales.ndim() == 2;
   require(words.shape(0) == x.shape(0) && scales.shape(0) == x.shape(0), "rows differ");
+  require(scales.ndim() == 1 || (grouped && scales.shape(1) == words.shape(2)), "scales must be [rows] or [rows, ceil(cols / 64)]");
   const int bits = planes_of(Words(words), cols).bits;
   nb::gil_scoped_release release;
-  return mw::pack_planes(x.data(), rows, cols, bits, words.data(), scales.data());
+  return mw::pack_planes(x.data(), rows, cols, bits, grouped, words.data(), scales.data());
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ class Scratch {
 };
 
 std::mutex g_mutex;  // one product at a time: two Python threads may call, and there is one scratch and one thread pool
-Scratch g_activations[5], g_planes[kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers, g_parts;
+Scratch g_activations[5], g_planes[2 * kMaxPlanes], g_ordered, g_columns, g_turned, g_turning, g_workers, g_parts;
 float g_offsets[kMaxTokens];  // what offsets of columns make of each token
 std::int64_t g_products = 0, g_striped = 0;
 
@@ -115,18 +115,22 @@ Activations quantize_mixed(const LinearKernels& kernels, const float* x, std::in
 }
 
 // Bytes of the words of activations in `bits` planes and of their scales.
-std::size_t plane_bytes(std::int64_t tokens, std::int64_t cols, int bits) {
-  const std::int64_t words = (cols + kWordBits - 1) / kWordBits * bits;
-  return static_cast<std::size_t>(tokens) * (words * sizeof(std::uint64_t) + sizeof(float));
+std::size_t plane_bytes(std::int64_t tokens, std::int64_t cols, int bits, bool grouped) {
+  const std::int64_t words = (cols + kWordBits - 1) / kWordBits;
+  return static_cast<std::size_t>(tokens) * (words * bits * sizeof(std::uint64_t) + (grouped ? words : 1) * sizeof(float));
 }
 
-void round_to_planes(Input& input, int bits) {
-  char* at = g_planes[bits - 1].at_least(plane_bytes(input.tokens, input.cols, bits));
+// Where the activations that such weights are multiplied with are kept: by their bits, those with a scale for every word apart.
+int plane_slot(const Matrix& m) { return m.activation_bits - 1 + (m.plane_groups() ? kMaxPlanes : 0); }
+
+void round_to_planes(Input& input, const Matrix& m) {
+  const int bits = m.activation_bits;
+  char* at = g_planes[plane_slot(m)].at_least(plane_bytes(input.tokens, input.cols, bits, m.plane_groups()));
   auto* words = reinterpret_cast<std::uint64_t*>(at);
   input.planes = {words, input.tokens, input.cols, bits};
   auto* scales = reinterpret_cast<float*>(words + input.tokens * bits * input.planes.row_words());
   input.plane_scales = scales;
-  pack_planes(input.x, input.tokens, input.cols, bits, words, scales);
+  pack_planes(input.x, input.tokens, input.cols, bits, m.plane_groups(), words, scales);
 }
 
 // Whether two such matrices read one input: columns in one order, as those that read the same input mostly do.
@@ -356,7 +360,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
   const LinearKernels& kernels = linear_kernels_in_use();
   const bool one = plain.tokens == 1, few = plain.tokens <= kFewTokens;
   Input inputs[5] = {plain, plain, plain, plain, plain};  // by group 32, 64, 128, none (without codes) and 256
-  Input in_planes[kMaxPlanes];                     // by bits of activations
+  Input in_planes[2 * kMaxPlanes];                 // by `plane_slot`
   Input own;                                       // as `in_order` reads it
   const Matrix* in_order = nullptr;
   Job jobs[kMaxJobs];
@@ -384,8 +388,8 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
     job.input = &inputs[3];
     bool side_by_side = false;  // all tokens at once, a tile of rows at a time
     if (m.form == Form::planes && !exact) {
-      Input& input = in_planes[m.activation_bits - 1];
-      if (input.x == nullptr) round_to_planes(input = plain, m.activation_bits);
+      Input& input = in_planes[plane_slot(m)];
+      if (input.x == nullptr) round_to_planes(input = plain, m);
       job.input = &input;
       job.kernel = kernels.planes;
     } else if (m.form == Form::planes) {
@@ -614,7 +618,7 @@ std::int64_t Matrix::nbytes() const {
     return row_tiles * tile_bytes() + blocks * kTileRows * 2 * (rest ? kPbLlmParams : kBillmParams) + beside;
   }
   if (form == Form::stacked) return num_blocks * (rows * ((cols + 7) / 8) + 2 * rank * (rows + cols));
-  if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + 4);
+  if (form == Form::planes) return rows * (bits * planes().row_words() * 8 + (plane_groups() ? 2 * planes().row_words() : 4));
   if (form == Form::sparse) return row_tiles * (tile_bytes() + groups * kTileRows * (zeros ? 3 : 2));
   if (form != Form::tiles) return rows * cols * 2;
   if (turned) return row_tiles * tile_bytes() + 2 * cols + 12;
@@ -651,7 +655,10 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   if (group == kBilevelGroup)
     return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens))) +
            Scratch::rounded(column_bytes(tokens, cols));
-  if (group < 0) return workers + Scratch::rounded(plane_bytes(tokens, cols, -group));
+  if (group < 0) {
+    const bool grouped = -group > kMaxPlanes;
+    return workers + Scratch::rounded(plane_bytes(tokens, cols, grouped ? -group - kMaxPlanes : -group, grouped));
+  }
   return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens)));
 }
 
@@ -688,7 +695,7 @@ void decode_row(const Matrix& m, std::int64_t row, float* out) {
     }
     case Form::float16: return void(std::transform(halves, halves + m.cols, out, half_to_float));
     case Form::bfloat16: return void(std::transform(halves, halves + m.cols, out, bfloat_to_float));
-    case Form::planes: return decode_planes(m.planes(), row, 0, m.cols, static_cast<const float*>(m.scales)[row], out);
+    case Form::planes: return decode_planes(m.planes(), row, 0, m.cols, [&](std::int64_t word) { return m.plane_scale(row, word); }, out);
     case Form::bilevel: return decode_bilevel(m, row, out);
     case Form::codebook: return decode_codebook(m, row, out);
     case Form::masked: return decode_masked(m, row, out);

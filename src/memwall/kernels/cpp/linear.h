@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "codebook.h"
+#include "half.h"
 #include "planes.h"
 
 namespace mw {
@@ -107,7 +108,8 @@ struct Matrix {
   const float* shift_peaks = nullptr;
   const Levels* levels = nullptr;         // null for integers
   const std::uint8_t* zeros = nullptr;    // sparse only, the shape of scales: the code that stands for zero; null when symmetric
-  // planes only, beside data, bits and scales (float32 [rows]): bits that activations are rounded to
+  // planes only, beside data, bits and scales (float32 [rows], or float16 [rows, words of a row] where scale_form is half): bits
+  // that activations are rounded to
   int activation_bits = 0;
   const CodebookMatrix* codebooks = nullptr;  // codebook only, beside order
   // bilevel only, beside data, bits and groups (which count units of 32 columns): `scales` are the statistics
@@ -160,6 +162,11 @@ struct Matrix {
   std::int64_t stack_rows() const { return rows >= 2048 ? 256 : rows >= 512 ? 128 : 64; }
   int bytes() const { return levels ? levels->bytes : 0; }
   Planes planes() const { return {static_cast<const std::uint64_t*>(data), rows, cols, bits}; }
+  bool plane_groups() const { return scale_form == ScaleForm::half; }  // of bit planes: a scale for every word
+  float plane_scale(std::int64_t row, std::int64_t word) const {
+    if (!plane_groups()) return static_cast<const float*>(scales)[row];
+    return half_to_float(static_cast<const std::uint16_t*>(scales)[row * planes().row_words() + word]);
+  }
   // what is taken off a code, or off its low byte
   int low_offset() const { return levels ? levels->low_offset : mins || zeros ? 0 : 1 << (bits - 1); }
   float unit() const { return levels ? levels->unit : 1.0f; }
@@ -191,7 +198,7 @@ struct Input {
   const float* x = nullptr;  // [tokens, cols]
   std::int64_t tokens = 0, cols = 0;
   Activations coded;  // unset for products in float
-  Planes planes;      // set for products with bit planes, with a scale per token
+  Planes planes;      // set for products with bit planes, with a scale per token, or for each of its words
   const float* plane_scales = nullptr;
   const float* columns = nullptr;  // set for several tokens times bilevel tiles: x by columns, [cols, column_stride]
   std::int64_t column_stride = 0;  // tokens, padded to kColumnTokens
@@ -251,7 +258,7 @@ struct LinearKernels {
 // Bytes of scratch that `linear` holds now; part of the process's byte ledger.
 std::size_t linear_scratch_bytes();
 // What it would hold after products of `tokens` tokens of `cols` columns with weights in groups of `group` (0: dense weights; -m:
-// bit planes with activations of m bits; 16: bilevel tiles; kMixedRounding + g: mixed activations in groups of g; 2: signs and masks; 1: columns put in order; 3 or, exact, 4: turned tiles).
+// bit planes with activations of m bits; -m - kMaxPlanes: those with scales by groups; 16: bilevel tiles; kMixedRounding + g: mixed activations in groups of g; 2: signs and masks; 1: columns put in order; 3 or, exact, 4: turned tiles).
 constexpr int kMixedRounding = 1000;
 std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int group, int threads);
 

@@ -29,25 +29,36 @@ std::uint64_t gathered(const std::uint8_t* codes, int index) {
   return ((bytes >> index) & 0x0101010101010101u) * 0x0102040810204080u >> 56;
 }
 
-void pack_row(const float* x, std::int64_t cols, int bits, float scale, std::uint64_t* words) {
-  const std::int64_t row_words = (cols + kWordBits - 1) / kWordBits;
+// Codes of the up to 64 columns of one word, whose planes lie `stride` words apart.
+void pack_word(const float* x, int count, int bits, float scale, std::int64_t stride, std::uint64_t* words) {
   const int half = 1 << (bits - 1), top = (1 << bits) - 1;
   const float inverse = scale > 0 ? 0.5f / scale : 0.0f;
-  for (std::int64_t word = 0; word < row_words; ++word) {
-    alignas(8) std::uint8_t codes[kWordBits] = {};
-    const std::int64_t first = word * kWordBits;
-    const int count = static_cast<int>(std::min<std::int64_t>(kWordBits, cols - first));
-    for (int c = 0; c < count; ++c) {
-      // floor by way of a positive number: the cast then rounds down
-      const int code = static_cast<int>(x[first + c] * inverse + static_cast<float>(half));
-      codes[c] = static_cast<std::uint8_t>(std::clamp(code, 0, top));
-    }
-    for (int p = 0; p < bits; ++p) {
-      std::uint64_t packed = 0;
-      for (int eight = 0; eight < kWordBits / 8; ++eight) packed |= gathered(codes + 8 * eight, p) << (8 * eight);
-      words[p * row_words + word] = packed;
-    }
+  alignas(8) std::uint8_t codes[kWordBits] = {};
+  for (int c = 0; c < count; ++c) {
+    // floor by way of a positive number: the cast then rounds down
+    const int code = static_cast<int>(x[c] * inverse + static_cast<float>(half));
+    codes[c] = static_cast<std::uint8_t>(std::clamp(code, 0, top));
   }
+  for (int p = 0; p < bits; ++p) {
+    std::uint64_t packed = 0;
+    for (int eight = 0; eight < kWordBits / 8; ++eight) packed |= gathered(codes + 8 * eight, p) << (8 * eight);
+    words[p * stride] = packed;
+  }
+}
+
+// max|x| / (2^bits - 1), or not a number where one of them is not finite.
+float scale_of(const float* x, std::int64_t count, int bits) {
+  // magnitudes order as their bits do, and infinities and what is not a number come last
+  std::int32_t most = 0;
+  for (std::int64_t c = 0; c < count; ++c) {
+    std::int32_t magnitude;
+    std::memcpy(&magnitude, x + c, sizeof magnitude);
+    most = std::max(most, magnitude & 0x7fffffff);
+  }
+  if (most >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
+  float largest;
+  std::memcpy(&largest, &most, sizeof largest);
+  return largest / static_cast<float>((1 << bits) - 1);
 }
 
 }  // namespace
@@ -66,30 +77,26 @@ void plane_products_apart(const Planes& w, const Planes& x, std::int32_t* out) {
   });
 }
 
-bool pack_planes(const float* x, std::int64_t rows, std::int64_t cols, int bits, std::uint64_t* words, float* scales) {
-  const std::int64_t stride = (cols + kWordBits - 1) / kWordBits * bits;
+bool pack_planes(const float* x, std::int64_t rows, std::int64_t cols, int bits, bool grouped, std::uint64_t* words, float* scales) {
+  const std::int64_t row_words = (cols + kWordBits - 1) / kWordBits, num_scales = grouped ? row_words : 1;
   const std::size_t grain = static_cast<std::size_t>(std::max<std::int64_t>(1, (1 << 14) / (cols + 1)));
   std::atomic<bool> good{true};
   parallel_for(static_cast<std::size_t>(rows), grain, [&](std::size_t begin, std::size_t end, int) {
     for (auto r = static_cast<std::int64_t>(begin); r < static_cast<std::int64_t>(end); ++r) {
       const float* row = x + r * cols;
-      // magnitudes order as their bits do, and infinities and what is not a number come last
-      std::int32_t most = 0;
-      for (std::int64_t c = 0; c < cols; ++c) {
-        std::int32_t magnitude;
-        std::memcpy(&magnitude, row + c, sizeof magnitude);
-        most = std::max(most, magnitude & 0x7fffffff);
+      float* scale = scales + r * num_scales;
+      if (!grouped) *scale = scale_of(row, cols, bits);
+      for (std::int64_t word = 0; word < row_words; ++word) {
+        const std::int64_t first = word * kWordBits;
+        const int count = static_cast<int>(std::min<std::int64_t>(kWordBits, cols - first));
+        if (grouped) scale[word] = scale_of(row + first, count, bits);
+        const float each = scale[grouped ? word : 0];
+        std::uint64_t* to = words + r * row_words * bits + word;
+        if (each == each) pack_word(row + first, count, bits, each, row_words, to);
+        else for (int p = 0; p < bits; ++p) to[p * row_words] = 0;  // nothing is made up for what is not finite
       }
-      if (most >= 0x7f800000) {  // nothing is made up for a row that has one
-        good.store(false, std::memory_order_relaxed);
-        std::fill_n(words + r * stride, stride, std::uint64_t{0});
-        scales[r] = std::numeric_limits<float>::quiet_NaN();
-        continue;
-      }
-      float largest;
-      std::memcpy(&largest, &most, sizeof largest);
-      scales[r] = largest / static_cast<float>((1 << bits) - 1);
-      pack_row(row, cols, bits, scales[r], words + r * stride);
+      for (std::int64_t i = 0; i < num_scales; ++i)
+        if (scale[i] != scale[i]) good.store(false, std::memory_order_relaxed);
     }
   });
   return good.load();

@@ -32,14 +32,17 @@ struct PlaneKernels {
 void plane_products(const Planes& w, const Planes& x, std::int32_t* out);
 void plane_products_apart(const Planes& w, const Planes& x, std::int32_t* out);
 
-// Nearest odd multiples of scale = max|row| / (2^bits - 1), one scale per row; a row of zeros has scale 0 and codes of +1.
-// False when a number is not finite.
-bool pack_planes(const float* x, std::int64_t rows, std::int64_t cols, int bits, std::uint64_t* words, float* scales);
+// Nearest odd multiples of scale = max|x| / (2^bits - 1), one scale per row, or, grouped, for the columns of each word: scales
+// [rows] or [rows, words]. Where all are zeros the scale is 0 and codes are +1. False when a number is not finite.
+bool pack_planes(const float* x, std::int64_t rows, std::int64_t cols, int bits, bool grouped, std::uint64_t* words, float* scales);
 
-// Columns [begin, end) of one row, decoded.
-inline void decode_planes(const Planes& planes, std::int64_t row, std::int64_t begin, std::int64_t end, float scale, float* out) {
+// Columns [begin, end) of one row, decoded; scale_of(word) gives the scale of a word's columns.
+template <class ScaleOf>
+void decode_planes(const Planes& planes, std::int64_t row, std::int64_t begin, std::int64_t end, ScaleOf&& scale_of, float* out) {
   const int top = (1 << planes.bits) - 1;
+  float scale = 0.0f;
   for (std::int64_t col = begin; col < end; ++col) {
+    if (col == begin || col % kWordBits == 0) scale = scale_of(col / kWordBits);
     int code = 0;
     for (int p = 0; p < planes.bits; ++p)
       code |= static_cast<int>(planes.plane(row, p)[col / kWordBits] >> (col % kWordBits) & 1) << p;

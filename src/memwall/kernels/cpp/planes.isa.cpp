@@ -1,5 +1,6 @@
 // Bit-plane products: population counts of whole vectors, by table look-up where there is no instruction; sums of a row pair stay in
 // registers until they are whole.
+// This file is compiled without fused multiplication and addition: its floats are the same on every processor.
 #include "linear_kernels.h"
 #include "planes.h"
 #include "tiles.h"
@@ -154,10 +155,73 @@ void rounded_rows(const Matrix& m, const Input& input, std::int64_t begin, std::
   }
 }
 
+// With a scale for every word of both sides a word's sum leaves the integers: float32 sums of words by their number modulo kSums,
+// then added in pairs of the first and the second half.
+constexpr int kSums = 8;
+
+// One row, of N planes, and one token.
+template <int N>
+MW_INLINE float grouped_product(const Planes& w, const Planes& x, std::int64_t row, std::int64_t token, const std::uint16_t* w_scales, const float* x_scales) {
+  const std::int64_t words = w.row_words();
+  const std::int64_t weight = ((1 << N) - 1) * ((1 << x.bits) - 1), rest = w.cols - (words - 1) * kWordBits;  // columns of the last word
+  const std::uint64_t *a = w.plane(row, 0), *b = x.plane(token, 0);
+  alignas(32) float sums[kSums] = {};
+#if defined(__AVX512VPOPCNTDQ__)
+  static_assert(kVectorWords == kSums);
+  __m256 lanes = _mm256_setzero_ps();
+  const auto add = [&](std::int64_t from, __mmask8 mask, __m512i whole) __attribute__((always_inline)) {
+    Vw differing = {};
+    for (int j = 0; j < x.bits; ++j) {
+      const __m512i at = _mm512_maskz_loadu_epi64(mask, b + j * words + from);
+      for (int i = 0; i < N; ++i)
+        differing += (Vw)_mm512_popcnt_epi64(_mm512_xor_si512(_mm512_maskz_loadu_epi64(mask, a + i * words + from), at)) << (i + j);
+    }
+    const __m256 scale = _mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask, w_scales + from)) * _mm256_maskz_loadu_ps(mask, x_scales + from);
+    const __m256 term = _mm512_cvtepi64_ps((__m512i)((Vw)whole - 2 * differing)) * scale;
+    lanes = _mm256_mask_add_ps(lanes, mask, lanes, term);
+  };
+  const __m512i full = _mm512_set1_epi64(kWordBits * weight);
+  std::int64_t from = 0;
+  for (; from + kSums < words; from += kSums) add(from, 0xff, full);
+  const auto last = static_cast<__mmask8>((1u << (words - from)) - 1);
+  add(from, last, _mm512_mask_set1_epi64(full, static_cast<__mmask8>(1u << (words - from - 1)), rest * weight));
+  _mm256_store_ps(sums, lanes);
+#else
+  for (std::int64_t word = 0; word < words; ++word) {
+    std::int64_t differing = 0;
+    for (int j = 0; j < x.bits; ++j)
+      for (int i = 0; i < N; ++i) differing += static_cast<std::int64_t>(__builtin_popcountll(a[i * words + word] ^ b[j * words + word])) << (i + j);
+    const std::int64_t sum = (word + 1 < words ? kWordBits : rest) * weight - 2 * differing;
+    sums[word % kSums] += static_cast<float>(sum) * (half_to_float(w_scales[word]) * x_scales[word]);
+  }
+#endif
+  for (int half = kSums / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+template <int N>
+void grouped_rows(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out) {
+  const Planes w = m.planes(), &x = input.planes;
+  const auto* scales = static_cast<const std::uint16_t*>(m.scales);
+  const std::int64_t last = end_of_rows(m, end, strip_of(input)), words = w.row_words();
+  for (std::int64_t first = begin * strip_of(input); first < last; first += kRows) {
+    const int count = static_cast<int>(last - first < kRows ? last - first : kRows);
+    for (std::int64_t t = 0; t < input.tokens; ++t) {
+      float values[kRows];
+      for (int r = 0; r < count; ++r)
+        values[r] = grouped_product<N>(w, x, first + r, t, scales + (first + r) * words, input.plane_scales + t * words);
+      write_rows(values, t, first, count, out);
+    }
+  }
+}
+
 }  // namespace
 
 void planes_rounded(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char*) {
-  with_bits(m.bits, [&](auto bits) { rounded_rows<decltype(bits)::value>(m, input, begin, end, out); });
+  with_bits(m.bits, [&](auto bits) {
+    (m.plane_groups() ? grouped_rows<decltype(bits)::value> : rounded_rows<decltype(bits)::value>)(m, input, begin, end, out);
+  });
 }
 
 // Activations as they are, weights decoded a piece at a time.
@@ -170,7 +234,7 @@ void planes_exact(const Matrix& m, const Input& input, std::int64_t begin, std::
     for (std::int64_t t = 0; t < input.tokens; ++t) sums[t] = 0;
     for (std::int64_t from = 0; from < m.cols; from += kPiece) {
       const std::int64_t to = from + kPiece < m.cols ? from + kPiece : m.cols;
-      decode_planes(m.planes(), row, from, to, static_cast<const float*>(m.scales)[row], weights);
+      decode_planes(m.planes(), row, from, to, [&](std::int64_t word) { return m.plane_scale(row, word); }, weights);
       for (std::int64_t t = 0; t < input.tokens; ++t) {
         const float* x = input.x + t * input.cols;
         Vf lanes = {};
