@@ -98,8 +98,8 @@ class Trained:
 
     hidden: int
     layers: int
-    steps: int = 400
-    batch: int = 8
+    steps: int = 260
+    batch: int = 6
     sequence: int = 256
     rate: float = 3e-3
 

@@ -11,13 +11,23 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from memwall import kv
+from memwall.compress.convert import convert
 from memwall.compress.model import compress_model
+from memwall.engine import Sampling, Settings, load
 from memwall.engine.loading import cache_shape
+from memwall.engine.lone_lora import wear
+from memwall.engine.nano_batches import alternating, nano_decoder, two_phases
+from memwall.engine.nano_schedule import Schedule
+from memwall.engine.sequence import Request
+from memwall.engine.serving import ServingSettings, load_engine
 from memwall.errors import InputError
 from memwall.models import Checkpoint, ModelConfig
 from memwall.models.decoder import BLOCK_ROWS, activation_shapes
-from memwall.models.lora import target_shapes
+from memwall.models.lora import LoraWeights, target_shapes, tensor_name, write_lora
+from memwall.simulate.fpga_designs import ModelShape
+from memwall.simulate.parts import cut_model
 from tests.models.families import make_family, reference_logits, some_tokens
+from tests.models.loras import make_lora
 from tests.models.test_decoder import Loaded
 
 CONFIG: dict[str, Any] = {
@@ -192,3 +202,92 @@ def test_compressed_and_run(method: str, tmp_path: Path) -> None:
     tokens = np.array(some_tokens(40))
     off = np.abs(Loaded(out, "saved").logits(tokens) - Loaded(path, "float32").logits(tokens)).mean()
     assert off < (0.1 if method == "smoothquant" else 0.6)
+
+
+def served(path: Path, schedule: Schedule | None = None, **changes: Any) -> list[list[int]]:
+    """Tokens of some prompts worked together."""
+    told = {"weights": "float32", "context_tokens": 128, "max_sequences": 4, "token_budget": 40, **changes}
+    held = load_engine(path, ServingSettings(**told))
+    if schedule is not None:
+        nano_decoder(held, schedule)
+    sampling = Sampling(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+    prompts = [tuple(some_tokens(5 + 11 * n, seed=n)) for n in range(4)]
+    made = [held.engine.submit(Request(prompt=prompt, sampling=sampling)) for prompt in prompts]
+    while held.engine.busy:
+        held.engine.step()
+    found = [list(one.made) for one in made]
+    held.release()
+    return found
+
+
+@pytest.mark.parametrize("family", ["falcon", "falcon-groups", "falcon-sequential"])
+def test_batches_and_nano_batches(family: str, tmp_path: Path) -> None:
+    """Together, in parts that overlap, and alone the same tokens are likeliest."""
+    path = make_family(family, tmp_path)
+    together = served(path)
+    assert served(path, two_phases()) == together
+    assert served(path, alternating(2), token_budget=200) == together
+    assert served(path, max_sequences=1) == together
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", ["falcon-tied", "falcon-groups", "falcon-sequential"])
+def test_adapters(family: str, dora: bool, tmp_path: Path) -> None:
+    """As merged into the weights; a prompt at once and token by token. DoRA makes each product whole before adding."""
+    path = make_family(family, tmp_path)
+    config = ModelConfig.from_directory(path)
+    targets = tuple(target_shapes(config))
+    assert targets == ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    folder = make_lora(tmp_path / "one", config, targets=targets, dtype=np.float32)
+    with Checkpoint(path) as checkpoint:
+        tensors = {name: np.array(checkpoint.tensor(name)) for name in checkpoint.names()}
+    adapter, lengths = LoraWeights.read(folder, config), {}
+    for layer in range(config.num_layers):
+        for target in targets:
+            name = next(n for n in tensors if n.startswith(f"model.layers.{layer}.") and n.endswith(target + ".weight"))
+            a, b = adapter.factors(layer, target) or (np.empty(0), np.empty(0))
+            tensors[name] += adapter.scale * b @ a
+            if dora:
+                rows = np.linalg.norm(tensors[name], axis=1)
+                lengths[tensor_name(layer, target, "magnitude_vector")] = wanted = rows * np.float32(1.25)
+                tensors[name] *= (wanted / rows)[:, None]
+    if dora:
+        factors = load_file(folder / "adapter_model.safetensors")
+        write_lora(folder, {**factors, **lengths}, rank=8, alpha=8, base="x", use_dora=True)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "config.json").write_bytes((path / "config.json").read_bytes())
+    save_file(tensors, merged / "model.safetensors")
+    tokens = np.array(some_tokens(30))
+    want = Loaded(merged, "float32").logits(tokens)
+    told = {"weights": "float32", "kv": "float32", "context_tokens": 64, "segment_tokens": 24, "logit_rows": 24}
+    session = load(path, Settings(exact=True, **told))
+    wear(session, LoraWeights.read(folder, config))
+    got = [session.decoder.forward(tokens[:24], session.cache, all_logits=True).copy()]
+    got += [session.decoder.forward(tokens[i : i + 1], session.cache)[None].copy() for i in range(24, 30)]
+    session.release()
+    np.testing.assert_allclose(np.concatenate(got), want, atol=2e-2, rtol=0)  # pages hold float16
+    assert np.abs(want - Loaded(path, "float32").logits(tokens)).max() > 0.5
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    path = make_family("falcon", tmp_path)
+    config = ModelConfig.from_directory(path)
+    fused = {
+        f"base_model.model.transformer.h.0.self_attention.query_key_value.lora_{part}.weight": np.ones(
+            shape, np.float32
+        )
+        for part, shape in (("A", (4, 96)), ("B", (128, 4)))
+    }
+    folder = write_lora(tmp_path / "peft", fused, rank=4, alpha=4, base="falcon")
+    with pytest.raises(InputError, match="not 'query_key_value'"):
+        LoraWeights.read(folder, config)
+    with pytest.raises(InputError, match="a falcon model is not cut into parts"):
+        cut_model(path, tmp_path / "half", "tensor", 0)
+    with pytest.raises(InputError, match="feed-forwards with a gate, and this is a falcon"):
+        ModelShape.of(config)
+    told = json.loads((path / "config.json").read_text())
+    told["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match="falcon model in GPTQ's form is not read"):
+        convert(path, tmp_path / "converted")
