@@ -98,10 +98,10 @@ class Trained:
 
     hidden: int
     layers: int
-    steps: int = 260
-    batch: int = 6
+    steps: int = 500
+    batch: int = 4
     sequence: int = 256
-    rate: float = 3e-3
+    rate: float = 8e-3
 
     def config(self) -> dict[str, Any]:
         """As Hugging Face writes it: the form of Falcon-7B, heads of 32 channels."""
@@ -114,7 +114,7 @@ class Trained:
         }  # fmt: skip
 
 
-FALCONS = (Trained(hidden=128, layers=4), Trained(hidden=256, layers=3, rate=2e-3))
+FALCONS = (Trained(hidden=128, layers=4), Trained(hidden=256, layers=3, rate=6e-3))
 
 
 def train_falcon(folder: Path, size: Trained, text: str, progress: Progress | None) -> None:
@@ -124,7 +124,8 @@ def train_falcon(folder: Path, size: Trained, text: str, progress: Progress | No
 
     ids = torch.tensor(Tokenizer.from_directory(DEMO_DIRECTORY).encode(text, add_bos=False))
     torch.manual_seed(0)
-    model = FalconForCausalLM(FalconConfig(**size.config())).train()
+    # weights as wide as width asks for: transformers' 0.02 is meant for thousands of channels, and learns slowly here
+    model = FalconForCausalLM(FalconConfig(**size.config(), initializer_range=size.hidden**-0.5)).train()
     parameters = [p for _, p in model.named_parameters()]
     groups = [{"params": [p for p in parameters if (p.dim() == 2) == matrices], "weight_decay": 0.1 * matrices}
               for matrices in (True, False)]  # fmt: skip
