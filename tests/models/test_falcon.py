@@ -22,7 +22,9 @@ from memwall.engine.sequence import Request
 from memwall.engine.serving import ServingSettings, load_engine
 from memwall.errors import InputError
 from memwall.models import Checkpoint, ModelConfig
+from memwall.models.checkpoint import stored_tensors
 from memwall.models.decoder import BLOCK_ROWS, activation_shapes
+from memwall.models.fused import joined
 from memwall.models.lora import LoraWeights, target_shapes, tensor_name, write_lora
 from memwall.simulate.fpga_designs import ModelShape
 from memwall.simulate.parts import cut_model
@@ -145,6 +147,19 @@ def test_shards_and_tensors_that_are_apart_already(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         Loaded(apart, "float32").logits(np.array(tokens)), Loaded(whole, "float32").logits(np.array(tokens))
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stored_names_and_fused_rows_go_back(family: str, tmp_path: Path) -> None:
+    """What is written of a trained model are the tensors that transformers wrote, to the bit."""
+    path = make_family(family, tmp_path)
+    stored = load_file(path / "model.safetensors")
+    with Checkpoint(path) as checkpoint:
+        found = stored_tensors(checkpoint.config)
+        assert {each.name: each.shape for each in found} == {name: each.shape for name, each in stored.items()}
+        for each in found:
+            parts = {name: checkpoint.tensor(name) for name in each.parts}
+            np.testing.assert_array_equal(joined(each, parts), stored[each.name])
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from memwall.formats.checked_json import shown
 from memwall.formats.manifest import MANIFEST_NAME, Manifest, PackedEntry, buffer_tensor_name
 from memwall.formats.safetensors_file import SafetensorsFile
 from memwall.hardware.system import cache_directory
-from memwall.models.config import EMBEDDING, HEAD, ModelConfig, checked_directory
-from memwall.models.fused import FusedFile
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention, checked_directory
+from memwall.models.fused import FusedFile, Stored
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -39,6 +39,15 @@ Progress = Callable[[str, int, int], None]
 def has_weights(directory: Path) -> bool:
     """Whether there is any file that tells of weights, whole or not."""
     return any(directory.glob("*.safetensors")) or any((directory / n).exists() for n in (INDEX_NAME, MANIFEST_NAME))
+
+
+def stored_tensors(config: ModelConfig) -> list[Stored]:
+    """The tensors of a file in Hugging Face's form that holds a model with attention."""
+    check_attention(config)
+    shapes = {tensor.name: tensor.shape for tensor in config.tensors()}
+    if config.falcon is not None:
+        return config.falcon.stored(shapes)
+    return [Stored(name=name, shape=shape, parts={name: None}) for name, shape in shapes.items()]
 
 
 class Checkpoint:

@@ -18,7 +18,7 @@ from typing import Any
 
 from memwall.errors import InputError
 from memwall.formats.checked_json import Fields, shown
-from memwall.models.fused import Rows
+from memwall.models.fused import Rows, Stored
 
 NAME = "falcon"
 MAX_POSITIONS = 2048
@@ -80,6 +80,27 @@ class FalconShape:
             f"{prefix}self_attn.{name}.{end}": Rows(groups=groups, first=first, count=count, of=queries + 2 * size)
             for name, (first, count) in places.items()
         }
+
+    def stored(self, tensors: Mapping[str, tuple[int, ...]]) -> list[Stored]:
+        """The tensors of a file that holds ours, which have these shapes by name."""
+        found = []
+        for name in dict.fromkeys(map(self._stored_name, tensors)):
+            parts = self.names(name)
+            rows = sum(tensors[part][0] for part in parts)
+            found.append(Stored(name=name, shape=(rows, *tensors[next(iter(parts))][1:]), parts=parts))
+        return found
+
+    def _stored_name(self, ours: str) -> str:
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", ours)
+        if match is None:
+            return next((stored for stored, name in _NAMES.items() if name == ours), ours)
+        layer, part, end = match.groups()
+        if part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            return f"transformer.h.{layer}.{_FUSED}.{end}"
+        apart = self.parallel and not self.shared_norm
+        norms = ("ln_attn", "ln_mlp") if apart else ("input_layernorm", "post_attention_layernorm")
+        known = (*norms, *(stored for stored in _PARTS if "norm" not in stored and "ln_" not in stored))
+        return f"transformer.h.{layer}.{next(stored for stored in known if _PARTS[stored] == part)}.{end}"
 
 
 def read(fields: Fields, hidden_size: int) -> FalconShape:

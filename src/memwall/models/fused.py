@@ -33,6 +33,27 @@ Names = Callable[[str], Mapping[str, Rows | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A tensor as files of the family have it, and which of ours make it up (one that is None: all its rows)."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, Rows | None]
+
+
+def joined(stored: Stored, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The stored tensor from ours, by name, all of one dtype."""
+    first = next(iter(parts.values()))
+    whole = np.empty(stored.shape, first.dtype)
+    for name, rows in stored.parts.items():
+        if rows is None:
+            return parts[name]
+        places = whole.reshape(rows.groups, rows.of, *stored.shape[1:])[:, rows.first : rows.first + rows.count]
+        places[...] = parts[name].reshape(places.shape)
+    return whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Grouped(TensorInfo):
     """A tensor whose rows lie in groups. start and stop span all of them; step: bytes from one group to the next."""
 
