@@ -73,7 +73,8 @@ class KVPolicy(Cache):
         if self._pending is not None:
             raise InputError(
                 f"the keys of layer {self._pending} never reached memwall's attention: call "
-                f'model.set_attn_implementation("{ATTENTION}") before using KVPolicy'
+                f'model.set_attn_implementation("{ATTENTION}") before using KVPolicy (transformers lets no other '
+                "attention into some models, such as Falcon: memwall run has all policies for them)"
             )
         if key_states.shape[0] != 1 or key_states.device.type != "cpu":
             raise InputError(

@@ -96,7 +96,7 @@ def test_packed_layers_take_the_place_of_the_checkpoints(tmp_path: Path) -> None
     [
         ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn.k_proj.weight"),
         ("model.layers.3.self_attn.o_proj.weight", "model.layers.3.self_attn.o_proj.weight"),
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"),
+        ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"),
         ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"),
         ("m.block_sparse_moe.experts.5.w3.weight", "m.block_sparse_moe.experts.5.w1.weight"),
         ("lm_head.weight", "lm_head.weight"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from memwall.cli.evidence import load_experiment
 from memwall.formats import codec
+from memwall.models import Checkpoint, ModelConfig
+from memwall.studies.ptq_models import FormatModel
 from memwall.systems import find_system
 
 
@@ -76,3 +79,28 @@ def test_orders_of_divergences(study: ModuleType) -> None:
     assert not study.strays_in_order({**good, "fp4": {0.5: rising + 2, 1.0: rising + 0.9}})
     assert not study.strays_in_order({**good, "fp4": {0.5: rising * 2 + 0.95, 1.0: rising * 2 + 0.95}})
     assert not study.strays_in_order({**good, "int8": {0.5: rising, 1.0: rising + 1}})
+
+
+def test_a_falcon_is_trained_once(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "cache_directory", lambda: tmp_path / "cache")
+    size = study.Trained(hidden=64, layers=1, steps=3, batch=1, sequence=16)
+    text = "The wall between memory and compute. " * 20
+    first = study.falcon_model(tmp_path / "first", size, text, None)
+    config = ModelConfig.from_directory(first)
+    assert (config.family, config.parallel, config.shared_norm, config.num_kv_heads) == ("falcon", True, True, 1)
+    monkeypatch.setattr(study, "train_falcon", None)  # what an earlier run has kept is read
+    second = study.falcon_model(tmp_path / "second", size, text, None)
+    with Checkpoint(first) as one, Checkpoint(second) as other:
+        assert all(np.array_equal(one.tensor(name), other.tensor(name)) for name in one.names())
+    models = {name: FormatModel(second, name, context_tokens=64) for name in ("bf16", "nf4")}
+    losses = {name: np.mean(model.losses([0, 5], [9] * 20)) for name, model in models.items()}
+    assert losses["bf16"] != losses["nf4"]
+    assert abs(losses["bf16"] - losses["nf4"]) < 0.5
+    for model in models.values():
+        model.release()
+
+
+def test_the_whole_run_has_two_families_of_two_sizes(study: ModuleType) -> None:
+    assert [(size.hidden, size.layers) for size in study.FALCONS] == [(128, 4), (256, 3)]
+    counts = [ModelConfig.from_dict(size.config()).num_parameters for size in study.FALCONS]
+    assert counts == [1_213_696, 3_065_856]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,29 @@ def test_rms_norm(shape: tuple[int, int], isa: str) -> None:
         torch.from_numpy(kernels.rms_norm(x, weight, 1e-5, np.empty_like(x))), want, rtol=1e-5, atol=1e-6
     )
     torch.testing.assert_close(torch.from_numpy(kernels.rms_norm(x, weight, 1e-5, x)), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 256), (300, 515)])
+def test_layer_norm(shape: tuple[int, int], isa: str) -> None:
+    x, weight, bias = normal(*shape) + 3, normal(shape[1], seed=1), normal(shape[1], seed=2)
+    wide = x.astype(np.float64) - x.mean(1, keepdims=True, dtype=np.float64)
+    want = wide / np.sqrt(np.square(wide).mean(1, keepdims=True) + 1e-5) * weight + bias
+    np.testing.assert_allclose(kernels.layer_norm(x, weight, bias, 1e-5, np.empty_like(x)), want, rtol=1e-5, atol=4e-6)
+    np.testing.assert_allclose(
+        reference.layer_norm(*(torch.from_numpy(array) for array in (x, weight, bias)), 1e-5).numpy(), want, atol=1e-6
+    )
+    np.testing.assert_allclose(kernels.layer_norm(x, weight, bias, 1e-5, x), want, rtol=1e-5, atol=4e-6)
+
+
+def test_layer_norm_far_from_zero(isa: str) -> None:
+    """The variance is that of what is left without the mean; mean of squares less square of the mean would be noise."""
+    x = normal(2, 300) + np.float32(3000)
+    one, none = np.ones(300, np.float32), np.zeros(300, np.float32)
+    got = kernels.layer_norm(x, one, none, 0.0, np.empty_like(x))
+    np.testing.assert_allclose(got.std(axis=1), 1, rtol=1e-4)
+    np.testing.assert_allclose(
+        kernels.layer_norm(x[:, :1].copy(), one[:1], one[:1], 1e-5, np.empty((2, 1), np.float32)), 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,9 +75,38 @@ def test_swiglu_at_the_ends_of_the_range(isa: str) -> None:
     np.testing.assert_allclose(got[0, 1:3], 0.0, atol=1e-30)
 
 
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 19), (1, 8192), (40, 1025)])
+def test_gelu(shape: tuple[int, int], near: bool, isa: str) -> None:
+    x = 3 * normal(*shape)
+    wide = x.astype(np.float64)
+    cubed = np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))
+    want = wide / 2 * (1 + (cubed if near else np.vectorize(math.erf)(wide / np.sqrt(2))))
+    np.testing.assert_allclose(kernels.gelu(x, np.empty_like(x), near=near), want, rtol=2e-6, atol=3e-7)
+    np.testing.assert_allclose(reference.gelu(torch.from_numpy(x), near=near).numpy(), want, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(kernels.gelu(x, x, near=near), want, rtol=2e-6, atol=3e-7)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_gelu_over_its_range(near: bool, isa: str) -> None:
+    """Exact forms keep small tails, and neither overflows where x does not."""
+    x = np.float32([[-1e30, -200.0, -20.0, 0.0, 20.0, 200.0, 1e30]])
+    got = kernels.gelu(x, np.empty_like(x), near=near)
+    np.testing.assert_allclose(got[0, 3:], x[0, 3:])
+    np.testing.assert_allclose(got[0, :3], 0.0, atol=1e-6)
+    if not near:
+        tail = np.linspace(-8, 0, 401, dtype=np.float32)[None]
+        want = [value / 2 * math.erfc(-value / math.sqrt(2)) for value in tail[0].tolist()]
+        np.testing.assert_allclose(kernels.gelu(tail, np.empty_like(tail))[0], want, rtol=2e-5, atol=1e-30)
+
+
 def test_bad_shapes_are_named() -> None:
     with pytest.raises(ValueError, match="weight"):
         kernels.rms_norm(normal(2, 3), normal(4), 1e-5, normal(2, 3))
+    with pytest.raises(ValueError, match="weight and bias"):
+        kernels.layer_norm(normal(2, 3), normal(3), normal(4), 1e-5, normal(2, 3))
+    with pytest.raises(ValueError, match="gelu: out"):
+        kernels.gelu(normal(2, 3), normal(2, 4))
     with pytest.raises(ValueError, match="token"):
         kernels.rope(normal(2, 1, 4), normal(3, 2), normal(3, 2))
     with pytest.raises(ValueError, match="shape"):
@@ -67,14 +121,17 @@ def test_a_program_runs_its_calls_in_a_row() -> None:
     program.rms_norm(x, weight, 1e-5, normed)
     program.linear(normed, [kernels.matrix(codec("float32").encode(2 * eye))], [out])
     program.swiglu(out, up, out)
-    assert len(program) == 3
+    program.layer_norm(out, weight, up[0], 1e-5, out)
+    program.gelu(out, True, out)
+    assert len(program) == 5
     for _ in range(2):
         program.run()
         expected = 2 * kernels.rms_norm(x, weight, 1e-5, np.empty_like(x))
-        np.testing.assert_array_equal(out, kernels.swiglu(expected, up, expected))
+        kernels.layer_norm(kernels.swiglu(expected, up, expected), weight, up[0], 1e-5, expected)
+        np.testing.assert_array_equal(out, kernels.gelu(expected, expected, near=True))
     with pytest.raises(ValueError, match="weight must have"):
         program.rms_norm(x, weight[:3], 1e-5, out)
-    assert len(program) == 3
+    assert len(program) == 5
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (40, 3, 64), (700, 2, 67)])

@@ -60,6 +60,15 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "falcon": ("Falcon", {"ffn_hidden_size": 136}),
+    "falcon-tied": ("Falcon", {"tie_word_embeddings": True, "bias": True, "activation": "gelu_new"}),
+    "falcon-heads": ("Falcon", {"multi_query": False, "bias": True}),
+    "falcon-sequential": ("Falcon", {"parallel_attn": False, "bias": True, "ffn_hidden_size": 136}),
+    "falcon-groups": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon-one-norm": (
+        "Falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 136},
+    ),
 }
 FAMILIES = list(_VARIANTS)
 
@@ -118,14 +127,14 @@ def _made(name: str, sharded: bool, changes: tuple[tuple[str, Any], ...]) -> Pat
 
 
 def _randomize(name: str, parameter: Any) -> None:
-    if "norm" in name:
-        parameter.normal_(1.0, 0.1)
-    elif name.endswith("bias"):
+    if name.endswith("bias"):
         parameter.normal_(0.0, 0.2)
-    elif "embed_tokens" in name:
+    elif "norm" in name or "ln_" in name:
+        parameter.normal_(1.0, 0.1)
+    elif "embed" in name:
         parameter.normal_(0.0, 0.3)
     else:
-        scale = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+        scale = 2.0 if any(part in name for part in ("q_proj", "k_proj", "query_key")) else 1.0
         parameter.normal_(0.0, scale * parameter.shape[-1] ** -0.5)
 
 

@@ -29,7 +29,7 @@ from memwall import kernels
 from memwall.compress.base import MethodConfig, Statistics, WeightMethod
 from memwall.compress.calibration import LayerStream, shared_input
 from memwall.compress.smoothquant import linear_readers
-from memwall.compress.transforms import TRANSFORM_BYTES, Scale, Site, Transform, sites
+from memwall.compress.transforms import TRANSFORM_BYTES, Scale, Site, Transform, scaled, sites
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.integer import IntegerCodec
@@ -61,7 +61,7 @@ class Awq(WeightMethod):
     def transform(self, stream: LayerStream, form_of: Callable[[str], str]) -> Transform:
         transform = Transform()
         for layer in range(stream.config.num_layers):
-            found = sites(stream.config, layer)
+            found = scaled(sites(stream.config, layer))
             readers = linear_readers(stream, found)
             sizes = {
                 t.name: t.shape[0] * t.shape[1]

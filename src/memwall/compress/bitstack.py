@@ -29,7 +29,7 @@ from memwall import kernels
 from memwall.compress.base import MethodConfig, Statistics, WeightMethod
 from memwall.compress.calibration import LayerStream, shared_input
 from memwall.compress.smoothquant import linear_readers
-from memwall.compress.transforms import Scale, Site, Transform, sites
+from memwall.compress.transforms import Scale, Site, Transform, scaled, sites
 from memwall.errors import InputError
 from memwall.formats import Packed, codec
 from memwall.formats.bitstack import DEFAULT_RANK, MOST_BLOCKS, BitStackCodec
@@ -89,7 +89,7 @@ class BitStack(WeightMethod):
     def transform(self, stream: LayerStream, form_of: Callable[[str], str]) -> Transform:
         transform = Transform()
         for layer in range(stream.config.num_layers if self.scale else 0):
-            found = sites(stream.config, layer)
+            found = scaled(sites(stream.config, layer))
             norms = InputNorms({shared_input(name) for name in linear_readers(stream, found)}, stream.tokens.shape[1])
             stream.observe(layer, norms)
             for site in found:

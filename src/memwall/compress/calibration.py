@@ -34,7 +34,7 @@ STAGED_ROWS = 512
 OWNER = "calibration"
 
 # the member of each group of linears with the same input that statistics are kept under
-_SHARED = {"q_proj": "k_proj", "v_proj": "k_proj", "up_proj": "gate_proj", "w3": "w1"}
+_SHARED = {"q_proj": "k_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "w3": "w1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,9 +341,8 @@ class LayerStream:
 
     def norm(self, hidden: np.ndarray) -> None:
         """The norm after the last layer, in place."""
-        norm = self._weights.vectors["model.norm.weight"]
         for states in hidden:
-            kernels.rms_norm(states, norm, self.config.rms_norm_eps, states)
+            self._decoder.last_norm.into(states, states)
 
     def collect_final(self, name: str) -> Collector:
         """Statistics of the head's inputs; call it after the last layer. The hidden states are normed afterwards."""

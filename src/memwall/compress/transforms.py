@@ -4,13 +4,14 @@ Between two linear maps with nothing but a diagonal, an attention over tokens or
 invertible map may be put in on one side and taken out on the other:
 
     site      produced by                    read by             what may be put in
-    attention input_layernorm                q, k, v             scale
+    attention input_layernorm (and bias)     q, k, v             scale
     values    v (rows, bias)                 o                   scale, permute and rotate inside a head
     mlp       post_attention_layernorm       gate, up, router    scale
-    inner     up (rows, bias), gate's order  down                scale, permute
+    inner     up (rows, bias), gate's order  down                scale (where up is gated), permute
     residual  embedding, o and down          all norms and all   permute; one order for the whole model (`residual`)
                                              that reads them
 
+Where attention and feed-forward share a norm, gate and up are read at `attention` too and there is no `mlp`.
 A reader's columns are multiplied by the map, a producer's rows by its inverse. Where several heads read one head's
 values they all get its map. One test, that logits stay what they were, holds for every site and map; a scale far from
 one plants outliers in a model, which tests of methods against them start from.
@@ -41,7 +42,8 @@ TRANSFORM_BYTES = 12
 class Site:
     """A place between tensors. producers and readers: names; heads: how many blocks of `width` channels maps stay in.
 
-    ordered: producers that follow a permutation only (their output is multiplied by that of the producers).
+    ordered: producers that follow a permutation only (their output is multiplied by that of the producers). scales:
+    whether a scale has a place; it has none where an activation lies between that scales no output with its input.
     repeats: how many readers' heads read each head.
     """
 
@@ -53,6 +55,7 @@ class Site:
     ordered: tuple[str, ...] = ()
     heads: int = 1
     repeats: int = 1
+    scales: bool = True
 
 
 class Map(ABC):
@@ -198,33 +201,46 @@ def sites(config: ModelConfig, layer: int) -> list[Site]:
     def held(*wanted: str) -> tuple[str, ...]:
         return tuple(name for name in wanted if name in names)
 
+    def normed(name: str) -> tuple[str, ...]:
+        return held(f"{prefix}{name}.weight", f"{prefix}{name}.bias")
+
     experts = [[f"{moe}experts.{e}.{w}.weight" for w in ("w1", "w3", "w2")] for e in range(config.num_experts)]
-    inner = experts or [[f"{mlp}{w}.weight" for w in ("gate_proj", "up_proj", "down_proj")]]
-    gates = [name for triple in inner for name in triple[:2]]
+    parts = ("gate_proj", "up_proj", "down_proj") if config.gated else ("up_proj", "down_proj")
+    inner = experts or [[f"{mlp}{w}.weight" for w in parts]]
+    gates = tuple(name for each in inner for name in each[:-1])
     hidden, values = config.hidden_size, config.num_kv_heads * config.head_dim
     qkv = tuple(f"{attention}{each}_proj.weight" for each in "qkv")
     found = [
-        Site(kind="attention", layer=layer, width=hidden, producers=(prefix + "input_layernorm.weight",), readers=qkv),
+        Site(
+            kind="attention", layer=layer, width=hidden, producers=normed("input_layernorm"),
+            readers=qkv + (gates if config.shared_norm else ()),
+        ),
         Site(
             kind="values", layer=layer, width=values,
             producers=held(attention + "v_proj.weight", attention + "v_proj.bias"),
             readers=(attention + "o_proj.weight",),
             heads=config.num_kv_heads, repeats=config.num_heads // config.num_kv_heads,
         ),
-        Site(
-            kind="mlp", layer=layer, width=hidden, producers=(prefix + "post_attention_layernorm.weight",),
-            readers=held(moe + "gate.weight", *gates),
-        ),
     ]  # fmt: skip
-    for gate, up, down in inner:
-        biases = [name.removesuffix("weight") + "bias" for name in (gate, up)]
+    if not config.shared_norm:
         found.append(
             Site(
-                kind="inner", layer=layer, width=names[up][0], producers=held(up, biases[1]),
-                ordered=held(gate, biases[0]), readers=(down,),
+                kind="mlp", layer=layer, width=hidden, producers=normed("post_attention_layernorm"),
+                readers=held(moe + "gate.weight", *gates),
+            )
+        )  # fmt: skip
+    for *gate, up, down in inner:
+        found.append(
+            Site(
+                kind="inner", layer=layer, width=names[up][0], producers=held(up, _bias(up)), readers=(down,),
+                ordered=held(*gate, *map(_bias, gate)), scales=config.gated,
             )
         )  # fmt: skip
     return found
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
 
 
 def residual(config: ModelConfig) -> Site:
@@ -254,6 +270,8 @@ class Transform:
         """Put a map in; InputError where its kind or width has no place there."""
         if site.kind not in each.kinds:
             raise InputError(f"a {type(each).__name__.lower()} has no place at the {site.kind} of a layer")
+        if isinstance(each, Scale) and not site.scales:
+            raise InputError(f"a scale has no place at the {site.kind} of a layer whose activation has no gate")
         if each.width() != site.width:
             raise InputError(f"a map of {each.width()} channels does not fit the {site.width} of the {site.kind}")
         reading = each.repeated(site.heads, site.repeats) if site.kind == "values" else each
@@ -301,6 +319,11 @@ class Transformed(Checkpoint):
 
     def _seen(self, name: str, tensor: np.ndarray) -> np.ndarray:
         return self._transform.apply(name, tensor) if self._transform.changes(name) else tensor
+
+
+def scaled(found: Sequence[Site]) -> list[Site]:
+    """Sites that a scale may be put in."""
+    return [site for site in found if site.scales]
 
 
 def of_kind(found: Sequence[Site], kind: str) -> list[Site]:

@@ -21,8 +21,9 @@ from memwall.errors import InputError
 from memwall.formats import checked_json
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from memwall.hardware.system import write_whole
-from memwall.models.checkpoint import Checkpoint
+from memwall.models.checkpoint import Checkpoint, stored_tensors
 from memwall.models.config import ModelConfig
+from memwall.models.fused import Stored, joined
 from memwall.models.lora import CONFIG, write_lora
 from memwall.models.tokenizer import Tokenizer
 
@@ -126,17 +127,14 @@ class ModelWork(TuneWork):
 
     def finish_model(self, source: Checkpoint, trained: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> int:
         """Write the model `source` with some tensors as they are now, each in the numbers that it had; bytes."""
-        names = {each.name: np.dtype(source.source_dtype(each.name)) for each in source.config.tensors()}
-        specs = [(each.name, names[each.name], each.shape) for each in source.config.tensors()]
+        files = stored_tensors(source.config)
+        dtypes = {each.name: np.dtype(source.source_dtype(next(iter(each.parts)))) for each in files}
+        specs = [(each.name, dtypes[each.name], each.shape) for each in files]
         with disk_errors(self.path):
             with SafetensorsWriter(self.path / "model.safetensors", specs, {"format": "pt"}) as writer:
-                for name, dtype in names.items():
-                    if name in trained:
-                        for rows in _row_blocks(trained[name]):
-                            writer.write(name, rows.astype(dtype))
-                        continue
-                    for _, piece in source.pieces(name, _PIECE_BYTES):
-                        writer.write(name, np.ascontiguousarray(piece))
+                for each in files:
+                    for rows in _rows(each, source, trained):
+                        writer.write(each.name, np.ascontiguousarray(rows.astype(dtypes[each.name], copy=False)))
             for name in COPIED_NAMES:
                 if (source.directory / name).is_file():
                     write_whole(self.path / name, (source.directory / name).read_bytes())
@@ -145,6 +143,18 @@ class ModelWork(TuneWork):
                 (self.path / name).unlink(missing_ok=True)
         self._rename()
         return writer.nbytes
+
+
+def _rows(stored: Stored, source: Checkpoint, trained: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """A tensor of the file some rows at a time, trained or as it was."""
+    name = next(iter(stored.parts))
+    if len(stored.parts) > 1:
+        parts = {part: trained[part] if part in trained else source.alone(part) for part in stored.parts}
+        yield from _row_blocks(joined(stored, parts))
+    elif name in trained:
+        yield from _row_blocks(trained[name])
+    else:
+        yield from (piece for _, piece in source.pieces(name, _PIECE_BYTES))
 
 
 def _row_blocks(array: np.ndarray) -> Iterator[np.ndarray]:

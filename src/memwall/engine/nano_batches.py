@@ -290,6 +290,8 @@ class NanoDecoder(Decoder):
         """Every row has its own place in all buffers, since several blocks are under way."""
         rows, width = self.segment_tokens, self.config.hidden_size
         for name in ROW_BUFFERS if rows > BLOCK_ROWS else ():
+            if name not in self._buffers:  # gate, of models that have none
+                continue
             narrow = self._buffers[name]
             self._buffers[name] = self._arena.allocate(OWNER, (rows, narrow.shape[1]), np.float32)
             self._arena.free(narrow)
@@ -323,7 +325,7 @@ class NanoDecoder(Decoder):
             self._run_streams(plan)
         else:
             self._run_in_turn(plan)
-        kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
+        self.last_norm.into(hidden, hidden)
         return hidden
 
     # ---- how ---------------------------------------------------------------------------------------------------------
@@ -383,7 +385,7 @@ class NanoDecoder(Decoder):
     def _do_kqv(self, index: int, layer: Layer, rows: slice) -> None:
         normed = self._rows("normed", rows)
         outs = [self._rows(name, rows) for name in ("queries", "keys", "values")]
-        kernels.rms_norm(self._hidden[rows], layer.input_norm, self.config.rms_norm_eps, normed)
+        layer.input_norm.into(self._hidden[rows], normed)
         self._linear(normed, layer.qkv, outs, layer.qkv_bias)
         cos, sin = (table[rows] for table in self._tables)
         self._finish_heads(outs[0], layer.q_norm, self.config.num_heads, cos, sin)
@@ -397,16 +399,19 @@ class NanoDecoder(Decoder):
         self._cache.attend_rows(index, queries, rows.start, out)
 
     def _do_o(self, index: int, layer: Layer, rows: slice) -> None:
+        if layer.parallel and layer.post_norm is not None:  # before the hidden state changes
+            layer.post_norm.into(self._hidden[rows], self._rows("normed", rows))
         self._add(self._rows("attended", rows), layer.output, layer.output_bias, rows)
 
     def _do_up_gate(self, index: int, layer: Layer, rows: slice) -> None:
-        normed, gate, up = (self._rows(name, rows) for name in ("normed", "gate", "up"))
-        kernels.rms_norm(self._hidden[rows], layer.post_norm, self.config.rms_norm_eps, normed)
-        self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
-        kernels.swiglu(gate, up, gate)
+        normed, inner = self._rows("normed", rows), [self._rows(name, rows) for name in layer.inner]
+        if layer.post_norm is not None and not layer.parallel:
+            layer.post_norm.into(self._hidden[rows], normed)
+        self._linear(normed, layer.gate_up, inner, layer.gate_up_bias)
+        layer.activate(inner)
 
     def _do_down(self, index: int, layer: Layer, rows: slice) -> None:
-        self._add(self._rows("gate", rows), layer.down, layer.down_bias, rows)
+        self._add(self._rows(layer.inner[0], rows), layer.down, layer.down_bias, rows)
 
     def _add(self, x: np.ndarray, name: str, bias: np.ndarray | None, rows: slice) -> None:
         """To the hidden state; or, of a part of the model, kept until the other part's is there."""

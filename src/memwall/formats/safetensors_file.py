@@ -16,7 +16,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -166,23 +166,13 @@ def read_header(path: Path) -> tuple[bytes, int]:
     return header, file_bytes - _LENGTH_BYTES - length
 
 
-def _renamed(tensors: Mapping[str, TensorInfo], known_as: Callable[[str], str], path: Path) -> dict[str, TensorInfo]:
-    renamed = {known_as(name): info for name, info in tensors.items()}
-    if len(renamed) != len(tensors):
-        raise InputError(f"{path}: two tensors go by one name")
-    return renamed
-
-
 class SafetensorsFile:
     """A checked, memory-mapped safetensors file. Arrays it gives are read-only views that keep the map alive."""
 
-    def __init__(self, path: str | Path, known_as: Callable[[str], str] | None = None) -> None:
-        """known_as: gives tensors other names than those in the file."""
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         header, data_bytes = read_header(self.path)
         self._tensors, self.metadata = parse_header(header, data_bytes, str(self.path))
-        if known_as is not None:
-            self._tensors = _renamed(self._tensors, known_as, self.path)
         self.header_sha256 = hashlib.sha256(header).hexdigest()
         self.data_start = _LENGTH_BYTES + len(header)
         self.nbytes = self.data_start + data_bytes

@@ -15,7 +15,7 @@ from memwall.kernels.attention import (
     merge_partials,
     predict_attention_scratch_bytes,
 )
-from memwall.kernels.elementwise import int8_rows, rms_norm, rope, store_int8, swiglu
+from memwall.kernels.elementwise import gelu, int8_rows, layer_norm, rms_norm, rope, store_int8, swiglu
 from memwall.kernels.encode import encode
 from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, roundings, scratch_bytes
 
@@ -30,8 +30,10 @@ __all__ = [
     "encode",
     "force_isa",
     "gather_rows",
+    "gelu",
     "int8_rows",
     "isa",
+    "layer_norm",
     "linear",
     "matrix",
     "merge_partials",

@@ -1,4 +1,4 @@
-"""Operations between the products: normalization, rotary embedding, gated activation, 8-bit rows. NumPy arrays."""
+"""Operations between the products: normalization, rotary embedding, activations, 8-bit rows. NumPy arrays."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import numpy as np
 
 from memwall import _native
 
-__all__ = ["int8_rows", "rms_norm", "rope", "store_int8", "swiglu"]
+__all__ = ["gelu", "int8_rows", "layer_norm", "rms_norm", "rope", "store_int8", "swiglu"]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> np.ndarray:
     """out = x / sqrt(mean(x^2) + eps) * weight over rows of x [rows, width]; `out` may be `x`. Returns `out`."""
     _native.rms_norm(x, weight, eps, out)
+    return out
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float, out: np.ndarray) -> np.ndarray:
+    """out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over rows of x [rows, width]; `out` may be `x`.
+
+    The variance is the mean of squares, not that of a sample. Returns `out`.
+    """
+    _native.layer_norm(x, weight, bias, eps, out)
     return out
 
 
@@ -28,6 +37,15 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 def swiglu(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> np.ndarray:
     """out = silu(gate) * up on [tokens, width]; `out` may be `gate` or `up`. Returns `out`."""
     _native.swiglu(gate, up, out)
+    return out
+
+
+def gelu(x: np.ndarray, out: np.ndarray, *, near: bool = False) -> np.ndarray:
+    """out = x * Phi(x) on [tokens, width], Phi(x) being the share of a normal distribution below x; `out` may be `x`.
+
+    near: with the tanh that comes near to Phi (Hendrycks 2016, arXiv 1606.08415, section 2). Returns `out`.
+    """
+    _native.gelu(x, near, out)
     return out
 
 

@@ -25,6 +25,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [rows, width] without its mean, scaled to unit variance, times weight plus bias."""
+    wide = x.double() - x.double().mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight + bias).float()
+
+
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, width] with its first 2 * cos.shape[1] numbers per head rotated in pairs (i, i + half)."""
     half = cos.shape[1]
@@ -36,3 +42,8 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
     return torch.nn.functional.silu(gate) * up
+
+
+def gelu(x: torch.Tensor, *, near: bool) -> torch.Tensor:
+    """x times the share of a normal distribution below x, or what tanh makes of it."""
+    return torch.nn.functional.gelu(x.double(), approximate="tanh" if near else "none").float()

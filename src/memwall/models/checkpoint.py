@@ -22,8 +22,8 @@ from memwall.formats.checked_json import shown
 from memwall.formats.manifest import MANIFEST_NAME, Manifest, PackedEntry, buffer_tensor_name
 from memwall.formats.safetensors_file import SafetensorsFile
 from memwall.hardware.system import cache_directory
-from memwall.models.config import EMBEDDING, HEAD, ModelConfig, checked_directory
-from memwall.models.ssm_config import known_as
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention, checked_directory
+from memwall.models.fused import FusedFile, Stored
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -41,6 +41,15 @@ def has_weights(directory: Path) -> bool:
     return any(directory.glob("*.safetensors")) or any((directory / n).exists() for n in (INDEX_NAME, MANIFEST_NAME))
 
 
+def stored_tensors(config: ModelConfig) -> list[Stored]:
+    """The tensors of a file in Hugging Face's form that holds a model with attention."""
+    check_attention(config)
+    shapes = {tensor.name: tensor.shape for tensor in config.tensors()}
+    if config.falcon is not None:
+        return config.falcon.stored(shapes)
+    return [Stored(name=name, shape=shape, parts={name: None}) for name, shape in shapes.items()]
+
+
 class Checkpoint:
     """Tensors of one model folder. Arrays are read-only views on the map; `drop` gives their pages back after use."""
 
@@ -50,7 +59,7 @@ class Checkpoint:
         has_manifest = (self.directory / MANIFEST_NAME).is_file()
         self.manifest = Manifest.load(self.directory) if has_manifest else None
         # a compressed folder has the names of this house already
-        self._known_as = known_as if self.config.ssm is not None and not has_manifest else None
+        self._names = None if has_manifest else self.config.stored_names()
         self._files: dict[str, SafetensorsFile] = {}
         try:
             self._place = self._open_files()
@@ -229,8 +238,8 @@ class Checkpoint:
 
     def _open_shards(self, index_path: Path) -> dict[str, str]:
         weight_map = checked_json.Fields(checked_json.read(index_path), str(index_path)).mapping("weight_map")
-        if self._known_as is not None:
-            weight_map = {self._known_as(name): shard for name, shard in weight_map.items()}
+        if self._names is not None:
+            weight_map = {ours: shard for name, shard in weight_map.items() for ours in self._names(name)}
         shards = sorted({checked_json.file_name(name, str(index_path)) for name in weight_map.values()})
         if len(shards) > MAX_SHARDS:
             raise InputError(f"{index_path}: names {len(shards)} files; the most allowed is {MAX_SHARDS}")
@@ -246,7 +255,8 @@ class Checkpoint:
             path = self.directory / name
             if not path.is_file():
                 raise InputError(f"{path}: this weight file is missing")
-            file = self._files[name] = SafetensorsFile(path, self._known_as)
+            file = SafetensorsFile(path) if self._names is None else FusedFile(path, self._names)
+            self._files[name] = file
             for tensor in file.names():
                 if tensor in place:
                     raise InputError(f"{path}: tensor {shown(tensor)} is also in {place[tensor]}")

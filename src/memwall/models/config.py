@@ -17,10 +17,13 @@ from memwall.errors import InputError
 from memwall.formats import checked_json
 from memwall.formats.checked_json import Fields, shown
 from memwall.formats.manifest import MANIFEST_NAME, Manifest
-from memwall.models import ssm_config
+from memwall.models import falcon, ssm_config
+from memwall.models.falcon import FalconShape
+from memwall.models.fused import Names
 from memwall.models.hub import missing_hint
 from memwall.models.ssm_config import SsmConfig
 
+FeedForwardKind = Literal["swiglu", "gelu", "gelu_tanh"]
 Role = Literal["embedding", "head", "linear", "norm", "bias", "router", "expert", "other"]
 
 ARCHITECTURES = {
@@ -31,6 +34,7 @@ ARCHITECTURES = {
     "MixtralForCausalLM": "mixtral",
     "MambaForCausalLM": "mamba",
     "Mamba2ForCausalLM": "mamba2",
+    "FalconForCausalLM": "falcon",
 }
 FAMILIES = tuple(ARCHITECTURES.values())
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -82,7 +86,10 @@ class TensorSpec:
 class ModelConfig:
     """A decoder of one of the supported families. `source` is the Hugging Face configuration it was read from.
 
-    ssm: of families without attention (Mamba); their heads are those of the scan.
+    ssm: of families without attention (Mamba); their heads are those of the scan. layer_norm: norms take the mean off
+    and have biases, rms_norm_eps being theirs; else they are RMS norms. feed_forward: its activation, `swiglu` (of two
+    products, gate and up) or a GELU (of up alone), exact or by tanh. parallel: attention and feed-forward read the same
+    hidden state and are added together; shared_norm: through one norm.
     """
 
     family: str
@@ -98,18 +105,23 @@ class ModelConfig:
     max_position: int
     tie_word_embeddings: bool
     sliding_windows: tuple[int | None, ...]
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    num_experts: int
-    num_experts_per_token: int
-    norm_topk_prob: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    norm_topk_prob: bool = False
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
     source: Mapping[str, Any]
     ssm: SsmConfig | None = None
+    layer_norm: bool = False
+    feed_forward: FeedForwardKind = "swiglu"
+    parallel: bool = False
+    shared_norm: bool = False
+    falcon: FalconShape | None = None
 
     @staticmethod
     def from_directory(directory: str | Path) -> ModelConfig:
@@ -142,22 +154,22 @@ class ModelConfig:
                 f"{source}: weights already quantized by {shown(method)}; give the float model (bfloat16, float16, "
                 f"float32){hint}"
             )
-        fields.text("hidden_act", "silu", ("silu", "swish"))
         hidden_size = fields.integer("hidden_size", 1, 2**20)
+        if family == falcon.NAME:
+            return _falcon_model(fields, hidden_size)
+        fields.text("hidden_act", "silu", ("silu", "swish"))
         if family in ssm_config.FAMILIES:
             return _ssm_model(fields, family, hidden_size)
+        shared = _of_all(fields)
         num_heads, num_kv_heads, head_dim = _heads(fields, family, hidden_size)
-        num_layers = fields.integer("num_hidden_layers", 1, 2048)
-        vocab_size = fields.integer("vocab_size", 1, 2**24)
         max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION, _DEFAULT_POSITIONS[family])
-        num_experts, per_token = _experts(fields, family, num_layers)
+        num_experts, per_token = _experts(fields, family, shared["num_layers"])
         attention_bias = family in ("llama", "qwen3") and fields.flag("attention_bias", False)
         return ModelConfig(
+            **shared,
             family=family,
-            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=fields.integer("intermediate_size", 1, 2**22),
-            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -165,7 +177,7 @@ class ModelConfig:
             rope=_rope(fields, family, max_position),
             max_position=max_position,
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            sliding_windows=_sliding_windows(fields, family, num_layers),
+            sliding_windows=_sliding_windows(fields, family, shared["num_layers"]),
             qkv_bias=family == "qwen2" or attention_bias,
             output_bias=attention_bias,
             mlp_bias=family == "llama" and fields.flag("mlp_bias", False),
@@ -173,11 +185,18 @@ class ModelConfig:
             num_experts=num_experts,
             num_experts_per_token=per_token,
             norm_topk_prob=num_experts > 0,
-            bos_token_id=next(iter(_token_ids(fields, "bos_token_id", vocab_size)), None),
-            eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size),
-            dtype=fields.text("dtype", fields.text("torch_dtype", "float32", DTYPES), DTYPES),
-            source=dict(values),
         )
+
+    def stored_names(self) -> Names | None:
+        """What tensors of Hugging Face's files are here; None where they go by the same names."""
+        if self.falcon is not None:
+            return self.falcon.names
+        return (lambda name: {ssm_config.known_as(name): None}) if self.ssm is not None else None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward multiplies an activated product (gate) with another (up)."""
+        return self.feed_forward == "swiglu"
 
     @property
     def query_size(self) -> int:
@@ -198,7 +217,7 @@ class ModelConfig:
         specs = [TensorSpec(name=EMBEDDING, shape=(self.vocab_size, hidden), role="embedding")]
         for layer in range(self.num_layers):
             specs += _layer_tensors(self, layer) if self.ssm is None else _ssm_layer_tensors(self.ssm, layer)
-        specs.append(TensorSpec(name="model.norm.weight", shape=(hidden,), role="norm"))
+        specs += _norm(self, "model.norm", None)
         if not self.tie_word_embeddings:
             specs.append(TensorSpec(name=HEAD, shape=(self.vocab_size, hidden), role="head"))
         if self.ssm is not None and self.ssm.quantized is not None and self.ssm.quantized.head.endswith("a8"):
@@ -251,6 +270,19 @@ def _family(fields: Fields) -> str:
             f"{fields.source}: names no known architecture (model_type is {shown(model_type)}); {supported}"
         )
     return model_type
+
+
+def _of_all(fields: Fields) -> dict[str, Any]:
+    """Fields that all families have by the same names."""
+    vocab_size = fields.integer("vocab_size", 1, 2**24)
+    return {
+        "vocab_size": vocab_size,
+        "num_layers": fields.integer("num_hidden_layers", 1, 2048),
+        "bos_token_id": next(iter(_token_ids(fields, "bos_token_id", vocab_size)), None),
+        "eos_token_ids": _token_ids(fields, "eos_token_id", vocab_size),
+        "dtype": fields.text("dtype", fields.text("torch_dtype", "float32", DTYPES), DTYPES),
+        "source": dict(fields.values),
+    }
 
 
 def _heads(fields: Fields, family: str, hidden_size: int) -> tuple[int, int, int]:
@@ -380,7 +412,7 @@ def _yarn_scale(factor: float, scale: float) -> float:
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     prefix = f"model.layers.{layer}."
     hidden, query, kv = config.hidden_size, config.query_size, config.kv_size
-    yield TensorSpec(name=prefix + "input_layernorm.weight", shape=(hidden,), role="norm", layer=layer)
+    yield from _norm(config, prefix + "input_layernorm", layer)
     projections = (
         ("q_proj", query, hidden, config.qkv_bias),
         ("k_proj", kv, hidden, config.qkv_bias),
@@ -393,14 +425,12 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
         for name in ("q_norm", "k_norm"):
             full_name = f"{prefix}self_attn.{name}.weight"
             yield TensorSpec(name=full_name, shape=(config.head_dim,), role="norm", layer=layer)
-    yield TensorSpec(name=prefix + "post_attention_layernorm.weight", shape=(hidden,), role="norm", layer=layer)
+    if not config.shared_norm:
+        yield from _norm(config, prefix + "post_attention_layernorm", layer)
     inner = config.intermediate_size
     if not config.num_experts:
-        for name, rows, cols in (
-            ("gate_proj", inner, hidden),
-            ("up_proj", inner, hidden),
-            ("down_proj", hidden, inner),
-        ):
+        gate = (("gate_proj", inner, hidden),) if config.gated else ()
+        for name, rows, cols in (*gate, ("up_proj", inner, hidden), ("down_proj", hidden, inner)):
             yield from _linear(prefix + "mlp." + name, rows, cols, config.mlp_bias, layer)
         return
     block = prefix + "block_sparse_moe."
@@ -409,6 +439,11 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
         for name, rows, cols in (("w1", inner, hidden), ("w3", inner, hidden), ("w2", hidden, inner)):
             full_name = f"{block}experts.{expert}.{name}.weight"
             yield TensorSpec(name=full_name, shape=(rows, cols), role="expert", layer=layer, expert=expert)
+
+
+def _norm(config: ModelConfig, name: str, layer: int | None) -> Iterator[TensorSpec]:
+    for end in ("weight", "bias") if config.layer_norm else ("weight",):
+        yield TensorSpec(name=f"{name}.{end}", shape=(config.hidden_size,), role="norm", layer=layer)
 
 
 def _linear(name: str, rows: int, cols: int, bias: bool, layer: int) -> Iterator[TensorSpec]:
@@ -423,15 +458,13 @@ def _ssm_layer_tensors(ssm: SsmConfig, layer: int) -> Iterator[TensorSpec]:
 
 
 def _ssm_model(fields: Fields, family: str, hidden_size: int) -> ModelConfig:
-    vocab_size = fields.integer("vocab_size", 1, 2**24)
-    num_layers = fields.integer("num_hidden_layers", 1, 2048)
-    ssm = ssm_config.read(fields, cast(ssm_config.Kind, family), hidden_size, num_layers)
+    shared = _of_all(fields)
+    ssm = ssm_config.read(fields, cast(ssm_config.Kind, family), hidden_size, shared["num_layers"])
     return ModelConfig(
+        **shared,
         family=family,
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=ssm.inner_size,
-        num_layers=num_layers,
         num_heads=ssm.num_heads,
         num_kv_heads=ssm.num_heads,
         head_dim=ssm.head_dim,
@@ -439,17 +472,24 @@ def _ssm_model(fields: Fields, family: str, hidden_size: int) -> ModelConfig:
         rope=RopeConfig(),
         max_position=MAX_POSITION,
         tie_word_embeddings=fields.flag("tie_word_embeddings", family == "mamba"),
-        sliding_windows=(None,) * num_layers,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        num_experts=0,
-        num_experts_per_token=0,
-        norm_topk_prob=False,
-        bos_token_id=next(iter(_token_ids(fields, "bos_token_id", vocab_size)), None),
-        eos_token_ids=_token_ids(fields, "eos_token_id", vocab_size),
-        dtype=fields.text("dtype", fields.text("torch_dtype", "float32", DTYPES), DTYPES),
-        source=dict(fields.values),
+        sliding_windows=(None,) * shared["num_layers"],
         ssm=ssm,
+    )
+
+
+def _falcon_model(fields: Fields, hidden_size: int) -> ModelConfig:
+    shape = falcon.read(fields, hidden_size)
+    shared = _of_all(fields)
+    max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION, falcon.MAX_POSITIONS)
+    return ModelConfig(
+        **shared,
+        family=falcon.NAME,
+        hidden_size=hidden_size,
+        **shape.settings(),
+        rms_norm_eps=fields.number("layer_norm_epsilon", 0.0, 1.0, 1e-5),
+        rope=_rope(fields, falcon.NAME, max_position),
+        max_position=max_position,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", True),
+        sliding_windows=(None,) * shared["num_layers"],
+        falcon=shape,
     )

@@ -25,23 +25,54 @@ if TYPE_CHECKING:
     from memwall.models.weights import Weights
 
 
+class Norm:
+    """RMS norm, or LayerNorm where it has biases. name: without `.weight`."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, name: str) -> None:
+        self._weight, self._bias = weights.vectors[name + ".weight"], weights.vectors.get(name + ".bias")
+        self._eps = config.rms_norm_eps
+
+    def into(self, x: np.ndarray, out: np.ndarray) -> None:
+        """Rows of x [n, H], normed; out may be x."""
+        if self._bias is None:
+            kernels.rms_norm(x, self._weight, self._eps, out)
+        else:
+            kernels.layer_norm(x, self._weight, self._bias, self._eps, out)
+
+    def record(self, program: kernels.Program, x: np.ndarray, out: np.ndarray) -> None:
+        """Adds it to a program."""
+        if self._bias is None:
+            program.rms_norm(x, self._weight, self._eps, out)
+        else:
+            program.layer_norm(x, self._weight, self._bias, self._eps, out)
+
+
 class Layer:
-    """Names and matrices of one layer, looked up once."""
+    """Names and matrices of one layer, looked up once.
+
+    post_norm: None where the feed-forward reads what attention reads. inner: what its first products make, by the names
+    of the decoder's buffers.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix = f"model.layers.{index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         vector = weights.vectors.get
         self.weights = weights
-        self.input_norm = weights.vectors[prefix + "input_layernorm.weight"]
-        self.post_norm = weights.vectors[prefix + "post_attention_layernorm.weight"]
+        self.parallel = config.parallel
+        self.input_norm = Norm(config, weights, prefix + "input_layernorm")
+        post = prefix + "post_attention_layernorm"
+        self.post_norm = None if config.shared_norm else Norm(config, weights, post)
         self.qkv = [attention + name + ".weight" for name in ("q_proj", "k_proj", "v_proj")]
         self.qkv_bias = [vector(attention + name + ".bias") for name in ("q_proj", "k_proj", "v_proj")]
         self.output = attention + "o_proj.weight"
         self.output_bias = vector(attention + "o_proj.bias")
         self.q_norm, self.k_norm = vector(attention + "q_norm.weight"), vector(attention + "k_norm.weight")
-        self.gate_up = [mlp + "gate_proj.weight", mlp + "up_proj.weight"]
-        self.gate_up_bias = [vector(mlp + "gate_proj.bias"), vector(mlp + "up_proj.bias")]
+        self.inner = ("gate", "up") if config.gated else ("up",)
+        self.inner_targets = (4, 5) if config.gated else (5,)
+        self.gate_up = [f"{mlp}{name}_proj.weight" for name in self.inner]
+        self.gate_up_bias = [vector(f"{mlp}{name}_proj.bias") for name in self.inner]
+        self._near = config.feed_forward == "gelu_tanh"
         self.down, self.down_bias = mlp + "down_proj.weight", vector(mlp + "down_proj.bias")
         moe = prefix + "block_sparse_moe."
         self.router = moe + "gate.weight"
@@ -50,6 +81,20 @@ class Layer:
             for e in range(config.num_experts)
         ]
 
+    def activate(self, inner: Sequence[np.ndarray]) -> np.ndarray:
+        """What `down` reads, of what gate_up's products made; it lies in the first of these."""
+        if len(inner) == 2:
+            return kernels.swiglu(inner[0], inner[1], inner[0])
+        return kernels.gelu(inner[0], inner[0], near=self._near)
+
+    def record_activation(self, program: kernels.Program, inner: Sequence[np.ndarray]) -> np.ndarray:
+        """Adds it to a program; gives where the result lies."""
+        if len(inner) == 2:
+            program.swiglu(inner[0], inner[1], inner[0])
+        else:
+            program.gelu(inner[0], self._near, inner[0])
+        return inner[0]
+
 
 class DecodeStep:
     """All layers for a fixed number of tokens, over the decoder's own buffers (their first rows)."""
@@ -57,6 +102,7 @@ class DecodeStep:
     def __init__(
         self,
         layers: Sequence[Layer],
+        last_norm: Norm,
         weights: Weights,
         buffers: dict[str, np.ndarray],
         *,
@@ -66,8 +112,8 @@ class DecodeStep:
         apart: bool = False,
     ) -> None:
         """apart: products that are added to the residual are complete before that (`LoraBatch.lengthens`). buffers:
-        float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate`, `up` of B rows each, `cos`
-        and `sin` [B, D / 2].
+        float32 arrays `hidden`, `normed`, `queries`, `keys`, `values`, `attended`, `gate` (if any), `up` of B rows
+        each, `cos` and `sin` [B, D / 2]. eps: of norms of heads.
         """
         self.generation = weights.generation
         self._buffers = buffers
@@ -81,8 +127,7 @@ class DecodeStep:
         for index, layer in enumerate(layers):
             self._record_before(self._programs[index], index, layer)
             self._record_after(self._programs[index + 1], index, layer)
-        last = self._programs[-1]
-        last.rms_norm(buffers["hidden"], weights.vectors["model.norm.weight"], eps, buffers["hidden"])
+        last_norm.record(self._programs[-1], buffers["hidden"], buffers["hidden"])
         self._whole: tuple[weakref.ref[RecordedCache], kernels.Program] | None = None
 
     def run(self, cache: DecoderCache, positions: np.ndarray) -> None:
@@ -115,7 +160,7 @@ class DecodeStep:
 
     def _record_before(self, program: kernels.Program, index: int, layer: Layer) -> None:
         b = self._buffers
-        program.rms_norm(b["hidden"], layer.input_norm, self._eps, b["normed"])
+        layer.input_norm.record(program, b["hidden"], b["normed"])
         outs = [b["queries"], b["keys"], b["values"]]
         self._linear(program, b["normed"], layer.qkv, outs, layer.qkv_bias)
         self._add_lora(program, index, b["normed"], (0, 1, 2), outs)
@@ -127,12 +172,17 @@ class DecodeStep:
 
     def _record_after(self, program: kernels.Program, index: int, layer: Layer) -> None:
         b = self._buffers
-        self._add_product(program, index, b["attended"], layer.output, layer.output_bias, 3)
-        program.rms_norm(b["hidden"], layer.post_norm, self._eps, b["normed"])
-        self._linear(program, b["normed"], layer.gate_up, [b["gate"], b["up"]], layer.gate_up_bias)
-        self._add_lora(program, index, b["normed"], (4, 5), [b["gate"], b["up"]])
-        program.swiglu(b["gate"], b["up"], b["gate"])
-        self._add_product(program, index, b["gate"], layer.down, layer.down_bias, 6)
+        if not layer.parallel:
+            self._add_product(program, index, b["attended"], layer.output, layer.output_bias, 3)
+        if layer.post_norm is not None:
+            layer.post_norm.record(program, b["hidden"], b["normed"])
+        outs = [b[name] for name in layer.inner]
+        self._linear(program, b["normed"], layer.gate_up, outs, layer.gate_up_bias)
+        self._add_lora(program, index, b["normed"], layer.inner_targets, outs)
+        inner = layer.record_activation(program, outs)
+        if layer.parallel:  # not before: the feed-forward's norm reads the same hidden state
+            self._add_product(program, index, b["attended"], layer.output, layer.output_bias, 3)
+        self._add_product(program, index, inner, layer.down, layer.down_bias, 6)
 
     def _add_product(
         self, program: kernels.Program, index: int, x: np.ndarray, name: str, bias: np.ndarray | None, target: int

@@ -1,4 +1,4 @@
-"""The CPU engine's decoder: one forward pass for Llama, Mistral, Qwen2, Qwen3 and Mixtral-style models.
+"""The CPU engine's decoder: one forward pass for Llama, Mistral, Qwen2, Qwen3, Mixtral and Falcon.
 
 NumPy holds the buffers, native kernels do the work, torch is never imported. The pass is layer-major: a whole prompt
 segment goes through one layer before the next begins, so weights are read once per segment and at most one layer holds
@@ -19,7 +19,7 @@ from memwall.kernels.lora import LoraBatch
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache, SelectedCache
 from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention
-from memwall.models.decode import DecodeStep, Layer
+from memwall.models.decode import DecodeStep, Layer, Norm
 from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
 
@@ -28,7 +28,7 @@ RECORDED_ROWS = 64
 """Batches of up to so many tokens run as recorded calls; where there are more, Python's part no longer shows."""
 OWNER = "activations"
 SCRATCH = "kernels/scratch"
-QKV, OUTPUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
+QKV, OUTPUT, DOWN = (0, 1, 2), (3,), (6,)
 """Places of projections among `kernels.lora.TARGETS`."""
 
 # observer(tensor_name, x): called with the input [rows, cols] of each linear, for calibration
@@ -48,7 +48,7 @@ def activation_shapes(config: ModelConfig, segment_tokens: int, logit_rows: int 
         "normed": (block, config.hidden_size),
         "queries": (block, q_width),
         "attended": (block, q_width),
-        "gate": (block, config.intermediate_size),
+        **({"gate": (block, config.intermediate_size)} if config.gated else {}),
         "up": (block, config.intermediate_size),
         "logits": (logit_rows, config.vocab_size),
     }
@@ -131,6 +131,7 @@ class Decoder:
         self._lora: LoraBatch | None = None
         self._steps: dict[tuple[int, bool], DecodeStep] = {}
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
+        self.last_norm = Norm(config, weights, "model.norm")
         # the kernels allocate this themselves, at the first product; it counts against the cap from now on
         self._arena = arena
         scratch = scratch_bytes(config, weights.specs, segment_tokens, exact=exact, sequences=sequences, shared=shared)
@@ -184,7 +185,7 @@ class Decoder:
         except BaseException:
             cache.truncate(start)
             raise
-        kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
+        self.last_norm.into(hidden, hidden)
         return hidden
 
     def selected(self, tokens: np.ndarray, positions: np.ndarray, cache: SelectedCache) -> np.ndarray:
@@ -206,7 +207,7 @@ class Decoder:
                 hidden[: len(positions)] = hidden[staying]
                 hidden = hidden[: len(positions)]
                 cos, sin = self._rotation(cache, positions)
-        kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
+        self.last_norm.into(hidden, hidden)
         return hidden
 
     def batch(self, tokens: np.ndarray, positions: np.ndarray, cache: DecoderCache) -> np.ndarray:
@@ -228,7 +229,7 @@ class Decoder:
             return hidden
         for index, layer in enumerate(self._layers):
             self._run_layer(index, layer, hidden, positions, cos, sin, cache)
-        kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
+        self.last_norm.into(hidden, hidden)
         return hidden
 
     def _decode_step(self, num_rows: int = 1) -> DecodeStep | None:
@@ -241,8 +242,10 @@ class Decoder:
         step = self._steps.get((num_rows, apart))
         if step is None or step.generation != self.weights.generation:
             rows = {name: buffer[:num_rows] for name, buffer in self._buffers.items()}
-            eps = self.config.rms_norm_eps
-            step = DecodeStep(self._layers, self.weights, rows, eps=eps, exact=self.exact, lora=self._lora, apart=apart)
+            step = DecodeStep(
+                self._layers, self.last_norm, self.weights, rows,
+                eps=self.config.rms_norm_eps, exact=self.exact, lora=self._lora, apart=apart,
+            )  # fmt: skip
             self._steps[num_rows, apart] = step
         return step
 
@@ -291,13 +294,13 @@ class Decoder:
         sin: np.ndarray,
         cache: DecoderCache,
     ) -> None:
-        num_tokens, eps = len(hidden), self.config.rms_norm_eps
+        num_tokens = len(hidden)
         blocks = [slice(a, min(a + BLOCK_ROWS, num_tokens)) for a in range(0, num_tokens, BLOCK_ROWS)]
         keys, values = self._buffers["keys"][:num_tokens], self._buffers["values"][:num_tokens]
         one_block = len(blocks) == 1
         for rows in blocks:
             normed, queries = self._block("normed", rows), self._block("queries", rows)
-            kernels.rms_norm(hidden[rows], layer.input_norm, eps, normed)
+            layer.input_norm.into(hidden[rows], normed)
             if cache.takes_inputs:
                 cache.take_inputs(index, normed, positions[rows])
             first = 0 if one_block else 1  # queries of a single block ride along; else each block makes its own below
@@ -310,19 +313,24 @@ class Decoder:
         for rows in blocks:
             normed, queries = self._block("normed", rows), self._block("queries", rows)
             if not one_block:
-                kernels.rms_norm(hidden[rows], layer.input_norm, eps, normed)
+                layer.input_norm.into(hidden[rows], normed)
                 self._linear(normed, layer.qkv[:1], [queries], layer.qkv_bias[:1])
                 self._add_lora(index, rows, normed, QKV[:1], [queries])
             self._finish_heads(queries, layer.q_norm, self.config.num_heads, cos[rows], sin[rows])
             attended = self._block("attended", rows)
             q_shape = (len(queries), self.config.num_heads, self.config.head_dim)
             cache.attend(index, queries.reshape(q_shape), positions[rows], attended.reshape(q_shape))
-            self._add_product(index, rows, attended, layer.output, layer.output_bias, OUTPUT, hidden[rows])
-            kernels.rms_norm(hidden[rows], layer.post_norm, eps, normed)
+            if not layer.parallel:
+                self._add_product(index, rows, attended, layer.output, layer.output_bias, OUTPUT, hidden[rows])
+            if layer.post_norm is not None:
+                layer.post_norm.into(hidden[rows], normed)
             if self.config.num_experts:
                 self._experts(layer, normed, hidden[rows])
-            else:
-                self._feed_forward(index, rows, layer, normed, hidden[rows])
+                continue
+            inner = self._feed_forward(index, rows, layer, normed)
+            if layer.parallel:  # not before: the feed-forward's norm reads the same hidden state
+                self._add_product(index, rows, attended, layer.output, layer.output_bias, OUTPUT, hidden[rows])
+            self._add_product(index, rows, inner, layer.down, layer.down_bias, DOWN, hidden[rows])
         cache.settle(index)
 
     def _block(self, name: str, rows: slice) -> np.ndarray:
@@ -338,12 +346,12 @@ class Decoder:
             kernels.rms_norm(per_head, norm, self.config.rms_norm_eps, per_head)
         kernels.rope(x.reshape(len(x), num_heads, head_dim), cos, sin)
 
-    def _feed_forward(self, index: int, rows: slice, layer: Layer, normed: np.ndarray, residual: np.ndarray) -> None:
-        gate, up = self._buffers["gate"][: len(normed)], self._buffers["up"][: len(normed)]
-        self._linear(normed, layer.gate_up, [gate, up], layer.gate_up_bias)
-        self._add_lora(index, rows, normed, GATE_UP, [gate, up])
-        kernels.swiglu(gate, up, gate)
-        self._add_product(index, rows, gate, layer.down, layer.down_bias, DOWN, residual)
+    def _feed_forward(self, index: int, rows: slice, layer: Layer, normed: np.ndarray) -> np.ndarray:
+        """What the last product of the feed-forward reads."""
+        outs = [self._buffers[name][: len(normed)] for name in layer.inner]
+        self._linear(normed, layer.gate_up, outs, layer.gate_up_bias)
+        self._add_lora(index, rows, normed, layer.inner_targets, outs)
+        return layer.activate(outs)
 
     def _add_product(
         self, index: int, rows: slice, x: np.ndarray, name: str, bias: np.ndarray | None, target: tuple[int, ...],

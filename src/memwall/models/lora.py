@@ -168,7 +168,8 @@ def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
     }  # fmt: skip
     if not config.num_experts:
-        shapes |= {"gate_proj": (hidden, wide), "up_proj": (hidden, wide), "down_proj": (wide, hidden)}
+        shapes |= {"gate_proj": (hidden, wide)} if config.gated else {}
+        shapes |= {"up_proj": (hidden, wide), "down_proj": (wide, hidden)}
     return shapes
 
 

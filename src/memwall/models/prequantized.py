@@ -115,6 +115,11 @@ class Prequantized:
 
     def check(self, config: ModelConfig) -> None:
         """All tensors are there, and nothing of unknown shape."""
+        if config.stored_names() is not None:
+            raise InputError(
+                f"{self.path}: a {config.family} model in {self.method.upper()}'s form is not read (its matrices go by "
+                "other names there, or several are one); compress the float model: memwall compress MODEL OUT"
+            )
         for tensor in config.tensors():
             stem = tensor.name.removesuffix(".weight")
             if self._is_coded(stem):

@@ -90,6 +90,25 @@ class Norm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """LayerNorm with biases over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = functional.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    """Of hidden states."""
+    return (LayerNorm if config.layer_norm else Norm)(config.hidden_size, config.rms_norm_eps)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary embedding; per-head norms (Qwen3) and biases where the family has them."""
 
@@ -158,7 +177,7 @@ class Context:
 
 
 class FeedForward(nn.Module):
-    """SwiGLU. The names of the three projections differ between dense models and experts."""
+    """SwiGLU, or a GELU between two projections. The names of the three differ between dense models and experts."""
 
     def __init__(
         self, config: ModelConfig, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -166,12 +185,17 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.names = names
+        self.gated, self.form = config.gated, "tanh" if config.feed_forward == "gelu_tanh" else "none"
         for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden))):
-            self.add_module(name, nn.Linear(*shape, bias=bias))
+            if config.gated or name != names[0]:
+                self.add_module(name, nn.Linear(*shape, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.get_submodule(name) for name in self.names)
-        result: Tensor = down(functional.silu(gate(x)) * up(x))
+        up, down = (self.get_submodule(name) for name in self.names[1:])
+        if self.gated:
+            result: Tensor = down(functional.silu(self.get_submodule(self.names[0])(x)) * up(x))
+        else:
+            result = down(functional.gelu(up(x), approximate=self.form))
         return result
 
 
@@ -199,13 +223,15 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each on normed input and added to the residual."""
+    """Attention and feed-forward, each on normed input and added to the residual, one after the other or together."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = _norm(config)
         self.self_attn = Attention(config, index)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        if not config.shared_norm:
+            self.post_attention_layernorm = _norm(config)
+        self.parallel, self.shared_norm = config.parallel, config.shared_norm
         if config.num_experts:
             self.block_sparse_moe = Experts(config)
         else:
@@ -213,8 +239,13 @@ class Layer(nn.Module):
         self.has_experts = config.num_experts > 0
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context)
+        normed = self.input_layernorm(x)
         block = self.block_sparse_moe if self.has_experts else self.mlp
+        attended: Tensor = self.self_attn(normed, context)
+        if self.parallel:
+            added: Tensor = block(normed if self.shared_norm else self.post_attention_layernorm(x))
+            return x + attended + added
+        x = x + attended
         result: Tensor = x + block(self.post_attention_layernorm(x))
         return result
 
@@ -227,7 +258,7 @@ class Body(nn.Module):
         # not drawn at random, which for tensors without memory brings in torch's compiler, 150 MB of it
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = _norm(config)
 
 
 class TorchDecoder(nn.Module):

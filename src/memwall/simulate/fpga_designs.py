@@ -44,6 +44,10 @@ class ModelShape:
     @classmethod
     def of(cls, config: ModelConfig) -> ModelShape:
         """Of a model's configuration."""
+        if not config.gated:
+            raise InputError(
+                f"the accelerator is made for feed-forwards with a gate, and this is a {config.family} model"
+            )
         return cls(
             layers=config.num_layers,
             hidden=config.hidden_size,

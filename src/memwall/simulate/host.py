@@ -173,7 +173,7 @@ class _Work:
         return [
             (lambda layer: layer.qkv, [config.query_size, config.kv_size, config.kv_size], config.hidden_size),
             (lambda layer: [layer.output], [config.hidden_size], config.query_size),
-            (lambda layer: layer.gate_up, [config.intermediate_size] * 2, config.hidden_size),
+            (lambda layer: layer.gate_up, [config.intermediate_size] * (2 if config.gated else 1), config.hidden_size),
             (lambda layer: [layer.down], [config.hidden_size], config.intermediate_size),
         ]
 

@@ -21,6 +21,7 @@ from memwall.engine.s_lora_parallel import LoraParts
 from memwall.engine.sampling import Sampling
 from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
+from memwall.errors import InputError
 from memwall.formats.safetensors_file import SafetensorsWriter
 from memwall.models.checkpoint import Checkpoint
 from memwall.models.config import EMBEDDING, ModelConfig
@@ -37,6 +38,8 @@ RANKS = 2
 def cut_model(source: Path, folder: Path, kind: Kind, rank: int) -> Path:
     """The part of a model with tied embeddings that one process holds, as a model directory of its own."""
     config = ModelConfig.from_directory(source)
+    if config.falcon is not None:
+        raise InputError(f"{source}: a {config.family} model is not cut into parts; one of the Llama form is")
     told = dict(config.source)
     told["head_dim"] = config.head_dim
     blocks = range(config.num_layers)
@@ -166,7 +169,7 @@ class StageDecoder(Decoder):
         for index, layer in enumerate(self._layers):
             self._run_layer(index, layer, hidden, positions, cos, sin, cache)
         if last:
-            kernels.rms_norm(hidden, self.weights.vectors["model.norm.weight"], self.config.rms_norm_eps, hidden)
+            self.last_norm.into(hidden, hidden)
         return hidden
 
 

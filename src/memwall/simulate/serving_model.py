@@ -198,7 +198,9 @@ class ServedModel:
             kv_heads=config.num_kv_heads,
             head_size=config.head_dim,
         )
-        network: Cell = FeedForward(hidden=config.hidden_size, filters=config.intermediate_size)
+        network: Cell = FeedForward(
+            hidden=config.hidden_size, filters=config.intermediate_size, matrices=3 if config.gated else 2
+        )
         if config.num_experts:
             network = Experts(
                 hidden=config.hidden_size,

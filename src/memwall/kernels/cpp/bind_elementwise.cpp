@@ -25,6 +25,12 @@ mw::Step rms_norm(In<2> x, In<1> weight, float eps, Out<2> out) {
   return [=] { mw::rms_norm(x.data(), weight.data(), eps, x.shape(0), x.shape(1), out.data()); };
 }
 
+mw::Step layer_norm(In<2> x, In<1> weight, In<1> bias, float eps, Out<2> out) {
+  require(weight.shape(0) == x.shape(1) && bias.shape(0) == x.shape(1), "layer_norm: weight and bias must have as many numbers as a row of x");
+  require(out.shape(0) == x.shape(0) && out.shape(1) == x.shape(1), "layer_norm: out must have the shape of x");
+  return [=] { mw::layer_norm(x.data(), weight.data(), bias.data(), eps, x.shape(0), x.shape(1), out.data()); };
+}
+
 mw::Step rope(Out<3> x, In<2> cos, In<2> sin) {
   require(cos.shape(0) == x.shape(0) && sin.shape(0) == x.shape(0), "rope: cos and sin need one row per token of x");
   require(cos.shape(1) == sin.shape(1) && 2 * cos.shape(1) <= x.shape(2), "rope: cos and sin hold at most half a head's numbers");
@@ -35,6 +41,11 @@ mw::Step swiglu(In<2> gate, In<2> up, Out<2> out) {
   require(gate.shape(0) == up.shape(0) && gate.shape(1) == up.shape(1), "swiglu: gate and up must have one shape");
   require(gate.shape(0) == out.shape(0) && gate.shape(1) == out.shape(1), "swiglu: out must have the shape of gate");
   return [=] { mw::swiglu(gate.data(), up.data(), static_cast<std::int64_t>(gate.shape(0) * gate.shape(1)), out.data()); };
+}
+
+mw::Step gelu(In<2> x, bool near, Out<2> out) {
+  require(x.shape(0) == out.shape(0) && x.shape(1) == out.shape(1), "gelu: out must have the shape of x");
+  return [=] { mw::gelu(x.data(), static_cast<std::int64_t>(x.shape(0) * x.shape(1)), near, out.data()); };
 }
 
 mw::Step add(In<2> x, Out<2> out) {
@@ -61,7 +72,10 @@ void store_int8(In<3> x, nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_cont
 void bind_elementwise(nb::module_& m, nb::class_<Program>& program) {
   bind_step(m, program, "add", &add, "x"_a.noconvert(), "out"_a.noconvert());
   bind_step(m, program, "rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert());
+  bind_step(m, program, "layer_norm", &layer_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "eps"_a,
+            "out"_a.noconvert());
   bind_step(m, program, "rope", &rope, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert());
   m.def("store_int8", &store_int8, "x"_a.noconvert(), "places"_a.noconvert(), "out"_a.noconvert());
   bind_step(m, program, "swiglu", &swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert());
+  bind_step(m, program, "gelu", &gelu, "x"_a.noconvert(), "near"_a, "out"_a.noconvert());
 }

@@ -27,6 +27,14 @@ void rms_norm(const float* x, const float* weight, float eps, std::int64_t rows,
   });
 }
 
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, std::int64_t rows, std::int64_t width, float* out) {
+  const auto kernel = elementwise_kernels_in_use().layer_norm;
+  parallel_for(static_cast<std::size_t>(rows), rows_per_chunk(width), [&](std::size_t begin, std::size_t end, int) {
+    const auto at = static_cast<std::int64_t>(begin) * width;
+    kernel(x + at, weight, bias, eps, static_cast<std::int64_t>(end - begin), width, out + at);
+  });
+}
+
 void rope(float* x, const float* cos, const float* sin, std::int64_t tokens, std::int64_t heads, std::int64_t width,
           std::int64_t half) {
   const auto kernel = elementwise_kernels_in_use().rope;
@@ -40,6 +48,13 @@ void swiglu(const float* gate, const float* up, std::int64_t count, float* out) 
   const auto kernel = elementwise_kernels_in_use().swiglu;
   parallel_for(static_cast<std::size_t>(count), kChunk / 4, [&](std::size_t begin, std::size_t end, int) {
     kernel(gate + begin, up + begin, static_cast<std::int64_t>(end - begin), out + begin);
+  });
+}
+
+void gelu(const float* x, std::int64_t count, bool near, float* out) {
+  const auto kernel = elementwise_kernels_in_use().gelu;
+  parallel_for(static_cast<std::size_t>(count), kChunk / 4, [&](std::size_t begin, std::size_t end, int) {
+    kernel(x + begin, static_cast<std::int64_t>(end - begin), near, out + begin);
   });
 }
 
