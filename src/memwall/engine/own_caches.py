@@ -171,7 +171,7 @@ class OwnPool(PagePool):
         self.caches: dict[int, KVCache] = {}
         self.together: Decoding | None = None
         """Of those that took in a token together last; none once one of them has gone."""
-        self._held = 0
+        self._held = self._counted = 0
 
     @property
     def committed_bytes(self) -> int:
@@ -193,7 +193,11 @@ class OwnPool(PagePool):
             self.count()
 
     def count(self) -> None:
-        """Counts what the caches hold now; once a step, as each has to be asked."""
+        """Counts what the caches hold now; once a step, as each has to be asked, and where the arena has changed."""
+        used = self.template.arena.used_bytes
+        if used == self._counted:
+            return
+        self._counted = used
         self._held = sum(max(cache.nbytes - self.sizes.shared, 0) for cache in self.caches.values())
 
     def told(self) -> dict[str, int]:
@@ -347,7 +351,8 @@ class OwnCachesEngine(Engine):
         return found
 
     def _view(self, one: Sequence) -> RequestView:
-        return replace(super()._view(one), growth=self.growth(one))
+        one.growth = self.growth(one)
+        return super()._view(one)
 
     def _waiting_view(self, one: Sequence) -> RequestView:
         """What it would go on from counts as computed; its pages are among the free ones until it has them."""

@@ -14,7 +14,9 @@ Shapes: T prompt tokens, w observed queries, H query heads, Hkv key-value heads,
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import numpy as np
@@ -132,7 +134,7 @@ def staging_parts(shape: CacheShape, kept: int, window: int) -> tuple[tuple[int,
 
 def staging_bytes(shape: CacheShape, kept: int, window: int) -> int:
     """Bytes of them together."""
-    return 4 * sum(int(np.prod(part)) for part in staging_parts(shape, kept, window))
+    return 4 * sum(math.prod(part) for part in staging_parts(shape, kept, window))
 
 
 def inner_of(policy: Policy) -> Policy:
@@ -148,8 +150,7 @@ def seen_whole(policy: Policy, shape: CacheShape, capacity_tokens: int) -> Cache
             f"{policy.name} does not work with sliding windows, and this model's is {shortest} tokens: ask for a "
             f"context of at most {shortest}, or use kivi"
         )
-    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "scale", "hidden_size")
-    return CacheShape(**{name: getattr(shape, name) for name in names})
+    return shape if shape.windows is None else replace(shape, windows=None)
 
 
 def predict_evicting(
@@ -383,7 +384,7 @@ class EvictingCache(KVCache):
 
     def _stage(self, total: int) -> None:
         shapes = staging_parts(self.shape, self.budget(total), self.scorer.window(total))
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
         self._staging = self.arena.allocate(STAGING, int(ends[-1]), np.float32)
         self._parts = [part.reshape(shape) for part, shape in zip(np.split(self._staging, ends[:-1]), shapes)]
 

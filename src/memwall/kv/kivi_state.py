@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from memwall.errors import InputError
 from memwall.kernels import attention
@@ -33,6 +34,7 @@ class KiviSettings:
     queries: str = "float32"
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, head_dim: int) -> KiviSettings:
         """Settings of a policy string, checked against the model's head dimension."""
         texts = dict(policy.settings)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -52,6 +53,7 @@ class LambdaSettings:
     positions: str = "cache"
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, shape: CacheShape) -> LambdaSettings:
         """Settings of a policy string, checked."""
         texts = dict(policy.settings)
