@@ -10,6 +10,7 @@ import pytest
 from memwall import kernels, kv
 from memwall.errors import BudgetExceeded, DoesNotFit
 from memwall.kv.decoding import Decoding, OneByOne, PartsDecoding
+from memwall.kv.lambda_decoding import LambdaDecoding
 from memwall.memory import Arena, Ledger
 from memwall.memory.pages import PAGE_BYTES
 from tests.kv.latent_models import loaded, project
@@ -131,6 +132,16 @@ def test_policies_of_every_kind(policy: str) -> None:
     check_steps(caches[2:4], 25, seed=50)
     for cache in caches:
         cache.release()
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("positions", ["cache", "clip"])
+@pytest.mark.parametrize("store", ["bfloat16", "kivi(4bit,group=16,residual=16)", "kivi(2bit,residual=32,queries=int8)"])
+def test_rings_go_round_and_change_frames(store: str, positions: str, sinks: int) -> None:
+    caches = caches_of(f"lambda(sinks={sinks},window=50,positions={positions})+{store}", (5, 49, 130, 200, 77))
+    together = check_steps(caches, 110)
+    assert isinstance(together, LambdaDecoding)
+    assert together.stands()
 
 
 @pytest.mark.parametrize("policy", ["bfloat16", "kivi(2bit,residual=32)"])
