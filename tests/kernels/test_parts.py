@@ -94,7 +94,7 @@ def test_codes_of_many_lengths(isa: str, threads: int, form: dict[str, Any]) -> 
     places = np.array(
         [(*c["coded"], 0, 1, 3, c["tokens"], c["tokens"] - 1, 0) for c in caches], np.int64
     )  # exact rows begin at 1 and 3
-    mine = [parts.coded_part(*c["rows"], *c["blocks"], **form) for c in caches]
+    mine = [parts.coded_part(c["rows"], c["blocks"], parts.CodedForm(**form)) for c in caches]
     q, out = floats(rng, len(caches), HEADS, DIM), np.empty((len(caches), HEADS, DIM), np.float32)
     parts.attend_parts(mine, q, places, scale=SCALE, out=out)
     for i, c in enumerate(caches):
@@ -120,7 +120,7 @@ def test_codes_are_those_of_one_after_the_other(isa: str, threads: int, form: di
          (7, size, 3 * size, 0, 0, 5), (0, 0, 0, 8, 2, 64)], np.int64,
     )  # fmt: skip
     copies = [[blocks.copy() for blocks in c["blocks"]] for c in caches]
-    parts.encode_parts([parts.coded_part(*c["rows"], *c["blocks"], **form) for c in caches], jobs)
+    parts.encode_parts([parts.coded_part(c["rows"], c["blocks"], parts.CodedForm(**form)) for c in caches], jobs)
     for c, want, job in zip(caches, copies, jobs):
         (k, v), (first, keys, at, first_value, values, at_value) = c["rows"], job
         block = attention.kivi_key_block_bytes(form["bits"], size, DIM) * KV_HEADS
@@ -141,7 +141,7 @@ def test_a_part_in_pieces_is_the_whole(isa: str, threads: int) -> None:
     rng = np.random.default_rng(4)
     form = FORMS[0]
     c = coded(rng, form, 320, 0)
-    part = parts.coded_part(*c["rows"], *c["blocks"], **form)
+    part = parts.coded_part(c["rows"], c["blocks"], parts.CodedForm(**form))
     q, whole, stats = (
         floats(rng, 1, HEADS, DIM),
         np.empty((1, HEADS, DIM), np.float32),
@@ -189,6 +189,4 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="ends must not fall"):
         parts.join_pieces(out, np.zeros((1, HEADS, 2), np.float32), np.array([2]), out.copy())
     with pytest.raises(ValueError, match="group"):
-        parts.coded_part(
-            rows, rows, np.zeros(1, np.uint8), np.zeros(1, np.uint8), bits=2, group=64, key_group=32, integers=False
-        )
+        parts.coded_part((rows, rows), (np.zeros(1, np.uint8),) * 2, parts.CodedForm(bits=2, group=64, key_group=32))

@@ -136,7 +136,9 @@ def test_policies_of_every_kind(policy: str) -> None:
 
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("positions", ["cache", "clip"])
-@pytest.mark.parametrize("store", ["bfloat16", "kivi(4bit,group=16,residual=16)", "kivi(2bit,residual=32,queries=int8)"])
+@pytest.mark.parametrize(
+    "store", ["bfloat16", "kivi(4bit,group=16,residual=16)", "kivi(2bit,residual=32,queries=int8)"]
+)
 def test_rings_go_round_and_change_frames(store: str, positions: str, sinks: int) -> None:
     caches = caches_of(f"lambda(sinks={sinks},window=50,positions={positions})+{store}", (5, 49, 130, 200, 77))
     together = check_steps(caches, 110)

@@ -13,6 +13,7 @@ Shapes: n parts, one new token each; H query heads, Hkv key-value heads, D numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,12 +41,22 @@ def float_part(k: np.ndarray, v: np.ndarray) -> CachePart:
     return CachePart(_plain(k), _plain(v))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedForm:
+    """How tokens are coded: as in `attention.attend_kivi`."""
+
+    bits: int
+    group: int
+    key_group: int
+    integers: bool = False
+
+
 def coded_part(
-    k: np.ndarray, v: np.ndarray, key_blocks: np.ndarray, value_blocks: np.ndarray, *, bits: int, group: int,
-    key_group: int, integers: bool,
-) -> CachePart:  # fmt: skip
-    """Rows [n, Hkv, D] of exact tokens, and blocks as in `attention.attend_kivi`; uint8, of all that may ever come."""
-    return CachePart(_plain(k), _plain(v), key_blocks, value_blocks, bits, group, key_group, integers)
+    rows: tuple[np.ndarray, np.ndarray], blocks: tuple[np.ndarray, np.ndarray], form: CodedForm
+) -> CachePart:
+    """Keys and values each: rows [n, Hkv, D] for exact tokens, floats, and blocks, uint8, of all that may ever come."""
+    k, v = map(_plain, rows)
+    return CachePart(k, v, *blocks, form.bits, form.group, form.key_group, form.integers)
 
 
 def append_parts(parts: Sequence[CachePart], k: np.ndarray, v: np.ndarray, rows: np.ndarray) -> None:

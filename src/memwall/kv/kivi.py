@@ -110,11 +110,9 @@ class KiviCache(CodedCache):
     def parts(self) -> list[CachePart]:
         """See `decoding.PartedCache`."""
         if not self._parts:
-            s = self.settings
-            form = {"bits": s.bits, "group": s.group, "key_group": s.key_tokens, "integers": s.integers}
             for state in self._layers:
-                rows, blocks = (state.keys.buffer, state.values.buffer), (state.key_blocks, state.value_blocks)
-                self._parts.append(coded_part(*rows, *(each.capacity() for each in blocks), **form))
+                blocks = (state.key_blocks.capacity(), state.value_blocks.capacity())
+                self._parts.append(coded_part((state.keys.buffer, state.values.buffer), blocks, self.settings.form))
         return self._parts
 
     def release(self) -> None:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from memwall.errors import InputError
 from memwall.kernels import attention
+from memwall.kernels.parts import CodedForm
 from memwall.kv.base import CacheShape
 from memwall.kv.coded_state import SLACK_TOKENS, predict_coded, read_bytes_coded
 from memwall.kv.float_store import float_dtype
@@ -76,6 +77,11 @@ class KiviSettings:
     def integers(self) -> bool:
         """Whether queries and shares meet codes as integers."""
         return self.queries == "int8"
+
+    @property
+    def form(self) -> CodedForm:
+        """As kernels are told."""
+        return CodedForm(bits=self.bits, group=self.group, key_group=self.key_tokens, integers=self.integers)
 
     @property
     def cycle(self) -> int:

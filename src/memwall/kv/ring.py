@@ -169,7 +169,7 @@ class FloatRing:
     def next_token(self, begin: int) -> NextToken:
         """For the one at `end`, which sees tokens from `begin` on."""
         layout, token = self.layout, self.end
-        runs = []
+        runs: list[tuple[int, tuple[int, ...]]] = []
         for first, stop in layout.pieces(max(begin, self.first, token + 1 - layout.slots), token + 1):
             slot = layout.slot(first)
             runs.append((first, (0, 0, 0, slot, slot, stop - first, token - first, max(begin - first, 0))))
@@ -294,9 +294,11 @@ class KiviRing:
 
     def part(self) -> CachePart:
         """See `parts`; the same rows and blocks as long as the ring lives."""
-        s, blocks = self.settings, (self.key_blocks.capacity(), self.value_blocks.capacity())
-        form = {"bits": s.bits, "group": s.group, "key_group": s.group, "integers": s.integers}
-        return coded_part(*(rows.buffer for rows in self._recent), *blocks, **form)
+        return coded_part(
+            (self._recent[0].buffer, self._recent[1].buffer),
+            (self.key_blocks.capacity(), self.value_blocks.capacity()),
+            self.settings.form,
+        )
 
     def has(self, end: int) -> bool:
         """Whether there is room for the tokens up to `end`."""
@@ -320,7 +322,7 @@ class KiviRing:
         target = layout.sinks + coded_of(self.settings, token + 1 - layout.sinks)
         coding = (row, target - self.coded, layout.slot(self.coded)) if target > self.coded else (0, 0, 0)
         first = max(self.first, target - layout.slots)
-        runs = []
+        runs: list[tuple[int, tuple[int, ...]]] = []
         for at, stop, exact in self._runs(begin, first, target, token + 1):
             exact_row = row + exact[0] - self.coded if exact[1] > exact[0] else 0
             places = (stop - at, stop - at, layout.slot(at) if stop > at else 0, exact_row, exact_row)
