@@ -234,6 +234,7 @@ class Engine:
             base=one.base,
             shares=one.left,
             expected_tokens=one.request.expected_tokens,
+            growth=one.growth,
         )
 
     def _waiting_view(self, one: Sequence) -> RequestView:

@@ -7,7 +7,7 @@ most (`Growth`, from the policy's own `predict`) before it comes to hold it. So 
 waits for memory in the middle of a step. What all caches share, such as fitted matrices, is held once (`template`).
 
 A prompt is cut as its policy asks (`KVCache.begin_prompt`), and its chunks are not cut any further, so that answers are
-those of `memwall run`. Of decoding requests each attends by itself; products with weights are shared as always.
+those of `memwall run`. Decoding requests append and attend together where their policy can (`kv.decoding`).
 
 A request that ended leaves its cache to the next turn of its conversation (`kept_caches`).
 
@@ -36,6 +36,7 @@ from memwall.engine.switching import SwitchSettings
 from memwall.errors import BudgetExceeded, InputError
 from memwall.hardware import available_memory_bytes
 from memwall.kv import CacheModel, CacheShape, KVCache, build, packs_positions, predict, resolve
+from memwall.kv.decoding import Decoding
 from memwall.kv.table import resolve_for, technique
 from memwall.memory import Arena, PagePool
 from memwall.models.config import ModelConfig
@@ -168,7 +169,9 @@ class OwnPool(PagePool):
         super().__init__(POOL_OWNER, page_bytes=page_bytes, most_pages=most_pages, limit_pages=limit_pages)
         self.template, self.sizes, self.longest = template, sizes, longest
         self.caches: dict[int, KVCache] = {}
-        self._held = 0
+        self.together: Decoding | None = None
+        """Of those that took in a token together last; none once one of them has gone."""
+        self._held = self._counted = 0
 
     @property
     def committed_bytes(self) -> int:
@@ -185,11 +188,16 @@ class OwnPool(PagePool):
         """A request's cache goes, if it has one."""
         cache = self.caches.pop(number, None)
         if cache is not None:
+            self.together = None
             cache.release()
             self.count()
 
     def count(self) -> None:
-        """Counts what the caches hold now; once a step, as each has to be asked."""
+        """Counts what the caches hold now; once a step, as each has to be asked, and where the arena has changed."""
+        used = self.template.arena.used_bytes
+        if used == self._counted:
+            return
+        self._counted = used
         self._held = sum(max(cache.nbytes - self.sizes.shared, 0) for cache in self.caches.values())
 
     def told(self) -> dict[str, int]:
@@ -201,6 +209,7 @@ class OwnPool(PagePool):
         for cache in (*self.caches.values(), self.template):
             cache.release()
         self.caches.clear()
+        self.together = None
         self._held = 0
         super().release()
 
@@ -223,40 +232,68 @@ class Part:
 
 
 class OwnCaches(BatchCache):
-    """A `BatchCache` that hands every row to the cache of its request."""
+    """A `BatchCache` that hands every row to the cache of its request: those of one token each together."""
 
     def __init__(self, shape: CacheShape, pool: OwnPool) -> None:
         super().__init__(shape, pool, PAGE_TOKENS)  # what pages would hold is not looked at
         self.own = pool
-        self.parts: list[Part] = []
+        self._several: list[Part] = []
+        self._decoding: Decoding | None = None
         self._taken = 0
 
     def begin(self, batch: list[Entry]) -> np.ndarray:
         """See `BatchCache`; positions are those that rows are turned by, which some caches number anew."""
-        self.parts, self._at, self._taken, turns, row = [], 0, 0, [], 0
+        self._several, self._at, self._taken = [], 0, 0
+        caches = [self._cache_of(entry) for entry in batch]
+        places = np.array([cache.next_position for cache in caches], np.int64)
         self._singles = sum(entry.count == 1 for entry in batch)
-        for entry in batch:
-            number = entry.sequence.id
-            if entry.first == 0:
-                self.own.begin_cache(number, len(entry.sequence.tokens))
-            cache = self.own.caches[number]
-            assert cache.length == entry.first
-            at = np.arange(entry.first, entry.first + entry.count, dtype=np.int64)
-            self.parts.append(Part(row, row + entry.count, cache, at))
-            turns.append(at + (cache.next_position - cache.length))
+        self._decoding = self._decode(caches[: self._singles])
+        turns, row = [places[: self._singles]], self._singles
+        for entry, cache, place in zip(batch[row:], caches[row:], places[row:]):
+            at = np.arange(entry.count, dtype=np.int64)
+            self._several.append(Part(row, row + entry.count, cache, at + entry.first))
+            turns.append(at + place)
             row += entry.count
         return np.concatenate(turns)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Whose rows are whose, for all of the batch."""
+        singles = enumerate(self._decoding.caches if self._decoding is not None else ())
+        return [*(Part(row, row + 1, cache, np.array([cache.length])) for row, cache in singles), *self._several]
+
+    def _cache_of(self, entry: Entry) -> KVCache:
+        number = entry.sequence.id
+        if entry.first == 0:
+            self.own.begin_cache(number, len(entry.sequence.tokens))
+        cache = self.own.caches[number]
+        assert cache.length == entry.first
+        return cache
+
+    def _decode(self, caches: list[KVCache]) -> Decoding | None:
+        """What takes in the next tokens of those that get one by itself."""
+        if not caches:
+            return None
+        together = self.own.together
+        if together is None or together.caches != caches or not together.stands():
+            together = self.own.together = type(caches[0]).decode_together(caches)
+        together.begin()
+        return together
 
     def take_inputs(self, layer: int, x: np.ndarray, positions: np.ndarray) -> None:
         """See `KVCache`: rows come in order, blocks of them at a time."""
         begin, self._taken = self._taken, self._taken + len(x)
-        for part in self.parts:
+        if self._decoding is not None and begin < self._singles:
+            self._decoding.take_inputs(layer, x[: self._singles - begin], begin)
+        for part in self._several:
             if (found := part.within(begin, self._taken)) is not None:
                 part.cache.take_inputs(layer, x[found[0]], found[1])
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> None:
         """See `BatchCache`."""
-        for part in self.parts:
+        if self._decoding is not None:
+            self._decoding.append(layer, k[: self._singles], v[: self._singles])
+        for part in self._several:
             part.cache.append(layer, k[part.begin : part.end], v[part.begin : part.end], part.at)
         self._at = self._taken = 0
 
@@ -266,7 +303,10 @@ class OwnCaches(BatchCache):
 
     def attend_rows(self, layer: int, q: np.ndarray, begin: int, out: np.ndarray) -> np.ndarray:
         """See `BatchCache`."""
-        for part in self.parts:
+        if self._decoding is not None and begin < self._singles:
+            end = self._singles - begin
+            self._decoding.attend(layer, q[:end], out[:end], begin)
+        for part in self._several:
             if (found := part.within(begin, begin + len(q))) is not None:
                 place, at = found
                 part.cache.attend(layer, q[place], at, out[place])
@@ -274,9 +314,12 @@ class OwnCaches(BatchCache):
 
     def settle(self, layer: int) -> None:
         """See `KVCache`."""
-        for part in self.parts:
+        if self._decoding is not None:
+            self._decoding.settle(layer)
+        for part in self._several:
             part.cache.settle(layer)
         if layer == self.shape.num_layers - 1:
+            self._decoding = None
             self.own.count()
 
 
@@ -308,7 +351,8 @@ class OwnCachesEngine(Engine):
         return found
 
     def _view(self, one: Sequence) -> RequestView:
-        return replace(super()._view(one), growth=self.growth(one))
+        one.growth = self.growth(one)
+        return super()._view(one)
 
     def _waiting_view(self, one: Sequence) -> RequestView:
         """What it would go on from counts as computed; its pages are among the free ones until it has them."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from memwall.engine.base import RequestView
+from memwall.engine.base import Growth, RequestView
 from memwall.engine.kv_pages import digest_page
 from memwall.engine.sampling import Sampling
 from memwall.errors import InputError
@@ -103,7 +103,7 @@ class Sequence:
     """A request in the engine. tokens: prompt and what was made; the first `computed` have keys and values.
 
     level: see `RequestView`. copy: what the swap area holds of it. parent: the prefix whose pages come before
-    its own; left: of a prefix, members that are not over.
+    its own; left: of a prefix, members that are not over. growth: see `RequestView`, as of its last one.
     """
 
     id: int
@@ -130,6 +130,7 @@ class Sequence:
     version: int = -1
     parent: Sequence | None = None
     left: int = 0
+    growth: Growth | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)

@@ -14,7 +14,7 @@ model's hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from memwall.models.config import ModelConfig
 from memwall.models.rope import RotaryTable
 
 if TYPE_CHECKING:
+    from memwall.kv.decoding import Decoding
     from memwall.kv.policy import Policy
     from memwall.memory import Arena
     from memwall.models.weights import Weights
@@ -233,6 +234,16 @@ class KVCache(ABC):
         """
         raise NotImplementedError
 
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        """How several caches of this policy and shape take in a token each; one after the other unless it knows better.
+
+        What comes out must not depend on which caches come together, to the bit.
+        """
+        from memwall.kv.decoding import OneByOne
+
+        return OneByOne(caches)
+
     @property
     @abstractmethod
     def policy(self) -> str:
@@ -346,6 +357,9 @@ class KVCache(ABC):
     def _check_append(self, held: int, num_new: int, positions: np.ndarray) -> None:
         if len(positions) != num_new or (num_new and (positions[0] != held or positions[-1] != held + num_new - 1)):
             raise ValueError(f"the next position is {held}, not {positions[:1]} for {num_new} new tokens")
+        self._check_room(held, num_new)
+
+    def _check_room(self, held: int, num_new: int) -> None:
         if held + num_new > self.capacity_tokens:
             raise DoesNotFit(
                 f"the context holds {self.capacity_tokens:,} tokens, {held:,} are used, {num_new:,} more do not fit; "

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,7 @@ class BfpSettings:
     exact: str = "float16"
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, head_dim: int) -> BfpSettings:
         """Settings of a policy string, checked against the model's head dimension."""
         texts = dict(policy.settings)

@@ -54,6 +54,7 @@ class CodedCache(KVCache):
         self._staged_keys = GrowingRows(arena, STAGING, capacity_tokens, shape, dtype)
         self._staged_values = GrowingRows(arena, STAGING, capacity_tokens, shape, dtype)
         self._staged: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._coding = (0, 0)  # keys and values that are coded behind a token that comes with those of other caches
 
     @property
     def length(self) -> int:
@@ -101,6 +102,28 @@ class CodedCache(KVCache):
         else:
             state.keys.drop(num_keys)
             state.values.drop(num_values)
+
+    def begin_decode(self) -> tuple[int, ...]:
+        """See `decoding.PartedCache`; layers differ only within a forward pass."""
+        first = self._layers[0]
+        self._check_room(first.length, 1)
+        keys, values, coded_keys, coded_values = first.keys, first.values, first.coded_keys, first.coded_values
+        self._coding = num_keys, num_values = self.form.to_code(keys.count + 1, values.count + 1)
+        if (num_keys or num_values) and not self._has_room(num_keys, num_values):
+            for state in self._layers:
+                self._reserve(state, 1)
+        if keys.end == len(keys.buffer) or values.end == len(values.buffer):
+            for state in self._layers:
+                state.keys.make_room(1)
+                state.values.make_room(1)
+        rows = (keys.end, values.end)
+        places = (coded_keys, coded_values, 0, keys.first, values.first, first.length + 1, first.length, 0)
+        return (*rows, *places, keys.first, num_keys, coded_keys, values.first, num_values, coded_values)
+
+    def end_decode(self) -> None:
+        """See `decoding.PartedCache`."""
+        for state in self._layers:
+            state.took(*self._coding)
 
     def truncate(self, length: int) -> None:
         self._check_truncate(length)
@@ -220,6 +243,13 @@ class CodedCache(KVCache):
         coding = self.form.to_code(num_keys, num_values)
         state.key_blocks.reserve(self.form.key_bytes(self.shape, state.coded_keys + coding[0], self.key_dim))
         state.value_blocks.reserve(self.form.value_bytes(self.shape, state.coded_values + coding[1]))
+
+    def _has_room(self, num_keys: int, num_values: int) -> bool:
+        """For so many more coded keys and values in all layers: in the last one, which is the last to get some."""
+        last = self._layers[-1]
+        key_bytes = self.form.key_bytes(self.shape, last.coded_keys + num_keys, self.key_dim)
+        value_bytes = self.form.value_bytes(self.shape, last.coded_values + num_values)
+        return key_bytes <= len(last.key_blocks.bytes) and value_bytes <= len(last.value_blocks.bytes)
 
     @abstractmethod
     def _empty(self) -> CodedCache:

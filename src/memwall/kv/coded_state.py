@@ -105,6 +105,10 @@ class Blocks:
             self.region.commit(nbytes)
             self.bytes = self.region.array(self.region.committed_bytes, np.uint8)
 
+    def capacity(self) -> np.ndarray:
+        """All bytes that may ever come, of which those reserved may be touched; they stay where they are."""
+        return self.region.whole((self.region.capacity_bytes,), np.uint8)
+
     def copy_from(self, other: Blocks) -> None:
         self.reserve(len(other.bytes))
         self.bytes[:] = other.bytes
@@ -127,11 +131,20 @@ class Recent:
     def rows(self) -> np.ndarray:
         return self.buffer[self.first : self.first + self.count]
 
-    def push(self, rows: np.ndarray) -> None:
-        if self.first + self.count + len(rows) > len(self.buffer):
+    @property
+    def end(self) -> int:
+        """The row behind the last one."""
+        return self.first + self.count
+
+    def make_room(self, count: int) -> None:
+        """So many rows may follow: the others go to the front where they would not fit."""
+        if self.end + count > len(self.buffer):
             self.buffer[: self.count] = self.rows.copy()
             self.first = 0
-        self.buffer[self.first + self.count : self.first + self.count + len(rows)] = rows
+
+    def push(self, rows: np.ndarray) -> None:
+        self.make_room(len(rows))
+        self.buffer[self.end : self.end + len(rows)] = rows
         self.count += len(rows)
 
     def set(self, rows: np.ndarray) -> None:
@@ -160,6 +173,18 @@ class LayerState:
         self.keys.set(other.keys.rows)
         self.values.set(other.values.rows)
         self.coded_keys, self.coded_values, self.length = other.coded_keys, other.coded_values, other.length
+
+    def took(self, num_keys: int, num_values: int) -> None:
+        """Another token came, and then so many exact keys and values were coded."""
+        self.length += 1
+        self.keys.count += 1
+        self.values.count += 1
+        if num_keys:
+            self.keys.drop(num_keys)
+            self.coded_keys += num_keys
+        if num_values:
+            self.values.drop(num_values)
+            self.coded_values += num_values
 
     def restored(self, length: int, coded_keys: int, coded_values: int) -> None:
         """Takes what was read into blocks and buffers as its state."""

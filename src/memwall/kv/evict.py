@@ -14,8 +14,10 @@ Shapes: T prompt tokens, w observed queries, H query heads, Hkv key-value heads,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Protocol
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from memwall.errors import InputError
 from memwall.kernels.attention import attend_float
 from memwall.kv import table
 from memwall.kv.base import CacheModel, CacheShape, KVCache, Role
+from memwall.kv.decoding import Decoding, OneByOne
 from memwall.kv.float_store import GrowingRows
 from memwall.kv.policy import Policy
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
@@ -131,7 +134,7 @@ def staging_parts(shape: CacheShape, kept: int, window: int) -> tuple[tuple[int,
 
 def staging_bytes(shape: CacheShape, kept: int, window: int) -> int:
     """Bytes of them together."""
-    return 4 * sum(int(np.prod(part)) for part in staging_parts(shape, kept, window))
+    return 4 * sum(math.prod(part) for part in staging_parts(shape, kept, window))
 
 
 def inner_of(policy: Policy) -> Policy:
@@ -147,8 +150,7 @@ def seen_whole(policy: Policy, shape: CacheShape, capacity_tokens: int) -> Cache
             f"{policy.name} does not work with sliding windows, and this model's is {shortest} tokens: ask for a "
             f"context of at most {shortest}, or use kivi"
         )
-    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "scale", "hidden_size")
-    return CacheShape(**{name: getattr(shape, name) for name in names})
+    return shape if shape.windows is None else replace(shape, windows=None)
 
 
 def predict_evicting(
@@ -272,8 +274,17 @@ class EvictingCache(KVCache):
                 self._unstage()
                 self._forget_whole()
         self._rows = None
-        if last and self.length >= self._expected:
-            self._expected = 0
+        if last:
+            self._forget_expected()
+
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        return PrunedDecoding(cast("Sequence[EvictingCache]", caches))
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether the next token goes to the inner cache as it comes: the prompt has been read."""
+        return self._whole is None and self.length > 0
 
     def rewindable(self, length: int) -> int:
         if self._whole is not None:
@@ -323,6 +334,15 @@ class EvictingCache(KVCache):
         self._forget_whole()
         self.inner.release()
 
+    def took_in(self, num_tokens: int) -> None:
+        """The inner cache took in so many tokens."""
+        self._lengths = [self.length + num_tokens] * self.shape.num_layers
+        self._forget_expected()
+
+    def _forget_expected(self) -> None:
+        if self.length >= self._expected:
+            self._expected = 0
+
     def _take(self, layer: int, k: np.ndarray, v: np.ndarray, total: int) -> None:
         """A layer's prompt, or a segment of it: the decoder's own arrays do when it comes whole."""
         held = self._lengths[layer]
@@ -364,7 +384,7 @@ class EvictingCache(KVCache):
 
     def _stage(self, total: int) -> None:
         shapes = staging_parts(self.shape, self.budget(total), self.scorer.window(total))
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
         self._staging = self.arena.allocate(STAGING, int(ends[-1]), np.float32)
         self._parts = [part.reshape(shape) for part, shape in zip(np.split(self._staging, ends[:-1]), shapes)]
 
@@ -377,6 +397,35 @@ class EvictingCache(KVCache):
     def _forget_whole(self) -> None:
         _release(self._whole or [])
         self._whole = None
+
+
+class PrunedDecoding(Decoding):
+    """Those whose prompts have been read: the inner caches' tokens are theirs. Others go one by one."""
+
+    def __init__(self, caches: Sequence[EvictingCache]) -> None:
+        super().__init__(caches)
+        self._pruned = list(caches)
+        self._passes = all(cache.passes_on for cache in caches)
+        inner = [cache.inner for cache in caches] if self._passes else list(caches)
+        self._inner = type(inner[0]).decode_together(inner) if self._passes else OneByOne(inner)
+
+    def stands(self) -> bool:
+        return self._passes and all(cache.passes_on for cache in self._pruned) and self._inner.stands()
+
+    def begin(self) -> None:
+        self._inner.begin()
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
+        self._inner.append(layer, k, v)
+
+    def attend(self, layer: int, q: np.ndarray, out: np.ndarray, first: int = 0) -> None:
+        self._inner.attend(layer, q, out, first)
+
+    def settle(self, layer: int) -> None:
+        self._inner.settle(layer)
+        if self._passes and layer == len(self._pruned[0]._lengths) - 1:
+            for cache in self._pruned:
+                cache.took_in(1)
 
 
 def _release(whole: list[tuple[GrowingRows, GrowingRows]]) -> None:

@@ -14,7 +14,8 @@ Holds when: always; with a sliding window older tokens stay resident although th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -22,7 +23,9 @@ from memwall.errors import InputError
 from memwall.kernels import Program
 from memwall.kernels.attention import attend_float, record_attend_next
 from memwall.kernels.elementwise import int8_rows, store_int8
+from memwall.kernels.parts import CachePart, float_part
 from memwall.kv.base import CacheModel, CacheShape, Facts, KVCache, Reader
+from memwall.kv.decoding import JOBS, Decoding, PartsDecoding
 from memwall.kv.policy import Policy
 from memwall.memory.pages import round_up
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 OWNER = "kv/full"
 INT8 = "int8"
+NOTHING_CODED = (0,) * JOBS
 
 
 def float_dtype(name: str) -> np.dtype:
@@ -143,6 +147,7 @@ class FloatCache(KVCache):
         self._values: list[GrowingRows] = []
         self._lengths = [0] * shape.num_layers
         self._place = np.zeros(1, np.int64)
+        self._parts: list[CachePart] = []
         for _ in range(shape.num_layers):
             self._keys.append(GrowingRows(arena, OWNER, capacity_tokens, shape, self._dtype, self._width))
             self._values.append(GrowingRows(arena, OWNER, capacity_tokens, shape, self._dtype, self._width))
@@ -210,14 +215,35 @@ class FloatCache(KVCache):
         record_attend_next(program, q, k, v, keys, values, self._place, scale=scale, window=window, out=out)
 
     def begin_recorded(self, positions: np.ndarray) -> None:
+        self._check_append(self.length, 1, positions)
+        self.begin_decode()
+
+    def end_recorded(self) -> None:
+        self.end_decode()
+
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        return PartsDecoding(caches, cast("Sequence[FloatCache]", caches))
+
+    def parts(self) -> list[CachePart]:
+        """See `decoding.PartedCache`."""
+        if not self._parts:
+            pairs = zip(self._keys, self._values)
+            self._parts = [float_part(keys.capacity(), values.capacity()) for keys, values in pairs]
+        return self._parts
+
+    def begin_decode(self) -> tuple[int, ...]:
+        """See `decoding.PartedCache`."""
         held = self.length
-        self._check_append(held, 1, positions)
+        self._check_room(held, 1)
         if not self._values[-1].has(held + 1):  # the last one to be reserved: where it has room, all have
             for rows in (*self._keys, *self._values):
                 rows.reserve(held + 1)
         self._place[0] = held
+        return (held, held, 0, 0, 0, 0, 0, held + 1, held, 0, *NOTHING_CODED)
 
-    def end_recorded(self) -> None:
+    def end_decode(self) -> None:
+        """See `decoding.PartedCache`."""
         self._lengths = [int(self._place[0]) + 1] * self.shape.num_layers
 
     def truncate(self, length: int) -> None:
@@ -271,5 +297,6 @@ class FloatCache(KVCache):
         return keys.astype(np.float32), values.astype(np.float32)
 
     def release(self) -> None:
+        self._parts = []
         for rows in (*self._keys, *self._values):
             rows.release()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from memwall.errors import InputError
 from memwall.kernels import attention
+from memwall.kernels.parts import CodedForm
 from memwall.kv.base import CacheShape
 from memwall.kv.coded_state import SLACK_TOKENS, predict_coded, read_bytes_coded
 from memwall.kv.float_store import float_dtype
@@ -33,6 +35,7 @@ class KiviSettings:
     queries: str = "float32"
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, head_dim: int) -> KiviSettings:
         """Settings of a policy string, checked against the model's head dimension."""
         texts = dict(policy.settings)
@@ -74,6 +77,11 @@ class KiviSettings:
     def integers(self) -> bool:
         """Whether queries and shares meet codes as integers."""
         return self.queries == "int8"
+
+    @property
+    def form(self) -> CodedForm:
+        """As kernels are told."""
+        return CodedForm(bits=self.bits, group=self.group, key_group=self.key_tokens, integers=self.integers)
 
     @property
     def cycle(self) -> int:

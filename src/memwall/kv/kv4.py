@@ -15,6 +15,7 @@ Holds when: 16 divides D, and numbers stay below 65,504.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from memwall.errors import InputError
 from memwall.kv.base import CacheShape
@@ -48,6 +49,7 @@ class Kv4Cache(KiviCache):
     """See the module's text."""
 
     @classmethod
+    @lru_cache(maxsize=256)
     def settings_of(cls, policy: Policy, shape: CacheShape) -> KiviSettings:
         texts = dict(policy.settings)
         exact = {"exact": texts.pop("exact")} if "exact" in texts else {}

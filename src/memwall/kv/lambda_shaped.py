@@ -18,28 +18,37 @@ Holds when: layers see everything (no sliding window), and g + n is at most the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
 from memwall import kernels
 from memwall.errors import InputError
 from memwall.kernels.attention import attend_float
+from memwall.kernels.parts import CachePart, float_part, join_pieces
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.evict import array_bytes, inner_of
 from memwall.kv.float_store import float_dtype
 from memwall.kv.kivi_state import KiviSettings
 from memwall.kv.policy import Policy
-from memwall.kv.ring import FloatRing, KiviRing, RingLayout, recent_rows
+from memwall.kv.ring import FloatRing, KiviRing, NextToken, RingLayout, recent_rows
 
 if TYPE_CHECKING:
+    from memwall.kv.decoding import Decoding
     from memwall.memory import Arena
+    from memwall.models.rope import RotaryTable
 
 SINKS = "kv/sinks"
 RECENT = "kv/recent"
 POSITIONS = ("cache", "clip")
+
+Sight = tuple[int, int, tuple[int, ...]]
+"""What one token sees of a cache: which of `LambdaCache.parts`, by how many places its query is turned for it, and
+where its tokens are (`kernels.parts`).
+"""
 _WHY = "its ring holds float32, float16 or bfloat16 rows, or kivi's codes"
 
 
@@ -52,6 +61,7 @@ class LambdaSettings:
     positions: str = "cache"
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, shape: CacheShape) -> LambdaSettings:
         """Settings of a policy string, checked."""
         texts = dict(policy.settings)
@@ -120,6 +130,9 @@ class Parts:
     def join(self, out: np.ndarray, stats: np.ndarray | None) -> None:
         """All parts together. A query sees its own token, so that the highest peak is a number."""
         outs, found = self._outs[: self._count], self._stats[: self._count]
+        if outs.shape[1] == 1:  # as of the next tokens of several caches: the same sums
+            join_pieces(outs[:, 0], found[:, 0], np.array([self._count]), out, stats)
+            return
         peaks, sums = found[..., 0], found[..., 1]
         peak = peaks.max(axis=0, where=sums > 0, initial=-np.inf)
         with np.errstate(invalid="ignore", over="ignore"):
@@ -182,6 +195,7 @@ class LambdaCache(KVCache):
         self._lengths = [0] * shape.num_layers
         self._begin = 0  # tokens held when the pass began
         self._new: tuple[np.ndarray, np.ndarray] | None = None  # a long pass's own rows, between append and settle
+        self._parts: list[tuple[CachePart, ...]] = []
 
     @staticmethod
     def predict(
@@ -271,6 +285,69 @@ class LambdaCache(KVCache):
         if self._new is not None:
             self._keep(layer)
 
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        from memwall.kv.lambda_decoding import LambdaDecoding
+
+        return LambdaDecoding(cast("Sequence[LambdaCache]", caches))
+
+    @property
+    def rotary(self) -> RotaryTable:
+        """What its queries are turned with."""
+        return self._model.rotary
+
+    @property
+    def steady(self) -> bool:
+        """Whether the next token is one for the ring."""
+        return self._lengths[0] >= self.settings.sinks
+
+    def parts(self) -> list[tuple[CachePart, ...]]:
+        """Of each layer: the ring; sinks as they were rotated; and unrotated, where distances are clipped."""
+        if not self._parts:
+            held = zip(self._rings, self._sinks if self.settings.sinks else [()] * len(self._rings))
+            self._parts = [
+                (ring.part(), *(float_part(sinks[at], sinks[1]) for at in (0, 2) if at < len(sinks)))
+                for ring, sinks in held
+            ]
+        return self._parts
+
+    def begin_decode(self) -> tuple[NextToken, list[Sight]]:
+        """Makes room in all layers for another token, or raises with all that is held as it was. Gives what the rings
+        do for it, and what it sees, part by part.
+        """
+        position, s, layout, ring = self._lengths[0], self.settings, self.ring_layout, self._rings[-1]
+        self._check_room(position, 1)
+        if not ring.has(position + 1):
+            for each in self._rings:
+                each.reserve(position + 1)
+        for each in self._rings:
+            each.make_room()
+        frame = layout.frame_of(position)
+        shift = frame * layout.frame
+        told = ring.next_token(max(position - s.window + 1, s.sinks))
+        seen = [(0, shift - layout.frame_of(at) * layout.frame, places) for at, places in told.runs]
+        return told, [*seen, *self._sinks_seen(position, shift)]
+
+    def _sinks_seen(self, position: int, shift: int) -> Iterator[Sight]:
+        """As `_attend_sinks` has it, for one token that comes after them."""
+        s = self.settings
+        places = (0, 0, 0, 0, 0, s.sinks)
+        if not s.sinks:
+            return
+        if s.positions == "cache":
+            yield 1, min(position, s.tokens - 1) - position + shift, (*places, position, 0)
+            return
+        if position >= s.window:
+            yield 2, s.window - position + shift, (*places, position - s.window, 0)
+        if position < s.tokens - 1:
+            yield 1, shift, (*places, position, max(position - s.window + 1, 0))
+
+    def end_decode(self) -> None:
+        """That was done in all layers: the token is held."""
+        for ring in self._rings:
+            ring.take_next()
+        self._lengths = [self._lengths[0] + 1] * self.shape.num_layers
+
     def rewindable(self, length: int) -> int:
         """As long as all tokens are held that the next one would see."""
         oldest = max(length - self.settings.window + 1, self.settings.sinks)
@@ -299,6 +376,7 @@ class LambdaCache(KVCache):
         return other
 
     def release(self) -> None:
+        self._parts = []
         for ring in self._rings:
             ring.release()
         self._rings = []

@@ -25,6 +25,7 @@ from memwall.errors import InputError
 from memwall.formats import Packed
 from memwall.formats.base import PLAIN_BUFFER
 from memwall.kernels import Matrix, latent
+from memwall.kernels.parts import join_pieces
 from memwall.kv.base import CacheModel, CacheShape, KVCache
 from memwall.kv.latent_rows import LatentStack, allocated_bytes
 
@@ -226,7 +227,7 @@ class BlockAttention:
         sums /= np.where(part_stats[..., 1:] > 0, part_stats[..., 1:], 1)
         if absorb:
             mixed = self._apply_values(rebuild, self._sums[:num_rows]).reshape(out.shape)
-            out[:], stats[:] = kernels.merge_partials([out, mixed], [stats, part_stats])
+            _join(out, stats, mixed, part_stats)
 
     def _rebuild_keys(self, rebuild: Rebuild, rows: np.ndarray, first: int) -> np.ndarray:
         keys = self._keys[: len(rows)]
@@ -250,6 +251,14 @@ class BlockAttention:
         per_head = mixed.reshape(len(sums), kv_heads, self.shape.head_dim)
         own = np.arange(len(sums)) % heads // (heads // kv_heads)
         return per_head[np.arange(len(sums)), own]
+
+
+def _join(out: np.ndarray, stats: np.ndarray, part: np.ndarray, part_stats: np.ndarray) -> None:
+    """Joins another part's attention into out [T, H, D] and stats [T, H, 2]."""
+    if len(out) == 1:  # as in decoding: without a dozen calls of NumPy
+        join_pieces(np.concatenate([out, part]), np.concatenate([stats, part_stats]), np.array([2]), out, stats)
+        return
+    out[:], stats[:] = kernels.merge_partials([out, part], [stats, part_stats])
 
 
 class LatentCache(KVCache):
@@ -317,7 +326,7 @@ class LatentCache(KVCache):
         if len(whole[0]):
             part, part_stats = np.empty_like(out), np.empty_like(stats)
             self._attend_rows(layer, q, first_position, whole, start - len(whole[0]), part, part_stats)
-            out[:], stats[:] = kernels.merge_partials([out, part], [stats, part_stats])
+            _join(out, stats, part, part_stats)
         return stats
 
     def _kept_whole(self, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ merged. The scale of logits stays that of D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from memwall.kernels import attention
 from memwall.kv.base import CacheShape, KVCache
+from memwall.kv.decoding import Decoding, OneByOne
 from memwall.kv.float_store import OWNER, GrowingRows, float_dtype
 from memwall.kv.kivi import KiviCache
 from memwall.kv.policy import Policy
@@ -202,6 +203,10 @@ class NarrowKivi(KiviCache):
         self.width = width
         self._channels: list[np.ndarray | None] = [None] * shape.num_layers
         super().__init__(policy, shape, arena, capacity_tokens)
+
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        return OneByOne(caches)
 
     def begin_pass(self, *, narrowing: bool) -> None:
         """As `NarrowFloat.begin_pass`; from a narrowed prompt on all keys are coded at its width."""

@@ -36,6 +36,10 @@ class Policy:
     settings: Mapping[str, str] = field(default_factory=dict)
     inner: Policy | None = None
 
+    def __hash__(self) -> int:
+        """Policies are asked for at every token where memory is predicted; what they mean is looked up by them."""
+        return hash((self.name, *self.settings.items(), self.inner))
+
     def __str__(self) -> str:
         inside = ",".join(value if key == AMOUNT else f"{key}={value}" for key, value in self.settings.items())
         own = f"{self.name}({inside})" if inside else self.name
@@ -45,7 +49,7 @@ class Policy:
     def parts(self) -> tuple[Policy, ...]:
         """The policies of the string one by one, outermost first, each without its inner one."""
         rest = () if self.inner is None else self.inner.parts
-        return (replace(self, inner=None), *rest)
+        return (Policy(self.name, self.settings), *rest)
 
     def integers(self, defaults: Mapping[str, int]) -> dict[str, int]:
         """The settings as integers over `defaults`; an unknown one or one that is no number is an error."""

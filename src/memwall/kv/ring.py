@@ -24,6 +24,7 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.kernels import attention
+from memwall.kernels.parts import CachePart, coded_part, float_part
 from memwall.kv.base import CacheShape
 from memwall.kv.coded_state import CODED, RECENT, Blocks, Recent
 from memwall.kv.float_store import OWNER, GrowingRows, float_dtype
@@ -75,6 +76,22 @@ class RingLayout:
             stop = min(end, self.sinks + (frame + 1) * self.frame)
             yield begin, stop, frame
             begin = stop
+
+
+Run = tuple[int, int, tuple[int, int]]
+"""Consecutive tokens of one frame: coded ones [begin, stop), if any, and the exact ones [begin, stop) behind them."""
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """What a ring does for the next token: the row that it goes to; the exact row, how many from there on, and the slot
+    of what is coded before it attends; the runs that it then sees, as `parts.attend_parts` wants them: with the token
+    that each begins at.
+    """
+
+    row: int
+    coding: tuple[int, int, int]
+    runs: list[tuple[int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +157,31 @@ class FloatRing:
             for rows, new in zip(self._parts, (k, v)):
                 rows.rows(slot, slot + stop - first)[:] = new[first - begin : stop - begin]
         self.first, self.end = max(self.first, end - layout.slots), end
+
+    def part(self) -> CachePart:
+        """See `parts`; the same rows as long as the ring lives."""
+        return float_part(*(rows.capacity() for rows in self._parts))
+
+    def has(self, end: int) -> bool:
+        """Whether there is room for the tokens up to `end`."""
+        return self._parts[-1].has(min(max(end - self.layout.sinks, 0), self.layout.slots))
+
+    def next_token(self, begin: int) -> NextToken:
+        """For the one at `end`, which sees tokens from `begin` on."""
+        layout, token = self.layout, self.end
+        runs: list[tuple[int, tuple[int, ...]]] = []
+        for first, stop in layout.pieces(max(begin, self.first, token + 1 - layout.slots), token + 1):
+            slot = layout.slot(first)
+            runs.append((first, (0, 0, 0, slot, slot, stop - first, token - first, max(begin - first, 0))))
+        return NextToken(layout.slot(token), (0, 0, 0), runs)
+
+    def take_next(self) -> None:
+        """That was done."""
+        self.end += 1
+        self.first = max(self.first, self.end - self.layout.slots)
+
+    def make_room(self) -> None:
+        """Rows stay where they are."""
 
     def pieces(self, begin: int) -> Iterator[Piece]:
         """What is held of the tokens from `begin` on."""
@@ -250,19 +292,71 @@ class KiviRing:
             self._code()
         self.first = max(self.first, self.coded - self.layout.slots)
 
+    def part(self) -> CachePart:
+        """See `parts`; the same rows and blocks as long as the ring lives."""
+        return coded_part(
+            (self._recent[0].buffer, self._recent[1].buffer),
+            (self.key_blocks.capacity(), self.value_blocks.capacity()),
+            self.settings.form,
+        )
+
+    def has(self, end: int) -> bool:
+        """Whether there is room for the tokens up to `end`."""
+        coded = min(coded_of(self.settings, end - self.layout.sinks), self.layout.slots)
+        key_bytes, value_bytes = (
+            self.settings.key_bytes(self.shape, coded),
+            self.settings.value_bytes(self.shape, coded),
+        )
+        return key_bytes <= len(self.key_blocks.bytes) and value_bytes <= len(self.value_blocks.bytes)
+
+    def make_room(self) -> None:
+        """For the row of another token, which may move the others."""
+        for rows in self._recent:
+            rows.make_room(1)
+
+    def next_token(self, begin: int) -> NextToken:
+        """For the one at `end`, which sees tokens from `begin` on; there must be a row for it. What has R newer tokens
+        then, one unit at most, is coded.
+        """
+        layout, token, row = self.layout, self.end, self._recent[0].first
+        target = layout.sinks + coded_of(self.settings, token + 1 - layout.sinks)
+        coding = (row, target - self.coded, layout.slot(self.coded)) if target > self.coded else (0, 0, 0)
+        first = max(self.first, target - layout.slots)
+        runs: list[tuple[int, tuple[int, ...]]] = []
+        for at, stop, exact in self._runs(begin, first, target, token + 1):
+            exact_row = row + exact[0] - self.coded if exact[1] > exact[0] else 0
+            places = (stop - at, stop - at, layout.slot(at) if stop > at else 0, exact_row, exact_row)
+            runs.append((at, (*places, stop - at + exact[1] - exact[0], token - at, max(begin - at, 0))))
+        return NextToken(self._recent[0].end, coding, runs)
+
+    def take_next(self) -> None:
+        """That was done."""
+        self.end += 1
+        coded = self.layout.sinks + coded_of(self.settings, self.end - self.layout.sinks) - self.coded
+        for rows in self._recent:
+            rows.count += 1
+            if coded > 0:
+                rows.drop(coded)
+        self.coded += max(coded, 0)
+        self.first = max(self.first, self.coded - self.layout.slots)
+
     def pieces(self, begin: int) -> Iterator[Piece]:
         """What is held of the tokens from `begin` on; coded ones in whole units."""
+        return (self._piece(*run) for run in self._runs(begin, self.first, self.coded, self.end))
+
+    def _runs(self, begin: int, first: int, last: int, end: int) -> Iterator[Run]:
+        """Of the tokens from `begin` on, where those held are [first, end) and coded up to `last`."""
         layout, unit = self.layout, self.unit
-        begin = max(begin, self.first)
+        begin = max(begin, first)
         aligned = layout.sinks + (begin - layout.sinks) // unit * unit
-        coded = list(layout.pieces(aligned, self.coded))
-        exact = list(layout.frames(max(begin, self.coded), self.end))
+        coded = list(layout.pieces(aligned, last))
+        exact = list(layout.frames(max(begin, last), end))
         if coded and exact and layout.frame_of(coded[-1][0]) == exact[0][2]:
-            yield from (self._piece(*each, (each[1], each[1])) for each in coded[:-1])
-            yield self._piece(*coded[-1], exact.pop(0)[:2])
+            yield from ((*each, (each[1], each[1])) for each in coded[:-1])
+            yield (*coded[-1], exact.pop(0)[:2])
         else:
-            yield from (self._piece(*each, (each[1], each[1])) for each in coded)
-        yield from (self._piece(first, first, (first, stop)) for first, stop, _ in exact)
+            yield from ((*each, (each[1], each[1])) for each in coded)
+        yield from ((at, at, (at, stop)) for at, stop, _ in exact)
 
     def truncate(self, end: int) -> None:
         """Forgets the tokens from `end` on; what is left of a coded unit waits, exact, to be coded anew."""

@@ -20,6 +20,7 @@ Not with sliding windows shorter than the context.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +51,7 @@ class SnapSettings:
     pool: str = "avg"
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy) -> SnapSettings:
         """Settings of a policy string, checked."""
         own = Policy(policy.name, policy.settings)

@@ -62,15 +62,20 @@ DEFAULT_STORE = Policy("float16")
 
 STATE = "state"
 """The one policy of models without attention; it is no choice for others."""
+_PLACES = {**POLICIES, STATE: "memwall.kv.ssm_state:StateCache"}
 _PLAIN = ("float32", "float16", "bfloat16", STATE)
 
 
 def technique(name: str) -> type[KVCache]:
     """The class behind a policy's name."""
-    known = {**POLICIES, STATE: "memwall.kv.ssm_state:StateCache"}
-    if name not in known:
+    if name not in _PLACES:
         raise InputError(f"unknown KV policy {name!r}; known: {', '.join(POLICIES)}")
-    module, class_name = known[name].split(":")
+    return _loaded(_PLACES[name])
+
+
+@lru_cache(maxsize=64)
+def _loaded(place: str) -> type[KVCache]:
+    module, class_name = place.split(":")
     found: type[KVCache] = getattr(import_module(module), class_name)
     return found
 
@@ -102,6 +107,7 @@ def _read(policy: str) -> Policy:
     return _resolved(parse(policy))
 
 
+@lru_cache(maxsize=256)
 def _resolved(policy: Policy) -> Policy:
     parts = policy.parts
     kinds = {part.name: technique(part.name) for part in parts}

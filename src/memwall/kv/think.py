@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +57,7 @@ class ThinkSettings:
     residual: int = 0
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, head_dim: int) -> ThinkSettings:
         """Settings of a policy string, checked against the store below and the head dimension."""
         own = Policy(policy.name, policy.settings)

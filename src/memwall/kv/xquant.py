@@ -22,6 +22,7 @@ Holds when: the decoder hands over its inputs; dropping policies do not, so none
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +62,7 @@ class XQuantSettings:
     keep: str = "auto"
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, shape: CacheShape) -> XQuantSettings:
         """Settings of a policy string, checked against the model's shape."""
         texts = dict(policy.settings)

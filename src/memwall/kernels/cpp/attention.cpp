@@ -7,10 +7,10 @@
 #include <limits>
 #include <vector>
 
+#include "attention_parts.h"
 #include "attention_table.h"
 #include "attention_work.h"
 #include "dispatch.h"
-#include "elementwise.h"
 #include "threads.h"
 
 namespace mw {
@@ -54,19 +54,6 @@ void merge(const Attention& a, const float* partials, std::size_t stride, int ch
   }
 }
 
-// one token's numbers to their place among rows of any type
-void store_row(const Rows& rows, std::int64_t place, const float* x, int heads, int dim) {
-  const std::int64_t count = static_cast<std::int64_t>(heads) * dim, width = count + (rows.type == Real::int8 ? heads * kScaleBytes : 0);
-  auto* at = static_cast<char*>(const_cast<void*>(rows.data)) + place * (rows.stride ? rows.stride : width) * static_cast<std::int64_t>(bytes_of(rows.type));
-  constexpr std::int64_t kFirst = 0;
-  switch (rows.type) {
-    case Real::float32: return void(std::copy(x, x + count, reinterpret_cast<float*>(at)));
-    case Real::float16: return store_half(x, count, reinterpret_cast<std::uint16_t*>(at));
-    case Real::bfloat16: return store_bfloat(x, count, reinterpret_cast<std::uint16_t*>(at));
-    case Real::int8: return store_int8(x, &kFirst, 1, heads, dim, reinterpret_cast<std::int8_t*>(at));
-  }
-}
-
 // runs of tokens that one query's attention is cut into at most
 std::int64_t most_chunks(int threads) { return threads > 1 ? 2 * threads : 1; }
 
@@ -95,6 +82,7 @@ struct Cut {
 void attend_each(const Attention* sequences, int count, const AttentionKernels& kernels) {
   struct Task {
     int sequence;
+    bool alone;  // all of its sequence's tokens
     std::int64_t from, to;
     std::size_t q, partial;  // places in the shared scratch, in floats
   };
@@ -113,7 +101,7 @@ void attend_each(const Attention* sequences, int count, const AttentionKernels& 
     floats += static_cast<std::size_t>(a.num_heads) * a.padded_key() + kernels.prepared(a);
     for (std::int64_t c = 0; c < cut.chunks; ++c, floats += partial_stride(a)) {
       const std::int64_t from = cut.begin + c * cut.chunk;
-      tasks.push_back({s, from, std::max(std::min(from + cut.chunk, cut.end), from), q, floats});
+      tasks.push_back({s, cut.chunks == 1, from, std::max(std::min(from + cut.chunk, cut.end), from), q, floats});
     }
     cut_up = cut_up || cut.chunks > 1;
     if (cut.end > cut.begin) bytes += traffic(a, cut.begin, cut.end);
@@ -121,11 +109,15 @@ void attend_each(const Attention* sequences, int count, const AttentionKernels& 
   }
   firsts.push_back(tasks.size());
   float* shared = t_shared.get(floats);
-  for (int s = 0; s < count; ++s) {
-    float* q = shared + tasks[firsts[static_cast<std::size_t>(s)]].q;
-    scale_queries(sequences[s], q);
-    kernels.prepare(sequences[s], q);
-  }
+  const auto ready = [&](const Task& task) {
+    scale_queries(sequences[task.sequence], shared + task.q);
+    kernels.prepare(sequences[task.sequence], shared + task.q);
+  };
+  const auto join = [&](const Task& first, std::size_t chunks) {
+    merge(sequences[first.sequence], shared + first.partial, partial_stride(sequences[first.sequence]), static_cast<int>(chunks));
+  };
+  for (int s = 0; s < count; ++s)
+    if (const Task& task = tasks[firsts[static_cast<std::size_t>(s)]]; !task.alone) ready(task);
   const Task* list = tasks.data();  // workers have thread-local lists of their own
   const auto body = [&, list](std::size_t first, std::size_t last, int) {
     float* work = t_work.get(scratch);
@@ -133,15 +125,15 @@ void attend_each(const Attention* sequences, int count, const AttentionKernels& 
       const Task& task = list[i];
       const Attention& a = sequences[task.sequence];
       float* at = shared + task.partial;
+      if (task.alone) ready(task);
       kernels.decode(a, shared + task.q, task.from, task.to, {at, at + a.num_heads, at + 2 * a.num_heads}, work);
+      if (task.alone) join(task, 1);
     }
   };
   if (tasks.size() == 1 || (!cut_up && bytes <= kInlineMicroseconds * kBytesPerMicrosecond)) body(0, tasks.size(), 0);
   else parallel_for(tasks.size(), 1, body);
-  for (int s = 0; s < count; ++s) {
-    const auto i = static_cast<std::size_t>(s);
-    merge(sequences[s], shared + tasks[firsts[i]].partial, partial_stride(sequences[s]), static_cast<int>(firsts[i + 1] - firsts[i]));
-  }
+  for (std::size_t s = 0; s + 1 < firsts.size(); ++s)
+    if (const Task& task = tasks[firsts[s]]; !task.alone) join(task, firsts[s + 1] - firsts[s]);
 }
 
 // heads: what to attend over by kv head, where these hold different tokens

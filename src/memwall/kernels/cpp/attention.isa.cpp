@@ -152,6 +152,7 @@ inline void dot_whole(const T* const k[4], const float* q, int padded, float* sc
 // the same for keys of any width
 template <int R, typename T>
 inline void dot_tile(const T* const k[4], const float* q, const float* tails, int dim, int padded, float* scores) {
+  if (dim == 32) return dot_whole<R, 32 / W>(k, q, padded, scores);
   if (dim == 64) return dot_whole<R, 64 / W>(k, q, padded, scores);
   if (dim == 128) return dot_whole<R, 128 / W>(k, q, padded, scores);
   vf sum[R][4];

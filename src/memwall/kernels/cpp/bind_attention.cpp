@@ -8,14 +8,6 @@
 
 namespace {
 
-mw::KiviForm form_of(int bits, int group, std::size_t head_dim) {
-  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, not " + std::to_string(bits));
-  require(group == 16 || group == 32 || group == 64 || group == 128, "group must be 16, 32, 64 or 128, not " + std::to_string(group));
-  require(head_dim % static_cast<std::size_t>(group) == 0,  // of values; keys may have any width
-          "group " + std::to_string(group) + " does not divide the head dimension " + std::to_string(head_dim));
-  return {bits, group, 0};
-}
-
 void attend_float(const Float3& q, const Spread& k, const Spread& v, const Out3& out, float scale, std::int64_t first_position,
                   std::optional<std::int64_t> window, std::int64_t key_start, std::optional<Out3> stats) {
   mw::Attention a = prepare(q, k, v, out, stats, scale, first_position, window, key_start, true);
@@ -165,6 +157,14 @@ void decode_blocks(bool keys, const Blocks& blocks, std::int64_t first, const Ou
 }
 
 }  // namespace
+
+mw::KiviForm form_of(int bits, int group, std::size_t head_dim) {
+  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, not " + std::to_string(bits));
+  require(group == 16 || group == 32 || group == 64 || group == 128, "group must be 16, 32, 64 or 128, not " + std::to_string(group));
+  require(head_dim % static_cast<std::size_t>(group) == 0,  // of values; keys may have any width
+          "group " + std::to_string(group) + " does not divide the head dimension " + std::to_string(head_dim));
+  return {bits, group, 0};
+}
 
 int shift_of(int page_tokens) {
   require(page_tokens >= 16 && (page_tokens & (page_tokens - 1)) == 0, "page_tokens must be a power of two from 16 on");

@@ -88,6 +88,9 @@ mw::Attention prepare(const Float3& q, const Array& k, const Array& v, const Out
   return a;
 }
 
+// how numbers are coded; head_dim: of values, 0 where there are none
+mw::KiviForm form_of(int bits, int group, std::size_t head_dim);
+
 // log2 of the tokens of a page
 int shift_of(int page_tokens);
 // a table must have the pages of `length` tokens, and these must be among the `held` ones

@@ -13,6 +13,7 @@ using namespace nb::literals;
 void bind_linear(nb::module_& m, nb::class_<Program>&);       // linear.h: matrices and products
 void bind_elementwise(nb::module_& m, nb::class_<Program>&);  // norms, rotary embedding, activations
 void bind_attention(nb::module_& m, nb::class_<Program>&);  // attention over full-precision and coded caches
+void bind_parts(nb::module_& m);      // the next token of several caches that lie apart
 void bind_bfp(nb::module_& m);        // block floating point caches
 void bind_pages(nb::module_& m);      // pages of coded blocks
 void bind_latent(nb::module_& m);     // rows in few bits, attention over rebuilt blocks
@@ -46,6 +47,7 @@ NB_MODULE(_native, m) {
   bind_linear(m, program);
   bind_elementwise(m, program);
   bind_attention(m, program);
+  bind_parts(m);
   bind_bfp(m);
   bind_pages(m);
   bind_latent(m);
