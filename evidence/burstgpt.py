@@ -49,7 +49,7 @@ from memwall.serve import burstgpt
 from memwall.serve.bench import Target, measure, percentiles
 from memwall.serve.traces import NONE, Trace, make_trace, read_columns, turns
 
-LIMITS = Limits(token_budget=256, max_sequences=64, page_tokens=16)
+LIMITS = Limits(token_budget=256, max_sequences=256, page_tokens=16)
 DEVICE, LEAST_PAGES, MANY_PAGES = Device(), 8192, 1 << 20
 SIZE = ModelSize(parameters=10**9, weight_bytes=2 * 10**9, kv_bytes=65536, attention_flop=4 * 24 * 2048)
 SATURATING = 300
@@ -76,7 +76,7 @@ class Sizes:
     sent: int
 
 
-FULL = Sizes(minutes=60, seeds=20, rows=1_400_000, requests=20_000, stretch=1500, stretches=6, sent=400)
+FULL = Sizes(minutes=60, seeds=20, rows=1_400_000, requests=10_000, stretch=1500, stretches=6, sent=400)
 QUICK = Sizes(minutes=20, seeds=6, rows=200_000, requests=2000, stretch=400, stretches=2, sent=150)
 
 
@@ -148,8 +148,8 @@ def scaling_claim(trace: Trace, sizes: Sizes) -> Claim:
     return Claim(
         claim="scaling the rate keeps bursts as they are, thinning makes them milder",
         measured=f"Fano factor of the counts in {COUNTED_SECONDS:.0f} s, and CV: trace {fano:.2f}, {whole.cv:.3f}; "
-        f"{1 / q:.0f} times as dense, in {COUNTED_SECONDS * q:.1f} s, {kept:.2f}, {dense.cv:.3f}; {q:.0%} kept, mean of "
-        f"{sizes.seeds} seeds, {milder:.2f}, {sparse:.3f}",
+        f"{1 / q:.0f} times as dense, in {COUNTED_SECONDS * q:.1f} s, {kept:.2f}, {dense.cv:.3f}; {q:.0%} kept, mean "
+        f"of {sizes.seeds} seeds, {milder:.2f}, {sparse:.3f}",
         required=f"both the same when scaled; a Fano factor within 10 % of 1 + {q} (F - 1) = {wanted:.2f} when thinned",
         passed=abs(dense.cv / whole.cv - 1) < 1e-6 and abs(kept / fano - 1) < 0.02 and abs(milder / wanted - 1) < 0.1,
     )
@@ -330,7 +330,7 @@ def serving_claims(trace: Trace, sizes: Sizes) -> Iterator[Claim]:
     told = "; ".join(
         f"{name}: {1e3 * one.first:,.0f} ms, {one.preempted} set aside, {one.worst_window:.0%} of the worst minute "
         f"within 1 s (CV {burstgpt.burst_index(loads[name].at).cv:.2f}, Fano factor in {COUNTED_SECONDS:.0f} s and "
-        f"minutes of the trace {burstgpt.fano_factor(loads[name].at, spans[0]):.1f}, {burstgpt.fano_factor(loads[name].at, spans[1]):.1f})"
+        f"minutes of the trace {' and '.join(f'{burstgpt.fano_factor(loads[name].at, span):.1f}' for span in spans)})"
         for name, one in first.items()
     )
     yield Claim(

@@ -251,9 +251,11 @@ def _table(report: dict[str, Any]) -> str:
     columns = [report, *([report["generated"]] if "generated" in report else [])]
     names = {
         "requests": "requests", "seconds": "seconds", "requests / s": "rate_per_s", "CV of gaps": "cv",
-        "Fano factor in 1, 10, 60, 600 s": "fano_over", "peak / mean": "peak_to_mean", "prompt tokens, mean p50 p90 p99": "prompt_tokens",
+        "Fano factor in 1, 10, 60, 600 s": "fano_over", "peak / mean": "peak_to_mean",
+        "prompt tokens, mean p50 p90 p99": "prompt_tokens",
         "output tokens, mean p50 p90 p99": "output_tokens", "rank correlation": "rank_correlation",
-        "recorded every, s": "tick_seconds", "sessions": "sessions", "turns": "turns_mean", "failures": "failures", "daily": "daily", "weekly": "weekly",
+        "recorded every, s": "tick_seconds",
+        "sessions": "sessions", "turns": "turns_mean", "failures": "failures", "daily": "daily", "weekly": "weekly",
     }  # fmt: skip
     rows = [(told, *(cell(one.get(name)) for one in columns)) for told, name in names.items()]
     for part in report["parts"]:

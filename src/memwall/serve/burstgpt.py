@@ -121,7 +121,7 @@ def counts_per(at: np.ndarray, seconds: float) -> np.ndarray:
 
 
 def fano_factor(at: np.ndarray, seconds: float) -> float:
-    """Variance over mean of the counts in whole stretches of so many seconds: 1 for Poisson arrivals in stretches of any
+    """Variance over mean of the counts in whole stretches of so many seconds: 1 for Poisson arrivals, whatever the
     length, while bursts show in those that are as long as they are. nan where there are fewer than `LEAST_STRETCHES`.
     """
     counts = counts_per(at, seconds)[:-1]
