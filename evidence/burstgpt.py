@@ -35,7 +35,7 @@ import numpy as np
 from memwall.claims import Claim, Progress, main, not_run
 from memwall.engine import Sampling
 from memwall.engine.apart import ApartEngine
-from memwall.engine.base import Costs, Limits, Scheduler, Shares
+from memwall.engine.base import Costs, Limits, Shares
 from memwall.engine.core import Engine
 from memwall.engine.distserve import DistServe
 from memwall.engine.fcfs import FirstComeFirstServed
@@ -43,40 +43,41 @@ from memwall.engine.kv_pages import KVPages
 from memwall.engine.phase_device import Device, ModelSize, VirtualWorkers, colocated_engine
 from memwall.engine.sequence import Request
 from memwall.engine.sequence import Sequence as Running
-from memwall.engine.simulated import Arrival, StepCost, VirtualClock, replay, simulated_engine
+from memwall.engine.simulated import Arrival, VirtualClock, replay
 from memwall.memory import PagePool, peak_resident_bytes, reset_peak_resident, resident_bytes
 from memwall.serve import burstgpt
 from memwall.serve.bench import Target, measure, percentiles
 from memwall.serve.traces import NONE, Trace, make_trace, read_columns, turns
 
-COST = StepCost()
-LIMITS = Limits(token_budget=256, max_sequences=64, page_tokens=16)
-CONTEXT = 4096
-MANY_PAGES = 1 << 20
-DEVICE, DEVICE_PAGES = Device(), 8192
+LIMITS = Limits(token_budget=256, max_sequences=256, page_tokens=16)
+DEVICE, LEAST_PAGES, MANY_PAGES = Device(), 8192, 1 << 20
 SIZE = ModelSize(parameters=10**9, weight_bytes=2 * 10**9, kv_bytes=65536, attention_flop=4 * 24 * 2048)
 SATURATING = 300
-"""Requests that all come at once: how many a second are served then is what a scheduler can do."""
+"""Requests, from all over the load, that come at once: how many a second are served then is what a scheduler can do."""
 LOAD = 0.75
-"""Share of what the engine can do at most that the mean rate asks for."""
+"""Share of what the scheduler can do at most that the mean rate asks for."""
+THINNED, COUNTED_SECONDS = 0.25, 10.0
+PLAIN = "Poisson, the trace's lengths"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """minutes: of the made trace; seeds: of generated ones; rows: of the file that is read against the clock; requests:
-    served on the virtual clock; parts: stretches of so many on which two schedulers are compared; sent: by the client.
+    """minutes: of the trace; seeds: of generated ones; rows: of the file that is read against the clock; requests: at
+    most, served on the virtual clock; stretch, stretches: of so many requests, on which two schedulers are compared;
+    sent: by the client.
     """
 
     minutes: int
     seeds: int
     rows: int
     requests: int
-    parts: int
+    stretch: int
+    stretches: int
     sent: int
 
 
-FULL = Sizes(minutes=60, seeds=20, rows=1_400_000, requests=1500, parts=6, sent=400)
-QUICK = Sizes(minutes=20, seeds=6, rows=200_000, requests=500, parts=2, sent=150)
+FULL = Sizes(minutes=60, seeds=20, rows=1_400_000, requests=10_000, stretch=1500, stretches=6, sent=400)
+QUICK = Sizes(minutes=20, seeds=6, rows=200_000, requests=2000, stretch=400, stretches=2, sent=150)
 
 
 def made_trace(minutes: int, seed: int = 1) -> Trace:
@@ -132,14 +133,25 @@ def fidelity_claims(trace: Trace, sizes: Sizes) -> Iterator[Claim]:
     )
     yield lengths_claim(answered, steps)
     yield order_claim(trace, made)
-    scaled, thinned = trace.scale_rate(4), trace.thin(0.25, 1)
-    whole, dense, sparse = (burstgpt.burst_index(one.at) for one in (trace, scaled, thinned))
-    yield Claim(
+    yield scaling_claim(trace, sizes)
+
+
+def scaling_claim(trace: Trace, sizes: Sizes) -> Claim:
+    """Counts of any arrivals, thinned, have a Fano factor of 1 + q (F - 1): bursts of every length become milder."""
+    scaled, q = trace.scale_rate(1 / THINNED), THINNED
+    whole, dense = (burstgpt.burst_index(one.at) for one in (trace, scaled))
+    fano, kept = burstgpt.fano_factor(trace.at, COUNTED_SECONDS), burstgpt.fano_factor(scaled.at, COUNTED_SECONDS * q)
+    thinned = [trace.thin(q, seed) for seed in range(sizes.seeds)]
+    milder = statistics.mean(burstgpt.fano_factor(one.at, COUNTED_SECONDS) for one in thinned)
+    sparse = statistics.mean(burstgpt.burst_index(one.at).cv for one in thinned)
+    wanted = 1 + q * (fano - 1)
+    return Claim(
         claim="scaling the rate keeps bursts as they are, thinning makes them milder",
-        measured=f"CV and Fano factor: trace {whole.cv:.3f}, {whole.fano:.2f}; 4 times as dense {dense.cv:.3f}, "
-        f"{dense.fano:.2f}; a quarter kept {sparse.cv:.3f}, {sparse.fano:.2f}",
-        required="the same CV when scaled; a CV nearer to 1 and a smaller Fano factor when thinned",
-        passed=abs(dense.cv / whole.cv - 1) < 1e-6 and sparse.cv < whole.cv and sparse.fano < whole.fano,
+        measured=f"Fano factor of the counts in {COUNTED_SECONDS:.0f} s, and CV: trace {fano:.2f}, {whole.cv:.3f}; "
+        f"{1 / q:.0f} times as dense, in {COUNTED_SECONDS * q:.1f} s, {kept:.2f}, {dense.cv:.3f}; {q:.0%} kept, mean "
+        f"of {sizes.seeds} seeds, {milder:.2f}, {sparse:.3f}",
+        required=f"both the same when scaled; a Fano factor within 10 % of 1 + {q} (F - 1) = {wanted:.2f} when thinned",
+        passed=abs(dense.cv / whole.cv - 1) < 1e-6 and abs(kept / fano - 1) < 0.02 and abs(milder / wanted - 1) < 0.1,
     )
 
 
@@ -221,9 +233,9 @@ class Served:
     worst_window: float
 
 
-def serve(trace: Trace, scheduler: Scheduler, pages: int) -> Served:
-    """A load through the engine on a virtual clock; conversations share the pages of their history."""
-    engine = simulated_engine(scheduler, num_pages=pages, limits=LIMITS, context_tokens=CONTEXT, cost=COST)
+def serve(trace: Trace, pages: int) -> Served:
+    """A load, first come first served, on a virtual device; conversations share the pages of their history."""
+    engine = make_chunked(context_of(trace), pages)
     clock = engine.clock
     assert isinstance(clock, VirtualClock)
     begin, done, place, peak = float(trace.at[0]), [], 0, 0
@@ -249,6 +261,11 @@ def serve(trace: Trace, scheduler: Scheduler, pages: int) -> Served:
     )
 
 
+def context_of(trace: Trace) -> int:
+    """Tokens of the longest request, and one more."""
+    return int((trace.prompt + trace.output).max()) + 1
+
+
 def worst_window(done: list[Running], waits: list[float], objective: float = 1.0) -> float:
     minutes: dict[int, list[bool]] = {}
     for one, wait in zip(done, waits):
@@ -265,41 +282,61 @@ def request(trace: Trace, place: int) -> Request:
     return Request(prompt=tuple(range(first, first + length)), sampling=sampling)
 
 
-def loads_of(trace: Trace, sizes: Sizes, seed: int = 7) -> dict[str, Trace]:
-    """The loads of the protocol, all of the same mean rate: `LOAD` of what the engine can do."""
-    raw = trace.answered().clip_lengths(1500, 400)
-    raw = raw.keep(np.arange(len(raw)) < sizes.requests, f"first({sizes.requests})")
-    together = LIMITS.max_sequences / 4  # requests that share the time of a step, about
-    each = COST.seconds_per_token * float((raw.prompt + raw.output).mean())
-    each += COST.seconds * float(raw.output.mean()) / together
-    raw = raw.scale_rate(LOAD / each * raw.seconds / len(raw))
+def loads_of(raw: Trace, seed: int = 7) -> dict[str, Trace]:
+    """The loads of the protocol, all of the trace's mean rate."""
     alone = make_trace(raw.at, raw.prompt, raw.output, "; ".join(raw.provenance))
-    steps = burstgpt.windows(alone.at, max(alone.seconds / 20, 5.0))
+    steps = burstgpt.windows(alone.at, min(max(alone.seconds / 20, 5.0), burstgpt.WINDOW_SECONDS))
     gamma = burstgpt.generate(steps, burstgpt.JointLengths(alone), seed)
-    gamma = gamma.scale_rate(len(alone) / alone.seconds * gamma.seconds / len(gamma))  # a draw's own mean differs
-    return {
+    loads = {
         "Poisson, fixed lengths": burstgpt.poisson_like(alone, seed, lengths="fixed"),
-        "Poisson, the trace's lengths": burstgpt.poisson_like(alone, seed, lengths="trace"),
-        "Gamma by windows": gamma,
+        PLAIN: burstgpt.poisson_like(alone, seed, lengths="trace"),
+        "Gamma by windows": at_rate(gamma, len(alone) / alone.seconds),  # a draw's own mean differs
         "replay": alone,
-        "replay with sessions": raw,
     }
+    return loads | ({"replay with sessions": raw} if burstgpt.has_sessions(raw) else {})
+
+
+def at_rate(load: Trace, rate_per_s: float) -> Trace:
+    """The same load with so many requests a second in the mean."""
+    return load.scale_rate(rate_per_s * load.seconds / len(load))
+
+
+def served_of(trace: Trace, most: int) -> Trace:
+    """The first requests that have an answer."""
+    raw = trace.answered()
+    return raw.keep((np.arange(len(raw)) < most) & (raw.prompt > 0), f"first({most})")
+
+
+def at_once(load: Trace) -> Trace:
+    """Some requests from all over the load, at one moment."""
+    every = max(len(load) // SATURATING, 1)
+    return load.keep(np.arange(len(load)) % every == 0, f"every({every})").scale_rate(1e9)
 
 
 def serving_claims(trace: Trace, sizes: Sizes) -> Iterator[Claim]:
-    loads, scheduler = loads_of(trace, sizes), FirstComeFirstServed()
-    room = int(1.1 * serve(loads["Poisson, the trace's lengths"], scheduler, MANY_PAGES).pages)
-    room = max(room, CONTEXT // LIMITS.page_tokens)
-    first = {name: serve(load, scheduler, room) for name, load in loads.items()}
-    plain, burst = first["Poisson, the trace's lengths"], first["replay"]
+    """At the share `LOAD` of what the engine can do. The whole load is replayed, not its first minutes: what bursts
+    there are may be minutes long.
+    """
+    raw = served_of(trace, sizes.requests)
+    context, some = context_of(raw), at_once(raw)
+    rate = LOAD * len(some) / first_tokens(make_chunked(context, MANY_PAGES), some)[1]
+    loads = {name: at_rate(load, rate) for name, load in loads_of(raw).items()}
+    room = int(1.1 * serve(loads[PLAIN], MANY_PAGES).pages)
+    room = max(room, -(-context // LIMITS.page_tokens))
+    first = {name: serve(load, room) for name, load in loads.items()}
+    plain, burst = first[PLAIN], first["replay"]
+    own = len(raw) / raw.seconds
+    spans = (COUNTED_SECONDS * own / rate, 60 * own / rate)  # what so many seconds of the trace have become
     told = "; ".join(
-        f"{name}: {1e3 * one.first:.0f} ms, {one.preempted} set aside, {one.worst_window:.0%} of the worst minute "
-        f"within 1 s (CV {burstgpt.burst_index(loads[name].at).cv:.2f})"
+        f"{name}: {1e3 * one.first:,.0f} ms, {one.preempted} set aside, {one.worst_window:.0%} of the worst minute "
+        f"within 1 s (CV {burstgpt.burst_index(loads[name].at).cv:.2f}, Fano factor in {COUNTED_SECONDS:.0f} s and "
+        f"minutes of the trace {' and '.join(f'{burstgpt.fano_factor(loads[name].at, span):.1f}' for span in spans)})"
         for name, one in first.items()
     )
     yield Claim(
         claim="at the same mean rate and lengths, bursts make the 99th percentile of the first token far worse",
-        measured=f"{told}; {room} pages",
+        measured=f"{told}; {len(raw):,} requests, {rate:.2f} a second (the trace's own rate {own:.2f}), "
+        f"{room} pages; replay {burst.first / plain.first:.1f} times Poisson's",
         required="at least 2 times Poisson's with the trace's lengths",
         passed=burst.first >= 2 * plain.first,
     )
@@ -311,21 +348,21 @@ def serving_claims(trace: Trace, sizes: Sizes) -> Iterator[Claim]:
     )
 
 
-def make_chunked() -> Engine:
+def make_chunked(context: int, pages: int) -> Engine:
     """One worker with the whole device; prompts go in chunks beside tokens."""
     return colocated_engine(
-        FirstComeFirstServed(), device=DEVICE, size=SIZE, num_pages=DEVICE_PAGES, limits=LIMITS, context_tokens=CONTEXT
+        FirstComeFirstServed(), device=DEVICE, size=SIZE, num_pages=pages, limits=LIMITS, context_tokens=context
     )
 
 
-def make_apart() -> Engine:
+def make_apart(context: int, pages: int) -> Engine:
     """Two workers with half of the device and of its memory each: finished prompts are pulled (`DistServe`)."""
-    clock, half = VirtualClock(), DEVICE_PAGES // 2
-    pages = KVPages(PagePool("kv/pages", page_bytes=1, most_pages=half), LIMITS.page_tokens, keep_prefixes=False)
+    clock, half = VirtualClock(), pages // 2
+    behind = KVPages(PagePool("kv/pages", page_bytes=1, most_pages=half), LIMITS.page_tokens, keep_prefixes=False)
     front = KVPages(PagePool("kv/prefill", page_bytes=1, most_pages=half), LIMITS.page_tokens)
     workers = VirtualWorkers(clock, DEVICE, SIZE, Shares(prefill=50, decode=50))
     return ApartEngine(
-        DistServe(), workers, pages, limits=LIMITS, front_pages=front, front_limits=LIMITS, context_tokens=CONTEXT,
+        DistServe(), workers, behind, limits=LIMITS, front_pages=front, front_limits=LIMITS, context_tokens=context,
         clock=clock, costs=Costs(seconds_per_token=2.0 * SIZE.parameters / DEVICE.flop_per_s),
     )  # fmt: skip
 
@@ -347,31 +384,31 @@ def first_tokens(engine: Engine, trace: Trace) -> tuple[float, float]:
     return waits[len(waits) * 99 // 100], clock.now
 
 
-def pair_ratios(part: Trace, sizes: Sizes, seed: int, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+def pair_ratios(part: Trace, seed: int, names: Sequence[str]) -> dict[str, tuple[float, float]]:
     """99th percentiles of the first token, (apart, chunked), of one stretch of the trace. The mean rate is `LOAD` of
     what the slower of both can do with these lengths.
     """
-    loads, ways = loads_of(part, sizes, seed), {"apart": make_apart, "chunked": make_chunked}
-    at_once = loads["replay"].scale_rate(1e9)
-    at_once = at_once.keep(np.arange(len(at_once)) < SATURATING, f"first({SATURATING})")
-    rate = LOAD * min(len(at_once) / first_tokens(make(), at_once)[1] for make in ways.values())
+    loads, context, some = loads_of(part, seed), context_of(part), at_once(part)
+    pages = max(LEAST_PAGES, 4 * -(-context // LIMITS.page_tokens))  # the longest prompt is half of either's
+    makers = [lambda make=make: make(context, pages) for make in (make_apart, make_chunked)]
+    rate = LOAD * min(len(some) / first_tokens(make(), some)[1] for make in makers)
     found = {}
     for name in names:
-        load = loads[name].scale_rate(rate * loads[name].seconds / len(loads[name]))
-        apart, chunked = (first_tokens(make(), load)[0] for make in ways.values())
+        load = at_rate(loads[name], rate)
+        apart, chunked = (first_tokens(make(), load)[0] for make in makers)
         found[name] = (apart, chunked)
     return found
 
 
 def pair_claim(trace: Trace, sizes: Sizes) -> Claim:
     """Over several stretches of the trace: a 99th percentile of one is that of its worst burst."""
-    names = ("Poisson, fixed lengths", "Poisson, the trace's lengths", "replay")
-    whole = trace.answered()
+    names = ("Poisson, fixed lengths", PLAIN, "replay")
+    whole = served_of(trace, len(trace))
     parts = [
-        whole.keep((np.arange(len(whole)) // sizes.requests) == number, f"part({number})")
-        for number in range(min(sizes.parts, max(len(whole) // sizes.requests, 1)))
+        whole.keep((np.arange(len(whole)) // sizes.stretch) == number, f"part({number})")
+        for number in range(min(sizes.stretches, max(len(whole) // sizes.stretch, 1)))
     ]
-    found = [pair_ratios(part, sizes, 7 + number, names) for number, part in enumerate(parts)]
+    found = [pair_ratios(part, 7 + number, names) for number, part in enumerate(parts)]
     logs = {name: np.log([one[name][0] / one[name][1] for one in found]) for name in names}
     # of each stretch: how much nearer to 1 replay is than the plain load, in parts of the plain load's distance
     nearer = 1 - np.abs(logs["replay"]) / np.abs(logs[names[0]])
@@ -386,7 +423,7 @@ def pair_claim(trace: Trace, sizes: Sizes) -> Claim:
     return Claim(
         claim="what one scheduler has over another under the plain load does not carry over to bursts",
         measured=f"99th percentile of the first token, prompts and tokens apart over chunks beside tokens, geometric "
-        f"mean of {len(parts)} stretches of {sizes.requests} requests: {told}; from the plain load to replay "
+        f"mean of {len(parts)} stretches of {sizes.stretch} requests: {told}; from the plain load to replay "
         f"{nearer.mean():.1%} nearer to 1 in the mean, standard error {error:.1%}",
         required="the order turns, or the ratio comes at least 10 % nearer to 1 from the plain load to replay",
         passed=means[names[0]] * means["replay"] < 0 or abs(means["replay"]) < 0.9 * abs(means[names[0]]),
@@ -470,6 +507,8 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
 
     tick(0, "fits and generated traces")
     trace = made_trace(sizes.minutes) if data is None else read_columns(data)
+    if trace.tick_seconds:  # else the moments of recording would pass for bursts
+        trace = trace.spread(11)
     part = trace.between(0, 60 * sizes.minutes)  # of months the first hour: fits are by the minute
     claims = list(fidelity_claims(part, sizes))
     tick(1, "reading")

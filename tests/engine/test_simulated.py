@@ -87,3 +87,42 @@ def test_engine_and_simulator_decide_alike(swap: bool) -> None:
     assert any(view.hit for state, _ in real for view in state.waiting)
     assert serving.engine.totals == simulated.totals
     serving.release()
+
+
+def test_a_long_queue_is_looked_up_by_first_pages_and_sees_what_a_whole_lookup_does() -> None:
+    draw = random.Random(5)
+    openings = [tuple(draw.randrange(3, 4000) for _ in range(48)) for _ in range(3)]
+    coming = [
+        Arrival(
+            at=0.002 * number,
+            request=Request(
+                prompt=((*draw.choice(openings),) if number % 3 == 0 else ()) + (number,) * draw.randint(5, 300),
+                sampling=Sampling(max_new_tokens=draw.randint(2, 40), ignore_eos=True),
+            ),
+        )
+        for number in range(60)
+    ]
+    engine = simulated_engine(FirstComeFirstServed(), num_pages=60, swap_pages=200, costs=COSTS)
+    clock, find = engine.clock, engine.pages.find
+    lookups = views = hits = 0
+
+    def counted(digests: list[bytes]) -> list[int]:
+        nonlocal lookups
+        lookups += 1
+        return find(digests)
+
+    def compare(state: State, step: Step) -> None:
+        nonlocal views, hits
+        for view in state.waiting:
+            one = engine.waiting[view.id]
+            digests = one.digests_of(len(one.tokens) - 1, engine.pages.page_tokens)
+            assert view.hit == len(find(digests)) * engine.pages.page_tokens
+            views, hits = views + 1, hits + (view.hit > 0)
+
+    engine.pages.find = counted  # type: ignore[method-assign, assignment]
+    engine.observer = compare
+    assert isinstance(clock, VirtualClock)
+    replay(engine, clock, coming)
+    assert engine.totals.finished["length"] == 60
+    assert hits > 50
+    assert lookups < views / 2

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 from memwall.cli.evidence import load_experiment
-from memwall.engine.fcfs import FirstComeFirstServed
 from memwall.serve.traces import Trace
 from memwall.systems import find_system
 
@@ -34,7 +32,7 @@ def test_the_made_trace_has_what_is_measured(experiment: ModuleType, trace: Trac
 
 
 def test_all_loads_have_the_same_mean_rate(experiment: ModuleType, trace: Trace) -> None:
-    loads = experiment.loads_of(trace, dataclasses.replace(experiment.QUICK, requests=300))
+    loads = experiment.loads_of(experiment.served_of(trace, 300))
     rates = {name: len(load) / load.seconds for name, load in loads.items()}
     assert max(rates.values()) < 1.02 * min(rates.values())
     assert experiment.burstgpt.burst_index(loads["Poisson, fixed lengths"].at).cv < 1.2
@@ -57,8 +55,8 @@ def test_prompts_of_a_session_begin_alike_and_no_others(experiment: ModuleType, 
 def test_every_request_is_served_and_waiting_counts_from_arrival(experiment: ModuleType, trace: Trace) -> None:
     some = trace.answered().clip_lengths(200, 20)
     some = some.keep(np.arange(len(some)) < 40, "first").scale_rate(100)
-    served = experiment.serve(some, FirstComeFirstServed(), 256)
-    alone = experiment.serve(some.keep(np.arange(40) < 1, "one"), FirstComeFirstServed(), 256)
+    served = experiment.serve(some, 256)
+    alone = experiment.serve(some.keep(np.arange(40) < 1, "one"), 256)
     assert served.first > served.median > alone.first > 0
     assert 0 < served.pages <= 256
     assert 0 <= served.worst_window <= 1

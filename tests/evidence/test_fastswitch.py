@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,3 +51,38 @@ def test_a_load_on_the_virtual_clock_costs_less_with_every_part(experiment: Modu
     assert counts[3].clean_bytes > 0
     assert [len(one.first) for one in found] == [sum(len(chat.turns) for chat in chats)] * 4
     assert experiment.bytes_claim(found, chats).measured
+
+
+def figures(experiment: ModuleType, tail: float) -> Any:
+    counts = experiment.SwitchCounts()
+    return experiment.Figures(
+        first=[tail] * 9, gaps=[tail] * 9, counts=counts, made=[], seconds=1.0, peak_pages=1, page_bytes=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("tails", "passed"),
+    [
+        ((40, 30, 25, 25.2), True),  # neighbours nearer than the noise
+        ((40, 30, 20, 28), False),  # reuse is worse than what it is put on
+        ((30, 30, 30, 30), False),  # nothing is gained
+        ((40, 44, 25, 20), False),  # worse than no part at all
+    ],
+)
+def test_an_order_is_judged_by_pairs_and_their_errors(
+    experiment: ModuleType, tails: tuple[float, ...], passed: bool
+) -> None:
+    rng = np.random.default_rng(1)
+    loads = []
+    for load in range(8):
+        whole = 1 + load  # what a load does to all of its variants counts for nothing
+        loads.append([figures(experiment, 1e-3 * whole * tail * rng.uniform(0.97, 1.03)) for tail in tails])
+    claim = experiment.paired_claim(loads, "here", "gaps", "time between tokens")
+    assert claim.passed is passed, claim.measured
+    assert experiment.paired_claim(loads[:1], "here", "gaps", "x").passed is False  # one load tells no error
+
+
+def test_the_error_of_a_change_by_hand(experiment: ModuleType) -> None:
+    change, error = experiment.change_of(np.array([1.0, 2.0]), np.array([2.0, 2.0]))
+    assert change == pytest.approx(np.log(2) / 2)
+    assert error == pytest.approx(np.log(2) / 2)

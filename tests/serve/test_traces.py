@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memwall.errors import InputError
+from memwall.serve.burstgpt import burst_index
 from memwall.serve.traces import NONE, Trace, make_trace, merge, read_columns, turns, write_columns
 
 FIRST = (
@@ -158,3 +159,29 @@ def test_idle_stretches_are_trimmed_and_the_rest_keeps_its_gaps() -> None:
     assert not len(trace.keep(np.zeros(4, bool), "none").trim_gaps(1))
     with pytest.raises(InputError, match="most_seconds"):
         trace.trim_gaps(0)
+
+
+def test_moments_of_recording_are_no_bursts() -> None:
+    rng = np.random.default_rng(2)
+    true = np.cumsum(rng.exponential(0.3, 4000))
+    jitter = rng.choice([-0.001, 0.0, 0.001], 4000)
+    recorded = 3 * (true // 3) + jitter[(true // 3).astype(int)]  # of the moment, not of the request
+    trace = make_trace(recorded, np.arange(4000), np.ones(4000), "recorded")
+    assert trace.tick_seconds == pytest.approx(3, abs=0.01)
+    spread = trace.spread(1)
+    assert burst_index(trace.at).cv > 2.5
+    assert 0.9 < burst_index(spread.at).cv < 1.1
+    assert spread.tick_seconds == 0
+    assert np.all(spread.gaps() >= 0)
+    assert np.all((spread.at >= trace.at) & (spread.at < trace.at + 3.01))
+    assert spread.prompt.tolist() == trace.prompt.tolist()
+    assert spread.provenance[-1] == f"spread({trace.tick_seconds:g} s, seed=1)"
+
+
+def test_times_of_their_own_have_no_tick() -> None:
+    rng = np.random.default_rng(3)
+    own = np.cumsum(rng.exponential(0.3, 500))
+    some = np.sort(np.concatenate([own, own[:40]]))  # a few at one moment do not make a clock
+    whole = np.sort(rng.integers(0, 10_000, 500)).astype(float)  # whole seconds, as in BurstGPT's first file
+    for at, tick in ((own, 0), (some, 0), (whole, 1), (np.zeros(20), 0)):
+        assert make_trace(at, np.ones(len(at)), np.ones(len(at)), "x").tick_seconds == tick

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from memwall.serve.traces import Trace
 
 HOUR_SECONDS = 3600.0
+STRETCHES = (1, 10, 60, 600)
+"""Seconds of the stretches whose counts are looked at: bursts are as long as they are."""
 
 
 class LengthsName(StrEnum):
@@ -40,6 +42,14 @@ def trace(
     trim: Annotated[
         float | None, typer.Option(help="Before all else shorten idle stretches to so many seconds.", min=0.001)
     ] = None,
+    spread: Annotated[
+        bool,
+        typer.Option(
+            "--spread",
+            help="Before all else draw the times of requests that were recorded at one moment from the time between "
+            "two: such moments are no bursts.",
+        ),
+    ] = False,
     thin: Annotated[
         float | None, typer.Option(help="Before all else keep each request with this probability: milder bursts.")
     ] = None,
@@ -72,8 +82,13 @@ def trace(
     """
     from memwall.serve.traces import read_columns, write_columns
 
-    found = _asked_for(read_columns(path), model, kind, trim, thin, seed)
-    report = describe(found, window)
+    whole = read_columns(path)
+    tick = whole.tick_seconds
+    found = _asked_for(whole.spread(seed) if spread and tick else whole, model, kind, trim, thin, seed)
+    report = {**describe(found, window), "tick_seconds": tick or None}
+    if tick and not spread:
+        note(f"memwall: times were recorded every {tick:.3g} s; give --spread, or these moments count as bursts",
+             quiet=quiet)  # fmt: skip
     if generate is not None:
         made = _another(found, path, window, lengths, scale, conversations, seed)
         write_columns(made, generate)
@@ -163,6 +178,7 @@ def describe(found: Trace, window: float) -> dict[str, Any]:
         "rate_per_s": whole.rate_per_s,
         "cv": whole.cv,
         "fano": whole.fano,
+        "fano_over": {str(each): _known(burstgpt.fano_factor(found.at, each)) for each in STRETCHES},
         "peak_to_mean": whole.peak,
         "windows": {
             "seconds": window,
@@ -224,19 +240,24 @@ def _known(value: float) -> float | None:
 
 
 def _table(report: dict[str, Any]) -> str:
+    def digits(value: float) -> int:
+        return 0 if value >= 20 else 1
+
     def cell(value: Any) -> str:
         if isinstance(value, dict):
-            return " / ".join(f"{each:,.0f}" for each in value.values())
+            return " / ".join("-" if each is None else f"{each:,.{digits(each)}f}" for each in value.values())
         return "-" if value is None else f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"
 
     columns = [report, *([report["generated"]] if "generated" in report else [])]
     names = {
         "requests": "requests", "seconds": "seconds", "requests / s": "rate_per_s", "CV of gaps": "cv",
-        "Fano factor": "fano", "peak / mean": "peak_to_mean", "prompt tokens, mean p50 p90 p99": "prompt_tokens",
+        "Fano factor in 1, 10, 60, 600 s": "fano_over", "peak / mean": "peak_to_mean",
+        "prompt tokens, mean p50 p90 p99": "prompt_tokens",
         "output tokens, mean p50 p90 p99": "output_tokens", "rank correlation": "rank_correlation",
+        "recorded every, s": "tick_seconds",
         "sessions": "sessions", "turns": "turns_mean", "failures": "failures", "daily": "daily", "weekly": "weekly",
     }  # fmt: skip
-    rows = [(told, *(cell(one[name]) for one in columns)) for told, name in names.items()]
+    rows = [(told, *(cell(one.get(name)) for one in columns)) for told, name in names.items()]
     for part in report["parts"]:
         rows.append((f"CV of windows, {part}", *(cell(one["parts"].get(part, {}).get("cv_median")) for one in columns)))
     for name in ("cv_median", "shape_median", "gamma_better"):

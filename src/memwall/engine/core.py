@@ -238,7 +238,7 @@ class Engine:
         )
 
     def _waiting_view(self, one: Sequence) -> RequestView:
-        if one.view is None or one.version != self.pages.version:
+        if one.view is None or (one.version != self.pages.version and not self.switch.still_unknown(one)):
             hits = self._hits(one)
             idle, restorable = sum(self.pages.is_idle(page) for page in hits), self.switch.restorable(one)
             found = (len(hits) * self.pages.page_tokens, idle, restorable)
@@ -426,7 +426,8 @@ class Engine:
         return self.pages.keep_prefixes and one.parent is None and not one.request.members
 
     def _register(self, one: Sequence) -> None:
-        if self._digested(one):
+        # most tokens fill no page: nothing to look up for them
+        if one.computed // self.pages.page_tokens > one.registered and self._digested(one):
             digests = one.digests_of(one.computed, self.pages.page_tokens)
             for at in range(one.registered, len(digests)):
                 self.pages.register(one.pages[at], digests[at])

@@ -91,6 +91,8 @@ class Plan:
         state, limits = self.state, self.state.limits
         swapped = {view.id for view in state.swapped}
         count = len(self.running)
+        if self.budget < 1 or count >= limits.max_sequences:  # before a long queue is sorted
+            return
         # what the prompts that have begun will still take is promised to them
         self.free -= sum(one.pages_at(one.known, limits) - self._pages_after(one) for one in self.running)
         for view in sorted((*state.swapped, *state.waiting), key=lambda view: view.rank):

@@ -101,6 +101,10 @@ class KVPages:
             found.append(page)
         return found
 
+    def knows(self, digest: bytes) -> bool:
+        """Whether a page holds what the digest names."""
+        return digest in self._page_of
+
     def acquire(self, pages: list[int], owner: int | None = None, most: int = 0) -> list[int]:
         """One more holder for pages that `find` gave; those that it can have, all in a pool with page tables.
 

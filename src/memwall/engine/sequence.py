@@ -167,12 +167,14 @@ class Sequence:
         return self.num_prompt + self.request.sampling.max_new_tokens
 
     def digests_of(self, tokens: int, page_tokens: int) -> list[bytes]:
-        """Digests of the full pages among the first `tokens`."""
-        while len(self.digests) < tokens // page_tokens:
+        """Digests of the full pages among the first `tokens`; not to be changed, nor kept for later."""
+        count = tokens // page_tokens
+        while len(self.digests) < count:
             at = len(self.digests) * page_tokens
             before = self.digests[-1] if self.digests else b""
             self.digests.append(digest_page(before, self.tokens[at : at + page_tokens], self.request.salt))
-        return self.digests[: tokens // page_tokens]
+        # mostly all of them are wanted, and there may be thousands: no copy then
+        return self.digests if len(self.digests) == count else self.digests[:count]
 
     def end(self, token: int, context_tokens: int) -> FinishReason | None:
         """Why this token is the last; None where it is not. The end-of-text token itself is not kept."""

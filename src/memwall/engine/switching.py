@@ -156,6 +156,16 @@ class Switcher:
         """See `kv_pages.Leaving`."""
         return page in self._leaving_pages and self.pages.pool.uses(page) == 1
 
+    def still_unknown(self, one: Sequence) -> bool:
+        """Whether nothing of a waiting request's beginning was kept, in memory or out of it, nor is now. Most steps
+        fill a page, and then everyone who waits is looked up: in a long queue that costs more than the step, and the
+        first page tells for most of them.
+        """
+        view, first = one.view, one.digests[:1]
+        if view is None or view.hit or view.restorable:
+            return False
+        return not first or not (self.pages.knows(first[0]) or first[0] in self._at_rest)
+
     def restorable(self, one: Sequence) -> int:
         """Tokens of a waiting request's beginning that the area holds; one at least stays to be computed."""
         return len(self._matching(one)[1]) * self.pages.page_tokens

@@ -26,6 +26,7 @@ from memwall.serve.traces import NONE, Trace, make_trace, turns
 WINDOW_SECONDS = 60.0
 LEAST_GAPS = 8
 """Fewer than these do not tell a shape."""
+LEAST_STRETCHES = 5
 SHORTEST_GAP = 1e-6
 ZIPF_EXPONENT, MOST_TOKENS = 1.1, 1024
 EXAMPLE_STEPS = ((0.25, 2.0), (0.5, 2.0))
@@ -117,6 +118,14 @@ def burst_index(at: np.ndarray) -> BurstIndex:
 def counts_per(at: np.ndarray, seconds: float) -> np.ndarray:
     """Arrivals in each stretch of time, from the first one on."""
     return np.bincount(((at - at[0]) // seconds).astype(np.int64))
+
+
+def fano_factor(at: np.ndarray, seconds: float) -> float:
+    """Variance over mean of the counts in whole stretches of so many seconds: 1 for Poisson arrivals, whatever the
+    length, while bursts show in those that are as long as they are. nan where there are fewer than `LEAST_STRETCHES`.
+    """
+    counts = counts_per(at, seconds)[:-1]
+    return float(counts.var() / counts.mean()) if len(counts) >= LEAST_STRETCHES else float("nan")
 
 
 def autocorrelation(counts: np.ndarray, lag: int) -> float:

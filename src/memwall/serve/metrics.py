@@ -148,6 +148,12 @@ def _switches(counts: SwitchCounts, counter: Callable[[str, str, float], Counter
     yield counter("swap_reused_bytes", "Bytes not copied out again.", counts.clean_bytes)
     yield counter("swap_stall_seconds", "Seconds that steps waited for copies.", counts.stall_seconds)
     yield counter("swap_conflicts", "Times that pages were wanted while being copied out.", counts.conflicts)
+    yield counter("swap_overlapped", "Requests brought back beside steps.", counts.overlapped)
+    yield counter("swap_waited", "Requests brought back while a step waited.", counts.waited)
+    yield counter("swap_steps_during", "Steps that began while a copy was under way.", counts.steps_during)
+    yield counter("swap_requests", "Requests whose pages went out.", counts.switched)
+    yield counter("swap_page_runs", "Contiguous stretches of pages that these had.", counts.runs)
+    yield counter("swap_overwritten_pages", "Pages whose copy gave way to others'.", counts.contaminated_pages)
 
 
 def exposition(service: Service, *, alias: bool = False) -> bytes:

@@ -24,6 +24,8 @@ from memwall.errors import InputError
 DAY_SECONDS = 86_400.0
 NONE = -1
 """Session of a request that belongs to none."""
+LEAST_MOMENTS = 16
+"""Fewer different times do not tell whether they were recorded at fixed moments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -110,6 +112,26 @@ class Trace:
             raise InputError(f"share is {share}; it must be above 0 and at most 1")
         mask = np.random.default_rng(seed).random(len(self)) < share
         return self.keep(mask, f"thin({share:g}, seed={seed})")
+
+    @property
+    def tick_seconds(self) -> float:
+        """Seconds between the moments that times were recorded at, such as Mooncake's 3; 0 where requests have their
+        own times. Requests of one moment are no burst: their times were rounded.
+        """
+        moments = np.unique(self.at)
+        if len(moments) < LEAST_MOMENTS or len(moments) == len(self):
+            return 0.0
+        gaps = np.diff(moments)
+        step = float(np.median(gaps[gaps < 1.5 * gaps.min()]))
+        steps = np.maximum(np.round(gaps / step), 1)
+        return step if np.all(np.abs(gaps - steps * step) < 0.05 * step) else 0.0
+
+    def spread(self, seed: int) -> Trace:
+        """Requests that were recorded at one moment at times drawn from the tick that it stands for, in their order."""
+        tick = self.tick_seconds
+        drawn = np.random.default_rng(seed).random(len(self)) * tick
+        at = np.maximum.accumulate(self.at + drawn[np.lexsort((drawn, self.at))])
+        return replace(self, at=at, provenance=(*self.provenance, f"spread({tick:g} s, seed={seed})"))
 
     def trim_gaps(self, most_seconds: float) -> Trace:
         """Idle stretches of more than so many seconds shortened to that; what comes later moves up."""
