@@ -11,16 +11,26 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from memwall.models import ModelConfig
-from memwall.models.checkpoint import Checkpoint
+from memwall.models.checkpoint import Checkpoint, stored_tensors
+from memwall.models.fused import joined
 from memwall.models.gguf import row_order, source_name
 from tests.kernels.test_marlin import published_scales, published_words
 
+CODED = ("_proj.weight", "query_key_value.weight", "dense.weight", "4h.weight", "_to_h.weight")
 TOKEN_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def float_tensors(folder: Path) -> dict[str, np.ndarray]:
     with Checkpoint(folder) as checkpoint:
         return {name: np.array(checkpoint.tensor(name), np.float32) for name in checkpoint.names()}
+
+
+def source_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """By the names that files of the family have, several of ours in one where they have them so."""
+    values, found = float_tensors(folder), {}
+    for each in stored_tensors(ModelConfig.from_directory(folder)):
+        found[each.name] = joined(each, {name: values[name] for name in each.parts})
+    return found
 
 
 def write_gguf(folder: Path, path: Path, kind: str, **changes: Any) -> Path:
@@ -142,10 +152,10 @@ def write_quantized(folder: Path, out: Path, method: str, bits: int, group: int,
     for name in TOKEN_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
-    values, stored, decoded = float_tensors(folder), {}, {}
+    values, stored, decoded = source_tensors(folder), {}, {}
     draw = np.random.default_rng(0)
     for name, tensor in values.items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(CODED):
             stored[name] = tensor.astype(np.float16)
             decoded[name] = stored[name].astype(np.float32)
             continue

@@ -21,7 +21,8 @@ from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.formats.gguf_file import GgufFields, GgufFile
 from memwall.models import DEMO_DIRECTORY, ModelConfig
-from memwall.models.checkpoint import Checkpoint
+from memwall.models.checkpoint import Checkpoint, stored_tensors
+from memwall.models.fused import joined
 from memwall.models.gguf import _sentence_pieces
 from memwall.models.tokenizer import Tokenizer
 from tests.compress.foreign import float_tensors, write_gguf, write_quantized
@@ -146,6 +147,23 @@ def test_folders_of_gptq_and_awq(tmp_path: Path, method: str, bits: int, group: 
     for name, found in decoded(tmp_path / "out").items():
         scale = np.abs(wanted[name]).max()
         assert np.abs(found - wanted[name]).max() <= bound * scale, name
+    assert np.isfinite(logits(tmp_path / "out")).all()
+
+
+@pytest.mark.parametrize("how", [{"symmetric": True}, {"shuffled": True}, {}])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("family", ["falcon-tied", "falcon-heads", "falcon-groups"])
+def test_matrices_that_files_hold_as_one(family: str, method: str, how: dict[str, Any], tmp_path: Path) -> None:
+    """Rows of Falcon's queries, keys and values are dealt out with their scales and zero points."""
+    if method == "awq" and how.get("shuffled"):
+        return
+    folder = make_family(family, tmp_path)
+    wanted = write_quantized(folder, tmp_path / "model", method, 4, 32, **how)
+    assert convert(tmp_path / "model", tmp_path / "out").rounded_weights == 0
+    found, bound = decoded(tmp_path / "out"), 0.0 if how.get("symmetric") else 2**-10
+    for each in stored_tensors(ModelConfig.from_directory(folder)):
+        whole = joined(each, {name: found[name] for name in each.parts})
+        assert np.abs(whole - wanted[each.name]).max() <= bound * np.abs(wanted[each.name]).max(), each.name
     assert np.isfinite(logits(tmp_path / "out")).all()
 
 

@@ -24,6 +24,9 @@ from memwall.hardware.units import MB
 from memwall.kv import fitted
 from memwall.kv.blocks import pieces
 from memwall.kv.cskv import CskvCache, CskvSettings
+from memwall.kv.decoding import Decoding, OneByOne, PartsDecoding
+from memwall.kv.evict import PrunedDecoding
+from memwall.kv.lambda_decoding import LambdaDecoding
 from memwall.kv.locret import LocretCache, heads_width
 from memwall.kv.policy import parse
 from memwall.memory import Arena, Budget, Ledger, resident_bytes
@@ -145,6 +148,27 @@ def test_answers_are_those_of_a_session_by_itself(policy: str) -> None:
     paged = serving("float16")
     paged.release()
     assert held.arena.used_bytes == paged.arena.used_bytes, "the room to sample in, and nothing else"
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [("bfloat16", PartsDecoding), ("kivi(2bit)", PartsDecoding), ("lambda(window=200)", LambdaDecoding),
+     ("snapkv(0.25)", PrunedDecoding), ("xquant(4bit)", OneByOne)],
+)  # fmt: skip
+def test_requests_that_decode_do_so_together(policy: str, kind: type[Decoding]) -> None:
+    held = serving(policy)
+    pool, seen = caches_of(held), set()
+    held.engine.wanted_pages = 4 * pool.limit_pages
+    sequences = [held.engine.submit(request) for request in requests()[:4]]
+    while held.engine.busy:
+        held.engine.step()
+        if pool.together is not None:
+            assert isinstance(pool.together, kind)
+            seen.add(len(pool.together.caches))
+    assert max(seen) > 1
+    assert pool.together is None, "who is over is not held"
+    assert all(one.num_made for one in sequences)
+    held.release()
 
 
 @pytest.mark.parametrize("policy", ["kivi(2bit)", "snapkv(0.25)", "lambda(sinks=4,window=128)"])

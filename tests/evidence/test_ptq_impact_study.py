@@ -101,6 +101,6 @@ def test_a_falcon_is_trained_once(study: ModuleType, tmp_path: Path, monkeypatch
 
 
 def test_the_whole_run_has_two_families_of_two_sizes(study: ModuleType) -> None:
-    assert [(size.hidden, size.layers) for size in study.FALCONS] == [(128, 4), (256, 3)]
+    assert [(size.hidden, size.layers) for size in study.FALCONS] == [(128, 5), (192, 6)]
     counts = [ModelConfig.from_dict(size.config()).num_parameters for size in study.FALCONS]
-    assert counts == [1_213_696, 3_065_856]
+    assert counts == [1_385_984, 3_074_688]

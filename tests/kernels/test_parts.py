@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memwall.kernels import attention, parts
+from memwall.kernels import attention, bfp, parts
 from tests.kernels.test_attention import TYPES, stored
 
 HEADS, KV_HEADS, DIM, CAPACITY = 6, 2, 32, 700
@@ -134,6 +134,41 @@ def test_codes_are_those_of_one_after_the_other(isa: str, threads: int, form: di
             )
         for mine, its in zip(c["blocks"], want):
             np.testing.assert_array_equal(mine, its)
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_block_floating_point(isa: str, threads: int, by_token: bool) -> None:
+    rng = np.random.default_rng(6)
+    form = bfp.BfpForm(bits=6, value_bits=3, block=32, by_token=by_token, raise_top=False)
+    order = np.stack([rng.permutation(DIM) for _ in range(KV_HEADS)]).astype(np.int16)
+    mine, wanted, places, jobs, rows = [], [], [], [], []
+    for tokens, coded in ((300, 256), (40, 32), (65, 64), (7, 0)):
+        k, v = (floats(rng, 80, KV_HEADS, DIM).astype(np.float16) for _ in range(2))
+        old = [floats(rng, coded, KV_HEADS, DIM) for _ in range(2)]
+        sizes = (form.key_bytes(DIM) * 24, form.value_bytes(DIM) * 24)
+        blocks = [np.zeros(KV_HEADS * size, np.uint8) for size in sizes]
+        bfp.encode_keys(old[0], 0, blocks[0], form, order)
+        bfp.encode_values(old[1], 0, blocks[1], form)
+        q, out = floats(rng, 1, HEADS, DIM), np.empty((1, HEADS, DIM), np.float32)
+        exact = tokens - coded
+        bfp.attend_bfp(
+            q, *blocks, k[2 : 2 + exact], v[1 : 1 + exact], form=form, order=order, coded_keys=coded,
+            coded_values=coded, scale=SCALE, first_position=tokens - 1, out=out,
+        )  # fmt: skip
+        wanted.append((q, out, [block.copy() for block in blocks], (k, v), coded))
+        mine.append(parts.bfp_part((k, v), (blocks[0], blocks[1]), form, order))
+        places.append((coded, coded, 0, 2, 1, tokens, tokens - 1, 0))
+        jobs.append((2, 5, coded, 1, 32, coded))
+        rows.append(blocks)
+    out = np.empty((len(mine), HEADS, DIM), np.float32)
+    parts.attend_parts(mine, np.concatenate([one[0] for one in wanted]), np.array(places), scale=SCALE, out=out)
+    np.testing.assert_array_equal(out, np.concatenate([one[1] for one in wanted]))
+    parts.encode_parts(mine, np.array(jobs))
+    for blocks, (_, _, want, (k, v), coded) in zip(rows, wanted):
+        bfp.encode_keys(k[2:7], coded, want[0], form, order)
+        bfp.encode_values(v[1:33], coded, want[1], form)
+        for its, expected in zip(blocks, want):
+            np.testing.assert_array_equal(its, expected)
 
 
 def test_a_part_in_pieces_is_the_whole(isa: str, threads: int) -> None:

@@ -23,9 +23,11 @@ PROMPTS = (0, 1, 61, 200, 64, 17, 130, 31, 0, 95, 127, 128, 129, 2, 300, 33, 70,
 TOGETHER = (
     "float32", "float16", "bfloat16", "int8", "kivi(2bit)", "kivi(4bit,queries=int8,residual=32)",
     "kivi(bits=3,group=16,residual=0,exact=bfloat16)", "kivi(8bit,key_group=64,residual=64)", "kv4", "kv4(page=16)",
+    "bfp(order=plain)", "bfp(bits=6,values=3,order=sorted,residual=20)",
+    "bfp(8bit,block=16,axis=tokens,order=plain,top=raise,exact=float32)",
 )  # fmt: skip
 OTHERS = (
-    "int4", "bfp(order=plain)", "snapkv(0.25)", "snapkv(tokens=20,window=8)+kivi(4bit,residual=32)",
+    "int4", "snapkv(0.25)", "snapkv(tokens=20,window=8)+kivi(4bit,residual=32)",
     "think(0.4,recent=5)", "snapkv(0.5)+think(0.4)+kivi(2bit,residual=32)", "xquant", "xquant(3bit,cl=1,base=1)",
     "lambda(sinks=4,window=40)", "lambda(sinks=3,window=50,positions=clip)+kivi(4bit,group=16,residual=16)",
     "epicache(tokens=40,chunk=32)",

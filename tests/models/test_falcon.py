@@ -302,7 +302,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="feed-forwards with a gate, and this is a falcon"):
         ModelShape.of(config)
     told = json.loads((path / "config.json").read_text())
-    told["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    told["quantization_config"] = {"quant_method": "marlin", "bits": 4, "group_size": 32}
     (path / "config.json").write_text(json.dumps(told))
-    with pytest.raises(InputError, match="falcon model in GPTQ's form is not read"):
+    with pytest.raises(InputError, match="falcon model in MARLIN's form is not read"):
         convert(path, tmp_path / "converted")

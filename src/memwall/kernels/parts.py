@@ -1,8 +1,8 @@
 """The next token of several caches at once: caches that lie apart, each of another length, in one call per layer.
 
-A `CachePart` is one layer of one cache: rows for exact tokens, as many as may ever come, and blocks of KIVI's codes if
-there are any. It holds addresses, so it is made once. What a token needs to know of a cache beside it are whole
-numbers, the rows of `places`: they are the same for all layers, and made once a step.
+A `CachePart` is one layer of one cache: rows for exact tokens, as many as may ever come, and blocks of codes, KIVI's or
+block floating point, if there are any. It holds addresses, so it is made once. What a token needs to know of a cache
+beside it are whole numbers, the rows of `places`: they are the same for all layers, and made once a step.
 
 What a cache finds is to the bit what it finds by itself, whichever caches come with it and however many threads there
 are: its tokens are cut and summed as `attention.attend_float` and `attention.attend_kivi` do it.
@@ -19,12 +19,15 @@ import numpy as np
 
 import memwall._native as _native
 from memwall._native import CachePart
+from memwall.kernels.bfp import BfpForm
 
 __all__ = [
     "PLACES",
     "CachePart",
+    "CodedForm",
     "append_parts",
     "attend_parts",
+    "bfp_part",
     "coded_part",
     "encode_parts",
     "float_part",
@@ -56,7 +59,17 @@ def coded_part(
 ) -> CachePart:
     """Keys and values each: rows [n, Hkv, D] for exact tokens, floats, and blocks, uint8, of all that may ever come."""
     k, v = map(_plain, rows)
-    return CachePart(k, v, *blocks, form.bits, form.group, form.key_group, form.integers)
+    return CachePart.kivi(k, v, *blocks, form.bits, form.group, form.key_group, form.integers)
+
+
+def bfp_part(
+    rows: tuple[np.ndarray, np.ndarray], blocks: tuple[np.ndarray, np.ndarray], form: BfpForm, order: np.ndarray | None
+) -> CachePart:
+    """The same in block floating point; order: int16 [Hkv, D] as in `bfp.attend_bfp`, or None."""
+    k, v = map(_plain, rows)
+    return CachePart.floating(
+        k, v, *blocks, order, form.bits, form.value_bits, form.block, form.by_token, form.raise_top
+    )
 
 
 def append_parts(parts: Sequence[CachePart], k: np.ndarray, v: np.ndarray, rows: np.ndarray) -> None:
@@ -83,7 +96,7 @@ def attend_parts(
 
 def encode_parts(parts: Sequence[CachePart], jobs: np.ndarray) -> None:
     """Codes exact tokens of each part. jobs: int64 [n, 6] of (first row, tokens, the token of the blocks that the first
-    becomes) for keys, whole groups of them, and the same for values; no tokens where there is nothing to do.
+    becomes) for keys, whole units of them, and the same for values; no tokens where there is nothing to do.
     """
     _native.encode_parts(parts, jobs)
 

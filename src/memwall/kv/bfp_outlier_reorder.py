@@ -33,6 +33,7 @@ import numpy as np
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.kernels import bfp
+from memwall.kernels.parts import CachePart, bfp_part
 from memwall.kv import fitted
 from memwall.kv.base import CacheModel, CacheShape
 from memwall.kv.coded_cache import CodedCache
@@ -332,6 +333,11 @@ class BfpCache(CodedCache):
             out=out,
             stats=stats,
         )
+
+    def _part(self, layer: int) -> CachePart:
+        state = self._layers[layer]
+        blocks = (state.key_blocks.capacity(), state.value_blocks.capacity())
+        return bfp_part((state.keys.buffer, state.values.buffer), blocks, self._form, self._order(layer))
 
     def release(self) -> None:
         super().release()

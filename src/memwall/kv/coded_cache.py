@@ -7,13 +7,16 @@ techniques on it (`kv.kivi`, `kv.bfp_outlier_reorder`) say what a unit is and ho
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from memwall.errors import InputError
+from memwall.kernels.parts import CachePart
 from memwall.kv.base import CacheShape, Facts, KVCache, Reader
 from memwall.kv.coded_state import RECENT, STAGING, CodedForm, LayerState
+from memwall.kv.decoding import Decoding, PartsDecoding
 from memwall.kv.float_store import GrowingRows, float_dtype
 from memwall.kv.policy import Policy
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
@@ -54,6 +57,7 @@ class CodedCache(KVCache):
         self._staged_keys = GrowingRows(arena, STAGING, capacity_tokens, shape, dtype)
         self._staged_values = GrowingRows(arena, STAGING, capacity_tokens, shape, dtype)
         self._staged: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._parts: list[CachePart] = []
         self._coding = (0, 0)  # keys and values that are coded behind a token that comes with those of other caches
 
     @property
@@ -102,6 +106,16 @@ class CodedCache(KVCache):
         else:
             state.keys.drop(num_keys)
             state.values.drop(num_values)
+
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        return PartsDecoding(caches, cast("Sequence[CodedCache]", caches))
+
+    def parts(self) -> list[CachePart]:
+        """See `decoding.PartedCache`."""
+        if not self._parts:
+            self._parts = [self._part(layer) for layer in range(self.shape.num_layers)]
+        return self._parts
 
     def begin_decode(self) -> tuple[int, ...]:
         """See `decoding.PartedCache`; layers differ only within a forward pass."""
@@ -225,6 +239,7 @@ class CodedCache(KVCache):
         return keys, values
 
     def release(self) -> None:
+        self._parts = []
         self._unstage(release=False)
         for layer in self._layers:
             layer.key_blocks.region.release()
@@ -254,6 +269,10 @@ class CodedCache(KVCache):
     @abstractmethod
     def _empty(self) -> CodedCache:
         """Another of the same kind."""
+
+    @abstractmethod
+    def _part(self, layer: int) -> CachePart:
+        """The layer as kernels take it."""
 
     @abstractmethod
     def _encode_keys(self, layer: int, keys: np.ndarray, first: int) -> None:

@@ -20,16 +20,14 @@ Holds when: G divides D, R is a multiple of G, and numbers stay below 65,504.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from memwall.kernels import attention
 from memwall.kernels.parts import CachePart, coded_part
-from memwall.kv.base import CacheModel, CacheShape, KVCache
+from memwall.kv.base import CacheModel, CacheShape
 from memwall.kv.coded_cache import CodedCache
-from memwall.kv.decoding import Decoding, PartsDecoding
 from memwall.kv.kivi_state import KiviSettings as KiviSettings
 from memwall.kv.kivi_state import predict_kivi as predict_kivi
 from memwall.kv.kivi_state import read_bytes_kivi as read_bytes_kivi
@@ -52,7 +50,6 @@ class KiviCache(CodedCache):
     ) -> None:
         self.settings = self.settings_of(policy, shape)
         super().__init__(policy, self.settings, shape, arena, capacity_tokens)
-        self._parts: list[CachePart] = []
 
     @classmethod
     def settings_of(cls, policy: Policy, shape: CacheShape) -> KiviSettings:
@@ -103,21 +100,10 @@ class KiviCache(CodedCache):
             stats=stats,
         )
 
-    @classmethod
-    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
-        return PartsDecoding(caches, cast("Sequence[KiviCache]", caches))
-
-    def parts(self) -> list[CachePart]:
-        """See `decoding.PartedCache`."""
-        if not self._parts:
-            for state in self._layers:
-                blocks = (state.key_blocks.capacity(), state.value_blocks.capacity())
-                self._parts.append(coded_part((state.keys.buffer, state.values.buffer), blocks, self.settings.form))
-        return self._parts
-
-    def release(self) -> None:
-        self._parts = []
-        super().release()
+    def _part(self, layer: int) -> CachePart:
+        state = self._layers[layer]
+        blocks = (state.key_blocks.capacity(), state.value_blocks.capacity())
+        return coded_part((state.keys.buffer, state.values.buffer), blocks, self.settings.form)
 
     def _empty(self) -> KiviCache:
         return type(self)(self._policy, self.shape, self.arena, self.capacity_tokens)

@@ -52,10 +52,7 @@ class LambdaDecoding(Decoding):
         pieces = [piece for seen in whose for piece in seen]
         if pieces != self._pieces[0]:
             self._pieces = pieces, [[layer[i][part] for i, part in pieces] for layer in self._layers]
-            size = (len(pieces), self.shape.num_heads)
             self._owners = np.array([i for i, _ in pieces])
-            self._outs = np.empty((*size, self.shape.head_dim), np.float32)
-            self._stats = np.empty((*size, 2), np.float32)
 
     def _turn(self, by: list[int]) -> None:
         rotary = self._shaped[0].rotary
@@ -79,7 +76,7 @@ class LambdaDecoding(Decoding):
         begin, end = self._ends[first - 1] if first else 0, self._ends[first + len(q) - 1]
         cut = slice(begin, end)
         turned = kernels.rope(q[self._owners[cut] - first], self._cos[cut], self._sin[cut])
-        outs, stats = self._outs[cut], self._stats[cut]
+        outs, stats = np.empty_like(turned), np.empty((*turned.shape[:2], 2), np.float32)
         scale = self.shape.logit_scale
         attend_parts(self._pieces[1][layer][cut], turned, self._places[cut], scale=scale, out=outs, stats=stats)
         join_pieces(outs, stats, self._ends[first : first + len(q)] - begin, out)

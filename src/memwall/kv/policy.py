@@ -38,7 +38,7 @@ class Policy:
 
     def __hash__(self) -> int:
         """Policies are asked for at every token where memory is predicted; what they mean is looked up by them."""
-        return hash((self.name, *self.settings.items(), self.inner))
+        return hash((self.name, frozenset(self.settings.items()), self.inner))
 
     def __str__(self) -> str:
         inside = ",".join(value if key == AMOUNT else f"{key}={value}" for key, value in self.settings.items())

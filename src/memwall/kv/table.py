@@ -98,17 +98,18 @@ def resolve(policy: str | Policy) -> Policy:
 
     InputError for unknown names and for parts that cannot work on top of each other, saying why.
     """
-    return _read(policy) if isinstance(policy, str) else _resolved(policy)
+    return _read(policy) if isinstance(policy, str) else _resolved(policy, str(policy))
 
 
 @lru_cache(maxsize=256)
 def _read(policy: str) -> Policy:
     """Of a string, which is asked for at every token where memory is predicted."""
-    return _resolved(parse(policy))
+    return _resolved(parse(policy), policy)
 
 
 @lru_cache(maxsize=256)
-def _resolved(policy: Policy) -> Policy:
+def _resolved(policy: Policy, text: str) -> Policy:
+    """text: how it was written, as settings are told in the order that they came in."""
     parts = policy.parts
     kinds = {part.name: technique(part.name) for part in parts}
     parts = tuple(_with_budget(part) if kinds[part.name].role == "tokens" else part for part in parts)

@@ -27,6 +27,10 @@ class Rows:
     count: int
     of: int
 
+    def indices(self) -> np.ndarray:
+        """Of these rows in the stored tensor."""
+        return (np.arange(self.groups)[:, None] * self.of + self.first + np.arange(self.count)).reshape(-1)
+
 
 Names = Callable[[str], Mapping[str, Rows | None]]
 """names(stored name) -> our names, and which rows each has; None: all of them."""

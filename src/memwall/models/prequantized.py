@@ -8,6 +8,8 @@ form is symmetric and exact, else the minimum -scale * zero is rounded to half p
 MARLIN's hold `X.B`, 4-bit codes in the order of tensor cores, and `X.s` (`kernels.marlin`): symmetric, so exact. Their
 configuration says `marlin`, or `gptq` with that as its checkpoint format.
 
+Where a family's files hold several of our matrices as one (`models.fused`), its rows are dealt out.
+
 GPTQ's activation order gives neighbouring columns to different groups (`g_idx`). Where all groups have their full size
 such a matrix is stored with columns sorted by group (`formats.ordered`), number for number as above; where they have
 not, which no known writer does, it is rounded anew to 8 bits.
@@ -29,7 +31,7 @@ from memwall.formats.integer import IntegerCodec
 from memwall.formats.ordered import PREFIX, OrderedCodec
 from memwall.formats.safetensors_file import SafetensorsFile
 from memwall.kernels import marlin
-from memwall.models.checkpoint import INDEX_NAME, SINGLE_NAME
+from memwall.models.checkpoint import INDEX_NAME, SINGLE_NAME, stored_tensors
 from memwall.models.config import ModelConfig, TensorSpec
 
 METHODS = ("gptq", "awq", "marlin")
@@ -67,14 +69,16 @@ class Prequantized:
         self._zero_offset = int(self.method == "gptq" and told.text("checkpoint_format", "gptq") != "gptq_v2")
         self.config = {name: value for name, value in values.items() if name != "quantization_config"}
         self._codes_name = "B" if self.method == "marlin" else "qweight"
+        self._stored: dict[str, tuple[str, int, np.ndarray | None]] = {}
         self._files = _open_all(folder)
         self._place = {name: file for file in self._files for name in file.names()}
 
     def form(self, tensor: TensorSpec) -> str:
         """The codec spec that the tensor gets."""
-        stem = tensor.name.removesuffix(".weight")
+        name, _, rows = self._place_of(tensor)
+        stem = name.removesuffix(".weight")
         if not self._is_coded(stem):
-            info = self._file(tensor.name).info(tensor.name)
+            info = self._file(name).info(name)
             return {"F16": "float16", "BF16": "bfloat16"}.get(info.dtype, "float32")
         order = self._order(stem, tensor.shape[1])
         if order is None:
@@ -82,26 +86,29 @@ class Prequantized:
         group, bits = self._tile_group(tensor), self.bits
         if self.method == "marlin":
             return f"int4-g{group}"
-        form = f"int{bits}-g{group}" if self._is_symmetric(self._zeros(stem)) else f"int{bits}-g{group}-asym"
+        form = (
+            f"int{bits}-g{group}" if self._is_symmetric(_taken(self._zeros(stem), rows)) else f"int{bits}-g{group}-asym"
+        )
         return form if _in_place(order) else PREFIX + form
 
     def is_exact(self, tensor: TensorSpec) -> bool:
         """Whether codes carry over as they are."""
-        stem = tensor.name.removesuffix(".weight")
+        stem = self._place_of(tensor)[0].removesuffix(".weight")
         return not self._is_coded(stem) or self._order(stem, tensor.shape[1]) is not None
 
     def packed(self, tensor: TensorSpec) -> Packed:
         """The tensor in its form; its pages leave with it."""
-        stem, form = tensor.name.removesuffix(".weight"), codec(self.form(tensor))
+        name, count, rows = self._place_of(tensor)
+        stem, form = name.removesuffix(".weight"), codec(self.form(tensor))
         if not self._is_coded(stem):
-            return form.encode(self._file(tensor.name).alone(tensor.name))
+            return form.encode(_taken(self._file(name).alone(name), rows))
         inner = form.inner if isinstance(form, OrderedCodec) else form
         assert isinstance(inner, IntegerCodec)
         if self.method == "marlin":
             words, stored = self._alone(f"{stem}.B"), self._alone(f"{stem}.s")
             return marlin.to_packed(marlin.MarlinWeight(words, stored, self._group_of(tensor.shape[1])))
-        codes, zeros = self._codes(stem, tensor.shape), self._zeros(stem)
-        scales = self._alone(f"{stem}.scales").T.astype(np.float32)  # [out, groups]
+        codes, zeros = _taken(self._codes(stem, (count, tensor.shape[1])), rows), _taken(self._zeros(stem), rows)
+        scales = _taken(self._alone(f"{stem}.scales").T, rows).astype(np.float32)  # [out, groups]
         order = self._order(stem, tensor.shape[1])
         if order is None:
             groups = self._alone(f"{stem}.g_idx").astype(np.int64)
@@ -115,30 +122,36 @@ class Prequantized:
 
     def check(self, config: ModelConfig) -> None:
         """All tensors are there, and nothing of unknown shape."""
-        if config.stored_names() is not None:
+        if config.ssm is not None or (config.falcon is not None and self.method == "marlin"):
             raise InputError(
-                f"{self.path}: a {config.family} model in {self.method.upper()}'s form is not read (its matrices go by "
-                "other names there, or several are one); compress the float model: memwall compress MODEL OUT"
+                f"{self.path}: a {config.family} model in {self.method.upper()}'s form is not read; compress the float "
+                "model: memwall compress MODEL OUT"
             )
-        for tensor in config.tensors():
-            stem = tensor.name.removesuffix(".weight")
+        for stored in stored_tensors(config):
+            for name, rows in stored.parts.items():
+                self._stored[name] = stored.name, stored.shape[0], None if rows is None else rows.indices()
+            stem = stored.name.removesuffix(".weight")
             if self._is_coded(stem):
-                self._check_shapes(stem, tensor)
+                self._check_shapes(stem, stored.shape)
                 continue
-            shape = self._file(tensor.name).info(tensor.name).shape
-            if shape != tensor.shape:
-                wanted = list(tensor.shape)
-                raise InputError(f"{self.path}: {tensor.name} has shape {list(shape)}; the configuration says {wanted}")
+            shape = self._file(stored.name).info(stored.name).shape
+            if shape != stored.shape:
+                wanted = list(stored.shape)
+                raise InputError(f"{self.path}: {stored.name} has shape {list(shape)}; the configuration says {wanted}")
 
     def close(self) -> None:
         for file in self._files:
             file.close()
 
-    def _check_shapes(self, stem: str, tensor: TensorSpec) -> None:
-        out, columns = tensor.shape
+    def _place_of(self, tensor: TensorSpec) -> tuple[str, int, np.ndarray | None]:
+        """The stored tensor, its rows, and which of them are ours (None: all)."""
+        return self._stored[tensor.name]
+
+    def _check_shapes(self, stem: str, shape: tuple[int, ...]) -> None:
+        out, columns = shape
         groups, word = columns // self._group_of(columns), 32
         if self.method == "marlin":
-            self._check_marlin(stem, tensor, groups)
+            self._check_marlin(stem, out, columns, groups)
             return
         packed_in = self.method == "gptq"
         wanted = {
@@ -154,8 +167,7 @@ class Prequantized:
     def _is_coded(self, stem: str) -> bool:
         return f"{stem}.{self._codes_name}" in self._place
 
-    def _check_marlin(self, stem: str, tensor: TensorSpec, groups: int) -> None:
-        out, columns = tensor.shape
+    def _check_marlin(self, stem: str, out: int, columns: int, groups: int) -> None:
         if columns % marlin.TILE or out % marlin.FRAGMENT_COLUMNS:
             raise InputError(f"{self.path}: {stem} of [{out}, {columns}] has no place in MARLIN's tiles")
         for part, shape in (("B", (columns // marlin.TILE, 2 * out)), ("s", (groups, out))):
@@ -217,6 +229,10 @@ class Prequantized:
 
     def _alone(self, name: str) -> np.ndarray:
         return self._file(name).alone(name)
+
+
+def _taken(values: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    return values if rows is None else np.ascontiguousarray(values[rows])
 
 
 def _in_place(order: np.ndarray) -> bool:

@@ -19,6 +19,17 @@ struct Task {
   std::int64_t from, to;
 };
 
+// of a job: tokens of a block, and bytes of one of all heads
+std::int64_t block_tokens(const Encoding& job) {
+  if (job.bfp.bits) return job.keys ? BfpForm::kTokens : job.bfp.value_tokens();
+  return job.keys ? job.form.key_tokens() : KiviForm::kValueBlock;
+}
+std::size_t block_bytes(const Encoding& job) {
+  const std::size_t size = job.bfp.bits ? (job.keys ? job.bfp.key_bytes(job.dim) : job.bfp.value_bytes(job.dim))
+                                        : (job.keys ? job.form.key_block_bytes(job.dim) : job.form.value_block_bytes(job.dim));
+  return size * static_cast<std::size_t>(job.kv_heads);
+}
+
 constexpr std::int64_t kInlineTokens = 8;  // so few are coded sooner than another thread is there
 
 }  // namespace
@@ -35,7 +46,7 @@ void store_row(const Rows& rows, std::int64_t place, const float* x, int heads, 
   }
 }
 
-void kivi_encode_each(const Encoding* list, std::size_t count) {
+void encode_each(const Encoding* list, std::size_t count) {
   const AttentionKernels& kernels = attention_kernels();
   static thread_local std::vector<Task> held;
   std::vector<Task>& tasks = held;
@@ -43,7 +54,7 @@ void kivi_encode_each(const Encoding* list, std::size_t count) {
   std::int64_t tokens = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const Encoding& job = list[i];
-    const std::int64_t per = job.keys ? job.form.key_tokens() : KiviForm::kValueBlock, end = job.first + job.count;
+    const std::int64_t per = block_tokens(job), end = job.first + job.count;
     for (std::int64_t from = job.first; from < end; from = (from / per + 1) * per)
       tasks.push_back({i, from, std::min(end, (from / per + 1) * per)});
     tokens += job.count;
@@ -53,16 +64,14 @@ void kivi_encode_each(const Encoding* list, std::size_t count) {
     for (std::size_t i = first; i < last; ++i) {
       const Task& task = all[i];
       const Encoding& job = list[task.job];
-      const std::size_t heads = static_cast<std::size_t>(job.kv_heads);
-      const std::int64_t row = static_cast<std::int64_t>(heads) * job.dim * static_cast<std::int64_t>(bytes_of(job.rows.type));
+      const std::int64_t row = static_cast<std::int64_t>(job.kv_heads) * job.dim * static_cast<std::int64_t>(bytes_of(job.rows.type));
       const Rows from{static_cast<const std::uint8_t*>(job.rows.data) + (task.from - job.first) * row, job.rows.type};
-      const std::int64_t per = job.keys ? job.form.key_tokens() : KiviForm::kValueBlock, block = task.from / per;
-      if (job.keys) {
-        kernels.encode_keys(from, job.form, job.kv_heads, job.dim, job.blocks + static_cast<std::size_t>(block) * job.form.key_block_bytes(job.dim) * heads);
-      } else {
-        kernels.encode_values(from, job.form, job.kv_heads, job.dim, static_cast<int>(task.from - block * per), static_cast<int>(task.to - task.from),
-                              job.blocks + static_cast<std::size_t>(block) * job.form.value_block_bytes(job.dim) * heads);
-      }
+      const std::int64_t block = task.from / block_tokens(job);
+      const int slot = static_cast<int>(task.from - block * block_tokens(job)), taken = static_cast<int>(task.to - task.from);
+      std::uint8_t* to = job.blocks + static_cast<std::size_t>(block) * block_bytes(job);
+      if (job.bfp.bits) (job.keys ? kernels.bfp_keys : kernels.bfp_values)(from, job.bfp, job.top, job.kv_heads, job.dim, slot, taken, to);
+      else if (job.keys) kernels.encode_keys(from, job.form, job.kv_heads, job.dim, to);
+      else kernels.encode_values(from, job.form, job.kv_heads, job.dim, slot, taken, to);
     }
   };
   if (tokens <= kInlineTokens) body(0, tasks.size(), 0);

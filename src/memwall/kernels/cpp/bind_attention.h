@@ -29,6 +29,8 @@ using Offsets = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::d
 using Blocks = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutBlocks = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Order = nb::ndarray<const std::int16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // of a coded key's channels
+
 inline void require(bool holds, const std::string& message) {
   if (!holds) throw nb::value_error(message.c_str());
 }
@@ -90,6 +92,7 @@ mw::Attention prepare(const Float3& q, const Array& k, const Array& v, const Out
 
 // how numbers are coded; head_dim: of values, 0 where there are none
 mw::KiviForm form_of(int bits, int group, std::size_t head_dim);
+mw::BfpForm bfp_form(int bits, int value_bits, int block, bool by_token, const std::optional<Order>& order, std::size_t kv_heads, std::size_t dim);
 
 // log2 of the tokens of a page
 int shift_of(int page_tokens);

@@ -3,25 +3,6 @@
 
 namespace {
 
-using Order = nb::ndarray<const std::int16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-mw::BfpForm bfp_form(int bits, int value_bits, int block, bool by_token, const std::optional<Order>& order, std::size_t kv_heads,
-                     std::size_t dim) {
-  for (int width : {bits, value_bits})
-    require(width == 3 || width == 4 || width == 6 || width == 8, "bits must be 3, 4, 6 or 8, not " + std::to_string(width));
-  require(block == 16 || block == 32 || block == 64 || block == 128, "block must be 16, 32, 64 or 128, not " + std::to_string(block));
-  require(dim % 32 == 0 && dim <= 1024 && dim % static_cast<std::size_t>(block) == 0,
-          "the head dimension must be a multiple of 32 and of the block, at most 1024, not " + std::to_string(dim));
-  mw::BfpForm form{bits, block, value_bits, by_token, nullptr};
-  if (order) {
-    require(order->shape(0) == kv_heads && order->shape(1) == dim, "order must be [kv_heads, key_dim]");
-    for (std::size_t i = 0; i < kv_heads * dim; ++i)
-      require(order->data()[i] >= 0 && static_cast<std::size_t>(order->data()[i]) < dim, "order names a channel that is not there");
-    form.order = order->data();
-  }
-  return form;
-}
-
 std::size_t coded_bytes(bool keys, const mw::BfpForm& form, std::int64_t tokens, std::size_t kv_heads, int dim) {
   const int per = keys ? mw::BfpForm::kTokens : form.value_tokens();
   return static_cast<std::size_t>((tokens + per - 1) / per) * kv_heads * (keys ? form.key_bytes(dim) : form.value_bytes(dim));
@@ -78,6 +59,23 @@ void decode(bool keys, const Blocks& coded, std::int64_t first, const Out3& out,
 }
 
 }  // namespace
+
+mw::BfpForm bfp_form(int bits, int value_bits, int block, bool by_token, const std::optional<Order>& order, std::size_t kv_heads,
+                     std::size_t dim) {
+  for (int width : {bits, value_bits})
+    require(width == 3 || width == 4 || width == 6 || width == 8, "bits must be 3, 4, 6 or 8, not " + std::to_string(width));
+  require(block == 16 || block == 32 || block == 64 || block == 128, "block must be 16, 32, 64 or 128, not " + std::to_string(block));
+  require(dim % 32 == 0 && dim <= 1024 && dim % static_cast<std::size_t>(block) == 0,
+          "the head dimension must be a multiple of 32 and of the block, at most 1024, not " + std::to_string(dim));
+  mw::BfpForm form{bits, block, value_bits, by_token, nullptr};
+  if (order) {
+    require(order->shape(0) == kv_heads && order->shape(1) == dim, "order must be [kv_heads, key_dim]");
+    for (std::size_t i = 0; i < kv_heads * dim; ++i)
+      require(order->data()[i] >= 0 && static_cast<std::size_t>(order->data()[i]) < dim, "order names a channel that is not there");
+    form.order = order->data();
+  }
+  return form;
+}
 
 void bind_bfp(nb::module_& m) {
   m.def("attend_bfp", &attend, "q"_a, "key_blocks"_a, "value_blocks"_a, "coded_keys"_a, "coded_values"_a, "k"_a, "v"_a, "order"_a.none(),

@@ -11,25 +11,37 @@ using Jobs = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::devi
 // Rows of exact tokens, as many as may ever come, and blocks of coded ones if there are any.
 class CachePart {
  public:
-  CachePart(const Room& k, const Room& v, std::optional<OutBlocks> key_blocks, std::optional<OutBlocks> value_blocks, int bits, int group,
-            int key_group, bool integers)
-      : keys_(k), values_(v), key_blocks_(std::move(key_blocks)), value_blocks_(std::move(value_blocks)) {
+  CachePart(const Room& k, const Room& v) : keys_(k), values_(v) {
     require(k.shape(1) == v.shape(1) && k.shape(1) > 0, "keys and values must have the same number of heads");
     key_rows = rows_of(k, "k", true), value_rows = rows_of(v, "v", true);
     kv_heads = static_cast<int>(k.shape(1)), key_dim = static_cast<int>(dim_of(k)), head_dim = static_cast<int>(dim_of(v));
     require(head_dim > 0 && head_dim <= 1024 && key_dim > 0 && key_dim <= 1024, "head_dim and key_dim must be 1 to 1024");
-    require(key_blocks_.has_value() == value_blocks_.has_value(), "blocks of keys and of values: both or none");
-    if (!key_blocks_) return;
-    form = form_of(bits, group, static_cast<std::size_t>(head_dim));
+  }
+
+  static CachePart kivi(const Room& k, const Room& v, const OutBlocks& key_blocks, const OutBlocks& value_blocks, int bits, int group, int key_group,
+                        bool integers) {
+    CachePart part = coded(k, v, key_blocks, value_blocks);
+    part.form = form_of(bits, group, static_cast<std::size_t>(part.head_dim));
     require(!integers || bits == 2 || bits == 4, "integers: codes of 2 or 4 bits");
-    form.integers = integers;
-    form.key_group = form_of(bits, key_group, 0).group;
-    require(key_rows.type != mw::Real::int8 && value_rows.type != mw::Real::int8, "rows beside codes must be floats");
-    require(!k.shape(0) || !v.shape(0) || (tight(k) && tight(v)), "rows beside codes must follow each other");
+    part.form.integers = integers;
+    part.form.key_group = form_of(bits, key_group, 0).group;
+    return part;
+  }
+
+  static CachePart floating(const Room& k, const Room& v, const OutBlocks& key_blocks, const OutBlocks& value_blocks, std::optional<Order> order,
+                            int bits, int value_bits, int block, bool by_token, bool raise_top) {
+    CachePart part = coded(k, v, key_blocks, value_blocks);
+    require(part.key_dim == part.head_dim, "keys and values must have the same width");
+    part.bfp = bfp_form(bits, value_bits, block, by_token, order, k.shape(1), static_cast<std::size_t>(part.key_dim));
+    part.top = raise_top ? mw::BfpTop::raise : mw::BfpTop::clamp;
+    part.order_ = std::move(order);
+    return part;
   }
 
   mw::Rows key_rows, value_rows;
   mw::KiviForm form;
+  mw::BfpForm bfp;
+  mw::BfpTop top = mw::BfpTop::clamp;
   int kv_heads = 0, key_dim = 0, head_dim = 0;
 
   std::int64_t rows(bool keys) const { return static_cast<std::int64_t>((keys ? keys_ : values_).shape(0)); }
@@ -39,9 +51,19 @@ class CachePart {
   }
   // bytes of one block of all heads, and its tokens
   std::size_t block_bytes(bool keys) const {
-    return (keys ? form.key_block_bytes(key_dim) : form.value_block_bytes(head_dim)) * static_cast<std::size_t>(kv_heads);
+    const std::size_t size = bfp.bits ? (keys ? bfp.key_bytes(key_dim) : bfp.value_bytes(head_dim))
+                                      : (keys ? form.key_block_bytes(key_dim) : form.value_block_bytes(head_dim));
+    return size * static_cast<std::size_t>(kv_heads);
   }
-  std::int64_t block_tokens(bool keys) const { return keys ? form.key_tokens() : mw::KiviForm::kValueBlock; }
+  std::int64_t block_tokens(bool keys) const {
+    if (bfp.bits) return keys ? mw::BfpForm::kTokens : bfp.value_tokens();
+    return keys ? form.key_tokens() : mw::KiviForm::kValueBlock;
+  }
+  // tokens that are coded together
+  std::int64_t unit(bool keys) const {
+    if (bfp.bits) return keys || bfp.by_token ? 1 : bfp.block;
+    return keys ? form.key_tokens() : 1;
+  }
   // whether the blocks have room for so many tokens
   bool codes(bool keys, std::int64_t tokens) const {
     const auto& held = keys ? key_blocks_ : value_blocks_;
@@ -59,12 +81,20 @@ class CachePart {
   }
 
  private:
+  static CachePart coded(const Room& k, const Room& v, const OutBlocks& key_blocks, const OutBlocks& value_blocks) {
+    CachePart part(k, v);
+    require(part.key_rows.type != mw::Real::int8 && part.value_rows.type != mw::Real::int8, "rows beside codes must be floats");
+    require(tight(k) && tight(v), "rows beside codes must follow each other");
+    part.key_blocks_ = key_blocks, part.value_blocks_ = value_blocks;
+    return part;
+  }
   static bool tight(const Room& rows) {
     return rows.shape(0) < 2 || rows.stride(0) == static_cast<std::int64_t>(rows.shape(1) * rows.shape(2));
   }
 
   Room keys_, values_;
   std::optional<OutBlocks> key_blocks_, value_blocks_;
+  std::optional<Order> order_;
 };
 
 using Parts = std::vector<const CachePart*>;
@@ -116,7 +146,7 @@ void attend(const Parts& parts, const Float3& q, const Jobs& places, const Out3&
     a.num_tokens = 1, a.num_heads = static_cast<int>(heads), a.num_kv_heads = part.kv_heads, a.key_dim = part.key_dim, a.head_dim = part.head_dim;
     a.q = q.data() + i * heads * q.shape(2), a.out = out.data() + i * heads * out.shape(2);
     if (stats) a.stats = stats->data() + i * heads * 2;
-    a.scale = scale, a.form = part.form;
+    a.scale = scale, a.form = part.form, a.bfp = part.bfp;
     a.coded_keys = p[0], a.coded_values = p[1], a.length = p[5], a.query_key = p[6], a.first_key = p[7];
     if (window) a.first_key = std::max(a.first_key, a.query_key - *window + 1);
     require(a.coded_keys >= 0 && a.coded_values >= 0 && a.coded_keys <= a.length && a.coded_values <= a.length, "coded tokens must be some of all");
@@ -125,8 +155,8 @@ void attend(const Parts& parts, const Float3& q, const Jobs& places, const Out3&
             "exact tokens lie outside of a part's rows");
     a.keys = part.from(true, p[3]), a.values = part.from(false, p[4]);
     if (part.blocks(true) == nullptr) continue;
-    require(a.coded_keys % part.block_tokens(true) == 0 && p[2] % part.block_tokens(true) == 0 && p[2] % part.block_tokens(false) == 0,
-            "coded keys must be whole groups, and begin where blocks do");
+    require(a.coded_keys % part.unit(true) == 0 && a.coded_values % part.unit(false) == 0 && p[2] % part.block_tokens(true) == 0 && p[2] % part.block_tokens(false) == 0,
+            "coded tokens must be whole units, and begin where blocks do");
     a.key_blocks = part.blocks(true) + static_cast<std::size_t>(p[2] / part.block_tokens(true)) * part.block_bytes(true);
     a.value_blocks = part.blocks(false) + static_cast<std::size_t>(p[2] / part.block_tokens(false)) * part.block_bytes(false);
   }
@@ -147,12 +177,12 @@ void encode(const Parts& parts, const Jobs& jobs) {
       if (job[1] == 0) continue;
       require(job[0] >= 0 && job[1] > 0 && job[0] + job[1] <= part.rows(keys), "tokens to code lie outside of a part's rows");
       require(part.blocks(keys) != nullptr && job[2] >= 0 && part.codes(keys, job[2] + job[1]), "tokens to code lie outside of a part's blocks");
-      require(!keys || (job[1] % part.block_tokens(true) == 0 && job[2] % part.block_tokens(true) == 0), "keys are coded in whole groups of tokens");
-      all.push_back({keys, part.from(keys, job[0]), part.form, part.kv_heads, keys ? part.key_dim : part.head_dim, job[2], job[1], part.blocks(keys)});
+      require(job[1] % part.unit(keys) == 0 && job[2] % part.unit(keys) == 0, "tokens are coded in whole units");
+      all.push_back({keys, part.from(keys, job[0]), part.form, part.bfp, part.top, part.kv_heads, keys ? part.key_dim : part.head_dim, job[2], job[1], part.blocks(keys)});
     }
   }
   nb::gil_scoped_release release;
-  mw::kivi_encode_each(all.data(), all.size());
+  mw::encode_each(all.data(), all.size());
 }
 
 void join(const Float3& outs, const Float3& stats, const Offsets& ends, const Out3& out, std::optional<Out3> joined) {
@@ -172,9 +202,11 @@ void join(const Float3& outs, const Float3& stats, const Offsets& ends, const Ou
 
 void bind_parts(nb::module_& m) {
   nb::class_<CachePart>(m, "CachePart", "One layer of one cache: rows of exact tokens, and blocks of coded ones if it has any")
-      .def(nb::init<const Room&, const Room&, std::optional<OutBlocks>, std::optional<OutBlocks>, int, int, int, bool>(), "k"_a.noconvert(),
-           "v"_a.noconvert(), "key_blocks"_a.noconvert() = nb::none(), "value_blocks"_a.noconvert() = nb::none(), "bits"_a = 0, "group"_a = 0,
-           "key_group"_a = 0, "integers"_a = false);
+      .def(nb::init<const Room&, const Room&>(), "k"_a.noconvert(), "v"_a.noconvert())
+      .def_static("kivi", &CachePart::kivi, "k"_a.noconvert(), "v"_a.noconvert(), "key_blocks"_a.noconvert(), "value_blocks"_a.noconvert(), "bits"_a,
+                  "group"_a, "key_group"_a, "integers"_a)
+      .def_static("floating", &CachePart::floating, "k"_a.noconvert(), "v"_a.noconvert(), "key_blocks"_a.noconvert(), "value_blocks"_a.noconvert(),
+                  "order"_a.noconvert().none(), "bits"_a, "value_bits"_a, "block"_a, "by_token"_a, "raise_top"_a);
   m.def("append_parts", &append, "parts"_a, "k"_a, "v"_a, "places"_a);
   m.def("attend_parts", &attend, "parts"_a, "q"_a, "places"_a, "out"_a.noconvert(), "scale"_a, "window"_a.none() = nb::none(), "stats"_a.noconvert().none() = nb::none());
   m.def("encode_parts", &encode, "parts"_a, "jobs"_a);
