@@ -35,6 +35,9 @@ What was changed after it had failed, and what is seen now:
   1.9 under replay on the made trace (4 % nearer, standard error 12 %; six stretches, the old limits), 2.2 and 2.7 on
   Azure's (33 % further, standard error 22 %; four stretches). This claim fails: for these two the order stays, and
   the distance does not shrink.
+- Mooncake's trace, 3,000 requests: 34.5 s under Poisson, 31.5 s under replay, nobody set aside. Both claims on bursts
+  fail there, and rightly: its arrivals are nearly Poisson's, and the tail is that of prompts of up to 126,000 tokens.
+  What is said of the generator holds on all three traces.
 """
 
 from __future__ import annotations
@@ -364,9 +367,9 @@ def serving_claims(trace: Trace, sizes: Sizes) -> Iterator[Claim]:
     )
     yield Claim(
         claim="requests are set aside under bursts only",
-        measured=f"{plain.preempted} under Poisson, {burst.preempted} under replay, with memory for what Poisson needs; "
-        f"where a page is kept for each that runs, {kept.preempted} under replay, and then {1e3 * kept.first:,.0f} ms to the "
-        "first token at the 99th percentile",
+        measured=f"{plain.preempted} under Poisson, {burst.preempted} under replay, with memory for what Poisson "
+        f"needs; where a page is kept for each that runs, {kept.preempted} under replay, and then "
+        f"{1e3 * kept.first:,.0f} ms to the first token at the 99th percentile",
         required="none, and some",
         passed=plain.preempted == 0 < burst.preempted,
     )
