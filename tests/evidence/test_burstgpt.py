@@ -65,3 +65,18 @@ def test_every_request_is_served_and_waiting_counts_from_arrival(experiment: Mod
 def test_own_statistics_need_the_own_file(experiment: ModuleType, trace: Trace) -> None:
     assert experiment.own_claim(trace, False).passed is None
     assert experiment.own_claim(trace, True).passed is None  # no log types in it
+
+
+def test_a_page_that_is_kept_for_each_keeps_all_of_them_in(experiment: ModuleType, trace: Trace) -> None:
+    some = trace.answered().clip_lengths(60, 20)
+    some = some.keep(np.arange(len(some)) < 60, "first")
+    pages = experiment.serve(some, 4096).pages
+    crowd = some.scale_rate(1e6)
+    assert experiment.serve(some, pages).preempted == 0
+    assert experiment.serve(crowd, pages).preempted > 0
+    assert experiment.serve(crowd, pages, spare_pages=2).preempted == 0
+
+
+def test_thinned_counts_follow_theory_and_scaled_ones_stay(experiment: ModuleType, trace: Trace) -> None:
+    claim = experiment.scaling_claim(trace, experiment.QUICK)
+    assert claim.passed, claim.measured

@@ -29,6 +29,24 @@ class LengthsName(StrEnum):
     zipf = "zipf"
 
 
+SpreadOption = Annotated[
+    bool,
+    typer.Option(
+        "--spread",
+        help="Before all else draw the times of requests that were recorded at one moment from the time between two: "
+        "such moments are no bursts.",
+    ),
+]
+ReplayOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Replay the trace on a virtual clock with so many pages of 16 tokens: what context switches cost.",
+        metavar="PAGES",
+        min=1,
+    ),
+]
+
+
 def trace(
     path: Annotated[Path, typer.Argument(help="BurstGPT's or Azure's CSV, or Mooncake's JSON lines.", metavar="TRACE")],
     *,
@@ -42,14 +60,7 @@ def trace(
     trim: Annotated[
         float | None, typer.Option(help="Before all else shorten idle stretches to so many seconds.", min=0.001)
     ] = None,
-    spread: Annotated[
-        bool,
-        typer.Option(
-            "--spread",
-            help="Before all else draw the times of requests that were recorded at one moment from the time between "
-            "two: such moments are no bursts.",
-        ),
-    ] = False,
+    spread: SpreadOption = False,
     thin: Annotated[
         float | None, typer.Option(help="Before all else keep each request with this probability: milder bursts.")
     ] = None,
@@ -60,14 +71,7 @@ def trace(
         int | None,
         typer.Option(help="New requests begin conversations of at most so many tokens, whose prompts hold history."),
     ] = None,
-    replay: Annotated[
-        int | None,
-        typer.Option(
-            help="Replay the trace on a virtual clock with so many pages of 16 tokens: what context switches cost.",
-            metavar="PAGES",
-            min=1,
-        ),
-    ] = None,
+    replay: ReplayOption = None,
     requests: Annotated[int, typer.Option(help="Of the replay: the first so many answered ones.", min=1)] = 500,
     priorities: PrioritiesOption = None,
     priority_updates: UpdatesOption = None,
@@ -82,13 +86,9 @@ def trace(
     """
     from memwall.serve.traces import read_columns, write_columns
 
-    whole = read_columns(path)
-    tick = whole.tick_seconds
-    found = _asked_for(whole.spread(seed) if spread and tick else whole, model, kind, trim, thin, seed)
-    report = {**describe(found, window), "tick_seconds": tick or None}
-    if tick and not spread:
-        note(f"memwall: times were recorded every {tick:.3g} s; give --spread, or these moments count as bursts",
-             quiet=quiet)  # fmt: skip
+    whole, tick = _spread(read_columns(path), seed, asked=spread, quiet=quiet)
+    found = _asked_for(whole, model, kind, trim, thin, seed)
+    report = {**describe(found, window), "tick_seconds": tick}
     if generate is not None:
         made = _another(found, path, window, lengths, scale, conversations, seed)
         write_columns(made, generate)
@@ -105,6 +105,15 @@ def trace(
         typer.echo(_replay_table(report["replay"]))
     if generate is not None:
         note(f"memwall: {report['generated']['requests']:,} requests are in {generate}", quiet=quiet)
+
+
+def _spread(whole: Trace, seed: int, *, asked: bool, quiet: bool) -> tuple[Trace, float | None]:
+    """The trace, with times between the moments of recording if `asked`, and the seconds between these; None: none."""
+    tick = whole.tick_seconds
+    if tick and not asked:
+        told = f"memwall: times were recorded every {tick:.3g} s; give --spread, or these moments count as bursts"
+        note(told, quiet=quiet)
+    return (whole.spread(seed) if tick and asked else whole), tick or None
 
 
 def _asked_for(
