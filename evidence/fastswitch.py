@@ -25,7 +25,7 @@ of nineteen each (Markov priorities: P99 between tokens 41, 28, 23, 24 ms; anoth
 two runs of a real clock says nothing: there are more loads, variants are compared load by load, and a difference counts
 where it is more than two standard errors of its mean. Failing still are variants that are worse than any before them by
 more than that, and all parts together if they are not better than none by more than that; which neighbours could not be
-told apart is said. So that six loads of four variants and two patterns end within a quarter of an hour, the model has
+told apart is said. So that five loads of four variants and two patterns end within a quarter of an hour, the model has
 three layers where it had six, and a load 40 conversations where it had 80. The virtual clock has no noise, and there
 each part must lower what the one before it left.
 
@@ -81,7 +81,7 @@ class Sizes:
     hidden: int = 512
     intermediate: int = 1376
     chats: int = 40
-    real_loads: int = 6
+    real_loads: int = 5
     virtual_chats: int = 150
     loads: int = 3
     frequencies: tuple[float, ...] = (0.01, 0.02, 0.04)
@@ -91,7 +91,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     chats=8,
-    real_loads=2,
+    real_loads=1,
     virtual_chats=24,
     loads=1,
     frequencies=(0.01, 0.04),
@@ -369,7 +369,7 @@ def paired_claim(loads: Sequence[Sequence[Figures]], where: str, name: str, what
         measured=f"geometric mean of {len(loads)} loads: {told}; each on top of the one before: {', '.join(steps)}; "
         f"all parts {np.expm1(whole):+.0%} ({abs(whole) / error:.1f} errors, {np.exp(-whole):.1f} times in all)",
         required="with all parts lower by more than 2 standard errors; no variant higher than one before it by more",
-        passed=whole < -2 * error and not broken,
+        passed=(whole < -2 * error and not broken) if len(loads) > 1 else None,  # one load tells no error
     )
 
 
