@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from memwall import kernels
-from memwall.claims import Claim, Progress, main, not_run
+from memwall.claims import Claim, Progress, alternately, main, not_run
 from memwall.engine import evaluate
 from memwall.formats import codec
 from memwall.formats.apmm_bipolar_int import codes_of, codes_of_signed, integers_of, pack
@@ -143,19 +142,6 @@ def errors() -> list[Claim]:
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
-
-
-def alternately(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
-        work()
-    for _ in range(rounds):
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(each)) for name, each in seconds.items()}
 
 
 def torch_products(w: np.ndarray, x: np.ndarray) -> dict[str, Callable[[], object]]:

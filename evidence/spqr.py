@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from memwall import kernels
-from memwall.claims import Claim, Progress, main, not_run
+from memwall.claims import Claim, Progress, alternately, main, not_run
 from memwall.compress.base import MethodConfig, Statistics
 from memwall.compress.calibration import (
     BUNDLED_TEXT,
@@ -629,19 +628,6 @@ def speed(num_layers: int, rounds: int) -> list[Claim]:
         Claim(claim="outliers as a second pass lose", measured=shown, required=required,
               passed=all(seconds[name] > seconds["fused"] for name in passes)),
     ]  # fmt: skip
-
-
-def alternately(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turn; each round begins with another, as what came before is felt."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    order = list(works.items())
-    for _ in range(rounds + 1):
-        order.append(order.pop(0))
-        for name, work in order:
-            began = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(each[1:])) for name, each in seconds.items()}
 
 
 if __name__ == "__main__":

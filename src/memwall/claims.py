@@ -10,9 +10,10 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +49,27 @@ class Claim:
 def not_run(claim: str, required: str, needs: str = "GPU") -> Claim:
     """A claim that this machine cannot judge. It is never reported as passed."""
     return Claim(claim=claim, measured=f"not run: needs {needs}", required=required, passed=None)
+
+
+REST_SECONDS = 0.02
+
+
+def alternately(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, taken in turn, after a round that does not count; each round begins with another one.
+
+    A rest before each call lets the threads of the one before fall asleep: pools of several libraries in one process
+    spin for a while when they are done, and would keep a processor from the next.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    order = list(works.items())
+    for _ in range(rounds + 1):
+        order.append(order.pop(0))
+        for name, work in order:
+            time.sleep(REST_SECONDS)
+            began = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
