@@ -20,7 +20,7 @@ Beside torchao's 8-bit product (2,048 x 2,048 weights, two cores) the claim depe
 W4A4 takes 0.30 ms for one token and 2.3 for 64, torchao 8.8 and 12.6, with rests between calls; without them 0.32 and
 1.1 against 1.8 and 3.5 (30 November 2026). On a Xeon whose torch was much faster with integers it took 0.19 and 1.38
 ms, torchao 0.60 and 1.05, and the claim failed for 64 tokens; few tokens take up to a fifth less time since, many a few
-hundredths, and it was not measured there again.
+hundredths, and it was not measured there again: until it is, the system is called partial.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """

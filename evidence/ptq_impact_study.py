@@ -8,8 +8,8 @@ FalconForCausalLM on docstrings of the standard library and kept in the cache fo
 a second run reads them. They are scored on docstrings that they were not trained on: on the text that the Llama-like
 are scored on, which is of another kind, a Falcon of this size has a perplexity near 200, and there noise in the weights
 helps as often as it hurts (nf4 0.0016 ± 0.0016 nats below bfloat16). That was seen before the text was changed. The
-card's sizes, about 5 and 30 million, would take hours of training here. Products are timed on random weights in the
-shape of Llama-3.2-1B.
+card's sizes, about 5 and 30 million, would take hours of training here; until models of them have been judged, the
+system is called partial. Products are timed on random weights in the shape of Llama-3.2-1B.
 
 The study calls nf4 and fp4 equally good; here that means perplexities not more than 2 % apart, a bar of ours. In the
 whole run of 30 November 2026 they were 1.1 % apart on the demo model and 2.2 % on wide-heads (80.94 and 82.70, nf4 the
