@@ -1,6 +1,6 @@
 """Speed of the weight kernels: what share of the memory's read rate one token reaches, and what rate many tokens reach.
 
-    python benchmarks/products.py [--json] [--formats int4,int8,float32] [--paths avx512,avx2] [--threads 2]
+    python benchmarks/products.py [--json] [--formats int4,int8,float32] [--paths amx,avx512,avx2] [--threads 2]
 
 Decode: one token times a matrix that no cache holds (`--megabytes`); before each product the plain read rate of the
 same number of threads is measured, and the share is the median over such pairs; where other programs disturb the
@@ -28,7 +28,7 @@ from memwall import _native, kernels
 from memwall.formats import Packed, codec
 
 COLUMNS = 2048
-PATHS = ("avx512", "avx2", "portable")
+PATHS = ("amx", "avx512", "avx2", "portable")
 
 
 def processor_name() -> str:
@@ -149,7 +149,7 @@ def print_table(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="int2,int3,int4,int5,int6,int8,float32,float16,bfloat16")
-    parser.add_argument("--paths", default="avx512,avx2")
+    parser.add_argument("--paths", default="amx,avx512,avx2")
     parser.add_argument("--threads", type=int, default=0, help="0: all")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--megabytes", type=float, default=256)

@@ -404,9 +404,9 @@ def random_matrix(rows: int, cols: int, seed: int, group: int = 128, share: floa
 
 
 def product_claims(models: Models) -> Iterator[Claim]:
-    shapes = [(1, 64, 300), (9, 100, 704), (32, 48, 1000), (5, 17, 127), (8, 33, 129)]
+    shapes = [(1, 64, 300), (9, 100, 704), (32, 48, 1000), (5, 17, 127), (8, 33, 129), (19, 70, 600)]
     checked, equal, lowest, paths = 0, True, False, []
-    for isa in ("portable", "avx2", "avx512"):
+    for isa in ("portable", "avx2", "avx512", "amx"):
         try:
             kernels.force_isa(isa)
         except ValueError:

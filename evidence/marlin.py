@@ -525,7 +525,7 @@ def naive(rounds: int) -> list[Claim]:
 def native_stripes(rounds: int) -> list[Claim]:
     """Three strips on two threads: one thread would have two of them."""
     tokens, cols = 64, 53_248  # inputs of the widest layer of Llama-3.1-405B
-    strip = 32 if kernels.isa() == "avx512" else 16
+    strip = 32 if kernels.isa() in ("avx512", "amx") else 16
     matrix = kernels.matrix(filled(DENSE, 3 * strip, cols))
     x = np.random.default_rng(0).standard_normal((tokens, cols), np.float32)
     threads, results, seconds, counted = kernels.num_threads(), [], {}, []

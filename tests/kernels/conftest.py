@@ -9,7 +9,7 @@ import pytest
 from memwall import kernels
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         kernels.force_isa(request.param)

@@ -52,6 +52,22 @@ def test_tiles_times_rounded_activations(spec: str, isa: str) -> None:
             assert_close(product(x.numpy(), matrix), reference.linear(rounded, weight), rounded, weight)
 
 
+@pytest.mark.parametrize("spec", ["int8", "int4-g128", "int5-g64-asym", "nf4", "nf4-dq", "fp4", "mxfp4", "posit8"])
+def test_the_matrix_unit_changes_no_bit(spec: str) -> None:
+    matrix, _ = weights(150, 1100, spec)
+    with_vectors, with_unit = [], []
+    try:
+        for isa, products in (("avx512", with_vectors), ("amx", with_unit)):
+            kernels.force_isa(isa)
+            products.extend(product(activations(tokens, 1100), matrix) for tokens in (12, 13, 16, 33, 64, 270))
+    except ValueError:
+        pytest.skip("this processor has no matrix unit")
+    finally:
+        kernels.force_isa(kernels.best_isa())
+    for one, other in zip(with_vectors, with_unit, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("spec", ["int4-g128", "int3-g32-asym", "int8-g64", "int4-g64-asym"])
 def test_a_token_s_results_do_not_depend_on_how_many_there_are(spec: str, isa: str) -> None:
     """To the bit, rounded and exact: few tokens share weights in registers, in blocks, many in a panel."""

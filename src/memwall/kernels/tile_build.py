@@ -30,8 +30,8 @@ _X86 = ("-mfma", "-mf16c", "-mavx2")
 _AVX512 = (
     "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi", "-mprefer-vector-width=512",
 )  # fmt: skip
-FLAGS: dict[str, tuple[str, ...]] = {"avx512": (*_X86, *_AVX512), "avx2": _X86}
-LANES = {"avx512": 16, "avx2": 8}
+FLAGS: dict[str, tuple[str, ...]] = {"amx": (*_X86, *_AVX512), "avx512": (*_X86, *_AVX512), "avx2": _X86}
+LANES = {"amx": 16, "avx512": 16, "avx2": 8}
 COMPILE_SECONDS = 300
 
 
@@ -71,7 +71,8 @@ class Compiled:
 
 
 def build(program: TileProgram, *, isa: str | None = None, fast: bool = True) -> Compiled:
-    """Compile, or take from the cache. isa: avx512, avx2 or portable; None for the one the kernels use.
+    """Compile, or take from the cache. isa: amx (whose vectors are those of avx512), avx512,
+    avx2 or portable; None for the one the kernels use.
     fast: optimise fully; programs that are run once, to be checked, are compiled sooner without.
     """
     isa = isa or str(kernels.isa())

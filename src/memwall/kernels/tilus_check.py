@@ -103,7 +103,7 @@ def check(dtype: str, *, group: int = DEFAULT_GROUP, config: Config | None = Non
 
 
 def instruction_sets() -> list[str]:
-    """Those the kernels can be forced to on this processor."""
+    """Those of vectors that the kernels can be forced to on this processor."""
     now, found = kernels.isa(), []
     for isa in ("portable", "avx2", "avx512"):
         try:

@@ -323,7 +323,7 @@ void Attention::look_up(const std::int32_t* table, std::int64_t tokens) {
 
 const AttentionKernels& attention_kernels() {
 #if defined(MW_X86)
-  if (active_isa() == Isa::avx512) return avx512::attention_table();
+  if (active_isa() >= Isa::avx512) return avx512::attention_table();
   if (active_isa() == Isa::avx2) return avx2::attention_table();
 #endif
   return portable::attention_table();

@@ -6,8 +6,9 @@
 
 namespace mw {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
-constexpr int kNumIsas = 3;
+// amx: the kernels of avx512, some of which then have products done by the matrix unit.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+constexpr int kNumIsas = 4;
 
 // Best instruction set that both this build and this processor have.
 Isa best_isa();
@@ -28,7 +29,8 @@ const char* isa_name(Isa isa);
   namespace mw::avx512 { extern const Type variable; }                                                     \
   namespace mw {                                                                                           \
   static const Type& variable##_in_use() {                                                                 \
-    static const Type* const tables[kNumIsas] = {&portable::variable, &avx2::variable, &avx512::variable}; \
+    static const Type* const tables[] = {&portable::variable, &avx2::variable, &avx512::variable, &avx512::variable}; \
+    static_assert(sizeof tables == kNumIsas * sizeof tables[0]);                                                       \
     return *tables[static_cast<int>(active_isa())];                                                        \
   }                                                                                                        \
   }

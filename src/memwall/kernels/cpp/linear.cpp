@@ -62,7 +62,13 @@ double strip_seconds(const Matrix& m, std::int64_t strip_rows, std::int64_t toke
   return static_cast<double>(strip_rows) * std::max(bytes / kBytesPerSecond, multiplies / kMultipliesPerSecond);
 }
 
-int tokens_together(const LinearKernels& kernels, std::int64_t tokens) { return tokens == 1 ? 1 : kernels.token_block; }
+// From so many tokens on a matrix unit takes the products of tiles: fewer are multiplied from the tiles themselves.
+constexpr std::int64_t kLeastUnitTokens = 13;
+bool by_unit(std::int64_t tokens, int group) { return active_isa() == Isa::amx && tokens >= kLeastUnitTokens && group != kBilevelGroup; }
+
+int tokens_together(const LinearKernels& kernels, std::int64_t tokens, int group) {
+  return tokens == 1 ? 1 : by_unit(tokens, group) ? kUnitTokens : kernels.token_block;
+}
 
 // Bytes of codes, scales and sums.
 std::size_t activation_bytes(std::int64_t tokens, std::int64_t cols, int group, int block) {
@@ -76,11 +82,13 @@ Activations quantize(const LinearKernels& kernels, const Input& input, int group
   Activations a;
   a.group = group;
   a.groups = (input.cols + group - 1) / group;
-  a.block = tokens_together(kernels, input.tokens);
+  a.block = tokens_together(kernels, input.tokens, group);
+  a.rows = by_unit(input.tokens, group);
   const std::int64_t blocks = (input.tokens + a.block - 1) / a.block, entries = blocks * a.block * a.groups;
   a.codes = reinterpret_cast<std::int8_t*>(scratch.at_least(activation_bytes(input.tokens, input.cols, group, a.block)));
   a.scales = reinterpret_cast<float*>(a.codes + entries * group);
   a.sums = reinterpret_cast<std::int32_t*>(a.scales + entries);
+  if (a.rows) std::fill(a.scales + (blocks - 1) * a.block * a.groups, a.scales + entries, 0.0f);  // of tokens that are not there: see kUnitTokens
   const std::size_t grain = std::max<std::int64_t>(1, (1 << 16) / (a.block * input.cols + 1));
   parallel_for(static_cast<std::size_t>(blocks), grain, [&](std::size_t begin, std::size_t end, int) {
     for (auto b = static_cast<std::int64_t>(begin); b < static_cast<std::int64_t>(end); ++b) {
@@ -94,16 +102,18 @@ Activations quantize(const LinearKernels& kernels, const Input& input, int group
 }
 
 // The same for activations of mixed widths, in the order that the matrix reads them in.
-Activations quantize_mixed(const LinearKernels& kernels, const float* x, std::int64_t tokens, const Matrix& m, int block, Scratch& scratch) {
+Activations quantize_mixed(const LinearKernels& kernels, const float* x, std::int64_t tokens, const Matrix& m, Scratch& scratch) {
   Activations a;
   a.group = m.group;
   a.groups = m.groups;
-  a.block = block;
-  a.token_bytes = mixed_code_bytes(m);
+  const int block = a.block = tokens_together(kernels, tokens, m.group);
+  a.rows = by_unit(tokens, m.group);
+  a.token_bytes = a.rows ? a.padded_cols() : mixed_code_bytes(m);
   const std::int64_t blocks = (tokens + block - 1) / block, entries = blocks * block * a.groups, code_bytes = blocks * block * a.token_bytes;
   a.codes = reinterpret_cast<std::int8_t*>(scratch.at_least(static_cast<std::size_t>(code_bytes + 8 * entries)));
   a.scales = reinterpret_cast<float*>(a.codes + code_bytes);
   a.sums = reinterpret_cast<std::int32_t*>(a.scales + entries);
+  if (a.rows) std::fill(a.scales + (blocks - 1) * block * a.groups, a.scales + entries, 0.0f);
   const std::size_t grain = std::max<std::int64_t>(1, (1 << 15) / (block * m.cols + 1));
   parallel_for(static_cast<std::size_t>(blocks), grain, [&](std::size_t begin, std::size_t end, int) {
     for (auto b = static_cast<std::int64_t>(begin); b < static_cast<std::int64_t>(end); ++b) {
@@ -215,7 +225,7 @@ Input own_input(const LinearKernels& kernels, const Input& plain, const Matrix& 
   if (m.turned) return turned_input(kernels, plain, m, rounded);
   Input input = plain;
   if (m.wide_groups != nullptr && rounded) {
-    input.coded = quantize_mixed(kernels, plain.x, plain.tokens, m, tokens_together(kernels, plain.tokens), g_activations[3]);
+    input.coded = quantize_mixed(kernels, plain.x, plain.tokens, m, g_activations[3]);
     return input;
   }
   if (ordered_tiles(m) && rounded) {
@@ -426,7 +436,7 @@ void linear_block(const Input& plain, const Product* products, std::size_t count
       const bool ordered = ordered_tiles(m);
       if (!ordered && inputs[slot].coded.codes == nullptr) inputs[slot].coded = quantize(kernels, plain, m.group, g_activations[slot]);
       job.input = ordered ? &own : &inputs[slot];
-      side_by_side = plain.tokens <= kernels.token_block * few_blocks(kernels, m) && m.bytes() <= 1;
+      side_by_side = !by_unit(plain.tokens, m.group) && plain.tokens <= kernels.token_block * few_blocks(kernels, m) && m.bytes() <= 1;
       if (one) job.kernel = m.form == Form::sparse ? kernels.sparse_one : kernels.tiles_one;
       else job.kernel = side_by_side ? kernels.tiles_few : kernels.tiles_many;
     }
@@ -645,21 +655,21 @@ std::size_t linear_scratch_bytes_for(std::int64_t tokens, std::int64_t cols, int
   tokens = std::min<std::int64_t>(tokens, kMaxTokens);
   if (group == 3 || group == 4)  // outputs are taken to be as wide as inputs can be
     return workers + 2 * Scratch::rounded(ordered_bytes(tokens, cols)) + turning_bytes(cols, threads) +
-           (group == 3 ? Scratch::rounded(activation_bytes(tokens, cols, kMaskedGroup, tokens_together(linear_kernels_in_use(), tokens))) : 0);
+           (group == 3 ? Scratch::rounded(activation_bytes(tokens, cols, kMaskedGroup, tokens_together(linear_kernels_in_use(), tokens, kMaskedGroup))) : 0);
   if (group >= kMixedRounding) {  // all groups in 8 bits, and the columns put in order where products are exact
     const int width = group - kMixedRounding;
-    return workers + Scratch::rounded(activation_bytes(tokens, cols, width, tokens_together(linear_kernels_in_use(), tokens)));
+    return workers + Scratch::rounded(activation_bytes(tokens, cols, width, tokens_together(linear_kernels_in_use(), tokens, width)));
   }
   if (group == 2) return workers + Scratch::rounded(activation_bytes(1, cols, kMaskedGroup, 1));
   if (group == 1) return workers + Scratch::rounded(ordered_bytes(tokens, cols));
   if (group == kBilevelGroup)
-    return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens))) +
+    return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens, group))) +
            Scratch::rounded(column_bytes(tokens, cols));
   if (group < 0) {
     const bool grouped = -group > kMaxPlanes;
     return workers + Scratch::rounded(plane_bytes(tokens, cols, grouped ? -group - kMaxPlanes : -group, grouped));
   }
-  return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens)));
+  return workers + Scratch::rounded(activation_bytes(tokens, cols, group, tokens_together(linear_kernels_in_use(), tokens, group)));
 }
 
 void linear(const float* x, std::int64_t tokens, std::int64_t cols, const Product* products, std::size_t count, bool exact) {

@@ -18,6 +18,7 @@ constexpr int kTileRows = 16;
 constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr std::int64_t kMostMixedColumns = 65536;  // of weights for mixed activations: one token's, widened, fit in a thread's scratch
+constexpr int kUnitTokens = 16;   // that a matrix unit multiplies at once, those that are missing with scales of zero
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
 enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook, masked, stacked, sparse };
@@ -183,6 +184,9 @@ extern float dynamic_levels[256];
 //
 // For mixed activations a group of 8 bits lies like that, and one of 4 bits as [column / 8][token % block][4]: a byte has a column
 // in its low nibble and the fourth one after it in its high one.
+//
+// With `rows`, as a matrix unit reads them, a token's codes of a group lie side by side: codes[token / block][group][token % block]
+// [column % group]; mixed ones of 4 bits are bytes there too, 16 times the code.
 struct Activations {
   std::int8_t* codes = nullptr;
   float* scales = nullptr;        // [token / block][group][token % block]
@@ -190,8 +194,12 @@ struct Activations {
   int block = 1, group = 0;
   std::int64_t groups = 0;
   std::int64_t token_bytes = 0;  // of mixed ones: bytes of a token's codes
+  bool rows = false;
 
   std::int64_t padded_cols() const { return groups * group; }
+  // bytes between two fours of columns, and between two tokens of a block
+  std::int64_t next_four() const { return rows ? 4 : 4 * block; }
+  std::int64_t next_token() const { return rows ? group : 4; }
 };
 
 struct Input {

@@ -1,7 +1,9 @@
 // Integer products: packed weight tiles times activations quantized to 8 bits.
 #include "linear_kernels.h"
+#include "matrix_unit.h"
 #include "tiles.h"
 
+#include <algorithm>
 #include <type_traits>
 
 namespace mw::MW_ISA {
@@ -39,11 +41,11 @@ std::int32_t quantize_group(const float* x, std::int64_t stride, std::int8_t* co
 // token. The last group may be short.
 template <int Group>
 void quantize_tokens(const float* x, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
-  const std::int64_t stride = 4 * to.block;
+  const std::int64_t stride = to.next_four(), token = to.next_token();
   std::int8_t* codes = to.codes + index * to.padded_cols() * to.block;
   float* scales = to.scales + index * to.groups * to.block;
   std::int32_t* sums = to.sums + index * to.groups * to.block;
-  for (std::int64_t first = 0; first < cols; first += Group, codes += Group / 4 * stride, scales += to.block, sums += to.block)
+  for (std::int64_t first = 0; first < cols; first += Group, codes += Group * to.block, scales += to.block, sums += to.block)
     for (int t = 0; t < count; ++t) {
       const float* from = x + t * cols + first;
       float padded[Group];
@@ -51,25 +53,25 @@ void quantize_tokens(const float* x, std::int64_t cols, int count, std::int64_t 
         for (std::int64_t i = 0; i < Group; ++i) padded[i] = first + i < cols ? from[i] : 0.0f;
         from = padded;
       }
-      sums[t] = quantize_group<Group>(from, stride, codes + 4 * t, scales + t);
+      sums[t] = quantize_group<Group>(from, stride, codes + t * token, scales + t);
     }
 }
 
 // The same with columns gathered in the order of a matrix while they are rounded: no ordered copy of the tokens is made.
 template <int Group, class Index>
 void quantize_gathered(const float* x, const Index* order, std::int64_t cols, int count, std::int64_t index, const Activations& to) {
-  const std::int64_t stride = 4 * to.block;
+  const std::int64_t stride = to.next_four(), token = to.next_token();
   std::int8_t* codes = to.codes + index * to.padded_cols() * to.block;
   float* scales = to.scales + index * to.groups * to.block;
   std::int32_t* sums = to.sums + index * to.groups * to.block;
   alignas(64) float values[Group];
-  for (std::int64_t first = 0; first < cols; first += Group, codes += Group / 4 * stride, scales += to.block, sums += to.block) {
+  for (std::int64_t first = 0; first < cols; first += Group, codes += Group * to.block, scales += to.block, sums += to.block) {
     const std::int64_t held = cols - first < Group ? cols - first : Group;
     for (int t = 0; t < count; ++t) {
       const float* from = x + t * cols;
       for (std::int64_t i = 0; i < held; ++i) values[i] = from[order[first + i]];
       for (std::int64_t i = held; i < Group; ++i) values[i] = 0.0f;
-      sums[t] = quantize_group<Group>(values, stride, codes + 4 * t, scales + t);
+      sums[t] = quantize_group<Group>(values, stride, codes + t * token, scales + t);
     }
   }
 }
@@ -384,7 +386,7 @@ struct Panel {
 static_assert(sizeof(Panel) <= kWorkerScratchBytes);
 
 template <int Bits, int Bytes>
-void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, int num_groups, int slot, Panel& panel) {
+void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, int num_groups, int slot, int less, Panel& panel) {
   const std::uint8_t* unit = m.tile(tile) + first_group * m.group_bytes();
   const int num_units = num_groups * (m.group / kUnitColumns);
   for (int u = 0; u < num_units; ++u, unit += kLaneVectorBytes * Bits)
@@ -395,13 +397,13 @@ void unpack_tile(const Matrix& m, std::int64_t tile, std::int64_t first_group, i
         const auto put = [&](int part, Vb bytes) __attribute__((always_inline)) {
           store(panel.parts[part].codes[u * kUnitBlocks + I][slot] + p * kVectorBytes, bytes);
         };
-        if constexpr (Bytes == 0) put(0, codes);
+        if constexpr (Bytes == 0) put(0, codes - static_cast<std::uint8_t>(less));
         if constexpr (kWords && (Bytes == 2 || Bytes == 4)) {
           const auto words = level_words<Bits, Bytes>(*m.levels, codes);
           put(0, (Vb)words.first);
           put(1, (Vb)words.second);
         } else {
-          if constexpr (Bytes >= 1) put(0, look_up<Bits>(m.levels->low, codes));
+          if constexpr (Bytes >= 1) put(0, look_up<Bits>(m.levels->low, codes) - static_cast<std::uint8_t>(less));
           if constexpr (Bytes >= 2) put(1, look_up<Bits>(m.levels->high, codes));
         }
       }
@@ -429,8 +431,8 @@ void unpack_sparse(const Matrix& m, std::int64_t tile, std::int64_t first_group,
     }
 }
 
-// A strip may end past the last tile: the missing one reads as zeros.
-void unpack_panel(const Matrix& m, std::int64_t strip, std::int64_t first_group, int num_groups, Panel& panel) {
+// A strip may end past the last tile: the missing one reads as zeros. less: what is taken off the codes of integers.
+void unpack_panel(const Matrix& m, std::int64_t strip, std::int64_t first_group, int num_groups, int less, Panel& panel) {
   for (int slot = 0; slot < kStripTiles; ++slot) {
     const std::int64_t tile = strip * kStripTiles + slot;
     if (tile < m.row_tiles && m.form == Form::sparse) {
@@ -439,7 +441,7 @@ void unpack_panel(const Matrix& m, std::int64_t strip, std::int64_t first_group,
     }
     if (tile < m.row_tiles) {
       with_form(m, [&](auto bits, auto bytes) {
-        unpack_tile<decltype(bits)::value, decltype(bytes)::value>(m, tile, first_group, num_groups, slot, panel);
+        unpack_tile<decltype(bits)::value, decltype(bytes)::value>(m, tile, first_group, num_groups, slot, less, panel);
       });
       continue;
     }
@@ -510,6 +512,74 @@ PanelBlock pick_panel_block(const Matrix& m, int tokens, bool first = true) {
   });
   return found;
 }
+
+// As panel_block, of a block of 16 tokens by the matrix unit, a row tile at a time: the same sums, and the same operations on floats.
+template <bool Asymmetric>
+void unit_block(const MatrixUnit& unit, const Part& part, const float (*mins)[kStripRows], const Activations& a, std::int64_t block,
+                std::int64_t first_group, int num_groups, int offset, float (*sums)[kStripRows]) {
+  const std::int64_t at = (block * a.groups + first_group) * kUnitTokens;
+  for (int v = 0; v < kStripVectors; ++v) {
+    Vf total[kUnitTokens];
+    static_for<kUnitTokens>([&](auto t) __attribute__((always_inline)) { total[decltype(t)::value] = load<Vf>(sums[decltype(t)::value] + v * kWidth); });
+    unit.for_groups(a.codes + at * a.group, part.codes[0][v], num_groups, [&](int g, const MatrixUnit::Sums& dots) __attribute__((always_inline)) {
+      const Vf scale = load<Vf>(part.scales[g] + v * kWidth);
+      const float* x_scales = a.scales + at + g * kUnitTokens;
+      const std::int32_t* x_sums = a.sums + at + g * kUnitTokens;
+      static_for<kUnitTokens>([&](auto t) __attribute__((always_inline)) {
+        constexpr int T = decltype(t)::value;
+        Vi dot = load<Vi>(dots[T]);
+        if (offset) dot -= x_sums[T] * offset;
+        total[T] += scale * x_scales[T] * to_float(dot);
+        if (Asymmetric) total[T] += load<Vf>(mins[g] + v * kWidth) * (x_scales[T] * static_cast<float>(x_sums[T]));
+      });
+    });
+    static_for<kUnitTokens>([&](auto t) __attribute__((always_inline)) { store(sums[decltype(t)::value] + v * kWidth, total[decltype(t)::value]); });
+  }
+}
+
+// What passes over a panel: blocks of tokens, which are multiplied by as many instructions as they have tokens or by the matrix unit.
+class PanelProduct {
+ public:
+  PanelProduct(const Matrix& m, const Activations& a)
+      : m_(m), a_(a), two_sums_(m.second || (!kWords && m.bytes() == 2)), less_(bytes_less(m, a)), unit_(a.rows, m.group, less_ != 0) {}
+
+  int together() const { return a_.block; }
+  // What is taken off the first byte of weights as a panel is unpacked, which makes them signed.
+  int less() const { return less_; }
+
+  // Adds the products of `count` tokens (at most `together`, from a block's first on) with the groups that the panel holds.
+  void add(const Panel& panel, std::int64_t first_token, int count, std::int64_t first_group, int num_groups, float (*sums)[kStripRows]) const {
+    one_part(panel, 0, m_.low_offset() - less_, first_token, count, first_group, num_groups, sums);
+    if (two_sums_) one_part(panel, 1, m_.levels->high_offset, first_token, count, first_group, num_groups, sums);
+  }
+
+ private:
+  // The first part brings along what is added to numbers.
+  void one_part(const Panel& panel, int index, int offset, std::int64_t first_token, int count, std::int64_t first_group, int num_groups,
+                float (*sums)[kStripRows]) const {
+    const Part& part = panel.parts[index];
+    if (a_.rows) {
+      const auto multiply = index == 0 && (m_.adds() || m_.zeros) ? unit_block<true> : unit_block<false>;
+      return multiply(unit_, part, panel.mins, a_, first_token / kUnitTokens, first_group, num_groups, offset, sums);
+    }
+    pick_panel_block(m_, count, index == 0)(part, panel.parts[1], panel.mins, a_, first_token / kTokenBlock, first_group, num_groups, offset, sums);
+  }
+
+  // The offset of the first byte, where what is left fits in a signed one.
+  static int bytes_less(const Matrix& m, const Activations& a) {
+    const int offset = m.low_offset();
+    if (!a.rows || m.form != Form::tiles || m.bytes() > 1 || offset > 128) return 0;
+    int most = (1 << m.bits) - 1;
+    if (m.bytes() == 1) most = *std::max_element(m.levels->low, m.levels->low + 256);
+    return most - offset <= 127 ? offset : 0;
+  }
+
+  const Matrix& m_;
+  const Activations& a_;
+  bool two_sums_;
+  int less_;
+  MatrixUnit unit_;
+};
 
 }  // namespace
 
@@ -583,51 +653,41 @@ void tiles_part(const Matrix& m, const Input& input, std::int64_t strip, std::in
                 int tokens, float* sums, char* scratch) {
   Panel& panel = *reinterpret_cast<Panel*>(scratch);
   auto* to = reinterpret_cast<float(*)[kStripRows]>(sums);
+  const PanelProduct product(m, input.coded);
   const std::int64_t chunk = kPanelColumns / m.group;
-  const int blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
-  const bool two_sums = m.second || (!kWords && m.bytes() == 2);
+  const int together = product.together(), blocks = (tokens + together - 1) / together;
   __builtin_memset(sums, 0, sizeof(float) * kStripRows * tokens);
   for (std::int64_t g = first_group; g < end_group; g += chunk) {
     const int num_groups = static_cast<int>(end_group - g < chunk ? end_group - g : chunk);
-    unpack_panel(m, strip, g, num_groups, panel);
+    unpack_panel(m, strip, g, num_groups, product.less(), panel);
     const std::int64_t left = end_group - g - num_groups;
     const PanelCodes next(m, strip, g + num_groups, static_cast<int>(left < chunk ? left : chunk));
-    for (int t = 0; t < tokens; t += kTokenBlock) {
-      next.fetch(t / kTokenBlock, blocks);
-      const PanelBlock block = pick_panel_block(m, tokens - t < kTokenBlock ? tokens - t : kTokenBlock);
-      const std::int64_t index = (first_token + t) / kTokenBlock;
-      block(panel.parts[0], panel.parts[1], panel.mins, input.coded, index, g, num_groups, m.low_offset(), to + t);
-      if (two_sums)
-        pick_panel_block(m, tokens - t < kTokenBlock ? tokens - t : kTokenBlock, false)(panel.parts[1], panel.parts[1], panel.mins, input.coded, index, g,
-                                                                                        num_groups, m.levels->high_offset, to + t);
+    for (int t = 0; t < tokens; t += together) {
+      next.fetch(t / together, blocks);
+      product.add(panel, first_token + t, tokens - t < together ? tokens - t : together, g, num_groups, to + t);
     }
   }
 }
 
 void tiles_many(const Matrix& m, const Input& input, std::int64_t begin, std::int64_t end, const Output& out, char* scratch) {
   Panel& panel = *reinterpret_cast<Panel*>(scratch);
+  const PanelProduct product(m, input.coded);
   const int tokens = static_cast<int>(input.tokens), chunk = kPanelColumns / m.group;
-  const int last = tokens % kTokenBlock, blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
-  const PanelBlock full = pick_panel_block(m, kTokenBlock), rest = last ? pick_panel_block(m, last) : nullptr;
-  const bool two_sums = m.second || (!kWords && m.bytes() == 2);
-  const PanelBlock full_more = pick_panel_block(m, kTokenBlock, false), rest_more = last ? pick_panel_block(m, last, false) : nullptr;
+  const int together = product.together(), blocks = (tokens + together - 1) / together;
   for (std::int64_t strip = begin; strip < end; ++strip) {
     __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * tokens);
     for (std::int64_t g = 0; g < m.groups; g += chunk) {
       const int num_groups = static_cast<int>(m.groups - g < chunk ? m.groups - g : chunk);
-      unpack_panel(m, strip, g, num_groups, panel);
+      unpack_panel(m, strip, g, num_groups, product.less(), panel);
       const bool is_last = g + num_groups == m.groups;
       const std::int64_t next_group = is_last ? 0 : g + num_groups, left = m.groups - next_group;
       PanelCodes next;
       if (!is_last || strip + 1 < end) next = PanelCodes(m, strip + is_last, next_group, static_cast<int>(left < chunk ? left : chunk));
-      for (int t = 0; t < tokens; t += kTokenBlock) {
-        const int count = tokens - t < kTokenBlock ? tokens - t : kTokenBlock;
-        next.fetch(t / kTokenBlock, blocks);
+      for (int t = 0; t < tokens; t += together) {
+        const int count = tokens - t < together ? tokens - t : together;
+        next.fetch(t / together, blocks);
         for (int i = t; is_last && i < t + count; ++i) expect_rows(i, strip * kStripRows, kStripRows, out);
-        const PanelBlock block = count == kTokenBlock ? full : rest;
-        block(panel.parts[0], panel.parts[1], panel.mins, input.coded, t / kTokenBlock, g, num_groups, m.low_offset(), panel.sums + t);
-        const PanelBlock more = count == kTokenBlock ? full_more : rest_more;
-        if (two_sums) more(panel.parts[1], panel.parts[1], panel.mins, input.coded, t / kTokenBlock, g, num_groups, m.levels->high_offset, panel.sums + t);
+        product.add(panel, t, count, g, num_groups, panel.sums + t);
         for (int i = t; is_last && i < t + count; ++i) write_rows(panel.sums[i], i, strip * kStripRows, kStripRows, out);
       }
     }

@@ -5,6 +5,7 @@
 // extended; activations of 4 bits widen the same way. What is too much by powers of two is divided out of the scale once a group.
 // This file is compiled without fused multiplication and addition: its floats are the same on every processor.
 #include "linear_kernels.h"
+#include "matrix_unit.h"
 #include "tiles.h"
 
 namespace mw::MW_ISA {
@@ -26,9 +27,10 @@ MW_INLINE Vb weight_block(const std::uint8_t* unit) {
   return (Vb)((I % 2 ? raw : raw << 4) & 0xf0f0);
 }
 
-// One group of one token; `stride` bytes lie between two fours of bytes. Returns the sum of the codes.
+// One group of one token; `stride` bytes lie between two fours of bytes. widen: codes of 4 bits are a byte each, 16 times the code.
+// Returns the sum of the codes.
 template <int Group>
-std::int32_t quantize_group(const float* x, std::int64_t stride, bool wide, std::int8_t* codes, float* scale) {
+std::int32_t quantize_group(const float* x, std::int64_t stride, bool wide, bool widen, std::int8_t* codes, float* scale) {
   constexpr int kVectors = Group / kWidth;
   Vi largest{};  // magnitudes order as their bits do, and infinities and what is not a number come last
   for (int i = 0; i < kVectors; ++i) {
@@ -49,9 +51,9 @@ std::int32_t quantize_group(const float* x, std::int64_t stride, bool wide, std:
     sum += code;
     store(rounded + i * kWidth, code);
   }
-  if (wide) {
+  if (wide || widen) {
     for (int c = 0; c < Group; c += 4, codes += stride)
-      for (int j = 0; j < 4; ++j) codes[j] = static_cast<std::int8_t>(rounded[c + j]);
+      for (int j = 0; j < 4; ++j) codes[j] = static_cast<std::int8_t>(wide ? rounded[c + j] : rounded[c + j] * kNibbleFactor);
   } else {
     for (int c = 0; c < Group; c += 8, codes += stride)
       for (int j = 0; j < 4; ++j) codes[j] = static_cast<std::int8_t>((rounded[c + j] & 15) | rounded[c + 4 + j] << 4);
@@ -71,8 +73,8 @@ void quantize_token(const float* x, const Matrix& m, int token, const Activation
       for (std::int64_t c = count; c < Group; ++c) values[c] = 0.0f;
       from = values;
     }
-    sums[g * to.block + token] = quantize_group<Group>(from, 4 * to.block, wide, codes + 4 * token, scales + g * to.block + token);
-    codes += (wide ? Group : Group / 2) * to.block;
+    sums[g * to.block + token] = quantize_group<Group>(from, to.next_four(), wide, to.rows, codes + token * to.next_token(), scales + g * to.block + token);
+    codes += (wide || to.rows ? Group : Group / 2) * to.block;
   }
 }
 
@@ -183,13 +185,15 @@ struct FromPanel {
   MW_INLINE void next() { codes += kUnitBlocks; }
 };
 
+// Less: what is taken off the bytes.
+template <int Less = 0>
 void unpack_groups(const Matrix& m, std::int64_t strip, std::int64_t first, int groups, Panel& panel) {
   FromTiles from(m, strip);
   for (auto& unit : from.units) unit += first * m.group_bytes();
   for (int u = 0; u < groups * (m.group / kUnitColumns); ++u, from.next())
     static_for<kUnitBlocks>([&](auto block) __attribute__((always_inline)) {
       constexpr int I = decltype(block)::value;
-      for (int v = 0; v < kStripVectors; ++v) store(panel.codes[u * kUnitBlocks + I][v], from.weights<I>(v));
+      for (int v = 0; v < kStripVectors; ++v) store(panel.codes[u * kUnitBlocks + I][v], from.weights<I>(v) - static_cast<std::uint8_t>(Less));
     });
   for (int g = 0; g < groups; ++g)
     for (int v = 0; v < kStripVectors; ++v) store(panel.scales[g] + v * kWidth, from.scale(first + g, v));
@@ -255,6 +259,38 @@ const std::int8_t* widen_groups(const Matrix& m, const std::int8_t* packed, std:
   return packed;
 }
 
+// The same of a block of 16 tokens by the matrix unit, a row tile at a time.
+void unit_block(const MatrixUnit& unit, const Panel& panel, const Groups& groups, const std::int8_t* codes, float (*sums)[kStripRows]) {
+  for (int v = 0; v < kStripVectors; ++v) {
+    Vf total[kUnitTokens];
+    static_for<kUnitTokens>([&](auto t) __attribute__((always_inline)) { total[decltype(t)::value] = load<Vf>(sums[decltype(t)::value] + v * kWidth); });
+    unit.for_groups(codes, panel.codes[0][v], groups.count, [&](int g, const MatrixUnit::Sums& dots) __attribute__((always_inline)) {
+      const float factor = group_factor(groups.wide[g]);
+      const Vf scale = load<Vf>(panel.scales[g] + v * kWidth);
+      static_for<kUnitTokens>([&](auto t) __attribute__((always_inline)) {
+        constexpr int T = decltype(t)::value;
+        total[T] += scale * (groups.scales[g * kUnitTokens + T] * factor) * to_float(load<Vi>(dots[T]));
+      });
+    });
+    static_for<kUnitTokens>([&](auto t) __attribute__((always_inline)) { store(sums[decltype(t)::value] + v * kWidth, total[decltype(t)::value]); });
+  }
+}
+
+// Gives panel.sums what all groups of a strip add up to, by the matrix unit: its weights are 16 times the signed codes.
+void strip_by_unit(const MatrixUnit& unit, const Matrix& m, const Activations& a, std::int64_t tokens, std::int64_t strip, Panel& panel) {
+  __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * static_cast<std::size_t>(tokens));
+  const std::int64_t chunk = kPanelColumns / m.group;
+  for (std::int64_t g = 0; g < m.groups; g += chunk) {
+    const int count = static_cast<int>(m.groups - g < chunk ? m.groups - g : chunk);
+    unpack_groups<kOffset>(m, strip, g, count, panel);
+    for (std::int64_t t = 0; t < tokens; t += kUnitTokens) {
+      const std::int64_t at = t * a.groups + g * kUnitTokens;
+      const Groups groups{m.group, count, m.wide_groups + g, a.scales + at, a.sums + at};
+      unit_block(unit, panel, groups, a.codes + at * m.group, panel.sums + t);
+    }
+  }
+}
+
 // Gives panel.sums what groups [first, last) of a strip add up to.
 void strip_groups(const Matrix& m, const Activations& a, std::int64_t tokens, std::int64_t strip, std::int64_t first, std::int64_t last, Panel& panel) {
   __builtin_memset(panel.sums, 0, sizeof(float) * kStripRows * static_cast<std::size_t>(tokens));
@@ -309,7 +345,7 @@ void mixed_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
   };
   const std::int64_t columns = m.groups * m.group;
   auto& few = *reinterpret_cast<Few*>(scratch);
-  if (few.holds(tokens, columns)) {
+  if (!a.rows && few.holds(tokens, columns)) {
     const auto bytes_of = [&](std::int64_t t) { return few.bytes + t * columns; };
     for (std::int64_t t = 0; t < tokens; t += kTokenBlock) widen_groups(m, a.codes + t * a.token_bytes, 0, m.groups, bytes_of(t));
     const auto full = token_block_for<FromTiles>(kTokenBlock), rest = token_block_for<FromTiles>(tokens % kTokenBlock);
@@ -324,8 +360,10 @@ void mixed_many(const Matrix& m, const Input& input, std::int64_t begin, std::in
     return;
   }
   auto& panel = *reinterpret_cast<Panel*>(scratch);
+  const MatrixUnit unit(a.rows, m.group, true);
   for (std::int64_t strip = begin; strip < end; ++strip) {
-    strip_groups(m, a, tokens, strip, 0, m.groups, panel);
+    if (a.rows) strip_by_unit(unit, m, a, tokens, strip, panel);
+    else strip_groups(m, a, tokens, strip, 0, m.groups, panel);
     write(strip, panel.sums);
   }
 }

@@ -36,7 +36,7 @@ double since(Clock::time_point start) { return std::chrono::duration<double>(Clo
 
 const ProbeKernels& kernels() {
 #if defined(MW_X86)
-  if (active_isa() == Isa::avx512) return avx512::probe_kernels();
+  if (active_isa() >= Isa::avx512) return avx512::probe_kernels();
   if (active_isa() == Isa::avx2) return avx2::probe_kernels();
 #endif
   return portable::probe_kernels();
