@@ -118,6 +118,18 @@ class LatentRows:
         self.coded = 0  # tokens in records, those spilled ahead left out
         self.waiting = 0
         self._spilled_groups = self._spilled = 0
+        self._store: latent.LatentStore | None = None
+
+    @property
+    def store(self) -> latent.LatentStore:
+        """The rows as kernels take them: all that may ever come."""
+        if self._store is None:
+            form, size = self.form, self.region.capacity_bytes
+            records, tail = self.region.whole((size,), np.uint8), self.tail.view(np.uint16)
+            self._store = latent.LatentStore(
+                records, tail, form.width, form.bits, form.group, form.along_tokens, form.zero_inside
+            )
+        return self._store
 
     @property
     def count(self) -> int:
@@ -204,6 +216,7 @@ class LatentRows:
 
     def release(self) -> None:
         """Gives the records back."""
+        self._store = None
         self.records = self.records[:0]
         self.region.release()
 

@@ -15,6 +15,7 @@ import numpy as np
 from memwall.models.config import RopeConfig
 
 BLOCK_POSITIONS = 512
+"""Positions of which tables are made at once, and kept."""
 
 
 @lru_cache(maxsize=16)
@@ -61,10 +62,19 @@ class RotaryTable:
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
         self.rope = rope
         self.head_dim = head_dim
+        self._block = (-1, (np.empty(0, np.float32), np.empty(0, np.float32)))
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin, float32 [len(positions), head_dim / 2]."""
         return rope_tables(self.rope, self.head_dim, positions)
+
+    def block(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same for BLOCK_POSITIONS positions from `first` on; the latest one is kept."""
+        begin, table = self._block
+        if begin != first:
+            table = self.at(np.arange(first, first + BLOCK_POSITIONS))
+            self._block = (first, table)
+        return table
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
