@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
@@ -135,6 +136,7 @@ class Rebuild:
     key_norm: np.ndarray | None
 
 
+@lru_cache(maxsize=512)
 def projection_names(layer: int) -> tuple[str, str]:
     """The tensors W_K and W_V of a layer."""
     prefix = f"model.layers.{layer}.self_attn."
@@ -323,7 +325,7 @@ class LatentCache(KVCache):
     def rows_of(self, layer: int) -> tuple[LatentRows, LatentRows]:
         """What a layer's keys and values are rebuilt from; the same where both are from the same rows."""
 
-    def make_ready(self, layer: int) -> None:  # noqa: B027 - most have nothing to do
+    def make_ready(self, layer: int) -> None:
         """Before the rows of a layer's settled tokens are read."""
 
     def kept_whole(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -353,7 +355,7 @@ class LatentCache(KVCache):
         )  # fmt: skip
 
     def place(self, layer: int) -> tuple[int, int, int, int]:
-        """Of the next token: how many settled tokens' rows it sees and from which on (`kernels.latent.attend_parts`)."""
+        """Of the next token: the settled tokens whose rows it sees, as in `kernels.latent.attend_parts`."""
         held = self._lengths[layer] - self.num_whole(layer)
         first = seen_first(self.shape.window(layer), self._lengths[layer])
         return (*(min(rows.coded, held) for rows in self.rows_of(layer)), held, first)  # type: ignore[return-value]

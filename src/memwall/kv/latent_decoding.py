@@ -1,4 +1,4 @@
-"""The next tokens of several caches of latent rows at once: keys of all are rebuilt and attended to in one call a layer.
+"""The next tokens of several caches of latent rows at once: all their keys are rebuilt and attended to in one call.
 
 What a query finds in its own token, in those that its cache kept whole and in rebuilt ones is joined, as the cache by
 itself joins it.
@@ -84,7 +84,8 @@ class LatentDecoding(OneByOne):
 
 def _join(found: Found, some: np.ndarray, other: Found) -> None:
     """Joins what queries `some` found in other tokens into what all found."""
-    pieces = [np.stack([all_[some], part], axis=1).reshape(-1, *part.shape[1:]) for all_, part in zip(found, other)]
-    join_pieces(*pieces, np.arange(2, len(pieces[0]) + 1, 2), *other)
+    pairs = (np.stack([all_[some], part], axis=1) for all_, part in zip(found, other))
+    outs, stats = (pair.reshape(-1, *pair.shape[2:]) for pair in pairs)
+    join_pieces(outs, stats, np.arange(2, len(outs) + 1, 2), *other)
     for all_, part in zip(found, other):
         all_[some] = part

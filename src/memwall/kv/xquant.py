@@ -162,6 +162,8 @@ class XQuantCache(LatentCache):
             self.release()
             raise
         self._rebuilds = [self._rebuild_of(layer) for layer in range(shape.num_layers)]
+        layers = range(shape.num_layers if self._pairs else 0)
+        self._inward = [[self.factors.matrices[f"{layer}.{which}.in"] for which in "kv"] for layer in layers]
         self._summed = -1  # the layer whose X' the sums of settled tokens are
 
     @staticmethod
@@ -290,11 +292,11 @@ class XQuantCache(LatentCache):
 
     def _push_latents(self, layer: int, x: np.ndarray) -> None:
         """(X W) B for keys and values; in float arithmetic, since B stretches small directions."""
-        matrices = self.model.weights.matrices
-        for which, stack, name in zip("kv", self._stacks, latent.projection_names(layer)):
-            projected, rows = (block[: len(x)] for block in self._scratch.blocks)
-            kernels.linear(x, [matrices[name]], [projected], exact=True)
-            kernels.linear(projected, [self.factors.matrices[f"{layer}.{which}.in"]], [rows])
+        held = self.model.weights.matrices
+        projected, rows = (block[: len(x)] for block in self._scratch.blocks)
+        for stack, name, factor in zip(self._stacks, latent.projection_names(layer), self._inward[layer]):
+            kernels.linear(x, [held[name]], [projected], exact=True)
+            kernels.linear(projected, [factor], [rows])
             stack.layers[layer].push(rows)
 
     def _push_delta(self, layer: int, x: np.ndarray) -> None:
