@@ -23,9 +23,19 @@ class NarrowDecoding(Decoding):
         self._narrow, self.shape = list(caches), caches[0].shape
         pairs = [list(zip(*layer)) for layer in zip(*(cache.parts() for cache in caches))]
         self._recent, self._compact = ([list(layer[which]) for layer in pairs] for which in (0, 1))
+        self._narrowed = [cache.times_narrowed for cache in caches]
+        self._own: dict[int, np.ndarray] = {}
 
     def stands(self) -> bool:
-        return True
+        """Not where a cache has read another prompt: its channels are others."""
+        return self._narrowed == [cache.times_narrowed for cache in self._narrow]
+
+    def _gather(self, layer: int) -> np.ndarray:
+        """Where among all numbers of a layer's queries those are that meet compact keys: [n, H, channels]."""
+        channels = np.stack([cache.channels_of(layer) for cache in self._narrow]).astype(np.int32)
+        n, heads, dim = len(channels), self.shape.num_heads, self.shape.head_dim
+        own = np.repeat(channels, heads // self.shape.num_kv_heads, axis=1)
+        return own + dim * np.arange(n * heads, dtype=np.int32).reshape(n, heads, 1)
 
     def begin(self) -> None:
         held, cut = np.array([cache.begin_decode() for cache in self._narrow], np.int64).T
@@ -34,27 +44,32 @@ class NarrowDecoding(Decoding):
         self._in_recent[:, 4] = cut
         self._in_recent[:, 5], self._in_recent[:, 6] = held - cut + 1, held - cut
         self._in_compact[:, 5], self._in_compact[:, 6] = cut, held
-        self._cut = np.flatnonzero(cut)
+        self._cut = cut > 0
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
         append_parts(self._recent[layer], k, v, self._rows)
 
     def attend(self, layer: int, q: np.ndarray, out: np.ndarray, first: int = 0) -> None:
-        scale, window, end = self.shape.logit_scale, self.shape.window(layer), first + len(q)
-        stats = np.empty((*q.shape[:2], 2), np.float32)
-        recent, places = self._recent[layer][first:end], self._in_recent[first:end]
-        attend_parts(recent, q, places, out=out, stats=stats, scale=scale, window=window)
-        some = self._cut[(self._cut >= first) & (self._cut < end)]
-        if not len(some):
+        scale, window, cut = self.shape.logit_scale, self.shape.window(layer), slice(first, first + len(q))
+        both = np.empty((2, *q.shape[:2], 2), np.float32)
+        recent, places = self._recent[layer][cut], self._in_recent[cut]
+        attend_parts(recent, q, places, out=out, stats=both[1], scale=scale, window=window)
+        some, parts = self._cut[cut], self._compact[layer][cut]
+        if not some.any():
             return
-        rows = some - first
-        channels = np.stack([self._narrow[i].channels_of(layer) for i in some]).astype(np.intp)
-        own = np.repeat(channels, self.shape.num_heads // self.shape.num_kv_heads, axis=1)
-        narrow, parts = np.take_along_axis(q[rows], own, axis=2), [self._compact[layer][i] for i in some]
-        found, joined, compact = np.empty_like(out[rows]), out[rows], np.empty_like(stats[rows])
-        attend_parts(parts, narrow, self._in_compact[some], out=found, stats=compact, scale=scale, window=window)
-        join_two(found, joined, np.stack([compact, stats[rows]]))
-        out[rows] = joined
+        if layer not in self._own:
+            self._own[layer] = self._gather(layer)
+        narrow, places = q.take(self._own[layer][cut] - first * q[0].size), self._in_compact[cut]
+        joined = out
+        if not some.all():
+            rows = np.flatnonzero(some)
+            narrow, places, parts = narrow[rows], places[rows], [parts[i] for i in rows]
+            joined, both = out[rows], both.take(rows, axis=1)
+        found = np.empty_like(joined)
+        attend_parts(parts, narrow, places, out=found, stats=both[0], scale=scale, window=window)
+        join_two(found, joined, both)
+        if joined is not out:
+            out[rows] = joined
 
     def settle(self, layer: int) -> None:
         if layer == self.shape.num_layers - 1:

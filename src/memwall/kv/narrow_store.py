@@ -101,6 +101,8 @@ class NarrowFloat(KVCache):
         self._narrow = [0] * shape.num_layers
         self._lengths = [0] * shape.num_layers
         self._narrowing = False
+        self.times_narrowed = 0
+        """Counts layers whose channels have come: after another prompt they are others."""
         self._prompt: tuple[np.ndarray, np.ndarray] | None = None
         self._parts: list[tuple[CachePart, CachePart]] = []
 
@@ -149,6 +151,7 @@ class NarrowFloat(KVCache):
     def narrowed_by(self, layer: int, channels: np.ndarray) -> None:
         """The array that holds a layer's channels."""
         self._channels[layer] = channels
+        self.times_narrowed += 1
 
     def attend(
         self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
@@ -207,10 +210,9 @@ class NarrowFloat(KVCache):
         self._lengths = [self._lengths[0] + 1] * self.shape.num_layers
 
     def channels_of(self, layer: int) -> np.ndarray:
-        """Of compact keys [Hkv, n], where there are some."""
+        """Of compact keys [Hkv, n]; any where there are none."""
         channels = self._channels[layer]
-        assert channels is not None
-        return channels
+        return np.zeros((self.shape.num_kv_heads, self.width), np.uint16) if channels is None else channels
 
     def truncate(self, length: int) -> None:
         self._check_truncate(length)
