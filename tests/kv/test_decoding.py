@@ -154,13 +154,13 @@ def test_rings_go_round_and_change_frames(store: str, positions: str, sinks: int
     assert together.stands()
 
 
-@pytest.mark.parametrize("policy", ["bfloat16", "kivi(2bit,residual=32)"])
+@pytest.mark.parametrize("policy", ["bfloat16", "kivi(2bit,residual=32)", "xquant(8bit)", "think(0.4,recent=5)"])
 def test_windows_of_layers(policy: str) -> None:
     caches = caches_of(policy, (0, 15, 130, 61), WINDOWED)
     check_steps(caches, 30)
 
 
-@pytest.mark.parametrize("policy", ["float16", "kivi(4bit)"])
+@pytest.mark.parametrize("policy", ["float16", "kivi(4bit)", "xquant(4bit)", "think(0.4)"])
 def test_threads_change_nothing(policy: str) -> None:
     before, found = kernels.num_threads(), []
     try:

@@ -2,8 +2,8 @@
 
 The decoder appends, attends and settles a layer at a time, as with one cache (`kv.base`). `OneByOne` does so cache
 after cache, and does for any policy. A policy whose caches can be asked together says how in `KVCache.decode_together`:
-plain rows and KIVI's codes are `kernels.parts`, one native call for all caches (`PartsDecoding`). What comes out is the
-same to the bit.
+plain rows and KIVI's codes are `kernels.parts`, one native call for all caches (`PartsDecoding`); who holds what is
+left of a prompt in another cache hands the tokens on to it (`InnerDecoding`). What comes out is the same to the bit.
 
 Shapes: n caches, one new token each; H query heads, Hkv key-value heads, D numbers a head; floats are float32.
 """
