@@ -25,7 +25,8 @@ from memwall.models import DEMO_DIRECTORY
 PAGES = "float16"
 POLICIES = (
     "bfloat16", "kivi(2bit)", "kivi(4bit)", "kivi(4bit,queries=int8)", "kv4", "snapkv(0.25)",
-    "lambda(sinks=4,window=512)", "lambda(sinks=4,window=192)+kivi(4bit)", "bfp(order=plain)", "xquant(4bit)",
+    "lambda(sinks=4,window=512)", "lambda(sinks=4,window=192)+kivi(4bit)", "bfp(order=plain)", "think(0.4)",
+    "xquant(4bit)",
 )  # fmt: skip
 CONTEXT, SHORTEST, LONGEST = 1024, 160, 240
 """Of prompts, so that with the tokens made they have 200 to 300."""

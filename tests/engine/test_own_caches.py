@@ -24,9 +24,9 @@ from memwall.hardware.units import MB
 from memwall.kv import fitted
 from memwall.kv.blocks import pieces
 from memwall.kv.cskv import CskvCache, CskvSettings
-from memwall.kv.decoding import Decoding, OneByOne, PartsDecoding
-from memwall.kv.evict import PrunedDecoding
+from memwall.kv.decoding import Decoding, InnerDecoding, OneByOne, PartsDecoding
 from memwall.kv.lambda_decoding import LambdaDecoding
+from memwall.kv.latent_decoding import LatentDecoding
 from memwall.kv.locret import LocretCache, heads_width
 from memwall.kv.policy import parse
 from memwall.memory import Arena, Budget, Ledger, resident_bytes
@@ -153,7 +153,8 @@ def test_answers_are_those_of_a_session_by_itself(policy: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "kind"),
     [("bfloat16", PartsDecoding), ("kivi(2bit)", PartsDecoding), ("lambda(window=200)", LambdaDecoding),
-     ("snapkv(0.25)", PrunedDecoding), ("xquant(4bit)", OneByOne)],
+     ("snapkv(0.25)", InnerDecoding), ("think(0.4)", InnerDecoding), ("xquant(4bit)", LatentDecoding),
+     ("epicache(tokens=100,chunk=64)", OneByOne)],
 )  # fmt: skip
 def test_requests_that_decode_do_so_together(policy: str, kind: type[Decoding]) -> None:
     held = serving(policy)

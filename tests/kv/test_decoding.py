@@ -14,6 +14,7 @@ from memwall.kv.lambda_decoding import LambdaDecoding
 from memwall.memory import Arena, Ledger
 from memwall.memory.pages import PAGE_BYTES
 from tests.kv.latent_models import loaded, project
+from tests.kv.test_cskv import fit
 
 MODEL = loaded("llama", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, hidden_size=128)
 SHAPE = MODEL.shape
@@ -30,7 +31,10 @@ OTHERS = (
     "int4", "snapkv(0.25)", "snapkv(tokens=20,window=8)+kivi(4bit,residual=32)",
     "think(0.4,recent=5)", "snapkv(0.5)+think(0.4)+kivi(2bit,residual=32)", "xquant", "xquant(3bit,cl=1,base=1)",
     "lambda(sinks=4,window=40)", "lambda(sinks=3,window=50,positions=clip)+kivi(4bit,group=16,residual=16)",
-    "epicache(tokens=40,chunk=32)",
+    "epicache(tokens=40,chunk=32)", "think(0.4)+bfloat16", "snapkv(0.5)+think(0.3,window=8,recent=9)",
+    "xquant(keep=inputs)", "xquant(8bit,group=32)", "xquant(2bit,cl=1,base=1,keep=inputs)",
+    "cskv(0.5,bits=4,init=svd,train=0,window=16)",
+    "cskv(0.4,init=svd,train=0,sliding=1,window=20)", "cskv(1.0,init=svd,train=0,window=0,bits=2)",
 )  # fmt: skip
 
 
@@ -129,6 +133,8 @@ def test_together_as_one_by_one(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", OTHERS)
 def test_policies_of_every_kind(policy: str) -> None:
+    if policy.startswith("cskv"):
+        fit(MODEL, policy)
     caches = caches_of(policy, (0, 1, 130, 61, 200, 90, 33))
     check_steps(caches, 12)
     check_steps(caches[2:4], 25, seed=50)
@@ -148,13 +154,13 @@ def test_rings_go_round_and_change_frames(store: str, positions: str, sinks: int
     assert together.stands()
 
 
-@pytest.mark.parametrize("policy", ["bfloat16", "kivi(2bit,residual=32)"])
+@pytest.mark.parametrize("policy", ["bfloat16", "kivi(2bit,residual=32)", "xquant(8bit)", "think(0.4,recent=5)"])
 def test_windows_of_layers(policy: str) -> None:
     caches = caches_of(policy, (0, 15, 130, 61), WINDOWED)
     check_steps(caches, 30)
 
 
-@pytest.mark.parametrize("policy", ["float16", "kivi(4bit)"])
+@pytest.mark.parametrize("policy", ["float16", "kivi(4bit)", "xquant(4bit)", "think(0.4)"])
 def test_threads_change_nothing(policy: str) -> None:
     before, found = kernels.num_threads(), []
     try:

@@ -7,11 +7,25 @@ record a token, or `group` tokens where groups run along tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from memwall import _native
+from memwall._native import LatentPart, LatentStore, latent_part
 
-__all__ = ["MOST_TOKENS", "attend_block", "decode_rows", "encode_rows", "record_bytes"]
+__all__ = [
+    "MOST_TOKENS",
+    "LatentPart",
+    "LatentStore",
+    "attend_block",
+    "attend_parts",
+    "decode_rows",
+    "encode_rows",
+    "finish_parts",
+    "latent_part",
+    "record_bytes",
+]
 
 MOST_TOKENS = 512
 """Tokens of one block of `attend_block`."""
@@ -66,3 +80,29 @@ def attend_block(
     from place `first_key + i` of the block on.
     """
     _native.latent_attend(q, k, v, out, stats, scale, first_key)
+
+
+def attend_parts(
+    parts: Sequence[LatentPart],
+    q: np.ndarray,
+    places: np.ndarray,
+    stats: np.ndarray,
+    begin: int,
+    table: tuple[np.ndarray, np.ndarray],
+    *,
+    scale: float,
+) -> None:
+    """For one query each of several caches, q [n, H, D]: rebuilds the keys of tokens `begin` (where a block begins) and
+    on, as many as `table` has cos and sin for [tokens, D / 2], and adds what the queries find there to their parts'
+    sums. places: int64 [n, 4] of coded keys and values, tokens, and the first one that the query sees. stats [n, H, 2]:
+    as in `attend_block`; zeros at first.
+
+    What a part finds is to the bit what it finds alone, or in `attend_block` block after block.
+    """
+    _native.attend_latent_parts(parts, q, places, stats, begin, *table, scale)
+
+
+def finish_parts(parts: Sequence[LatentPart], stats: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Divides the sums and applies the matrices of values to them, which gives out [n, H, D]."""
+    _native.finish_latent_parts(parts, stats, out)
+    return out

@@ -229,7 +229,7 @@ class BlockCache(KVCache):
         state = self._layers[layer]
         past = state.past
         first = int(positions[0]) - state.folded
-        past_keys, past_values = past.rows(past.num_rows)
+        past_keys, past_values = past.held
         keys, values = state.tail()
         attend_ragged(
             q,
@@ -246,6 +246,8 @@ class BlockCache(KVCache):
         k, v = self._new
         row = first - (state.num_tail - len(k))
         rows = slice(row, row + len(q))
+        if not (self.scorer.is_final or self._step.folds):  # nothing is chosen behind this pass
+            return out
         scores = self.scorer.see(layer, q, k[rows], v[rows], np.asarray(positions) + self._shift)
         if scores is not None:
             state.tail_scores(first, first + len(q))[:] = scores

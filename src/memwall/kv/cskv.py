@@ -33,7 +33,7 @@ from memwall.errors import InputError
 from memwall.kv import fitted, latent
 from memwall.kv.base import CacheModel, CacheShape
 from memwall.kv.latent import BLOCK_TOKENS, BlockAttention, Factors, LatentCache, Scratch
-from memwall.kv.latent_rows import CODED_BITS, RECENT, LatentForm, LatentStack, allocated_bytes
+from memwall.kv.latent_rows import CODED_BITS, RECENT, LatentForm, LatentRows, LatentStack, allocated_bytes
 from memwall.kv.policy import AMOUNT, Policy, parse
 
 if TYPE_CHECKING:
@@ -151,10 +151,6 @@ class _Whole:
     def __init__(self, buffer: np.ndarray) -> None:
         self.buffer = buffer  # [2, window, Hkv, D]
         self.count = 0
-
-    @property
-    def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.buffer[0, : self.count], self.buffer[1, : self.count]
 
     def take(self, k: np.ndarray, v: np.ndarray, keep: int) -> None:
         """The last `keep` tokens of those held and the new ones stay."""
@@ -286,16 +282,15 @@ class CskvCache(LatentCache):
             self._keys.layers[layer].push(features[0])
             self._values.layers[layer].push(features[1])
 
-    def attend(
-        self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
-    ) -> np.ndarray:
-        first = int(positions[0])
-        stats = self._attend_exact(layer, q, first, out, stats)
-        shrunk = self._lengths[layer] - self._whole[layer].count
-        if shrunk:
-            load = lambda begin, end: self._load_rows(layer, begin, end)  # noqa: E731
-            self._attention.add(layer, self._rebuilds[layer], load, shrunk, q, first, out, stats)
-        return out
+    def rows_of(self, layer: int) -> tuple[LatentRows, LatentRows]:
+        return self._keys.layers[layer], self._values.layers[layer]
+
+    def kept_whole(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = self._whole[layer].buffer
+        return keys, values
+
+    def num_whole(self, layer: int) -> int:
+        return self._whole[layer].count
 
     def settle(self, layer: int) -> None:
         assert self._new is not None
@@ -333,14 +328,6 @@ class CskvCache(LatentCache):
         if hasattr(self, "_windows"):
             self.arena.free(self._windows)
             del self._windows
-
-    def _kept_whole(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._whole[layer].rows
-
-    def _load_rows(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        stacks = (self._keys, self._values)
-        keys, values = (s.layers[layer].read(begin, end, b) for s, b in zip(stacks, self._scratch.blocks))
-        return keys, values
 
 
 def _load(model: CacheModel, policy: Policy, settings: CskvSettings, shape: CacheShape) -> dict[str, np.ndarray]:

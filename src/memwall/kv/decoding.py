@@ -2,8 +2,8 @@
 
 The decoder appends, attends and settles a layer at a time, as with one cache (`kv.base`). `OneByOne` does so cache
 after cache, and does for any policy. A policy whose caches can be asked together says how in `KVCache.decode_together`:
-plain rows and KIVI's codes are `kernels.parts`, one native call for all caches (`PartsDecoding`). What comes out is the
-same to the bit.
+plain rows and KIVI's codes are `kernels.parts`, one native call for all caches (`PartsDecoding`); who holds what is
+left of a prompt in another cache hands the tokens on to it (`InnerDecoding`). What comes out is the same to the bit.
 
 Shapes: n caches, one new token each; H query heads, Hkv key-value heads, D numbers a head; floats are float32.
 """
@@ -137,3 +137,50 @@ class PartsDecoding(Decoding):
         if layer == self.shape.num_layers - 1:
             for cache in self.parted:
                 cache.end_decode()
+
+
+class OuterCache(Protocol):
+    """A cache that has read its prompt, or has not, and holds what is left of it in another one."""
+
+    shape: CacheShape
+
+    @property
+    def inner(self) -> KVCache:
+        """The other one."""
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether the next token goes to the inner cache as it comes: the prompt has been read."""
+
+    def took_in(self, num_tokens: int) -> None:
+        """The inner cache took in so many tokens."""
+
+
+class InnerDecoding(Decoding):
+    """Those whose prompts have been read: the inner caches' tokens are theirs. Others go one by one."""
+
+    def __init__(self, caches: Sequence[KVCache], outer: Sequence[OuterCache]) -> None:
+        """outer: the caches as such."""
+        super().__init__(caches)
+        self._outer = list(outer)
+        self._passes = all(cache.passes_on for cache in outer)
+        inner = [cache.inner for cache in outer] if self._passes else self.caches
+        self._inner = type(inner[0]).decode_together(inner) if self._passes else OneByOne(inner)
+
+    def stands(self) -> bool:
+        return self._passes and all(cache.passes_on for cache in self._outer) and self._inner.stands()
+
+    def begin(self) -> None:
+        self._inner.begin()
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
+        self._inner.append(layer, k, v)
+
+    def attend(self, layer: int, q: np.ndarray, out: np.ndarray, first: int = 0) -> None:
+        self._inner.attend(layer, q, out, first)
+
+    def settle(self, layer: int) -> None:
+        self._inner.settle(layer)
+        if self._passes and layer == self._outer[0].shape.num_layers - 1:
+            for cache in self._outer:
+                cache.took_in(1)

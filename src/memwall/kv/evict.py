@@ -25,7 +25,7 @@ from memwall.errors import InputError
 from memwall.kernels.attention import attend_float
 from memwall.kv import table
 from memwall.kv.base import CacheModel, CacheShape, KVCache, Role
-from memwall.kv.decoding import Decoding, OneByOne
+from memwall.kv.decoding import Decoding, InnerDecoding
 from memwall.kv.float_store import GrowingRows
 from memwall.kv.policy import Policy
 from memwall.memory.arena import ALIGNMENT_BYTES, SMALL_BYTES
@@ -279,7 +279,7 @@ class EvictingCache(KVCache):
 
     @classmethod
     def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
-        return PrunedDecoding(cast("Sequence[EvictingCache]", caches))
+        return InnerDecoding(caches, cast("Sequence[EvictingCache]", caches))
 
     @property
     def passes_on(self) -> bool:
@@ -397,35 +397,6 @@ class EvictingCache(KVCache):
     def _forget_whole(self) -> None:
         _release(self._whole or [])
         self._whole = None
-
-
-class PrunedDecoding(Decoding):
-    """Those whose prompts have been read: the inner caches' tokens are theirs. Others go one by one."""
-
-    def __init__(self, caches: Sequence[EvictingCache]) -> None:
-        super().__init__(caches)
-        self._pruned = list(caches)
-        self._passes = all(cache.passes_on for cache in caches)
-        inner = [cache.inner for cache in caches] if self._passes else list(caches)
-        self._inner = type(inner[0]).decode_together(inner) if self._passes else OneByOne(inner)
-
-    def stands(self) -> bool:
-        return self._passes and all(cache.passes_on for cache in self._pruned) and self._inner.stands()
-
-    def begin(self) -> None:
-        self._inner.begin()
-
-    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
-        self._inner.append(layer, k, v)
-
-    def attend(self, layer: int, q: np.ndarray, out: np.ndarray, first: int = 0) -> None:
-        self._inner.attend(layer, q, out, first)
-
-    def settle(self, layer: int) -> None:
-        self._inner.settle(layer)
-        if self._passes and layer == len(self._pruned[0]._lengths) - 1:
-            for cache in self._pruned:
-                cache.took_in(1)
 
 
 def _release(whole: list[tuple[GrowingRows, GrowingRows]]) -> None:

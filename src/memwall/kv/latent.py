@@ -16,7 +16,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -27,10 +28,13 @@ from memwall.formats.base import PLAIN_BUFFER
 from memwall.kernels import Matrix, latent
 from memwall.kernels.parts import join_pieces
 from memwall.kv.base import CacheModel, CacheShape, KVCache
-from memwall.kv.latent_rows import LatentStack, allocated_bytes
+from memwall.kv.latent_rows import LatentRows, LatentStack, allocated_bytes
+from memwall.models.rope import BLOCK_POSITIONS
 
 if TYPE_CHECKING:
+    from memwall.kv.decoding import Decoding
     from memwall.memory import Arena
+    from memwall.models.rope import RotaryTable
 
 BLOCK_TOKENS = 128
 """Tokens rebuilt at once: what the decoder multiplies at once, so that the products' scratch is no larger."""
@@ -132,6 +136,7 @@ class Rebuild:
     key_norm: np.ndarray | None
 
 
+@lru_cache(maxsize=512)
 def projection_names(layer: int) -> tuple[str, str]:
     """The tensors W_K and W_V of a layer."""
     prefix = f"model.layers.{layer}.self_attn."
@@ -166,6 +171,7 @@ class BlockAttention:
         parts = np.split(self._whole, np.cumsum(sizes)[:-1])
         self._keys, self._values = (part.reshape(-1, shape.row_values) for part in parts[:2])
         self._sums = parts[2].reshape(-1, value_width)
+        self.room = (self._keys, self._values, self._sums)
 
     @staticmethod
     def _sizes(shape: CacheShape, value_width: int) -> tuple[tuple[int, int], ...]:
@@ -202,13 +208,11 @@ class BlockAttention:
 
         absorb: whether weights are summed over latent rows, W_V applied afterwards; None: where it is less work.
         """
-        window = self.shape.window(layer)
-        seen_from = 0 if window is None else max(first_position - window + 1, 0)
-        num_rows = len(q) * self.shape.num_heads
+        window, num_rows = self.shape.window(layer), len(q) * self.shape.num_heads
+        seen_from = seen_first(window, first_position)
         first = min(seen_from, num_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
-        # summing over latent rows costs a product for each row of out instead of one for each token
         if absorb is None:
-            absorb = num_rows <= min(len(self._values), num_tokens - first)
+            absorb = sums_rows(num_rows, seen_from, num_tokens) and num_rows <= len(self._values)
         if absorb:
             sums = self._sums[:num_rows].reshape(len(q), self.shape.num_heads, self.value_width)
             sums[:] = 0
@@ -253,6 +257,29 @@ class BlockAttention:
         return per_head[np.arange(len(sums)), own]
 
 
+def seen_first(window: int | None, position: int) -> int:
+    """The first token that a query at this position sees."""
+    return 0 if window is None else max(position - window + 1, 0)
+
+
+def sums_rows(num_rows: int, seen_from: int, num_tokens: int) -> bool:
+    """Whether so many query heads sum latent rows up: that costs a product for each of them, not for each token."""
+    return num_rows <= num_tokens - min(seen_from, num_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def attend_rebuilt(
+    parts: Sequence[latent.LatentPart], q: np.ndarray, places: np.ndarray, rotary: RotaryTable, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of one query each of several caches, q [n, H, D], over their latent rows, which they sum up: out
+    [n, H, D] and stats [n, H, 2]. places: as in `kernels.latent.attend_parts`.
+    """
+    out, stats = np.empty_like(q), np.zeros((*q.shape[:2], 2), np.float32)
+    begin, end = int(places[:, 3].min()) // BLOCK_POSITIONS * BLOCK_POSITIONS, int(places[:, 2].max())
+    for first in range(begin, end, BLOCK_POSITIONS):
+        latent.attend_parts(parts, q, places, stats, first, rotary.block(first), scale=scale)
+    return latent.finish_parts(parts, stats, out), stats
+
+
 def _join(out: np.ndarray, stats: np.ndarray, part: np.ndarray, part_stats: np.ndarray) -> None:
     """Joins another part's attention into out [T, H, D] and stats [T, H, 2]."""
     if len(out) == 1:  # as in decoding: without a dozen calls of NumPy
@@ -262,14 +289,18 @@ def _join(out: np.ndarray, stats: np.ndarray, part: np.ndarray, part_stats: np.n
 
 
 class LatentCache(KVCache):
-    """What caches of latent rows share: their parts, their lengths, and attention to the tokens of the current pass.
+    """What caches of latent rows share: their parts, their lengths, and attention.
 
-    A subclass keeps its parts with `_keep`, and says in `_stores` which rows must have room for new tokens.
+    A subclass keeps its parts with `_keep`, and says in `_stores` which rows must have room for new tokens. It has
+    scratch for a block of rows, `_scratch`, attends with `_attention`, and rebuilds layers by `_rebuilds`.
     """
 
     needs_model = True
     takes_inputs: ClassVar[bool] = True
     codes_prompt = True
+    _scratch: Scratch
+    _attention: BlockAttention
+    _rebuilds: list[Rebuild]
 
     def __init__(self, shape: CacheShape, arena: Arena, capacity_tokens: int, model: CacheModel) -> None:
         super().__init__(shape, arena, capacity_tokens)
@@ -277,11 +308,57 @@ class LatentCache(KVCache):
         self._parts: list[Releasable] = []
         self._lengths = [0] * shape.num_layers
         self._new: tuple[np.ndarray, np.ndarray] | None = None
+        self._layer_parts: list[latent.LatentPart] = []
+
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        from memwall.kv.latent_decoding import LatentDecoding
+
+        return LatentDecoding(cast("Sequence[LatentCache]", caches))
 
     @property
     @abstractmethod
     def _stores(self) -> list[LatentStack]:
         """The latent rows; each holds those of all tokens."""
+
+    @abstractmethod
+    def rows_of(self, layer: int) -> tuple[LatentRows, LatentRows]:
+        """What a layer's keys and values are rebuilt from; the same where both are from the same rows."""
+
+    def make_ready(self, layer: int) -> None:
+        """Before the rows of a layer's settled tokens are read."""
+
+    def kept_whole(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The newest settled tokens' keys (rotated) and values, where a cache keeps some: all rows that there is room
+        for.
+        """
+        none = np.empty((0, self.shape.num_kv_heads, self.shape.head_dim), np.float32)
+        return none, none
+
+    def num_whole(self, layer: int) -> int:
+        """How many of them there are now."""
+        return 0
+
+    def layer_parts(self) -> list[latent.LatentPart]:
+        """The layers as kernels take them; the same ones as long as the cache lives."""
+        if not self._layer_parts:
+            self._layer_parts = [self._layer_part(layer) for layer in range(self.shape.num_layers)]
+        return self._layer_parts
+
+    def _layer_part(self, layer: int) -> latent.LatentPart:
+        keys, values = self.rows_of(layer)
+        room, rebuild = self._scratch.blocks, self._rebuilds[layer]
+        return latent.latent_part(
+            keys.store, values.store, (self.shape.num_heads, self.shape.num_kv_heads), rebuild.keys, rebuild.values,
+            rebuild.key_bias, rebuild.value_bias, rebuild.key_norm, self.model.config.rms_norm_eps,
+            room[0], room[0] if keys is values else room[1], *self._attention.room,
+        )  # fmt: skip
+
+    def place(self, layer: int) -> tuple[int, int, int, int]:
+        """Of the next token: the settled tokens whose rows it sees, as in `kernels.latent.attend_parts`."""
+        held = self._lengths[layer] - self.num_whole(layer)
+        first = seen_first(self.shape.window(layer), self._lengths[layer])
+        return (*(min(rows.coded, held) for rows in self.rows_of(layer)), held, first)  # type: ignore[return-value]
 
     def _keep(self, part: Part) -> Part:
         self._parts.append(part)
@@ -296,6 +373,7 @@ class LatentCache(KVCache):
         return sum(part.nbytes for part in self._parts)
 
     def release(self) -> None:
+        self._layer_parts = []
         for part in self._parts:
             part.release()
         self._parts = []
@@ -314,25 +392,43 @@ class LatentCache(KVCache):
             for store in self._stores:
                 store.reserve(held + num_new)
 
+    def attend(
+        self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
+    ) -> np.ndarray:
+        first = int(positions[0])
+        stats = self._attend_exact(layer, q, first, out, stats)
+        place = self.place(layer)
+        if not place[2]:
+            return out
+        self.make_ready(layer)
+        if len(q) == 1 and sums_rows(self.shape.num_heads, place[3], place[2]):
+            parts, scale = [self.layer_parts()[layer]], self.shape.logit_scale
+            _join(out, stats, *attend_rebuilt(parts, q, np.array([place]), self.model.rotary, scale))
+        else:
+            load = lambda begin, end: self._load(layer, begin, end)  # noqa: E731
+            self._attention.add(layer, self._rebuilds[layer], load, place[2], q, first, out, stats)
+        return out
+
+    def _load(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = self.rows_of(layer)
+        rows = keys.read(begin, end, self._scratch.blocks[0])
+        return rows, rows if keys is values else values.read(begin, end, self._scratch.blocks[1])
+
     def _attend_exact(
         self, layer: int, q: np.ndarray, first_position: int, out: np.ndarray, stats: np.ndarray | None
     ) -> np.ndarray:
         """Attention to the pass's own keys and values and to those kept as they came; gives the stats."""
         assert self._new is not None
         stats = np.empty((*q.shape[:2], 2), np.float32) if stats is None else stats
-        start = self._lengths[layer]
+        start, count = self._lengths[layer], self.num_whole(layer)
         self._attend_rows(layer, q, first_position, self._new, start, out, stats)
-        whole = self._kept_whole(layer)
-        if len(whole[0]):
+        if count:
+            keys, values = self.kept_whole(layer)
             part, part_stats = np.empty_like(out), np.empty_like(stats)
-            self._attend_rows(layer, q, first_position, whole, start - len(whole[0]), part, part_stats)
+            whole = (keys[:count], values[:count])
+            self._attend_rows(layer, q, first_position, whole, start - count, part, part_stats)
             _join(out, stats, part, part_stats)
         return stats
-
-    def _kept_whole(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """The newest settled tokens' keys (rotated) and values, where a cache keeps some; none by default."""
-        assert self._new is not None
-        return self._new[0][:0], self._new[1][:0]
 
     def _attend_rows(
         self, layer: int, q: np.ndarray, first_position: int, rows: tuple[np.ndarray, np.ndarray], key_start: int,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,23 +39,22 @@ class LatentForm:
     group: int = 128
     along_tokens: bool = False
     zero_inside: bool = False
+    coded: bool = field(init=False, compare=False, repr=False)
+    """Whether rows are codes, not floats."""
+    cycle: int = field(init=False, compare=False, repr=False)
+    """Tokens that are coded together."""
+    record_bytes: int = field(init=False, compare=False, repr=False)
+    """Bytes of `cycle` tokens."""
 
-    @property
-    def coded(self) -> bool:
-        """Whether rows are codes, not floats."""
-        return self.bits in CODED_BITS
-
-    @property
-    def cycle(self) -> int:
-        """Tokens that are coded together."""
-        return self.group if self.coded and self.along_tokens else 1
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of `cycle` tokens."""
-        if not self.coded:
-            return self.width * self.bits // 8
-        return latent.record_bytes(self.width, self.bits, self.group, along_tokens=self.along_tokens)
+    def __post_init__(self) -> None:
+        # asked for several times a token and layer
+        coded = self.bits in CODED_BITS
+        along = coded and self.along_tokens
+        size = self.width * self.bits // 8
+        if coded:
+            size = latent.record_bytes(self.width, self.bits, self.group, along_tokens=along)
+        for name, value in (("coded", coded), ("cycle", self.group if along else 1), ("record_bytes", size)):
+            object.__setattr__(self, name, value)
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of the records of so many tokens; those of a group that is not full wait elsewhere."""
@@ -118,6 +117,18 @@ class LatentRows:
         self.coded = 0  # tokens in records, those spilled ahead left out
         self.waiting = 0
         self._spilled_groups = self._spilled = 0
+        self._store: latent.LatentStore | None = None
+
+    @property
+    def store(self) -> latent.LatentStore:
+        """The rows as kernels take them: all that may ever come."""
+        if self._store is None:
+            form, size = self.form, self.region.capacity_bytes
+            records, tail = self.region.whole((size,), np.uint8), self.tail.view(np.uint16)
+            self._store = latent.LatentStore(
+                records, tail, form.width, form.bits, form.group, form.along_tokens, form.zero_inside
+            )
+        return self._store
 
     @property
     def count(self) -> int:
@@ -204,6 +215,7 @@ class LatentRows:
 
     def release(self) -> None:
         """Gives the records back."""
+        self._store = None
         self.records = self.records[:0]
         self.region.release()
 

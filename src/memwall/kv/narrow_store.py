@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from memwall.kernels import attention
+from memwall.kernels.parts import CachePart, float_part
 from memwall.kv.base import CacheShape, KVCache
 from memwall.kv.decoding import Decoding, OneByOne
 from memwall.kv.float_store import OWNER, GrowingRows, float_dtype
@@ -55,6 +56,14 @@ def attend_two(
     first, both = np.empty_like(out), np.empty((2, len(q), q.shape[1], 2), np.float32)
     compact(narrow, first, both[0])
     recent(q, out, both[1])
+    join_two(first, out, both, stats)
+    return out
+
+
+def join_two(first: np.ndarray, out: np.ndarray, both: np.ndarray, stats: np.ndarray | None = None) -> None:
+    """Joins what the same queries found in compact keys, first [T, H, D], and in recent ones, out, into out. both
+    [2, T, H, 2]: their stats.
+    """
     peak = both[..., 0].max(axis=0)
     # a query's own token is always among the recent ones, so that the higher peak is a number
     weights = both[..., 1] * np.exp(both[..., 0] - peak)
@@ -65,7 +74,6 @@ def attend_two(
     out += first
     if stats is not None:
         stats[..., 0], stats[..., 1] = peak, total
-    return out
 
 
 def _where(shape: CacheShape, layer: int, positions: np.ndarray) -> dict[str, Any]:
@@ -93,7 +101,10 @@ class NarrowFloat(KVCache):
         self._narrow = [0] * shape.num_layers
         self._lengths = [0] * shape.num_layers
         self._narrowing = False
+        self.times_narrowed = 0
+        """Counts layers whose channels have come: after another prompt they are others."""
         self._prompt: tuple[np.ndarray, np.ndarray] | None = None
+        self._parts: list[tuple[CachePart, CachePart]] = []
 
     @property
     def policy(self) -> str:
@@ -140,6 +151,7 @@ class NarrowFloat(KVCache):
     def narrowed_by(self, layer: int, channels: np.ndarray) -> None:
         """The array that holds a layer's channels."""
         self._channels[layer] = channels
+        self.times_narrowed += 1
 
     def attend(
         self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
@@ -162,6 +174,45 @@ class NarrowFloat(KVCache):
 
     def settle(self, layer: int) -> None:
         self._prompt = None
+
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        from memwall.kv.narrow_decoding import NarrowDecoding
+
+        return NarrowDecoding(cast("Sequence[NarrowFloat]", caches))
+
+    def parts(self) -> list[tuple[CachePart, CachePart]]:
+        """Each layer's recent keys and its compact ones, with the values, as kernels take them; the same ones as long
+        as the cache lives.
+        """
+        if not self._parts:
+            self._parts = [
+                (float_part(keys.capacity(), values.capacity()), float_part(compact.capacity(), values.capacity()))
+                for keys, compact, values in zip(self._keys, self._compact, self._values)
+            ]
+        return self._parts
+
+    def begin_decode(self) -> tuple[int, int]:
+        """Makes room for another token in all layers, or raises with all that is held as it was. Gives how many tokens
+        there are, and how many of them have compact keys; layers differ only within a forward pass.
+        """
+        held, cut = self.length, self._narrow[0]
+        self._check_room(held, 1)
+        self._narrowing = False
+        if not (self._values[-1].has(held + 1) and self._keys[-1].has(held + 1 - cut)):
+            for keys, values in zip(self._keys, self._values):
+                values.reserve(held + 1)
+                keys.reserve(held + 1 - cut)
+        return held, cut
+
+    def end_decode(self) -> None:
+        """The token is held."""
+        self._lengths = [self._lengths[0] + 1] * self.shape.num_layers
+
+    def channels_of(self, layer: int) -> np.ndarray:
+        """Of compact keys [Hkv, n]; any where there are none."""
+        channels = self._channels[layer]
+        return np.zeros((self.shape.num_kv_heads, self.width), np.uint16) if channels is None else channels
 
     def truncate(self, length: int) -> None:
         self._check_truncate(length)
@@ -190,6 +241,7 @@ class NarrowFloat(KVCache):
         return other
 
     def release(self) -> None:
+        self._parts = []
         for rows in (*self._compact, *self._keys, *self._values):
             rows.release()
 

@@ -29,6 +29,7 @@ class RaggedRows:
     ) -> None:
         self.dim, self.dtype = shape.head_dim, dtype
         self.offsets = np.zeros(shape.num_kv_heads + 1, np.int64)
+        self._held: list[np.ndarray] | None = None
         self._rows = [arena.reserve(KEPT, capacity_rows * self.row_bytes) for _ in range(2)]
         self._scores = arena.reserve(SCORES, capacity_rows * SCORE_BYTES) if has_scores else None
 
@@ -53,6 +54,13 @@ class RaggedRows:
         """Keys and values, the first so many rows."""
         return [region.array((num_rows, self.dim), self.dtype) for region in self._rows]
 
+    @property
+    def held(self) -> list[np.ndarray]:
+        """Keys and values, all rows; found once as long as these stay."""
+        if self._held is None:
+            self._held = self.rows(self.num_rows)
+        return self._held
+
     def scores(self, num_rows: int) -> np.ndarray:
         """Scores of the first so many rows."""
         assert self._scores is not None
@@ -67,6 +75,7 @@ class RaggedRows:
 
     def shrink(self) -> None:
         """Gives back the pages behind the last row."""
+        self._held = None
         for region in self._rows:
             region.shrink(self.num_rows * self.row_bytes)
         if self._scores is not None:
@@ -87,6 +96,7 @@ class RaggedRows:
         self.set_lengths(other.lengths)
 
     def release(self) -> None:
+        self._held = None
         for region in (*self._rows, self._scores):
             if region is not None:
                 region.release()

@@ -19,14 +19,16 @@ Holds when: a prompt has at least w tokens and more than R; what comes after it 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from memwall.errors import InputError
 from memwall.kv.base import CacheModel, CacheShape, KVCache, Role
+from memwall.kv.decoding import Decoding, InnerDecoding
 from memwall.kv.float_store import OWNER, float_dtype
 from memwall.kv.kivi import KiviSettings, predict_kivi, read_bytes_kivi
 from memwall.kv.narrow_store import COMPACT, NarrowFloat, NarrowKivi
@@ -227,6 +229,23 @@ class ThinkCache(KVCache):
             self._pass = (0, False)
             if self.length >= self._expected:
                 self._expected = 0
+
+    @classmethod
+    def decode_together(cls, caches: Sequence[KVCache]) -> Decoding:
+        return InnerDecoding(caches, cast("Sequence[ThinkCache]", caches))
+
+    @property
+    def inner(self) -> KVCache:
+        """See `decoding.OuterCache`."""
+        return self.store
+
+    @property
+    def passes_on(self) -> bool:
+        """See `decoding.OuterCache`."""
+        return 0 < self.length >= self._expected
+
+    def took_in(self, num_tokens: int) -> None:
+        """See `decoding.OuterCache`: nothing is counted here."""
 
     def scores(self, layer: int, query_energy: np.ndarray, key_energy: np.ndarray) -> np.ndarray:
         """What each channel [Hkv, D] is worth."""

@@ -162,6 +162,8 @@ class XQuantCache(LatentCache):
             self.release()
             raise
         self._rebuilds = [self._rebuild_of(layer) for layer in range(shape.num_layers)]
+        layers = range(shape.num_layers if self._pairs else 0)
+        self._inward = [[self.factors.matrices[f"{layer}.{which}.in"] for which in "kv"] for layer in layers]
         self._summed = -1  # the layer whose X' the sums of settled tokens are
 
     @staticmethod
@@ -244,17 +246,14 @@ class XQuantCache(LatentCache):
             else:
                 self._stacks[0].layers[layer].push(rows)
 
-    def attend(
-        self, layer: int, q: np.ndarray, positions: np.ndarray, out: np.ndarray, stats: np.ndarray | None = None
-    ) -> np.ndarray:
-        held, first = self._lengths[layer], int(positions[0])
-        stats = self._attend_exact(layer, q, first, out, stats)
-        if held:
-            if self.settings.cl and layer >= self.settings.base:
-                self._sum_up(layer, held)
-            load = lambda begin, end: self._load(layer, begin, end)  # noqa: E731
-            self._attention.add(layer, self._rebuilds[layer], load, held, q, first, out, stats)
-        return out
+    def rows_of(self, layer: int) -> tuple[LatentRows, LatentRows]:
+        if self._sums is not None and layer >= self.settings.base:
+            return self._sums, self._sums
+        return self._stacks[0].layers[layer], self._stacks[-1].layers[layer]
+
+    def make_ready(self, layer: int) -> None:
+        if self.settings.cl and layer >= self.settings.base:
+            self._sum_up(layer, self._lengths[layer])
 
     def settle(self, layer: int) -> None:
         self._settle_rows(layer)
@@ -291,20 +290,13 @@ class XQuantCache(LatentCache):
             keys, values = (self.model.weights.matrices[name] for name in latent.projection_names(layer))
         return latent.rebuild_with(self.model, layer, keys, values)
 
-    def _load(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._sums is not None and layer >= self.settings.base:
-            rows = self._sums.read(begin, end, self._scratch.blocks[0])
-            return rows, rows
-        read = [stack.layers[layer].read(begin, end, block) for stack, block in zip(self._stacks, self._scratch.blocks)]
-        return read[0], read[-1]
-
     def _push_latents(self, layer: int, x: np.ndarray) -> None:
         """(X W) B for keys and values; in float arithmetic, since B stretches small directions."""
-        matrices = self.model.weights.matrices
-        for which, stack, name in zip("kv", self._stacks, latent.projection_names(layer)):
-            projected, rows = (block[: len(x)] for block in self._scratch.blocks)
-            kernels.linear(x, [matrices[name]], [projected], exact=True)
-            kernels.linear(projected, [self.factors.matrices[f"{layer}.{which}.in"]], [rows])
+        held = self.model.weights.matrices
+        projected, rows = (block[: len(x)] for block in self._scratch.blocks)
+        for stack, name, factor in zip(self._stacks, latent.projection_names(layer), self._inward[layer]):
+            kernels.linear(x, [held[name]], [projected], exact=True)
+            kernels.linear(projected, [factor], [rows])
             stack.layers[layer].push(rows)
 
     def _push_delta(self, layer: int, x: np.ndarray) -> None:

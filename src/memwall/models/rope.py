@@ -15,6 +15,10 @@ import numpy as np
 from memwall.models.config import RopeConfig
 
 BLOCK_POSITIONS = 512
+"""Positions of which tables are made at once, and kept."""
+
+SINGLES = 64
+"""Positions asked for by themselves whose tables are kept."""
 
 
 @lru_cache(maxsize=16)
@@ -61,10 +65,28 @@ class RotaryTable:
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
         self.rope = rope
         self.head_dim = head_dim
+        self._block = (-1, (np.empty(0, np.float32), np.empty(0, np.float32)))
+        self._singles: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin, float32 [len(positions), head_dim / 2]."""
-        return rope_tables(self.rope, self.head_dim, positions)
+        """cos and sin, float32 [len(positions), head_dim / 2]; not to be written to."""
+        if len(positions) != 1:
+            return rope_tables(self.rope, self.head_dim, positions)
+        place = float(positions[0])
+        table = self._singles.get(place)
+        if table is None:  # every layer asks for a new token's again
+            if len(self._singles) >= SINGLES:
+                self._singles.clear()
+            table = self._singles[place] = rope_tables(self.rope, self.head_dim, positions)
+        return table
+
+    def block(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same for BLOCK_POSITIONS positions from `first` on; the latest one is kept."""
+        begin, table = self._block
+        if begin != first:
+            table = self.at(np.arange(first, first + BLOCK_POSITIONS))
+            self._block = (first, table)
+        return table
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "bind_matrix.h"
 #include "encode.h"
-#include "linear.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -30,17 +30,6 @@ using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 void require(bool condition, const std::string& message) {
   if (!condition) throw nb::value_error(message.c_str());
 }
-
-struct PyMatrix {
-  mw::Matrix view;
-  std::string spec;
-  nb::object owners[9];  // the arrays behind view
-  std::shared_ptr<mw::Levels> levels;
-  std::shared_ptr<mw::CodebookMatrix> codebooks;
-  // of stacks: the blocks' arrays, and where they lie
-  std::vector<nb::object> block_owners;
-  std::shared_ptr<std::vector<const std::uint8_t*>> blocks;
-};
 
 PyMatrix dense_matrix(const std::string& spec, nb::object array) {
   PyMatrix m;

@@ -44,10 +44,15 @@ struct LatentKernels {
   void (*decode)(const LatentForm&, const std::uint8_t* record, std::int64_t begin, std::int64_t end, float* rows);
   // `count` heads of one query from `head` on, which share their keys or at least their values
   void (*attend)(const LatentAttention&, std::int64_t query, std::int64_t head, int count);
+  void (*widen)(const std::uint16_t* halves, std::int64_t count, float* to);
 };
 
 void latent_encode(const LatentForm&, const float* rows, std::int64_t count, std::uint8_t* records);
 void latent_decode(const LatentForm&, const std::uint8_t* records, std::int64_t first, std::int64_t count, float* rows);
 void latent_attend(const LatentAttention&);
+void latent_widen(const std::uint16_t* halves, std::int64_t count, float* to);
+// The same on the calling thread alone.
+void latent_decode_here(const LatentForm&, const std::uint8_t* records, std::int64_t first, std::int64_t count, float* rows);
+void latent_attend_here(const LatentAttention&);
 
 }  // namespace mw

@@ -224,9 +224,15 @@ void attend(const LatentAttention& a, std::int64_t query, std::int64_t head, int
   else sum_values<1>(p, v, stride, begin, a.tokens, out, a.value_dim);
 }
 
+void widen(const std::uint16_t* halves, std::int64_t count, float* to) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load_half(halves + i));
+  for (; i < count; ++i) to[i] = half_to_float(halves[i]);
+}
+
 }  // namespace
 
 extern const LatentKernels latent_kernels;
-const LatentKernels latent_kernels = {encode, decode, attend};
+const LatentKernels latent_kernels = {encode, decode, attend, widen};
 
 }  // namespace mw::MW_ISA

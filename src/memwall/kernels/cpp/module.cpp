@@ -17,6 +17,7 @@ void bind_parts(nb::module_& m);      // the next token of several caches that l
 void bind_bfp(nb::module_& m);        // block floating point caches
 void bind_pages(nb::module_& m);      // pages of coded blocks
 void bind_latent(nb::module_& m);     // rows in few bits, attention over rebuilt blocks
+void bind_latent_parts(nb::module_& m);  // the next token of several of their caches
 void bind_probe(nb::module_& m);      // measurements of this machine
 void bind_heap(nb::module_& m);       // the C heap's habits
 void bind_range_coder(nb::module_& m);  // entropy coding of symbol streams
@@ -51,6 +52,7 @@ NB_MODULE(_native, m) {
   bind_bfp(m);
   bind_pages(m);
   bind_latent(m);
+  bind_latent_parts(m);
   bind_probe(m);
   bind_heap(m);
   bind_range_coder(m);
