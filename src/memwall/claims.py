@@ -114,7 +114,7 @@ class Experiment(Protocol):
 def run_evidence(
     slug: str, experiment: Any, *, quick: bool = False, data: Path | None = None, progress: Progress | None = None
 ) -> Report:
-    """Runs an experiment (see `Experiment`) and reports its claims; InputError for data that cannot be what it reads."""
+    """Runs an experiment (see `Experiment`) and reports its claims; InputError for data that it cannot read."""
     if data is not None and not data.exists():
         raise InputError(f"--data {data}: there is no such file or directory")
     began = time.perf_counter()
