@@ -114,9 +114,19 @@ class Experiment(Protocol):
 def run_evidence(
     slug: str, experiment: Any, *, quick: bool = False, data: Path | None = None, progress: Progress | None = None
 ) -> Report:
-    """Runs an experiment (see `Experiment`) and reports its claims."""
+    """Runs an experiment (see `Experiment`) and reports its claims; InputError for data that it cannot read."""
+    if data is not None and not data.exists():
+        raise InputError(f"--data {data}: there is no such file or directory")
     began = time.perf_counter()
-    claims = tuple(experiment.run(quick, data, progress))
+    try:
+        claims = tuple(experiment.run(quick, data, progress))
+    except UnicodeDecodeError as error:
+        if data is None:  # a file of our own, then
+            raise
+        raise InputError(
+            f"--data {data}: not UTF-8 text (byte {error.start} is not valid); give the kind of data that "
+            f"{slug} reads without --data"
+        ) from error
     return Report(slug=slug, claims=claims, seconds=time.perf_counter() - began, machine=describe_machine())
 
 
@@ -128,8 +138,6 @@ def main(slug: str, experiment: Any, arguments: Sequence[str] | None = None) -> 
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:
-        if options.data is not None and not options.data.exists():
-            raise InputError(f"--data {options.data}: there is no such file or directory")
         report = run_evidence(slug, experiment, quick=options.quick, data=options.data)
     except MemwallError as error:
         sys.stderr.write(f"error: {error}\n")

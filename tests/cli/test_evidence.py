@@ -63,6 +63,18 @@ def test_data_must_exist(memwall: Any, experiment: Any, tmp_path: Path) -> None:
     assert not calls
 
 
+def test_data_that_is_no_text_is_bad_input_and_named(memwall: Any, experiment: Any, tmp_path: Path) -> None:
+    noise = tmp_path / "noise.bin"
+    noise.write_bytes(b"a\xff")
+    experiment([GOOD])
+    module = evidence.load_experiment(systems.find_system("kivi"))
+    module.run = lambda quick, data, progress=None: (data or noise).read_text("utf-8")  # type: ignore[attr-defined]
+    result = memwall("evidence", "kivi", "--data", noise)
+    assert result.exit_code == 2
+    assert "noise.bin: not UTF-8 text (byte 1 " in result.stderr
+    assert isinstance(memwall("evidence", "kivi").exception, UnicodeDecodeError), "what is not the user's stays a fault"
+
+
 @pytest.mark.parametrize(
     "system", [system for system in systems.all_systems() if system.evidence_path is not None], ids=lambda s: s.slug
 )

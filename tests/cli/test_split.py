@@ -65,6 +65,9 @@ def test_a_trace_is_watched(memwall: Memwall, tmp_path: Path) -> None:
     ("options", "said"),
     [
         (("--attainment", "2"), "--attainment is 2.0"),
+        (("--slo-first", "0"), "--slo-first is 0.0"),
+        (("--slo-token", "nan"), "--slo-token is nan"),
+        (("--rate", "nan"), "--rate is nan"),
         (("--rate", "0"), "--rate is 0.0"),
         (("--watch", "20"), "--watch needs a --trace with times"),
         (("--prompt-tokens", "300000"), "does not fit the"),

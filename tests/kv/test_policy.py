@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memwall import kv
 from memwall.errors import InputError
 from memwall.kv.policy import Policy, parse, stacked
 
@@ -75,3 +76,22 @@ def test_parts() -> None:
     assert [str(part) for part in whole.parts] == ["snapkv(0.25)", "think(0.4)", "kivi(bits=2)"]
     assert str(whole.inner) == "think(0.4)+kivi(bits=2)"
     assert stacked(whole.parts) == whole
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("kivi", "exact, queries"),
+        ("kv4", "exact"),
+        ("bfp", "order, axis, top, exact"),
+        ("snapkv", "pool"),
+        ("cskv", "init"),
+        ("epicache", "encoder"),
+        ("lambda", "positions"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_all_that_there_are(policy: str, words: str) -> None:
+    shape = kv.CacheShape(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=64)
+    with pytest.raises(InputError, match="unknown setting 'nosuch'; it takes ") as refused:
+        kv.held_bytes(f"{policy}(nosuch=3)", shape, 100)
+    assert set(words.split(", ")) <= set(str(refused.value).partition("it takes ")[2].split(", "))

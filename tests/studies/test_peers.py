@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from memwall.errors import InputError
 from memwall.models import model_directory
 from memwall.plan.choose import held_out_text
 from memwall.studies import kv_peers
@@ -34,6 +35,22 @@ def test_who_is_absent_is_listed_with_what_to_install(model: StudyModel, monkeyp
     assert len(kv_peers.peers(DEMO, [0.5, 0.25], model, quick=True)) == 4
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     assert all("memwall[torch]" in peer.skipped for peer in kv_peers.peers(DEMO, [0.5], model))
+
+
+def test_peers_that_would_run_other_weights_are_left_out(model: StudyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_peers, "_library", lambda *names: (names[0], ""))
+    monkeypatch.setattr(kv_peers, "_kvpress_misfit", lambda: "")
+    monkeypatch.setattr(kv_peers, "_stopped_build", lambda: "")
+    assert not any(peer.skipped for peer in kv_peers.peers(DEMO, [0.5], model))
+    for peer in kv_peers.peers(DEMO, [0.5], model, weights="int4"):
+        assert "--weights int4" in peer.skipped
+
+
+def test_a_folder_that_transformers_cannot_load_is_bad_input_and_names_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text((DEMO / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(InputError, match=f"transformers does not load {tmp_path}"):
+        kv_peers._loaded(tmp_path)
 
 
 def test_a_peer_reads_steps_and_branches_as_memwall_does(model: StudyModel) -> None:

@@ -141,7 +141,7 @@ def test_a_conversation_is_read_turn_by_turn_or_by_episodes(tasks: Tasks, model:
 
 
 def test_material_that_cannot_do_is_refused(model: StudyModel) -> None:
-    with pytest.raises(InputError, match="text has"):
+    with pytest.raises(InputError, match="--text: 4 tokens in it"):
         Tasks(model, "Too short.", SMALL)
     long = Sizes(windows=1, prompt_tokens=4000, decoded_tokens=500, tries=1, recall_tokens=200, dialogues=1)
     with pytest.raises(InputError, match="positions"):

@@ -48,8 +48,6 @@ def evidence(
     """
     system = find_system(slug)
     experiment = load_experiment(system)
-    if data is not None and not data.exists():
-        raise InputError(f"--data {data}: there is no such file or directory")
     from memwall.claims import run_evidence
 
     with progress_bar(f"evidence for {system.name}", quiet=quiet) as bar:

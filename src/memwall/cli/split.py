@@ -114,6 +114,9 @@ def split(
         check_page(html)
     if not 0 < attainment <= 1:
         raise InputError(f"--attainment is {attainment}; it must be above 0 and at most 1, such as 0.9")
+    for name, seconds in (("--slo-first", slo_first), ("--slo-token", slo_token)):
+        if not seconds > 0:
+            raise InputError(f"{name} is {seconds}; it must be above zero, in seconds, such as 0.2")
     served, moving, notes = _served(model, machine, nodes, devices, link, network, profiles, weights, kv)
     loads = _lengths(trace, requests, prompt_tokens, output_tokens, seed)
     search = _search(served, moving, loads, nodes, devices, requests, seed, (slo_first, slo_token, attainment), fill)
@@ -216,7 +219,7 @@ def _search(
 
 def _plans(search: Search, rate: float | None, slow: bool, progress: Any) -> list[Plan]:
     """The best first."""
-    if rate is not None and rate <= 0:
+    if rate is not None and not rate > 0:
         raise InputError(f"--rate is {rate}; it must be above zero")
     if not slow and rate is not None:
         return [search.apart(rate)]

@@ -71,15 +71,15 @@ class BfpSettings:
     @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, head_dim: int) -> BfpSettings:
         """Settings of a policy string, checked against the model's head dimension."""
-        texts = dict(policy.settings)
-        words = {name: texts.pop(name, default) for name, (default, _) in _WORDS.items()}
+        words = {name: policy.settings.get(name, default) for name, (default, _) in _WORDS.items()}
         for name, (_, allowed) in _WORDS.items():
             if words[name] not in allowed:
                 raise InputError(f"policy {policy}: {name}={words[name]}; must be one of {', '.join(allowed)}")
         if head_dim % 32:
             raise InputError(f"bfp needs a head dimension that 32 divides, not {head_dim}; use kivi or float16")
         blocks = [block for block in bfp.BLOCKS if head_dim % block == 0]
-        numbers = Policy(policy.name, texts).integers({"bits": 4, "values": 0, "block": DEFAULT_BLOCK, "residual": 0})
+        own, defaults = Policy(policy.name, policy.settings), {"bits": 4, "values": 0, "block": DEFAULT_BLOCK}
+        numbers = own.integers({**defaults, "residual": 0}, words=_WORDS)
         numbers["values"] = numbers["values"] or numbers["bits"]
         for name in ("bits", "values"):
             if numbers[name] not in bfp.BITS:

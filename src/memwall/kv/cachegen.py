@@ -61,9 +61,9 @@ class CacheGenSettings:
     @classmethod
     def from_policy(cls, policy: Policy) -> CacheGenSettings:
         """Settings of a string such as `cachegen(level=2,form=delta)`."""
-        texts = dict(policy.settings)
-        form, tables = texts.pop("form", "auto"), texts.pop("tables", "profile")
-        numbers = Policy(policy.name, texts).integers({"level": 0, "chunk": 1500})
+        form, tables = policy.settings.get("form", "auto"), policy.settings.get("tables", "profile")
+        own = Policy(policy.name, policy.settings)
+        numbers = own.integers({"level": 0, "chunk": 1500}, words=("form", "tables"))
         for key, value, choices in (("form", form, FORMS), ("tables", tables, ("profile", "chunk"))):
             if value not in choices:
                 raise InputError(f"codec {policy}: {key}={value}; it is one of {', '.join(choices)}")

@@ -85,10 +85,9 @@ class CskvSettings:
     @classmethod
     def from_policy(cls, policy: Policy) -> CskvSettings:
         """Settings of a policy string: `cskv(0.2)` is a density of 0.2 for both; k= and v= set them apart."""
-        texts = dict(policy.settings)
-        init = texts.pop("init", "asvd")
+        init = policy.settings.get("init", "asvd")
         defaults = {AMOUNT: 0.2, "k": -1.0, "v": -1.0, "bits": 16, "window": 32, "sliding": 0, "train": 1, "clip": 0}
-        numbers = Policy(policy.name, texts).numbers(defaults)
+        numbers = Policy(policy.name, policy.settings).numbers(defaults, words=("init",))
         both = numbers.pop(AMOUNT)
         densities = {name: both if numbers[name] < 0 else numbers[name] for name in "kv"}
         whole = {name: int(numbers[name]) for name in ("bits", "window", "sliding", "train", "clip")}

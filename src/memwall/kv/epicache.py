@@ -88,11 +88,10 @@ class EpiSettings:
         if any(shape.windows or ()):
             raise InputError(f"policy {policy}: epicache needs layers that see everything; this model has windows")
         defaults = {AMOUNT: 0.0, "tokens": 0, "chunk": 2048, "episodes": 0, "window": 4, "central": 8, "uniform": 0}
-        texts = dict(policy.settings)
-        encoder = texts.pop("encoder", "words")
+        encoder = policy.settings.get("encoder", "words")
         if encoder not in ENCODERS:
             raise InputError(f"policy {policy}: encoder {encoder!r} must be one of {', '.join(ENCODERS)}")
-        given = Policy(policy.name, texts).numbers({**defaults, "alpha": 0.0})
+        given = Policy(policy.name, policy.settings).numbers({**defaults, "alpha": 0.0}, words=("encoder",))
         share = kept_share(policy)
         if min(given["chunk"], given["window"], given["central"]) < 1:
             raise InputError(f"policy {policy}: chunk, window and central must be at least 1")

@@ -38,13 +38,13 @@ class KiviSettings:
     @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, head_dim: int) -> KiviSettings:
         """Settings of a policy string, checked against the model's head dimension."""
-        texts = dict(policy.settings)
-        exact, queries = texts.pop("exact", "float16"), texts.pop("queries", "float32")
+        exact, queries = policy.settings.get("exact", "float16"), policy.settings.get("queries", "float32")
         fitting = [group for group in GROUPS if head_dim % group == 0]
         if not fitting:
             raise InputError(f"kivi needs a head dimension that 16 divides, not {head_dim}; use float16")
         default = 32 if 32 in fitting else max(fitting)
-        numbers = Policy(policy.name, texts).integers({"bits": 2, "group": default, "residual": 128, "key_group": 0})
+        own, defaults = Policy(policy.name, policy.settings), {"bits": 2, "group": default, "residual": 128}
+        numbers = own.integers({**defaults, "key_group": 0}, words=("exact", "queries"))
         settings = cls(**numbers, exact=exact, queries=queries)
         float_dtype(exact)
         if settings.bits not in BITS:

@@ -51,9 +51,8 @@ class Kv4Cache(KiviCache):
     @classmethod
     @lru_cache(maxsize=256)
     def settings_of(cls, policy: Policy, shape: CacheShape) -> KiviSettings:
-        texts = dict(policy.settings)
-        exact = {"exact": texts.pop("exact")} if "exact" in texts else {}
-        page = replace(policy, settings=texts).integers({"page": PAGE})["page"]
+        exact = {name: text for name, text in policy.settings.items() if name == "exact"}
+        page = policy.integers({"page": PAGE}, words=("exact",))["page"]
         if page not in GROUPS:
             raise InputError(f"policy {policy}: a page has {', '.join(map(str, GROUPS))} tokens, not {page}")
         group = max((group for group in GROUPS if shape.head_dim % group == 0), default=0)

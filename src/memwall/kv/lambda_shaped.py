@@ -64,9 +64,9 @@ class LambdaSettings:
     @lru_cache(maxsize=256)
     def from_policy(cls, policy: Policy, shape: CacheShape) -> LambdaSettings:
         """Settings of a policy string, checked."""
-        texts = dict(policy.settings)
-        positions = texts.pop("positions", "cache")
-        settings = cls(**Policy(policy.name, texts).integers({"sinks": 4, "window": 1024}), positions=positions)
+        positions = policy.settings.get("positions", "cache")
+        own = Policy(policy.name, policy.settings)
+        settings = cls(**own.integers({"sinks": 4, "window": 1024}, words=("positions",)), positions=positions)
         if positions not in POSITIONS:
             raise InputError(f"policy {policy}: positions={positions}; must be one of {', '.join(POSITIONS)}")
         if settings.window < 1:

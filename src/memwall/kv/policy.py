@@ -8,7 +8,7 @@ which channels stay, how the rest is stored.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from memwall.errors import InputError
@@ -51,34 +51,39 @@ class Policy:
         rest = () if self.inner is None else self.inner.parts
         return (Policy(self.name, self.settings), *rest)
 
-    def integers(self, defaults: Mapping[str, int]) -> dict[str, int]:
-        """The settings as integers over `defaults`; an unknown one or one that is no number is an error."""
+    def integers(self, defaults: Mapping[str, int], words: Collection[str] = ()) -> dict[str, int]:
+        """The settings as integers over `defaults`; an unknown one or one that is no number is an error.
+
+        words: settings that are words, which the caller reads itself.
+        """
         values = dict(defaults)
-        for key, text in self.settings.items():
-            self._check_known(key, defaults)
+        for key, text in self._numeric(defaults, words):
             if not text.isdecimal():
                 raise InputError(f"policy {self}: {key}={text!r} is not a whole number")
             values[key] = int(text)
         return values
 
-    def numbers(self, defaults: Mapping[str, float]) -> dict[str, float]:
-        """The settings as numbers over `defaults`; one whose default is an integer must be a whole number."""
+    def numbers(self, defaults: Mapping[str, float], words: Collection[str] = ()) -> dict[str, float]:
+        """The settings as numbers over `defaults`; one whose default is an integer must be a whole number.
+
+        words: settings that are words, which the caller reads itself.
+        """
         values = dict(defaults)
-        for key, text in self.settings.items():
-            self._check_known(key, defaults)
+        for key, text in self._numeric(defaults, words):
             whole = isinstance(defaults[key], int)
             if not (text.isdecimal() if whole else _NUMBER.fullmatch(text)):
                 raise InputError(f"policy {self}: {key}={text!r} is not a {'whole ' if whole else ''}number")
             values[key] = int(text) if whole else float(text)
         return values
 
-    def _check_known(self, key: str, defaults: Mapping[str, float]) -> None:
-        if key not in defaults:
-            bare = key == AMOUNT
-            raise InputError(
-                f"policy {self}: {'a bare number' if bare else f'unknown setting {key!r}'}; it takes "
-                f"{', '.join(defaults) or 'no settings'}"
-            )
+    def _numeric(self, defaults: Mapping[str, float], words: Collection[str]) -> Iterator[tuple[str, str]]:
+        """Settings that are no words; InputError for one that is neither, with all that there are."""
+        for key, text in self.settings.items():
+            if key not in defaults and key not in words:
+                told = "a bare number" if key == AMOUNT else f"unknown setting {key!r}"
+                raise InputError(f"policy {self}: {told}; it takes {', '.join([*defaults, *words]) or 'no settings'}")
+            if key not in words:
+                yield key, text
 
 
 def kept_share(policy: Policy, default: float = 0.25) -> float | None:

@@ -55,9 +55,9 @@ class SnapSettings:
     def from_policy(cls, policy: Policy) -> SnapSettings:
         """Settings of a policy string, checked."""
         own = Policy(policy.name, policy.settings)
-        texts = dict(policy.settings)
-        pool = texts.pop("pool", "avg")
-        numbers = Policy(policy.name, texts).numbers({AMOUNT: 1.0, "tokens": 2048, "window": 32, "kernel": 5})
+        texts = policy.settings
+        pool = texts.get("pool", "avg")
+        numbers = own.numbers({AMOUNT: 1.0, "tokens": 2048, "window": 32, "kernel": 5}, words=("pool",))
         share, tokens, window, kernel = numbers[AMOUNT], *(int(numbers[n]) for n in ("tokens", "window", "kernel"))
         if pool not in POOLS:
             raise InputError(f"policy {own}: pool={pool!r}; must be one of {', '.join(POOLS)}")

@@ -1,8 +1,9 @@
 """Other libraries as subjects of the cache study: transformers' quantized cache (quanto) and presses of kvpress.
 
-They run the same checkpoint in PyTorch on the same tasks. Plain numbers of their caches are counted as float16, though
-the model computes in float32 here; packed numbers as they are. A library that is absent, or does not go with the
-installed versions of others, gives rows that say so.
+They run the same checkpoint in PyTorch on the same tasks, in float32; beside caches of the model in another format
+they would be told apart by weights too, and are left out. Plain numbers of their caches are counted as float16, packed
+ones as they are. A library that is absent, does not go with the installed versions of others, or cannot load the
+checkpoint gives rows that say so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from memwall import kernels
+from memwall.errors import InputError
 from memwall.models import ModelConfig
 from memwall.studies.subjects import StudyModel, Subject
 
+FLOAT = "float32"
 HALF_BYTES = 2
 SNAP_WINDOW = 32
 SMALL_HIDDEN = 1024
@@ -130,24 +133,35 @@ def _loaded(directory: Path) -> Any:
     # the products of a small model are over before a second thread has woken
     small = ModelConfig.from_directory(directory).hidden_size <= SMALL_HIDDEN
     torch.set_num_threads(1 if small else kernels.num_threads())
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise InputError(f"transformers does not load {directory}: {str(error).splitlines()[0]}") from error
 
 
-def peers(directory: Path, budgets: Sequence[float], study: StudyModel, *, quick: bool = False) -> list[Peer]:
-    """All peers at all settings, those that are not there included. quick: fewer settings."""
+def peers(
+    directory: Path, budgets: Sequence[float], study: StudyModel, *, weights: str = FLOAT, quick: bool = False
+) -> list[Peer]:
+    """All peers at all settings, those that are not there included. weights: format that the study's own model is in;
+    quick: fewer settings.
+    """
     count = 1 if quick else None
 
     def subject(make_cache: Callable[[], Any], press: Callable[[], Any] | None = None) -> Callable[[], Subject]:
         return lambda: PeerSubject(_loaded(directory), study, make_cache, press)
 
-    return [
+    found = [
         *_quanto(directory, QUANTO_BITS[:count], subject),
         *_kvpress(budgets, THINK_SHARES[:count], subject),
     ]
+    if weights == FLOAT:
+        return found
+    others = f"runs the model in {FLOAT}, and the study has --weights {weights}: leave that out to compare them"
+    return [replace(peer, skipped=peer.skipped or others) for peer in found]
 
 
 def _quanto(directory: Path, widths: Sequence[int], subject: Callable[..., Callable[[], Subject]]) -> Iterator[Peer]:
-    library, missing = _library("transformers", "optimum.quanto", "pip install optimum-quanto")
+    library, missing = _library("optimum.quanto", "transformers", "optimum-quanto")
     missing = missing or _stopped_build()
     for bits in widths:
 
@@ -165,7 +179,7 @@ def _quanto(directory: Path, widths: Sequence[int], subject: Callable[..., Calla
 def _kvpress(
     budgets: Sequence[float], shares: Sequence[float], subject: Callable[..., Callable[[], Subject]]
 ) -> Iterator[Peer]:
-    library, missing = _library("kvpress", "kvpress", "pip install kvpress")
+    library, missing = _library("kvpress", "kvpress")
     missing = missing or _kvpress_misfit()
 
     def plain() -> Any:
@@ -197,18 +211,18 @@ def _kvpress(
         )  # fmt: skip
 
 
-def _library(package: str, module: str, install: str) -> tuple[str, str]:
-    """(name and version, why it cannot be had)."""
+def _library(module: str, *packages: str) -> tuple[str, str]:
+    """(names and versions, why it cannot be had)."""
     for needed in ("torch", "transformers"):
         if importlib.util.find_spec(needed) is None:
-            return package, f"{needed} is not installed: pip install 'memwall[torch]'"
+            return packages[0], f"{needed} is not installed: pip install 'memwall[torch]'"
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         found = None
     if found is None:
-        return package, f"not installed: {install}"
-    return f"{package} {metadata.version(package)}", ""
+        return packages[0], f"not installed: pip install {packages[-1]}"
+    return ", ".join(f"{package} {metadata.version(package)}" for package in packages), ""
 
 
 def _stopped_build() -> str:

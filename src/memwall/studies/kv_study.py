@@ -155,7 +155,7 @@ def study_kv(
     began = time.perf_counter()
     runner = Runner(directory, name, text, sizes, weights, Store(store))
     rows = [_row(cell) for cell in cells(methods, budgets, runner.ground)]
-    others = kv_peers.peers(directory, budgets, runner.model, quick=sizes == QUICK) if peers else []
+    others = kv_peers.peers(directory, budgets, runner.model, weights=weights, quick=sizes == QUICK) if peers else []
     jobs: list[tuple[Row, str, Callable[[], Subject]]] = []
     for row in rows:
         if not row.skipped:

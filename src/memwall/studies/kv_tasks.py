@@ -57,7 +57,7 @@ class Tasks:
         if longest > model.context_tokens:
             raise InputError(f"the study needs {longest} positions, and this model has {model.context_tokens}")
         if len(self.tokens) < longest + sizes.windows:
-            raise InputError(f"the text has {len(self.tokens):,} tokens; give at least {longest + sizes.windows:,}")
+            raise InputError(f"--text: {len(self.tokens):,} tokens in it; give at least {longest + sizes.windows:,}")
         self._truth: list[np.ndarray] = []
 
     def run(self, task: str, subject: Subject) -> dict[str, Any]:
