@@ -47,8 +47,8 @@ def test_perplexities_in_order_in_the_other_order_and_not_separable(experiment: 
     assert "not separable" in blurred.measured
 
 
-def expert_runs(moe_loss: float, moe_memory: int, flop: float = 100.0) -> Study:
-    figures = {"expert_load": [[30, 20, 25, 25]], "dropped": 0.1, "others": 0.0, "steps_s": [1.0] * 40}
+def expert_runs(moe_loss: float, moe_memory: int, flop: float, steps: int) -> Study:
+    figures = {"expert_load": [[30, 20, 25, 25]], "dropped": 0.1, "others": 0.0, "steps_s": [1.0] * steps}
     records = []
     for name, loss, memory, count in (("dense", 2.0, 1000, 100), ("moe", moe_loss, moe_memory, 300)):
         for stage in ("pretraining", "inference"):
@@ -66,14 +66,14 @@ def expert_runs(moe_loss: float, moe_memory: int, flop: float = 100.0) -> Study:
 def test_experts_must_show_both_sides(
     experiment: ModuleType, loss: float, memory: int, flop: float, passed: bool
 ) -> None:
-    trade, load = experiment.expert_claims(expert_runs(loss, memory, flop))
+    trade, load = experiment.expert_claims(expert_runs(loss, memory, flop, experiment.FULL.steps))
     assert trade.passed is passed
     assert load.passed
 
 
 def test_bytes_a_token_by_hand(experiment: ModuleType) -> None:
     sizes = experiment.FULL
-    assert experiment.computed("mha", sizes) == 4 * 6 * 2 * 128
+    assert experiment.computed("mha", sizes) == 4 * 6 * 2 * 256
     assert experiment.computed("mqa", sizes) < experiment.computed("mla", sizes) < experiment.computed("gqa", sizes)
 
 
@@ -92,6 +92,6 @@ def test_energy_must_be_named_in_every_table(experiment: ModuleType) -> None:
 
 
 def test_without_the_axis_fine_tuning_is_not_run(experiment: ModuleType) -> None:
-    (claim,) = experiment.peft_claims(study(), ["no fine-tuning axis"])
+    (claim,) = experiment.peft_claims(study(), "", ["no fine-tuning axis"])
     assert claim.passed is None
     assert "no fine-tuning axis" in claim.measured

@@ -117,6 +117,7 @@ def pretrain(request: dict[str, Any], report: Report) -> dict[str, Any]:
     flop = model.flop((sizes.tokens + 1) // 2)  # the context that a token sees on average
     meter = Meter(dt_s=sizes.training_dt_s, memory=resident_bytes, exact=EXACTLY, power=power_source(work))
     steps_s: list[float] = []
+    products = torch.autocast("cpu", torch.bfloat16, enabled=sizes.arithmetic == "bfloat16")
     for step in range(total):
         if step == sizes.warm_up:
             _native.give_back_freed_memory()
@@ -126,7 +127,8 @@ def pretrain(request: dict[str, Any], report: Report) -> dict[str, Any]:
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = sizes.learning_rate * _schedule(step, total)
-        loss = model.loss(next(batches))
+        with products:
+            loss = model.loss(next(batches))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -137,7 +139,7 @@ def pretrain(request: dict[str, Any], report: Report) -> dict[str, Any]:
         if step % 10 == 0:
             report(step, total, "training")
     series = meter.stop()
-    figures = {"steps_s": steps_s, "others": series.mean_others, **_load(model)}
+    figures = {"steps_s": steps_s, "others": series.mean_others, "arithmetic": sizes.arithmetic, **_load(model)}
     losses = held_out_losses(model, Path(request["held_out"]).read_bytes(), sizes)
     if request.get("weights"):
         save_file(model.state_dict(), request["weights"])
@@ -242,7 +244,8 @@ def _begin(request: dict[str, Any]) -> tuple[Sizes, int]:
     first = SmallLm(config_of(request["axis"], request["technique"], TINY))
     optimizer = torch.optim.AdamW(first.parameters())
     tokens = torch.zeros(2, TINY.tokens + 1, dtype=torch.long)
-    first.loss(tokens).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=request["sizes"]["arithmetic"] == "bfloat16"):
+        first.loss(tokens).backward()
     optimizer.step()
     with torch.inference_mode():
         caches = first.eval().caches(1, TINY.tokens)
