@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from memwall.errors import InputError  # noqa: E402
 from memwall.models import ModelConfig  # noqa: E402
 from memwall.models.torch_decoder import TorchDecoder  # noqa: E402
-from memwall.studies.efficiency_grown import expand, grow  # noqa: E402
+from memwall.studies.efficiency_grown_torch import expand, grow  # noqa: E402
 from tests.compress.tiny_model import make_model  # noqa: E402
 
 
