@@ -6,8 +6,8 @@ multi-head attention's loss alone, on a tenth of the text that nothing is judged
 those judged: 2.224 nats a byte at 1e-3, 2.179 at 2e-3, 2.195 at 4e-3. Precisions are those of a Llama of 22 million
 weights and of one of a billion random weights. Fine-tuning methods move the former to another domain. It is
 `models/wide-heads` with each of its layers twice, which then learned on (`efficiency_grown_torch`); it is made once and
-kept in the cache folder (`evidence/efficientllm-grown-*`). Decoding goes through real caches with 16,384 tokens in them.
-Watts are a declared model's where the processor's counters cannot be read.
+kept in the cache folder (`evidence/efficientllm-grown-*`). Decoding goes through real caches with 16,384 tokens in
+them. Watts are a declared model's where the processor's counters cannot be read.
 
 Times mean something only where nothing else works the machine. Each run that ends is kept in the cache folder until all
 claims are judged, so that an interrupted whole run goes on where it was; the next whole run measures anew.
