@@ -37,7 +37,7 @@ from memwall.studies.efficiency_records import Record, RecordStore
 from memwall.studies.efficiency_sizes import AXES, BASELINES, FULL, PEFT, PRECISION, TRAINED, Sizes
 from memwall.studies.efficiency_worker import Worker
 
-STUDY_VERSION = 1
+STUDY_VERSION = 2
 PEFT_MODULE = "memwall.studies.efficiency_peft"
 LEAST_TEXT_BYTES = 4096
 
