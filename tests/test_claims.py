@@ -21,6 +21,9 @@ class Fixed:
 
     def run(self, quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
         self.asked = quick, data
+        if progress is not None:
+            for done in range(3):
+                progress(done, 4, f"part {done}")
         return [Claim(claim="c", measured="m", required="r", passed=passed) for passed in self.passed]
 
 
@@ -44,7 +47,10 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     experiment = Fixed(True)
     assert main("kivi", experiment, ["--quick", "--data", str(tmp_path), "--json"]) == 0
     assert experiment.asked == (True, tmp_path)
-    assert json.loads(capsys.readouterr().out)["slug"] == "kivi"
+    told = capsys.readouterr()
+    assert json.loads(told.out)["slug"] == "kivi"
+    assert "0%     0 s  part 0" in told.err
+    assert "part 1" not in told.err  # too soon after the one before
     assert main("kivi", Fixed(False), []) == 1
     assert "fail" in capsys.readouterr().out
     assert main("kivi", experiment, ["--data", str(tmp_path / "absent")]) == 2

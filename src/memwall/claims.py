@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -130,6 +131,23 @@ def run_evidence(
     return Report(slug=slug, claims=claims, seconds=time.perf_counter() - began, machine=describe_machine())
 
 
+def told_at_times(seconds: float = 20.0) -> Progress:
+    """Progress as lines on standard error, the first at once and no two within so many seconds: for logs of long runs,
+    where no terminal is there for a bar.
+    """
+    began, last = time.monotonic(), -math.inf
+
+    def tell(done: int, whole: int, what: str) -> None:
+        nonlocal last
+        now = time.monotonic() - began
+        if now - last >= seconds:
+            last = now
+            sys.stderr.write(f"{done / max(whole, 1):4.0%} {now:5.0f} s  {what}\n")
+            sys.stderr.flush()
+
+    return tell
+
+
 def main(slug: str, experiment: Any, arguments: Sequence[str] | None = None) -> int:
     """The command line that all experiments share; returns the exit status: 1 when a claim failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog=f"evidence/{slug}", description=f"Run the experiment behind {slug}'s claims.")
@@ -138,7 +156,7 @@ def main(slug: str, experiment: Any, arguments: Sequence[str] | None = None) -> 
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:
-        report = run_evidence(slug, experiment, quick=options.quick, data=options.data)
+        report = run_evidence(slug, experiment, quick=options.quick, data=options.data, progress=told_at_times())
     except MemwallError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status

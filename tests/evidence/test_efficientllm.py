@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,7 @@ from memwall.studies.efficiency_rank import ranked
 from memwall.studies.efficiency_sizes import TINY
 from memwall.studies.efficientllm import Study
 from memwall.systems import find_system
+from tests.compress.tiny_model import make_model
 from tests.studies.efficiency_runs import make_record
 
 
@@ -47,8 +50,8 @@ def test_perplexities_in_order_in_the_other_order_and_not_separable(experiment: 
     assert "not separable" in blurred.measured
 
 
-def expert_runs(moe_loss: float, moe_memory: int, flop: float = 100.0) -> Study:
-    figures = {"expert_load": [[30, 20, 25, 25]], "dropped": 0.1, "others": 0.0, "steps_s": [1.0] * 40}
+def expert_runs(moe_loss: float, moe_memory: int, flop: float, steps: int) -> Study:
+    figures = {"expert_load": [[30, 20, 25, 25]], "dropped": 0.1, "others": 0.0, "steps_s": [1.0] * steps}
     records = []
     for name, loss, memory, count in (("dense", 2.0, 1000, 100), ("moe", moe_loss, moe_memory, 300)):
         for stage in ("pretraining", "inference"):
@@ -66,14 +69,14 @@ def expert_runs(moe_loss: float, moe_memory: int, flop: float = 100.0) -> Study:
 def test_experts_must_show_both_sides(
     experiment: ModuleType, loss: float, memory: int, flop: float, passed: bool
 ) -> None:
-    trade, load = experiment.expert_claims(expert_runs(loss, memory, flop))
+    trade, load = experiment.expert_claims(expert_runs(loss, memory, flop, experiment.FULL.steps))
     assert trade.passed is passed
     assert load.passed
 
 
 def test_bytes_a_token_by_hand(experiment: ModuleType) -> None:
     sizes = experiment.FULL
-    assert experiment.computed("mha", sizes) == 4 * 6 * 2 * 128
+    assert experiment.computed("mha", sizes) == 4 * 6 * 2 * 256
     assert experiment.computed("mqa", sizes) < experiment.computed("mla", sizes) < experiment.computed("gqa", sizes)
 
 
@@ -84,6 +87,46 @@ def test_a_saw_is_seen(experiment: ModuleType) -> None:
     assert max(series.memory_bytes) - series.memory_bytes[0] > 0.9 * experiment.STAIR_BYTES * experiment.STAIRS
 
 
+def test_an_interrupted_whole_run_leaves_its_records_and_one_that_ends_does_not(
+    experiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = []
+    for interrupted in (True, False):
+        with contextlib.suppress(KeyboardInterrupt), experiment.record_folder(quick=False) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            folders.append(folder)
+            (folder / str(interrupted)).touch()
+            if interrupted:
+                raise KeyboardInterrupt
+            assert (folder / "True").exists()
+    assert folders[0] == folders[1]
+    assert not folders[0].exists()
+    with experiment.record_folder(quick=True) as folder:
+        assert folder not in folders
+
+
+def test_the_model_to_fine_tune_is_made_once(
+    experiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = make_model(tmp_path / "small")
+    monkeypatch.setattr(experiment, "wide_heads", lambda: small)
+    monkeypatch.setattr(experiment, "library_text", lambda scored: "A list of words, and what they are for. " * 40)
+    monkeypatch.setattr(experiment, "GROWN", {"steps": 1, "batch": 1, "tokens": 32, "learning_rate": 1e-3})
+    heard: list[tuple[int, int, str]] = []
+    text = b"A city lies on a river, and the river comes down from the hills. " * 20
+    first, told = experiment.grown(text, text, lambda *each: heard.append(each))
+    assert (first / "model.safetensors").is_file()
+    assert len(heard) == 1
+    assert "perplexity" in told
+    assert experiment.grown(text, text, lambda *each: heard.append(each)) == (first, told)
+    assert len(heard) == 1
+    assert experiment.grown(text, text[:-65], lambda *each: heard.append(each))[0] != first
+    assert [path.name for path in first.parent.iterdir() if not path.name.startswith("efficientllm-grown-")] == []
+
+
 def test_energy_must_be_named_in_every_table(experiment: ModuleType) -> None:
     one = study(make_record("mha", losses=[1.0], memory=1, step_s=1.0))
     claim = experiment.energy_claim(one)
@@ -92,6 +135,6 @@ def test_energy_must_be_named_in_every_table(experiment: ModuleType) -> None:
 
 
 def test_without_the_axis_fine_tuning_is_not_run(experiment: ModuleType) -> None:
-    (claim,) = experiment.peft_claims(study(), ["no fine-tuning axis"])
+    (claim,) = experiment.peft_claims(study(), "", ["no fine-tuning axis"])
     assert claim.passed is None
     assert "no fine-tuning axis" in claim.measured

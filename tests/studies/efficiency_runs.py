@@ -21,7 +21,8 @@ def make_record(technique: str, *, losses: list[float] | None, memory: int, step
     )  # fmt: skip
     told: dict[str, Any] = {
         "axis": "attention", "group": "1M", "stage": stage, "model": {}, "num_parameters": 10, "flop_per_token": 2.0,
-        "tokens": 2, "hardware": {}, "versions": {}, "seed": 0, "dt_s": 0.5, "figures": {"others": 0.0},
+        "tokens": 2, "hardware": {}, "versions": {}, "seed": 0, "dt_s": 0.5,
+        "figures": {"others": 0.0, "arithmetic": "float32"},
         "quality": {} if losses is None else {"losses": losses},
     }  # fmt: skip
     return Record(technique=technique, series=series, metrics=metrics, **(told | more))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -86,6 +87,35 @@ def test_training_learns_and_seeds_repeat(tmp_path: Path) -> None:
     other = efficiency_torch.pretrain(request(tmp_path, sizes=more, seed=1), nothing)
     assert first["quality"] == again["quality"] != other["quality"]
     assert Record.from_dict(first).loss < 4  # type: ignore[operator]  # chance is 5.5
+
+
+@pytest.mark.parametrize(("axis", "technique"), [(axis, name) for axis in TRAINED for name in AXES[axis]])
+def test_bfloat16_products_train_every_variant_about_as_float32(tmp_path: Path, axis: str, technique: str) -> None:
+    """Gradients of the first step, as one vector: nearly the same direction and length, float32 on both sides."""
+    tokens = torch.from_numpy(np.frombuffer(TEXT[: 2 * TINY.tokens], np.uint8).copy()).long().view(2, -1)
+    found = []
+    for enabled in (False, True):
+        model = SmallLm(efficiency_torch.config_of(axis, technique, TINY)).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.loss(tokens)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert all(each.dtype == torch.float32 for each in gradients)
+        found.append(torch.cat([each.flatten() for each in gradients]))
+    exact, rounded = found
+    assert not torch.equal(exact, rounded)
+    assert torch.linalg.norm(rounded - exact) < 0.1 * torch.linalg.norm(exact)
+
+
+def test_records_say_what_products_were_in(tmp_path: Path) -> None:
+    losses = {}
+    for name in ("float32", "bfloat16"):
+        asked = request(tmp_path, sizes=replace(TINY, steps=10, arithmetic=name).to_dict())
+        told = Record.from_dict(efficiency_torch.pretrain(asked, nothing))
+        assert told.figures["arithmetic"] == name
+        losses[name] = told.loss
+    assert losses["float32"] != losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 def test_techniques_see_the_same_batches() -> None:

@@ -167,7 +167,9 @@ def test_unknown_axes_and_techniques_are_named(axes: Any, techniques: Any, says:
     assert select(None, ["mla", "int4"]) == {"attention": ("mla",), "precision": ("int4",)}
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 3}, {"steps": 0}, {"tokens": 8, "decoded": 8}, {"width": 30}])
+@pytest.mark.parametrize(
+    "wrong", [{"heads": 3}, {"steps": 0}, {"tokens": 8, "decoded": 8}, {"width": 30}, {"arithmetic": "int8"}]
+)
 def test_bad_sizes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError):
         Sizes(**wrong)

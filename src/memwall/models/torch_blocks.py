@@ -178,6 +178,7 @@ def _one_head(x: np.ndarray) -> np.ndarray:
 
 
 def norm_of(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Root-mean-square norm over the last axis."""
+    """Root-mean-square norm over the last axis, in float32."""
+    x = x.float()
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     return normed if weight is None else normed * weight

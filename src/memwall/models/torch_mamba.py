@@ -97,10 +97,11 @@ class MambaMixer(Mixer):
     def prefill(self, x: Tensor, cache: MambaCache) -> Tensor:
         z, u, b, c, dt, taps = self._parts(x, cache.taps)
         decay = -self.log_decay.exp()
-        y = chunked_scan(u, dt, decay, b[:, :, None], c[:, :, None], CHUNK_TOKENS)
-        # what is left of each token at the end
-        left = (dt * decay).flip(1).cumsum(1).flip(1) - dt * decay
-        cache.state = torch.einsum("bth,bthp,btn->bhpn", left.exp() * dt, u, b)
+        with torch.autocast(x.device.type, enabled=False):  # sums over a whole text
+            y = chunked_scan(u, dt, decay, b[:, :, None], c[:, :, None], CHUNK_TOKENS)
+            # what is left of each token at the end
+            left = (dt * decay).flip(1).cumsum(1).flip(1) - dt * decay
+            cache.state = torch.einsum("bth,bthp,btn->bhpn", left.exp() * dt, u, b)
         cache.taps, cache.length = taps, cache.length + x.shape[1]
         return self._out(y + self.skip[:, None] * u, z)
 
@@ -118,7 +119,7 @@ class MambaMixer(Mixer):
         inner = spec.heads * spec.head_dim
         z, into, dt = self.in_proj(x).split([inner, spec.conv_size, spec.heads], -1)
         into = torch.cat([taps, into], 1)
-        mixed = functional.silu(self.conv(into.transpose(1, 2))).transpose(1, 2)
+        mixed = functional.silu(self.conv(into.transpose(1, 2)).float()).transpose(1, 2)
         u, b, c = mixed.split([inner, spec.state, spec.state], -1)
         steps = functional.softplus(dt + self.dt_bias)
         return z, u.unflatten(-1, (spec.heads, -1)), b, c, steps, into[:, -(TAPS - 1) :]

@@ -95,7 +95,8 @@ class ExpertFeed(Feed):
 
     def forward(self, x: Tensor) -> Tensor:
         spec, rows = self.spec, x.flatten(0, -2)
-        likely = self.router(rows).softmax(-1)
+        with torch.autocast(rows.device.type, enabled=False):  # choices hang on small differences
+            likely = self.router(rows.float()).softmax(-1)
         weights, experts = likely.topk(spec.top, -1)
         weights = weights / weights.sum(-1, keepdim=True)
         chosen = experts.t().flatten()  # first choices of all tokens before the second ones

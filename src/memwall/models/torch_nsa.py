@@ -209,7 +209,8 @@ class SparseAttention(Mixer):
         that sees no whole block gets zeros.
         """
         grouped = queries.unflatten(1, (self.spec.kv_heads, -1))
-        scores = grouped @ rows[0][:, :, None].transpose(-1, -2) / math.sqrt(self.spec.head_dim)
+        # float32 from here on: what is chosen hangs on small differences
+        scores = (grouped @ rows[0][:, :, None].transpose(-1, -2)).float() / math.sqrt(self.spec.head_dim)
         share = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen
         return (share @ rows[1][:, :, None]).flatten(1, 2), share
 

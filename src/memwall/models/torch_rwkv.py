@@ -102,7 +102,9 @@ class RwkvMixer(Mixer):
 
     def _parts(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixed = (share * x + (1 - share) * before for share in self.mix)
-        r, k, v = (project(one) for project, one in zip((self.r_proj, self.k_proj, self.v_proj), mixed, strict=True))
+        r, k, v = (
+            project(one).float() for project, one in zip((self.r_proj, self.k_proj, self.v_proj), mixed, strict=True)
+        )
         return r, k, v
 
     def _chunk(self, k: Tensor, v: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -97,7 +97,7 @@ class SmallLm(nn.Module):
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean loss in nats of tokens [B, T + 1] after the first, and the balance loss of experts."""
         logits = self(tokens[:, :-1])
-        lost = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        lost = functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         return lost + BALANCE_WEIGHT * torch.stack([layer.feed.balance for layer in self.blocks]).sum()
 
     def caches(self, batch: int, capacity: int) -> list[Cache]:

@@ -6,9 +6,9 @@ steps: after the first ones, before the last, which is judged and saved. The dom
 thirteen places on: a language that no model of English has seen, with the structure of one that it knows, and the same
 on every machine. The model before the first step is the yardstick.
 *Units and shapes*: `efficiency_records`; ST is samples (windows) per parameter of the whole model and second.
-*Differs from the paper*: the demo model of seven million weights instead of 1 to 24 billion, held-out perplexity for
-task accuracy. What is said there of models beyond 14B is not tested. All adapters have the paper's example rank 8 on
-all projections; the base is float32 for all, so that methods differ in nothing else.
+*Differs from the paper*: models of 7 (the demo model) or 22 million weights (`efficiency_grown_torch`) instead of 1 to
+24 billion, held-out perplexity for task accuracy. What is said there of models beyond 14B is not tested. All adapters
+have the paper's example rank 8 on all projections; the base is float32 for all, so that methods differ in nothing else.
 *Cost*: one run a method and seed, each in a process of its own.
 
 The model of declared work, where no counter of joules can be read: a layer that learns is run forwards twice and

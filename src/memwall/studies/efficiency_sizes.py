@@ -21,14 +21,16 @@ BASELINES = {ATTENTION: "mha", POSITIONS: "rotary", EXPERTS: "dense", PRECISION:
 """What a technique's losses are held against."""
 TRAINED = (ATTENTION, POSITIONS, EXPERTS)
 """Axes whose models are trained from nothing here."""
+ARITHMETIC = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Of models: width, layers, heads, inner numbers of the feed. Of training: steps of batch x tokens, after `warm_up`
     others that are not measured. Of decoding: `decoded` tokens with `context` before them; a stored model for
-    at least `stored_s` seconds. windows: of held-out text. tuned_bytes: of the text that models are
-    fine-tuned on, a tenth of which is judged before and after.
+    at least `stored_s` seconds. windows: of held-out text. arithmetic: of products while models are trained, one of
+    ARITHMETIC; weights and moments, judging and decoding are float32 with any. tuned_bytes: of the text that models
+    are fine-tuned on, a tenth of which is judged before and after.
     """
 
     width: int = 128
@@ -42,6 +44,7 @@ class Sizes:
     steps: int = 100
     warm_up: int = 3
     learning_rate: float = 3e-3
+    arithmetic: str = "float32"
     context: int = 16384
     decoded: int = 96
     stored_s: float = 1.5
@@ -60,6 +63,8 @@ class Sizes:
         for name in ("num_layers", "batch", "steps", "decoded", "windows", "seeds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.arithmetic not in ARITHMETIC:
+            raise InputError(f"arithmetic {self.arithmetic!r}: must be one of {', '.join(ARITHMETIC)}")
         for dt in (self.training_dt_s, self.inference_dt_s):
             check_interval(dt)
         if self.tokens <= self.decoded + self.warm_up:

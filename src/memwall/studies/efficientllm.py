@@ -6,9 +6,9 @@ ranks, scores and fronts are made of records alone. Five axes: attention and pos
 experts at equal operations (models trained here, then decoded through their caches), precision (a stored model, as
 `memwall run` runs it), and fine-tuning methods.
 *Units and shapes*: `efficiency_records`.
-*Differs from the paper*: models of about a million parameters on bytes of text instead of 0.5 to 72 billion on tokens,
-and one processor instead of many GPUs, so that what the paper says of scale ("beyond 14B") is not tested. Without
-counters of energy, watts are a declared model's and say so.
+*Differs from the paper*: models of one to sixteen million parameters on bytes of text instead of 0.5 to 72 billion on
+tokens, and one processor instead of many GPUs, so that what the paper says of scale ("beyond 14B") is not tested.
+Without counters of energy, watts are a declared model's and say so.
 *Cost*: one training and one decoding a model and seed, each in a process of its own; a record is some 10 KB.
 *Holds when*: nothing else works the machine; `others` in a record says how much of it other processes took.
 
@@ -37,7 +37,7 @@ from memwall.studies.efficiency_records import Record, RecordStore
 from memwall.studies.efficiency_sizes import AXES, BASELINES, FULL, PEFT, PRECISION, TRAINED, Sizes
 from memwall.studies.efficiency_worker import Worker
 
-STUDY_VERSION = 1
+STUDY_VERSION = 2
 PEFT_MODULE = "memwall.studies.efficiency_peft"
 LEAST_TEXT_BYTES = 4096
 
