@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 
 from memwall.cli.evidence import load_experiment
 from memwall.formats import codec
-from memwall.models import Checkpoint, ModelConfig
+from memwall.models import Checkpoint, ModelConfig, model_directory
 from memwall.studies.ptq_models import FormatModel
 from memwall.systems import find_system
 
@@ -81,17 +82,25 @@ def test_orders_of_divergences(study: ModuleType) -> None:
     assert not study.strays_in_order({**good, "int8": {0.5: rising, 1.0: rising + 1}})
 
 
-def test_a_falcon_is_trained_once(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "kv_heads"), [("falcon", 1), ("llama", 2)])
+def test_a_model_is_trained_once(
+    study: ModuleType, form: str, kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(study, "cache_directory", lambda: tmp_path / "cache")
-    size = study.Trained(hidden=64, layers=1, steps=3, batch=1, sequence=16)
+    size = study.Trained(family=form, hidden=256, layers=1, steps=3, rate=1e-3, batch=1, sequence=16)
     text = "The wall between memory and compute. " * 20
-    first = study.falcon_model(tmp_path / "first", size, text, None)
+    first = study.trained_model(tmp_path / "first", size, text, None)
     config = ModelConfig.from_directory(first)
-    assert (config.family, config.parallel, config.shared_norm, config.num_kv_heads) == ("falcon", True, True, 1)
-    monkeypatch.setattr(study, "train_falcon", None)  # what an earlier run has kept is read
-    second = study.falcon_model(tmp_path / "second", size, text, None)
+    falcon = form == "falcon"
+    assert (config.family, config.parallel, config.layer_norm) == (form, falcon, falcon)
+    assert (config.num_heads, config.num_kv_heads) == (4, kv_heads)
+    training = import_module("memwall.studies.ptq_training")
+    monkeypatch.setattr(training, "train", None)  # what an earlier run has kept is read
+    second = study.trained_model(tmp_path / "second", size, text, None)
     with Checkpoint(first) as one, Checkpoint(second) as other:
         assert all(np.array_equal(one.tensor(name), other.tensor(name)) for name in one.names())
+    with pytest.raises(TypeError):
+        study.trained_model(tmp_path / "third", size, text + "More. ", None)  # another text is another model
     models = {name: FormatModel(second, name, context_tokens=64) for name in ("bf16", "nf4")}
     losses = {name: np.mean(model.losses([0, 5], [9] * 20)) for name, model in models.items()}
     assert losses["bf16"] != losses["nf4"]
@@ -101,6 +110,9 @@ def test_a_falcon_is_trained_once(study: ModuleType, tmp_path: Path, monkeypatch
 
 
 def test_the_whole_run_has_two_families_of_two_sizes(study: ModuleType) -> None:
-    assert [(size.hidden, size.layers) for size in study.FALCONS] == [(128, 5), (192, 6)]
-    counts = [ModelConfig.from_dict(size.config()).num_parameters for size in study.FALCONS]
-    assert counts == [1_385_984, 3_074_688]
+    demo = ModelConfig.from_directory(model_directory("demo"))
+    trained = [ModelConfig.from_dict(size.config()) for size in study.TRAINED]
+    assert [(config.family, config.num_parameters) for config in (demo, *trained)] == [
+        ("llama", 6_951_168), ("llama", 28_648_960), ("falcon", 5_180_928), ("falcon", 28_978_176),
+    ]  # fmt: skip
+    assert len({size.name for size in study.TRAINED}) == 3
