@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 MOST_SEEDS, MOST_NUMBERS, MOST_TOP_K = 1000, 100, 2**24
+LEAST_TEMPERATURE = 0.01
+"""At zero all but one token are impossible, and a divergence says nothing; `--top-k 1` takes the likeliest."""
 _Number = TypeVar("_Number", int, float)
 
 Models = Annotated[
@@ -37,7 +39,8 @@ Formats = Annotated[
     ),
 ]
 Temperatures = Annotated[
-    str | None, typer.Option(help="Temperatures between commas (default: 0.1 to 1.0 and 1.2).", metavar="LIST")
+    str | None,
+    typer.Option(help="Temperatures from 0.01 up, between commas (default: 0.1 to 1.0 and 1.2).", metavar="LIST"),
 ]
 TopKs = Annotated[
     str | None, typer.Option("--top-k", help="Top-k values between commas (default: 1,10,50,200).", metavar="LIST")
@@ -98,6 +101,8 @@ def ptq_impact(
     from memwall.studies import ptq_across, ptq_report
 
     memory_bytes = None if memory is None else parse_bytes(memory)
+    if memory_bytes == 0:
+        raise InputError(f"--memory {memory}: no format fits in nothing; give bytes, such as 11.5GB")
     if memory is not None and no_costs:
         raise InputError("--memory asks which format fits, which needs bytes measured: leave out --no-costs")
     if peer_python is not None and not peer_python.is_file():
@@ -196,7 +201,7 @@ def _grid(
     grid = QUICK if quick else FULL
     return replace(
         grid,
-        temperatures=_numbers("--temperatures", temperatures, float, 0, 100) or grid.temperatures,
+        temperatures=_numbers("--temperatures", temperatures, float, LEAST_TEMPERATURE, 100) or grid.temperatures,
         top_ks=_numbers("--top-k", top_ks, int, 1, MOST_TOP_K) or grid.top_ks,
         lengths=_numbers("--lengths", lengths, int, 2, 10**6) or grid.lengths,
         tokens=tokens or grid.tokens,
