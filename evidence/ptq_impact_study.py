@@ -4,9 +4,9 @@ Codecs are compared with bitsandbytes where it is installed. Texts, divergences 
 study ptq-impact` on four models, two families of two sizes, and a claim holds if it does for each of them. Llama-like
 are the bundled demo model (7 million parameters) and one of 29 million; Falcon-like (LayerNorm, attention and
 feed-forward in parallel, one head of keys and values) are of 5 and 29 million. All but the demo model are trained here
-(`memwall.studies.ptq_training`, 614 thousand tokens each of the standard library's docstrings) and kept in the cache
-folder (`evidence/ptq-*`), so that a second run reads them and one that was stopped goes on. One of 29 million takes
-some 17 minutes of a core with AMX, the small one 5; in float32 it is several times that.
+(`memwall.studies.ptq_training_torch`, 614 thousand tokens each of the standard library's docstrings) and kept in the
+cache folder (`evidence/ptq-*`), so that a second run reads them and one that was stopped goes on. One of 29 million
+takes some 17 minutes of a core with AMX, the small one 5; in float32 it is several times that.
 
 What is trained here is scored on docstrings that it was not trained on: on the text that the demo model is scored on,
 which is of another kind, Falcons of 1.4 million had a perplexity near 200, and there noise in the weights helped as
@@ -155,7 +155,7 @@ def trained_model(folder: Path, size: Trained, text: str, progress: Progress | N
     if not kept.is_file():
         import torch
 
-        from memwall.studies.ptq_training import Schedule, train
+        from memwall.studies.ptq_training_torch import Schedule, train
 
         schedule = Schedule(steps=size.steps, rate=size.rate, batch=size.batch, sequence=size.sequence)
         ids = torch.tensor(Tokenizer.from_directory(folder).encode(text, add_bos=False))

@@ -94,7 +94,7 @@ def test_a_model_is_trained_once(
     falcon = form == "falcon"
     assert (config.family, config.parallel, config.layer_norm) == (form, falcon, falcon)
     assert (config.num_heads, config.num_kv_heads) == (4, kv_heads)
-    training = import_module("memwall.studies.ptq_training")
+    training = import_module("memwall.studies.ptq_training_torch")
     monkeypatch.setattr(training, "train", None)  # what an earlier run has kept is read
     second = study.trained_model(tmp_path / "second", size, text, None)
     with Checkpoint(first) as one, Checkpoint(second) as other:

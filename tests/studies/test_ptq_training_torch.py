@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 from memwall.errors import InputError  # noqa: E402
 from memwall.models import Checkpoint, ModelConfig  # noqa: E402
 from memwall.models.torch_decoder import TorchDecoder  # noqa: E402
-from memwall.studies import ptq_training  # noqa: E402
-from memwall.studies.ptq_training import Schedule, Training, fresh, train  # noqa: E402
+from memwall.studies import ptq_training_torch  # noqa: E402
+from memwall.studies.ptq_training_torch import Schedule, Training, fresh, train  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True,
@@ -92,7 +92,7 @@ def test_training_that_was_stopped_goes_on(form: str, tmp_path: Path) -> None:
 
 def test_a_stop_in_train_is_picked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, weights = folder_of("falcon", tmp_path / "model"), tmp_path / "kept" / "w.safetensors"
-    monkeypatch.setattr(ptq_training, "KEPT_EVERY_S", -1)
+    monkeypatch.setattr(ptq_training_torch, "KEPT_EVERY_S", -1)
     advance, steps = Training.advance, []
 
     def counted(self: Training) -> float:
@@ -118,7 +118,7 @@ def test_products_are_in_float32_where_the_processor_has_no_bfloat16(
 ) -> None:
     found = {}
     for has in (False, True):
-        monkeypatch.setattr(ptq_training, "multiplies_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(ptq_training_torch, "multiplies_bfloat16", lambda has=has: has)
         training = Training(ModelConfig.from_dict(FORMS["falcon"]), SCHEDULE, some_text(), tmp_path / "none.state")
         found[has] = training.advance()
         assert all(weight.dtype == torch.float32 for weight in training.weights.values())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memwall.claims import Progress
 from memwall.errors import InputError
 from memwall.models import ModelConfig
 from memwall.models.checkpoint import stored_tensors
 from memwall.models.fused import joined
 from memwall.models.rope import inverse_frequencies
 from memwall.models.torch_decoder import TorchDecoder
+
+Progress = Callable[[int, int, str], None]
 
 WARM_UP, LEAST = 0.04, 0.02
 """Share of the steps in which the rate rises; share of the rate that is left at the end."""
