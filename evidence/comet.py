@@ -16,11 +16,11 @@ to nearest) now stands among the baselines that FMPQ is judged against, and FMPQ
 ours, is shown with what its loss is made of and not judged. Outliers are planted by dividing weights by twenty; such
 weights round to nothing beside others of their group, and smoothing takes the division back before it rounds.
 
-Beside torchao's 8-bit product (2,048 x 2,048 weights, two cores) the claim depends on the processor. On an EPYC (Zen 4)
-W4A4 takes 0.30 ms for one token and 2.3 for 64, torchao 8.8 and 12.6, with rests between calls; without them 0.32 and
-1.1 against 1.8 and 3.5 (30 November 2026). On a Xeon whose torch was much faster with integers it took 0.19 and 1.38
-ms, torchao 0.60 and 1.05, and the claim failed for 64 tokens; few tokens take up to a fifth less time since, many a few
-hundredths, and it was not measured there again: until it is, the system is called partial.
+Beside torchao's 8-bit product (2,048 x 2,048 weights, two cores, 30 November 2026) the claim hangs on the processor and
+on the matrix unit. On an EPYC (Zen 4) W4A4 takes 0.30 ms for one token and 2.3 for 64, torchao 8.8 and 12.6, with rests
+between calls; without them 0.32 and 1.1 against 1.8 and 3.5. On a Xeon with AMX it takes 0.81 and 2.2 ms with rests,
+torchao 6.6 and 7.6; without them 0.09 and 0.82 against 0.77 and 1.23. There the claim once failed, and with the matrix
+unit left out it still does, without rests: 1.42 ms for 64 tokens against 1.28.
 
 Text: `--data` a UTF-8 file; the held-out text that ships with the planner otherwise.
 """

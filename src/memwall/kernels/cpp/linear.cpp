@@ -70,6 +70,13 @@ int tokens_together(const LinearKernels& kernels, std::int64_t tokens, int group
   return tokens == 1 ? 1 : by_unit(tokens, group) ? kUnitTokens : kernels.token_block;
 }
 
+// Of the tokens of one block, some of which may not be there.
+void clear_statistics(const Activations& a, std::int64_t block) {
+  const std::int64_t first = block * a.block * a.groups, count = a.block * a.groups;
+  std::fill_n(a.scales + first, count, 0.0f);
+  std::fill_n(a.sums + first, count, 0);
+}
+
 // Bytes of codes, scales and sums.
 std::size_t activation_bytes(std::int64_t tokens, std::int64_t cols, int group, int block) {
   const std::int64_t entries = (tokens + block - 1) / block * block * ((cols + group - 1) / group);
@@ -88,7 +95,7 @@ Activations quantize(const LinearKernels& kernels, const Input& input, int group
   a.codes = reinterpret_cast<std::int8_t*>(scratch.at_least(activation_bytes(input.tokens, input.cols, group, a.block)));
   a.scales = reinterpret_cast<float*>(a.codes + entries * group);
   a.sums = reinterpret_cast<std::int32_t*>(a.scales + entries);
-  if (a.rows) std::fill(a.scales + (blocks - 1) * a.block * a.groups, a.scales + entries, 0.0f);  // of tokens that are not there: see kUnitTokens
+  if (a.rows) clear_statistics(a, blocks - 1);
   const std::size_t grain = std::max<std::int64_t>(1, (1 << 16) / (a.block * input.cols + 1));
   parallel_for(static_cast<std::size_t>(blocks), grain, [&](std::size_t begin, std::size_t end, int) {
     for (auto b = static_cast<std::int64_t>(begin); b < static_cast<std::int64_t>(end); ++b) {
@@ -113,7 +120,7 @@ Activations quantize_mixed(const LinearKernels& kernels, const float* x, std::in
   a.codes = reinterpret_cast<std::int8_t*>(scratch.at_least(static_cast<std::size_t>(code_bytes + 8 * entries)));
   a.scales = reinterpret_cast<float*>(a.codes + code_bytes);
   a.sums = reinterpret_cast<std::int32_t*>(a.scales + entries);
-  if (a.rows) std::fill(a.scales + (blocks - 1) * block * a.groups, a.scales + entries, 0.0f);
+  if (a.rows) clear_statistics(a, blocks - 1);
   const std::size_t grain = std::max<std::int64_t>(1, (1 << 15) / (block * m.cols + 1));
   parallel_for(static_cast<std::size_t>(blocks), grain, [&](std::size_t begin, std::size_t end, int) {
     for (auto b = static_cast<std::int64_t>(begin); b < static_cast<std::int64_t>(end); ++b) {

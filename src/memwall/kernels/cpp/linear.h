@@ -18,7 +18,7 @@ constexpr int kTileRows = 16;
 constexpr int kUnitColumns = 32;   // columns between two changes of bit plane
 constexpr int kLaneVectorBytes = 64;
 constexpr std::int64_t kMostMixedColumns = 65536;  // of weights for mixed activations: one token's, widened, fit in a thread's scratch
-constexpr int kUnitTokens = 16;   // that a matrix unit multiplies at once, those that are missing with scales of zero
+constexpr int kUnitTokens = 16;    // that a matrix unit multiplies at once, those that are missing with scales and sums of zero
 constexpr int kMaxTokens = 256;    // a call with more is cut in blocks: bounds the scratch, and costs 1/256 of the unpacking
 
 enum class Form : int { float32, float16, bfloat16, tiles, planes, bilevel, codebook, masked, stacked, sparse };
