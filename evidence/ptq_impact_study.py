@@ -33,7 +33,6 @@ import math
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from typing import Any
 import numpy as np
 
 from memwall import kernels
-from memwall.claims import Claim, Progress, main, not_run
+from memwall.claims import Claim, Progress, alternately, main, not_run
 from memwall.engine.quality import read_text
 from memwall.formats import Packed, codec
 from memwall.hardware.system import cache_directory
@@ -539,17 +538,6 @@ def layers_of(spec: str, values: dict[tuple[int, int], np.ndarray], layers: int)
     return [[copy(shape) for shape in SHAPES] for _ in range(layers)]
 
 
-def medians(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    took: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
-            if turn:
-                took[name].append(time.perf_counter() - began)
-    return {name: float(np.median(times)) for name, times in took.items()}
-
-
 def speed_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
     rng = np.random.default_rng(4)
     values = {shape: rng.standard_normal(shape, np.float32) * shape[1] ** -0.5 for shape in set(SHAPES)}
@@ -560,9 +548,10 @@ def speed_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
         matrices = layers_of(spec, values, sizes.layers)
         works[name] = pass_of(matrices, xs, exact=False)
         if name == "nf4":
-            works["nf4 decoded first"] = decoded_first(matrices, xs)
+            decoding = {"nf4 decoded first": decoded_first(matrices, xs)}
     tick("products")
-    took = medians(works, sizes.rounds)
+    # apart: the threads of NumPy's product go on spinning, and what came next in turn took up to three times as long
+    took = alternately(works, sizes.rounds) | alternately(decoding, sizes.rounds)
     weights = sizes.layers * sum(rows * columns for rows, columns in SHAPES)
     told = ", ".join(f"{name} {1e3 * one:.1f} ms" for name, one in took.items())
     yield Claim(
@@ -573,6 +562,7 @@ def speed_claims(sizes: Sizes, tick: Callable[[str], None]) -> Iterator[Claim]:
         and took["nf4 decoded first"] > max(took["float32"], took["bf16"]),
     )
     works.clear()
+    decoding.clear()
     tick("8-bit products")
     yield int8_claim(values, xs, min(INT8_LAYERS, sizes.layers), sizes.rounds)
 
@@ -607,7 +597,7 @@ def int8_claim(values: dict[tuple[int, int], np.ndarray], xs: dict[int, np.ndarr
         return once
 
     plain = pass_of(layers_of("int8", values, layers), xs, exact=False)
-    took = medians({"int8": plain, "with outliers": run(6.0), "the same without their columns": run(0.0)}, rounds)
+    took = alternately({"int8": plain, "with outliers": run(6.0), "the same without their columns": run(0.0)}, rounds)
     return Claim(
         claim="int8 with outlier columns is slower than plain int8",
         measured=f"{layers} layers: " + ", ".join(f"{name} {1e3 * one:.1f} ms" for name, one in took.items())
