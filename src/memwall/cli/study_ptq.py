@@ -97,14 +97,9 @@ def ptq_impact(
     """
     from memwall.claims import describe_machine
     from memwall.errors import InputError
-    from memwall.hardware.units import parse_bytes
     from memwall.studies import ptq_across, ptq_report
 
-    memory_bytes = None if memory is None else parse_bytes(memory)
-    if memory_bytes == 0:
-        raise InputError(f"--memory {memory}: no format fits in nothing; give bytes, such as 11.5GB")
-    if memory is not None and no_costs:
-        raise InputError("--memory asks which format fits, which needs bytes measured: leave out --no-costs")
+    memory_bytes = None if memory is None else _memory(memory, costs=not no_costs)
     if peer_python is not None and not peer_python.is_file():
         raise InputError(f"--peer-python {peer_python}: there is no such file; give a Python's path")
     grid = _grid(quick, temperatures, top_k, lengths, tokens, seeds, product)
@@ -132,6 +127,18 @@ def ptq_impact(
         print_json(to_dict(studies[0]) if len(studies) == 1 else ptq_across.whole(studies))
         return
     _show(studies, memory_bytes, quiet)
+
+
+def _memory(text: str, *, costs: bool) -> int:
+    """Bytes that a format must fit in. costs: whether bytes are measured."""
+    from memwall.errors import InputError
+    from memwall.hardware.units import parse_bytes
+
+    if (found := parse_bytes(text)) == 0:
+        raise InputError(f"--memory {text}: no format fits in nothing; give bytes, such as 11.5GB")
+    if not costs:
+        raise InputError("--memory asks which format fits, which needs bytes measured: leave out --no-costs")
+    return found
 
 
 def _show(studies: list[Study], memory_bytes: int | None, quiet: bool) -> None:
