@@ -57,7 +57,7 @@ from memwall.engine.quality import read_text
 from memwall.errors import InputError
 from memwall.hardware.meter import Meter, Series
 from memwall.hardware.power import POWERCAP, Rapl, WorkModel, power_source
-from memwall.hardware.system import cache_directory, usable_processors
+from memwall.hardware.system import cache_directory, multiplies_bfloat16, usable_processors
 from memwall.hardware.units import MIB, format_bytes, format_seconds
 from memwall.memory import resident_bytes
 from memwall.models import model_directory
@@ -73,21 +73,13 @@ from memwall.studies.efficientllm import Study, missing, study_efficiency
 from memwall.studies.library_text import library_text
 from memwall.systems import wide_heads
 
-
-def arithmetic() -> str:
-    """Of products in training: bfloat16 on processors that have instructions for it; on others it would be slower."""
-    try:
-        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "float32"
-    return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(told.split()) else "float32"
-
-
-FULL = Sizes(width=256, feed=768, steps=100, windows=48, learning_rate=2e-3, arithmetic=arithmetic())
+ARITHMETIC = "bfloat16" if multiplies_bfloat16() else "float32"
+"""Of products in training; without instructions for bfloat16 it would be slower."""
+FULL = Sizes(width=256, feed=768, steps=100, windows=48, learning_rate=2e-3, arithmetic=ARITHMETIC)
 QUICK = replace(QUICK_STUDY, steps=20, context=16384)
 STORE: Path | None = None
 """Where records are kept; None: in the cache folder until the run has ended, so that the next one measures anew."""
-GROWN = {"steps": 200, "batch": 4, "tokens": 256, "learning_rate": 1e-3}
+GROWN = {"steps": 200, "batch": 4, "tokens": 256, "learning_rate": 1e-3, "arithmetic": ARITHMETIC}
 DENSE_ORDER = ("mqa", "gqa", "mha")
 ATTENDING = ("mha", "mqa", "gqa", "mla", "nsa")
 LATENT_ORDER = ("mqa", "mla", "gqa", "mha")

@@ -114,7 +114,7 @@ def test_the_model_to_fine_tune_is_made_once(
     small = make_model(tmp_path / "small")
     monkeypatch.setattr(experiment, "wide_heads", lambda: small)
     monkeypatch.setattr(experiment, "library_text", lambda scored: "A list of words, and what they are for. " * 40)
-    monkeypatch.setattr(experiment, "GROWN", {"steps": 1, "batch": 1, "tokens": 32, "learning_rate": 1e-3})
+    monkeypatch.setattr(experiment, "GROWN", experiment.GROWN | {"steps": 1, "batch": 1, "tokens": 32})
     heard: list[tuple[int, int, str]] = []
     text = b"A city lies on a river, and the river comes down from the hills. " * 20
     first, told = experiment.grown(text, text, lambda *each: heard.append(each))

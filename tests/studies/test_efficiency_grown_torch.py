@@ -32,7 +32,7 @@ def test_it_learns_and_is_written_as_it_was_judged(tmp_path: Path) -> None:
     text.write_text("the quick brown fox jumps over the lazy dog. " * 100)
     request = {"directory": str(make_model(tmp_path / "small")), "out": str(tmp_path / "large"), "text": str(text),
                "held_out": str(text), "steps": 12, "batch": 2, "tokens": 32, "learning_rate": 3e-3,
-               "threads": 1}  # fmt: skip
+               "arithmetic": "bfloat16", "threads": 1}  # fmt: skip
     heard: list[tuple[int, int, str]] = []
     told = grow(request, lambda *each: heard.append(each))
     assert told["after"] < told["before"] - 0.2

@@ -153,6 +153,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 (AMX or AVX-512 BF16); where not told, no."""
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_read("/proc/cpuinfo").split())
+
+
 def _memory_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _read("/sys/fs/cgroup/memory.max").strip()

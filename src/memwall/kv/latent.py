@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
@@ -358,7 +358,8 @@ class LatentCache(KVCache):
         """Of the next token: the settled tokens whose rows it sees, as in `kernels.latent.attend_parts`."""
         held = self._lengths[layer] - self.num_whole(layer)
         first = seen_first(self.shape.window(layer), self._lengths[layer])
-        return (*(min(rows.coded, held) for rows in self.rows_of(layer)), held, first)  # type: ignore[return-value]
+        keys, values = self.rows_of(layer)
+        return min(keys.coded, held), min(values.coded, held), held, first
 
     def _keep(self, part: Part) -> Part:
         self._parts.append(part)
@@ -405,8 +406,9 @@ class LatentCache(KVCache):
             parts, scale = [self.layer_parts()[layer]], self.shape.logit_scale
             _join(out, stats, *attend_rebuilt(parts, q, np.array([place]), self.model.rotary, scale))
         else:
-            load = lambda begin, end: self._load(layer, begin, end)  # noqa: E731
-            self._attention.add(layer, self._rebuilds[layer], load, place[2], q, first, out, stats)
+            self._attention.add(
+                layer, self._rebuilds[layer], partial(self._load, layer), place[2], q, first, out, stats
+            )
         return out
 
     def _load(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,7 @@ def expand(directory: Path, out: Path) -> ModelConfig:
 
 def grow(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """The larger model in `out`, and its losses. request: directory, out, text and held_out (paths), steps, batch,
-    tokens, learning_rate, threads.
+    tokens, learning_rate, arithmetic (of products: `efficiency_sizes.ARITHMETIC`), threads.
     """
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def grow(request: dict[str, Any], report: Report) -> dict[str, Any]:
             group["lr"] = request["learning_rate"] * max(share, 0.02)
         starts = torch.randint(len(ids) - tokens, (request["batch"],), generator=random)
         rows = torch.stack([ids[start : start + tokens + 1] for start in starts.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=request["arithmetic"] == "bfloat16"):
             loss = _loss(decoder, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)

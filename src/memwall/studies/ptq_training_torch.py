@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memwall.errors import InputError
+from memwall.hardware.system import multiplies_bfloat16
 from memwall.models import ModelConfig
 from memwall.models.checkpoint import stored_tensors
 from memwall.models.fused import joined
@@ -53,12 +54,6 @@ class Schedule:
         """Rises linearly, then falls along a cosine."""
         rising = (step + 1) / max(1, WARM_UP * self.steps)
         return self.rate * min(rising, max(LEAST, 0.5 + 0.5 * math.cos(math.pi * step / self.steps)))
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16 (AMX or AVX-512 BF16), as torch sees it."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def fresh(config: ModelConfig) -> TorchDecoder:
