@@ -28,8 +28,9 @@ def library_text(scored: str | None = None, root: Path | None = None) -> str:
     scored = held_out_text() if scored is None else scored
     stretches = {scored[at : at + SHINGLE] for at in range(len(scored) - SHINGLE + 1)}
     found: set[str] = set()
-    for path in (root or Path(sysconfig.get_path("stdlib"))).rglob("*.py"):
-        if _NOT_READ.isdisjoint(path.parts):
+    root = root or Path(sysconfig.get_path("stdlib"))
+    for path in root.rglob("*.py"):
+        if _NOT_READ.isdisjoint(path.relative_to(root).parts):
             found |= _docstrings(path)
     kept = [
         words
