@@ -61,6 +61,22 @@ def expected(
     return out.numpy(), stats.numpy()
 
 
+def check(
+    out: np.ndarray, stats: np.ndarray, *rows: np.ndarray, rounded: bool = False, **settings: float | int | None
+) -> None:
+    """rounded: the prompt's queries are of bfloat16, and so is each share, by which a value's part of the sum may be
+    off by one in 256; shares themselves are exact to 2 in 10,000.
+    """
+    q, k, v = rows
+    if rounded:
+        scale = np.float32(settings["scale"])
+        q = (q * scale).astype(TYPES["bfloat16"]).astype(np.float32) / scale
+    want, want_stats = expected(q, k, v, **settings)
+    error = expected(q, k, np.abs(v), **settings)[0] / 256 if rounded else 0
+    assert (np.abs(out - want) <= error + 2e-5 + 1e-7 * np.abs(want)).all()
+    np.testing.assert_allclose(stats, want_stats, rtol=4e-4 if rounded else 1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_float(isa: str, threads: int, dtype: str, size: tuple) -> None:
@@ -71,9 +87,29 @@ def test_float(isa: str, threads: int, dtype: str, size: tuple) -> None:
     out, stats = np.full_like(q, np.nan), np.empty((num_queries, heads, 2), np.float32)
     settings = {"scale": dim**-0.5, "first_position": num_keys - num_queries, "window": window}
     attention.attend_float(q, k, v, **settings, out=out, stats=stats)
-    want, want_stats = expected(q, plain_k, plain_v, **settings)
-    np.testing.assert_allclose(out, want, atol=2e-5)
-    np.testing.assert_allclose(stats, want_stats, rtol=1e-4, atol=1e-5)
+    rounded = dtype == "bfloat16" and 0 < attention.paired_prompt_tokens() <= num_queries
+    check(out, stats, q, plain_k, plain_v, rounded=rounded, **settings)
+
+
+def test_short_prompts_are_exact_and_chunks_change_nothing(isa: str) -> None:
+    """Over rows of bfloat16: a prompt in chunks that are rounded gives what it gives at once, to the bit."""
+    rng = np.random.default_rng(3)
+    q, k, v = rows(rng, 200, 6, 48), rows(rng, 200, 2, 48), rows(rng, 200, 2, 48)
+    k, v = (each.astype(TYPES["bfloat16"]) for each in (k, v))
+
+    def attend(first: int, end: int) -> np.ndarray:
+        out = np.empty_like(q[first:end])
+        return attention.attend_float(q[first:end], k[:end], v[:end], scale=0.2, first_position=first, out=out)
+
+    least = attention.paired_prompt_tokens()
+    assert least in (0, 32)
+    whole = attend(0, 200)
+    for first, end in ((0, 64), (64, 101), (101, 200)):
+        np.testing.assert_array_equal(attend(first, end), whole[first:end])
+    short = attend(100, 131)
+    want, _ = expected(q[100:131], k[:131], v[:131], scale=0.2, first_position=100)
+    np.testing.assert_allclose(short, want, atol=2e-5)
+    assert np.array_equal(short, whole[100:131]) == (least == 0)
 
 
 @pytest.mark.parametrize("num_queries", [1, 6])
@@ -287,7 +323,7 @@ RAGGED = [
 ]
 
 
-@pytest.mark.parametrize("types", [("float16", "float32"), ("float32", "bfloat16")], ids=str)
+@pytest.mark.parametrize("types", [("float16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")], ids=str)
 @pytest.mark.parametrize("size", RAGGED, ids=str)
 def test_heads_of_different_lengths(isa: str, threads: int, types: tuple[str, str], size: tuple) -> None:
     num_queries, tail, pasts, rep, dim = size
@@ -306,9 +342,9 @@ def test_heads_of_different_lengths(isa: str, threads: int, types: tuple[str, st
             np.concatenate([past[offsets[h] : offsets[h + 1], None].astype(np.float32), new[:, h : h + 1]])
             for past, new in ((past_k, k), (past_v, v))
         ]
-        want, want_stats = expected(q[:, mine], *both, scale=dim**-0.5, first_position=length + first)
-        np.testing.assert_allclose(out[:, mine], want, atol=2e-5)
-        np.testing.assert_allclose(stats[:, mine], want_stats, rtol=1e-4, atol=1e-5)
+        rounded = set(types) == {"bfloat16"} and 0 < attention.paired_prompt_tokens() <= num_queries
+        settings = {"scale": dim**-0.5, "first_position": length + first}
+        check(out[:, mine], stats[:, mine], q[:, mine], *both, rounded=rounded, **settings)
 
 
 def test_ragged_rows_are_checked() -> None:

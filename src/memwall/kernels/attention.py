@@ -34,6 +34,7 @@ __all__ = [
     "kivi_encode_values",
     "kivi_key_block_bytes",
     "merge_partials",
+    "paired_prompt_tokens",
     "predict_attention_scratch_bytes",
     "record_attend_next",
 ]
@@ -227,6 +228,13 @@ def attend_ragged(
         q, _plain(past_k), _plain(past_v), offsets, _plain(k), _plain(v), out, scale, first_query, stats
     )
     return out
+
+
+def paired_prompt_tokens() -> int:
+    """Tokens of a prompt from which on, over rows of bfloat16, queries and the softmax's shares are rounded to bfloat16
+    as well, since products of such pairs take half the time on this processor; 0 where none are. Sums stay float32.
+    """
+    return int(_native.paired_prompt_tokens())
 
 
 def predict_attention_scratch_bytes(

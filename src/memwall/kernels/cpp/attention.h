@@ -93,6 +93,7 @@ struct Attention {
   std::int64_t first_waiting = 0;
   // prefill of one head of a ragged cache: its past rows [token][head_dim], coded_keys = coded_values of them, before the tail
   Rows past_keys, past_values;
+  bool exact = false;  // queries and shares are not to be rounded, however many queries there are
 
   std::int64_t place(int query) const { return places != nullptr ? places[query] : query; }
   int queries_per_kv_head() const { return num_heads / num_kv_heads; }
@@ -137,6 +138,8 @@ struct AttentionKernels {
   // query tokens [begin, end) of one kv head
   void (*prefill)(const Attention&, int kv_head, int begin, int end, float* scratch);
   std::size_t (*prefill_scratch)(const Attention&, int queries);
+  // a prompt of so many tokens or more over rows of bfloat16 has its queries and shares rounded to that (attention_pairs.h); 0: none has
+  int (*paired_tokens)();
   // exact rows [tokens][kv head][head_dim] -> blocks; key rows: one whole block; value rows: tokens [slot, slot + count) of a block
   void (*encode_keys)(const Rows&, const KiviForm&, int kv_heads, int key_dim, std::uint8_t* block);
   void (*encode_values)(const Rows&, const KiviForm&, int kv_heads, int head_dim, int slot, int count, std::uint8_t* block);

@@ -5,6 +5,7 @@
 // of queries, logits kept transposed (key-major), so that the softmax runs down the columns with no sums across a vector.
 #include "attention_columns.h"
 #include "attention_isa.h"
+#include "attention_pairs.h"
 #include "attention_simd.h"
 
 #include "attention_table.h"
@@ -527,40 +528,42 @@ void decode(const Attention& a, const float* q, std::int64_t begin, std::int64_t
 
 // ---- prompts -----------------------------------------------------------------------------------------------------------
 
-// C[4][V * W] (+)= A[4][depth] * B[depth][V * W]; A is read one number at a time, at any strides
-template <int V>
-inline void multiply_tile(const float* a, std::int64_t a_row, std::int64_t a_col, const float* b, int ldb, float* c, int ldc,
-                          int depth, bool add) {
+// C[4][V * W] (+)= A[4][depth] * B[depth][V * W], of words; A is read one word at a time, at any strides
+template <typename Kind, int V>
+inline void multiply_tile(const typename Kind::Word* a, std::int64_t a_row, std::int64_t a_col, const typename Kind::Word* b, int ldb, float* c,
+                          int ldc, int depth, bool add) {
   vf sum[4][V];
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < V; ++j) sum[i][j] = add ? vload(c + i * ldc + j * W) : vset(0.0f);
   for (int k = 0; k < depth; ++k, a += a_col, b += ldb) {
-    vf right[V];
-    for (int j = 0; j < V; ++j) right[j] = vload(b + j * W);
+    typename Kind::Vector right[V];
+    for (int j = 0; j < V; ++j) right[j] = Kind::load(b + j * W);
     for (int i = 0; i < 4; ++i) {
-      const vf left = vset(a[i * a_row]);
-      for (int j = 0; j < V; ++j) sum[i][j] = vfma(left, right[j], sum[i][j]);
+      const auto left = Kind::spread(a + i * a_row);
+      for (int j = 0; j < V; ++j) sum[i][j] = Kind::add(sum[i][j], left, right[j]);
     }
   }
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < V; ++j) vstore(c + i * ldc + j * W, sum[i][j]);
 }
 
-// rows a multiple of 4, columns of 16
-void multiply(const float* a, std::int64_t a_row, std::int64_t a_col, const float* b, int ldb, float* c, int ldc, int rows,
+// rows a multiple of 4, columns of 16; depth and strides of a and b count words, which lie where floats would
+template <typename Kind>
+void multiply(const float* from_a, std::int64_t a_row, std::int64_t a_col, const float* from_b, int ldb, float* c, int ldc, int rows,
               int columns, int depth, bool add) {
 #if defined(__AVX512F__)
   constexpr int V = 4;
 #else
   constexpr int V = 2;
 #endif
+  const auto *a = reinterpret_cast<const typename Kind::Word*>(from_a), *b = reinterpret_cast<const typename Kind::Word*>(from_b);
   int j = 0;
   for (; j + V * W <= columns; j += V * W)
     for (int i = 0; i < rows; i += 4)
-      multiply_tile<V>(a + i * a_row, a_row, a_col, b + j, ldb, c + static_cast<std::int64_t>(i) * ldc + j, ldc, depth, add);
+      multiply_tile<Kind, V>(a + i * a_row, a_row, a_col, b + j, ldb, c + static_cast<std::int64_t>(i) * ldc + j, ldc, depth, add);
   for (; j < columns; j += W)
     for (int i = 0; i < rows; i += 4)
-      multiply_tile<1>(a + i * a_row, a_row, a_col, b + j, ldb, c + static_cast<std::int64_t>(i) * ldc + j, ldc, depth, add);
+      multiply_tile<Kind, 1>(a + i * a_row, a_row, a_col, b + j, ldb, c + static_cast<std::int64_t>(i) * ldc + j, ldc, depth, add);
 }
 
 template <template <typename> class V, typename T>
@@ -634,7 +637,8 @@ std::size_t prefill_scratch(const Attention& a, int queries) {
   return PromptScratch::size(round_up(queries * a.queries_per_kv_head(), 16), a.padded_key(), a.padded_dim());
 }
 
-// queries transposed and scaled, limits of each row; positions inside the tile walk are kept as floats (exact below 2^24)
+// queries transposed and scaled, as words, limits of each row; positions inside the tile walk are kept as floats (exact below 2^24)
+template <typename Kind>
 void load_queries(const Attention& a, int kv_head, int begin, int end, std::int64_t origin, const PromptScratch& s) {
   const int rep = a.queries_per_kv_head(), dim = a.padded_dim();
   for (std::size_t i = 0; i < static_cast<std::size_t>(a.padded_key()) * s.rows; ++i) s.q[i] = 0.0f;
@@ -648,26 +652,37 @@ void load_queries(const Attention& a, int kv_head, int begin, int end, std::int6
     s.low[row] = static_cast<float>(larger<std::int64_t, std::int64_t>(a.first_key + a.place(token), 0) - origin);
     s.high[row] = static_cast<float>(smaller<std::int64_t, std::int64_t>(a.query_key + a.place(token) + 1, a.length) - origin);
   }
+  if constexpr (Kind::kNumbers == 2) Kind::join_across(s.q, a.padded_key(), s.rows);
 }
 
+// logits become shares, or pairs of shares of tokens that follow each other
+template <typename Kind>
 void softmax_tile(const PromptScratch& s, int count, int dim, std::int64_t at, bool masked) {
   for (int row = 0; row < s.rows; row += W) {
     const vf before = vload(s.peak + row), low = vload(s.low + row), high = vload(s.high + row);
     vf peak = before, sum = vset(0.0f);
+    float* const scores = s.scores + row;
     for (int k = 0; k < count; ++k) {
-      float* score = s.scores + k * s.rows + row;
-      vf x = vload(score);
+      vf x = vload(scores + k * s.rows);
       if (masked) {
         x = vwithin(x, vset(static_cast<float>(at + k)), low, high);
-        vstore(score, x);
+        vstore(scores + k * s.rows, x);
       }
       peak = vmax(peak, x);
     }
-    for (int k = 0; k < count; ++k) {
-      float* score = s.scores + k * s.rows + row;
-      const vf weight = vexp(vsub(vload(score), peak));
-      vstore(score, weight);
-      sum = vadd(sum, weight);
+    if constexpr (Kind::kNumbers == 1) {
+      for (int k = 0; k < count; ++k) {
+        const vf weight = vexp(vsub(vload(scores + k * s.rows), peak));
+        vstore(scores + k * s.rows, weight);
+        sum = vadd(sum, weight);
+      }
+    } else {
+      for (int k = 0; k < count; k += 2) {
+        const vf one = Kind::share(vload(scores + k * s.rows), peak);
+        const vf other = k + 1 < count ? Kind::share(vload(scores + (k + 1) * s.rows), peak) : vset(0.0f);
+        Kind::store(scores + k / 2 * s.rows, one, other);
+        sum = vadd(sum, vadd(one, other));
+      }
     }
     const vf shrink = vexp(vsub(before, peak));
     vstore(s.peak + row, peak);
@@ -680,7 +695,9 @@ void softmax_tile(const PromptScratch& s, int count, int dim, std::int64_t at, b
   }
 }
 
-void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch) {
+template <typename Kind>
+void prefill_as(const Attention& a, int kv_head, int begin, int end, float* scratch) {
+  constexpr int kNumbers = Kind::kNumbers;
   const int rep = a.queries_per_kv_head(), dim = a.padded_dim(), key_dim = a.padded_key();
   const PromptScratch s(scratch, round_up((end - begin) * rep, 16), key_dim, dim);
   // what the first and the last query of this block may see
@@ -689,17 +706,19 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
   const std::int64_t high_first = smaller<std::int64_t, std::int64_t>(a.query_key + a.place(begin) + 1, a.length);
   const std::int64_t high_last = smaller<std::int64_t, std::int64_t>(a.query_key + a.place(end - 1) + 1, a.length);
   const std::int64_t origin = low_first / kTile * kTile;
-  load_queries(a, kv_head, begin, end, origin, s);
+  load_queries<Kind>(a, kv_head, begin, end, origin, s);
   for (std::int64_t tile = origin; tile < high_last; tile += kTile) {
     const int count = static_cast<int>(smaller<std::int64_t, std::int64_t>(kTile, high_last - tile));
     load_tile(a, a.keys, a.key_dim, a.coded_keys, kv_head, tile, count, s.keys,
               [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_keys, h, from, to, out, ld, coded_key_tile); });
-    multiply(s.keys, key_dim, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, a.key_dim, false);
+    if constexpr (kNumbers == 2) Kind::join_along(s.keys, static_cast<std::int64_t>(count) * key_dim);
+    multiply<Kind>(s.keys, key_dim / kNumbers, 1, s.q, s.rows, s.scores, s.rows, round_up(count, 4), s.rows, (a.key_dim + kNumbers - 1) / kNumbers, false);
     const bool masked = tile < low_last || tile + count > high_first;
-    softmax_tile(s, count, dim, tile - origin, masked);
+    softmax_tile<Kind>(s, count, dim, tile - origin, masked);
     load_tile(a, a.values, a.head_dim, a.coded_values, kv_head, tile, count, s.values,
               [](auto& at, int h, auto from, auto to, float* out, int ld) { past_tile(at, at.past_values, h, from, to, out, ld, coded_value_tile); });
-    multiply(s.scores, 1, s.rows, s.values, dim, s.out, dim, s.rows, dim, count, true);
+    if constexpr (kNumbers == 2) Kind::join_across(s.values, count, dim);
+    multiply<Kind>(s.scores, 1, s.rows, s.values, dim, s.out, dim, s.rows, dim, (count + kNumbers - 1) / kNumbers, true);
   }
   for (int row = 0; row < (end - begin) * rep; ++row) {
     const std::int64_t at = static_cast<std::int64_t>(begin + row / rep) * a.num_heads + kv_head * rep + row % rep;
@@ -711,10 +730,28 @@ void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch
   }
 }
 
+int paired_tokens() {
+#if defined(__AVX512F__) && defined(MW_BF16_PAIRS)
+  if (Pairs::gain()) return kLeastPaired;
+#endif
+  return 0;
+}
+
+void prefill(const Attention& a, int kv_head, int begin, int end, float* scratch) {
+#if defined(__AVX512F__) && defined(MW_BF16_PAIRS)
+  const auto of_pairs = [](const Rows& rows, const Rows& past) {
+    return rows.type == Real::bfloat16 && (past.data == nullptr || past.type == Real::bfloat16);
+  };
+  if (!a.exact && a.num_tokens >= kLeastPaired && of_pairs(a.keys, a.past_keys) && of_pairs(a.values, a.past_values) && Pairs::gain())
+    return prefill_as<Pairs>(a, kv_head, begin, end, scratch);
+#endif
+  prefill_as<Floats>(a, kv_head, begin, end, scratch);
+}
+
 }  // namespace
 
 const AttentionKernels& attention_table() {
-  static const AttentionKernels table{decode, decode_scratch, prepared, prepare, prefill, prefill_scratch, kivi_encode_key_block, kivi_encode_value_rows,
+  static const AttentionKernels table{decode, decode_scratch, prepared, prepare, prefill, prefill_scratch, paired_tokens, kivi_encode_key_block, kivi_encode_value_rows,
                                       bfp_encode_keys, bfp_encode_values, coded_key_tile, coded_value_tile};
   return table;
 }

@@ -101,7 +101,10 @@ void attend_shared(const Attention& all, const Piece* own, int num_own, const Pi
   pieces.clear(), tasks.clear();
   pieces.reserve(static_cast<std::size_t>(num_own + num_prefixes));  // tasks point into it
   for (int i = 0; i < num_own; ++i) pieces.push_back(over(all, own[i], window, all.out, stats));
-  for (int i = 0; i < num_prefixes; ++i) pieces.push_back(over(all, prefixes[i], window, other, theirs));
+  for (int i = 0; i < num_prefixes; ++i) {
+    pieces.push_back(over(all, prefixes[i], window, other, theirs));
+    pieces.back().exact = true;  // rows of several sequences: what one gets is not to depend on how many others there are
+  }
   std::size_t scratch = single_scratch(all, kernels);
   std::int64_t cost = 0;
   for (const Attention& a : pieces) {

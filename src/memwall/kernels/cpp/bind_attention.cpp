@@ -242,6 +242,7 @@ void bind_attention(nb::module_& m, nb::class_<Program>& program) {
         "first_query"_a, "stats"_a.none());
   m.def("attention_scratch_bytes_for", &mw::attention_scratch_bytes_for, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
         "tokens"_a, "threads"_a, "sequences"_a = 1, "shared_rows"_a = 0);
+  m.def("paired_prompt_tokens", [] { return mw::attention_kernels().paired_tokens(); });
   m.def("kivi_encode_keys", &encode_keys, "k"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_encode_values", &encode_values, "v"_a, "first"_a, "blocks"_a, "bits"_a, "group"_a);
   m.def("kivi_decode", &decode_blocks, "keys"_a, "blocks"_a, "first"_a, "out"_a, "bits"_a, "group"_a);
