@@ -3,7 +3,7 @@
     python benchmarks/attention.py [--threads 2] [--heads 32 --kv-heads 8 --head-dim 64] [--lengths 4096 32768]
 
 All contenders take turns inside each round; medians of the rounds and of their ratios are printed, then one JSON line.
-torch's scaled_dot_product_attention (float32) is left out where torch is not installed.
+torch's scaled_dot_product_attention (float32 and bfloat16) is left out where torch is not installed.
 """
 
 from __future__ import annotations
@@ -42,14 +42,18 @@ def over_layers(cache: kv.KVCache, q: np.ndarray, first: int) -> Callable[[], No
     return step
 
 
-def torch_step(shape: kv.CacheShape, length: int, q: np.ndarray, threads: int) -> Callable[[], None] | None:
+TORCH_TYPES = ("float32", "bfloat16")
+
+
+def torch_step(shape: kv.CacheShape, length: int, q: np.ndarray, threads: int, dtype: str) -> Callable[[], None] | None:
     try:
         import torch
     except ImportError:
         return None
     torch.set_num_threads(threads)
-    rows = torch.randn(shape.num_layers, 1, shape.num_kv_heads, length, shape.head_dim)
-    query = torch.from_numpy(q).transpose(0, 1)[None].contiguous()
+    kind = getattr(torch, dtype)
+    rows = torch.randn(shape.num_layers, 1, shape.num_kv_heads, length, shape.head_dim).to(kind)
+    query = torch.from_numpy(q).transpose(0, 1)[None].contiguous().to(kind)
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def step() -> None:
@@ -101,9 +105,10 @@ def main() -> None:
             policy: filled(policy, shape, length) for policy in POLICIES if num_queries == 1 or "kivi" not in policy
         }
         steps = {policy: over_layers(cache, q, length - num_queries) for policy, cache in caches.items()}
-        peer = torch_step(shape, length, q, options.threads)
-        if peer is not None:
-            steps["torch float32"] = peer
+        for dtype in TORCH_TYPES:
+            peer = torch_step(shape, length, q, options.threads, dtype)
+            if peer is not None:
+                steps[f"torch {dtype}"] = peer
         name = f"decode at {length}" if num_queries == 1 else f"prompt of {length}"
         results[name] = measure(steps, options.rounds)
         for contender, figures in results[name].items():
