@@ -1,0 +1,121 @@
+"""`memwall simulate paging`: which eviction policy would fetch how much, on a sequence of accesses."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memwall.cli.command import AsJson, Debug, Quiet
+from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.errors import InputError
+
+if TYPE_CHECKING:
+    from memwall.memory.replay import Predicted, Result
+
+SHOWN = "lru,marker,flush,robust-flush,mark0,robust-mark0,mark-predict,predictive-marker,lfd"
+
+
+class Source(StrEnum):
+    """Where predictions come from."""
+
+    oracle = "oracle"
+    noisy = "noisy"
+    popu = "popu"
+    pleco = "pleco"
+    learned = "learned"
+
+
+def paging(
+    traces: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files of accesses: a key a line, or JSON lines with hash_ids (.jsonl), such as Mooncake's traces of "
+            "prefix blocks.",
+            metavar="TRACE...",
+        ),
+    ],
+    *,
+    slots: Annotated[int, typer.Option(help="Keys that the cache holds.", min=1)] = 10,
+    policies: Annotated[str, typer.Option(help="Policies between commas, or `all`.")] = SHOWN,
+    predictions: Annotated[
+        Source,
+        typer.Option(
+            help="oracle and noisy look ahead; popu (how often a key came), pleco (and when) and learned (boosted "
+            "trees) do not, learn from the beginning of each trace, and are judged by the rest."
+        ),
+    ] = Source.oracle,
+    flip: Annotated[float, typer.Option(help="With oracle: share of the bits that are wrong.", min=0, max=1)] = 0.0,
+    sigma: Annotated[float, typer.Option(help="With noisy: deviation of the logarithm of distances.", min=0)] = 1.0,
+    train: Annotated[float, typer.Option(help="Share of a trace that is learned from.", min=0.01, max=0.99)] = 0.5,
+    limit: Annotated[int | None, typer.Option(help="Read at most so many accesses of a trace.", min=1)] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of policies that draw lots.", min=1, max=1000)] = 5,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Replay accesses against eviction policies: what each fetches, beside the least that any could.
+
+    Policies that take a predicted bit are those of Paging with Succinct Predictions; lfd knows the future.
+    """
+    from memwall.memory.replay import predicted, read_accesses, replay
+
+    names = _names(policies)
+    sequences = [read_accesses(path, limit) for path in traces]
+    runs = []
+    with progress_bar("replay", quiet=quiet) as bar:
+        for number, keys in enumerate(sequences):
+            told = predicted(keys, slots, predictions.value, flip=flip, sigma=sigma, train=train)
+            runs.append((keys, told, replay(keys, slots, names, told, seeds=seeds)))
+            if bar.staged is not None:
+                bar.staged(traces[number].name, number + 1, len(sequences))
+    whole = _whole(runs)
+    if json:
+        print_json(
+            {
+                "slots": slots,
+                "predictions": predictions.value,
+                "traces": [
+                    {"trace": str(path), "accesses": len(keys), "counted": len(keys) - told.train,
+                     "wrong_bits": {kind: list(told.wrong[kind]) for kind in told.wrong},
+                     "policies": [one.to_dict() for one in found]}
+                    for path, (keys, told, found) in zip(traces, runs, strict=True)
+                ],
+                "policies": [one.to_dict() for one in whole],
+            }
+        )  # fmt: skip
+        return
+    rows = [
+        [one.policy, one.hint, f"{one.faults:,.0f}", f"{one.times_least:.3f}", f"{one.hit_rate:.1%}"] for one in whole
+    ]
+    typer.echo(format_table(["policy", "told", "faults", "times lfd", "hits"], rows, right=frozenset({2, 3, 4})))
+    note(f"memwall: {whole[0].counted:,} accesses of {len(runs)} traces, {slots} slots; {_shares(runs)}", quiet=quiet)
+
+
+def _names(policies: str) -> list[str]:
+    from memwall.memory.succinct_paging import NAMES, make_policy
+
+    names = list(NAMES) if policies == "all" else [name.strip() for name in policies.split(",") if name.strip()]
+    if not names:
+        raise InputError("--policies: name one at least, or all")
+    for name in names:
+        make_policy(name, 1)
+    return list(dict.fromkeys(names))
+
+
+def _whole(runs: list[tuple[Any, Predicted, list[Result]]]) -> list[Result]:
+    """All traces together, policy by policy."""
+    from memwall.memory.replay import together
+
+    return [together(column) for column in zip(*(found for _, _, found in runs), strict=True)]
+
+
+def _shares(runs: list[tuple[Any, Predicted, list[Result]]]) -> str:
+    """Wrong bits, in words."""
+    told = []
+    for kind in ("discard", "phase"):
+        zeros, ones = (sum(run[1].wrong[kind][at] for run in runs) for at in (0, 1))
+        told.append(f"{kind} bits: {zeros:,} wrong zeros, {ones:,} wrong ones")
+    return "; ".join(told)

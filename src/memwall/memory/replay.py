@@ -1,0 +1,175 @@
+"""Sequences of accesses under many eviction policies: what each would have had to fetch, beside the least there is."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memwall.errors import InputError
+from memwall.memory import bit_predictors as predict
+from memwall.memory.cache_policy import CachePolicy, Hint, Key, Store, next_accesses
+from memwall.memory.succinct_paging import discard_bits, make_policy, phase_bits, phases_of, wrong_bits
+
+SOURCES = ("oracle", "noisy", "popu", "pleco", "learned")
+KINDS: tuple[Hint, ...] = ("discard", "phase")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """Hints of a sequence by kind; what a source cannot give is not there. wrong: (zeros, ones) of each kind of bit."""
+
+    hints: dict[Hint, list[int]]
+    wrong: dict[Hint, tuple[int, int]]
+    train: int
+    """Accesses that the source has learned from; faults count from there on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One policy's faults (mean over seeds) over the accesses that count, of which LFD faults at `least`."""
+
+    policy: str
+    hint: Hint
+    faults: float
+    least: int
+    counted: int
+
+    @property
+    def times_least(self) -> float:
+        """Faults beside LFD's."""
+        return self.faults / max(self.least, 1)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the accesses that found their key."""
+        return 1 - self.faults / max(self.counted, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {**asdict(self), "times_least": self.times_least, "hit_rate": self.hit_rate}
+
+
+def together(results: Sequence[Result]) -> Result:
+    """One policy over several sequences."""
+    return Result(
+        policy=results[0].policy,
+        hint=results[0].hint,
+        faults=sum(one.faults for one in results),
+        least=sum(one.least for one in results),
+        counted=sum(one.counted for one in results),
+    )
+
+
+def read_accesses(path: Path, limit: int | None = None) -> list[Key]:
+    """The keys of a file: one a line, or the `hash_ids` of a JSON lines trace (Mooncake's), block after block."""
+    found: list[Key] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if limit is not None and len(found) >= limit:
+                    break
+                if line.strip():
+                    found += _blocks(path, number, line) if path.suffix == ".jsonl" else [line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not found:
+        raise InputError(f"{path}: holds no access; a key a line is wanted, or JSON lines with hash_ids")
+    return found[:limit]
+
+
+def _blocks(path: Path, number: int, line: str) -> list[Key]:
+    try:
+        row = json.loads(line)
+        ids = row["hash_ids"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path}, line {number}: not a JSON object with hash_ids") from None
+    if not isinstance(ids, list) or not all(isinstance(each, int | str) for each in ids):
+        raise InputError(f"{path}, line {number}: hash_ids are numbers or words in a list")
+    return list(ids)
+
+
+def predicted(
+    keys: Sequence[Key], slots: int, source: str, *, flip: float = 0.0, sigma: float = 1.0, train: float = 0.5,
+    seed: int = 0,
+) -> Predicted:  # fmt: skip
+    """Hints of a sequence. source: `oracle`, whose bits are true but for a share `flip`; `noisy` next accesses, off by
+    a log-normal factor of `sigma`; `popu`, `pleco` and `learned`, which know the past, and of bits those of the first
+    `train` of the sequence. The first two look ahead.
+    """
+    if source not in SOURCES:
+        raise InputError(f"no source of predictions {source!r}; there are {', '.join(SOURCES)}")
+    if not 0 < train < 1:
+        raise InputError(f"a share of {train:g} to learn from; it lies between 0 and 1")
+    hints: dict[Hint, list[int]]
+    first = 0
+    if source == "oracle":
+        hints = {
+            "discard": predict.flipped(discard_bits(keys, slots), seed, zeros=flip, ones=flip),
+            "phase": predict.flipped(phase_bits(keys, slots), seed + 1, zeros=flip, ones=flip),
+            "arrival": next_accesses(keys),
+        }
+    elif source == "noisy":
+        arrivals = predict.noisy_arrivals(keys, sigma, seed)
+        hints = {
+            "discard": discard_bits(keys, slots, arrivals),
+            "phase": _beyond_next_phase(keys, slots, arrivals),
+            "arrival": arrivals,
+        }
+    else:
+        first = int(train * len(keys))
+        known = keys[:first]
+        if len(known) < slots:
+            raise InputError(
+                f"{len(known)} accesses to learn from, fewer than the {slots} slots; give a longer sequence"
+            )
+        labels: dict[Hint, list[int]] = {"discard": discard_bits(known, slots), "phase": phase_bits(known, slots)}
+        if source == "learned":
+            hints = {kind: predict.learned(keys, labels[kind], first, seed) for kind in KINDS}
+        else:
+            guess: Callable[[Sequence[Key]], list[int]] = predict.popu if source == "popu" else predict.pleco
+            arrivals = guess(keys)
+            hints = {kind: predict.bits_beyond(arrivals, labels[kind], first) for kind in KINDS}
+            hints["arrival"] = arrivals
+    wrong = {kind: wrong_bits(kind, keys, slots, hints[kind]) for kind in KINDS}
+    return Predicted(hints=hints, wrong=wrong, train=first)
+
+
+def _beyond_next_phase(keys: Sequence[Key], slots: int, arrivals: Sequence[int]) -> list[int]:
+    phases = phases_of(keys, slots)
+    ends = {phase: at + 1 for at, phase in enumerate(phases)}
+    return [int(arrival >= ends.get(phase + 1, len(keys))) for arrival, phase in zip(arrivals, phases, strict=True)]
+
+
+def faults_of(policy: CachePolicy, keys: Sequence[Key], hints: Sequence[int] | None, first: int = 0) -> int:
+    """Faults from access `first` on, of a policy that saw the others before it."""
+    store, before = Store(policy), 0
+    for at, key in enumerate(keys):
+        if at == first:
+            before = store.faults
+        store.access(key, hints[at] if hints is not None else 0)
+    return store.faults - before
+
+
+def replay(keys: Sequence[Key], slots: int, names: Sequence[str], told: Predicted, *, seeds: int = 5) -> list[Result]:
+    """Every policy over the sequence; those for which the source has no hint are left out. Policies that draw lots run
+    once for each seed.
+    """
+    least = faults_of(make_policy("lfd", slots), keys, next_accesses(keys), told.train)
+    found = []
+    for name in names:
+        hint = make_policy(name, slots).hint
+        if name == "lfd":
+            mean = float(least)
+        elif hint != "none" and hint not in told.hints:
+            continue
+        else:
+            hints = told.hints.get(hint)
+            mean = statistics.fmean(
+                faults_of(make_policy(name, slots, seed), keys, hints, told.train) for seed in range(seeds)
+            )
+        found.append(Result(policy=name, hint=hint, faults=mean, least=least, counted=len(keys) - told.train))
+    return found
