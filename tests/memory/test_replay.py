@@ -75,6 +75,8 @@ def test_guesses_know_the_past_alone() -> None:
         assert all(arrival > at for at, arrival in enumerate(whole))
     table, half = predict.features(keys), predict.features(keys[:200])
     np.testing.assert_array_equal(table[:200], half)
+    assert predict.first_times(list("aba")) == [1, 1, 0]
+    assert predicted(list("abab"), 2, "seen").train == 0
     assert predict.popu(list("aab")) == [1, 2, 5]  # every time, every time, one in three
 
 

@@ -23,6 +23,7 @@ class Source(StrEnum):
 
     oracle = "oracle"
     noisy = "noisy"
+    seen = "seen"
     popu = "popu"
     pleco = "pleco"
     learned = "learned"
@@ -43,8 +44,9 @@ def paging(
     predictions: Annotated[
         Source,
         typer.Option(
-            help="oracle and noisy look ahead; popu (how often a key came), pleco (and when) and learned (boosted "
-            "trees) do not, learn from the beginning of each trace, and are judged by the rest."
+            help="oracle and noisy look ahead. The others do not: seen takes what comes for the first time for what "
+            "will not come again; popu (how often a key came), pleco (and when) and learned (boosted trees) learn from "
+            "the beginning of each trace, and are judged by the rest."
         ),
     ] = Source.oracle,
     flip: Annotated[float, typer.Option(help="With oracle: share of the bits that are wrong.", min=0, max=1)] = 0.0,

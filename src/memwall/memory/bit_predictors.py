@@ -1,11 +1,11 @@
 """Where the bits of `succinct_paging` come from: truth with errors put in, next accesses that are guessed, or a model.
 
-What looks ahead is for experiments and says so; `popu`, `pleco` and `learned` know the past alone. `popu` guesses that
-a key that made up a share p of the past comes once in 1 / p accesses; `pleco` weighs past accesses by their age
-(Anderson 2014, by way of the literature on paging with predictions). Their guesses become bits by a limit that is
-learned from the beginning of the sequence: farther than it is 1. `learned` has features of the kind of LRB (Song 2020):
-gaps between a key's last accesses, how often it came with several half-lives, and its age; trees are boosted on LFD's
-bits of the beginning, which is all that they are shown.
+What looks ahead is for experiments and says so; `first_times`, `popu`, `pleco` and `learned` know the past alone. `popu`
+guesses that a key that made up a share p of the past comes once in 1 / p accesses; `pleco` weighs past accesses by
+their age (Anderson 2014, by way of the literature on paging with predictions). Their guesses become bits by a limit
+that is learned from the beginning of the sequence: farther than it is 1. `learned` has features of the kind of LRB
+(Song 2020): gaps between a key's last accesses, how often it came with several half-lives, and its age; trees are
+boosted on LFD's bits of the beginning, which is all that they are shown.
 """
 
 from __future__ import annotations
@@ -46,6 +46,16 @@ def noisy_arrivals(keys: Sequence[Key], sigma: float, seed: int) -> list[int]:
         end if arrival == end else at + max(1, round((arrival - at) * math.exp(sigma * draw.gauss(0, 1))))
         for at, arrival in enumerate(next_accesses(keys))
     ]
+
+
+def first_times(keys: Sequence[Key]) -> list[int]:
+    """1 where a key comes for the first time: most keys of many caches come once."""
+    seen: set[Key] = set()
+    found = []
+    for key in keys:
+        found.append(int(key not in seen))
+        seen.add(key)
+    return found
 
 
 def popu(keys: Sequence[Key]) -> list[int]:

@@ -122,6 +122,15 @@ class Lru(Fifo):
         return super()._access(key, hint)
 
 
+def without_old(heap: list[tuple[int, int, Key]], held: dict[Key, tuple[int, int]]) -> list[tuple[int, int, Key]]:
+    """The heap, or where most of it is out of date another one, of what is held alone."""
+    if len(heap) <= 4 * len(held) + 64:
+        return heap
+    heap = [(*order, key) for key, order in held.items()]
+    heapq.heapify(heap)
+    return heap
+
+
 class Lfu(Paging):
     """Who was used least often while it was held leaves first, of these the one longest ago."""
 
@@ -144,6 +153,7 @@ class Lfu(Paging):
         mine = (self._uses.get(key, (0, 0))[0] + 1, self._now)
         self._uses[key] = mine
         heapq.heappush(self._heap, (*mine, key))
+        self._heap = without_old(self._heap, self._uses)
         return victims
 
 
@@ -216,9 +226,7 @@ class Farthest(Paging):
         self._next[key] = mine = (-hint, self._now)
         self._now += 1
         heapq.heappush(self._heap, (*mine, key))
-        if len(self._heap) > 4 * self.slots + 64:  # what is out of date
-            self._heap = [(far, at, one) for one, (far, at) in self._next.items()]
-            heapq.heapify(self._heap)
+        self._heap = without_old(self._heap, self._next)
         return victims
 
 

@@ -14,7 +14,7 @@ from memwall.memory import bit_predictors as predict
 from memwall.memory.cache_policy import CachePolicy, Hint, Key, Store, next_accesses
 from memwall.memory.succinct_paging import discard_bits, make_policy, phase_bits, phases_of, wrong_bits
 
-SOURCES = ("oracle", "noisy", "popu", "pleco", "learned")
+SOURCES = ("oracle", "noisy", "seen", "popu", "pleco", "learned")
 KINDS: tuple[Hint, ...] = ("discard", "phase")
 
 
@@ -97,8 +97,8 @@ def predicted(
     seed: int = 0,
 ) -> Predicted:  # fmt: skip
     """Hints of a sequence. source: `oracle`, whose bits are true but for a share `flip`; `noisy` next accesses, off by
-    a log-normal factor of `sigma`; `popu`, `pleco` and `learned`, which know the past, and of bits those of the first
-    `train` of the sequence. The first two look ahead.
+    a log-normal factor of `sigma`; `seen`, whose bit is 1 where a key comes for the first time; `popu`, `pleco` and
+    `learned`, which know the past, and of bits those of the first `train` of the sequence. The first two look ahead.
     """
     if source not in SOURCES:
         raise InputError(f"no source of predictions {source!r}; there are {', '.join(SOURCES)}")
@@ -119,6 +119,8 @@ def predicted(
             "phase": _beyond_next_phase(keys, slots, arrivals),
             "arrival": arrivals,
         }
+    elif source == "seen":
+        hints = {kind: predict.first_times(keys) for kind in KINDS}
     else:
         first = int(train * len(keys))
         known = keys[:first]

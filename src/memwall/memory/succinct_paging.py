@@ -304,6 +304,7 @@ NAMES: dict[str, Maker] = {
     "mark-predict-in-order": lambda slots, seed: MarkAndPredict(slots, seed, in_order=True),
     "robust-flush": lambda slots, seed: Robust(Flush(slots), Lru(slots)),
     "robust-mark0": lambda slots, seed: Weighted(MarkZero(slots, seed), Marker(slots, seed + 1), seed=seed + 2),
+    "robust-mark0-lru": lambda slots, seed: Weighted(MarkZero(slots, seed), Lru(slots), seed=seed + 2),
     "predictive-marker": PredictiveMarker,
     "lmarker": lambda slots, seed: PredictiveMarker(slots, seed, trust=False),
 }
