@@ -1,8 +1,8 @@
 """Where the bits of `succinct_paging` come from: truth with errors put in, next accesses that are guessed, or a model.
 
-What looks ahead is for experiments and says so; `first_times`, `popu`, `pleco` and `learned` know the past alone. `popu`
-guesses that a key that made up a share p of the past comes once in 1 / p accesses; `pleco` weighs past accesses by
-their age (Anderson 2014, by way of the literature on paging with predictions). Their guesses become bits by a limit
+What looks ahead is for experiments and says so; `first_times`, `popu`, `pleco` and `learned` know the past alone.
+`popu` guesses that a key that made up a share p of the past comes once in 1 / p accesses; `pleco` weighs past accesses
+by their age (Anderson 2014, by way of the literature on paging with predictions). Their guesses become bits by a limit
 that is learned from the beginning of the sequence: farther than it is 1. `learned` has features of the kind of LRB
 (Song 2020): gaps between a key's last accesses, how often it came with several half-lives, and its age; trees are
 boosted on LFD's bits of the beginning, which is all that they are shown.
