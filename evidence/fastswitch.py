@@ -32,9 +32,9 @@ In the whole run of 30 November 2026 (quiet, 693 s), with five loads, one claim 
 failed: under Markov priorities all parts together lowered P99 of the first token by 27 %, which was 1.1 standard errors
 (479, 370, 362, 351 ms); P99 of some 160 first tokens is the second longest of a load. There are twenty loads since, and
 the whole run with them (quiet, 2,176 s, two cores of an EPYC) passes: all parts together lower P99 by 39 to 60 %, which
-is 4.3 to 18 errors; no pair is worse by more than 1.5; of neighbours groups are told apart everywhere, overlap between
-tokens under Markov priorities, reuse not by these times. The virtual clock has no noise, and there each part must lower
-what the one before it left.
+is 4.3 to 18 errors. Of neighbours none is worse than the one before it by more than 1.5; groups are told apart
+everywhere, overlap between tokens under Markov priorities, reuse not by these times. The virtual clock has no noise,
+and there each part must lower what the one before it left.
 
 `--data` takes lengths of conversations from a trace with columns of lengths (ShareGPT's); the built-in ones are drawn
 from log-normal distributions.
