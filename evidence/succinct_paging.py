@@ -100,7 +100,8 @@ def popular(count: int, keys: int, seed: int) -> list[Any]:
 
 def drifting(count: int, seed: int) -> list[Any]:
     """A set of eight keys that changes by one now and then, with scans over keys that never come again."""
-    draw, found = random.Random(seed), []  # type: ignore[var-annotated]
+    draw = random.Random(seed)
+    found: list[int] = []
     live, fresh = list(range(8)), 100
     while len(found) < count:
         if draw.random() < 0.05:
@@ -147,7 +148,8 @@ def harmonic(slots: int) -> float:
 
 def perfect_claims(traces: Sequence[Trace], what: str, sizes: Sizes) -> Iterator[Claim]:
     off, least, phase_faults = {"flush": 0, "mark0": 0}, [], []
-    over, classic = 0, {"lru": [], "marker": []}  # type: ignore[var-annotated]
+    over = 0
+    classic: dict[str, list[float]] = {"lru": [], "marker": []}
     for trace in traces:
         best = least_faults(trace.keys, trace.slots)
         least.append(best)
@@ -384,7 +386,8 @@ def limit_claim(sizes: Sizes) -> Claim:
     told, passed = [], True
     for bit in (0, 1):
         slots = 6
-        policy, held, keys = Flush(slots), set(), []  # type: ignore[var-annotated]
+        policy, held = Flush(slots), set[Key]()
+        keys: list[Key] = []
         for _ in range(600):
             key = next(one for one in range(slots + 1) if one not in held)
             victims = policy.on_access(key, 1, bit)
@@ -412,7 +415,8 @@ def conversations(count: int, seed: int) -> list[Any]:
     """Made prefix blocks: half of the requests begin with one of few long shared prompts and go on for some turns, each
     of which asks for all blocks before it; the others come once.
     """
-    draw, found, fresh = random.Random(seed), [], 10_000  # type: ignore[var-annotated]
+    draw, fresh = random.Random(seed), 10_000
+    found: list[int] = []
     shared = [list(range(100 * number, 100 * number + draw.randint(4, 30))) for number in range(20)]
     open_chats: list[list[int]] = []
     while len(found) < count:

@@ -13,7 +13,7 @@ from memwall.errors import InputError
 from memwall.memory import bit_predictors as predict
 from memwall.memory.cache_policy import least_faults, next_accesses
 from memwall.memory.replay import predicted, read_accesses, replay, together
-from memwall.memory.succinct_paging import discard_bits, wrong_bits
+from memwall.memory.succinct_paging import NAMES, discard_bits, make_policy, wrong_bits
 
 
 def drawn(count: int, seed: int = 0) -> list[int]:
@@ -124,3 +124,13 @@ def test_bad_sources() -> None:
         predicted([1, 2], 1, "popu", train=1.0)
     with pytest.raises(InputError, match="fewer than the 6 slots"):
         predicted([1, 2, 3], 6, "popu")
+
+
+def test_policies_without_lots_run_once_and_blind_trust_is_not_lfd() -> None:
+    keys = drawn(600)
+    told = predicted(keys, 6, "noisy", sigma=2.0)
+    found = {one.policy: one for one in replay(keys, 6, ["lfd", "blind-oracle", "marker", "lru"], told, seeds=7)}
+    assert found["lfd"].faults == least_faults(keys, 6) < found["blind-oracle"].faults
+    assert {name for name in NAMES if make_policy(name, 3).draws} == {
+        "random", "marker", "mark0", "mark-predict", "robust-mark0", "robust-mark0-lru", "predictive-marker", "lmarker",
+    }  # fmt: skip

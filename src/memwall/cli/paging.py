@@ -49,9 +49,19 @@ def paging(
             "the beginning of each trace, and are judged by the rest."
         ),
     ] = Source.oracle,
-    flip: Annotated[float, typer.Option(help="With oracle: share of the bits that are wrong.", min=0, max=1)] = 0.0,
-    sigma: Annotated[float, typer.Option(help="With noisy: deviation of the logarithm of distances.", min=0)] = 1.0,
-    train: Annotated[float, typer.Option(help="Share of a trace that is learned from.", min=0.01, max=0.99)] = 0.5,
+    flip_zeros: Annotated[
+        float | None, typer.Option(help="With oracle: share of the zeros that are told as ones (default: 0).")
+    ] = None,
+    flip_ones: Annotated[
+        float | None, typer.Option(help="With oracle: share of the ones that are told as zeros (default: 0).")
+    ] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="With noisy: deviation of the logarithm of distances (default: 1).")
+    ] = None,
+    train: Annotated[
+        float | None,
+        typer.Option(help="With popu, pleco or learned: share of a trace that is learned from (default: 0.5)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most so many accesses of a trace.", min=1)] = None,
     seeds: Annotated[int, typer.Option(help="Runs of policies that draw lots.", min=1, max=1000)] = 5,
     json: AsJson = False,
@@ -65,15 +75,20 @@ def paging(
     from memwall.memory.replay import predicted, read_accesses, replay
 
     names = _names(policies)
+    settings = _settings(predictions, flip_zeros, flip_ones, sigma, train)
     sequences = [read_accesses(path, limit) for path in traces]
     runs = []
     with progress_bar("replay", quiet=quiet) as bar:
         for number, keys in enumerate(sequences):
-            told = predicted(keys, slots, predictions.value, flip=flip, sigma=sigma, train=train)
+            told = predicted(keys, slots, predictions.value, **settings)
             runs.append((keys, told, replay(keys, slots, names, told, seeds=seeds)))
             if bar.staged is not None:
                 bar.staged(traces[number].name, number + 1, len(sequences))
     whole = _whole(runs)
+    left_out = [name for name in names if name not in {one.policy for one in whole}]
+    why = f"{predictions.value} does not say when a key comes next, which {' and '.join(left_out)} must be told"
+    if not whole:
+        raise InputError(f"--predictions {why}")
     if json:
         print_json(
             {
@@ -86,6 +101,7 @@ def paging(
                     for path, (keys, told, found) in zip(traces, runs, strict=True)
                 ],
                 "policies": [one.to_dict() for one in whole],
+                "left_out": left_out,
             }
         )  # fmt: skip
         return
@@ -94,6 +110,8 @@ def paging(
     ]
     typer.echo(format_table(["policy", "told", "faults", "times lfd", "hits"], rows, right=frozenset({2, 3, 4})))
     note(f"memwall: {whole[0].counted:,} accesses of {len(runs)} traces, {slots} slots; {_shares(runs)}", quiet=quiet)
+    if left_out:
+        note(f"memwall: left out: {why}", quiet=quiet)
 
 
 def _names(policies: str) -> list[str]:
@@ -105,6 +123,20 @@ def _names(policies: str) -> list[str]:
     for name in names:
         make_policy(name, 1)
     return list(dict.fromkeys(names))
+
+
+def _settings(
+    source: Source, zeros: float | None, ones: float | None, sigma: float | None, train: float | None
+) -> dict[str, Any]:
+    """Those that were given; one that another source of predictions takes is refused."""
+    told = {"zeros": zeros, "ones": ones, "sigma": sigma, "train": train}
+    options = {"zeros": "--flip-zeros", "ones": "--flip-ones", "sigma": "--sigma", "train": "--train"}
+    takers = {"zeros": ("oracle",), "ones": ("oracle",), "sigma": ("noisy",), "train": ("popu", "pleco", "learned")}
+    given = {name: value for name, value in told.items() if value is not None}
+    for name in given:
+        if source.value not in takers[name]:
+            raise InputError(f"{options[name]} goes with --predictions {' or '.join(takers[name])}, not {source.value}")
+    return given
 
 
 def _whole(runs: list[tuple[Any, Predicted, list[Result]]]) -> list[Result]:

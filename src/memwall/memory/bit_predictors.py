@@ -24,6 +24,8 @@ from memwall.memory.cache_policy import Key, next_accesses
 NUM_GAPS = 6
 HALF_LIVES = (8, 64, 512, 4096)
 """Accesses in which a count that decays has lost half."""
+MOST_SIGMA = 20
+"""Of the logarithm of a distance: beyond it nothing is told any more, and numbers run out."""
 PLECO_POWER, PLECO_OFFSET, PLECO_SCALE = 1.8, 10.0, 670.0
 """As the literature uses them for check-ins, from memory."""
 PLECO_REACH = 64
@@ -41,6 +43,8 @@ def flipped(bits: Sequence[int], seed: int, *, zeros: float, ones: float) -> lis
 
 def noisy_arrivals(keys: Sequence[Key], sigma: float, seed: int) -> list[int]:
     """Places of next accesses whose distances are off by a log-normal factor; they look ahead."""
+    if not 0 <= sigma <= MOST_SIGMA:
+        raise InputError(f"sigma {sigma:g}: the deviation of a logarithm lies between 0 and {MOST_SIGMA} here")
     draw, end = random.Random(seed), len(keys)
     return [
         end if arrival == end else at + max(1, round((arrival - at) * math.exp(sigma * draw.gauss(0, 1))))

@@ -8,13 +8,14 @@ a bit (`succinct_paging`), or the place of the key's next access in the sequence
 `Farthest` with true places is LFD (Belady's rule), which no policy beats: the yardstick for all others.
 
 Units: one slot a key. Cost: a dictionary entry or two a key; constant time an access, but for `Farthest` and `Lfu`,
-whose heaps take the logarithm of the accesses that they have not forgotten.
+whose heaps take the logarithm of the slots.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, Literal, Protocol, TypeVar
@@ -32,15 +33,18 @@ class CachePolicy(Protocol):
     hint: Hint
     """What `on_access` wants to be told: "discard" and "phase" are bits (`succinct_paging`), "arrival" is a place."""
     slots: int
+    draws: bool
 
     def on_access(self, key: Key, size: int = 1, hint: int = 0) -> Sequence[Key]:
         """The keys that must leave, `key` among them if it is not to stay. size: slots of the key, 1."""
 
 
-class Paging:
+class Paging(ABC):
     """What policies of equal slots share: checks, and the number of slots."""
 
     hint: Hint = "none"
+    draws = False
+    """Whether it draws lots, so that another seed gives other faults."""
 
     def __init__(self, slots: int, seed: int = 0) -> None:
         if slots < 1:
@@ -54,8 +58,9 @@ class Paging:
             raise InputError(f"{type(self).__name__} keeps keys of one slot, not of {size}")
         return self._access(key, hint)
 
+    @abstractmethod
     def _access(self, key: Key, hint: int) -> Sequence[Key]:
-        raise NotImplementedError
+        """The victims."""
 
 
 class Bag(Generic[T]):
@@ -160,6 +165,8 @@ class Lfu(Paging):
 class Chance(Paging):
     """Anybody leaves."""
 
+    draws = True
+
     def __init__(self, slots: int, seed: int = 0) -> None:
         super().__init__(slots, seed)
         self._held: Bag[Key] = Bag()
@@ -176,6 +183,8 @@ class Marker(Paging):
     """Accesses mark; anybody without a mark leaves, and where all have one, all lose it: 2 H_k times LFD's faults at
     most, in expectation, where k is `slots` and H_k = 1 + 1/2 + ... + 1/k (Fiat 1991).
     """
+
+    draws = True
 
     def __init__(self, slots: int, seed: int = 0) -> None:
         super().__init__(slots, seed)
@@ -232,7 +241,8 @@ class Farthest(Paging):
 
 def next_accesses(keys: Sequence[Key]) -> list[int]:
     """For each access the place of the next one of the same key; len(keys) where there is none."""
-    found, upcoming = [len(keys)] * len(keys), {}  # type: ignore[var-annotated]
+    found = [len(keys)] * len(keys)
+    upcoming: dict[Key, int] = {}
     for at in range(len(keys) - 1, -1, -1):
         found[at] = upcoming.get(keys[at], len(keys))
         upcoming[keys[at]] = at
@@ -259,16 +269,16 @@ class Store:
         return victims
 
 
-def count_faults(policy: CachePolicy, keys: Sequence[Key], hints: Sequence[int] | None = None) -> int:
-    """Of a whole sequence, from an empty cache."""
-    store = Store(policy)
-    if hints is None:
-        for key in keys:
-            store.access(key)
-    else:
-        for key, hint in zip(keys, hints, strict=True):
-            store.access(key, hint)
-    return store.faults
+def count_faults(
+    policy: CachePolicy, keys: Sequence[Key], hints: Sequence[int] | None = None, *, first: int = 0
+) -> int:
+    """Of a sequence, from an empty cache; those of access `first` and later ones."""
+    store, before = Store(policy), 0
+    for at, key in enumerate(keys):
+        if at == first:
+            before = store.faults
+        store.access(key, hints[at] if hints is not None else 0)
+    return store.faults - before
 
 
 def least_faults(keys: Sequence[Key], slots: int) -> int:
@@ -283,4 +293,5 @@ CLASSIC: dict[str, Callable[..., CachePolicy]] = {
     "random": Chance,
     "marker": Marker,
     "lfd": Farthest,
+    "blind-oracle": Farthest,
 }

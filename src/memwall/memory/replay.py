@@ -11,7 +11,7 @@ from typing import Any
 
 from memwall.errors import InputError
 from memwall.memory import bit_predictors as predict
-from memwall.memory.cache_policy import CachePolicy, Hint, Key, Store, next_accesses
+from memwall.memory.cache_policy import Hint, Key, count_faults, next_accesses
 from memwall.memory.succinct_paging import discard_bits, make_policy, phase_bits, phases_of, wrong_bits
 
 SOURCES = ("oracle", "noisy", "seen", "popu", "pleco", "learned")
@@ -93,12 +93,13 @@ def _blocks(path: Path, number: int, line: str) -> list[Key]:
 
 
 def predicted(
-    keys: Sequence[Key], slots: int, source: str, *, flip: float = 0.0, sigma: float = 1.0, train: float = 0.5,
-    seed: int = 0,
+    keys: Sequence[Key], slots: int, source: str, *, zeros: float = 0.0, ones: float = 0.0, sigma: float = 1.0,
+    train: float = 0.5, seed: int = 0,
 ) -> Predicted:  # fmt: skip
-    """Hints of a sequence. source: `oracle`, whose bits are true but for a share `flip`; `noisy` next accesses, off by
-    a log-normal factor of `sigma`; `seen`, whose bit is 1 where a key comes for the first time; `popu`, `pleco` and
-    `learned`, which know the past, and of bits those of the first `train` of the sequence. The first two look ahead.
+    """Hints of a sequence. source: `oracle`, whose bits are true but for a share of the zeros and one of the ones;
+    `noisy` next accesses, off by a log-normal factor of `sigma`; `seen`, whose bit is 1 where a key comes for the first
+    time; `popu`, `pleco` and `learned`, which know the past, and of bits those of the first `train` of the sequence.
+    The first two look ahead.
     """
     if source not in SOURCES:
         raise InputError(f"no source of predictions {source!r}; there are {', '.join(SOURCES)}")
@@ -108,8 +109,8 @@ def predicted(
     first = 0
     if source == "oracle":
         hints = {
-            "discard": predict.flipped(discard_bits(keys, slots), seed, zeros=flip, ones=flip),
-            "phase": predict.flipped(phase_bits(keys, slots), seed + 1, zeros=flip, ones=flip),
+            "discard": predict.flipped(discard_bits(keys, slots), seed, zeros=zeros, ones=ones),
+            "phase": predict.flipped(phase_bits(keys, slots), seed + 1, zeros=zeros, ones=ones),
             "arrival": next_accesses(keys),
         }
     elif source == "noisy":
@@ -146,32 +147,31 @@ def _beyond_next_phase(keys: Sequence[Key], slots: int, arrivals: Sequence[int])
     return [int(arrival >= ends.get(phase + 1, len(keys))) for arrival, phase in zip(arrivals, phases, strict=True)]
 
 
-def faults_of(policy: CachePolicy, keys: Sequence[Key], hints: Sequence[int] | None, first: int = 0) -> int:
-    """Faults from access `first` on, of a policy that saw the others before it."""
-    store, before = Store(policy), 0
-    for at, key in enumerate(keys):
-        if at == first:
-            before = store.faults
-        store.access(key, hints[at] if hints is not None else 0)
-    return store.faults - before
-
-
 def replay(keys: Sequence[Key], slots: int, names: Sequence[str], told: Predicted, *, seeds: int = 5) -> list[Result]:
     """Every policy over the sequence; those for which the source has no hint are left out. Policies that draw lots run
     once for each seed.
     """
-    least = faults_of(make_policy("lfd", slots), keys, next_accesses(keys), told.train)
+    least = count_faults(make_policy("lfd", slots), keys, next_accesses(keys), first=told.train)
     found = []
     for name in names:
-        hint = make_policy(name, slots).hint
+        policy = make_policy(name, slots)
         if name == "lfd":
-            mean = float(least)
-        elif hint != "none" and hint not in told.hints:
+            faults = [least]
+        elif policy.hint != "none" and policy.hint not in told.hints:
             continue
         else:
-            hints = told.hints.get(hint)
-            mean = statistics.fmean(
-                faults_of(make_policy(name, slots, seed), keys, hints, told.train) for seed in range(seeds)
+            hints = told.hints.get(policy.hint)
+            faults = [
+                count_faults(make_policy(name, slots, seed), keys, hints, first=told.train)
+                for seed in range(seeds if policy.draws else 1)
+            ]
+        found.append(
+            Result(
+                policy=name,
+                hint=policy.hint,
+                faults=statistics.fmean(faults),
+                least=least,
+                counted=len(keys) - told.train,
             )
-        found.append(Result(policy=name, hint=hint, faults=mean, least=least, counted=len(keys) - told.train))
+        )
     return found

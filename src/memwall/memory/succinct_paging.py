@@ -19,8 +19,8 @@ Units: one slot a key; a hint is 0 or 1, given with every access, hits too.
 
 Differs from the paper: the deterministic form for phase bits follows from its argument, and may not stand in it.
 
-Cost: two dictionary entries a key, constant time an access; robust forms run both policies and hold what one of them
-would hold.
+Cost: two dictionary entries a key, constant time an access; robust forms run both policies, and they and predictive
+marking look through the slots at a fault.
 
 Holds when: keys take one slot each and cost the same to fetch.
 """
@@ -76,6 +76,7 @@ class MarkZero(Paging):
     """MARK0: a key with bit 1 leaves at once; keys with bit 0 are marked and leave by lot, as in `Marker`."""
 
     hint: Hint = "discard"
+    draws = True
 
     def __init__(self, slots: int, seed: int = 0) -> None:
         super().__init__(slots, seed)
@@ -113,7 +114,7 @@ class MarkAndPredict(Paging):
 
     def __init__(self, slots: int, seed: int = 0, *, in_order: bool = False) -> None:
         super().__init__(slots, seed)
-        self.in_order = in_order
+        self.in_order, self.draws = in_order, not in_order
         self.phases = 1
         self._marked: OrderedDict[Key, int] = OrderedDict()
         """Key to its last bit, by the last access."""
@@ -197,7 +198,7 @@ class Robust(Paging):
 
     def __init__(self, policy: CachePolicy, other: CachePolicy, factor: float = 2.0) -> None:
         super().__init__(policy.slots)
-        self.hint = policy.hint
+        self.hint, self.draws = policy.hint, policy.draws or other.draws
         self.factor = factor
         self.stores = (Store(policy), Store(other))
         self.followed = 0
@@ -234,6 +235,7 @@ class Weighted(Robust):
         super().__init__(policy, other)
         if not 0 < beta < 1:
             raise InputError(f"beta {beta:g}: a fault must leave a policy more than nothing of its weight, and less")
+        self.draws = True
         self.random.seed(seed)
         self._log_beta = math.log(beta)
         self._share = 0.5
@@ -254,7 +256,8 @@ def discard_bits(keys: Sequence[Key], slots: int, arrivals: Sequence[int] | None
     """Discard bits of all accesses by LFD. arrivals: places of next accesses that are predicted instead of true ones;
     the bits are then those of blind trust in them.
     """
-    bits, last = [0] * len(keys), {}  # type: ignore[var-annotated]
+    bits = [0] * len(keys)
+    last: dict[Key, int] = {}
     policy = Farthest(slots)
     for at, (key, arrival) in enumerate(zip(keys, arrivals or next_accesses(keys), strict=True)):
         for victim in policy.on_access(key, 1, arrival):
@@ -265,7 +268,9 @@ def discard_bits(keys: Sequence[Key], slots: int, arrivals: Sequence[int] | None
 
 def phases_of(keys: Sequence[Key], slots: int) -> list[int]:
     """The phase of each access, from 0: a new one begins with the (slots + 1)-th key of the one before."""
-    found, seen, phase = [], set(), 0  # type: ignore[var-annotated]
+    found: list[int] = []
+    seen: set[Key] = set()
+    phase = 0
     for key in keys:
         if key not in seen and len(seen) == slots:
             seen, phase = set(), phase + 1
