@@ -90,20 +90,8 @@ def paging(
     if not whole:
         raise InputError(f"--predictions {why}")
     if json:
-        print_json(
-            {
-                "slots": slots,
-                "predictions": predictions.value,
-                "traces": [
-                    {"trace": str(path), "accesses": len(keys), "counted": len(keys) - told.train,
-                     "wrong_bits": {kind: list(told.wrong[kind]) for kind in told.wrong},
-                     "policies": [one.to_dict() for one in found]}
-                    for path, (keys, told, found) in zip(traces, runs, strict=True)
-                ],
-                "policies": [one.to_dict() for one in whole],
-                "left_out": left_out,
-            }
-        )  # fmt: skip
+        told = {"slots": slots, "predictions": predictions.value, "traces": _each(traces, runs)}
+        print_json({**told, "policies": [one.to_dict() for one in whole], "left_out": left_out})
         return
     rows = [
         [one.policy, one.hint, f"{one.faults:,.0f}", f"{one.times_least:.3f}", f"{one.hit_rate:.1%}"] for one in whole
@@ -137,6 +125,16 @@ def _settings(
         if source.value not in takers[name]:
             raise InputError(f"{options[name]} goes with --predictions {' or '.join(takers[name])}, not {source.value}")
     return given
+
+
+def _each(traces: list[Path], runs: list[tuple[Any, Predicted, list[Result]]]) -> list[dict[str, Any]]:
+    """Trace by trace, as `--json` prints it."""
+    return [
+        {"trace": str(path), "accesses": len(keys), "counted": len(keys) - told.train,
+         "wrong_bits": {kind: list(told.wrong[kind]) for kind in told.wrong},
+         "policies": [one.to_dict() for one in found]}
+        for path, (keys, told, found) in zip(traces, runs, strict=True)
+    ]  # fmt: skip
 
 
 def _whole(runs: list[tuple[Any, Predicted, list[Result]]]) -> list[Result]:
