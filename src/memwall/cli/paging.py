@@ -29,6 +29,18 @@ class Source(StrEnum):
     learned = "learned"
 
 
+FlipZeros = Annotated[
+    float | None, typer.Option(help="With oracle: share of the zeros that are told as ones (default: 0).")
+]
+FlipOnes = Annotated[
+    float | None, typer.Option(help="With oracle: share of the ones that are told as zeros (default: 0).")
+]
+Train = Annotated[
+    float | None,
+    typer.Option(help="With popu, pleco or learned: share of a trace that is learned from (default: 0.5)."),
+]
+
+
 def paging(
     traces: Annotated[
         list[Path],
@@ -49,19 +61,12 @@ def paging(
             "the beginning of each trace, and are judged by the rest."
         ),
     ] = Source.oracle,
-    flip_zeros: Annotated[
-        float | None, typer.Option(help="With oracle: share of the zeros that are told as ones (default: 0).")
-    ] = None,
-    flip_ones: Annotated[
-        float | None, typer.Option(help="With oracle: share of the ones that are told as zeros (default: 0).")
-    ] = None,
+    flip_zeros: FlipZeros = None,
+    flip_ones: FlipOnes = None,
     sigma: Annotated[
         float | None, typer.Option(help="With noisy: deviation of the logarithm of distances (default: 1).")
     ] = None,
-    train: Annotated[
-        float | None,
-        typer.Option(help="With popu, pleco or learned: share of a trace that is learned from (default: 0.5)."),
-    ] = None,
+    train: Train = None,
     limit: Annotated[int | None, typer.Option(help="Read at most so many accesses of a trace.", min=1)] = None,
     seeds: Annotated[int, typer.Option(help="Runs of policies that draw lots.", min=1, max=1000)] = 5,
     json: AsJson = False,
@@ -76,8 +81,7 @@ def paging(
 
     names = _names(policies)
     settings = _settings(predictions, flip_zeros, flip_ones, sigma, train)
-    sequences = [read_accesses(path, limit) for path in traces]
-    runs = []
+    sequences, runs = [read_accesses(path, limit) for path in traces], []
     with progress_bar("replay", quiet=quiet) as bar:
         for number, keys in enumerate(sequences):
             told = predicted(keys, slots, predictions.value, **settings)
@@ -90,16 +94,20 @@ def paging(
     if not whole:
         raise InputError(f"--predictions {why}")
     if json:
-        told = {"slots": slots, "predictions": predictions.value, "traces": _each(traces, runs)}
-        print_json({**told, "policies": [one.to_dict() for one in whole], "left_out": left_out})
+        report = {"slots": slots, "predictions": predictions.value, "traces": _each(traces, runs)}
+        print_json({**report, "policies": [one.to_dict() for one in whole], "left_out": left_out})
         return
+    _tell(whole)
+    note(f"memwall: {whole[0].counted:,} accesses of {len(runs)} traces, {slots} slots; {_shares(runs)}", quiet=quiet)
+    if left_out:
+        note(f"memwall: left out: {why}", quiet=quiet)
+
+
+def _tell(whole: list[Result]) -> None:
     rows = [
         [one.policy, one.hint, f"{one.faults:,.0f}", f"{one.times_least:.3f}", f"{one.hit_rate:.1%}"] for one in whole
     ]
     typer.echo(format_table(["policy", "told", "faults", "times lfd", "hits"], rows, right=frozenset({2, 3, 4})))
-    note(f"memwall: {whole[0].counted:,} accesses of {len(runs)} traces, {slots} slots; {_shares(runs)}", quiet=quiet)
-    if left_out:
-        note(f"memwall: left out: {why}", quiet=quiet)
 
 
 def _names(policies: str) -> list[str]:
