@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,33 @@ def test_pairs_in_another_order(experiment: ModuleType) -> None:
     assert experiment.misordered([1.0, 2.0, 3.0], [20.0, 10.0, 30.0]) == [(0, 1)]
     # what is measured within the tie has no order
     assert experiment.misordered([1.0, 1.04], [2.0, 1.0]) == []
+
+
+def test_orders_need_more_than_drift_and_noise(experiment: ModuleType) -> None:
+    drifting = [[1.0, 2.0, 4.0], [1.1, 2.2, 4.4], [1.02, 2.04, 4.08]]  # the third is within the tie of the first
+    assert experiment.ordered(drifting) == [(0, 1), (2, 1)]
+    assert experiment.ordered([[1.0, 1.0, 1.0], [1.5, 0.9, 1.1]]) == []  # a mean of 1.14, but one error from one
+    assert experiment.ordered([[1.0], [2.0]]) == []
+    # by hand: logarithms 0.1 and 0.3 have the mean 0.2 and the error 0.1, two of which it is from zero
+    assert experiment.ordered([[1.0, 1.0], [math.exp(0.1), math.exp(0.3)]]) == []
+    assert experiment.ordered([[1.0, 1.0], [math.exp(0.16), math.exp(0.24)]]) == [(0, 1)]
+
+
+def test_orders_that_are_predicted_the_other_way(experiment: ModuleType) -> None:
+    def outcomes(*rates: float) -> list[Any]:
+        return [experiment.Outcome(total=1.0, first=1.0, per=1.0, whole=1.0, rate=rate) for rate in rates]
+
+    rounds = [outcomes(1.0, 1.1, 1.0), outcomes(2.0, 2.2, 2.0), outcomes(2.01, 2.2, 2.0)]
+    orders = experiment.Orders()
+    orders.add("abc", "rate", rounds, outcomes(5.0, 6.0, 4.0))  # b and c are not apart; a and c are, the other way
+    assert (orders.pairs, orders.apart, orders.wrong) == (3, 2, ["rate of a and c"])
+    assert orders.claim("x", "y", 3).passed is False
+    orders.wrong.clear()
+    assert orders.claim("x", "y", 3).passed is False  # in the right order, but two are too few
+    orders.add("abc", "rate", rounds, outcomes(4.0, 6.0, 5.0))
+    assert (orders.apart, orders.wrong) == (4, [])
+    assert orders.claim("x", "y", 3).passed is True
+    assert orders.claim("x", "y", 1).passed is None
 
 
 def test_outcomes_and_errors(experiment: ModuleType) -> None:
