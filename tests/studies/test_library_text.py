@@ -29,3 +29,11 @@ def test_what_shares_a_stretch_with_the_scored_text_is_left_out(tmp_path: Path) 
     found = library_text(root=tmp_path, scored=f"before {shared} after")
     assert "number 1:" not in found
     assert "number 2:" in found
+
+
+def test_a_shared_stretch_is_found_wherever_it_lies(tmp_path: Path) -> None:
+    shared = "".join(chr(1000 + i) for i in range(SHINGLE))
+    written(tmp_path / "a.py", *(f"{'-' * offset}{shared}. {LONG.format(offset)}" for offset in range(SHINGLE + 1)))
+    written(tmp_path / "b.py", f"{shared[1:]}. {LONG.format(99)}")  # one character short of a stretch
+    found = library_text(root=tmp_path, scored=f"before {shared} after")
+    assert found.strip() == f"{shared[1:]}. {LONG.format(99)}".strip()

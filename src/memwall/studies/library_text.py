@@ -9,14 +9,15 @@ is left out.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import sysconfig
 from pathlib import Path
 
 from memwall.plan.choose import held_out_text
 
-SHINGLE, SHORTEST = 60, 200
-"""Characters."""
+SHINGLE, ANCHOR, SHORTEST = 60, 30, 200
+"""Characters; an anchor is half a stretch."""
 _NOT_READ = {"site-packages", "test", "tests", "idlelib"}
 
 
@@ -26,18 +27,27 @@ def library_text(scored: str | None = None, root: Path | None = None) -> str:
     held-out text otherwise.
     """
     scored = held_out_text() if scored is None else scored
+    anchors = {scored[at : at + ANCHOR] for at in range(len(scored) - ANCHOR + 1)}
     stretches = {scored[at : at + SHINGLE] for at in range(len(scored) - SHINGLE + 1)}
+
+    def shares(words: str) -> bool:
+        # a shared stretch covers an anchor at a multiple of its length: almost no text needs the search of all places
+        return any(words[at : at + ANCHOR] in anchors for at in range(0, len(words), ANCHOR)) and any(
+            words[at : at + SHINGLE] in stretches for at in range(len(words) - SHINGLE + 1)
+        )
+
+    found = _all_docstrings(root or Path(sysconfig.get_path("stdlib")))
+    return "\n\n".join(words for words in found if not shares(words))
+
+
+@functools.lru_cache(maxsize=4)
+def _all_docstrings(root: Path) -> list[str]:
+    """Each once, in the order of their digests."""
     found: set[str] = set()
-    root = root or Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         if _NOT_READ.isdisjoint(path.relative_to(root).parts):
             found |= _docstrings(path)
-    kept = [
-        words
-        for words in found
-        if not any(words[at : at + SHINGLE] in stretches for at in range(len(words) - SHINGLE + 1))
-    ]
-    return "\n\n".join(sorted(kept, key=lambda words: hashlib.sha256(words.encode()).digest()))
+    return sorted(found, key=lambda words: hashlib.sha256(words.encode()).digest())
 
 
 def _docstrings(path: Path) -> set[str]:
