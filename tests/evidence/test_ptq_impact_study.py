@@ -116,3 +116,20 @@ def test_the_whole_run_has_two_families_of_two_sizes(study: ModuleType) -> None:
         ("llama", 6_951_168), ("llama", 28_648_960), ("falcon", 5_180_928), ("falcon", 28_978_176),
     ]  # fmt: skip
     assert len({size.name for size in study.TRAINED}) == 3
+
+
+def test_every_source_is_scored_and_none_of_that_is_learned(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str | None, Path | None]] = []
+
+    def text(scored: str | None = None, root: Path | None = None) -> str:
+        asked.append((scored, root))
+        name = "standard" if root is None else root.name
+        return f"{name} learned" if scored else "." * 400_000 + f"{name} scored"
+
+    monkeypatch.setattr(study, "library_text", text)
+    learned, scored = study.training_texts()
+    assert [part.split()[0].strip(".") for part in scored.split("\n\n")] == ["standard", *study.PACKAGES]
+    assert len(scored) == study.SCORED_CHARACTERS + 2 * len(study.PACKAGES)
+    assert learned == "\n\n".join(f"{name} learned" for name in ("standard", *study.PACKAGES))
+    assert all(unlike.endswith(scored) for unlike, _ in asked if unlike)
+    assert [root for unlike, root in asked if unlike] == [root for unlike, root in asked if not unlike]
