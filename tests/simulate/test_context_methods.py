@@ -10,7 +10,6 @@ from memwall import kv
 from memwall.errors import InputError
 from memwall.simulate.context_methods import (
     AFTER,
-    NAMED,
     RANKED,
     Method,
     cache_shape,
@@ -93,7 +92,6 @@ def test_declared_rules() -> None:
     assert stacked("token(0.5)+token(0.2)").held == 0.2  # the stricter one decides
     assert stacked("layer(0.5,rule=product)+layer(0.25,rule=product)").held == 0.125
     assert stacked("token(0.5,rule=product)+token(0.25)").held == 0.25  # one of them says min
-    assert stacked("mqa+retrieval-heads", CONTEXT).held if NAMED["mqa"].rules else True
     with pytest.raises(InputError, match="both about head"):
         stacked("mqa+retrieval-heads")
     assert stacked("cla(2)+cachegen").switched == pytest.approx(0.5 / 6.4)

@@ -51,7 +51,7 @@ Exchange = Annotated[
 ]
 Shares = Annotated[
     str,
-    typer.Option(help="Shares of the peak that arithmetic, memory and link reach, such as 0.7,0.8,0.8.", metavar="A,M,L"),
+    typer.Option(help="Shares of the peak that arithmetic, memory and link reach: 0.7,0.8,0.8.", metavar="A,M,L"),
 ]
 Contexts = Annotated[str, typer.Option(help="Tokens of the documents, between commas (k = 1024).")]
 Attention = Annotated[

@@ -5,8 +5,9 @@ numbers, and a method shrinks one of these. memwall's own methods bring the byte
 (`kv.savings`, `kv.read_bytes`, `kv.step_macs`); others are entries of NAMED, each with its source.
 Idea: a method acts in some phases only. Tokens that are dropped after the prompt save nothing while it is read; codes
 of a transfer save nothing in memory; where tokens are dropped while the prompt is read, those behind look at no more
-than the share f that stays, which leaves 2 f - f^2 of its attention. Methods on different dimensions multiply; on the same one a declared rule says:
-`product` where the second works on what the first left, `min` where both drop the same things, else `conflict`.
+than the share f that stays, which leaves 2 f - f^2 of its attention. Methods on different dimensions multiply; on the
+same one a declared rule says: `product` where the second works on what the first left, `min` where both drop the same
+things, else `conflict`.
 Units and shapes: factors are what is left over what was, above 0.
 Differs from the paper: factors of memwall's policies hold for one context (windows and fixed parts weigh less the
 longer it is), count scales and residuals, and tell what a step reads apart from what is held.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 from memwall import kv
 from memwall.errors import InputError
@@ -128,8 +129,8 @@ NAMED: Mapping[str, _Named] = {
     ),
     "yoco": _Named(
         factors=lambda model, _: {"layer": 1 / model.layers, "prefill": 0.5}, amount=None,
-        source="You Only Cache Once (Sun 2024, arXiv 2405.05254): the upper half reads one shared cache, which a prompt "
-        "leaves the model at; the lower half's windows, of fixed size, are left out",
+        source="You Only Cache Once (Sun 2024, arXiv 2405.05254): the upper half reads one shared cache, at which a "
+        "prompt leaves the model; the lower half's windows, of fixed size, are left out",
     ),
     "mqa": _Named(
         factors=lambda model, _: {"head": 1 / model.kv_heads}, amount=None,
@@ -219,9 +220,10 @@ def _general(part: Policy) -> Method:
         raise InputError(f"method {part}: give what is left, such as {part.name}(0.25)")
     if rule is not None and rule not in ("min", "product", "conflict"):
         raise InputError(f"method {part}: rule={rule}; it is min, product or conflict")
-    dimension: Dimension = part.name  # type: ignore[assignment]
+    dimension = cast(Dimension, part.name)
+    rules: dict[Dimension, Rule] = {} if rule is None else {dimension: cast(Rule, rule)}
     return Method(
-        name=str(part), factors={dimension: amount[AMOUNT]}, rules={dimension: rule} if rule else {},  # type: ignore[dict-item]
+        name=str(part), factors={dimension: amount[AMOUNT]}, rules=rules,
         phases=AFTER | {"prefill"} if amount["prefill"] else AFTER,
     )  # fmt: skip
 
@@ -241,8 +243,8 @@ def _named(part: Policy, model: ContextModel) -> Method:
 
 
 RANKED = (
-    "int8", "int4", "kivi(2bit)", "cskv", "xquant", "think(0.4)", "snapkv(0.25)", "locret(0.25)", "epicache", "cachegen",
-    "cla(2)", "yoco", "mqa", "retrieval-heads", "mla",
+    "int8", "int4", "kivi(2bit)", "cskv", "xquant", "think(0.4)", "snapkv(0.25)", "locret(0.25)", "epicache",
+    "cachegen", "cla(2)", "yoco", "mqa", "retrieval-heads", "mla",
 )  # fmt: skip
 """What is ranked unless others are named."""
 

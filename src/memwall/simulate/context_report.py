@@ -236,10 +236,8 @@ def _panel(left: float, title: str, points: Sequence[tuple[float, float]]) -> li
         return parts
     logs = [(math.log(x), math.log(y)) for x, y in points]
     (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*logs, strict=True))
-    places = [
-        (left + inner * (0.1 + 0.8 * (x - x0) / ((x1 - x0) or 1)), top + HEIGHT * (0.9 - 0.75 * (y - y0) / ((y1 - y0) or 1)))
-        for x, y in logs
-    ]  # fmt: skip
+    wide, high = 0.8 * inner / ((x1 - x0) or 1), 0.75 * HEIGHT / ((y1 - y0) or 1)
+    places = [(left + 0.1 * inner + wide * (x - x0), top + 0.9 * HEIGHT - high * (y - y0)) for x, y in logs]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOUR}" stroke-width="2"/>')
     for (x, y), (context, value) in zip(places, points, strict=True):

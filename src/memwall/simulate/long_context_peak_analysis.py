@@ -15,10 +15,10 @@ token, M memory, P FLOP/s, B memory's rate, H the link's rate.
     sessions  C / (prefill + r (answer + switch)) a second; where all users fit, users / (prefill + r answer + reading)
 Differs from the paper: an answer's step takes the batch that is held (min(U, C)) where sessions are counted; a short
 prompt never takes less than reading the weights; sliding windows hold and read no more than the window; of experts,
-a step reads those that its batch meets in the mean. `sessions_in_turn` bounds sessions where users wait for one another,
-as on one device they do: the paper's formula lets every place in memory read its document at the device's full rate.
+a step reads those that its batch meets in the mean. `sessions_in_turn` bounds sessions where users wait for others, as
+on one device they do: the paper's formula lets every place in memory read its document at the device's full rate.
 Cost: constant; derivatives are central differences of the formulas without the floor.
-Holds when: kernels reach the peak, or the shares given (`Peak.shares`), and keys and values grow little while answering.
+Holds when: kernels reach the peak, or the shares given (`Peak.shares`), and an answer is short beside its context.
 """
 
 from __future__ import annotations
@@ -165,11 +165,11 @@ class Peak:
         """
         device = Device.of(machine)
         unit = next((one for one in machine.compute if one.unit == "gpu"), machine.compute[0])
-        where = next((name for name in ("ram", "ddr", "disk", "net") if name != unit.tier and machine.has_tier(name)), "")
+        others = [name for name in ("ram", "ddr", "disk", "net") if name != unit.tier and machine.has_tier(name)]
         if link_bytes_per_s is None:
-            if not where:
+            if not others:
                 raise InputError(f"{machine.name}: no second tier to switch users to; give --link, such as 20GB/s")
-            out, back = machine.bytes_per_s(unit.tier, where), machine.bytes_per_s(where, unit.tier)
+            out, back = machine.bytes_per_s(unit.tier, others[0]), machine.bytes_per_s(others[0], unit.tier)
             link_bytes_per_s = 2 / (1 / out + 1 / back)
         return Peak(
             name=machine.name, memory_bytes=device.capacity_bytes, flop_per_s=device.rate(dtype),
@@ -214,7 +214,7 @@ PUBLISHED_MODEL = ContextModel(
 )  # fmt: skip
 """The paper's running example, of the shape of Yi-34B-200K: 34 billion weights in 16 bits, grouped queries."""
 PUBLISHED_ATTENTION = (48, 4096)
-"""Layers and width of the attention that the paper's prefill times fit; the shape's own, 60 x 7168, is 2.19 times it."""
+"""Layers and width of the attention that the paper's prefill times fit; the shape's own, 60 x 7168, is 2.19 times."""
 PUBLISHED_PEAK = Peak(
     name="a100-published", memory_bytes=80 * GIB, flop_per_s=312_000 * GB, bytes_per_s=2_000 * GB,
     link_bytes_per_s=20 * GB,
