@@ -85,6 +85,7 @@ def test_what_does_not_fit_says_what_would(memwall: Callable) -> None:
         (["--plot", "/nowhere/x.svg"], "nowhere"),
         (["--sweep", ","], "name one machine"),
         (["--users", "0"], "users"),
+        (["--users", "501", "--simulate"], "500 users at most"),
     ],
 )
 def test_bad_input(memwall: Callable, options: list[str], says: str) -> None:

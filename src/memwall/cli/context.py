@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PUBLISHED = "34b"
 SWEPT_DEVICES = (1, 2, 4, 8)
 MOST_CONTEXT = 10**8
+MOST_SIMULATED = 500
+"""Users that --simulate follows; each step of its clock looks at all who are served."""
 
 ContextModelName = Annotated[
     str,
@@ -259,6 +261,9 @@ def _swept(
 def _simulated(analyses: list[Analysis]) -> dict[str, list[Served | None]]:
     """Sessions on a virtual clock, both ways of sharing; None where nobody fits."""
     from memwall.simulate.context_sessions import Costs, simulate
+
+    if analyses[0].workload.users > MOST_SIMULATED:
+        raise InputError(f"--simulate follows {MOST_SIMULATED} users at most; give fewer --users, or leave it out")
 
     def run(one: Analysis, *, in_turn: bool) -> Served | None:
         return simulate(Costs.of(one), int(one.workload.users), in_turn=in_turn) if one.users else None

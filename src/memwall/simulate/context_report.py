@@ -31,6 +31,16 @@ PANEL, HEIGHT, MARGIN = 230, 180, 46
 COLOUR = "#2f6db3"
 
 
+def short(value: float) -> str:
+    """Three digits, or all of a large number's."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def hourly(sessions_per_s: float) -> str:
+    """Sessions an hour."""
+    return short(sessions_per_s * HOUR)
+
+
 def columns(analyses: Sequence[Analysis]) -> list[str]:
     """Heads of the table."""
     return ["", *(f"{one.workload.context:,.0f} tokens" for one in analyses)]
@@ -41,10 +51,7 @@ def rows(analyses: Sequence[Analysis], simulated: Mapping[str, Sequence[Served |
 
     def line(label: str, values: Sequence[float], text: Any) -> list[str]:
         first = values[0]
-        return [label, *(f"{text(v)} ({v / first:.3g}x)" if first and v else f"{text(v)}" for v in values)]
-
-    def hourly(value: float) -> str:
-        return f"{value * HOUR:,.3g}"
+        return [label, *(f"{text(v)} ({short(v / first)}x)" if first and v else f"{text(v)}" for v in values)]
 
     found = [
         line("KV of a user", [one.kv_bytes for one in analyses], lambda v: f"{format_bytes(v)} = {v / GIB:.3g} GiB"),
@@ -90,13 +97,13 @@ def sweep_row(analysis: Analysis) -> list[str]:
         peak.name, str(peak.devices), f"{analysis.workload.context:,.0f}",
         f"{analysis.users:,.0f}" if fits else f"0; takes {analysis.least_devices}",
         format_seconds(analysis.prefill), format_seconds(analysis.answer), format_seconds(analysis.switch),
-        f"{analysis.sessions * HOUR:,.3g}",
+        hourly(analysis.sessions),
     ]  # fmt: skip
 
 
 def gain_row(gain: Gain) -> list[str]:
     """A line of the ranking."""
-    told = [f"{gain.gains[metric]:.3g}x" for metric in METRICS]
+    told = [f"{short(gain.gains[metric])}x" for metric in METRICS]
     return [gain.methods, f"{gain.effect.held:.3g}", *told]
 
 
@@ -116,11 +123,11 @@ def shape_text(analysis: Analysis) -> str:
 def limits_text(analysis: Analysis) -> str:
     """Critical batch and the context at which keys and values weigh as much as the weights."""
     turning = analysis.turning_batch
-    told = "at no batch" if math.isinf(turning) else f"from {turning:,.0f} users on"
+    told = "at no batch" if math.isinf(turning) else f"from {turning:,.0f} on"
     return (
-        f"weights alone are bound by arithmetic from {analysis.critical_batch:,.0f} tokens a step on; at "
-        f"{analysis.workload.context:,.0f} tokens of context decode is {told}; keys and values weigh as much as the "
-        f"weights at {analysis.balance_context:,.0f} tokens"
+        f"arithmetic binds a step from {analysis.critical_batch:,.0f} tokens on where there is no context, at "
+        f"{analysis.workload.context:,.0f} tokens of context {told}; keys and values weigh as much as the weights at "
+        f"{analysis.balance_context:,.0f} tokens"
     )
 
 

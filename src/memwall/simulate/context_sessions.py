@@ -28,6 +28,8 @@ from memwall.simulate.long_context_peak_analysis import Analysis
 Part = Literal["link", "prefill", "answer"]
 WARM = 0.25
 """Share of the sessions that is over before counting begins."""
+WAVES = 8
+"""Least sessions of each place: users who begin together end together, so that rates of fewer are coarse."""
 TINY = 1e-9
 
 
@@ -106,6 +108,7 @@ class _Server:
         self.full_batch = min(users, costs.places)
 
     def run(self, wanted: int) -> Served:
+        wanted = max(wanted, WAVES * self.full_batch)
         warm, began = int(WARM * wanted), 0.0
         counted = wanted - warm
         while self.done < wanted:
