@@ -131,7 +131,7 @@ def test_min_never_saves_more_than_product(factors: list[float]) -> None:
 def test_ranking() -> None:
     found, left_out = rank(analysis())
     assert not left_out
-    assert [one.methods for one in found][0] == "yoco"
+    assert found[0].methods == "yoco"
     assert {one.methods for one in found} == set(RANKED)
     assert order(found, "prefill")[0] == "yoco"
     assert "snapkv(0.25)" not in order(found, "prefill")

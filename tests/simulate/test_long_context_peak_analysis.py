@@ -152,7 +152,8 @@ def test_a_model_is_read_from_its_configuration() -> None:
 
 def test_machines_and_exchange() -> None:
     card = Peak.of(load_machine("a100-80gb"), "bfloat16")
-    assert (card.memory_bytes, card.flop_per_s, card.link_bytes_per_s) == (80 * GIB, 312_000 * GB, 32 * GB)
+    assert (card.memory_bytes, card.flop_per_s) == (80 * GIB, 312_000 * GB)
+    assert card.link_bytes_per_s == pytest.approx(32 * GB)
     laptop = Peak.of(load_machine("laptop-ryzen-7840u"), "float32")
     assert 5 * GB < laptop.link_bytes_per_s < 7 * GB  # between the disk's writes and reads
     pair = replace(card.times(2), peer_bytes_per_s=300 * GB)

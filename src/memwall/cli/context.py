@@ -124,7 +124,7 @@ def context(
     from memwall.hardware.system import write_whole
     from memwall.hardware.units import parse_bytes
     from memwall.simulate import context_report
-    from memwall.simulate.context_methods import Gain, gain
+    from memwall.simulate.context_methods import gain
     from memwall.simulate.context_methods import rank as ranked_methods
     from memwall.simulate.long_context_peak_analysis import Analysis, Workload
     from memwall.simulate.nano_report import check_picture

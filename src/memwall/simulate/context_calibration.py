@@ -46,9 +46,7 @@ def calibrate(weights: str = "bfloat16", *, folder: Path | None = None) -> Peak:
 def product_flop_per_s(weights: str) -> float:
     """FLOP/s of products with as many tokens as a prompt's block has."""
     random = np.random.default_rng(0)
-    held = [
-        kernels.matrix(kernels.encode(weights, random.standard_normal(SHAPE, np.float32))) for _ in range(MATRICES)
-    ]
+    held = [kernels.matrix(kernels.encode(weights, random.standard_normal(SHAPE, np.float32))) for _ in range(MATRICES)]
     x = random.standard_normal((BLOCK_ROWS, SHAPE[1]), np.float32)
     out = np.empty((BLOCK_ROWS, SHAPE[0]), np.float32)
 

@@ -195,10 +195,12 @@ def policy_methods(policy: str | Policy, model: ContextModel, context: int) -> l
         dimension: Dimension = "token" if kind.role == "tokens" else "hidden"
         methods.append(
             Method(
-                name=str(part), factors={dimension: told.factors[str(part)]},
-                phases=AFTER | {"prefill"} if kind.sheds_prompt else AFTER, rules={"hidden": "product"},
+                name=str(part),
+                factors={dimension: told.factors[str(part)]},
+                phases=AFTER | {"prefill"} if kind.sheds_prompt else AFTER,
+                rules={"hidden": "product"},
                 source=f"bytes of memwall's {part.name} at {context:,} tokens",
-            )  # fmt: skip
+            )
         )
     methods[0] = replace(methods[0], read=read, step_flop=2.0 * kv.step_macs(resolved, shape, context))
     return methods
