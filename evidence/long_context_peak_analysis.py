@@ -14,10 +14,11 @@ any number, as kernels do not reach the peak, but must be the same at every cont
 cache holds is read, as a step reads all weights between two switches.
 
 Changed after results were seen, and to be read so: swaps were timed with warm caches at first, where 8 MB went four
-times as fast as 67 MB; tokens were decoded where the document had come to, minutes apart, in which memory's rate here
-moved between 30 and 38 GB/s (R^2 0.84), and in turn since then; the bound of sessions in turn was asked to be within 0.85, and is 0.79 of the way where link and
-device are loaded alike and batches stay small for those who wait; a card's 80 GB were 10^9 bytes each, on which the
-formula gives 12 users at 4K and none at 50K, where 20 and 1 are published.
+times as fast as 67 MB. Tokens were decoded where the document had come to, minutes apart, in which memory's rate here
+moved between 30 and 38 GB/s (R^2 0.84); all contexts come in turn since then. The bound of sessions in turn was asked
+to be within 0.85, and 0.79 of it is reached where link and device are loaded alike and those who wait leave batches
+small. A card's 80 GB were 10^9 bytes each, on which the formula gives 12 users at 4K and none at 50K, where 20 and 1
+are published.
 """
 
 from __future__ import annotations
