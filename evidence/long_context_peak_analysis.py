@@ -8,10 +8,10 @@ times (the shape's own 60 x 7168 has 2.19 times the work); the card holds 80 GiB
 Honesty: a Llama with random weights in bfloat16, half a billion of them and grouped queries, reads one document in
 segments of 512 tokens; its prefill time at n is that of the first n tokens. Then tokens are decoded at each n, over
 keys and values of random numbers, all contexts in turn in each round, and as many bytes as its keys and values are
-swapped out and in (`engine.swap`). Products' FLOP/s, memory's
-read rate and the rate of a file were measured before (`simulate.context_calibration`). Predicted over measured may be
-any number, as kernels do not reach the peak, but must be the same at every context. Before each swap a buffer that no
-cache holds is read, as a step reads all weights between two switches.
+swapped out and in (`engine.swap`); before each swap a buffer that no cache holds is read, as a step reads all weights
+between two switches. Products' FLOP/s, memory's read rate and the rate of a file were measured before
+(`simulate.context_calibration`). Predicted over measured may be any number, as kernels do not reach the peak, but must
+be the same at every context.
 
 Changed after results were seen, and to be read so: swaps were timed with warm caches at first, where 8 MB went four
 times as fast as 67 MB. Tokens were decoded where the document had come to, minutes apart, in which memory's rate here
@@ -77,7 +77,7 @@ MOST_SPREAD, LEAST_R2 = 1.5, 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """The model whose times are measured, the contexts, tokens decoded at each, and rounds of each swap."""
+    """The model whose times are measured, the contexts, and tokens decoded at each in each of so many rounds."""
 
     hidden: int
     intermediate: int
