@@ -143,6 +143,8 @@ class KVCache(ABC):
     """Whether it takes prompts of any length in segments, so that later ones see of the past what it keeps, as it keeps
     it.
     """
+    sheds_prompt: ClassVar[bool] = False
+    """Whether it drops tokens while a prompt is still read, so that later ones look at fewer."""
     goes_on: ClassVar[bool] = False
     """Of what is no store: whether another prompt after an answer takes no more than one prompt of all of it would."""
     packs_positions: ClassVar[bool] = False

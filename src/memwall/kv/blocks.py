@@ -143,6 +143,8 @@ class Step:
 class BlockCache(KVCache):
     """A cache that evicts after each block; what is folded stays at most the allocator's budget."""
 
+    sheds_prompt = True
+
     def __init__(
         self,
         shape: CacheShape,

@@ -151,6 +151,7 @@ class LambdaCache(KVCache):
     needs_model = True
     packs_positions = True
     streams_prompt = True
+    sheds_prompt = True
     goes_on = True
     refuses: ClassVar[dict[str, str]] = dict.fromkeys(
         ("int8", "int4", "kv4", "bfp", "think", "cskv", "xquant", "vattention", "instinfer"), _WHY
