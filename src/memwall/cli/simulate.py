@@ -1,7 +1,8 @@
 """`memwall simulate`: what something would do on machines that are not here; `simulate serving` finds the plan by which
 a cluster serves a model best, `simulate split` how many devices prompts and tokens need, `simulate profile` measures
 this machine's engine for both, `simulate accllm` runs a model on an FPGA card, `simulate
-nanoflow` says what bounds an iteration, `simulate paging` how much eviction policies would fetch.
+nanoflow` says what bounds an iteration, `simulate paging` how much eviction policies would fetch, `simulate
+attention-io` how little attention can move.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memwall.cli import split
+from memwall.cli.attention_io import attention_io
 from memwall.cli.bench import _loads
 from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_command, complete_weights
 from memwall.cli.nanoflow import nanoflow
@@ -38,6 +40,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "accllm", accllm)
     add_command(group, "nanoflow", nanoflow)
     add_command(group, "paging", paging)
+    add_command(group, "attention-io", attention_io)
     app.add_typer(group, name="simulate")
 
 
