@@ -195,8 +195,9 @@ class Plan:
     softmax: str = "online"
 
 
-def make_plan(shape: Attention, fast_words: int, schedule: str, *, key_step: int = 1) -> Plan:
-    """A schedule with the best tiles that fit. key_step: q-outer's key blocks are multiples of it, as kernels want it.
+def make_plan(shape: Attention, fast_words: int, schedule: str, *, step: int = 1) -> Plan:
+    """A schedule with the best tiles that fit. step: tiles of products are so many numbers of a row wide, or some times
+    as many, and so many deep, as lines of a cache want it.
 
     InputError for an unknown schedule; DoesNotFit that names the least words where no tile fits.
     """
@@ -205,25 +206,27 @@ def make_plan(shape: Attention, fast_words: int, schedule: str, *, key_step: int
     if schedule == "kv-outer":
         return Plan(schedule=schedule, tiles=(_key_blocks(shape, fast_words),))
     if schedule == "q-outer":
-        return Plan(schedule=schedule, tiles=(_row_blocks(shape, fast_words, key_step),))
+        return Plan(schedule=schedule, tiles=(_row_blocks(shape, fast_words),))
     kept = 0 if shape.backward or schedule == "unfused" else 2
     if fast_words < 3 + kept:
         raise DoesNotFit(f"{fast_words} words: {schedule} needs {3 + kept} at least")
     if schedule == "unfused":
         side = math.isqrt(fast_words // 3)
+        side = side // step * step or side
         square = Tile(rows=side, columns=side, depth=side)
         return Plan(schedule=schedule, tiles=(square, square), softmax="sweeps")
     rows, keys, size = shape.rows, shape.num_keys, shape.head_size
-    scores = _product_tile(rows, size, keys, fast_words, kept)
-    return Plan(schedule=schedule, tiles=(scores, _product_tile(rows, keys, size, fast_words, kept)), softmax="folded")
+    tiles = [_product_tile(rows, size, keys, fast_words, kept, step)]
+    tiles.append(_product_tile(rows, keys, size, fast_words, kept, step))
+    return Plan(schedule=schedule, tiles=tuple(tiles), softmax="folded")
 
 
-def plans(shape: Attention, fast_words: int, *, key_step: int = 1) -> dict[str, Plan]:
+def plans(shape: Attention, fast_words: int, *, step: int = 1) -> dict[str, Plan]:
     """All schedules that this memory has room for."""
     found = {}
     for name in SCHEDULES:
         try:
-            found[name] = make_plan(shape, fast_words, name, key_step=key_step)
+            found[name] = make_plan(shape, fast_words, name, step=step)
         except DoesNotFit:
             continue
     if not found:
@@ -257,32 +260,35 @@ def _key_blocks(shape: Attention, words: int) -> Tile:
     return Tile(rows=rows, columns=keys, depth=size)
 
 
-def _row_blocks(shape: Attention, words: int, key_step: int) -> Tile:
+def _row_blocks(shape: Attention, words: int) -> Tile:
     """Fewest row blocks, all about as tall, and the key blocks that then fit."""
     if shape.backward:
         raise DoesNotFit("q-outer has no gradients here: kv-outer and three-phase do")
-    size, step = shape.head_size, min(key_step, shape.num_keys)
-    least = 2 * size * step + 2 * size + 2 + step
+    size = shape.head_size
+    least = 4 * size + 3
     if words < least:
         raise DoesNotFit(f"{words:,} words: q-outer with heads of {size} needs {least:,} at least")
-    most = (words - 2 * size * step) // (2 * size + 2 + step)
+    most = (words - 2 * size) // (2 * size + 3)
     rows = math.ceil(shape.rows / math.ceil(shape.rows / most))
     keys = (words - rows * (2 * size + 2)) // (2 * size + rows)
-    return Tile(rows=rows, columns=min(max(keys // step * step, step), shape.num_keys), depth=size)
+    return Tile(rows=rows, columns=min(keys, shape.num_keys), depth=size)
 
 
-def _product_tile(rows: int, depth: int, columns: int, words: int, kept: int) -> Tile:
+def _product_tile(rows: int, depth: int, columns: int, words: int, kept: int, step: int) -> Tile:
     """The tile for out[rows, columns], summed over depth, that moves fewest words. kept: words held for each row."""
     parts = np.unique(np.geomspace(1, columns, 400).astype(np.int64))
-    wide = np.unique(-(-columns // parts))
-    tall = np.minimum((words - wide) // (wide + 1 + kept), rows)
+    wide = np.unique(np.minimum(-(-columns // (parts * step)) * step, columns))
+    step = min(step, depth)
+    tall = np.minimum((words - step * wide) // (wide + step + kept), rows)
     fits = tall >= 1
+    if not fits.any():
+        raise DoesNotFit(f"{words:,} words: no tile {step} deep and {wide[0]} wide fits")
     wide, tall = wide[fits], tall[fits]
     moved = rows * depth * -(-columns // wide) + depth * columns * -(-rows // tall)
     best = int(np.argmin(moved))
     width, height = int(wide[best]), math.ceil(rows / math.ceil(rows / int(tall[best])))
     deep = (words - height * (width + kept)) // (height + width)
-    return Tile(rows=height, columns=width, depth=max(1, min(int(deep), depth)))
+    return Tile(rows=height, columns=width, depth=min(int(deep) // step * step, depth))
 
 
 # ---- counts --------------------------------------------------------------------------------------------------------
