@@ -83,7 +83,9 @@ FULL = Sizes(
     steps=150_000, tokens=TOKENS, fuzzed=1500, rounds=5, timed=((4096, 64), (2048, 128)),
     traced=((128, 128, 4096), (256, 64, 2048), (256, 64, 8192), (256, 32, 4096)),
 )  # fmt: skip
-QUICK = Sizes(steps=4_000, tokens=(256, 512), fuzzed=150, traced=((128, 64, 2048), (128, 32, 4096)), timed=((1024, 64),), rounds=3)
+QUICK = Sizes(
+    steps=4_000, tokens=(256, 512), fuzzed=150, traced=((128, 64, 2048), (128, 32, 4096)), timed=((1024, 64),), rounds=3
+)
 
 
 def drawn(shape: Attention, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -135,8 +137,9 @@ def count_claims(sizes: Sizes) -> Iterator[Claim]:
     )
     yield Claim(
         claim="the executor counts exactly the closed forms, and computes attention, all over the grid",
-        measured=f"{done} runs of {len(SCHEDULES)} schedules, N {sizes.tokens[0]} to {sizes.tokens[-1]}, d 16 to 128, M 2^6 "
-        f"to 2^18; {len(other)} other counts{': ' + other[0] if other else ''}; largest error {worst:.1e} against float64",
+        measured=f"{done} runs of {len(SCHEDULES)} schedules, N {sizes.tokens[0]} to {sizes.tokens[-1]}, d 16 to 128, "
+        f"M 2^6 to 2^18; {len(other)} other counts{': ' + other[0] if other else ''}; largest error {worst:.1e} "
+        "against float64",
         required="no other count, errors below 1e-5",
         passed=not other and worst < 1e-5 and done > 0,
     )
@@ -190,7 +193,8 @@ def slope_claims() -> Iterator[Claim]:
     whole = {n: [slope(s, n, s.head_size**2, s.rows * s.head_size) for s in shapes] for n in LARGE}
     yield Claim(
         claim="from M = d^2 on the FlashAttention family's traffic falls as 1 / M",
-        measured="; ".join(f"{n} {told(inner[n])} (up to N d: {told(whole[n])})" for n in LARGE) + ", N 4096, d 16 to 128",
+        measured="; ".join(f"{n} {told(inner[n])} (up to N d: {told(whole[n])})" for n in LARGE)
+        + ", N 4096, d 16 to 128",
         required="slopes of -1 within 0.05 up to N d / 8",
         passed=all(abs(each + 1) <= 0.05 for n in LARGE for each in inner[n]),
     )
@@ -259,11 +263,13 @@ def gap_claims() -> Iterator[Claim]:
     }
     bound = max(count_words(point[0], plan) / lower_bound(*point) for point, plan in best.items())
     shape = Attention(tokens=4096, head_size=64)
-    grows = [optimality_gap(shape, m, count_words(shape, make_plan(shape, m, "unfused"))) for m in (2**12, 2**14, 2**16)]
+    grows = [
+        optimality_gap(shape, m, count_words(shape, make_plan(shape, m, "unfused"))) for m in (2**12, 2**14, 2**16)
+    ]
     yield Claim(
         claim="the chosen schedule stays within a constant of the optimum, everywhere",
-        measured=f"at most {max(gaps.values()):.2f} times the order at {len(grid)} points, causal ones too; each family in its "
-        + "regime: " + ", ".join(f"{name} {gap:.1f}" for name, gap in families.items())
+        measured=f"at most {max(gaps.values()):.2f} times the order at {len(grid)} points, causal ones too; each family "
+        + "in its regime: " + ", ".join(f"{name} {gap:.1f}" for name, gap in families.items())
         + f"; at most {bound:.1f} times the proven bound",
         required="at most 16 times the order; of each family in its own regime too",
         passed=max(gaps.values()) <= 16 and max(families.values()) <= 16,
@@ -322,7 +328,8 @@ def torch_claims() -> Iterator[Claim]:
             assert memory.moved == count_words(shape, plan)
     yield Claim(
         claim=claim,
-        measured=f"at most {worst:.1e} apart in {runs} runs (causal, shared KV heads, odd sizes); gradients {slopes:.1e}",
+        measured=f"at most {worst:.1e} apart in {runs} runs (causal, shared KV heads, odd sizes); gradients "
+        f"{slopes:.1e}",
         required=required,
         passed=worst < 1e-5 and slopes < 1e-4,
     )
@@ -387,7 +394,7 @@ def fuzz_claim(sizes: Sizes) -> Claim:
         planned = min(planned, count_words(shape, choose(shape, fast_words)) / lower_bound(shape, fast_words))
     return Claim(
         claim="no schedule goes under the bound: random tiles, random orders, and the best plans of random shapes",
-        measured=f"{sizes.fuzzed} runs, the least {least:.2f} times the bound, {under} under it, {wrong} wrong results; "
+        measured=f"{sizes.fuzzed} runs, the least {least:.2f} times the bound, {under} under it, {wrong} wrong; "
         f"{20 * sizes.fuzzed:,} best plans, the least {planned:.2f} times",
         required="none under it",
         passed=under == 0 and wrong == 0 and planned >= 1,
@@ -420,7 +427,7 @@ def cache_claims(sizes: Sizes) -> Iterator[Claim]:
     yield Claim(
         claim="caches that place nothing by hand put the schedules in the order of their counts",
         measured="counted / Belady of M / LRU of 2 M words: " + "; ".join(texts),
-        required=f"whichever of two counts less by over {ALIKE:.0%} moves less under Belady and under LRU ({len(agreed)} pairs)",
+        required=f"of two, which counts less by over {ALIKE:.0%} moves less under Belady and LRU ({len(agreed)} pairs)",
         passed=all(agreed),
     )
     claim, required = "LRU of our traces misses as often as in pycachesim", "equal"
@@ -448,7 +455,10 @@ def cache_claims(sizes: Sizes) -> Iterator[Claim]:
 
 
 def time_claim(sizes: Sizes) -> Claim:
-    claim, required = "a kernel's tiles from the caches' sizes are as fast as any", "no tile of the sweep is faster by more than 15 %"
+    claim, required = (
+        "a kernel's tiles from the caches' sizes are as fast as any",
+        "no tile of the sweep is faster by more than 15 %",
+    )
     caches = {cache.level: cache.nbytes // 4 for cache in describe_system().caches}
     if not {1, 2} <= set(caches):
         return not_run(claim, required, "a system that tells the sizes of its caches")
@@ -463,8 +473,8 @@ def time_claim(sizes: Sizes) -> Claim:
         best, worst = min(seconds, key=seconds.__getitem__), max(seconds, key=seconds.__getitem__)
         passed &= chosen <= 1.15 * seconds[best]
         texts.append(
-            f"N {tokens}, d {size}: chosen {mine[0]} rows x {mine[1]} keys {1e3 * chosen:.1f} ms, best of {len(tiles)} {best} "
-            f"{1e3 * seconds[best]:.1f} ms, worst {worst} {1e3 * seconds[worst]:.1f} ms"
+            f"N {tokens}, d {size}: chosen {mine[0]} rows x {mine[1]} keys {1e3 * chosen:.1f} ms, best of {len(tiles)} "
+            f"{best} {1e3 * seconds[best]:.1f} ms, worst {worst} {1e3 * seconds[worst]:.1f} ms"
         )
     return Claim(claim=claim, measured="; ".join(texts), required=required, passed=passed)
 
@@ -496,7 +506,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         claims += list(part())
     claims.append(
         not_run(
-            "a GPU's flash kernel moves within four times the bound of its shared memory, its unfused one more by N^2 d",
+            "a GPU's flash kernel moves within four times its shared memory's bound, its unfused one N^2 words",
             "measured DRAM bytes by the bound",
             "GPU and its profiler",
         )

@@ -34,6 +34,7 @@ LONGER: dict[str, str] = {
     "cli/kernel.py:kernel": "the same",
     "cli/split.py:split": "the same",
     "cli/nanoflow.py:nanoflow": "the same",
+    "cli/attention_io.py:attention_io": "the same",
 }
 
 SKIPPED_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

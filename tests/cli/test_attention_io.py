@@ -26,8 +26,8 @@ def test_the_table_says_which_schedule_to_take(memwall: Callable) -> None:
 
 
 def test_schedules_are_carried_out_and_traced(memwall: Callable) -> None:
-    done = memwall(*VERB, "--tokens", "64", "--head-size", "16", "--fast-memory", "512", "--heads", "2", "--kv-heads", "1",
-                   "--causal", "--trace", "--json")  # fmt: skip
+    size = ("--tokens", "64", "--head-size", "16", "--fast-memory", "512")
+    done = memwall(*VERB, *size, "--heads", "2", "--kv-heads", "1", "--causal", "--trace", "--json")
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
     planned = {row["schedule"]: row["words"] for row in told["schedules"]}
@@ -36,7 +36,7 @@ def test_schedules_are_carried_out_and_traced(memwall: Callable) -> None:
         assert row["peak"] <= 512
         assert row["error"] < 1e-5
         assert row["belady"] <= row["lru"]
-    done = memwall(*VERB, "--tokens", "64", "--head-size", "16", "--fast-memory", "512", "--execute")
+    done = memwall(*VERB, *size, "--execute")
     assert "counted" in done.stdout
 
 

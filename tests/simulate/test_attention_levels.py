@@ -51,7 +51,10 @@ def machine() -> Machine:
 def test_each_level_is_a_fast_memory_over_the_next(machine: Machine) -> None:
     shape = Attention(tokens=4096, head_size=128)
     found = hierarchy(shape, machine)
-    assert [(one.tier, one.below, one.fast_words) for one in found.levels] == [("l1", "l2", 8192), ("l2", "ram", 262144)]
+    assert [(one.tier, one.below, one.fast_words) for one in found.levels] == [
+        ("l1", "l2", 8192),
+        ("l2", "ram", 262144),
+    ]
     first, second = found.levels
     assert first.words == count_words(shape, choose(shape, 8192))
     assert first.seconds == pytest.approx(4 * first.words / 100e9)

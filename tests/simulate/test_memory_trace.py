@@ -10,7 +10,7 @@ from memwall.memory.cache_policy import Lru, count_faults, least_faults
 from memwall.simulate.attention_io_complexity import Attention, Plan, choose, make_plan
 from memwall.simulate.attention_schedules import reference
 from memwall.simulate.fast_memory import Memory
-from memwall.simulate.memory_trace import LINE_WORDS, Traffic, TracedMemory, cache_traffic, trace
+from memwall.simulate.memory_trace import LINE_WORDS, TracedMemory, Traffic, cache_traffic, trace
 
 
 def traced(shape: Attention, plan: Plan) -> tuple[list[int], list[bool]]:
@@ -28,9 +28,7 @@ def test_a_product_touches_what_its_loops_touch() -> None:
     assert out.array.tolist() == [[16] * 3] * 2
     lines, written = memory.lines()
     # q lies in lines 0 and 1, k in 2 to 7, of which every other one is asked for, what comes out in line 8
-    assert lines.tolist() == [
-        line for row in (0, 1) for key in (3, 5, 7) for line in (row, key, 8)
-    ]
+    assert lines.tolist() == [line for row in (0, 1) for key in (3, 5, 7) for line in (row, key, 8)]
     assert written.tolist() == [False, False, True] * 6
 
 

@@ -1,4 +1,4 @@
-"""`memwall simulate attention-io`: the least traffic of exact attention, and the schedule and tiles that come near it."""
+"""`memwall simulate attention-io`: the least traffic of exact attention, and the schedule and tiles near it."""
 
 from __future__ import annotations
 
@@ -38,11 +38,17 @@ def attention_io(
         ),
     ] = None,
     unit: Annotated[str | None, typer.Option(help="Its compute unit (default: the first).")] = None,
-    dtype: Annotated[str, typer.Option(help="Type of a word: float32, bfloat16, float16, float8, float64.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Type of a word: float32, bfloat16, float16, float8, float64.")
+    ] = "float32",
     keys: Annotated[int | None, typer.Option(help="Keys, if not as many as tokens.", min=1)] = None,
-    causal: Annotated[bool, typer.Option("--causal", help="Token i sees keys 0 to i (the last of them, with --keys).")] = False,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Token i sees keys 0 to i (the last of them, with --keys).")
+    ] = False,
     heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 1,
-    kv_heads: Annotated[int | None, typer.Option(help="KV heads, a divisor of --heads (default: as many).", min=1)] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="KV heads, a divisor of --heads (default: as many).", min=1)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
     backward: Annotated[bool, typer.Option("--backward", help="Gradients instead of the forward pass.")] = False,
     execute: Annotated[
@@ -51,7 +57,9 @@ def attention_io(
     trace: Annotated[
         bool, typer.Option("--trace", help="The same, and what LRU and Belady caches of that size would move.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw words over the fast memory's size (SVG).", metavar="FILE")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw words over the fast memory's size (SVG).", metavar="FILE")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)] = 0,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -88,7 +96,11 @@ def attention_io(
     found = None
     if machine is not None:
         found = hierarchy(
-            shape, load_machine(machine), dtype, unit=unit, fast_bytes=None if words is None else words * WORD_BYTES[dtype]
+            shape,
+            load_machine(machine),
+            dtype,
+            unit=unit,
+            fast_bytes=None if words is None else words * WORD_BYTES[dtype],
         )
         told["hierarchy"] = to_dict(found)
     elif unit is not None:
@@ -117,7 +129,10 @@ def _tell(told: dict[str, Any], shape: Attention, found: Hierarchy | None) -> No
     if "executed" in told:
         columns = list(told["executed"][0])
         rows = [
-            [f"{row[name]:.1e}" if name == "error" else f"{row[name]:,}" if name != "schedule" else row[name] for name in columns]
+            [
+                f"{row[name]:.1e}" if name == "error" else f"{row[name]:,}" if name != "schedule" else row[name]
+                for name in columns
+            ]
             for row in told["executed"]
         ]
         typer.echo("\n" + format_table(columns, rows, right=frozenset(range(1, len(columns)))))

@@ -35,8 +35,8 @@ Holds when: softmax(Q K^T) V is computed exactly. Traffic of instructions, and o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -45,8 +45,6 @@ from memwall.errors import DoesNotFit, InputError
 
 SCHEDULES = ("kv-outer", "q-outer", "three-phase", "unfused")
 MOST_TOKENS = 1 << 24
-PROVEN = 1 + math.sqrt(3)
-"""Products of an epoch of M words are at most PROVEN times the larger of M^2 / d and M^1.5; see `lower_bound`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +72,9 @@ class Attention:
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads: take a divisor")
         if self.causal and self.num_keys < self.tokens:
-            raise InputError(f"{self.num_keys} keys: under a causal mask there are no fewer than the {self.tokens} tokens")
+            raise InputError(
+                f"{self.num_keys} keys: under a causal mask there are no fewer than the {self.tokens} tokens"
+            )
 
     @property
     def num_keys(self) -> int:
@@ -154,10 +154,11 @@ def lower_bound(shape: Attention, fast_words: int) -> int:
     """Words that no execution which evaluates each product q_ik k_jk can do without.
 
     Cut an execution where M words more have moved. In such an epoch at most 2 M words of Q and K are at hand (M held,
-    M moved). A score whose d products all fall in it has its whole rows among them: at most (M / d)^2 scores, so M^2 / d
-    products. Of any other score a partial sum is held at one of the epoch's ends or moved: at most 3 M, and by Loomis
-    and Whitney at most sqrt(q k 3 M) <= sqrt(3) M^1.5 products, as q + k <= 2 M. So there are scores d / (M^2 / d +
-    sqrt(3) M^1.5) epochs, and all but the last have moved M words. It holds with recomputation too.
+    M moved), q and k of them. A score whose d products all fall in it has its whole rows among them: at most q k / d^2
+    <= (M / d)^2 scores, so M^2 / d products. Of any other score a partial sum is held at one of the epoch's ends or
+    moved: at most 3 M, and by Loomis and Whitney at most sqrt(q k 3 M) <= sqrt(3) M^1.5 products. So there are
+    scores d / (M^2 / d + sqrt(3) M^1.5) epochs at least, and all but the last have moved M words. It holds with
+    recomputation too: of each score the products of one evaluation count.
     """
     most = fast_words**2 / shape.head_size + math.sqrt(3) * fast_words**1.5
     epochs = math.ceil(shape.problems * shape.scores * shape.head_size / most) - 1
@@ -413,15 +414,3 @@ def crossing(shape: Attention, first: str, second: str) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if ahead(middle) else (middle, high)
     return high
-
-
-def sweep(shape: Attention, capacities: Iterator[int]) -> Iterator[tuple[int, dict[str, int]]]:
-    """(M, words by schedule) at each M; a schedule that does not fit is left out."""
-    for fast_words in capacities:
-        found = plans(shape, fast_words)
-        yield fast_words, {name: count_words(shape, plan) for name, plan in found.items()}
-
-
-def forward(shape: Attention) -> Attention:
-    """The same without gradients."""
-    return replace(shape, backward=False)

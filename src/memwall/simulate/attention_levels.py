@@ -88,7 +88,12 @@ class Hierarchy:
 
 
 def hierarchy(
-    shape: Attention, machine: Machine, dtype: str = "float32", *, unit: str | None = None, fast_bytes: int | None = None
+    shape: Attention,
+    machine: Machine,
+    dtype: str = "float32",
+    *,
+    unit: str | None = None,
+    fast_bytes: int | None = None,
 ) -> Hierarchy:
     """The levels of a machine. unit: None for its first; fast_bytes: a memory above the machine's smallest tier.
 
@@ -163,9 +168,11 @@ def to_dict(found: Hierarchy) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def nested_tiles(shape: Attention, inner_words: int, outer_words: int, *, step: int, share: float = 0.5) -> tuple[int, int]:
-    """(rows, keys) of q-outer's tiles for two caches: a tile of keys and values is read from the inner one for every few
-    rows, so it must fit there; rows, with what they gather, must stay in the outer one while all keys pass.
+def nested_tiles(
+    shape: Attention, inner_words: int, outer_words: int, *, step: int, share: float = 0.5
+) -> tuple[int, int]:
+    """(rows, keys) of q-outer's tiles for two caches: a tile of keys and values is read from the inner one for every
+    few rows, so it must fit there; rows, with what they gather, must stay in the outer one while all keys pass.
 
     share: of each cache that tiles may take; the rest is for what streams by, as caches do not place by hand. step: key
     tiles are multiples of it, one at least.

@@ -136,7 +136,9 @@ def accumulate(
     turned_a: bool = False,
     turned_b: bool = False,
 ) -> None:
-    """out += a b, in slow memory, `depth` at a time. turned: stored the other way round. prepare: done to pieces of a."""
+    """out += a b, these in slow memory, `depth` at a time. turned: stored the other way round. prepare: done to pieces
+    of a.
+    """
     for part in blocks(0, a.shape[0] if turned_a else a.shape[1], depth):
         left = memory.load(a[part] if turned_a else a[:, part])
         right = memory.load(b[:, part] if turned_b else b[part])
@@ -212,9 +214,7 @@ def _softmax_phase(memory: Memory, problem: Problem, plan: Plan, scores: np.ndar
         memory.evict(most, sums)
 
 
-def _output_tile(
-    memory: Memory, problem: Problem, plan: Plan, scores: np.ndarray, rows: slice, columns: slice
-) -> None:
+def _output_tile(memory: Memory, problem: Problem, plan: Plan, scores: np.ndarray, rows: slice, columns: slice) -> None:
     kept: list[Block] = []
     if plan.softmax != "sweeps":
         kept = [memory.load(problem.most[rows]), memory.load(problem.sums[rows])]
