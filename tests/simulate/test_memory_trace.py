@@ -10,14 +10,13 @@ from memwall.memory.cache_policy import Lru, count_faults, least_faults
 from memwall.simulate.attention_io_complexity import Attention, Plan, choose, make_plan
 from memwall.simulate.attention_schedules import reference
 from memwall.simulate.fast_memory import Memory
-from memwall.simulate.memory_trace import LINE_WORDS, TracedMemory, Traffic, cache_traffic, trace
+from memwall.simulate.memory_trace import LINE_WORDS, Touches, TracedMemory, Traffic, cache_traffic, trace
 
 
-def traced(shape: Attention, plan: Plan) -> tuple[list[int], list[bool]]:
+def traced(shape: Attention, plan: Plan) -> Touches:
     draw = np.random.default_rng(0)
     q, k, v = (draw.standard_normal((1, 1, shape.tokens, shape.head_size), np.float32) for _ in range(3))
-    lines, written = trace(shape, q, k, v, plan).lines()
-    return lines.tolist(), written.tolist()
+    return trace(shape, q, k, v, plan).touches()
 
 
 def test_a_product_touches_what_its_loops_touch() -> None:
@@ -26,10 +25,11 @@ def test_a_product_touches_what_its_loops_touch() -> None:
     a, b, out = memory.load(q), memory.load(k[:, 16:]), memory.create((2, 3))
     memory.multiply(out, a, b, turned_b=True)
     assert out.array.tolist() == [[16] * 3] * 2
-    lines, written = memory.lines()
+    touched = memory.touches()
     # q lies in lines 0 and 1, k in 2 to 7, of which every other one is asked for, what comes out in line 8
-    assert lines.tolist() == [line for row in (0, 1) for key in (3, 5, 7) for line in (row, key, 8)]
-    assert written.tolist() == [False, False, True] * 6
+    assert touched.lines == [8] + [line for row in (0, 1) for key in (3, 5, 7) for line in (row, key, 8)]
+    assert touched.read == [False] + [True] * 18
+    assert touched.written == [True] + [False, False, True] * 6
 
 
 def test_scratch_is_used_again_and_stores_in_place_touch_nothing() -> None:
@@ -43,37 +43,47 @@ def test_scratch_is_used_again_and_stores_in_place_touch_nothing() -> None:
     held = memory.load(slow)
     memory.store(held, slow)
     assert isinstance(memory, TracedMemory)
-    lines, written = memory.lines()
-    assert (lines.tolist(), written.tolist()) == ([0], [True])
+    touched = memory.touches()
+    assert (touched.lines, touched.read, touched.written) == ([0], [False], [True])
     memory.store(second, slow)
-    assert set(memory.lines()[0].tolist()) == {0, 1}
+    touched = memory.touches()
+    assert touched.lines == [0, 1] * (len(touched.lines) // 2)
+    assert touched.read[1] is False
+    assert touched.written[1] is True
 
 
 def test_caches_count_as_the_policies_do() -> None:
     shape = Attention(tokens=48, head_size=16)
-    lines, written = traced(shape, make_plan(shape, 512, "q-outer"))
+    touched = traced(shape, make_plan(shape, 512, "q-outer"))
+    lines = touched.lines
     for cache_lines in (8, 32, 100):
-        assert cache_traffic(lines, written, cache_lines, "lru").fetched == count_faults(Lru(cache_lines), lines)
-        assert cache_traffic(lines, written, cache_lines, "belady").fetched == least_faults(lines, cache_lines)
-    whole = cache_traffic(lines, written, 10_000, "lru")
-    assert whole.fetched == len(set(lines))
-    assert whole.written == len({line for line, dirty in zip(lines, written, strict=True) if dirty})
+        assert cache_traffic(touched, cache_lines, "lru").misses == count_faults(Lru(cache_lines), lines)
+        assert cache_traffic(touched, cache_lines, "belady").misses == least_faults(lines, cache_lines)
+    whole = cache_traffic(touched, 10_000, "lru")
+    assert whole.misses == len(set(lines))
+    assert whole.fetched == 3 * 48  # q, k and v, a line a row
+    assert whole.written == len({line for line, dirty in zip(lines, touched.written, strict=True) if dirty})
     with pytest.raises(InputError, match="no cache policy"):
-        cache_traffic(lines, written, 8, "plru")
+        cache_traffic(touched, 8, "plru")
 
 
 def test_dirty_lines_are_written_back_once_they_leave() -> None:
-    found = cache_traffic([0, 1, 2, 0, 1, 2], [True, False, False, False, False, True], 2, "lru")
-    assert found == Traffic(fetched=6, written=2)
-    assert found.words == 8 * LINE_WORDS
+    touched = Touches(
+        lines=[0, 1, 2, 0, 1, 2],
+        read=[False, True, True, True, True, True],
+        written=[True, False, False, False, False, True],
+    )
+    found = cache_traffic(touched, 2, "lru")
+    assert found == Traffic(misses=6, fetched=5, written=2)
+    assert found.words == 7 * LINE_WORDS
 
 
 def test_tiles_for_a_cache_keep_its_traffic_low() -> None:
     shape = Attention(tokens=128, head_size=32)
     words = 1024
     found = {
-        name: cache_traffic(*traced(shape, plan), words // LINE_WORDS, "belady").words
-        for name, plan in (("chosen", choose(shape, words)), ("rows alone", make_plan(shape, 128, "q-outer")))
+        name: cache_traffic(traced(shape, plan), words // LINE_WORDS, "belady").words
+        for name, plan in (("chosen", choose(shape, words)), ("rows alone", make_plan(shape, 131, "q-outer")))
     }
     assert found["chosen"] < found["rows alone"]
 

@@ -11,7 +11,7 @@ N^2 d / sqrt(M). At M = d^2 both are N^2. Inputs and output, 4 N d words, are th
     schedule      words of one head, N a multiple of all tiles                        leading term
     kv-outer      2 N d + N / B_c (3 N d + 4 N)              B_c = M / 4 d            12 N^2 d^2 / M
     q-outer       2 N d + N / B_r 2 N d                      B_r about M / 2 d        4 N^2 d^2 / M
-    unfused       4 N^2 d / t + 5 N^2 + N d                  t = sqrt(M / 3)          4 sqrt(3) N^2 d / sqrt(M)
+    unfused       4 N^2 d / t + 4 N^2 + N d                  t = sqrt(M / 3)          4 sqrt(3) N^2 d / sqrt(M)
     three-phase   4 N^2 d / t + N^2 + 4 N + N d, or so       t about sqrt(M)          4 N^2 d / sqrt(M)
 
 kv-outer is FlashAttention, q-outer FlashAttention-2 with the tallest row blocks that fit. unfused writes scores and
@@ -51,7 +51,7 @@ MOST_TOKENS = 1 << 24
 class Attention:
     """What is computed. keys: None for as many as tokens; causal: token i sees keys 0 .. keys - tokens + i.
 
-    backward: gradients of q, k and v, from q, k, v, the output, its gradient and the logarithms of the softmax's sums.
+    backward: gradients of q, k and v, from these, the output, its gradient and the logarithms of the softmax's sums.
     """
 
     tokens: int
@@ -117,9 +117,11 @@ class Attention:
 
     @property
     def compulsory(self) -> int:
-        """Words of inputs and outputs of all problems: what any schedule moves."""
-        sides = 4 if self.backward else 2
-        return self.problems * sides * (self.rows + self.num_keys) * self.head_size
+        """Words of inputs and outputs of all problems, which any schedule moves: q, k, v and out, or q, k, v, the gradient
+        of out and three gradients (the output itself and the softmax's sums could be made anew).
+        """
+        rows, keys = (3 * self.rows, 4 * self.num_keys) if self.backward else (2 * self.rows, 2 * self.num_keys)
+        return self.problems * (rows + keys) * self.head_size
 
     @property
     def flop(self) -> int:
@@ -132,7 +134,7 @@ class Attention:
 
 def regime(shape: Attention, fast_words: int) -> str:
     """`small` below M = d^2, `large` from there on, `floor` where inputs and output are most of the bound."""
-    if _order(shape, fast_words) <= shape.compulsory:
+    if _order(shape, fast_words) < shape.compulsory:
         return "floor"
     return "large" if fast_words >= shape.head_size**2 else "small"
 
@@ -246,17 +248,17 @@ def optimality_gap(shape: Attention, fast_words: int, words: float) -> float:
 
 
 def _key_blocks(shape: Attention, words: int) -> Tile:
-    """FlashAttention's B_c = M / 4 d, and as many rows as then fit, d at most; for gradients, K, V and theirs stay."""
+    """FlashAttention's B_c = M / 4 d, and as many rows as then fit, d at most. For gradients, where K, V and theirs stay,
+    as many keys as fit beside a row.
+    """
     size = shape.head_size
     streams, kept = (3 * size + 2, 4 * size) if shape.backward else (2 * size + 2, 2 * size)
     scores = 2 if shape.backward else 1
     least = kept + streams + scores
     if words < least:
         raise DoesNotFit(f"{words:,} words: kv-outer with heads of {size} needs {least:,} at least")
-    keys = max(1, words // (2 * kept))
-    while (words - keys * kept) // (streams + scores * keys) < 1:
-        keys -= 1
-    keys = min(keys, shape.num_keys)
+    most = (words - streams) // (kept + scores)
+    keys = min(most if shape.backward else max(1, words // (4 * size)), most, shape.num_keys)
     rows = min((words - keys * kept) // (streams + scores * keys), size, shape.rows)
     return Tile(rows=rows, columns=keys, depth=size)
 
@@ -302,7 +304,9 @@ def count_words(shape: Attention, plan: Plan) -> int:
 
 
 def words_needed(shape: Attention, plan: Plan) -> int:
-    """The fast memory that a plan needs: with a word less it is refused."""
+    """The fast memory that a plan needs, and with a word less is refused; under a causal mask, which may cut every block
+    short, what is enough.
+    """
     rows, keys, size = shape.rows, shape.num_keys, shape.head_size
     if plan.softmax == "online":
         tall, wide = min(plan.tiles[0].rows, rows), min(plan.tiles[0].columns, keys)

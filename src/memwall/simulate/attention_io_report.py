@@ -113,9 +113,9 @@ def executed(shape: Attention, fast_words: int, seed: int, *, traced: bool = Fal
             "peak": memory.peak, "error": float(np.abs(out - truth).max()),
         }  # fmt: skip
         if traced:
-            lines, written = (each.tolist() for each in trace(shape, q, k, v, plan).lines())
+            touched = trace(shape, q, k, v, plan).touches()
             for policy in POLICIES:
-                row[policy] = cache_traffic(lines, written, max(1, fast_words // LINE_WORDS), policy).words
+                row[policy] = cache_traffic(touched, max(1, fast_words // LINE_WORDS), policy).words
         found.append(row)
     return found
 

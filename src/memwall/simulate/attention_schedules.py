@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -246,7 +247,7 @@ def schedule_of(plan: Plan) -> Schedule:
     return lambda memory, problem: _SCHEDULES[plan.schedule](memory, problem, plan)
 
 
-def problems(shape: Attention, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterator[tuple[Problem, np.ndarray]]:
+def problems(shape: Attention, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterator[tuple[Problem, Any]]:
     """Problems one after another, each with the place of its heads in q; arrays as `execute` takes them."""
     for place in np.ndindex(shape.batch, shape.kv_heads):
         heads = np.s_[place[0], place[1] * shape.group : (place[1] + 1) * shape.group]

@@ -4,14 +4,16 @@
 and blocks that a schedule makes lie in scratch of their own. A product touches what a plain loop over its rows would.
 `cache_traffic` replays the lines under LRU, or under LFD (Belady's rule), which fetches least.
 
-Units: lines of 64 bytes, 16 words of float32; caches are fully associative, write back, and allocate where they write.
+Units: lines of 64 bytes, 16 words of float32. Caches are fully associative and write back; a line that is written before
+it is read is not fetched (write-validate), so that a store costs once, as in the two-level model. Caches that fetch
+such lines move a word more for each that is stored without having been loaded.
+
 Cost: about a microsecond a line, and 8 bytes a touch while tracing.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,16 @@ from memwall.simulate.fast_memory import Block
 LINE_BYTES = 64
 LINE_WORDS = LINE_BYTES // 4
 POLICIES = ("lru", "belady")
+READ, WRITE = 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Touches:
+    """Lines in order. read: whether what the line held before matters; written: whether it is other afterwards."""
+
+    lines: list[int]
+    read: list[bool]
+    written: list[bool]
 
 
 class TracedBlock(Block):
@@ -60,7 +72,9 @@ class TracedMemory:
         """Scratch, in a place of that size that was let go, if there is one."""
         array = np.zeros(shape, np.float32)
         free = self._free[array.nbytes]
-        return TracedBlock(array, free.pop() if free else self._reserve(array.nbytes), array.strides, own=True)
+        made = TracedBlock(array, free.pop() if free else self._reserve(array.nbytes), array.strides, own=True)
+        self._record(_coded(made.addresses(), WRITE).ravel())
+        return made
 
     def store(self, block: Block, view: np.ndarray) -> None:
         """What is stored where it lies has been written there; else it is copied."""
@@ -90,10 +104,10 @@ class TracedMemory:
         shape: tuple[int, ...]
         if turned_b:
             parts, shape = [_coded(left[:, _steps(depth)])[:, None], _coded(right[_steps(depth)].T)], (rows, columns)
-            parts.append(_coded(made, written=True)[:, :, None])
+            parts.append(_coded(made, READ | WRITE)[:, :, None])
         else:
             parts, shape = [_coded(left)[:, :, None], _coded(right[:, _steps(columns)])], (rows, depth)
-            parts.append(_coded(made[:, _steps(columns)], written=True)[:, None])
+            parts.append(_coded(made[:, _steps(columns)], READ | WRITE)[:, None])
         whole = [np.broadcast_to(part, (*shape, part.shape[-1])) for part in parts]
         self._record(np.concatenate(whole, axis=-1).ravel())
 
@@ -101,16 +115,19 @@ class TracedMemory:
         """One block after another, row by row."""
         for block in blocks:
             assert isinstance(block, TracedBlock)
-            self._record(_coded(block.addresses(), written=written).ravel())
+            self._record(_coded(block.addresses(), READ | WRITE * written).ravel())
 
-    def lines(self) -> tuple[np.ndarray, np.ndarray]:
-        """(line, whether it was written) of each touch, int64 and bool; touches of one line in a row are one."""
-        codes = np.concatenate(self._touched) if self._touched else np.empty(0, np.int64)
-        return _runs(codes)
+    def touches(self) -> Touches:
+        """All of them; those of one line in a row are one."""
+        codes = _runs(np.concatenate(self._touched)) if self._touched else np.empty(0, np.int64)
+        return Touches(
+            lines=(codes // 4).tolist(),
+            read=(codes & READ != 0).tolist(),
+            written=(codes & WRITE != 0).tolist(),
+        )
 
     def _record(self, codes: np.ndarray) -> None:
-        lines, written = _runs(codes)
-        self._touched.append(2 * lines + written)
+        self._touched.append(_runs(codes))
 
     def _address(self, view: np.ndarray) -> int:
         whole: Any = view
@@ -131,12 +148,12 @@ def _addresses(view: np.ndarray, address: int) -> np.ndarray:
     return TracedBlock(view, address, view.strides, own=False).addresses()
 
 
-def _coded(addresses: np.ndarray, *, written: bool = False) -> np.ndarray:
-    return addresses // LINE_BYTES * 2 + written
+def _coded(addresses: np.ndarray, how: int = READ) -> np.ndarray:
+    return addresses // LINE_BYTES * 4 + how
 
 
 def _interleaved(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    return np.stack([_coded(source), _coded(target, written=True)], axis=1).ravel()
+    return np.stack([_coded(source), _coded(target, WRITE)], axis=1).ravel()
 
 
 def _steps(count: int) -> np.ndarray:
@@ -144,23 +161,25 @@ def _steps(count: int) -> np.ndarray:
     return np.unique(np.append(np.arange(0, count, LINE_WORDS), count - 1))
 
 
-def _runs(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    lines = codes // 2
-    starts = np.flatnonzero(np.diff(lines, prepend=-1))
-    written = np.maximum.reduceat(codes % 2, starts) if len(starts) else np.empty(0, np.int64)
-    return lines[starts], written.astype(bool)
+def _runs(codes: np.ndarray) -> np.ndarray:
+    """Touches of one line in a row as one: read if the first of them reads, written if any writes."""
+    starts = np.flatnonzero(np.diff(codes // 4, prepend=-1))
+    if not len(starts):
+        return codes
+    return codes[starts] // 4 * 4 + (codes[starts] & READ) + np.maximum.reduceat(codes & WRITE, starts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Lines that a cache fetched, and wrote back, those that are dirty at the end too."""
+    """Lines that a cache missed, fetched, and wrote back, those that are dirty at the end too."""
 
+    misses: int
     fetched: int
     written: int
 
     @property
     def words(self) -> int:
-        """Words of both."""
+        """Words fetched and written back."""
         return LINE_WORDS * (self.fetched + self.written)
 
 
@@ -173,21 +192,22 @@ def trace(shape: Attention, q: np.ndarray, k: np.ndarray, v: np.ndarray, schedul
     return memory
 
 
-def cache_traffic(lines: Sequence[int], written: Sequence[bool], cache_lines: int, policy: str) -> Traffic:
+def cache_traffic(touched: Touches, cache_lines: int, policy: str) -> Traffic:
     """Of a cache that begins empty. policy: lru or belady; InputError for others."""
     if policy not in POLICIES:
         raise InputError(f"no cache policy {policy!r}; there are {', '.join(POLICIES)}")
-    upcoming = next_accesses(lines) if policy == "belady" else [0] * len(lines)
+    upcoming = next_accesses(touched.lines) if policy == "belady" else [0] * len(touched.lines)
     cache: Paging = Farthest(cache_lines) if policy == "belady" else Lru(cache_lines)
     held: dict[int, bool] = {}
-    fetched = back = 0
-    for line, dirty, hint in zip(lines, written, upcoming, strict=True):
+    misses = fetched = back = 0
+    for line, read, dirty, hint in zip(touched.lines, touched.read, touched.written, upcoming, strict=True):
         victims = cache.on_access(line, 1, hint)
         if line not in held:
-            fetched += 1
+            misses += 1
+            fetched += read
             held[line] = dirty
         elif dirty:
             held[line] = True
         for victim in victims:
             back += held.pop(victim)  # type: ignore[call-overload]
-    return Traffic(fetched=fetched, written=back + sum(held.values()))
+    return Traffic(misses=misses, fetched=fetched, written=back + sum(held.values()))
