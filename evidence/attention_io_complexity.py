@@ -15,7 +15,8 @@ and LRU of twice as many (LRU of size 2 M fetches at most about twice what Belad
 words with steps of a line. The first form of this experiment had caches that fetch a line before they overwrite it, and
 failed at one of 22 pairs (three-phase above kv-outer at d 64, M 8192, 425 thousand words against 414, counted 312
 against 434): three-phase writes scores to lines that it has not read, and the fetches of these are no part of the
-two-level model. Now they are left out, for all schedules. No performance counters are read: few virtual machines have them.
+two-level model. Now they are left out, for all schedules. No performance counters are read: few virtual machines have
+them.
 
 Times: a tiled kernel in one thread, tiles chosen for this processor's first and second level of cache by a rule that
 was written before the first measurement (half of each cache; `nested_tiles`).

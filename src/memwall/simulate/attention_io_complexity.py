@@ -117,8 +117,8 @@ class Attention:
 
     @property
     def compulsory(self) -> int:
-        """Words of inputs and outputs of all problems, which any schedule moves: q, k, v and out, or q, k, v, the gradient
-        of out and three gradients (the output itself and the softmax's sums could be made anew).
+        """Words of inputs and outputs of all problems, which any schedule moves: q, k, v and out, or q, k, v, the
+        gradient of out and three gradients (the output itself and the softmax's sums could be made anew).
         """
         rows, keys = (3 * self.rows, 4 * self.num_keys) if self.backward else (2 * self.rows, 2 * self.num_keys)
         return self.problems * (rows + keys) * self.head_size
@@ -248,8 +248,8 @@ def optimality_gap(shape: Attention, fast_words: int, words: float) -> float:
 
 
 def _key_blocks(shape: Attention, words: int) -> Tile:
-    """FlashAttention's B_c = M / 4 d, and as many rows as then fit, d at most. For gradients, where K, V and theirs stay,
-    as many keys as fit beside a row.
+    """FlashAttention's B_c = M / 4 d, and as many rows as then fit, d at most. For gradients, where K, V and theirs
+    stay, as many keys as fit beside a row.
     """
     size = shape.head_size
     streams, kept = (3 * size + 2, 4 * size) if shape.backward else (2 * size + 2, 2 * size)
@@ -304,8 +304,8 @@ def count_words(shape: Attention, plan: Plan) -> int:
 
 
 def words_needed(shape: Attention, plan: Plan) -> int:
-    """The fast memory that a plan needs, and with a word less is refused; under a causal mask, which may cut every block
-    short, what is enough.
+    """The fast memory that a plan needs, and with a word less is refused; under a causal mask, which may cut every
+    block short, what is enough.
     """
     rows, keys, size = shape.rows, shape.num_keys, shape.head_size
     if plan.softmax == "online":

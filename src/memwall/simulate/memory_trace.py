@@ -4,9 +4,9 @@
 and blocks that a schedule makes lie in scratch of their own. A product touches what a plain loop over its rows would.
 `cache_traffic` replays the lines under LRU, or under LFD (Belady's rule), which fetches least.
 
-Units: lines of 64 bytes, 16 words of float32. Caches are fully associative and write back; a line that is written before
-it is read is not fetched (write-validate), so that a store costs once, as in the two-level model. Caches that fetch
-such lines move a word more for each that is stored without having been loaded.
+Units: lines of 64 bytes, 16 words of float32. Caches are fully associative and write back; a line that is written
+before it is read is not fetched (write-validate), so that a store costs once, as in the two-level model. Caches that
+fetch such lines move a word more for each that is stored without having been loaded.
 
 Cost: about a microsecond a line, and 8 bytes a touch while tracing.
 """
