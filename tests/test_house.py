@@ -35,6 +35,7 @@ LONGER: dict[str, str] = {
     "cli/split.py:split": "the same",
     "cli/nanoflow.py:nanoflow": "the same",
     "cli/context.py:context": "the same",
+    "cli/attention_io.py:attention_io": "the same",
 }
 
 SKIPPED_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

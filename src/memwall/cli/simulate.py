@@ -1,8 +1,8 @@
 """`memwall simulate`: what something would do on machines that are not here; `simulate serving` finds the plan by which
 a cluster serves a model best, `simulate split` how many devices prompts and tokens need, `simulate profile` measures
-this machine's engine for both, `simulate accllm` runs a model on an FPGA card, `simulate
-nanoflow` says what bounds an iteration, `simulate paging` how much eviction policies would fetch, `simulate context`
-what long contexts cost.
+this machine's engine for both, `simulate accllm` runs a model on an FPGA card, `simulate nanoflow` says what bounds an
+iteration, `simulate paging` how much eviction policies would fetch, `simulate context` what long contexts cost,
+`simulate attention-io` how little attention can move.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memwall.cli import split
+from memwall.cli.attention_io import attention_io
 from memwall.cli.bench import _loads
 from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_command, complete_weights
 from memwall.cli.context import context
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        help="Simulate what is not here: clusters that serve a model, an FPGA card, a cache and its future.",
+        help="Simulate what is not here: clusters that serve a model, an FPGA card, a cache and its future, long contexts.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
@@ -41,6 +42,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "nanoflow", nanoflow)
     add_command(group, "paging", paging)
     add_command(group, "context", context)
+    add_command(group, "attention-io", attention_io)
     app.add_typer(group, name="simulate")
 
 

@@ -8,6 +8,10 @@ distserve over phase_instances and phase_latency; phase_fit for any model, repla
 Long contexts: long_context_peak_analysis has the costs at a device's peak, context_methods what compression changes,
 context_sessions users who swap each other out, context_calibration this machine's numbers, context_report.
 
+Attention's traffic: attention_io_complexity has bounds, exact counts and the choice of a schedule, attention_schedules
+and attention_gradients carry them out on fast_memory, which counts, or on memory_trace, whose lines caches serve;
+attention_levels asks tier by tier of a machine, attention_io_report draws and tells.
+
 Hardware: hdl turns designs written in Amaranth into Verilog, runs them clock by clock and counts their cells;
 xr_npe_hdl is XR-NPE's multiply-add unit, xr_npe_array the array of such units with its bytes, cycles and energy.
 FPGA cards: dsp_packing is several narrow products in one multiplier, event_engine units that work side by side,

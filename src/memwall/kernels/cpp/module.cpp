@@ -25,6 +25,7 @@ void bind_planes(nb::module_& m);       // products of bit planes
 void bind_nearest(nb::module_& m);      // the nearest of many centroids
 void bind_information(nb::module_& m);  // shifts of blocks under which codes tell the most
 void bind_scan(nb::module_& m);         // state space layers, static 8-bit products
+void bind_tiled_attention(nb::module_& m);  // attention whose tiles are parameters
 void bind_lora(nb::module_& m, nb::class_<Program>&);  // low-rank additions to products
 
 NB_MODULE(_native, m) {
@@ -60,5 +61,6 @@ NB_MODULE(_native, m) {
   bind_nearest(m);
   bind_information(m);
   bind_scan(m);
+  bind_tiled_attention(m);
   bind_lora(m, program);
 }
