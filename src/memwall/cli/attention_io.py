@@ -117,6 +117,7 @@ def attention_io(
 
 
 def _tell(told: dict[str, Any], shape: Attention, found: Hierarchy | None) -> None:
+    from memwall.hardware.units import format_seconds
     from memwall.simulate import attention_io_report as reports
 
     if "schedules" in told:
@@ -141,8 +142,8 @@ def _tell(told: dict[str, Any], shape: Attention, found: Hierarchy | None) -> No
             typer.echo("")
         typer.echo(format_table(reports.LEVEL_COLUMNS, reports.level_cells(found), right=frozenset((4, 5, 6, 7, 8))))
         typer.echo(
-            f"\nno schedule takes less than {1e6 * found.least_seconds:,.3g} us; the chosen ones "
-            f"{1e6 * found.seconds:,.3g} us, limited by {found.limit}"
+            f"\nno schedule takes less than {format_seconds(found.least_seconds)}; the chosen ones "
+            f"{format_seconds(found.seconds)}, limited by {found.limit}"
         )
 
 
