@@ -26,6 +26,7 @@ void bind_nearest(nb::module_& m);      // the nearest of many centroids
 void bind_information(nb::module_& m);  // shifts of blocks under which codes tell the most
 void bind_scan(nb::module_& m);         // state space layers, static 8-bit products
 void bind_lora(nb::module_& m, nb::class_<Program>&);  // low-rank additions to products
+void bind_row_scores(nb::module_& m);   // queries against vectors in few bits
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -58,6 +59,7 @@ NB_MODULE(_native, m) {
   bind_range_coder(m);
   bind_planes(m);
   bind_nearest(m);
+  bind_row_scores(m);
   bind_information(m);
   bind_scan(m);
   bind_lora(m, program);
