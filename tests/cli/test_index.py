@@ -117,7 +117,7 @@ def test_a_study_is_chosen_by(memwall: Callable, folder: Path) -> None:
         (["index", "text.npy", "i"], "real numbers"),
         (["index", "empty.txt", "i"], "holds no text"),
         (["index", "none.npy", "i"], "none.npy"),
-        (["search", "x.npy", "q.npy"], "not a safetensors file"),
+        (["search", "x.npy", "q.npy"], "declares a header"),
         (["search", "none", "q.npy"], "none"),
         (["study", "embeddings", "x.npy", "--queries", "q.npy"], "--queries and --judged go together"),
         (["study", "embeddings", "x.npy", "--forms", ","], "name one at least"),

@@ -33,15 +33,15 @@ def test_gaps_are_paired(experiment: ModuleType) -> None:
     loss, error = experiment.gap(same, "a", "b")
     assert loss == pytest.approx(0.075 / 0.55)
     assert error == pytest.approx(0.05 / 2 / 2**0.5 / 0.55)  # of means of four, over two subjects
-    assert experiment.certain(same, "a", "b")
-    assert not experiment.certain(same, "b", "a")
-    assert not experiment.certain([row(a=[1.0, 0.0], b=[0.0, 0.9])], "a", "b")  # better by chance
+    assert experiment.certain(same, "a", "b", 2)
+    assert not experiment.certain(same, "b", "a", -2)
+    assert not experiment.certain([row(a=[1.0, 0.0], b=[0.0, 0.9])], "a", "b", 2)  # better by chance
 
 
 def test_claims_can_fail(experiment: ModuleType) -> None:
     """Types that lose alike, and a choice among forms none of which is small."""
     names = {name: [0.5, 0.6, 0.7] for name in (*experiment.TYPES, "pca:0.5+e4m3", "pca:0.5+e2m1-dimension")}
-    assert [one.passed for one in experiment.type_claims([row(**names)], "x")][:3] == [False] * 3
+    assert [one.passed for one in experiment.type_claims([row(**names)], "x", 2.0)][:3] == [False] * 3
     judged = Judged(vectors=vectors(5), queries=vectors(1), relevant=[{0}])
     subject = experiment.Subject(name="x", d=32, judged=judged, fitted=vectors(5))
     one = row(float32=[0.5, 0.6])
@@ -65,6 +65,8 @@ def test_texts_come_from_a_folder(experiment: ModuleType, tmp_path: Path) -> Non
 def test_what_is_judged_is_not_what_was_learned_from(experiment: ModuleType) -> None:
     from memwall.studies.passages import docstrings
 
-    judged = docstrings("numerical", ("networkx", "numpy"))
-    others = docstrings("pytest", ("_pytest",), without=(*experiment.NUMERICAL, *experiment.LIBRARY))
+    assert not set(experiment.OTHERS) & {*experiment.NUMERICAL, *experiment.LIBRARY}
+    judged, others = (docstrings("x", names, 300) for names in (experiment.NUMERICAL, experiment.OTHERS))
+    assert len(judged) > 50
+    assert len(others) > 50
     assert not set(judged.passages) & set(others.passages)

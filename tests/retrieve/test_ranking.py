@@ -42,10 +42,10 @@ def test_ndcg_is_scikit_learns() -> None:
 
 
 def test_every_form_on_the_same_queries() -> None:
-    x, queries = vectors(600, seed=1), vectors(600, seed=1)[:50] + 0.02 * vectors(50, seed=2)
+    x, queries = vectors(600, seed=1), vectors(600, seed=1)[:50] + 0.6 * vectors(50, seed=2)
     judged = Judged(vectors=x, queries=queries.astype(np.float32), relevant=[{at} for at in range(50)])
     told: list[str] = []
-    names = ["float32", "pca:0.5+float32", "pca:0.5+e4m3", "signs", "umap:0.5+float32"][:4]
+    names = ["float32", "pca:0.5+float32", "pca:0.5+e4m3", "signs"]
     found = measure(
         [Form.parse(name) for name in names],
         judged,
@@ -55,7 +55,7 @@ def test_every_form_on_the_same_queries() -> None:
     )
     assert told == names
     quality = {one.point.form: one.point.quality for one in found}
-    assert quality["float32"] > 0.95
+    assert quality["float32"] > 0.8
     assert quality["float32"] >= quality["pca:0.5+e4m3"] > quality["signs"]
     assert found[2].point.vector_bytes == 16
     assert found[2].point.table_bytes == 4 * (32 * 16 + 32)

@@ -312,7 +312,13 @@ def _rate(file: VectorFile, count: int, seconds: float) -> str:
 
 def _show(results: list[dict[str, Any]], *, with_text: bool) -> None:
     rows = [
-        [str(one["query"])[:32], str(place), str(hit["id"]), f"{hit['score']:.4f}", *([hit["text"][:64]] * with_text)]
+        [
+            str(one["query"])[:32],
+            str(place),
+            str(hit["id"]),
+            f"{hit['score']:.4f}",
+            *([hit["text"][:64]] if with_text else []),
+        ]
         for one in results
         for place, hit in enumerate(one["hits"], 1)
     ]

@@ -56,12 +56,12 @@ class Measured:
 
 def ndcg(ids: np.ndarray, relevant: Sequence[Collection[int]]) -> np.ndarray:
     """float64 [q] of rankings [q, places]; 0 for a query with nothing relevant."""
-    gains = 1 / np.log2(np.arange(2, ids.shape[1] + 2))
+    gains = (1 / np.log2(np.arange(2, ids.shape[1] + 2))).tolist()
     found = np.zeros(len(ids))
     for query, (row, wanted) in enumerate(zip(ids.tolist(), relevant, strict=True)):
         if wanted:
             got = sum(gain for gain, one in zip(gains, row, strict=True) if one in wanted)
-            found[query] = got / gains[: len(wanted)].sum()
+            found[query] = got / sum(gains[: len(wanted)])
     return found
 
 
@@ -73,10 +73,14 @@ def measure(
     name: str,
     metric: Metric = "cosine",
     seed: int = SEED,
+    reducers: dict[tuple[str, float | int], Reducer] | None = None,
     progress: Progress | None = None,
 ) -> list[Measured]:
-    """Every form on the same queries. fitted_on, `name`: what maps and ranges are learned from; maps once for all."""
-    reducers: dict[tuple[str, float | int], Reducer] = {}
+    """Every form on the same queries. fitted_on, `name`: what maps and ranges are learned from.
+
+    reducers: maps that were learned from it before, by kind and size; those that are learned now come to them.
+    """
+    reducers = {} if reducers is None else reducers
     measured = []
     for at, form in enumerate(forms):
         if progress is not None:

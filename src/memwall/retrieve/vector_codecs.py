@@ -89,7 +89,8 @@ class Floats(VectorCodec):
     def encode(self, x: np.ndarray, tables: Arrays) -> dict[str, np.ndarray]:
         buffers = codec(self.form).encode(x).buffers
         if PLAIN_BUFFER in buffers:
-            return {"rows": np.ascontiguousarray(buffers[PLAIN_BUFFER]).view(np.uint8).reshape(len(x), -1)}
+            held = np.ascontiguousarray(buffers[PLAIN_BUFFER]).view(np.uint8)
+            return {"rows": held.reshape(len(x), self.row_bytes(x.shape[1]))}
         return {"rows": buffers["codes"]}
 
     def decode(self, stored: Arrays, m: int, tables: Arrays) -> np.ndarray:

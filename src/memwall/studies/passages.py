@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -48,18 +49,18 @@ def pairs_of(name: str, found: Iterator[tuple[str, str]]) -> Pairs:
     return Pairs(name=name, queries=[kept[one] for one in ordered], passages=ordered)
 
 
-def docstrings(name: str, packages: tuple[str, ...] | None = None, *, without: tuple[str, ...] = ()) -> Pairs:
-    """Of installed packages: those named, of the standard library (the name `stdlib`), or all but `without`."""
-    return pairs_of(name, (pair for path in _files(packages, without) for pair in _of_file(path)))
+def docstrings(name: str, packages: tuple[str, ...], most: int) -> Pairs:
+    """Of installed packages, in the order of their names here until there are so many (`stdlib`: the standard library).
+    Packages that are not there are left out.
+    """
+    found = (pair for path in _files(packages) for pair in _of_file(path))
+    return pairs_of(name, itertools.islice(found, most))
 
 
-def _files(packages: tuple[str, ...] | None, without: tuple[str, ...]) -> Iterator[Path]:
+def _files(packages: tuple[str, ...]) -> Iterator[Path]:
     site, library = Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib"))
-    roots = {path.name: path for path in sorted(site.iterdir()) if path.is_dir() and (path / "__init__.py").is_file()}
-    roots["stdlib"] = library
-    for package, root in roots.items():
-        if package in without or (packages is not None and package not in packages):
-            continue
+    for package in packages:
+        root = library if package == "stdlib" else site / package
         for path in sorted(root.rglob("*.py")):
             if _NOT_READ.isdisjoint(path.relative_to(root).parts):
                 yield path

@@ -60,20 +60,24 @@ struct Bytes {
   static MW_INLINE Vf decode(const std::uint8_t* from) { return to_float(__builtin_convertvector(load<Lane8>(from), Vi)); }
 };
 
-// f(numbers, first column) over a row; the last vector is read from a copy, so that nothing after the row is touched.
+constexpr int kSums = 4;  // that grow apart, so that additions need not wait for each other
+
+// f(numbers, first column, which sum) over a row; the last vector is read from a copy, so that nothing after it is touched.
 template <class Form, bool Steps, class F>
 MW_INLINE void each_vector(const RowTask& task, const std::uint8_t* row, F&& f) {
   const auto numbers = [&](const std::uint8_t* from, std::int64_t col) {
     Vf v = Form::decode(from);
-    if constexpr (Steps) v = v * load<Vf>(task.steps + col) + load<Vf>(task.offsets + col);
+    if constexpr (Steps) v = v * (load<Vf>(task.steps + col) * Form::kUnit) + load<Vf>(task.offsets + col);
     return v;
   };
   std::int64_t col = 0;
-  for (; col + kWidth <= task.cols; col += kWidth, row += Form::kBytes) f(numbers(row, col), col);
+  for (; col + kSums * kWidth <= task.cols; col += kSums * kWidth, row += kSums * Form::kBytes)
+    static_for<kSums>([&](auto i) { f(numbers(row + i.value * Form::kBytes, col + i.value * kWidth), col + i.value * kWidth, i); });
+  for (; col + kWidth <= task.cols; col += kWidth, row += Form::kBytes) f(numbers(row, col), col, Index<0>{});
   if (col < task.cols) {
     std::uint8_t last[Form::kBytes] = {};
     std::memcpy(last, row, static_cast<std::size_t>(packed_row_bytes(task.form, task.cols - col)));
-    f(numbers(last, col), col);
+    f(numbers(last, col), col, Index<1>{});
   }
 }
 
@@ -84,19 +88,16 @@ MW_INLINE float divided(float product, float squares, bool cosine) {
 
 template <class Form, bool Steps>
 void one_query(const RowTask& task, std::int64_t begin, std::int64_t end) {
-  const float unit = task.cosine ? 1.0f : Steps ? 1.0f : Form::kUnit;
+  const float unit = task.cosine || Steps ? 1.0f : Form::kUnit;
   for (std::int64_t r = begin; r < end; ++r) {
     const std::uint8_t* row = task.rows + r * task.row_bytes;
-    // what is read next but one: rows are short, and the processor's own guess begins anew with each page
-    __builtin_prefetch(row + 8 * task.row_bytes);
-    Vf dot[2] = {}, squares[2] = {};
-    int odd = 0;
-    each_vector<Form, Steps>(task, row, [&](Vf v, std::int64_t col) {
-      dot[odd] += v * load<Vf>(task.queries + col);
-      squares[odd] += v * v;
-      odd ^= 1;
+    Vf dot[kSums] = {}, squares[kSums] = {};
+    each_vector<Form, Steps>(task, row, [&](Vf v, std::int64_t col, auto i) {
+      dot[i.value] += v * load<Vf>(task.queries + col);
+      squares[i.value] += v * v;
     });
-    task.scores[r] = divided(sum_of(dot[0] + dot[1]) * unit, sum_of(squares[0] + squares[1]), task.cosine);
+    const Vf both = sums_of(dot[0] + dot[1], dot[2] + dot[3], squares[0] + squares[1], squares[2] + squares[3]);
+    task.scores[r] = divided((both[0] + both[1]) * unit, both[2] + both[3], task.cosine);
   }
 }
 
@@ -117,17 +118,18 @@ template <class Form, bool Steps>
 void several_queries(const RowTask& task, std::int64_t begin, std::int64_t end, float* panel) {
   const std::int64_t cols = padded_cols(task.cols);
   const float unit = Steps ? 1.0f : Form::kUnit;
+  std::memset(panel, 0, sizeof(float) * static_cast<std::size_t>(kPanelRows * cols));  // what no column fills stays zero
   for (; begin < end; begin += kPanelRows) {
     const int rows = static_cast<int>(end - begin < kPanelRows ? end - begin : kPanelRows);
     float factors[kPanelRows] = {};
-    std::memset(panel, 0, sizeof(float) * static_cast<std::size_t>(kPanelRows * cols));
     for (int r = 0; r < rows; ++r) {
-      Vf squares{};
-      each_vector<Form, Steps>(task, task.rows + (begin + r) * task.row_bytes, [&](Vf v, std::int64_t col) {
-        squares += v * v;
+      Vf squares[kSums] = {};
+      each_vector<Form, Steps>(task, task.rows + (begin + r) * task.row_bytes, [&](Vf v, std::int64_t col, auto i) {
+        squares[i.value] += v * v;
         store(panel + r * cols + col, v);
       });
-      factors[r] = divided(task.cosine ? 1.0f : unit, sum_of(squares), task.cosine);
+      const float whole = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
+      factors[r] = divided(task.cosine ? 1.0f : unit, whole, task.cosine);
     }
     const auto multiply = [&](auto count, std::int64_t query) {
       constexpr int kQueries = decltype(count)::value;
