@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memwall.cli.command import AsJson, Debug, Quiet, Threads
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.errors import InputError
+
+if TYPE_CHECKING:
+    from memwall.retrieve.embedding_storage import Form
 
 Forms = Annotated[
     str | None,
@@ -19,6 +22,8 @@ Forms = Annotated[
         metavar="LIST",
     ),
 ]
+
+Out = Annotated[Path | None, typer.Option(help="Folder for study.json and frontier.png.", file_okay=False)]
 
 
 def embeddings(
@@ -41,7 +46,7 @@ def embeddings(
         typer.Option(help="Vectors (.npy) to learn maps and ranges from (default: those judged).", metavar="FILE"),
     ] = None,
     forms: Forms = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for study.json and frontier.png.", file_okay=False)] = None,
+    out: Out = None,
     threads: Threads = None,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -52,8 +57,8 @@ def embeddings(
     `memwall index --memory 40MB --points OUT/study.json` chooses by it.
     """
     from memwall.cli.index import read_vectors
-    from memwall.retrieve.embedding_storage import Form, frontier
-    from memwall.retrieve.ranking import CANDIDATES, Judged, measure, own_queries, read_judgements
+    from memwall.retrieve.embedding_storage import frontier
+    from memwall.retrieve.ranking import Judged, measure, own_queries, read_judgements
     from memwall.studies import embedding_study
 
     if threads is not None:
@@ -62,11 +67,7 @@ def embeddings(
         kernels.set_num_threads(threads)
     if out is not None:
         embedding_study.check()
-    if (queries is None) != (judged is None):
-        raise InputError("--queries and --judged go together")
-    asked = list(CANDIDATES) if forms is None else [Form.parse(text) for text in forms.split(",") if text.strip()]
-    if not asked:
-        raise InputError("--forms: name one at least, such as e4m3")
+    asked = _forms(forms, queries, judged)
     x = read_vectors(vectors)
     learned, name = (x, vectors.name) if fit is None else (read_vectors(fit), fit.name)
     told: dict[str, Any] = {"vectors": str(vectors), "count": len(x), "d": x.shape[1], "fitted_on": name,
@@ -93,3 +94,16 @@ def embeddings(
         f"{len(frontier(points))} of {len(points)} forms (*)",
         quiet=quiet,
     )
+
+
+def _forms(forms: str | None, queries: Path | None, judged: Path | None) -> list[Form]:
+    """What is asked for; options that do not go together are refused."""
+    from memwall.retrieve.embedding_storage import Form
+    from memwall.retrieve.ranking import CANDIDATES
+
+    if (queries is None) != (judged is None):
+        raise InputError("--queries and --judged go together")
+    asked = list(CANDIDATES) if forms is None else [Form.parse(text) for text in forms.split(",") if text.strip()]
+    if not asked:
+        raise InputError("--forms: name one at least, such as e4m3")
+    return asked

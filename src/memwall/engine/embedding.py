@@ -35,7 +35,8 @@ class TextEmbedder:
     def embed(self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """float32 [n, H]. InputError, with its number, for a text that is empty or longer than the model's context."""
         vectors = np.zeros((len(texts), self.dimensions), np.float32)
-        engine, places, coming, done = self.serving.engine, {}, 0, 0
+        engine, coming, done = self.serving.engine, 0, 0
+        places: dict[int, int] = {}
         while coming < len(texts) or engine.busy:
             while coming < len(texts) and len(places) < AT_ONCE:
                 places[engine.submit(self._request(coming, texts[coming])).id] = coming

@@ -116,7 +116,7 @@ def own_queries(x: np.ndarray, seed: int = SEED) -> Judged:
 
 # ---- measured points as a file -------------------------------------------------------------------------------------
 
-MOST_POINTS, _MOST_BYTES = 10_000, 1 << 30
+MOST_POINTS, _MOST_BYTES = 10_000, 1 << 32
 
 
 def points_dict(points: Sequence[Point]) -> list[dict[str, Any]]:

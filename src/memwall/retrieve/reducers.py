@@ -167,7 +167,8 @@ class Autoencoder(Reducer):
 
     @classmethod
     def shapes(cls, d: int, m: int) -> dict[str, tuple[int, ...]]:
-        sizes, found = (d, *HIDDEN, m), {}
+        sizes = (d, *HIDDEN, m)
+        found: dict[str, tuple[int, ...]] = {}
         for number in range(len(sizes) - 1):
             found[f"weights{number}"] = (sizes[number], sizes[number + 1])
             found[f"bias{number}"] = (sizes[number + 1],)

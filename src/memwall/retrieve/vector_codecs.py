@@ -145,8 +145,8 @@ class DimensionScaled(Floats):
 
     def scores(self, stored: Arrays, m: int, tables: Arrays, queries: np.ndarray, *, cosine: bool) -> np.ndarray:
         step = padded(tables["step"])
-        given = {"steps": step, "offsets": np.zeros_like(step), "cosine": cosine}
-        return row_scores("e2m1", m, stored["rows"], padded(queries), **given)
+        none = np.zeros_like(step)
+        return row_scores("e2m1", m, stored["rows"], padded(queries), cosine=cosine, steps=step, offsets=none)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +180,8 @@ class Integers(VectorCodec):
 
     def scores(self, stored: Arrays, m: int, tables: Arrays, queries: np.ndarray, *, cosine: bool) -> np.ndarray:
         step, least = self.steps(tables)
-        given = {"steps": padded(step), "offsets": padded(least), "cosine": cosine}
-        return row_scores("bytes", m, stored["rows"], padded(queries), **given)
+        steps, offsets = padded(step), padded(least)
+        return row_scores("bytes", m, stored["rows"], padded(queries), cosine=cosine, steps=steps, offsets=offsets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ from memwall.formats import checked_json
 from memwall.formats.checked_json import Fields
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
 from memwall.retrieve.embedding_storage import Fitted, Form, Progress, Provenance, StoredVectors, pieces
-from memwall.retrieve.reducers import REDUCERS, Reducer
+from memwall.retrieve.reducers import REDUCERS
 from memwall.retrieve.vector_codecs import VECTOR_CODECS, stored_arrays
 
 KEY, VERSION = "memwall-vectors", 1
@@ -97,7 +97,9 @@ class VectorFile:
         if verify:
             self._verify(text)
         tables = {name: self._table("tables", name) for name in one.table_shapes(m)}
-        reducer: Reducer | None = kind and kind.of_tables({n: self._table("reducer", n) for n in kind.shapes(d, m)})
+        reducer = None
+        if kind is not None:
+            reducer = kind.of_tables({name: self._table("reducer", name) for name in kind.shapes(d, m)})
         metric: Any = fields.text("metric", choices=("cosine", "inner"))
         if metric == "inner" and one.only_cosine:
             raise InputError(f"{path}: {form.codec} is scored by cosine only")
@@ -177,7 +179,7 @@ class Texts(Sequence[str]):
 
 def _read_header(fields: Fields) -> tuple[Form, int, int, Provenance | None]:
     fields.only("version", "codec", "reduction", "d", "m", "count", "metric", "fitted_on", "model")
-    if fields.integer("version", 1, 1 << 30) != VERSION:
+    if fields.integer("version", 1, 1 << 16) != VERSION:
         raise fields.error("version", fields.values["version"], f"{VERSION}, the one this memwall reads")
     d = fields.integer("d", 1, MOST_DIMENSIONS)
     form = Form(codec=fields.text("codec", choices=tuple(VECTOR_CODECS)))
