@@ -70,8 +70,7 @@ def embeddings(
     asked = _forms(forms, queries, judged)
     x = read_vectors(vectors)
     learned, name = (x, vectors.name) if fit is None else (read_vectors(fit), fit.name)
-    told: dict[str, Any] = {"vectors": str(vectors), "count": len(x), "d": x.shape[1], "fitted_on": name,
-                            "judged": None if judged is None else str(judged)}  # fmt: skip
+    told: dict[str, Any] = {"vectors": str(vectors), "count": len(x), "d": x.shape[1], "fitted_on": name}
     with progress_bar("study", quiet=quiet) as bar:
         if queries is None or judged is None:
             subject = own_queries(x)
@@ -85,10 +84,8 @@ def embeddings(
     if json:
         print_json(embedding_study.to_dict(points, told))
         return
-    table = format_table(
-        embedding_study.COLUMNS, embedding_study.rows(points, x.shape[1]), right=frozenset({1, 2, 3, 4})
-    )
-    typer.echo(table)
+    rows = embedding_study.rows(points, x.shape[1])
+    typer.echo(format_table(embedding_study.COLUMNS, rows, right=frozenset({1, 2, 3, 4})))
     note(
         f"memwall: {len(subject.queries):,} queries against {len(subject.vectors):,} vectors; the frontier has "
         f"{len(frontier(points))} of {len(points)} forms (*)",

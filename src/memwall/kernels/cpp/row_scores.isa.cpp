@@ -34,7 +34,16 @@ struct Plain {
   static constexpr float kUnit = 1.0f;
   static MW_INLINE Vf decode(const std::uint8_t* from) { return T::vector(reinterpret_cast<const typename T::Element*>(from)); }
 };
-MW_INLINE Half widened(const std::uint8_t* from) { return __builtin_convertvector(load<Lane8>(from), Half) << 8; }
+// Bytes as 16-bit numbers, in the high half.
+MW_INLINE Half widened(const std::uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Half)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))) << 8;
+#elif defined(__AVX2__)
+  return (Half)_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))) << 8;
+#else
+  return __builtin_convertvector(load<Lane8>(from), Half) << 8;
+#endif
+}
 struct E4m3 {
   static constexpr int kBytes = kWidth;
   static constexpr float kUnit = 256.0f;  // biases of 15 and 7
@@ -49,7 +58,15 @@ struct E2m1 {
   static constexpr int kBytes = kWidth / 2;
   static constexpr float kUnit = 16384.0f;  // biases of 15 and 1
   static MW_INLINE Vf decode(const std::uint8_t* from) {
+#if defined(__AVX512F__)
+    const Pairs both = (Pairs)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+    std::int32_t four;
+    std::memcpy(&four, from, sizeof four);
+    const Pairs both = (Pairs)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four));
+#else
     const Pairs both = __builtin_convertvector(load<Lane4>(from), Pairs);
+#endif
     const Half high = (Half)((both << 12 & 0xf000u) | (both << 24 & 0xf0000000u));
     return of_halves((high >> 3) & static_cast<std::int16_t>(0x8e00));
   }
@@ -57,7 +74,15 @@ struct E2m1 {
 struct Bytes {
   static constexpr int kBytes = kWidth;
   static constexpr float kUnit = 1.0f;
-  static MW_INLINE Vf decode(const std::uint8_t* from) { return to_float(__builtin_convertvector(load<Lane8>(from), Vi)); }
+  static MW_INLINE Vf decode(const std::uint8_t* from) {
+#if defined(__AVX512F__)
+    return to_float((Vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    return to_float((Vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    return to_float(__builtin_convertvector(load<Lane8>(from), Vi));
+#endif
+  }
 };
 
 constexpr int kSums = 4;  // that grow apart, so that additions need not wait for each other
