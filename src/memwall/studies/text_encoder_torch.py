@@ -36,7 +36,7 @@ class EncoderSettings:
     buckets: int = 1 << 15
     width: int = 512
     hidden: int = 1024
-    steps: int = 150
+    steps: int = 700
     batch: int = 256
     words: int = 128
     rate: float = 1e-3
