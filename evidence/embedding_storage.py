@@ -11,7 +11,7 @@ nDCG@10 is the mean over corpora; losses are relative to float32, and their stan
 differences by query, at the larger dimension first where one is quoted alone. An ordering counts where it holds by two
 standard errors.
 
-What the whole run of 1 December 2026 found (two cores of an EPYC with AVX2, other work beside it, 314 s with the encoder
+What the whole run of 1 December 2026 found (two cores of an EPYC with AVX2, other work beside it, 314 s with an encoder
 kept from before). These failed:
 
 - E4M3 over E5M2: -0.15 ± 0.17 % lost against 0.17 ± 0.31 %, an ordering that so many queries do not tell.
