@@ -20,6 +20,7 @@ from memwall.cli import (
     evidence,
     fit,
     hdl,
+    index,
     kernel,
     plan,
     probe,
@@ -45,8 +46,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, study, simulate, hdl, kernel, probe, bench,
-    systems, evidence,
+    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, study, simulate, hdl, kernel, probe,
+    bench, systems, evidence,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)

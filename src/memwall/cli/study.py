@@ -1,5 +1,6 @@
 """`memwall study`: comparisons of many methods on equal terms; `study kv` is that of KV caches, `study ptq-impact` of
-weight formats, `study low-bit` of weight compression, `study efficiency` of techniques under one meter.
+weight formats, `study low-bit` of weight compression, `study efficiency` of techniques under one meter, `study
+embeddings` of stored vectors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import typer
 from memwall.cli.command import AsJson, Debug, ModelOrDemo, Quiet, Threads, add_command, complete_weights
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.study_efficiency import efficiency
+from memwall.cli.study_embeddings import embeddings
 from memwall.cli.study_low_bit import low_bit
 from memwall.cli.study_ptq import ptq_impact
 
@@ -31,6 +33,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "ptq-impact", ptq_impact)
     add_command(group, "low-bit", low_bit)
     add_command(group, "efficiency", efficiency)
+    add_command(group, "embeddings", embeddings)
     app.add_typer(group, name="study")
 
 

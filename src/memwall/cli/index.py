@@ -1,0 +1,345 @@
+"""`memwall index` and `memwall search`: vectors on disk in few bytes, and which of them are nearest."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memwall.cli.command import AsJson, Debug, Quiet, Threads, add_command, complete_model
+from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from memwall.retrieve.embedding_storage import Fitted, Form, Metric, Point
+    from memwall.retrieve.vector_file import VectorFile
+
+CODECS = (
+    "float32", "float16", "bfloat16", "e4m3", "e5m2", "int8", "int8-paper", "e2m1", "e2m1-vector", "e2m1-dimension",
+    "binary", "signs",
+)  # fmt: skip
+DEFAULT_CODEC, DEMO = "e4m3", "demo"
+
+
+def register(app: typer.Typer) -> None:
+    add_command(app, "index", index)
+    add_command(app, "search", search)
+
+
+Codec = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Element type: {', '.join(CODECS)} (default: {DEFAULT_CODEC}).",
+        metavar="TYPE",
+        autocompletion=lambda: list(CODECS),
+    ),
+]
+Reduce = Annotated[
+    str | None,
+    typer.Option(
+        help="Fewer dimensions first: pca, kernel-pca, projection or autoencoder, with a fraction of them or how many, "
+        "such as pca:0.5 or pca:192.",
+        metavar="MAP",
+    ),
+]
+Fit = Annotated[
+    Path | None,
+    typer.Option(
+        "--fit", help="Vectors (.npy) that maps and ranges are learned from (default: those indexed).", metavar="FILE"
+    ),
+]
+Room = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Bytes that the index may take, such as 40MB, tables included: the best form that fits is measured on "
+        "vectors of your own, or read from --points, and taken.",
+        metavar="BYTES",
+    ),
+]
+Points = Annotated[
+    Path | None,
+    typer.Option(help="With --memory: study.json of `memwall study embeddings` to choose by.", metavar="FILE"),
+]
+EmbeddingModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Model that makes vectors of texts (default: demo).", metavar="MODEL", autocompletion=complete_model
+    ),
+]
+MetricName = Annotated[str, typer.Option(help="What scores are: cosine or inner (products).", metavar="METRIC")]
+
+
+def index(
+    vectors: Annotated[
+        Path,
+        typer.Argument(
+            help="Vectors [n, d] in a .npy file, or a text file with a text a line, of which a model makes vectors.",
+            metavar="VECTORS",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT", dir_okay=False)],
+    *,
+    codec: Codec = None,
+    reduce: Reduce = None,
+    memory: Room = None,
+    points: Points = None,
+    fit: Fit = None,
+    metric: MetricName = "cosine",
+    model: EmbeddingModel = None,
+    threads: Threads = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Store vectors in few bytes: fewer dimensions, fewer bits of each, or whatever keeps most quality in --memory.
+
+    A file of vectors is read a piece at a time; the index appears whole or not at all. `memwall search` reads it.
+    """
+    from memwall.hardware.units import format_bytes
+    from memwall.retrieve.embedding_storage import Fitted
+    from memwall.retrieve.vector_file import write_vectors
+
+    known: Metric = _metric(metric)
+    if points is not None and memory is None:
+        raise InputError("--points goes with --memory, for which a form is chosen by them")
+    form = None if memory is not None else _form(codec, reduce)
+    if form is None and (codec is not None or reduce is not None):
+        raise InputError("--memory chooses the form: leave out --codec and --reduce, or give them without --memory")
+    x, texts, made_by = _vectors(vectors, model, threads, quiet)
+    learned, name = (x, vectors.name) if fit is None else (read_vectors(fit), fit.name)
+    chosen = None
+    if form is None:
+        assert memory is not None
+        form, chosen = _choose(memory, points, x, learned, name, known, quiet)
+    fitted = Fitted.fit(form, learned, name=name, metric=known)
+    if fitted.d != x.shape[1]:
+        raise InputError(f"--fit {fit}: vectors have {fitted.d} dimensions, those of {vectors} {x.shape[1]}")
+    began = time.perf_counter()
+    with progress_bar("index", quiet=quiet) as bar:
+        write_vectors(out, fitted, x, texts=texts, model=made_by, progress=bar.counted)
+    told = _told(out, fitted, time.perf_counter() - began, chosen)
+    if json:
+        print_json(told)
+        return
+    typer.echo(f"{out}  {told['count']:,} vectors as {told['form']}, {format_bytes(told['file_bytes'])}")
+    note(_sentence(told), quiet=quiet)
+
+
+def _told(out: Path, fitted: Fitted, seconds: float, chosen: Point | None) -> dict[str, Any]:
+    """What was written, as `--json` prints it."""
+    from memwall.retrieve.vector_file import VectorFile
+
+    file = VectorFile(out, verify=False)
+    held, on = file.vectors, fitted.fitted_on
+    return {
+        "index": str(out), "form": str(fitted.form), "metric": fitted.metric, "count": held.count, "d": fitted.d,
+        "m": fitted.m, "vector_bytes": fitted.vector_bytes, "table_bytes": fitted.table_bytes,
+        "file_bytes": file.nbytes, "text_bytes": 0 if file.texts is None else file.texts.nbytes,
+        "times_smaller": fitted.ratio,
+        "overhead_bytes_per_vector": (file.nbytes - held.count * fitted.vector_bytes) / max(held.count, 1),
+        "zero_share": held.zero_share(), "seconds": seconds,
+        "fitted_on": None if on is None else {"name": on.name, "count": on.count, "sha256": on.sha256},
+        "quality": None if chosen is None else chosen.quality,
+    }  # fmt: skip
+
+
+def _sentence(told: dict[str, Any]) -> str:
+    learned = told["fitted_on"]
+    return (
+        f"memwall: {told['vector_bytes']} bytes a vector, {told['times_smaller']:.3g} times smaller than float32, and "
+        f"{told['overhead_bytes_per_vector']:.1f} for tables, header and texts; {told['zero_share']:.1%} of the "
+        "numbers are stored as zero"
+        + ("" if learned is None else f"; learned from {learned['count']:,} vectors of {learned['name']}")
+        + ("" if told["quality"] is None else f"; nDCG@10 {told['quality']:.4f} where it was measured")
+    )
+
+
+def _form(codec: str | None, reduce: str | None) -> Form:
+    from memwall.retrieve.embedding_storage import Form
+    from memwall.retrieve.reducers import REDUCERS
+
+    form = Form.of(codec or DEFAULT_CODEC, reduce or "")
+    if form.kind is not None and not REDUCERS[form.kind].stored:
+        raise InputError(
+            f"--reduce {reduce}: its map cannot be stored; take pca, kernel-pca, projection or autoencoder"
+        )
+    return form
+
+
+def _metric(text: str) -> Any:
+    if text not in ("cosine", "inner"):
+        raise InputError(f"--metric {text}: choose cosine or inner")
+    return text
+
+
+def read_vectors(path: Path) -> np.ndarray:
+    """Vectors of a .npy file, mapped; InputError for what is none."""
+    import numpy as np
+
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a .npy file of numbers: {str(error)[:160]}") from None
+    if not isinstance(found, np.ndarray) or found.ndim != 2 or found.shape[1] == 0:
+        shape = list(getattr(found, "shape", []))
+        raise InputError(f"{path}: expected vectors [n, d], got {f'shape {shape}' if shape else 'several arrays'}")
+    return found
+
+
+def _vectors(
+    path: Path, model: str | None, threads: int | None, quiet: bool
+) -> tuple[np.ndarray, list[str] | None, str | None]:
+    """Vectors, and where a model made them of texts, the texts and its name."""
+    if threads is not None:
+        from memwall import kernels
+
+        kernels.set_num_threads(threads)
+    if path.suffix == ".npy":
+        if model is not None:
+            raise InputError(f"--model makes vectors of texts; {path} has vectors already")
+        return read_vectors(path), None, None
+    from memwall.engine.quality import read_text
+
+    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not texts:
+        raise InputError(f"{path}: holds no text; give a text a line, or vectors in a .npy file")
+    return embedded(texts, model or DEMO, quiet), texts, model or DEMO
+
+
+def embedded(texts: list[str], model: str, quiet: bool) -> np.ndarray:
+    """Vectors of texts by a model."""
+    from memwall.engine.embedding import TextEmbedder
+    from memwall.models import model_directory
+
+    embedder = TextEmbedder(model_directory(model))
+    try:
+        with progress_bar(f"vectors by {model}", quiet=quiet) as bar:
+            return embedder.embed(texts, bar.counted)
+    finally:
+        embedder.close()
+
+
+def _choose(
+    memory: str, points: Path | None, x: np.ndarray, learned: np.ndarray, name: str, metric: Metric, quiet: bool
+) -> tuple[Form, Point]:
+    """The best form that fits: of points that were measured, or that are measured now."""
+    from memwall.hardware.units import parse_bytes
+    from memwall.retrieve.embedding_storage import Form, choose
+    from memwall.retrieve.ranking import CANDIDATES, measure, own_queries, read_points
+
+    capacity = parse_bytes(memory)
+    if points is not None:
+        found = read_points(points)
+    else:
+        forms = [form for form in CANDIDATES if metric == "cosine" or form.codec != "signs"]
+        with progress_bar("measure", quiet=quiet) as bar:
+            judged = own_queries(x)
+            found = [
+                one.point for one in measure(forms, judged, learned, name=name, metric=metric, progress=bar.labelled)
+            ]
+    best = choose(capacity, len(x), found)
+    return Form.parse(best.form), best
+
+
+# ---- search --------------------------------------------------------------------------------------------------------
+
+
+def search(
+    path: Annotated[Path, typer.Argument(help="What `memwall index` wrote.", metavar="INDEX")],
+    queries: Annotated[
+        str,
+        typer.Argument(
+            help="Queries [q, d] in a .npy file; of an index of texts also a text, or a .txt file with one a line.",
+            metavar="QUERIES",
+        ),
+    ],
+    *,
+    top: Annotated[int, typer.Option(help="How many of the nearest.", min=1, max=10_000)] = 10,
+    model: EmbeddingModel = None,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Do not compare the file's digest, for which all of it is read.")
+    ] = False,
+    threads: Threads = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The nearest vectors of an index to each query, by scores of all of them as they are stored.
+
+    The file is mapped, and no decoded copy is made: what a search holds is about the file's size.
+    """
+    from memwall.memory import peak_resident_bytes
+    from memwall.retrieve.vector_file import VectorFile
+
+    if threads is not None:
+        from memwall import kernels
+
+        kernels.set_num_threads(threads)
+    file = VectorFile(path, verify=not unchecked)
+    asked, texts = _queries(queries, file, model, quiet)
+    began = time.perf_counter()
+    with progress_bar("search", quiet=quiet) as bar:
+        hits = file.vectors.search(asked, top, bar.counted)
+    seconds = time.perf_counter() - began
+    results = []
+    for number, (ids, scores) in enumerate(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True)):
+        found = [
+            {"id": one, "score": score} | ({} if file.texts is None else {"text": file.texts[one]})
+            for one, score in zip(ids, scores, strict=True)
+            if one >= 0
+        ]
+        results.append({"query": number if texts is None else texts[number], "hits": found})
+    if json:
+        print_json({"index": str(path), "form": str(file.vectors.fitted.form), "results": results, "seconds": seconds,
+                    "index_bytes": file.vectors.nbytes, "peak_resident_bytes": peak_resident_bytes()})  # fmt: skip
+        return
+    _show(results, with_text=file.texts is not None)
+    note(_rate(file, len(asked), seconds), quiet=quiet)
+
+
+def _rate(file: VectorFile, count: int, seconds: float) -> str:
+    from memwall.hardware.units import format_bytes, format_seconds
+
+    held = file.vectors
+    what = f"{held.count:,} vectors ({format_bytes(held.nbytes)} as {held.fitted.form})"
+    return f"memwall: {count} queries against {what} in {format_seconds(seconds)}"
+
+
+def _show(results: list[dict[str, Any]], *, with_text: bool) -> None:
+    rows = [
+        [
+            str(one["query"])[:32],
+            str(place),
+            str(hit["id"]),
+            f"{hit['score']:.4f}",
+            *([hit["text"][:64]] if with_text else []),
+        ]
+        for one in results
+        for place, hit in enumerate(one["hits"], 1)
+    ]
+    headers = ["query", "place", "id", "score", *(["text"] * with_text)]
+    typer.echo(format_table(headers, rows, right=frozenset({1, 2, 3})))
+
+
+def _queries(queries: str, file: VectorFile, model: str | None, quiet: bool) -> tuple[np.ndarray, list[str] | None]:
+    """Vectors, and the texts that they were made of. The file's word on its model opens nothing: who asks names it."""
+    if queries.endswith(".npy"):
+        return read_vectors(Path(queries)), None
+    if file.model is None:
+        raise InputError(f"{file.path} was made of vectors, so queries are vectors too: give a .npy file")
+    from memwall.formats.checked_json import shown
+
+    if file.model != (model or DEMO):
+        raise InputError(f"{file.path} was made by the model {shown(file.model)}: ask with --model and that one")
+    from memwall.engine.quality import read_text
+
+    texts = [line.strip() for line in read_text(Path(queries)).splitlines()] if queries.endswith(".txt") else [queries]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise InputError(f"{queries!r}: holds no query")
+    return embedded(texts, model or DEMO, quiet), texts

@@ -1,0 +1,11 @@
+"""Retrieval: which of many vectors are nearest to a query, held in few bytes.
+
+`base` has the seam, an index that is searched. `embedding_storage` holds vectors in fewer dimensions and fewer bits
+(`reducers`, `vector_codecs`), `vector_file` keeps them on disk, `ranking` measures what a form costs in quality.
+"""
+
+from __future__ import annotations
+
+from memwall.retrieve.base import Best, Hits, VectorIndex
+
+__all__ = ["Best", "Hits", "VectorIndex"]
