@@ -31,6 +31,16 @@ def test_it_learns_what_asks_for_what(tmp_path: Path) -> None:
     np.testing.assert_allclose(alone[0], asked[0][0], atol=1e-5)
 
 
+def test_what_is_only_learned_by_heart_is_not_kept(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    nonsense = [[" ".join(map(str, draw.integers(0, 10, 8))) for _ in range(2)] for _ in range(10 * SETTINGS.batch)]
+    told: list[str] = []
+    train([(a, b) for a, b in nonsense], SETTINGS, tmp_path / "w", lambda done, whole, what: told.append(what))
+    held_out = [float(what.rsplit(" ", 1)[1]) for what in told]
+    assert held_out[18] == float("inf")
+    assert held_out[19] == held_out[-1]  # nothing that came later did better on pairs that were not learned
+
+
 def test_features_are_words_and_pairs() -> None:
     found = features("A b, A", SETTINGS)
     assert len(found) == 4 + 3

@@ -26,6 +26,8 @@ from torch.nn import functional
 
 Progress = Callable[[int, int, str], None]
 _WORD = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]")
+CHECKED_EVERY = 20
+"""Steps between looks at held-out pairs, a batch of them where there are ten batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,7 @@ class EncoderSettings:
     buckets: int = 1 << 15
     width: int = 512
     hidden: int = 1024
-    steps: int = 700
+    steps: int = 300
     batch: int = 256
     words: int = 128
     rate: float = 1e-3
@@ -85,36 +87,50 @@ def _batch(texts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 def train(
     pairs: Sequence[tuple[str, str]], settings: EncoderSettings, kept: Path, progress: Progress | None = None
 ) -> None:
-    """Learns from (query, passage) pairs and writes the weights to a safetensors file."""
+    """Learns from (query, passage) pairs and writes a safetensors file: the weights of the step that did best on pairs
+    that were held out, as the others are soon known by heart.
+    """
     torch.manual_seed(settings.seed)
     draw = np.random.default_rng(settings.seed)
     both = [(features(query, settings), features(passage, settings)) for query, passage in pairs]
+    order = draw.permutation(len(both))
+    cut = settings.batch if len(both) >= 10 * settings.batch else 0
+    held, learned = ([both[at] for at in part] for part in (order[:cut], order[cut:]))
     encoder = Encoder(settings)
-    seen = np.bincount(np.concatenate([np.unique(passage) for _, passage in both]), minlength=settings.buckets)
-    rarity = np.log((1 + len(both)) / (1 + seen)) + 0.1
+    seen = np.bincount(np.concatenate([np.unique(passage) for _, passage in learned]), minlength=settings.buckets)
+    rarity = np.log((1 + len(learned)) / (1 + seen)) + 0.1
     encoder.importance.weight.data = torch.log(torch.from_numpy(rarity.astype(np.float32)))[:, None]
     tables = [encoder.table.weight, encoder.importance.weight]
     rest = [one for part in (encoder.layers, encoder.norm, encoder.heads) for one in part.parameters()]
     optimizers = [torch.optim.SparseAdam(tables, lr=settings.table_rate), torch.optim.AdamW(rest, lr=settings.rate)]
-    targets = torch.arange(settings.batch)
+    least, best = float("inf"), {}
     for step in range(settings.steps):
         for optimizer, rate in zip(optimizers, (settings.table_rate, settings.rate), strict=True):
             optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * (1 - step / settings.steps)
-        chosen = draw.choice(len(both), settings.batch, replace=len(both) < settings.batch)
-        queries = encoder(*_batch([both[at][0] for at in chosen]))
-        passages = encoder(*_batch([both[at][1] for at in chosen]))
-        loss = torch.zeros(())
-        for asked, told in zip(queries, passages, strict=True):
-            near = asked @ told.T / settings.temperature
-            loss = loss + functional.cross_entropy(near, targets) + functional.cross_entropy(near.T, targets)
-        for optimizer in optimizers:
             optimizer.zero_grad()
+        chosen = draw.choice(len(learned), settings.batch, replace=len(learned) < settings.batch)
+        loss = _loss(encoder, [learned[at] for at in chosen])
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
+        if held and ((step + 1) % CHECKED_EVERY == 0 or step + 1 == settings.steps):
+            with torch.no_grad():
+                found = float(_loss(encoder, held))
+            if found < least:
+                least, best = found, {name: value.clone() for name, value in encoder.state_dict().items()}
         if progress is not None:
-            progress(step + 1, settings.steps, f"encoder, loss {float(loss.detach()) / 2 / len(queries):.2f}")
-    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, kept)
+            progress(step + 1, settings.steps, f"encoder, loss {float(loss.detach()):.2f}, held out {least:.2f}")
+    save_file({name: value.contiguous() for name, value in (best or encoder.state_dict()).items()}, kept)
+
+
+def _loss(encoder: Encoder, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+    """Cross entropy of each query's own passage among all, and of each passage's query, in nats; a mean over heads."""
+    targets, whole = torch.arange(len(pairs)), torch.zeros(())
+    queries, passages = (encoder(*_batch([pair[side] for pair in pairs])) for side in (0, 1))
+    for asked, told in zip(queries, passages, strict=True):
+        near = asked @ told.T / encoder.settings.temperature
+        whole = whole + functional.cross_entropy(near, targets) + functional.cross_entropy(near.T, targets)
+    return whole / (2 * len(queries))
 
 
 def embed(texts: Sequence[str], settings: EncoderSettings, kept: Path) -> list[np.ndarray]:
