@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        help="Simulate what is not here: clusters that serve a model, an FPGA card, a cache and its future, long contexts.",
+        help="Simulate what is not here: clusters that serve a model, an FPGA card, a cache and its future.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
