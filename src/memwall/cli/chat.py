@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from memwall.cli.printing import note
-from memwall.cli.run import start, stream
+from memwall.cli.run import GROWTH_STEP_BYTES, start, stream
 from memwall.cli.run_report import summary
 from memwall.cli.saved_cache import adopted, check_saving, open_saved, save_after
 from memwall.errors import InputError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from memwall.models.chat import ChatTemplate
     from memwall.models.tokenizer import Tokenizer
 
-GROWTH_STEP_BYTES = 512 * 1024
 ANSWER_SHARE = 4
 """At least this part of the context, or what is asked for, is left to an answer before old turns go."""
 TURN_MESSAGES = 2

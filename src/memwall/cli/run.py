@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from memwall.plan import Plan
 
 DEMO = "demo"
+GROWTH_STEP_BYTES = 512 * 1024
+"""Growth of a process counts in such steps: the smallest budget named by one run is the smallest of the next."""
 MARKS = "0123456789-_."
 """What names of models have, and words do not."""
 
@@ -287,6 +289,8 @@ def start(
     from memwall.models import ModelConfig
     from memwall.plan import RUNTIME, make_plan, sampling_bytes
 
+    if request.budget is not None and request.budget.ram is not None:
+        runtime_growth_bytes += _unforeseen_bytes(path, runtime_growth_bytes)
     extra = {RUNTIME: runtime_growth_bytes, **(extra_bytes or {})}
     adapter = None
     if request.lora is not None:
@@ -327,6 +331,22 @@ def start(
     except BudgetExceeded as refused:
         raise DoesNotFit(_what_would_fit(request, plan, plan_for, refused)) from refused
     return session, plan
+
+
+def _unforeseen_bytes(path: Path, runtime_growth_bytes: int) -> int:
+    """What this process holds, ready to load, beyond what a plan foresees; 0 where that is no more than it leaves free.
+
+    A plan's figure is that of another process, and libraries come in as they lie in the file cache, in pieces of up to
+    2 MiB: a plan that fills its budget would end for want of them.
+    """
+    from memwall.engine.loading import warm_up
+    from memwall.memory import resident_bytes
+    from memwall.memory.pages import round_up
+    from memwall.plan.predict import RUNTIME_SPREAD_BYTES, measured_runtime_bytes
+
+    warm_up({})
+    more = resident_bytes(exact=True) - measured_runtime_bytes(path) - runtime_growth_bytes
+    return round_up(more, GROWTH_STEP_BYTES) if more > RUNTIME_SPREAD_BYTES else 0
 
 
 def _what_would_fit(request: Request, plan: Plan, plan_for: Callable[..., Plan], refused: BudgetExceeded) -> str:
