@@ -77,8 +77,8 @@ def test_sizes_of_fast_memory() -> None:
         (("--fast-memory", "1KiB", "--execute"), "would take minutes"),
         (("--fast-memory", "1KiB", "--tokens", "1k", "--head-size", "64", "--trace"), "--trace would take minutes"),
         (("--fast-memory", "1KiB", "--tokens", "64", "--execute", "--backward"), "leave --backward out"),
-        (("--fast-memory", "1KiB", "--plot", "a.png"), "name it a.svg"),
-        (("--fast-memory", "1KiB", "--plot", "nowhere/a.svg"), "there is no folder"),
+        (("--fast-memory", "1KiB", "--plot", "a.png"), "ends in .svg"),
+        (("--fast-memory", "1KiB", "--plot", "nowhere/a.svg"), "not a directory"),
     ],
 )
 def test_bad_input_ends_with_2(memwall: Callable, options: tuple[str, ...], says: str) -> None:

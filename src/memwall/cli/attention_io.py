@@ -75,9 +75,10 @@ def attention_io(
     from memwall.simulate import attention_io_report as reports
     from memwall.simulate.attention_io_complexity import Attention
     from memwall.simulate.attention_levels import WORD_BYTES, hierarchy, to_dict
+    from memwall.simulate.nano_report import check_picture
 
     if plot is not None:
-        reports.check_picture(plot)
+        check_picture(plot)
     if dtype not in WORD_BYTES:
         raise InputError(f"--dtype {dtype}: it is one of {', '.join(WORD_BYTES)}")
     if fast_memory is None and (machine is None or execute or trace):

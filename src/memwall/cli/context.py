@@ -156,15 +156,15 @@ def context(
     if methods is not None and rank:
         found.append(gain(analyses[-1], methods))
     simulated = _simulated(analyses) if simulate else {}
-    if plot is not None:
-        write_whole(plot, context_report.picture(analyses))
-        note(f"memwall: wrote {plot}", quiet=quiet)
     if not any(one.users for one in (*analyses, *others)):
         one = min(analyses, key=lambda each: each.least_devices)
         raise DoesNotFit(
             f"{told.name} and one user of {one.workload.context:,.0f} tokens do not fit {peak.devices} x {peak.name}; "
             f"{one.least_devices} would hold them: try --devices {one.least_devices}, or compress with --methods"
         )
+    if plot is not None:
+        write_whole(plot, context_report.picture(analyses))
+        note(f"memwall: wrote {plot}", quiet=quiet)
     if json:
         print_json(context_report.to_dict(analyses, simulated, others, stack, found, left_out))
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,11 +191,3 @@ class _Axes:
         parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 18}" text-anchor="middle">{escape(across)}</text>')
         parts.append(f'<text x="14" y="{HEIGHT / 2}" transform="rotate(-90 14 {HEIGHT / 2})">{escape(up)}</text>')
         return "".join(parts)
-
-
-def check_picture(path: Path) -> None:
-    """InputError where a picture could not be written, before anything is worked out."""
-    if path.suffix.lower() != ".svg":
-        raise InputError(f"--plot {path}: the picture is an SVG; name it {path.with_suffix('.svg').name}")
-    if not path.parent.is_dir():
-        raise InputError(f"--plot {path}: there is no folder {path.parent}")
