@@ -47,7 +47,6 @@ from memwall.memory.cache_policy import Lru, count_faults
 from memwall.simulate.attention_gradients import execute_gradients
 from memwall.simulate.attention_io_complexity import (
     SCHEDULES,
-    Attention,
     Plan,
     Tile,
     choose,
@@ -61,6 +60,7 @@ from memwall.simulate.attention_io_complexity import (
 )
 from memwall.simulate.attention_levels import nested_tiles
 from memwall.simulate.attention_schedules import Problem, accumulate, blocks, execute, reference, square_tiles
+from memwall.simulate.attention_shape import Attention
 from memwall.simulate.fast_memory import FastMemoryFull, Memory
 from memwall.simulate.memory_trace import LINE_WORDS, cache_traffic, trace
 

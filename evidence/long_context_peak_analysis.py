@@ -52,18 +52,9 @@ from memwall.simulate.blocks import BatchShape, StepTimer
 from memwall.simulate.cluster import Cluster
 from memwall.simulate.context_calibration import calibrate
 from memwall.simulate.context_methods import cache_shape, effect, gain, order, rank, read_methods
+from memwall.simulate.context_model import PUBLISHED_ATTENTION, PUBLISHED_MODEL, PUBLISHED_PEAK, ContextModel, Peak
 from memwall.simulate.context_sessions import Costs, simulate
-from memwall.simulate.long_context_peak_analysis import (
-    HARDWARE,
-    METRICS,
-    PUBLISHED_ATTENTION,
-    PUBLISHED_MODEL,
-    PUBLISHED_PEAK,
-    Analysis,
-    ContextModel,
-    Peak,
-    Workload,
-)
+from memwall.simulate.long_context_peak_analysis import HARDWARE, METRICS, Analysis, Workload
 from memwall.simulate.phase_fit import tensor_plan
 from memwall.simulate.serving_model import Attention, FeedForward, Formats, ServedModel
 

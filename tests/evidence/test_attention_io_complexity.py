@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from memwall.cli.evidence import load_experiment
-from memwall.simulate.attention_io_complexity import Attention, Tile, count_words, make_plan, words_needed
+from memwall.simulate.attention_io_complexity import Tile, count_words, make_plan, words_needed
 from memwall.simulate.attention_schedules import execute, reference
+from memwall.simulate.attention_shape import Attention
 from memwall.systems import find_system
 
 

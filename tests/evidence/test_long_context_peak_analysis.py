@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from memwall.cli.evidence import load_experiment
-from memwall.simulate.long_context_peak_analysis import PUBLISHED_MODEL, PUBLISHED_PEAK, Analysis, Workload
+from memwall.simulate.context_model import PUBLISHED_MODEL, PUBLISHED_PEAK
+from memwall.simulate.long_context_peak_analysis import Analysis, Workload
 from memwall.systems import find_system
 
 

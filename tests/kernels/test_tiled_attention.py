@@ -7,8 +7,8 @@ import pytest
 
 from memwall import _native
 from memwall.kernels.tiled_attention import tiled_attention
-from memwall.simulate.attention_io_complexity import Attention
 from memwall.simulate.attention_schedules import reference
+from memwall.simulate.attention_shape import Attention
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])

@@ -14,7 +14,6 @@ from memwall.errors import DoesNotFit, InputError
 from memwall.simulate.attention_gradients import execute_gradients
 from memwall.simulate.attention_io_complexity import (
     SCHEDULES,
-    Attention,
     Plan,
     Tile,
     choose,
@@ -37,6 +36,7 @@ from memwall.simulate.attention_schedules import (
     schedule_of,
     square_tiles,
 )
+from memwall.simulate.attention_shape import Attention
 from memwall.simulate.fast_memory import FastMemory, FastMemoryFull, Memory
 
 

@@ -7,8 +7,9 @@ import pytest
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware import load_machine
 from memwall.hardware.machine import Machine
-from memwall.simulate.attention_io_complexity import Attention, choose, count_words, lower_bound
+from memwall.simulate.attention_io_complexity import choose, count_words, lower_bound
 from memwall.simulate.attention_levels import hierarchy, nested_tiles
+from memwall.simulate.attention_shape import Attention
 
 MACHINE = """
 title = "Two caches over a memory over a disk"

@@ -8,7 +8,8 @@ import pytest
 
 from memwall.models import DEMO_DIRECTORY, ModelConfig
 from memwall.simulate import context_calibration
-from memwall.simulate.long_context_peak_analysis import Analysis, ContextModel, Workload
+from memwall.simulate.context_model import ContextModel
+from memwall.simulate.long_context_peak_analysis import Analysis, Workload
 
 
 def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from memwall.simulate.context_methods import (
     rank,
     read_methods,
 )
-from memwall.simulate.long_context_peak_analysis import PUBLISHED_MODEL, PUBLISHED_PEAK, Analysis, Effect, Workload
+from memwall.simulate.context_model import PUBLISHED_MODEL, PUBLISHED_PEAK
+from memwall.simulate.long_context_peak_analysis import Analysis, Effect, Workload
 
 CONTEXT = 50_000
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memwall.errors import DoesNotFit, InputError
+from memwall.simulate.context_model import PUBLISHED_MODEL, PUBLISHED_PEAK
 from memwall.simulate.context_sessions import Costs, simulate
-from memwall.simulate.long_context_peak_analysis import PUBLISHED_MODEL, PUBLISHED_PEAK, Analysis, Workload
+from memwall.simulate.long_context_peak_analysis import Analysis, Workload
 
 
 def analysis(context: int, users: int, devices: int = 1, **work: float) -> Analysis:

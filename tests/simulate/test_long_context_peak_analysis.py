@@ -12,19 +12,8 @@ from hypothesis import strategies as st
 from memwall.errors import InputError
 from memwall.hardware import GB, GIB, load_machine
 from memwall.models import DEMO_DIRECTORY, ModelConfig
-from memwall.simulate.long_context_peak_analysis import (
-    HARDWARE,
-    METRICS,
-    PUBLISHED_ATTENTION,
-    PUBLISHED_MODEL,
-    PUBLISHED_PEAK,
-    SYMBOLS,
-    Analysis,
-    ContextModel,
-    Effect,
-    Peak,
-    Workload,
-)
+from memwall.simulate.context_model import PUBLISHED_ATTENTION, PUBLISHED_MODEL, PUBLISHED_PEAK, ContextModel, Peak
+from memwall.simulate.long_context_peak_analysis import HARDWARE, METRICS, SYMBOLS, Analysis, Effect, Workload
 
 
 def analysis(context: float, *, model: ContextModel = PUBLISHED_MODEL, peak: Peak = PUBLISHED_PEAK, **work) -> Analysis:

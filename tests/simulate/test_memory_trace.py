@@ -7,8 +7,9 @@ import pytest
 
 from memwall.errors import InputError
 from memwall.memory.cache_policy import Lru, count_faults, least_faults
-from memwall.simulate.attention_io_complexity import Attention, Plan, choose, make_plan
+from memwall.simulate.attention_io_complexity import Plan, choose, make_plan
 from memwall.simulate.attention_schedules import reference
+from memwall.simulate.attention_shape import Attention
 from memwall.simulate.fast_memory import Memory
 from memwall.simulate.memory_trace import LINE_WORDS, Touches, TracedMemory, Traffic, cache_traffic, trace
 

@@ -14,8 +14,8 @@ from memwall.cli.printing import format_table, note, print_json
 from memwall.errors import InputError
 
 if TYPE_CHECKING:
-    from memwall.simulate.attention_io_complexity import Attention
     from memwall.simulate.attention_levels import Hierarchy
+    from memwall.simulate.attention_shape import Attention
 
 
 def attention_io(
@@ -73,8 +73,8 @@ def attention_io(
     from memwall.hardware.system import write_whole
     from memwall.hardware.units import parse_count
     from memwall.simulate import attention_io_report as reports
-    from memwall.simulate.attention_io_complexity import Attention
     from memwall.simulate.attention_levels import WORD_BYTES, hierarchy, to_dict
+    from memwall.simulate.attention_shape import Attention
     from memwall.simulate.nano_report import check_picture
 
     if plot is not None:

@@ -14,8 +14,9 @@ from memwall.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
     from memwall.simulate.context_methods import Gain
+    from memwall.simulate.context_model import ContextModel, Peak
     from memwall.simulate.context_sessions import Served
-    from memwall.simulate.long_context_peak_analysis import Analysis, ContextModel, Peak
+    from memwall.simulate.long_context_peak_analysis import Analysis
 
 PUBLISHED = "34b"
 SWEPT_DEVICES = (1, 2, 4, 8)
@@ -178,7 +179,7 @@ def _model(name: str, weights: str, attention: str | None, causal: bool) -> Cont
 
     from memwall.models import model_directory
     from memwall.models.config import ModelConfig
-    from memwall.simulate.long_context_peak_analysis import PUBLISHED_MODEL, ContextModel
+    from memwall.simulate.context_model import PUBLISHED_MODEL, ContextModel
     from memwall.simulate.serving_model import bits_of
 
     if name == PUBLISHED:
@@ -204,7 +205,7 @@ def _peak(
     from memwall.hardware import load_machine
     from memwall.hardware.units import parse_bytes, parse_flop_rate, parse_rate
     from memwall.simulate.context_calibration import NAME, calibrate
-    from memwall.simulate.long_context_peak_analysis import Peak
+    from memwall.simulate.context_model import Peak
 
     memory, compute, bandwidth, link = given
     if machine == NAME:

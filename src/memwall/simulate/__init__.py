@@ -5,12 +5,14 @@ base: the seam (`Operation`, `CostModel`, the roofline). Serving on clusters: se
 iterations (the engine's schedulers on a virtual clock), metrics, report, and apex, which searches. host measures this
 machine's tables; parts and testbed carry plans out by two processes, to hold predictions against. Phases apart:
 distserve over phase_instances and phase_latency; phase_fit for any model, replan for loads that shift, split_report.
-Long contexts: long_context_peak_analysis has the costs at a device's peak, context_methods what compression changes,
-context_sessions users who swap each other out, context_calibration this machine's numbers, context_report.
+Long contexts: context_model has the sizes of a model and the rates of a device, long_context_peak_analysis the costs at
+its peak, context_methods what compression changes, context_sessions users who swap each other out,
+context_calibration this machine's numbers, context_report.
 
-Attention's traffic: attention_io_complexity has bounds, exact counts and the choice of a schedule, attention_schedules
-and attention_gradients carry them out on fast_memory, which counts, or on memory_trace, whose lines caches serve;
-attention_levels asks tier by tier of a machine, attention_io_report draws and tells.
+Attention's traffic: attention_shape says what is computed, attention_io_complexity has bounds, exact counts and the
+choice of a schedule, attention_schedules and attention_gradients carry them out on fast_memory, which counts, or on
+memory_trace, whose lines caches serve; attention_levels asks tier by tier of a machine, attention_io_report draws
+and tells.
 
 Hardware: hdl turns designs written in Amaranth into Verilog, runs them clock by clock and counts their cells;
 xr_npe_hdl is XR-NPE's multiply-add unit, xr_npe_array the array of such units with its bytes, cycles and energy.

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from memwall.simulate.attention_io_complexity import Attention, Plan
+from memwall.simulate.attention_io_complexity import Plan
 from memwall.simulate.attention_schedules import Problem, accumulate, blocks
+from memwall.simulate.attention_shape import Attention
 from memwall.simulate.fast_memory import Block, FastMemory, Memory
 
 

@@ -13,7 +13,6 @@ from memwall.errors import InputError
 from memwall.hardware.units import format_bytes, format_rate, format_seconds
 from memwall.simulate.attention_io_complexity import (
     SCHEDULES,
-    Attention,
     Plan,
     choose,
     count_words,
@@ -26,6 +25,7 @@ from memwall.simulate.attention_io_complexity import (
 )
 from memwall.simulate.attention_levels import Hierarchy
 from memwall.simulate.attention_schedules import execute, reference
+from memwall.simulate.attention_shape import Attention
 from memwall.simulate.memory_trace import LINE_WORDS, POLICIES, cache_traffic, trace
 
 PLAN_COLUMNS = ("schedule", "tiles", "words", "bytes", "gap", "times bound", "needs")

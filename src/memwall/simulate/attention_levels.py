@@ -16,15 +16,8 @@ from typing import Any
 from memwall.errors import DoesNotFit, InputError
 from memwall.hardware.machine import Compute, Machine, Tier
 from memwall.hardware.units import format_bytes
-from memwall.simulate.attention_io_complexity import (
-    Attention,
-    Plan,
-    choose,
-    count_words,
-    io_star,
-    lower_bound,
-    regime,
-)
+from memwall.simulate.attention_io_complexity import Plan, choose, count_words, io_star, lower_bound, regime
+from memwall.simulate.attention_shape import Attention
 
 WORD_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 REMOTE = ("net",)

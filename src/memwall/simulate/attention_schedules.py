@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from memwall.simulate.attention_io_complexity import Attention, Plan, Tile, optimality_gap
+from memwall.simulate.attention_io_complexity import Plan, Tile, optimality_gap
+from memwall.simulate.attention_shape import Attention
 from memwall.simulate.fast_memory import Block, FastMemory, Memory
 
 

@@ -22,7 +22,7 @@ from memwall import _native, kernels
 from memwall.hardware import MIB, available_memory_bytes
 from memwall.hardware.system import describe_system, processor_order
 from memwall.models.decoder import BLOCK_ROWS
-from memwall.simulate.long_context_peak_analysis import Peak
+from memwall.simulate.context_model import Peak
 
 NAME = "here"
 """Of this machine, where a machine's name is asked for."""

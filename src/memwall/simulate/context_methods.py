@@ -25,7 +25,8 @@ from memwall import kv
 from memwall.errors import InputError
 from memwall.kv.policy import AMOUNT, Policy, parse, stacked
 from memwall.kv.table import DEFAULT_STORE, technique
-from memwall.simulate.long_context_peak_analysis import METRICS, Analysis, ContextModel, Effect, Metric
+from memwall.simulate.context_model import ContextModel
+from memwall.simulate.long_context_peak_analysis import METRICS, Analysis, Effect, Metric
 
 Dimension = Literal["layer", "head", "token", "hidden", "prefill", "weights"]
 CACHE: tuple[Dimension, ...] = ("layer", "head", "token", "hidden")

@@ -10,16 +10,9 @@ from typing import Any
 
 from memwall.hardware.units import GIB, format_bytes, format_flop_rate, format_rate, format_seconds
 from memwall.simulate.context_methods import Gain, order
+from memwall.simulate.context_model import Peak
 from memwall.simulate.context_sessions import Served
-from memwall.simulate.long_context_peak_analysis import (
-    HARDWARE,
-    MEANINGS,
-    METRICS,
-    SYMBOLS,
-    Analysis,
-    Metric,
-    Peak,
-)
+from memwall.simulate.long_context_peak_analysis import HARDWARE, MEANINGS, METRICS, SYMBOLS, Analysis, Metric
 
 HOUR = 3600
 LABELS: Mapping[Metric, str] = {

@@ -21,8 +21,9 @@ import numpy as np
 
 from memwall.errors import InputError
 from memwall.memory.cache_policy import Farthest, Lru, Paging, next_accesses
-from memwall.simulate.attention_io_complexity import Attention, Plan
+from memwall.simulate.attention_io_complexity import Plan
 from memwall.simulate.attention_schedules import Schedule, problems, schedule_of
+from memwall.simulate.attention_shape import Attention
 from memwall.simulate.fast_memory import Block
 
 LINE_BYTES = 64
