@@ -69,8 +69,8 @@ class Cascade:
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
-        """Tensors that are written and not read, in order."""
-        read = {each.tensor for each in self.reads}
+        """Tensors that are written and no other Einsum reads, in order."""
+        read = {each.tensor for einsum in self.einsums for each in einsum.reads if each.tensor != einsum.name}
         return tuple(name for name in self.writers if name not in read)
 
     @cached_property
@@ -141,7 +141,7 @@ def _check_names(cascade: Cascade) -> None:
         if len(set(read.ranks)) < len(read.ranks):
             raise InputError(f"{read}: a rank stands twice; give one index another name")
         for index in read.indices:
-            if index.split is not None and Split(cascade.whole(index), *index.split) not in cascade.splits:
+            if index.split is not None and index.split not in {(each.outer, each.inner) for each in cascade.splits}:
                 raise InputError(f"{read}: write `split RANK = {index.split[0]} * {index.split[1]}` before")
 
 

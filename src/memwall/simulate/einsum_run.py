@@ -167,7 +167,7 @@ class _Run:
             value = self._reduced(einsum, space, out)
         steps = self.cascade.iterative.get(einsum.name)
         if steps is None and not self.at:
-            self.arrays[einsum.name] = np.ascontiguousarray(value, self.dtype)
+            self.arrays[einsum.name] = np.asarray(value, self.dtype, order="C")
             return
         if steps is not None and einsum.name not in self.arrays:
             axes = self._axes(einsum.name)
@@ -186,6 +186,7 @@ class _Run:
         if einsum.reduction == "sum" and len(space) > len(out) and product is not None:
             covered = all(any({mask[0], mask[1]} <= set(read.ranks) for read in product) for mask in masks)
             if covered and len(space) <= len(string.ascii_letters):
+                self._check_size(einsum, out)
                 return self._masked(self._contract(product, space, out), einsum, out, 0.0)
         self._check_size(einsum, space)
         value = np.broadcast_to(self._value(einsum.value, space), [self.sizes[rank] for rank in space])
@@ -215,9 +216,10 @@ class _Run:
             terms.append("".join(letters[rank] for rank in ranks))
             arrays.append(array)
         formula = f"{','.join(terms)}->{''.join(letters[rank] for rank in out)}"
-        return np.einsum(formula, *arrays, optimize=len(arrays) > 1)
+        return np.einsum(formula, *arrays, optimize=("greedy", MOST_BYTES // self.dtype.itemsize))
 
     def _check_size(self, einsum: Einsum, space: tuple[str, ...]) -> None:
+        """Refuses points, or results, of these ranks that are too many."""
         needed = math.prod(self.sizes[rank] for rank in space) * self.dtype.itemsize
         if needed > MOST_BYTES:
             raise InputError(
