@@ -328,7 +328,7 @@ def torch_claims(sizes: Sizes) -> Iterator[Claim]:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 WORKER = """
-import gc, json, sys, time
+import ctypes, gc, json, sys, time
 import numpy as np
 from memwall.memory.resident import peak_resident_bytes, reset_peak_resident, resident_bytes
 method, lengths, head = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
