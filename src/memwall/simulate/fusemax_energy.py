@@ -15,8 +15,8 @@ Units: joules; table entries in pJ an access (of 8 bytes of DRAM, 512 of the buf
 area in square millimetres.
 
 Source: FuseMax, Nayak 2024, arXiv 2406.10491: tables of its published code (Accelergy). Differs from the paper: its
-counts come from Timeloop's mapper, these from the rules above. No power is drawn by waiting; what FuseMax is said to
-save cannot come from accesses at these prices alone, see `waiting_watts`.
+counts come from Timeloop's mapper, these from the rules above, and no power is drawn by waiting. What FuseMax is said
+to save (a fifth) does not come from accesses at these prices: evidence/fusemax.py has what is known of why.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from memwall.simulate.attention_cascades import cascade
 from memwall.simulate.einsum import Einsum, Read
 from memwall.simulate.einsum_work import operations, points
 from memwall.simulate.fusemax import Accelerator, Design, Run
-from memwall.simulate.fusemax_workloads import Workload, product_seconds
+from memwall.simulate.fusemax_workloads import Workload
 
 PICO = 1e-12
 DRAM_PJ, DRAM_BYTES = 249.6, 8
@@ -117,14 +117,6 @@ def product_energy(workload: Workload, tokens: int, design: Design, machine: Acc
     )
 
 
-def waiting_watts(run: Run, other: Run, ratio: float) -> float:
-    """Watts that both would have to draw all the time for `run` to take `ratio` of the energy that `other` takes; below
-    zero where accesses alone make the difference.
-    """
-    one, two = attention_energy(run).total, attention_energy(other).total
-    return (one - ratio * two) / (ratio * other.seconds - run.seconds)
-
-
 def _dram(moved: float) -> float:
     return PICO * DRAM_PJ * moved / DRAM_BYTES
 
@@ -190,8 +182,3 @@ def areas(design: Design, machine: Accelerator) -> dict[str, float]:
 def layer_energy(run: Run, workload: Workload, tokens: int) -> Energy:
     """Attention and the products around it."""
     return attention_energy(run) + product_energy(workload, tokens, run.design, run.machine)
-
-
-def mean_watts(run: Run, workload: Workload, tokens: int) -> float:
-    """Of a layer, all accesses over all its time."""
-    return layer_energy(run, workload, tokens).total / (run.seconds + product_seconds(workload, tokens, run.machine))
