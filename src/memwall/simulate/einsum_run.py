@@ -160,9 +160,10 @@ class _Run:
         out = tuple(rank for rank in einsum.out.ranks if rank not in self.at)
         space = tuple(rank for rank in einsum.space if rank not in self.at)
         if einsum.starts:
-            axes = [rank for rank, index in zip(self._axes(einsum.name), einsum.out.indices, strict=True)
-                    if not index.first]  # fmt: skip
-            value = np.broadcast_to(self._value(einsum.value, tuple(axes)), [self.sizes[rank] for rank in axes])
+            # a first value has all axes but that of the steps
+            axes = tuple(rank for rank, index in zip(self._axes(einsum.name), einsum.out.indices, strict=True)
+                         if not index.first)  # fmt: skip
+            value = np.broadcast_to(self._value(einsum.value, axes), [self.sizes[rank] for rank in axes])
         else:
             value = self._reduced(einsum, space, out)
         steps = self.cascade.iterative.get(einsum.name)

@@ -135,7 +135,8 @@ class _Line:
             raise self.wrong(f"{name!r} is written: tensors begin with a capital", self.tokens[self.place - 1][2])
         out = Read(name, self.indices() if self.peek() == "[" else ())
         self.take("=")
-        reduction, over = "sum", ()
+        reduction = "sum"
+        over: tuple[str, ...] = ()
         if self.peek() in REDUCTIONS and self.peek(1) == "{":
             reduction = self.take(*REDUCTIONS)
             over = self.reduced()
