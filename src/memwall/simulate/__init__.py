@@ -12,7 +12,10 @@ context_calibration this machine's numbers, context_report.
 Attention's traffic: attention_shape says what is computed, attention_io_complexity has bounds, exact counts and the
 choice of a schedule, attention_schedules and attention_gradients carry them out on fast_memory, which counts, or on
 memory_trace, whose lines caches serve; attention_levels asks tier by tier of a machine, attention_io_report draws
-and tells.
+and tells. Kernels as data: einsum and einsum_cascade are extended Einsums and checked lists of them, einsum_text reads
+them, einsum_passes finds how often a rank is gone over, einsum_work counts operations, einsum_run carries any cascade
+out, attention_cascades has the known ones. fusemax prices them on an accelerator, with fusemax_energy and
+fusemax_workloads; fusemax_report and einsum_report tell.
 
 Hardware: hdl turns designs written in Amaranth into Verilog, runs them clock by clock and counts their cells;
 xr_npe_hdl is XR-NPE's multiply-add unit, xr_npe_array the array of such units with its bytes, cycles and energy.
