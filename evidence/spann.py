@@ -1,0 +1,564 @@
+"""Claims of SPANN: pages that a query reads at equal recall, what each of its parts saves, and what stays in memory.
+
+Two sets of vectors. Texts: stretches of installed Python packages, TF-IDF brought to 128 dimensions (SVD), of length 1;
+some are taken out as queries (`--data FILE.npy`: vectors of one's own instead). Skewed: clusters whose sizes follow
+Zipf's law and whose widths differ by an order of magnitude, in 24 directions of 128. The truth is exact.
+
+An index of float32 vectors with 16 % of them heads, replicas 8, lists of 12 pages at most, as the released code has it
+for SIFT1M. Pages of a variant are counted from where its lists lie (4096 bytes each; two lists that share a page count
+it twice, for all variants alike); the last claims are of real files, read around the page cache, where the reader
+counts. A rule has one free parameter (lists, or the ratio with the best of a few bounds on lists) and each variant gets
+the one that reads fewest pages at the wanted recall@10 of these queries. Standard errors are of paired differences by
+query.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memwall.claims import Claim, Progress, main, not_run
+from memwall.errors import InputError
+from memwall.hardware.system import cache_directory
+from memwall.hardware.units import MB
+from memwall.kernels.vector_search import VectorGraph
+from memwall.retrieve.base import unit
+from memwall.retrieve.closure import ClosureSettings, Lists, assign, gather, nearest_heads
+from memwall.retrieve.head_tree import graph_over, select_heads
+from memwall.retrieve.list_file import LIST_PAGE_BYTES, ListFormat, stored_bytes
+from memwall.retrieve.spann import Built, SearchSettings, SpannMetric, SpannSettings
+from memwall.retrieve.spann_file import SpannFile, write_spann
+from memwall.retrieve.spann_shards import ShardedIndex, owners, write_shards
+from memwall.studies.list_reads import Point, Ranked, at_pages, by_count, by_ratio, gain, ranked, told_gain
+from memwall.studies.text_vectors import kept, source_stretches, text_vectors
+from memwall.studies.vector_peers import PeerAbsent, ask
+
+DIMENSIONS, TOP = 128, 10
+RECALLS = (0.90, 0.95)
+RANKED = 512
+"""Heads of each query that are looked at."""
+BORDER = 1.1
+MACHINES = 4
+CLEAR = 1.3
+STEPS = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Vectors and queries of each set; rounds of the peer's k-means; whether other libraries are measured."""
+
+    texts: int
+    text_queries: int
+    skewed: int
+    skewed_queries: int
+    rounds: int
+    machines_queries: int
+
+
+FULL = Sizes(texts=220_000, text_queries=2000, skewed=100_000, skewed_queries=1000, rounds=8, machines_queries=500)
+QUICK = Sizes(texts=12_000, text_queries=300, skewed=8000, skewed_queries=300, rounds=4, machines_queries=100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """Vectors [n, 128], queries [q, 128], and the ten nearest of each."""
+
+    name: str
+    metric: SpannMetric
+    vectors: np.ndarray
+    queries: np.ndarray
+    truth: np.ndarray
+
+
+# ---- vectors -------------------------------------------------------------------------------------------------------
+
+
+def nearest(x: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """int64 [q, 10], exact, by squared distances."""
+    found, norms = [], np.einsum("nd,nd->n", x, x, dtype=np.float64)
+    for begin in range(0, len(asked), 250):
+        some = asked[begin : begin + 250]
+        apart = norms - 2 * (some @ x.T)
+        near = np.argpartition(apart, 4 * TOP, axis=1)[:, : 4 * TOP]
+        exact = ((np.float64(x[near]) - np.float64(some)[:, None]) ** 2).sum(axis=2)
+        found.append(np.take_along_axis(near, np.argsort(exact, axis=1, kind="stable")[:, :TOP], axis=1))
+    return np.concatenate(found)
+
+
+def split(name: str, metric: SpannMetric, x: np.ndarray, count: int) -> Subject:
+    """Some taken out as queries."""
+    order = np.random.default_rng(1).permutation(len(x))
+    queries, vectors = np.array(x[np.sort(order[:count])]), np.array(x[np.sort(order[count:])])
+    return Subject(name=name, metric=metric, vectors=vectors, queries=queries, truth=nearest(vectors, queries))
+
+
+def texts(sizes: Sizes, data: Path | None) -> Subject:
+    if data is not None:
+        x = np.load(data, mmap_mode="r", allow_pickle=False)
+        if x.ndim != 2 or len(x) < 5000:
+            raise InputError(f"--data {data}: expected 5000 vectors [n, d] at least, got shape {list(x.shape)}")
+        return split(
+            "own", "cosine", unit(np.array(x[: sizes.texts + sizes.text_queries], np.float32)), sizes.text_queries
+        )
+    count = sizes.texts + sizes.text_queries
+    folder = cache_directory() / "evidence"
+    x = kept(
+        folder / f"spann-texts-{count}-1.npy", lambda: text_vectors(source_stretches(count + count // 50), DIMENSIONS)
+    )
+    return split("texts", "cosine", np.array(x[:count]), sizes.text_queries)
+
+
+def skewed(sizes: Sizes) -> Subject:
+    count, clusters = sizes.skewed + sizes.skewed_queries, 1000
+    draw = np.random.default_rng(2)
+    shares = 1 / np.arange(1, clusters + 1) ** 1.1
+    which = draw.choice(clusters, count, p=shares / shares.sum())
+    widths = np.exp(draw.normal(-1.2, 0.8, clusters))
+    inner = draw.standard_normal((clusters, 24))[which] + draw.standard_normal((count, 24)) * widths[which][:, None]
+    x = inner @ draw.standard_normal((24, DIMENSIONS)) / math.sqrt(24)
+    return split("skewed", "l2", (x + 0.02 * draw.standard_normal(x.shape)).astype(np.float32), sizes.skewed_queries)
+
+
+# ---- variants ------------------------------------------------------------------------------------------------------
+
+
+class Variants:
+    """Indexes of one subject; heads, graphs and near heads are shared where they are the same."""
+
+    def __init__(self, subject: Subject, settings: SpannSettings) -> None:
+        self.subject, self.settings = subject, settings
+        self.format = ListFormat(dtype=subject.vectors.dtype, dimensions=subject.vectors.shape[1])
+        self._heads: dict[str, tuple[np.ndarray, VectorGraph, np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def heads(self, kind: str) -> tuple[np.ndarray, VectorGraph, np.ndarray, np.ndarray, np.ndarray]:
+        """kind: tree, plain (no penalty) or random."""
+        if kind not in self._heads:
+            x, base = self.subject.vectors, self.settings.heads
+            changed = {"tree": base, "plain": replace(base, factor=math.inf), "random": replace(base, random=True)}[
+                kind
+            ]
+            head_ids = select_heads(x, changed).ids
+            graph = graph_over(np.ascontiguousarray(x[head_ids]), base, self.settings.degree)
+            others = np.ones(len(x), bool)
+            others[head_ids] = False
+            ids = np.flatnonzero(others).astype(np.int32)
+            near = nearest_heads(x, ids, graph, self.settings.closure.candidates, self.settings.budget)
+            self._heads[kind] = head_ids, graph, ids, *near
+        return self._heads[kind]
+
+    def lists(self, kind: str, closure: ClosureSettings | None = None, *, bounded: bool = True) -> Lists:
+        head_ids, graph, ids, found, apart = self.heads(kind)
+        taken, distances = assign(graph.vectors, found, apart, closure or self.settings.closure)
+        longest = self.format.longest(self.settings.page_limit or 12) if bounded else None
+        return gather(ids, taken, distances, len(head_ids), longest)
+
+    def ranked(self, kind: str, lists: Lists) -> Ranked:
+        head_ids, graph, *_ = self.heads(kind)
+        count = min(RANKED, len(head_ids))
+        heads, apart, _ = graph.search(self.subject.queries, count, max(4 * count, 2048))
+        return ranked(self.subject.truth, heads, apart, head_ids, lists, self.pages(lists), len(self.subject.vectors))
+
+    def pages(self, lists: Lists) -> np.ndarray:
+        return -(-lists.lengths * self.format.entry_bytes // LIST_PAGE_BYTES)
+
+    def built(self, lists: Lists) -> Built:
+        head_ids, graph, *_ = self.heads("tree")
+        return Built(vectors=self.subject.vectors, head_ids=head_ids, graph=graph, lists=lists, settings=self.settings,
+                     format=self.format)  # fmt: skip
+
+
+# ---- claims on pages -----------------------------------------------------------------------------------------------
+
+
+def unevenness(lengths: np.ndarray) -> float:
+    return float(lengths.std() / lengths.mean())
+
+
+def spread(point: Point) -> str:
+    low, middle, high = np.percentile(point.lists, (10, 50, 90))
+    return f"{low:.0f}, {middle:.0f} and {high:.0f} lists at p10, p50 and p90"
+
+
+def pruning_claim(name: str, one: Ranked) -> Claim:
+    pairs = [(recall, by_count(one, recall), by_ratio(one, recall)) for recall in RECALLS]
+    return Claim(
+        claim=f"{name}: query-aware pruning reads fewer pages than the best fixed number of lists, few for easy "
+        "queries and many for hard ones",
+        measured="; ".join(
+            f"recall {recall}: {told_gain(fixed, aware)} ({fixed.most} lists fixed; ratio {aware.ratio:.2f} of at most "
+            f"{aware.most}: {spread(aware)})"
+            for recall, fixed, aware in pairs
+        ),
+        required="fewer, by two standard errors at both recalls; p90 of lists at least 3 times p10",
+        passed=all(
+            gain(fixed, aware)[0] - 2 * gain(fixed, aware)[1] > 1
+            and np.percentile(aware.lists, 90) >= 3 * max(np.percentile(aware.lists, 10), 1)
+            for _, fixed, aware in pairs
+        ),
+    )
+
+
+def closure_claims(subject: Subject, variants: Variants, one: Ranked, lists: Lists) -> Iterator[Claim]:
+    alone = variants.ranked("tree", variants.lists("tree", replace(variants.settings.closure, replicas=1)))
+    held = sum(len(variants.lists("tree", replace(variants.settings.closure, nearest=k)).members) for k in (1,))
+    joined = len(variants.lists("tree", bounded=False).members) / held
+    near_lists = equal_bytes(variants, lists, joined)
+    near = variants.ranked("tree", near_lists)
+    pairs = [(recall, by_ratio(near, recall), by_ratio(one, recall)) for recall in RECALLS]
+    yield Claim(
+        claim=f"{subject.name}: replicas that keep the rule of relative neighbourhoods beat the nearest heads at equal "
+        "bytes on disk",
+        measured=f"{len(lists.members):,} entries ({joined:.2f} lists a vector before the cut) against "
+        f"{len(near_lists.members):,}; " + "; ".join(f"recall {r}: {told_gain(w, b)}" for r, w, b in pairs),
+        required="entries equal within 1 %; fewer pages, by two standard errors at both recalls",
+        passed=abs(len(near_lists.members) / len(lists.members) - 1) < 0.01
+        and all(gain(worse, better)[0] - 2 * gain(worse, better)[1] > 1 for _, worse, better in pairs),
+    )
+    border = one.apart[:, 1] < BORDER**2 * one.apart[:, 0]
+    point = by_ratio(one, RECALLS[0])
+    bare = at_pages(alone, point.mean)
+    with_closure, without = point.recall[border], bare.recall[border]
+    apart = with_closure - without
+    error = float(apart.std(ddof=1) / math.sqrt(len(apart)))
+    pairs = [(recall, by_ratio(alone, recall), by_ratio(one, recall)) for recall in RECALLS]
+    yield Claim(
+        claim=f"{subject.name}: closure finds what lies between clusters: without it more pages are read, and border "
+        "queries find less at equal pages",
+        measured="; ".join(f"recall {r}: {told_gain(w, b)}" for r, w, b in pairs)
+        + f"; {border.mean():.0%} of queries have a second head within {BORDER} times the first's distance: recall "
+        f"{with_closure.mean():.3f} against {without.mean():.3f} at {point.mean:.1f} and {bare.mean:.1f} pages",
+        required="fewer pages at both recalls, by two standard errors; border recall higher, by two",
+        passed=all(gain(worse, better)[0] - 2 * gain(worse, better)[1] > 1 for _, worse, better in pairs)
+        and float(apart.mean()) > 2 * error,
+    )
+
+
+def equal_bytes(variants: Variants, lists: Lists, guess: float) -> Lists:
+    """Lists of the nearest heads alone with as many entries after the cut."""
+    low, high = 1.0, min(2 * guess, float(variants.settings.closure.candidates))
+    for _ in range(12):
+        middle = (low + high) / 2
+        found = variants.lists("tree", replace(variants.settings.closure, nearest=middle))
+        if abs(len(found.members) / len(lists.members) - 1) < 0.002:
+            break
+        low, high = (middle, high) if len(found.members) < len(lists.members) else (low, middle)
+    return found
+
+
+def balance_claim(subject: Subject, variants: Variants, one: Ranked, flat: np.ndarray | None) -> Claim:
+    """flat: list lengths of a plain k-means over as many centers, where a library made one."""
+    uneven = {}
+    for kind in ("tree", "plain"):
+        bare = variants.lists(kind, replace(variants.settings.closure, replicas=1), bounded=False)
+        uneven[kind] = unevenness(bare.lengths), unevenness(variants.lists(kind, bounded=False).lengths)
+    other = variants.ranked("plain", variants.lists("plain"))
+    points = [(recall, by_ratio(other, recall), by_ratio(one, recall)) for recall in RECALLS]
+    flat_text = "" if flat is None else f"; flat k-means {unevenness(flat):.2f} with one list a vector"
+    return Claim(
+        claim=f"{subject.name}: the penalty on sizes makes lists of like length and evens out what queries read",
+        measured=f"std/mean of lengths {uneven['tree'][1]:.2f} with it and {uneven['plain'][1]:.2f} without "
+        f"(with one list a vector {uneven['tree'][0]:.2f} and {uneven['plain'][0]:.2f}){flat_text}; p99/p50 of pages "
+        + "; ".join(f"{b.tail:.2f} and {w.tail:.2f} at recall {r} ({told_gain(w, b)})" for r, w, b in points),
+        required="std/mean at most 0.75 times what it is without (and than flat k-means), and a lower p99/p50",
+        passed=uneven["tree"][1] <= 0.75 * uneven["plain"][1]
+        and (flat is None or uneven["tree"][0] <= 0.75 * unevenness(flat))
+        and all(better.tail < worse.tail for _, worse, better in points),
+    )
+
+
+def random_claim(subject: Subject, variants: Variants, one: Ranked) -> Claim:
+    other = variants.ranked("random", variants.lists("random"))
+    points = [(recall, by_ratio(other, recall), by_ratio(one, recall)) for recall in RECALLS]
+    return Claim(
+        claim=f"{subject.name}: heads from the tree read fewer pages than heads that are drawn",
+        measured=f"{len(variants.heads('tree')[0]):,} and {len(variants.heads('random')[0]):,} heads; "
+        + "; ".join(f"recall {r}: {told_gain(w, b)}" for r, w, b in points),
+        required="fewer, by two standard errors at both recalls",
+        passed=all(gain(worse, better)[0] - 2 * gain(worse, better)[1] > 1 for _, worse, better in points),
+    )
+
+
+# ---- other libraries -----------------------------------------------------------------------------------------------
+
+
+def on_disk_ivf(subject: Subject, lists: int, rounds: int) -> tuple[Ranked, Ranked, np.ndarray] | str:
+    """Of faiss, as its file has its lists; the same packed as ours are; and their lengths. Or why there is none."""
+    ranks = min(RANKED, lists)
+    try:
+        told = ask("faiss", subject.vectors, subject.queries, lists=lists, rounds=rounds, ranked=ranks)
+    except PeerAbsent as error:
+        return f"faiss: {error}"
+    owner = told["owner"]
+    order = np.argsort(owner, kind="stable").astype(np.int32)
+    lengths = np.bincount(owner, minlength=lists)
+    held = Lists(members=order, ends=np.cumsum(lengths))
+    packed = -(-lengths * (subject.vectors.shape[1] * 4 + 4) // LIST_PAGE_BYTES)
+    both = [
+        ranked(subject.truth, told["ranking"], told["apart"], np.zeros(0, np.int64), held, pages, len(subject.vectors))
+        for pages in (told["pages"], packed)
+    ]
+    return both[0], both[1], lengths
+
+
+def ivf_claim(subject: Subject, ivf: tuple[Ranked, Ranked, np.ndarray] | str, one: Ranked) -> Claim:
+    claim = f"{subject.name}: at equal recall fewer pages are read than of an inverted file on disk without closure"
+    required = f"at least {CLEAR} times fewer at both recalls, of the best of its forms"
+    if isinstance(ivf, str):
+        return not_run(claim, required, ivf)
+    told, fine = [], True
+    for recall in RECALLS:
+        ours = by_ratio(one, recall)
+        forms = {
+            "as its file has them": by_count(ivf[0], recall),
+            "packed in pages as ours": by_count(ivf[1], recall),
+            "packed and pruned as ours": by_ratio(ivf[1], recall),
+        }
+        fine &= min(gain(form, ours)[0] - 2 * gain(form, ours)[1] for form in forms.values()) >= CLEAR
+        told.append(f"recall {recall}: " + ", ".join(f"{told_gain(form, ours)} {name}" for name, form in forms.items()))
+    return Claim(
+        claim=claim, measured=f"{len(ivf[2]):,} lists of faiss; " + "; ".join(told), required=required, passed=fine
+    )
+
+
+def memory_claim(subject: Subject, file: SpannFile) -> Claim:
+    held = file.vectors
+    share = len(held.head_ids) / held.count
+    claim = "what stays in memory is the share of heads of a graph that holds all vectors"
+    required = "at most 1.25 times share of heads x the graph's bytes"
+    try:
+        told = ask("hnswlib", subject.vectors, subject.queries, edges=16, ef=100, top=TOP)
+    except PeerAbsent as error:
+        return not_run(claim, required, f"hnswlib: {error}")
+    recall = np.mean(
+        [len({*a} & {*b}) / TOP for a, b in zip(told["found"].tolist(), subject.truth.tolist(), strict=True)]
+    )
+    ratio = held.resident_bytes / (share * told["index_bytes"])
+    return Claim(
+        claim=claim,
+        measured=f"{held.resident_bytes / MB:.1f} MB against {told['index_bytes'] / MB:.1f} MB of hnswlib (M 16, "
+        f"recall {recall:.3f} with ef 100): {held.resident_bytes / told['index_bytes']:.3f} of it at {share:.3f} of "
+        f"the vectors, {ratio:.2f} times that share",
+        required=required,
+        passed=ratio <= 1.25,
+    )
+
+
+def graph_on_disk(subject: Subject, resident_bytes: int, ours: Sequence[Point]) -> str:
+    """What a graph on disk reads at the same recalls, with as much memory for its codes."""
+    beam, tried = 4, [10, 14, 20, 28, 40, 56, 80, 112, 160]
+    try:
+        told = ask("diskannpy", subject.vectors, subject.queries, edges=32, search_bytes=resident_bytes, tried=tried,
+                   beam=beam, top=TOP)  # fmt: skip
+    except PeerAbsent as error:
+        return f"diskannpy not run ({error})"
+    found = []
+    for recall, point in zip(RECALLS, ours, strict=True):
+        for complexity, read in zip(tried, told["read_bytes"], strict=True):
+            hits = zip(told[f"found-{complexity}"].tolist(), subject.truth.tolist(), strict=True)
+            reached = np.mean([len({*a} & {*b}) / TOP for a, b in hits])
+            if reached >= recall:
+                pages = read / len(subject.queries) / LIST_PAGE_BYTES
+                found.append(f"recall {reached:.3f}: {pages:.1f} pages in {pages / beam:.1f} rounds of {beam} at least "
+                             f"(lists: {point.mean:.1f} pages in 1)")  # fmt: skip
+                break
+        else:
+            found.append(f"recall {recall} not reached")
+    return "diskannpy, " + ", ".join(found)
+
+
+# ---- real files ----------------------------------------------------------------------------------------------------
+
+
+def recall_of(ids: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Of each query."""
+    return np.array([len({*a} & {*b}) / truth.shape[1] for a, b in zip(ids.tolist(), truth.tolist(), strict=True)])
+
+
+def file_claims(subject: Subject, file: SpannFile, one: Ranked) -> Iterator[Claim]:
+    points = [by_ratio(one, recall) for recall in RECALLS]
+    told, fine = [], True
+    for point in points:
+        settings = SearchSettings(lists=point.most, ratio=point.ratio, budget=max(2048, 4 * point.most))
+        seconds = []
+        for query in subject.queries[:300]:
+            began = time.perf_counter()
+            file.vectors.search_counted(query[None], TOP, settings)
+            seconds.append(time.perf_counter() - began)
+        hits, reads = file.vectors.search_counted(subject.queries, TOP, settings)
+        found = recall_of(hits.ids, subject.truth).mean()
+        told.append(f"recall {found:.3f} by {reads.pages.mean():.1f} pages ({point.recall.mean():.3f} and "
+                    f"{point.mean:.1f} foreseen), {int(reads.rounds.max())} round, {np.median(seconds) * 1e3:.2f} ms "
+                    f"at p50 and {np.percentile(seconds, 99) * 1e3:.2f} at p99 with checksums")  # fmt: skip
+        fine &= found >= point.recall.mean() - 0.005 and reads.pages.mean() <= point.mean and reads.rounds.max() == 1
+    reader = file.lists.reader
+    peer = graph_on_disk(subject, file.vectors.resident_bytes, points)
+    yield Claim(
+        claim="all reads of a query go out in one batch: one dependent round, where a graph on disk takes several",
+        measured="; ".join(told) + f"; {'direct' if reader.direct else reader.note}; {peer}",
+        required="one round for every query, recall within 0.005 of what was foreseen, no more pages than that",
+        passed=fine,
+    )
+    rows = file.lists.directory.records
+    least = -(-stored_bytes(rows, file.lists.format.entry_bytes) // LIST_PAGE_BYTES)
+    total = file.lists.directory.total_bytes / LIST_PAGE_BYTES - file.lists.directory.first_page
+    entries = int(rows["count"].sum()) * file.lists.format.entry_bytes
+    yield Claim(
+        claim="no list touches a page more than its bytes need",
+        measured=f"{int((rows['pages'] != least).sum())} of {len(rows):,} lists do; {total:,.0f} pages are "
+        f"{entries / total / LIST_PAGE_BYTES:.1%} full",
+        required="none",
+        passed=bool((rows["pages"] == least).all()),
+    )
+    some = subject.queries[:20]
+    every = SearchSettings(lists=file.vectors.count, ratio=math.inf, budget=file.vectors.count)
+    hits, reads = file.vectors.search_counted(some, TOP, every)
+    twice = sum(len(set(row)) < TOP for row in hits.ids.tolist())
+    exact = np.sort(((np.float64(subject.vectors[subject.truth[:20]]) - np.float64(some)[:, None]) ** 2).sum(2), axis=1)
+    got = 2 * (1 - hits.scores) if subject.metric == "cosine" else -hits.scores
+    yield Claim(
+        claim="with all lists read the answer is exact, heads are among it, and no vector stands twice",
+        measured=f"largest difference of squared distances {np.abs(got - exact).max():.1e}; {twice} of {len(some)} "
+        f"answers with a vector twice; {int(reads.compared.min())} vectors of lists and {len(file.vectors.head_ids)} "
+        f"heads of {file.vectors.count} compared",
+        required="below 1e-5, none, and all",
+        passed=float(np.abs(got - exact).max()) < 1e-5
+        and twice == 0
+        and int(reads.compared.min()) + len(file.vectors.head_ids) == file.vectors.count,
+    )
+
+
+def limit_claim(subject: Subject, path: Path, point: Point) -> Claim:
+    """`memwall search` in a process whose own memory may not reach the vectors' bytes."""
+    limit = subject.vectors.nbytes
+    claim = "the command searches with less memory than the vectors take"
+    required = "peak resident set below the vectors' bytes, reads around the page cache"
+    if limit < 100 * MB:
+        return not_run(claim, required, f"more vectors: these take {limit / MB:.0f} MB, as much as Python by itself")
+    with tempfile.TemporaryDirectory() as name:
+        np.save(Path(name) / "q.npy", subject.queries)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "memwall", "search", str(path), str(Path(name) / "q.npy"), "--json", "--lists",
+             str(point.most), "--ratio", str(point.ratio)],
+            capture_output=True, text=True, env=environment, check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        )  # fmt: skip
+    if done.returncode:
+        return Claim(claim=claim, measured=f"it ended: {done.stderr.strip()[-300:]}", required=required, passed=False)
+    told = json.loads(done.stdout)
+    ids = np.array([[hit["id"] for hit in one["hits"]] for one in told["results"]])
+    peak, reads = told["peak_resident_bytes"], told["reads"]
+    return Claim(
+        claim=claim,
+        measured=f"{peak / MB:.0f} MB at most ({reads['resident_bytes'] / MB:.0f} of them heads and graph) under a "
+        f"limit of {limit / MB:.0f} MB on its own pages, the vectors' size; {told['index_bytes'] / MB:.0f} MB are on disk; "
+        f"recall {recall_of(ids, subject.truth).mean():.3f}, {np.mean(reads['pages']):.1f} pages a query; "
+        f"{'direct reads' if reads['direct'] else 'reads through the page cache'}",
+        required=required,
+        passed=peak < limit and reads["direct"],
+    )
+
+
+def machines_claim(subject: Subject, variants: Variants, lists: Lists, point: Point, count: int) -> Claim:
+    """Near heads on one machine, against heads that are dealt out."""
+    built, asked = variants.built(lists), subject.queries[:count]
+    settings = SearchSettings(lists=point.most, ratio=point.ratio, budget=max(2048, 4 * point.most))
+    heads = built.graph.vectors
+    dealt = np.random.default_rng(3).integers(0, MACHINES, len(heads)).astype(np.int32)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        write_spann(Path(name) / "whole", built, metric=subject.metric)
+        whole = SpannFile(Path(name) / "whole").vectors.search_counted(asked, TOP, settings)[0]
+        for kind, owner in (("clustered", owners(heads, MACHINES)), ("dealt", dealt)):
+            write_shards(Path(name) / kind, built, owner, metric=subject.metric)
+            index = ShardedIndex.local(SpannFile(Path(name) / kind))
+            hits, reads = index.search_counted(asked, TOP, settings)
+            index.close()
+            held = np.bincount(owner, weights=lists.lengths, minlength=MACHINES)
+            found[kind] = hits, reads.machines, held.max() / held.mean()
+    near, far = found["clustered"], found["dealt"]
+    same = np.mean([set(a) == set(b) for a, b in zip(near[0].ids.tolist(), whole.ids.tolist(), strict=True)])
+    ahead = far[1] - near[1]
+    error = float(ahead.std(ddof=1) / math.sqrt(len(ahead)))
+    return Claim(
+        claim="of lists on several machines a query asks only those that hold what survives pruning",
+        measured=f"{near[1].mean():.2f} of {MACHINES} machines a query, {far[1].mean():.2f} where heads are dealt out "
+        f"({ahead.mean():.2f} ± {error:.2f} more); the fullest machine has {near[2]:.2f} times the mean; {same:.1%} of "
+        "answers name the vectors that one machine names",
+        required="fewer than dealt out by two standard errors; at least 99 % the same (equal distances may be told "
+        "apart otherwise)",
+        passed=float(ahead.mean()) > 2 * error and same >= 0.99,
+    )
+
+
+def subject_claims(subject: Subject, sizes: Sizes, tell: Any) -> Iterator[Claim]:
+    settings = SpannSettings()
+    variants = Variants(subject, settings)
+    tell("heads and lists")
+    lists = variants.lists("tree")
+    one = variants.ranked("tree", lists)
+    tell("other libraries' inverted file")
+    ivf = on_disk_ivf(subject, len(variants.heads("tree")[0]), sizes.rounds)
+    yield ivf_claim(subject, ivf, one)
+    tell("rules of reading")
+    yield pruning_claim(subject.name, one)
+    tell("balance")
+    yield balance_claim(subject, variants, one, None if isinstance(ivf, str) else ivf[2])
+    tell("closure")
+    yield from closure_claims(subject, variants, one, lists)
+    tell("random heads")
+    yield random_claim(subject, variants, one)
+    if subject.name == "skewed":
+        return
+    with tempfile.TemporaryDirectory(dir=cache_directory()) as name:
+        tell("files")
+        path = Path(name) / "index"
+        write_spann(path, variants.built(lists), metric=subject.metric)
+        file = SpannFile(path)
+        yield from file_claims(subject, file, one)
+        yield memory_claim(subject, file)
+        yield limit_claim(subject, path, by_ratio(one, RECALLS[1]))
+        file.close()
+    tell("machines")
+    yield machines_claim(subject, variants, lists, by_ratio(one, RECALLS[1]), sizes.machines_queries)
+
+
+def run(quick: bool, data: Path | None = None, progress: Progress | None = None) -> list[Claim]:
+    sizes = QUICK if quick else FULL
+    if data is None and importlib.util.find_spec("sklearn") is None:
+        raise InputError(
+            "vectors of texts are made with scikit-learn: install it, or give vectors with --data FILE.npy"
+        )
+    claims: list[Claim] = []
+    steps = iter(range(1000))
+
+    def tell(what: str) -> None:
+        if progress is not None:
+            progress(min(next(steps), STEPS - 1), STEPS, what)
+
+    for make in (lambda: texts(sizes, data), lambda: skewed(sizes)):
+        tell("vectors")
+        subject = make()
+        claims += list(subject_claims(subject, sizes, tell))
+    return claims
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("spann", sys.modules[__name__]))

@@ -1,0 +1,168 @@
+"""What rules for reading lists cost at equal recall: every query's lists in order, and when its neighbours come up.
+
+A rule has one free parameter, a number of lists or a ratio of distances (with the best of a few bounds on lists), and
+is told with the setting that meets a recall of these queries with fewest pages. Two lists that share a page count it
+twice.
+
+Units and shapes: q queries, n lists of each, k true neighbours; distances squared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from memwall.retrieve.closure import Lists
+from memwall.retrieve.spann import surviving
+
+BOUNDS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""On lists, of which `by_ratio` takes the best."""
+_UNPRUNED = 0.1 / 255**2
+_MOST_RATIO, _ROUNDS = 64.0, 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """What queries could read. apart [q, n]: squared distances of heads, nearest first; pages: of their lists; rank
+    [q, k]: how many lists must be read until a neighbour is seen, 0 where it is a head, n + 1 where no list has it.
+    """
+
+    apart: np.ndarray
+    pages: np.ndarray
+    rank: np.ndarray
+
+    def read(self, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pages and recall of each query that reads so many lists."""
+        total = np.concatenate([np.zeros((len(cuts), 1), np.int64), np.cumsum(self.pages, axis=1)], axis=1)
+        return total[np.arange(len(cuts)), cuts], (self.rank <= cuts[:, None]).mean(axis=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A rule's setting that meets a recall with fewest pages. lists, pages, recall: of each query."""
+
+    lists: np.ndarray
+    pages: np.ndarray
+    recall: np.ndarray
+    most: int
+    ratio: float
+
+    @property
+    def mean(self) -> float:
+        return float(self.pages.mean())
+
+    @property
+    def tail(self) -> float:
+        """p99 over p50 of pages."""
+        return float(np.percentile(self.pages, 99) / max(np.percentile(self.pages, 50), 1))
+
+
+def ranked(
+    truth: np.ndarray, heads: np.ndarray, apart: np.ndarray, head_ids: np.ndarray, lists: Lists, pages: np.ndarray,
+    num_vectors: int,
+) -> Ranked:  # fmt: skip
+    """truth: the true neighbours [q, k]; heads, apart [q, n]: lists of each query, nearest head first, -1 behind the
+    last; head_ids: vectors that are heads themselves, of as many lists (empty where heads are no vectors).
+    """
+    never = heads.shape[1] + 1
+    holders = replicas(lists, num_vectors)
+    head_of = np.full(num_vectors, -1)
+    head_of[head_ids] = np.arange(len(head_ids))
+    rank = np.full(truth.shape, never)
+    place = np.full(len(lists.ends) + 1, never)  # the last one stands for no list
+    for at, row in enumerate(heads):
+        real = row[row >= 0]
+        place[real] = np.arange(1, len(real) + 1)
+        own = head_of[truth[at]]
+        in_lists = place[holders[truth[at]]].min(axis=1)
+        rank[at] = np.where(own >= 0, np.where(place[own] < never, 0, never), in_lists)
+        place[real] = never
+    return Ranked(apart=apart, pages=np.where(heads >= 0, pages[heads], 0), rank=rank)
+
+
+def replicas(lists: Lists, count: int) -> np.ndarray:
+    """int [n, most]: the lists that hold each vector, -1 behind the last."""
+    owner = np.repeat(np.arange(len(lists.ends)), lists.lengths)
+    order = np.argsort(lists.members, kind="stable")
+    members, owner = lists.members[order], owner[order]
+    counts = np.bincount(members, minlength=count)
+    starts = np.cumsum(counts) - counts
+    found = np.full((count, max(int(counts.max(initial=0)), 1)), -1)
+    found[members, np.arange(len(members)) - starts[members]] = owner
+    return found
+
+
+def _bounds(one: Ranked) -> list[int]:
+    count = one.apart.shape[1]
+    return [most for most in BOUNDS if most < count] + [count]
+
+
+def by_count(one: Ranked, recall: float) -> Point:
+    """The same number of lists for every query."""
+    for most in range(1, one.apart.shape[1] + 1):
+        cuts = np.full(len(one.apart), most)
+        pages, found = one.read(cuts)
+        if found.mean() >= recall:
+            return Point(lists=cuts, pages=pages, recall=found, most=most, ratio=math.inf)
+    return missed(one)
+
+
+def by_ratio(one: Ranked, recall: float) -> Point:
+    """As many as the nearest head's distance says, with the bound on lists that reads fewest pages."""
+    points = []
+    for most in _bounds(one):
+        low, high = 1.0, _MOST_RATIO
+
+        def at(ratio: float, most: int = most) -> Point:
+            cuts = surviving(one.apart[:, :most], ratio, _UNPRUNED).sum(axis=1)
+            pages, found = one.read(cuts)
+            return Point(lists=cuts, pages=pages, recall=found, most=most, ratio=ratio)
+
+        if at(high).recall.mean() < recall:
+            continue
+        for _ in range(_ROUNDS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if at(middle).recall.mean() >= recall else (middle, high)
+        points.append(at(high))
+    return min(points, key=lambda point: point.mean) if points else missed(one)
+
+
+def missed(one: Ranked) -> Point:
+    """The recall is out of reach: no pages would do."""
+    cuts = np.full(len(one.apart), one.apart.shape[1])
+    pages, found = one.read(cuts)
+    return Point(lists=cuts, pages=np.full(len(pages), np.inf), recall=found, most=len(pages), ratio=math.inf)
+
+
+def gain(worse: Point, better: Point) -> tuple[float, float]:
+    """How many times the pages, and a standard error by paired queries (of the ratio of means)."""
+    ratio = worse.mean / better.mean
+    if not math.isfinite(ratio):
+        return math.inf, 0.0
+    rest = worse.pages - ratio * better.pages
+    return ratio, float(rest.std(ddof=1) / math.sqrt(len(rest)) / better.mean)
+
+
+def told_gain(worse: Point, better: Point) -> str:
+    ratio, error = gain(worse, better)
+    return f"{worse.mean:.1f} pages against {better.mean:.1f}: {ratio:.2f} ± {error:.2f} times"
+
+
+def at_pages(one: Ranked, pages: float) -> Point:
+    """The best recall at so many pages on average: of ratios under every bound on lists."""
+    best = None
+    for most in _bounds(one):
+        low, high = 1.0, _MOST_RATIO
+        for _ in range(_ROUNDS):
+            middle = (low + high) / 2
+            cuts = surviving(one.apart[:, :most], middle, _UNPRUNED).sum(axis=1)
+            low, high = (middle, high) if one.read(cuts)[0].mean() <= pages else (low, middle)
+        cuts = surviving(one.apart[:, :most], low, _UNPRUNED).sum(axis=1)
+        found = one.read(cuts)
+        point = Point(lists=cuts, pages=found[0], recall=found[1], most=most, ratio=low)
+        if best is None or point.recall.mean() > best.recall.mean():
+            best = point
+    assert best is not None
+    return best
