@@ -468,7 +468,7 @@ def limit_claim(subject: Subject, path: Path, point: Point) -> Claim:
     return Claim(
         claim=claim,
         measured=f"{peak / MB:.0f} MB at most ({reads['resident_bytes'] / MB:.0f} of them heads and graph) under a "
-        f"limit of {limit / MB:.0f} MB on its own pages, the vectors' size; {told['index_bytes'] / MB:.0f} MB are on disk; "
+        f"limit of {limit / MB:.0f} MB, the vectors' size; {told['index_bytes'] / MB:.0f} MB on disk; "
         f"recall {recall_of(ids, subject.truth).mean():.3f}, {np.mean(reads['pages']):.1f} pages a query; "
         f"{'direct reads' if reads['direct'] else 'reads through the page cache'}",
         required=required,
