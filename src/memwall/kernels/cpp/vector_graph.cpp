@@ -11,7 +11,7 @@ namespace mw {
 namespace {
 
 using Near = std::pair<float, std::int32_t>;  // a distance and an id: equal distances go by id
-constexpr std::int64_t kPivotsFollowed = 4, kSeedsFollowed = 8, kBuildSeeds = 256, kBatch = 1024;
+constexpr std::int64_t kPivotsFollowed = 4, kBuildSeeds = 256, kBatch = 1024;
 
 // What one thread needs for searches.
 struct Walk {
@@ -28,16 +28,14 @@ struct Walk {
     ids.clear();
     expanded = 0;
   }
-  // Compares the new ones of `ids` with the query; those that `follow` go to the queue.
-  void compare(const VectorRows& rows, const float* query, bool follow) {
+  // Compares `ids` with the query and queues them.
+  void compare(const VectorRows& rows, const float* query) {
     distances.resize(ids.size());
     squared_distances(rows, query, ids.data(), static_cast<std::int64_t>(ids.size()), distances.data());
     for (std::size_t i = 0; i < ids.size(); ++i) {
       all.emplace_back(distances[i], ids[i]);
-      if (follow) {
-        queue.emplace_back(distances[i], ids[i]);
-        std::push_heap(queue.begin(), queue.end(), std::greater<>());
-      }
+      queue.emplace_back(distances[i], ids[i]);
+      std::push_heap(queue.begin(), queue.end(), std::greater<>());
     }
     ids.clear();
   }
@@ -52,7 +50,7 @@ struct Walk {
       edges_of(from, [&](std::int32_t to) {
         if (seen.add(to)) ids.push_back(to);
       });
-      compare(rows, query, true);
+      compare(rows, query);
     }
   }
   // Sorts the nearest `count` to the front of `all`.
@@ -70,7 +68,7 @@ void begin_at_seeds(const VectorGraph& graph, const float* query, Walk& walk) {
   walk.distances.resize(static_cast<std::size_t>(graph.num_pivots));
   squared_distances(graph.rows, query, graph.pivots, graph.num_pivots, walk.distances.data());
   for (std::int64_t p = 0; p < graph.num_pivots; ++p) pivots.emplace_back(walk.distances[static_cast<std::size_t>(p)], p);
-  walk.compare(graph.rows, query, false);
+  walk.compare(graph.rows, query);
   const std::int64_t followed = std::min(kPivotsFollowed, graph.num_pivots);
   std::partial_sort(pivots.begin(), pivots.begin() + followed, pivots.end());
   for (std::int64_t i = 0; i < followed; ++i) {
@@ -78,10 +76,7 @@ void begin_at_seeds(const VectorGraph& graph, const float* query, Walk& walk) {
     for (std::int32_t s = p ? graph.pivot_ends[p - 1] : 0; s < graph.pivot_ends[p]; ++s)
       if (walk.seen.add(graph.seeds[s])) walk.ids.push_back(graph.seeds[s]);
   }
-  walk.compare(graph.rows, query, false);
-  const std::int64_t first = walk.best(kSeedsFollowed);
-  for (std::int64_t i = 0; i < first; ++i) walk.queue.push_back(walk.all[static_cast<std::size_t>(i)]);
-  std::make_heap(walk.queue.begin(), walk.queue.end(), std::greater<>());
+  walk.compare(graph.rows, query);
 }
 
 // The relative-neighbourhood rule: of candidates from near to far, each one that is nearer to the vector than to all taken before.
@@ -166,17 +161,14 @@ void graph_build(const VectorRows& rows, const std::int32_t* order, int degree, 
         const std::size_t seeds = std::min(done, static_cast<std::size_t>(kBuildSeeds));
         for (std::size_t i = 0; i < seeds; ++i)
           if (walk.seen.add(order[i])) walk.ids.push_back(order[i]);
-        walk.compare(rows, query.data(), false);
-        const std::int64_t first = walk.best(kSeedsFollowed);
-        for (std::int64_t i = 0; i < first; ++i) walk.queue.push_back(walk.all[static_cast<std::size_t>(i)]);
-        std::make_heap(walk.queue.begin(), walk.queue.end(), std::greater<>());
+        walk.compare(rows, query.data());
         walk.run(rows, query.data(), budget, [&](std::int32_t from, auto&& visit) {
           for (const std::int32_t to : out[static_cast<std::size_t>(from)]) visit(to);
         });
         // those of the batch that came before are not in the graph yet
         for (std::size_t i = 0; i < b; ++i)
           if (walk.seen.add(order[done + i])) walk.ids.push_back(order[done + i]);
-        walk.compare(rows, query.data(), false);
+        walk.compare(rows, query.data());
         std::vector<Near> near(walk.all.begin(), walk.all.begin() + walk.best(candidates));
         prune(rows, near, degree, out[static_cast<std::size_t>(at)], scratch[static_cast<std::size_t>(worker)]);
       }
@@ -229,7 +221,6 @@ std::int64_t graph_connect(const VectorGraph& graph, std::int32_t* edges, std::i
   for (int round = 0; round < 4; ++round) {  // an edge that makes room may have been somebody's only one
     std::fill(reached.begin(), reached.end(), 0);
     for (std::int64_t p = 0; p < graph.num_pivots; ++p) reach(graph.pivots[p]);
-    for (std::int64_t s = 0; graph.num_pivots && s < graph.pivot_ends[graph.num_pivots - 1]; ++s) reach(graph.seeds[s]);
     spread();
     missing = 0;
     for (std::int32_t at = 0; at < count; ++at) {

@@ -27,7 +27,7 @@ void graph_search(const VectorGraph& graph, const float* queries, std::int64_t n
 void graph_build(const VectorRows& rows, const std::int32_t* order, int degree, std::int64_t budget, std::int64_t candidates,
                  std::int32_t* edges);
 
-// Gives vectors that no path from the seeds leads to an edge from a near one; returns how many stay without.
+// Gives vectors that no path from the pivots leads to an edge from a near one; returns how many stay without.
 std::int64_t graph_connect(const VectorGraph& graph, std::int32_t* edges, std::int64_t budget);
 
 }  // namespace mw
