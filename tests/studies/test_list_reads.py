@@ -19,7 +19,7 @@ def test_ranks_by_hand() -> None:
         np.array([0, 1, 2]), LISTS, np.array([2, 3, 4]), 8,
     )  # fmt: skip
     assert one.rank.tolist() == [[0, 1, 3], [2, 0, 3]]  # a head; the first list; none that is looked at
-    assert one.pages.tolist() == [[3, 2], [4, 2]]
+    assert one.pages.tolist() == [[0, 3, 5], [0, 4, 6]]
     pages, recall = one.read(np.array([1, 2]))
     assert pages.tolist() == [3, 6]
     assert recall.tolist() == pytest.approx([2 / 3, 2 / 3])
@@ -28,7 +28,7 @@ def test_ranks_by_hand() -> None:
 def drawn_ranks(seed: int = 0) -> Ranked:
     draw = np.random.default_rng(seed)
     apart = np.sort(draw.random((200, 40)) + 0.05, axis=1).astype(np.float32)
-    return Ranked(apart=apart, pages=draw.integers(0, 4, (200, 40)), rank=draw.integers(0, 30, (200, 10)))
+    return Ranked.of(apart, draw.integers(0, 4, (200, 40)), draw.integers(0, 30, (200, 10)))
 
 
 def test_a_fixed_number_is_the_least_that_does() -> None:
@@ -42,15 +42,16 @@ def test_a_ratio_reads_what_it_says() -> None:
     one = drawn_ranks()
     point = by_ratio(one, 0.8)
     assert point.recall.mean() >= 0.8
-    within = one.apart[:, : point.most] <= np.float32(point.ratio) * one.apart[:, :1]
-    np.testing.assert_array_equal(point.lists, within.sum(axis=1))
+    limit = np.float32(point.ratio) * one.apart[:, :1]
+    within = (one.apart <= limit) | (limit <= point.unpruned)
+    np.testing.assert_array_equal(point.lists, np.minimum(within.sum(axis=1), point.most))
     fewer = at_pages(one, point.mean)
     assert fewer.mean <= point.mean
     assert fewer.recall.mean() >= point.recall.mean() - 1e-9
 
 
 def test_what_is_out_of_reach_costs_without_bound() -> None:
-    one = Ranked(apart=np.ones((3, 2)), pages=np.ones((3, 2), int), rank=np.full((3, 10), 3))
+    one = Ranked.of(np.ones((3, 2)), np.ones((3, 2), int), np.full((3, 10), 3))
     for rule in (by_count, by_ratio):
         assert rule(one, 0.5).mean == np.inf
     assert gain(by_count(one, 0.5), by_count(one, 0.0))[0] == np.inf

@@ -12,9 +12,8 @@ Units and shapes: vectors [n, d] float32, float16, int8 or uint8; queries [q, d]
 of 8 is one of 2.8 between plain distances, as in the released code. Scores: cosines (of vectors brought to length 1),
 or squared distances times -1.
 
-Differs from the released code: the closure rule is the paper's (`closure`, infinity for that code's way); pruning is
-left out below a limit of 0.1 there, which is next to nothing among bytes and a lot among vectors of length 1, so the
-limit is scaled by the square of the element's range; two lists that share a page have it read once.
+Differs from the released code: the closure rule is the paper's (`closure`, infinity for that code's way); two lists
+that share a page have it read once.
 
 Cost: resident d * element + 4 * degree + 20 bytes a head. Read: at most `lists` lists a query, in one round.
 
@@ -35,12 +34,10 @@ from memwall.kernels.vector_search import VectorGraph
 from memwall.memory.direct_reader import DirectReader, aligned_bytes
 from memwall.retrieve.base import Hits, VectorIndex, checked_vectors, unit
 from memwall.retrieve.closure import ClosureSettings, Lists, Progress, assign, gather, nearest_heads
-from memwall.retrieve.head_tree import VALUE_RANGE, HeadSettings, graph_over, select_heads
+from memwall.retrieve.head_tree import HeadSettings, graph_over, select_heads
 from memwall.retrieve.list_file import LIST_PAGE_BYTES, Directory, ListFormat, checksum, stored_bytes
 
 SpannMetric = Literal["cosine", "l2"]
-_UNPRUNED = 0.1 / 255**2
-"""Times the square of an element's range: a limit below it prunes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +67,14 @@ class SpannSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
     """lists: that are read at most. ratio: times the nearest head's squared distance, beyond which a list is left
-    alone (infinity: none is). budget: heads that a query is compared with. From as many lists as there are on, all
+    alone (infinity: none is). unpruned: a limit so low leaves none alone: what is nearly a head itself says nothing of
+    how far its neighbours are. budget: heads that a query is compared with. From as many lists as there are on, all
     heads are compared.
     """
 
     lists: int = 32
     ratio: float = 8.0
+    unpruned: float = 0.1
     budget: int = 2048
 
     def __post_init__(self) -> None:
@@ -83,6 +82,8 @@ class SearchSettings:
             raise InputError(f"{self.lists} lists and a budget of {self.budget}: at least 1, and as many as lists")
         if not self.ratio >= 1:
             raise InputError(f"ratio is {self.ratio}: at least 1, times the nearest head's squared distance")
+        if not self.unpruned >= 0:
+            raise InputError(f"unpruned is {self.unpruned}: a squared distance, 0 at least")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,8 +299,7 @@ class SpannIndex(VectorIndex):
         found = min(max(most, top), len(self.head_ids))
         graph = self._all_heads if settings.lists >= len(self.head_ids) else self.graph
         heads, apart, _ = graph.search(asked[:, : self.dimensions], found, max(settings.budget, found))
-        unpruned = _UNPRUNED * VALUE_RANGE[self.lists.format.dtype.name] ** 2
-        survive = surviving(apart, settings.ratio, unpruned)
+        survive = surviving(apart, settings.ratio, settings.unpruned)
         survive[:, most:] = False
         for row in range(len(asked)):
             real = heads[row] >= 0

@@ -1,8 +1,8 @@
 """What rules for reading lists cost at equal recall: every query's lists in order, and when its neighbours come up.
 
-A rule has one free parameter, a number of lists or a ratio of distances (with the best of a few bounds on lists), and
-is told with the setting that meets a recall of these queries with fewest pages. Two lists that share a page count it
-twice.
+A rule is a number of lists, or a ratio of distances with the best of a few bounds on lists and of two limits below
+which nothing is pruned; it is told with the setting that meets a recall of these queries with fewest pages. Two lists
+that share a page count it twice.
 
 Units and shapes: q queries, n lists of each, k true neighbours; distances squared.
 """
@@ -10,6 +10,7 @@ Units and shapes: q queries, n lists of each, k true neighbours; distances squar
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,24 +20,33 @@ from memwall.retrieve.spann import surviving
 
 BOUNDS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """On lists, of which `by_ratio` takes the best."""
-_UNPRUNED = 0.1 / 255**2
-_MOST_RATIO, _ROUNDS = 64.0, 30
+UNPRUNED = (0.1, 0.0)
+"""Limits so low that nothing is pruned: the released code's, and none."""
+RATIOS = tuple(1.05**step for step in range(66))
+"""To 24."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked:
-    """What queries could read. apart [q, n]: squared distances of heads, nearest first; pages: of their lists; rank
-    [q, k]: how many lists must be read until a neighbour is seen, 0 where it is a head, n + 1 where no list has it.
+    """What queries could read. apart [q, n]: squared distances of heads, nearest first; pages [q, n + 1]: of the first
+    0, 1, ... of their lists together; rank [q, k]: how many lists must be read until a neighbour is seen, 0 where it is
+    a head, n + 1 where no list has it.
     """
 
     apart: np.ndarray
     pages: np.ndarray
     rank: np.ndarray
 
+    @classmethod
+    def of(cls, apart: np.ndarray, pages: np.ndarray, rank: np.ndarray) -> Ranked:
+        """pages [q, n]: of each list."""
+        total = np.zeros((len(pages), pages.shape[1] + 1), np.int64)
+        np.cumsum(pages, axis=1, out=total[:, 1:])
+        return cls(apart=apart, pages=total, rank=rank)
+
     def read(self, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pages and recall of each query that reads so many lists."""
-        total = np.concatenate([np.zeros((len(cuts), 1), np.int64), np.cumsum(self.pages, axis=1)], axis=1)
-        return total[np.arange(len(cuts)), cuts], (self.rank <= cuts[:, None]).mean(axis=1)
+        return self.pages[np.arange(len(cuts)), cuts], (self.rank <= cuts[:, None]).mean(axis=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +58,7 @@ class Point:
     recall: np.ndarray
     most: int
     ratio: float
+    unpruned: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -79,7 +90,7 @@ def ranked(
         in_lists = place[holders[truth[at]]].min(axis=1)
         rank[at] = np.where(own >= 0, np.where(place[own] < never, 0, never), in_lists)
         place[real] = never
-    return Ranked(apart=apart, pages=np.where(heads >= 0, pages[heads], 0), rank=rank)
+    return Ranked.of(apart, np.where(heads >= 0, pages[heads], 0), rank)
 
 
 def replicas(lists: Lists, count: int) -> np.ndarray:
@@ -110,23 +121,27 @@ def by_count(one: Ranked, recall: float) -> Point:
 
 
 def by_ratio(one: Ranked, recall: float) -> Point:
-    """As many as the nearest head's distance says, with the bound on lists that reads fewest pages."""
-    points = []
-    for most in _bounds(one):
-        low, high = 1.0, _MOST_RATIO
+    """As many as the nearest head's distance says, with fewest pages."""
+    fitting = [point for point in _by_ratios(one) if point.recall.mean() >= recall]
+    return min(fitting, key=lambda point: point.mean) if fitting else missed(one)
 
-        def at(ratio: float, most: int = most) -> Point:
-            cuts = surviving(one.apart[:, :most], ratio, _UNPRUNED).sum(axis=1)
-            pages, found = one.read(cuts)
-            return Point(lists=cuts, pages=pages, recall=found, most=most, ratio=ratio)
 
-        if at(high).recall.mean() < recall:
-            continue
-        for _ in range(_ROUNDS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if at(middle).recall.mean() >= recall else (middle, high)
-        points.append(at(high))
-    return min(points, key=lambda point: point.mean) if points else missed(one)
+def at_pages(one: Ranked, pages: float) -> Point:
+    """The best recall with so many pages on average; the fewest where even those are more."""
+    points = list(_by_ratios(one))
+    fitting = [point for point in points if point.mean <= pages] or [min(points, key=lambda point: point.mean)]
+    return max(fitting, key=lambda point: float(point.recall.mean()))
+
+
+def _by_ratios(one: Ranked) -> Iterator[Point]:
+    """Under every ratio, bound and limit."""
+    for unpruned in UNPRUNED:
+        for ratio in RATIOS:
+            lists = surviving(one.apart, ratio, unpruned).sum(axis=1)
+            for most in _bounds(one):
+                cuts = np.minimum(lists, most)
+                pages, found = one.read(cuts)
+                yield Point(lists=cuts, pages=pages, recall=found, most=most, ratio=ratio, unpruned=unpruned)
 
 
 def missed(one: Ranked) -> Point:
@@ -148,21 +163,3 @@ def gain(worse: Point, better: Point) -> tuple[float, float]:
 def told_gain(worse: Point, better: Point) -> str:
     ratio, error = gain(worse, better)
     return f"{worse.mean:.1f} pages against {better.mean:.1f}: {ratio:.2f} ± {error:.2f} times"
-
-
-def at_pages(one: Ranked, pages: float) -> Point:
-    """The best recall at so many pages on average: of ratios under every bound on lists."""
-    best = None
-    for most in _bounds(one):
-        low, high = 1.0, _MOST_RATIO
-        for _ in range(_ROUNDS):
-            middle = (low + high) / 2
-            cuts = surviving(one.apart[:, :most], middle, _UNPRUNED).sum(axis=1)
-            low, high = (middle, high) if one.read(cuts)[0].mean() <= pages else (low, middle)
-        cuts = surviving(one.apart[:, :most], low, _UNPRUNED).sum(axis=1)
-        found = one.read(cuts)
-        point = Point(lists=cuts, pages=found[0], recall=found[1], most=most, ratio=low)
-        if best is None or point.recall.mean() > best.recall.mean():
-            best = point
-    assert best is not None
-    return best

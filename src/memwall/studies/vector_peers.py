@@ -32,19 +32,23 @@ class PeerAbsent(Exception):
     """The library is not installed, or did not work; the message says which."""
 
 
-def ask(job: str, x: np.ndarray, queries: np.ndarray, **told: Any) -> dict[str, Any]:
+def ask(job: str, x: np.ndarray, queries: np.ndarray, *, seconds: float | None = None, **told: Any) -> dict[str, Any]:
     """Runs a job on vectors [n, d] and queries [q, d]. The answer's arrays are given as arrays. PeerAbsent where the
-    library is not there or fails.
+    library is not there, fails, or takes longer than `seconds`.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "x.npy", x)
         np.save(folder / "queries.npy", queries)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        done = subprocess.run(
-            [sys.executable, "-m", "memwall.studies.vector_peers", job],
-            input=json.dumps({"folder": name, **told}), capture_output=True, text=True, env=environment, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "memwall.studies.vector_peers", job],
+                input=json.dumps({"folder": name, **told}), capture_output=True, text=True, env=environment,
+                check=False, timeout=seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise PeerAbsent(f"{job} took more than {seconds:.0f} s") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             raise PeerAbsent(lines[-1])
@@ -65,7 +69,7 @@ def faiss(folder: Path, x: np.ndarray, queries: np.ndarray, lists: int, rounds: 
     stored = library.OnDiskInvertedLists(lists, index.code_size, str(folder / "lists"))
     pointers = library.InvertedListsPtrVector()
     pointers.push_back(index.invlists)
-    stored.merge_from(pointers.data(), 1)
+    stored.merge_from_multiple(pointers.data(), pointers.size(), False)
     owner, pages = np.zeros(len(x), np.int64), np.zeros(lists, np.int64)
     for at in range(lists):
         size = stored.list_size(at)
