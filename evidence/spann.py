@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ from memwall.claims import Claim, Progress, main, not_run
 from memwall.errors import InputError
 from memwall.hardware.system import cache_directory
 from memwall.hardware.units import MB
-from memwall.kernels.vector_search import VectorGraph
+from memwall.kernels.vector_search import Tree, VectorGraph
 from memwall.retrieve.base import unit
 from memwall.retrieve.closure import ClosureSettings, Lists, assign, gather, nearest_heads
-from memwall.retrieve.head_tree import graph_over, select_heads
+from memwall.retrieve.head_tree import graph_over, grow, select_heads
 from memwall.retrieve.list_file import LIST_PAGE_BYTES, ListFormat, stored_bytes
 from memwall.retrieve.spann import Built, SearchSettings, SpannMetric, SpannSettings
 from memwall.retrieve.spann_file import SpannFile, write_spann
@@ -78,7 +78,7 @@ class Sizes:
 
 FULL = Sizes(
     texts=218_000, text_queries=2000, skewed=100_000, skewed_queries=1000, rounds=6, machines_queries=500, graph=50_000,
-    disk_graph_seconds=120,
+    disk_graph_seconds=100,
 )  # fmt: skip
 QUICK = Sizes(
     texts=12_000, text_queries=300, skewed=8000, skewed_queries=300, rounds=4, machines_queries=100, graph=5000,
@@ -147,12 +147,26 @@ def skewed(sizes: Sizes) -> Subject:
 # ---- variants ------------------------------------------------------------------------------------------------------
 
 
+def unevenness(lengths: np.ndarray) -> float:
+    """Standard deviation over mean."""
+    return float(lengths.std() / lengths.mean())
+
+
+def root_sizes(tree: Tree) -> np.ndarray:
+    """Vectors under each child of the root."""
+    sizes = np.ones(len(tree.points))
+    for node in range(len(tree.points) - 1, -1, -1):
+        sizes[node] += sizes[tree.begins[node] : tree.ends[node]].sum()
+    return sizes[tree.begins[0] : tree.ends[0]]
+
+
 class Variants:
     """Indexes of one subject; heads, graphs and near heads are shared where they are the same."""
 
     def __init__(self, subject: Subject, settings: SpannSettings) -> None:
         self.subject, self.settings = subject, settings
         self.format = ListFormat(dtype=subject.vectors.dtype, dimensions=subject.vectors.shape[1])
+        self._roots: dict[str, float] = {}
         self._heads: dict[str, tuple[np.ndarray, VectorGraph, np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def heads(self, kind: str) -> tuple[np.ndarray, VectorGraph, np.ndarray, np.ndarray, np.ndarray]:
@@ -162,7 +176,10 @@ class Variants:
             changed = {"tree": base, "plain": replace(base, factor=math.inf), "random": replace(base, random=True)}[
                 kind
             ]
-            head_ids = select_heads(x, changed).ids
+            tree = None if kind == "random" else grow(x, changed)
+            if tree is not None:
+                self._roots[kind] = unevenness(root_sizes(tree))
+            head_ids = select_heads(x, changed, tree).ids
             graph = graph_over(np.ascontiguousarray(x[head_ids]), base, self.settings.degree)
             others = np.ones(len(x), bool)
             others[head_ids] = False
@@ -170,6 +187,11 @@ class Variants:
             near = nearest_heads(x, ids, graph, self.settings.closure.candidates, self.settings.budget)
             self._heads[kind] = head_ids, graph, ids, *near
         return self._heads[kind]
+
+    def root(self, kind: str) -> float:
+        """Unevenness of the root's clusters."""
+        self.heads(kind)
+        return self._roots[kind]
 
     def lists(self, kind: str, closure: ClosureSettings | None = None, *, bounded: bool = True) -> Lists:
         head_ids, graph, ids, found, apart = self.heads(kind)
@@ -193,10 +215,6 @@ class Variants:
 
 
 # ---- claims on pages -----------------------------------------------------------------------------------------------
-
-
-def unevenness(lengths: np.ndarray) -> float:
-    return float(lengths.std() / lengths.mean())
 
 
 def spread(point: Point) -> str:
@@ -270,25 +288,42 @@ def equal_bytes(variants: Variants, lists: Lists, guess: float) -> Lists:
     return found
 
 
-def balance_claim(subject: Subject, variants: Variants, one: Ranked, flat: np.ndarray | None) -> Claim:
-    """flat: list lengths of a plain k-means over as many centers, where a library made one."""
-    uneven = {}
+def balance_claims(
+    subject: Subject, variants: Variants, one: Ranked, ivf: tuple[Ranked, Ranked, np.ndarray] | str
+) -> Iterator[Claim]:
+    points = [by_ratio(one, recall) for recall in RECALLS]
+    alone, joined = {}, {}
     for kind in ("tree", "plain"):
         bare = variants.lists(kind, replace(variants.settings.closure, replicas=1), bounded=False)
-        uneven[kind] = unevenness(bare.lengths), unevenness(variants.lists(kind, bounded=False).lengths)
+        alone[kind], joined[kind] = unevenness(bare.lengths), unevenness(variants.lists(kind, bounded=False).lengths)
+    claim = f"{subject.name}: lists are of more even length than those of plain k-means, and so is what queries read"
+    required = "std/mean at most 0.75 times that of flat k-means, and a lower p99/p50 of pages at both recalls"
+    if isinstance(ivf, str):
+        yield not_run(claim, required, ivf)
+    else:
+        flat = [by_ratio(ivf[1], recall) for recall in RECALLS]
+        yield Claim(
+            claim=claim,
+            measured=f"std/mean {joined['tree']:.2f} ({alone['tree']:.2f} with one list a vector) against "
+            f"{unevenness(ivf[2]):.2f} of faiss' k-means; p99/p50 of pages "
+            + ", ".join(f"{b.tail:.2f} against {w.tail:.2f} at recall {r}" for r, w, b in zip(RECALLS, flat, points)),
+            required=required,
+            passed=joined["tree"] <= 0.75 * unevenness(ivf[2])
+            and all(better.tail < worse.tail for worse, better in zip(flat, points, strict=True)),
+        )
     other = variants.ranked("plain", variants.lists("plain"))
-    points = [(recall, by_ratio(other, recall), by_ratio(one, recall)) for recall in RECALLS]
-    flat_text = "" if flat is None else f"; flat k-means {unevenness(flat):.2f} with one list a vector"
-    return Claim(
-        claim=f"{subject.name}: the penalty on sizes makes lists of like length and evens out what queries read",
-        measured=f"std/mean of lengths {uneven['tree'][1]:.2f} with it and {uneven['plain'][1]:.2f} without "
-        f"(with one list a vector {uneven['tree'][0]:.2f} and {uneven['plain'][0]:.2f}){flat_text}; p99/p50 of pages "
-        + "; ".join(f"{b.tail:.2f} and {w.tail:.2f} at recall {r} ({told_gain(w, b)})" for r, w, b in points),
-        required="std/mean at most 0.75 times what it is without (and than flat k-means), and a lower p99/p50",
-        passed=uneven["tree"][1] <= 0.75 * uneven["plain"][1]
-        and (flat is None or uneven["tree"][0] <= 0.75 * unevenness(flat))
-        and all(better.tail < worse.tail for _, worse, better in points),
-    )
+    plain = [by_ratio(other, recall) for recall in RECALLS]
+    yield Claim(
+        claim=f"{subject.name}: the penalty on sizes by itself makes the tree's lists more even",
+        measured=f"std/mean {joined['tree']:.3f} with it and {joined['plain']:.3f} without (with one list a vector "
+        f"{alone['tree']:.3f} and {alone['plain']:.3f}; of the root's clusters {variants.root('tree'):.3f} and "
+        f"{variants.root('plain'):.3f}); p99/p50 of pages "
+        + "; ".join(f"{b.tail:.2f} and {w.tail:.2f} at recall {r} ({told_gain(w, b)})"
+                    for r, w, b in zip(RECALLS, plain, points)),
+        required="std/mean at most 0.75 times what it is without, and a lower p99/p50 of pages at both recalls",
+        passed=joined["tree"] <= 0.75 * joined["plain"]
+        and all(better.tail < worse.tail for worse, better in zip(plain, points, strict=True)),
+    )  # fmt: skip
 
 
 def random_claim(subject: Subject, variants: Variants, one: Ranked) -> Claim:
@@ -383,29 +418,28 @@ def graph_steps(subject: Subject, count: int) -> list[tuple[float, float]]:
     return found
 
 
-def graph_on_disk(subject: Subject, resident_bytes: int, ours: Sequence[Point], seconds: float) -> str:
-    """What a graph on disk reads at the same recalls, with as much memory for its codes."""
+def graph_on_disk(subject: Subject, count: int, vector_bytes: float, seconds: float) -> str:
+    """What a graph on disk over some of the vectors reads at the same recalls, with so much memory for its codes."""
     tried = [10, 14, 20, 28, 40, 56, 80, 112, 160]
     if not seconds:
         return "diskannpy not run (quick)"
+    x, asked = subject.vectors[:count], subject.queries[:300]
+    truth = nearest(x, asked)
     try:
-        told = ask("diskannpy", subject.vectors, subject.queries, edges=32, search_bytes=resident_bytes, tried=tried,
-                   beam=BEAM, top=TOP, seconds=seconds)  # fmt: skip
+        told = ask("diskannpy", x, asked, edges=32, search_bytes=int(count * vector_bytes), tried=tried, beam=BEAM,
+                   top=TOP, seconds=seconds)  # fmt: skip
     except PeerAbsent as error:
         return f"diskannpy not run ({error})"
     found = []
-    for recall, point in zip(RECALLS, ours, strict=True):
-        for complexity, read in zip(tried, told["read_bytes"], strict=True):
-            hits = zip(told[f"found-{complexity}"].tolist(), subject.truth.tolist(), strict=True)
-            reached = np.mean([len({*a} & {*b}) / TOP for a, b in hits])
-            if reached >= recall:
-                pages = read / len(subject.queries) / LIST_PAGE_BYTES
-                found.append(f"recall {reached:.3f}: {pages:.1f} pages in {pages / BEAM:.1f} rounds of {BEAM} at least "
-                             f"(lists: {point.mean:.1f} pages in 1)")  # fmt: skip
-                break
-        else:
+    reached = [recall_of(told[f"found-{complexity}"], truth).mean() for complexity in tried]
+    for recall in RECALLS:
+        at = next((place for place, one in enumerate(reached) if one >= recall), None)
+        if at is None:
             found.append(f"recall {recall} not reached")
-    return "diskannpy, " + ", ".join(found)
+            continue
+        pages = told["read_bytes"][at] / len(asked) / LIST_PAGE_BYTES
+        found.append(f"{pages:.1f} pages at recall {reached[at]:.3f}: {pages / BEAM:.1f} rounds of {BEAM} at least")
+    return "diskannpy over them reads " + ", ".join(found)
 
 
 # ---- real files ----------------------------------------------------------------------------------------------------
@@ -444,7 +478,9 @@ def file_claims(subject: Subject, file: SpannFile, one: Ranked, sizes: Sizes) ->
         f"follows edges of {expanded:.0f} at recall {recall:.3f}: {expanded / BEAM:.1f} rounds of {BEAM} at least"
         for recall, expanded in steps
     )
-    peer += "; " + graph_on_disk(subject, file.vectors.resident_bytes, points, sizes.disk_graph_seconds)
+    peer += "; " + graph_on_disk(
+        subject, sizes.graph, file.vectors.resident_bytes / file.vectors.count, sizes.disk_graph_seconds
+    )
     yield Claim(
         claim="all reads of a query go out in one batch: one dependent round, where a graph on disk takes several",
         measured="; ".join(told) + f"; {'direct' if reader.direct else reader.note}; {peer}",
@@ -561,7 +597,7 @@ def subject_claims(subject: Subject, sizes: Sizes, tell: Any) -> Iterator[Claim]
     tell("rules of reading")
     yield pruning_claim(subject.name, one)
     tell("balance")
-    yield balance_claim(subject, variants, one, None if isinstance(ivf, str) else ivf[2])
+    yield from balance_claims(subject, variants, one, ivf)
     tell("closure")
     yield from closure_claims(subject, variants, one, lists)
     tell("random heads")

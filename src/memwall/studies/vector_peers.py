@@ -90,7 +90,7 @@ def hnswlib(folder: Path, x: np.ndarray, queries: np.ndarray, edges: int, ef: in
     import hnswlib as library
 
     index = library.Index(space="l2", dim=x.shape[1])
-    index.init_index(max_elements=len(x), M=edges, ef_construction=2 * edges + 68, random_seed=1)
+    index.init_index(max_elements=len(x), M=edges, ef_construction=100, random_seed=1)
     index.add_items(x)
     index.set_ef(ef)
     found, _ = index.knn_query(queries, k=top)
