@@ -10,6 +10,31 @@ it twice, for all variants alike); the last claims are of real files, read aroun
 counts. A rule is a number of lists, or a ratio of squared distances with a bound on lists and a limit below which
 nothing is pruned; each variant gets the setting that reads fewest pages at the wanted recall@10 of these queries.
 Standard errors are of paired differences by query.
+
+What the whole run of 1 December 2026 found (two cores of an EPYC with AVX-512, nothing beside it; 218,000 texts and
+100,000 skewed vectors, 34,901 and 15,993 heads). Pages of texts at recall 0.90 and 0.95: 36.9 and 72.1. Without closure
+2.2 and 3.0 times as many, with nearest heads at equal bytes 1.5 and 1.7, with heads that are drawn 1.2 and 1.1, and of
+faiss' lists on disk 1.40 and 1.52 (skewed: 1.92 and 2.13). What failed:
+
+- Query-aware pruning reads as many pages as a fixed number of lists, 0.98 to 1.04 ± 0.01 times. How far a query's other
+  neighbours are has little to do with how far its nearest head is: squared distances of that head have their median at
+  0.42 and a twentieth below 0.014, as many texts are nearly the same, and the tenth head is 1.1 to 13 times as far (p5
+  and p95). Lists do differ, by a factor of 2 (texts) to 4 (skewed) between p10 and p90.
+- The penalty on sizes. It acts where it is paid (root's clusters: std/mean 0.56 with and 0.71 without), but lists
+  follow the heads that are chosen from the tree, and are as even without it: 0.491 and 0.491. The bound on it is the spread of
+  the biggest cluster over the sample's size, so that a cluster of twice the mean size pays 1/32 of that spread. Labels
+  that carry the penalty to the end were tried, and change nothing.
+- Lists of more even length than flat k-means: 0.49 against 0.84 (texts) and 0.55 against 0.80 (skewed), but not so p99
+  over p50 of pages: of an inverted file nearly all lists are one page here, so that queries read alike.
+- An inverted file whose lists are packed in pages like these, which faiss does not do, reads 1.1 to 1.2 times as many
+  pages (texts), 1.3 to 1.7 (skewed): with 16 % heads its lists have six vectors and fit in a page, where those with
+  replicas have 33 in 4.6 pages.
+
+Changed after results were seen. The limit below which nothing is pruned had been scaled to the elements' range; it is
+0.1 as in the released code, or 0. Bounds on lists were 16 and more; a fixed number just meets the recall, by one list
+less for some queries, where whole numbers had favoured ratios. Faiss' own file and the packed one were one claim that
+failed by the packed one. Balance was one claim. The limit on memory was the vectors' size, under which Python did not
+start, as stacks of threads count; it is twice that, and the resident set is what is judged.
 """
 
 from __future__ import annotations
@@ -360,24 +385,29 @@ def on_disk_ivf(subject: Subject, lists: int, rounds: int) -> tuple[Ranked, Rank
     return both[0], both[1], lengths
 
 
-def ivf_claim(subject: Subject, ivf: tuple[Ranked, Ranked, np.ndarray] | str, one: Ranked) -> Claim:
+def ivf_claims(subject: Subject, ivf: tuple[Ranked, Ranked, np.ndarray] | str, one: Ranked) -> Iterator[Claim]:
     claim = f"{subject.name}: at equal recall fewer pages are read than of an inverted file on disk without closure"
-    required = f"at least {CLEAR} times fewer at both recalls, of the best of its forms"
+    packed_claim = f"{claim}, even where its lists are packed in pages as ours and hold ids as short"
+    required = f"at least {CLEAR} times fewer at both recalls, by two standard errors"
     if isinstance(ivf, str):
-        return not_run(claim, required, ivf)
-    told, fine = [], True
-    for recall in RECALLS:
-        ours = by_ratio(one, recall)
-        forms = {
-            "as its file has them": by_count(ivf[0], recall),
-            "packed in pages as ours": by_count(ivf[1], recall),
-            "packed and pruned as ours": by_ratio(ivf[1], recall),
-        }
-        fine &= min(gain(form, ours)[0] - 2 * gain(form, ours)[1] for form in forms.values()) >= CLEAR
-        told.append(f"recall {recall}: " + ", ".join(f"{told_gain(form, ours)} {name}" for name, form in forms.items()))
-    return Claim(
-        claim=claim, measured=f"{len(ivf[2]):,} lists of faiss; " + "; ".join(told), required=required, passed=fine
-    )
+        yield not_run(claim, required, ivf)
+        yield not_run(packed_claim, required, ivf)
+        return
+    ours = [by_ratio(one, recall) for recall in RECALLS]
+    plain = {"": [by_count(ivf[0], recall) for recall in RECALLS]}
+    packed = {
+        "": [by_count(ivf[1], recall) for recall in RECALLS],
+        " pruned as ours": [by_ratio(ivf[1], recall) for recall in RECALLS],
+    }
+    for text, forms in ((claim, plain), (packed_claim, packed)):
+        pairs = [(name, at, form[at]) for name, form in forms.items() for at in range(len(RECALLS))]
+        yield Claim(
+            claim=text,
+            measured=f"{len(ivf[2]):,} lists of faiss; "
+            + "; ".join(f"recall {RECALLS[at]}: {told_gain(form, ours[at])}{name}" for name, at, form in pairs),
+            required=required,
+            passed=all(gain(form, ours[at])[0] - 2 * gain(form, ours[at])[1] >= CLEAR for _, at, form in pairs),
+        )
 
 
 def memory_claim(subject: Subject, file: SpannFile) -> Claim:
@@ -518,12 +548,13 @@ def file_claims(subject: Subject, file: SpannFile, one: Ranked, sizes: Sizes) ->
 
 
 def limit_claim(subject: Subject, path: Path, point: Point) -> Claim:
-    """`memwall search` in a process whose own memory may not reach the vectors' bytes."""
-    limit = subject.vectors.nbytes
+    """`memwall search` in a process that may not map as much memory of its own as the lists take."""
+    whole = subject.vectors.nbytes
+    limit = 2 * whole
     claim = "the command searches with less memory than the vectors take"
-    required = "peak resident set below the vectors' bytes, reads around the page cache"
-    if limit < 100 * MB:
-        return not_run(claim, required, f"more vectors: these take {limit / MB:.0f} MB, as much as Python by itself")
+    required = "peak resident set below the vectors' bytes, reads around the page cache, lists larger than the limit"
+    if whole < 100 * MB:
+        return not_run(claim, required, f"more vectors: these take {whole / MB:.0f} MB, as much as Python by itself")
     with tempfile.TemporaryDirectory() as name:
         np.save(Path(name) / "q.npy", subject.queries)
         environment = {
@@ -545,11 +576,12 @@ def limit_claim(subject: Subject, path: Path, point: Point) -> Claim:
     return Claim(
         claim=claim,
         measured=f"{peak / MB:.0f} MB at most ({reads['resident_bytes'] / MB:.0f} of them heads and graph) under a "
-        f"limit of {limit / MB:.0f} MB, the vectors' size; {told['index_bytes'] / MB:.0f} MB on disk; "
+        f"limit of {limit / MB:.0f} MB on memory of its own; vectors take {whole / MB:.0f} MB, and lists on disk "
+        f"{told['index_bytes'] / MB:.0f} MB; "
         f"recall {recall_of(ids, subject.truth).mean():.3f}, {np.mean(reads['pages']):.1f} pages a query; "
         f"{'direct reads' if reads['direct'] else 'reads through the page cache'}",
         required=required,
-        passed=peak < limit and reads["direct"],
+        passed=peak < whole and reads["direct"] and told["index_bytes"] > limit,
     )
 
 
@@ -593,7 +625,7 @@ def subject_claims(subject: Subject, sizes: Sizes, tell: Any) -> Iterator[Claim]
     one = variants.ranked("tree", lists)
     tell("other libraries' inverted file")
     ivf = on_disk_ivf(subject, len(variants.heads("tree")[0]), sizes.rounds)
-    yield ivf_claim(subject, ivf, one)
+    yield from ivf_claims(subject, ivf, one)
     tell("rules of reading")
     yield pruning_claim(subject.name, one)
     tell("balance")

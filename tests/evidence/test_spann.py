@@ -48,8 +48,10 @@ def test_pruning_of_equal_distances_gains_nothing(experiment: ModuleType) -> Non
     apart = np.tile(np.linspace(1, 2, 60, dtype=np.float32), (100, 1))
     one = Ranked.of(apart, np.ones((100, 60), int), draw.integers(0, 60, (100, 10)))
     assert not experiment.pruning_claim("x", one).passed
-    absent = experiment.ivf_claim(experiment.split("x", "l2", drawn(300), 10), "faiss: not here", one)
-    assert absent.passed is None
+    subject = experiment.split("x", "l2", drawn(300), 10)
+    assert [claim.passed for claim in experiment.ivf_claims(subject, "faiss: not here", one)] == [None, None]
+    same = one, one, np.ones(60)  # of an inverted file that reads as much
+    assert [claim.passed for claim in experiment.ivf_claims(subject, same, one)] == [False, False]
 
 
 def test_bad_data(experiment: ModuleType, tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def test_cosines_are_of_vectors_brought_to_length_one(tmp_path: Path) -> None:
     cosines = unit(asked) @ unit(x).T
     np.testing.assert_allclose(hits.scores, -np.sort(-cosines, axis=1)[:, :6], atol=1e-5)
     assert file.vectors.search(asked, 3).ids.shape == (9, 3)
+    with pytest.raises(InputError, match="query 1 is all zeros"):
+        file.vectors.search(asked * [[1], [0], *[[1]] * 7], 3)
     assert file.vectors.search_counted(asked, 700, ALL)[0].ids.min() == 0
     more = file.vectors.search_counted(asked, 710, ALL)[0]
     assert (more.ids[:, 700:] == -1).all()
@@ -178,6 +180,7 @@ def test_vectors_that_are_ready_are_not_copied(tmp_path: Path) -> None:
         (np.zeros((3, 4), np.uint8), "cosine", "--metric l2"),
         (np.full((3, 4), np.nan, np.float32), "l2", "NaN"),
         (np.zeros(3, np.float32), "l2", "expected vectors"),
+        (np.eye(3, dtype=np.float32) * [[1], [0], [1]], "cosine", "vector 1 is all zeros"),
     ):
         with pytest.raises(InputError, match=says), prepared(bad, metric, tmp_path / "i"):  # type: ignore[arg-type]
             pass

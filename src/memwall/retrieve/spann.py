@@ -287,6 +287,8 @@ class SpannIndex(VectorIndex):
     def queries(self, queries: np.ndarray) -> np.ndarray:
         """As heads and lists are compared with: of length 1 for cosines, and padded."""
         asked = checked_vectors(queries, self.dimensions, "queries")
+        if self.metric == "cosine" and not asked.any(axis=1).all():
+            raise InputError(f"query {int(np.argmin(asked.any(axis=1)))} is all zeros, which has no cosine")
         return vector_search.padded(unit(asked) if self.metric == "cosine" else asked)
 
     def near_lists(

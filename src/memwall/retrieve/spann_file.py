@@ -67,7 +67,12 @@ def prepared(x: np.ndarray, metric: SpannMetric, beside: Path, element: str | No
     ready = x.dtype.name == kind and x.flags.c_contiguous
     for begin in pieces if not whole else ():
         part = checked_vectors(x[begin : begin + _CHECKED_AT_ONCE], None, f"vectors from {begin}")
-        ready &= metric != "cosine" or bool(np.abs(np.linalg.norm(part, axis=1) - 1).max(initial=0) < 1e-5)
+        if metric == "cosine":
+            lengths = np.linalg.norm(part, axis=1)
+            if (lengths == 0).any():
+                at = begin + int(np.argmin(lengths))
+                raise InputError(f"vector {at} is all zeros, which has no cosine: leave it out, or take --metric l2")
+            ready &= bool(np.abs(lengths - 1).max(initial=0) < 1e-5)
     if ready:
         yield x
         return

@@ -186,7 +186,7 @@ class _Questions(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         shard = self.server.shard  # type: ignore[attr-defined]
         held = shard.file.vectors
-        width = held.queries(np.zeros((1, held.dimensions), np.float32)).shape[1]
+        width = held.queries(np.ones((1, held.dimensions), np.float32)).shape[1]
         while True:
             try:
                 top, count, given = np.frombuffer(_exactly(self.request, 12), "<i4").tolist()
