@@ -21,9 +21,9 @@ faiss' lists on disk 1.40 and 1.52 (skewed: 1.92 and 2.13). What failed:
   0.42 and a twentieth below 0.014, as many texts are nearly the same, and the tenth head is 1.1 to 13 times as far (p5
   and p95). Lists do differ, by a factor of 2 (texts) to 4 (skewed) between p10 and p90.
 - The penalty on sizes. It acts where it is paid (root's clusters: std/mean 0.56 with and 0.71 without), but lists
-  follow the heads that are chosen from the tree, and are as even without it: 0.491 and 0.491. The bound on it is the spread of
-  the biggest cluster over the sample's size, so that a cluster of twice the mean size pays 1/32 of that spread. Labels
-  that carry the penalty to the end were tried, and change nothing.
+  follow the heads that are chosen from the tree, and are as even without it: 0.491 and 0.491. The bound on it is the
+  spread of the biggest cluster over the sample's size, so that a cluster of twice the mean size pays 1/32 of that
+  spread. Labels that carry the penalty to the end were tried, and change nothing.
 - Lists of more even length than flat k-means: 0.49 against 0.84 (texts) and 0.55 against 0.80 (skewed), but not so p99
   over p50 of pages: of an inverted file nearly all lists are one page here, so that queries read alike.
 - An inverted file whose lists are packed in pages like these, which faiss does not do, reads 1.1 to 1.2 times as many
