@@ -120,10 +120,13 @@ def test_easy_queries_read_few_lists(tmp_path: Path) -> None:
     x = drawn(4000, seed=4)
     file = written(tmp_path / "i", x)
     far = np.float32(np.random.default_rng(1).standard_normal((20, 24)) * 3)
-    settings = SearchSettings(lists=64, ratio=2)
+    settings = SearchSettings(lists=64, ratio=2, unpruned=0)
     easy = file.vectors.search_counted(x[file.vectors.head_ids[:20]] + np.float32(0.01), 1, settings)[1].lists
     hard = file.vectors.search_counted(far, 1, settings)[1].lists
     assert easy.mean() < hard.mean() / 4
+    every = SearchSettings(lists=64, ratio=2, unpruned=1)  # what is so near a head prunes nothing
+    on_heads = x[file.vectors.head_ids[:20]]
+    assert (file.vectors.search_counted(on_heads, 1, every)[1].lists == 64).all()
 
 
 def test_cosines_are_of_vectors_brought_to_length_one(tmp_path: Path) -> None:
@@ -198,6 +201,7 @@ def test_vectors_that_are_ready_are_not_copied(tmp_path: Path) -> None:
         (lambda: SearchSettings(lists=64, budget=32), "budget"),
         (lambda: SearchSettings(ratio=0.5), "ratio"),
         (lambda: SearchSettings(ratio=float("nan")), "ratio"),
+        (lambda: SearchSettings(unpruned=-1), "unpruned"),
         (lambda: SpannSettings(closure=ClosureSettings(candidates=2000, replicas=3)), "candidates"),
     ],
 )
