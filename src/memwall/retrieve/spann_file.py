@@ -20,6 +20,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -161,11 +162,10 @@ def _with_dictionary(built: Built) -> ListFormat:
     coded = built.format
     if not coded.compress:
         return coded
-    settings = {"dtype": coded.dtype, "dimensions": coded.dimensions, "ids_last": coded.ids_last, "delta": coded.delta}
-    plain = ListFormat(**settings)
+    plain = replace(coded, compress=False)
     step = max(len(built.lists.ends) // _LISTS_LEARNED, 1)
     some = [_encoded(built, plain, at) for at in range(0, len(built.lists.ends), step)]
-    return ListFormat(**settings, compress=True, dictionary=learned_dictionary(some, _DICTIONARY_BYTES))
+    return replace(coded, dictionary=learned_dictionary(some, _DICTIONARY_BYTES))
 
 
 def _told(built: Built, coded: ListFormat, metric: SpannMetric, model: str | None, machines: int) -> dict[str, Any]:
@@ -210,8 +210,7 @@ class SpannFile:
         start = self._file.info("lists").start
         if self._file.info("lists").dtype != "U8" or start % LIST_PAGE_BYTES:
             raise InputError(f"{path}: its lists are no bytes from a multiple of {LIST_PAGE_BYTES} on (at {start})")
-        coded = ListFormat(dtype=coded.dtype, dimensions=coded.dimensions, ids_last=coded.ids_last, delta=coded.delta,
-                           compress=coded.compress, dictionary=arrays["dictionary"].tobytes())  # fmt: skip
+        coded = replace(coded, dictionary=arrays["dictionary"].tobytes())
         directory = Directory.parse(self._file.alone("lists"), coded.entry_bytes, coded.compress, f"{path}: lists")
         if (len(directory.records), directory.num_vectors, directory.dimensions) != (heads, count, coded.dimensions):
             raise InputError(

@@ -10,6 +10,7 @@ go through .npy files. A library that is not there ends with status 3.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -48,7 +49,7 @@ def ask(job: str, x: np.ndarray, queries: np.ndarray, *, seconds: float | None =
                 check=False, timeout=seconds,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise PeerAbsent(f"{job} took more than {seconds:.0f} s") from None
+            raise PeerAbsent(f"{job} took more than {seconds} s") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             raise PeerAbsent(lines[-1])
@@ -59,7 +60,7 @@ def ask(job: str, x: np.ndarray, queries: np.ndarray, *, seconds: float | None =
 
 def faiss(folder: Path, x: np.ndarray, queries: np.ndarray, lists: int, rounds: int, ranked: int) -> dict[str, Any]:
     """owner [n]: the list of each vector; pages [lists]: that each touches in the file; ranking, apart [q, ranked]."""
-    import faiss as library
+    library: Any = importlib.import_module("faiss")
 
     quantizer = library.IndexFlatL2(x.shape[1])
     index = library.IndexIVFFlat(quantizer, x.shape[1], lists)
@@ -87,7 +88,7 @@ def faiss(folder: Path, x: np.ndarray, queries: np.ndarray, lists: int, rounds: 
 
 def hnswlib(folder: Path, x: np.ndarray, queries: np.ndarray, edges: int, ef: int, top: int) -> dict[str, Any]:
     """index_bytes: of the index, all of which it holds in memory. found [q, top]."""
-    import hnswlib as library
+    library: Any = importlib.import_module("hnswlib")
 
     index = library.Index(space="l2", dim=x.shape[1])
     index.init_index(max_elements=len(x), M=edges, ef_construction=100, random_seed=1)
@@ -110,7 +111,7 @@ def diskannpy(
     top: int,
 ) -> dict[str, Any]:
     """found-L [q, top] and bytes read of searches with lists of L candidates. search_bytes: that its codes may take."""
-    import diskannpy as library
+    library: Any = importlib.import_module("diskannpy")
 
     where = folder / "graph"
     where.mkdir()
