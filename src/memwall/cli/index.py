@@ -10,12 +10,30 @@ import typer
 
 from memwall.cli.command import AsJson, Debug, Quiet, Threads, add_command, complete_model
 from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.cli.spann import (
+    HeadShare,
+    IndexOptions,
+    ListPages,
+    Machines,
+    MostLists,
+    Packed,
+    Ratio,
+    Replicas,
+    Spann,
+    index_spann,
+    reads_sentence,
+    reads_told,
+    search_settings,
+)
 from memwall.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from memwall.retrieve.base import Hits
     from memwall.retrieve.embedding_storage import Fitted, Form, Metric, Point
+    from memwall.retrieve.spann import SearchSettings
+    from memwall.retrieve.spann_file import SpannFile
     from memwall.retrieve.vector_file import VectorFile
 
 CODECS = (
@@ -71,7 +89,10 @@ EmbeddingModel = Annotated[
         help="Model that makes vectors of texts (default: demo).", metavar="MODEL", autocompletion=complete_model
     ),
 ]
-MetricName = Annotated[str, typer.Option(help="What scores are: cosine or inner (products).", metavar="METRIC")]
+MetricName = Annotated[
+    str,
+    typer.Option(help="What scores are: cosine, inner (products), or with --spann l2 (distances).", metavar="METRIC"),
+]
 
 
 def index(
@@ -90,6 +111,12 @@ def index(
     points: Points = None,
     fit: Fit = None,
     metric: MetricName = "cosine",
+    spann: Spann = False,
+    heads: HeadShare = None,
+    replicas: Replicas = None,
+    list_pages: ListPages = None,
+    packed: Packed = False,
+    machines: Machines = None,
     model: EmbeddingModel = None,
     threads: Threads = None,
     json: AsJson = False,
@@ -104,6 +131,14 @@ def index(
     from memwall.retrieve.embedding_storage import Fitted
     from memwall.retrieve.vector_file import write_vectors
 
+    lists = IndexOptions(heads=heads, replicas=replicas, list_pages=list_pages, packed=packed, machines=machines)
+    if spann:
+        _only_lists(reduce=reduce, points=points, fit=fit)
+        x, texts, made_by = _vectors(vectors, model, threads, quiet)
+        index_spann(out, x, lists, element=codec, metric=metric, memory=memory, texts=texts, model=made_by, json=json,
+                    quiet=quiet)  # fmt: skip
+        return
+    lists.refuse()
     known: Metric = _metric(metric)
     if points is not None and memory is None:
         raise InputError("--points goes with --memory, for which a form is chosen by them")
@@ -128,6 +163,12 @@ def index(
         return
     typer.echo(f"{out}  {told['count']:,} vectors as {told['form']}, {format_bytes(told['file_bytes'])}")
     note(_sentence(told), quiet=quiet)
+
+
+def _only_lists(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name} does not go with --spann, whose lists hold vectors as they are")
 
 
 def _told(out: Path, fitted: Fitted, seconds: float, chosen: Point | None) -> dict[str, Any]:
@@ -260,6 +301,8 @@ def search(
     ],
     *,
     top: Annotated[int, typer.Option(help="How many of the nearest.", min=1, max=10_000)] = 10,
+    lists: MostLists = None,
+    ratio: Ratio = None,
     model: EmbeddingModel = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Do not compare the file's digest, for which all of it is read.")
@@ -271,21 +314,70 @@ def search(
 ) -> None:
     """The nearest vectors of an index to each query, by scores of all of them as they are stored.
 
-    The file is mapped, and no decoded copy is made: what a search holds is about the file's size.
+    The file is mapped, and no decoded copy is made: what a search holds is about the file's size. Of an index made with
+    --spann only heads are held, and the lists of near heads are read.
     """
     from memwall.memory import peak_resident_bytes
+    from memwall.retrieve.spann_file import is_spann
     from memwall.retrieve.vector_file import VectorFile
 
     if threads is not None:
         from memwall import kernels
 
         kernels.set_num_threads(threads)
+    if is_spann(path):
+        _search_lists(path, queries, top, search_settings(lists, ratio), model, not unchecked, json, quiet)
+        return
+    if lists is not None or ratio is not None:
+        raise InputError(f"--lists and --ratio are of indexes made with --spann; {path} has all its vectors scored")
     file = VectorFile(path, verify=not unchecked)
     asked, texts = _queries(queries, file, model, quiet)
     began = time.perf_counter()
     with progress_bar("search", quiet=quiet) as bar:
         hits = file.vectors.search(asked, top, bar.counted)
     seconds = time.perf_counter() - began
+    results = _results(hits, file, texts)
+    if json:
+        print_json({"index": str(path), "form": str(file.vectors.fitted.form), "results": results, "seconds": seconds,
+                    "index_bytes": file.vectors.nbytes, "peak_resident_bytes": peak_resident_bytes()})  # fmt: skip
+        return
+    _show(results, with_text=file.texts is not None)
+    note(_rate(file, len(asked), seconds), quiet=quiet)
+
+
+def _search_lists(
+    path: Path,
+    queries: str,
+    top: int,
+    settings: SearchSettings,
+    model: str | None,
+    verify: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Of an index made with --spann."""
+    from memwall.memory import peak_resident_bytes
+    from memwall.retrieve.spann_file import SpannFile
+    from memwall.retrieve.spann_shards import ShardedIndex
+
+    file = SpannFile(path, verify=verify)
+    index = ShardedIndex.local(file, verify=verify) if file.machines else file.vectors
+    asked, texts = _queries(queries, file, model, quiet)
+    began = time.perf_counter()
+    with progress_bar("search", quiet=quiet) as bar:
+        hits, reads = index.search_counted(asked, top, settings, bar.counted)
+    seconds = time.perf_counter() - began
+    results = _results(hits, file, texts)
+    if json:
+        print_json({"index": str(path), "form": "spann", "results": results, "seconds": seconds,
+                    "index_bytes": file.nbytes, "peak_resident_bytes": peak_resident_bytes(),
+                    "reads": reads_told(file, reads)})  # fmt: skip
+        return
+    _show(results, with_text=file.texts is not None)
+    note(reads_sentence(file, reads, seconds), quiet=quiet)
+
+
+def _results(hits: Hits, file: VectorFile | SpannFile, texts: list[str] | None) -> list[dict[str, Any]]:
     results = []
     for number, (ids, scores) in enumerate(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True)):
         found = [
@@ -294,12 +386,7 @@ def search(
             if one >= 0
         ]
         results.append({"query": number if texts is None else texts[number], "hits": found})
-    if json:
-        print_json({"index": str(path), "form": str(file.vectors.fitted.form), "results": results, "seconds": seconds,
-                    "index_bytes": file.vectors.nbytes, "peak_resident_bytes": peak_resident_bytes()})  # fmt: skip
-        return
-    _show(results, with_text=file.texts is not None)
-    note(_rate(file, len(asked), seconds), quiet=quiet)
+    return results
 
 
 def _rate(file: VectorFile, count: int, seconds: float) -> str:
@@ -326,7 +413,9 @@ def _show(results: list[dict[str, Any]], *, with_text: bool) -> None:
     typer.echo(format_table(headers, rows, right=frozenset({1, 2, 3})))
 
 
-def _queries(queries: str, file: VectorFile, model: str | None, quiet: bool) -> tuple[np.ndarray, list[str] | None]:
+def _queries(
+    queries: str, file: VectorFile | SpannFile, model: str | None, quiet: bool
+) -> tuple[np.ndarray, list[str] | None]:
     """Vectors, and the texts that they were made of. The file's word on its model opens nothing: who asks names it."""
     if queries.endswith(".npy"):
         return read_vectors(Path(queries)), None

@@ -2,6 +2,8 @@
 
 `base` has the seam, an index that is searched. `embedding_storage` holds vectors in fewer dimensions and fewer bits
 (`reducers`, `vector_codecs`), `vector_file` keeps them on disk, `ranking` measures what a form costs in quality.
+`spann` reads lists of vectors from disk around heads in memory (`head_tree`, `closure`, `list_file`, `spann_file`,
+`spann_shards`).
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def write_vectors(
     if fitted.reducer is not None and not fitted.reducer.stored:
         fitted.reducer.tables()  # says why
     told = json.dumps(_told(fitted, len(x), model), ensure_ascii=False)
-    tables = _tables(fitted) | ({} if texts is None else _text_arrays(texts))
+    tables = _tables(fitted) | ({} if texts is None else text_arrays(texts))
     rows = stored_arrays(fitted.codec, len(x), fitted.m)
     digests = {name: hashlib.sha256(np.ascontiguousarray(table).data) for name, table in tables.items()}
     digests |= {name: hashlib.sha256() for name in rows}
@@ -221,7 +221,7 @@ def _tables(fitted: Fitted) -> dict[str, np.ndarray]:
     return found | {f"reducer.{name}": table for name, table in reducer.items()}
 
 
-def _text_arrays(texts: Sequence[str]) -> dict[str, np.ndarray]:
+def text_arrays(texts: Sequence[str]) -> dict[str, np.ndarray]:
     parts = [text.encode("utf-8", errors="surrogatepass") for text in texts]
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     return {"texts": np.frombuffer(b"".join(parts), np.uint8), "text_ends": ends}
