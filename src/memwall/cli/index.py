@@ -10,11 +10,13 @@ import typer
 
 from memwall.cli.command import AsJson, Debug, Quiet, Threads, add_command, complete_model
 from memwall.cli.printing import format_table, note, print_json, progress_bar
+from memwall.cli.tenants import index_tenants, search_tenant
 from memwall.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from memwall.retrieve.curator_file import CuratorFile
     from memwall.retrieve.embedding_storage import Fitted, Form, Metric, Point
     from memwall.retrieve.vector_file import VectorFile
 
@@ -71,7 +73,21 @@ EmbeddingModel = Annotated[
         help="Model that makes vectors of texts (default: demo).", metavar="MODEL", autocompletion=complete_model
     ),
 ]
-MetricName = Annotated[str, typer.Option(help="What scores are: cosine or inner (products).", metavar="METRIC")]
+MetricName = Annotated[
+    str,
+    typer.Option(
+        help="What scores are: cosine or inner (products); with --tenants cosine or l2 (squared distances, negative).",
+        metavar="METRIC",
+    ),
+]
+Tenants = Annotated[
+    Path | None,
+    typer.Option(
+        help="Who may read what: a line for each vector with the names of its tenants, its owner first. Makes one "
+        "index that all of them share; no other may find the vector.",
+        metavar="FILE",
+    ),
+]
 
 
 def index(
@@ -91,6 +107,7 @@ def index(
     fit: Fit = None,
     metric: MetricName = "cosine",
     model: EmbeddingModel = None,
+    tenants: Tenants = None,
     threads: Threads = None,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -100,6 +117,12 @@ def index(
 
     A file of vectors is read a piece at a time; the index appears whole or not at all. `memwall search` reads it.
     """
+    if tenants is not None:
+        if any(one is not None for one in (codec, reduce, memory, points, fit)):
+            raise InputError("--tenants keeps vectors as float32: leave out --codec, --reduce, --memory and --fit")
+        x, texts, made_by = _vectors(vectors, model, threads, quiet)
+        index_tenants(x, out, tenants, metric, texts=texts, model=made_by, json=json, quiet=quiet)
+        return
     from memwall.hardware.units import format_bytes
     from memwall.retrieve.embedding_storage import Fitted
     from memwall.retrieve.vector_file import write_vectors
@@ -260,6 +283,16 @@ def search(
     ],
     *,
     top: Annotated[int, typer.Option(help="How many of the nearest.", min=1, max=10_000)] = 10,
+    tenant: Annotated[
+        str | None,
+        typer.Option(help="Who asks, of an index with tenants: what it may read is searched.", metavar="NAME"),
+    ] = None,
+    scan: Annotated[
+        int | None,
+        typer.Option(
+            help="With --tenant: vectors compared at most for each of --top (default: 256).", min=1, max=1 << 20
+        ),
+    ] = None,
     model: EmbeddingModel = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Do not compare the file's digest, for which all of it is read.")
@@ -274,12 +307,18 @@ def search(
     The file is mapped, and no decoded copy is made: what a search holds is about the file's size.
     """
     from memwall.memory import peak_resident_bytes
+    from memwall.retrieve.curator_file import holds_tenants
     from memwall.retrieve.vector_file import VectorFile
 
     if threads is not None:
         from memwall import kernels
 
         kernels.set_num_threads(threads)
+    if holds_tenants(path):
+        _search_tenant(path, queries, tenant, top, scan, model, verify=not unchecked, json=json, quiet=quiet)
+        return
+    if tenant is not None or scan is not None:
+        raise InputError(f"{path}: has no tenants (`memwall index --tenants` makes such an index)")
     file = VectorFile(path, verify=not unchecked)
     asked, texts = _queries(queries, file, model, quiet)
     began = time.perf_counter()
@@ -300,6 +339,27 @@ def search(
         return
     _show(results, with_text=file.texts is not None)
     note(_rate(file, len(asked), seconds), quiet=quiet)
+
+
+def _search_tenant(
+    path: Path, queries: str, tenant: str | None, top: int, scan: int | None, model: str | None, *, verify: bool,
+    json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    from memwall.hardware.units import format_seconds
+    from memwall.memory import peak_resident_bytes
+
+    told = search_tenant(
+        path, tenant, top, scan, verify=verify, queries=lambda file: _queries(queries, file, model, quiet)
+    )
+    if json:
+        print_json({**told, "peak_resident_bytes": peak_resident_bytes()})
+        return
+    _show(told["results"], with_text=any("text" in hit for one in told["results"] for hit in one["hits"]))
+    note(
+        f"memwall: {len(told['results'])} queries in {format_seconds(told['seconds'])}, each compared with "
+        f"{told['work_per_query']['vector_distances']:,.0f} of the {told['readable']:,} vectors that {tenant} may read",
+        quiet=quiet,
+    )
 
 
 def _rate(file: VectorFile, count: int, seconds: float) -> str:
@@ -326,7 +386,9 @@ def _show(results: list[dict[str, Any]], *, with_text: bool) -> None:
     typer.echo(format_table(headers, rows, right=frozenset({1, 2, 3})))
 
 
-def _queries(queries: str, file: VectorFile, model: str | None, quiet: bool) -> tuple[np.ndarray, list[str] | None]:
+def _queries(
+    queries: str, file: VectorFile | CuratorFile, model: str | None, quiet: bool
+) -> tuple[np.ndarray, list[str] | None]:
     """Vectors, and the texts that they were made of. The file's word on its model opens nothing: who asks names it."""
     if queries.endswith(".npy"):
         return read_vectors(Path(queries)), None

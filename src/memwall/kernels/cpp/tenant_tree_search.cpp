@@ -1,0 +1,301 @@
+// How the shared tree is searched for a tenant, read from a file's arrays and checked.
+#include "tenant_tree.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <queue>
+#include <stdexcept>
+#include <utility>
+
+#include "tenant_parts.h"
+#include "threads.h"
+
+namespace mw {
+
+namespace {
+
+constexpr std::size_t kShare = 16;         // vectors of a chunk, where threads share one query
+constexpr std::size_t kLeastShared = 256;  // fewer are not worth waking a thread
+
+struct Near {
+  float distance;
+  std::uint32_t node;
+  // the least first in a heap whose top is the greatest; of equal distances the node that comes first
+  bool operator<(const Near& other) const { return distance != other.distance ? distance > other.distance : node > other.node; }
+};
+struct Bucket {
+  float distance;
+  std::uint32_t node;
+  std::int64_t size;
+};
+using Best = std::pair<float, std::int64_t>;  // distance, label
+
+}  // namespace
+
+struct TenantTree::Scratch {
+  std::vector<Near> heap;
+  std::vector<Bucket> buckets;
+  std::vector<std::uint32_t> slots, children;
+  std::vector<const float*> rows;
+  std::vector<float> distances;
+  std::vector<Best> best;
+};
+
+void TenantTree::find_buckets(const float* query, std::uint32_t tenant, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const {
+  const Probe found = probe(tenant);
+  auto& heap = scratch.heap;
+  auto& buckets = scratch.buckets;
+  heap.clear();
+  buckets.clear();
+  std::int64_t total = 0;
+  if (knows(0, found)) heap.push_back({0.0f, 0});
+  while (!heap.empty() && total < task.found_most) {
+    std::pop_heap(heap.begin(), heap.end());
+    const Near near = heap.back();
+    heap.pop_back();
+    ++told.nodes;
+    const Node& node = nodes_[near.node];
+    const List* list = find_list(near.node, tenant);
+    if (list || node.leaf()) {
+      const std::int64_t size = list ? list->ids.size : leaf_count(node, tenant);
+      if (size) buckets.push_back({near.distance, near.node, size});
+      total += size;
+      continue;
+    }
+    // children that do not know the tenant would be skipped later: their distances are not worth computing
+    scratch.children.clear();
+    scratch.rows.clear();
+    for (std::int32_t i = 0; i < node.num_children; ++i) {
+      const auto child = static_cast<std::uint32_t>(node.first_child + i);
+      if (!knows(child, found)) continue;
+      scratch.children.push_back(child);
+      scratch.rows.push_back(centroids_.data() + child * static_cast<std::size_t>(cols_));
+    }
+    const std::size_t count = scratch.children.size();
+    scratch.distances.resize(count);
+    tenant_distances(query, scratch.rows.data(), static_cast<std::int64_t>(count), cols_, scratch.distances.data());
+    told.centroid_distances += static_cast<std::int64_t>(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      heap.push_back({scratch.distances[i], scratch.children[i]});
+      std::push_heap(heap.begin(), heap.end());
+    }
+  }
+  std::sort(buckets.begin(), buckets.end(), [](const Bucket& a, const Bucket& b) { return a.distance != b.distance ? a.distance < b.distance : a.node < b.node; });
+  while (total > task.scanned_most && total - buckets.back().size >= task.top) {
+    total -= buckets.back().size;
+    buckets.pop_back();
+  }
+  told.buckets = static_cast<std::int64_t>(buckets.size());
+}
+
+void TenantTree::gather(std::uint32_t tenant, Scratch& scratch) const {
+  scratch.slots.clear();
+  for (const Bucket& bucket : scratch.buckets) {
+    if (const List* list = find_list(bucket.node, tenant)) {
+      const std::uint32_t* ids = pool_.data(list->ids);
+      scratch.slots.insert(scratch.slots.end(), ids, ids + list->ids.size);
+    } else {
+      for (const std::uint32_t slot : nodes_[bucket.node].members)
+        if (may_read(slot, tenant)) scratch.slots.push_back(slot);
+    }
+  }
+  scratch.rows.clear();
+  for (const std::uint32_t slot : scratch.slots) scratch.rows.push_back(row(slot));
+}
+
+void TenantTree::search_one(const SearchTask& task, std::int64_t query, Scratch& scratch, bool share) const {
+  SearchStatistics& told = task.statistics[query];
+  told = {};
+  const std::int64_t padded = (cols_ + kQueryPad - 1) / kQueryPad * kQueryPad;
+  const float* x = task.queries + query * padded;
+  find_buckets(x, task.tenants[query], task, scratch, told);
+  gather(task.tenants[query], scratch);
+  const std::size_t count = scratch.slots.size();
+  told.vector_distances = static_cast<std::int64_t>(count);
+  scratch.distances.resize(count);
+  const auto measure = [&](std::size_t begin, std::size_t end, int) {
+    tenant_distances(x, scratch.rows.data() + begin, static_cast<std::int64_t>(end - begin), cols_, scratch.distances.data() + begin);
+  };
+  if (share && count >= kLeastShared) parallel_for(count, kShare, measure);
+  else measure(0, count, 0);
+  const auto top = static_cast<std::size_t>(task.top);
+  auto& best = scratch.best;  // a heap whose top is the worst
+  best.clear();
+  for (std::size_t i = 0; i < count; ++i) {
+    const float distance = scratch.distances[i];
+    if (best.size() == top && distance > best.front().first) continue;
+    const Best one{distance, labels_[scratch.slots[i]]};
+    if (best.size() == top) {
+      if (!(one < best.front())) continue;
+      std::pop_heap(best.begin(), best.end());
+      best.pop_back();
+    }
+    best.push_back(one);
+    std::push_heap(best.begin(), best.end());
+  }
+  std::sort_heap(best.begin(), best.end());
+  for (std::size_t i = 0; i < top; ++i) {
+    const auto at = static_cast<std::size_t>(query) * top + i;
+    task.labels[at] = i < best.size() ? best[i].second : -1;
+    task.distances[at] = i < best.size() ? best[i].first : std::numeric_limits<float>::infinity();
+  }
+}
+
+void TenantTree::search(const SearchTask& task) const {
+  if (task.num_queries == 1) {
+    Scratch scratch;
+    return search_one(task, 0, scratch, true);
+  }
+  std::vector<Scratch> scratches(static_cast<std::size_t>(num_threads()));
+  parallel_for(static_cast<std::size_t>(task.num_queries), 1, [&](std::size_t begin, std::size_t end, int worker) {
+    for (std::size_t query = begin; query < end; ++query) search_one(task, static_cast<std::int64_t>(query), scratches[static_cast<std::size_t>(worker)], false);
+  });
+}
+
+std::vector<std::uint32_t> TenantTree::readable(std::uint32_t tenant) const {
+  const Probe found = probe(tenant);
+  std::vector<std::uint32_t> slots, nodes;
+  if (knows(0, found)) nodes.push_back(0);
+  while (!nodes.empty()) {
+    const std::uint32_t at = nodes.back();
+    nodes.pop_back();
+    const Node& node = nodes_[at];
+    if (const List* list = find_list(at, tenant)) {
+      slots.insert(slots.end(), pool_.data(list->ids), pool_.data(list->ids) + list->ids.size);
+    } else if (node.leaf()) {
+      for (const std::uint32_t slot : node.members)
+        if (may_read(slot, tenant)) slots.push_back(slot);
+    } else {
+      for (std::int32_t i = 0; i < node.num_children; ++i)
+        if (knows(static_cast<std::uint32_t>(node.first_child + i), found)) nodes.push_back(static_cast<std::uint32_t>(node.first_child + i));
+    }
+  }
+  return slots;
+}
+
+// ---- reading ----
+
+namespace {
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+void require_ends(const std::int64_t* ends, std::int64_t count, std::int64_t least, const char* what) {
+  for (std::int64_t i = 0; i < count; ++i) require(ends[i] >= (i ? ends[i - 1] : 0) + least, what);
+}
+
+}  // namespace
+
+void TenantTree::restore(const TreeState& state) {
+  require(live_ == 0 && labels_.empty(), "only an empty tree is filled from a file");
+  const auto count = static_cast<std::size_t>(state.count);
+  require(count < 0xfffffffeu, "an index holds 2^32 - 2 vectors at most");
+  require_ends(state.access_ends, state.count, 0, "the ends of permissions do not rise");
+  require_ends(state.list_ends, state.num_lists, 1, "the ends of short lists do not rise");
+  const auto nodes = static_cast<std::int32_t>(nodes_.size());
+  for (std::size_t i = 0; i < count; ++i) {
+    require(state.labels[i] >= 0 && state.owners[i] >= -1, "a vector has a label or an owner that is none");
+    require(state.leaves[i] >= 0 && state.leaves[i] < nodes && nodes_[static_cast<std::size_t>(state.leaves[i])].leaf(), "a vector lies in a node that is no leaf");
+  }
+  std::copy_n(state.filters, filters_.size(), filters_.begin());
+  labels_.assign(state.labels, state.labels + count);
+  owners_.assign(state.owners, state.owners + count);
+  leaf_of_.assign(state.leaves, state.leaves + count);
+  access_.assign(count, {});
+  const std::size_t each = std::size_t{1} << chunk_shift_;
+  for (std::size_t start = 0; start < count; start += each) {
+    if (start + each <= count) {
+      owned_.push_back(nullptr);
+      chunks_.push_back(state.vectors + start * static_cast<std::size_t>(cols_));
+    } else {  // the last one has room for others
+      add_chunk();
+      std::memcpy(owned_.back().get(), state.vectors + start * static_cast<std::size_t>(cols_), sizeof(float) * (count - start) * static_cast<std::size_t>(cols_));
+    }
+  }
+  while (count * 4 > table_.size() * 3) table_.assign(2 * table_.size(), 0xffffffffu);
+  std::vector<std::pair<std::uint32_t, std::uint32_t>> pairs;  // leaf, tenant
+  for (std::uint32_t slot = 0; slot < count; ++slot) {
+    const std::size_t place_in = table_place(labels_[slot]);
+    require(table_[place_in] == 0xffffffffu, "two vectors have one label");
+    table_[place_in] = slot;
+    ++live_;
+    nodes_[leaf_of_[slot]].members.push_back(slot);
+    for (std::int64_t at = slot ? state.access_ends[slot - 1] : 0; at < state.access_ends[slot]; ++at) {
+      const std::uint32_t tenant = state.access[at];
+      Span& span = access_[slot];
+      require(!span.size || pool_.data(span)[span.size - 1] < tenant, "the tenants of a vector do not rise");
+      pool_.insert(span, span.size, tenant);
+      if (tenant >= totals_.size()) totals_.resize(tenant + 1);
+      ++totals_[tenant];
+      pairs.emplace_back(leaf_of_[slot], tenant);
+    }
+  }
+  std::sort(pairs.begin(), pairs.end());
+  for (const auto& [leaf, tenant] : pairs) {
+    auto& counts = nodes_[leaf].counts;
+    if (counts.empty() || counts.back().tenant != tenant) counts.push_back({tenant, 0});
+    ++counts.back().count;
+  }
+  for (std::int64_t i = 0; i < state.num_lists; ++i) {
+    const std::int32_t node = state.list_nodes[i], tenant = state.list_tenants[i];
+    require(node >= 0 && node < nodes && tenant >= 0, "a short list has a node or a tenant that is none");
+    auto& lists = nodes_[static_cast<std::size_t>(node)].lists;
+    require(lists.empty() || lists.back().tenant < static_cast<std::uint32_t>(tenant), "the tenants of a node's short lists do not rise");
+    lists.push_back({static_cast<std::uint32_t>(tenant), {}});
+    for (std::int64_t at = i ? state.list_ends[i - 1] : 0; at < state.list_ends[i]; ++at) {
+      require(state.list_ids[at] < count, "a short list names no vector");
+      pool_.insert(lists.back().ids, lists.back().ids.size, state.list_ids[at]);
+    }
+  }
+  const std::string wrong = check();
+  if (!wrong.empty()) throw std::invalid_argument(wrong);
+}
+
+std::string TenantTree::check() const {
+  std::vector<std::vector<std::int64_t>> reached(nodes_.size());  // pairs that lead to each list
+  for (std::size_t i = 0; i < nodes_.size(); ++i) {
+    const Node& node = nodes_[i];
+    reached[i].resize(node.lists.size());
+    for (const List& list : node.lists) {
+      std::vector<std::uint32_t> ids(pool_.data(list.ids), pool_.data(list.ids) + list.ids.size);
+      if (ids.empty() || list.ids.size > settings_.max_list) return "a short list is empty or too long";
+      std::sort(ids.begin(), ids.end());
+      if (std::adjacent_find(ids.begin(), ids.end()) != ids.end()) return "a short list names a vector twice";
+      for (const std::uint32_t slot : ids) {
+        if (!live(slot) || !may_read(slot, list.tenant)) return "a short list names a vector that its tenant may not read";
+        std::int32_t above = static_cast<std::int32_t>(leaf_of_[slot]);
+        while (above > static_cast<std::int32_t>(i)) above = nodes_[static_cast<std::size_t>(above)].parent;
+        if (above != static_cast<std::int32_t>(i)) return "a short list names a vector of another part of the tree";
+      }
+    }
+  }
+  for (std::uint32_t slot = 0; slot < labels_.size(); ++slot) {
+    if (!live(slot)) continue;
+    std::array<std::uint32_t, kMostLevels + 1> way{};
+    int length = 0;
+    for (std::int32_t node = static_cast<std::int32_t>(leaf_of_[slot]); node >= 0; node = nodes_[static_cast<std::size_t>(node)].parent) way[static_cast<std::size_t>(length++)] = static_cast<std::uint32_t>(node);
+    for (std::uint32_t i = 0; i < access_[slot].size; ++i) {
+      const std::uint32_t tenant = pool_.data(access_[slot])[i];
+      const Probe found = probe(tenant);
+      if (leaf_count(nodes_[leaf_of_[slot]], tenant) == 0) return "a leaf does not count a tenant";
+      for (int at = length - 1; at >= 0; --at) {
+        const std::uint32_t node = way[static_cast<std::size_t>(at)];
+        if (!knows(node, found)) return "a filter does not know a tenant";
+        if (const List* list = find_list(node, tenant)) {
+          ++reached[node][static_cast<std::size_t>(list - nodes_[node].lists.data())];
+          break;
+        }
+      }
+    }
+  }
+  // ids of a list are different vectors that its tenant may read below its node: as many as lead there, then they are those
+  for (std::size_t i = 0; i < nodes_.size(); ++i)
+    for (std::size_t at = 0; at < reached[i].size(); ++at)
+      if (reached[i][at] != nodes_[i].lists[at].ids.size) return "a short list lacks vectors of its tenant, or lies below another one";
+  return {};
+}
+
+}  // namespace mw
