@@ -497,6 +497,7 @@ class Table:
 
     may: Permissions
     n: int
+    d: int
     contenders: dict[str, Contender]
     looked: dict[str, np.ndarray]
     seconds: dict[str, np.ndarray]
@@ -553,7 +554,7 @@ def measured(held: Corpus, may: Permissions, progress: Progress | None) -> tuple
     if faiss is not None:
         faiss.omp_set_num_threads(2)
     return Table(
-        may=may, n=len(held.x), contenders={one.name: one for one in contenders}, looked=looked, seconds=seconds
+        may=may, n=len(held.x), d=held.x.shape[1], contenders={one.name: one for one in contenders}, looked=looked, seconds=seconds
     ), index
 
 
@@ -670,12 +671,7 @@ def flat_claim(table: Table) -> Claim:
 
 def memory_claims(table: Table) -> Iterator[Claim]:
     held = table.contenders
-    raw = (
-        table.n
-        * 4
-        * (held["private copies"].nbytes - sum(p.nbytes for p in table.may.who))
-        // (4 * max(table.may.pairs, 1))
-    )
+    raw = table.n * table.d * 4
     told = ", ".join(
         f"{name} {(one.nbytes - raw) / MB:,.1f} (process +{one.resident / MB:,.0f})" for name, one in held.items()
     )
