@@ -1,4 +1,4 @@
-"""Fuzzing the reader of shared indexes: read or refused with InputError in little memory, and no foreign vector found."""
+"""Fuzzing the reader of shared indexes: read or refused with InputError, and no foreign vector is ever found."""
 
 from __future__ import annotations
 
