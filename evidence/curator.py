@@ -610,7 +610,7 @@ def looked_claims(table: Table) -> Iterator[Claim]:
         table.ratio(computed, "shared IVF", small),
     )
     yield Claim(
-        claim=f"small tenants ({table.may.name}): ten times fewer vectors are looked at than in a filtered shared index",
+        claim=f"small tenants ({table.may.name}): ten times fewer vectors looked at than in a filtered shared index",
         measured=f"{told}: Curator {looked['curator'][small].mean():,.0f} distances; shared IVF looks at "
         f"{pm(ivf)} times as many (and computes {pm(before)} times as many distances, as it asks the filter before "
         f"each), shared HNSW {pm(graph)}",

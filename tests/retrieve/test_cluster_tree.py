@@ -22,7 +22,8 @@ def levels_of(parents: np.ndarray) -> list[int]:
 def test_branching_shrinks_and_stops_where_samples_run_out() -> None:
     x = vectors(600, seed=1)
     told: list[tuple[int, int]] = []
-    centroids, parents = train_tree(x, SMALL, lambda done, whole: told.append((done, whole)))
+    tree = train_tree(x, SMALL, lambda done, whole: told.append((done, whole)))
+    centroids, parents = tree.centroids, tree.parents
     assert centroids.shape == (len(parents), 32)
     assert (np.diff(parents) >= 0).all()  # level by level, children side by side
     levels, children = levels_of(parents), np.bincount(parents[1:], minlength=len(parents))
@@ -31,6 +32,7 @@ def test_branching_shrinks_and_stops_where_samples_run_out() -> None:
     assert children[0] == 8
     np.testing.assert_allclose(centroids[0], x.mean(axis=0), rtol=1e-5)
     assert told[-1] == (600, 600)
+    assert tree.spreads[0] == pytest.approx(np.square(x - x.mean(axis=0)).sum(axis=1).mean(), rel=1e-4)
     # a node with children had 8 samples for each that it was to have
     held = {0: np.arange(600)}
     for node in range(len(parents)):
@@ -44,19 +46,16 @@ def test_branching_shrinks_and_stops_where_samples_run_out() -> None:
 
 
 def test_levels_are_bounded() -> None:
-    _, parents = train_tree(
-        vectors(600), TreeShape(branching=2, least_branching=2, most_level=3, points_per_centroid=1)
-    )
-    assert max(levels_of(parents)) == 3
-    _, parents = train_tree(vectors(600), TreeShape(most_level=0))
-    assert parents.tolist() == [-1]
+    deep = TreeShape(branching=2, least_branching=2, most_level=3, points_per_centroid=1)
+    assert max(levels_of(train_tree(vectors(600), deep).parents)) == 3
+    assert train_tree(vectors(600), TreeShape(most_level=0)).parents.tolist() == [-1]
 
 
 def test_equal_samples_are_not_divided() -> None:
-    centroids, parents = train_tree(np.ones((300, 4), np.float32), SMALL)
-    assert parents.tolist() == [-1]
-    np.testing.assert_array_equal(centroids, np.ones((1, 4)))
-    assert train_tree(np.ones((1, 4), np.float32), SMALL)[1].tolist() == [-1]
+    tree = train_tree(np.ones((300, 4), np.float32), SMALL)
+    assert (tree.parents.tolist(), tree.spreads.tolist()) == ([-1], [0])
+    np.testing.assert_array_equal(tree.centroids, np.ones((1, 4)))
+    assert train_tree(np.ones((1, 4), np.float32), SMALL).parents.tolist() == [-1]
 
 
 def test_bad_input() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memwall import kernels
 from memwall.errors import InputError
 from memwall.retrieve.base import unit
-from memwall.retrieve.cluster_tree import TreeShape
+from memwall.retrieve.cluster_tree import ClusterTree, TreeShape
 from memwall.retrieve.curator import Curator, CuratorSettings
 from tests.retrieve.test_embedding_storage import vectors
 
@@ -125,7 +125,7 @@ def test_a_tenant_is_an_index_of_its_own() -> None:
     assert mine.count == len(index.readable("t3")) < index.count == 400
     np.testing.assert_array_equal(mine.search(X[:4], 3).ids, index.search(X[:4], 3, "t3").ids)
     assert mine.dimensions == 32
-    assert mine.nbytes == mine.count * 128 + index.centroids.nbytes
+    assert mine.nbytes == mine.count * 128 + index.clusters.centroids.nbytes
 
 
 def test_no_vector_of_others_is_compared_where_tenants_lie_mixed_in_leaves() -> None:
@@ -141,6 +141,47 @@ def test_no_vector_of_others_is_compared_where_tenants_lie_mixed_in_leaves() -> 
         assert set(hits.ids.ravel().tolist()) <= set(mine.tolist())
         assert (work.vector_distances == 200).all()
         assert index.search(X[mine], 1, name).ids[:, 0].tolist() == mine.tolist()
+
+
+# ---- the second design ----
+
+
+def test_any_filter_is_searched() -> None:
+    index = grown()
+    index.delete([7])
+    both = np.intersect1d(index.readable("t5"), index.readable("t4"))
+    some = np.setdiff1d(np.arange(50, 300), [7])
+    for labels, tenant in ((both, None), (some, None), ([*range(50, 300), 999], "t5"), ([3], None), ([], None)):
+        wanted = np.array(labels, np.int64)
+        if tenant is not None:
+            wanted = np.intersect1d(wanted, index.readable(tenant))
+        hits, work = index.search_among(X[:6], 5, labels, tenant=tenant)
+        for query, row in zip(X[:6], hits.ids.tolist(), strict=True):
+            assert [label for label in row if label >= 0] == (nearest(index, query, wanted, 5) if len(wanted) else [])
+        assert work.vector_distances.tolist() == [len(wanted)] * 6
+    few, work = index.search_among(X[:20], 2, np.arange(400), scan_factor=20, bucket_factor=2)
+    assert (work.vector_distances <= 40).all()
+    assert np.mean(few.ids[:, 0] == np.arange(20)) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("effort", "less"),
+    [({"prune": 1.2}, True), ({"most_buckets": 3}, True), ({"beam": 2}, True), ({"spread_weight": 0.3}, False)],
+)
+def test_searches_go_less_far(effort: dict[str, Any], less: bool) -> None:
+    index = grown(share=0.9)
+    whole, all_work = index.search_with_work(X[:60], 3, "t5")
+    hits, work = index.search_with_work(X[:60], 3, "t5", **effort)
+    assert (hits.ids >= 0).all()
+    assert np.isin(hits.ids, index.readable("t5")).all()
+    if less:
+        assert work.vector_distances.mean() < all_work.vector_distances.mean()
+        assert (work.vector_distances >= 3).all()
+        assert np.mean(hits.ids[:, 0] == whole.ids[:, 0]) > 0.5
+    else:  # only the order changes
+        np.testing.assert_array_equal(hits.ids, whole.ids)
+    if "most_buckets" in effort:
+        assert (work.buckets <= 3).all()
 
 
 # ---- changes ----
@@ -277,6 +318,8 @@ def test_owners_delete_and_others_do_not() -> None:
 
 def test_bad_input() -> None:
     index = grown(tenants=2)
+    ones = np.ones((3, 4), np.float32)
+    wrong = ClusterTree(centroids=ones, spreads=ones[:, 0].copy(), parents=np.array([-1, 2, 0], np.int32))
     cases: list[tuple[Any, str]] = [
         (lambda: index.search(X[:1], 3, "t9"), "no tenant 't9' in this index; did you mean t0"),
         (lambda: index.search(X[:1], 0, "t0"), "top is 0"),
@@ -292,7 +335,10 @@ def test_bad_input() -> None:
         (lambda: index.grant([0.5], "t0"), "whole numbers"),
         (lambda: index.grant([-1], "t0"), "no vector -1"),
         (lambda: Curator.train(X, metric="dot"), "no metric 'dot'"),  # type: ignore[arg-type]
-        (lambda: Curator(np.ones((3, 4), np.float32), np.array([-1, 2, 0], np.int32), SMALL), "no tree of clusters"),
+        (lambda: Curator(wrong, SMALL), "no tree of clusters"),
+        (lambda: index.search(X[:1], 1, "t0", scan_factor=0), "scan_factor is 0"),
+        (lambda: index.search(X[:1], 1, "t0", prune=0.5), "prune 0.5"),
+        (lambda: index.search_among(X[:1], 1, [0], tenant="t9"), "no tenant 't9'"),
         (lambda: CuratorSettings(max_list=0), "max_list is 0"),
         (lambda: CuratorSettings(filter_error=0.9), "filter_error is 0.9"),
     ]
@@ -309,4 +355,4 @@ def test_filters_have_the_size_that_is_told() -> None:
     assert config.filter_hashes == 7
     index = Curator.train(X, dataclasses.replace(SMALL, filter_capacity=1000))
     index.grant(index.add(X), "a")
-    assert len(index.tree.state()["filters"]) == len(index.parents) * config.filter_words
+    assert len(index.tree.state()["filters"]) == len(index.clusters.parents) * config.filter_words

@@ -1,9 +1,10 @@
 """A fixed tree of clusters, learned from sample vectors by k-means from the root down.
 
-Nodes lie level by level, the children of one side by side, so that a tree is two arrays: a centroid for each node and
-the number of its parent. A node is a leaf where too few samples are left for its children.
+Nodes lie level by level, the children of one side by side, so that a tree is three arrays. A node is a leaf where too
+few samples are left for its children.
 
-Units and shapes: samples [n, d] float32; centroids [nodes, d] float32; parents [nodes] int32, -1 of the root.
+Units and shapes: samples [n, d] float32; of nodes their centroids [nodes, d] float32, their spreads [nodes] float32
+(mean squared distance of their samples) and their parents [nodes] int32, -1 of the root.
 """
 
 from __future__ import annotations
@@ -51,16 +52,24 @@ class TreeShape:
         return max(branching // self.divisor, self.least_branching)
 
 
-def train_tree(
-    x: np.ndarray, shape: TreeShape, progress: Callable[[int, int], None] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Centroids and parents, learned from x, float32 [n, d] with n of 1 at least; progress: (samples done, all)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterTree:
+    """Arrays of nodes, see above."""
+
+    centroids: np.ndarray
+    spreads: np.ndarray
+    parents: np.ndarray
+
+
+def train_tree(x: np.ndarray, shape: TreeShape, progress: Callable[[int, int], None] | None = None) -> ClusterTree:
+    """Learned from x, float32 [n, d] with n of 1 at least; progress: (samples done, all)."""
     if not len(x):
         raise InputError("a tree of clusters is learned from one vector at least")
-    centroids, parents, levels = [x.mean(axis=0)], [-1], [0]
+    centroids, spreads, parents, levels = [x.mean(axis=0)], [], [-1], [0]
     waiting = [(0, np.arange(len(x)), shape.branching)]
     done = 0
     for number, held, branching in waiting:  # which grows
+        spreads.append(float(np.square(x[held] - centroids[number]).sum(axis=1).mean()))
         groups = _groups(x[held], branching, shape, number) if _divides(held, branching, levels[number], shape) else []
         if len(groups) < 2:  # too few, or all of them the same
             done += len(held)
@@ -72,7 +81,11 @@ def train_tree(
             centroids.append(centroid)
             parents.append(number)
             levels.append(levels[number] + 1)
-    return np.stack(centroids).astype(np.float32), np.array(parents, np.int32)
+    return ClusterTree(
+        centroids=np.stack(centroids).astype(np.float32),
+        spreads=np.array(spreads, np.float32),
+        parents=np.array(parents, np.int32),
+    )
 
 
 def _divides(held: np.ndarray, branching: int, level: int, shape: TreeShape) -> bool:

@@ -7,7 +7,8 @@ Idea: all vectors, whoever may read them, lie in the leaves of one tree of clust
 A tenant's own tree is that tree cut back: a node where a Bloom filter does not know the tenant is not in it, and one
 that holds a short list of the tenant's vectors below it is a leaf of it. Lists split downwards when they grow over
 `max_list` and merge upwards when those of siblings fit one. A search goes best node first through the tenant's tree
-until it has found enough vectors, keeps the nearest nodes, and compares their vectors exactly.
+until it has found enough vectors, keeps the nearest nodes, and compares their vectors exactly. A second design (hatsu3/
+curator-v2) searches what any filter lets through: ids in the order of the tree's leaves are a tree for that question.
 
 Units and shapes: vectors [n, d] float32, queries [q, d]; labels are int64, given to vectors as they come and never
 used again. Scores: cosines, or with the metric `l2` squared distances, negative. A tenant is a name.
@@ -17,7 +18,8 @@ after. Filters of all leaves that a tenant left are made anew together, every `r
 node's new filter is that of its children and of the tenants of its own short lists, which its children need not know.
 Siblings that surely have no vector of a tenant do not keep the others' lists from merging; a leaf whose list had
 overflowed gets one again at half of `max_list`. A search that drops far nodes keeps `top` vectors at least. Only a
-vector's owner may delete it, or whoever runs the index.
+vector's owner may delete it, or whoever runs the index. The second design's ids spell their way through the tree in 6
+bits a level; here the places of leaves from left to right do that, made when they are needed.
 
 Cost: n * d * 4 bytes for vectors, nodes * (d * 4 + filter) for the tree, and for each permission 4 bytes for who may
 read the vector, 4 in one short list at most, and 8 for each tenant of a leaf. A search computes distances to at most
@@ -41,11 +43,11 @@ from memwall import _native
 from memwall.errors import InputError
 from memwall.kernels.row_scores import padded
 from memwall.retrieve.base import Hits, VectorIndex, checked_vectors, unit
-from memwall.retrieve.cluster_tree import TreeShape, train_tree
+from memwall.retrieve.cluster_tree import ClusterTree, TreeShape, train_tree
 
 Metric = Literal["cosine", "l2"]
 METRICS = ("cosine", "l2")
-MOST_TENANTS, MOST_TOP, LONGEST_NAME = 1 << 20, 1 << 16, 200
+MOST_TENANTS, MOST_TOP, LONGEST_NAME, MOST_EFFORT = 1 << 20, 1 << 16, 200, 1 << 20
 _WORD_BITS = 64
 _AT_ONCE = 1 << 14
 
@@ -72,7 +74,7 @@ class CuratorSettings:
     def __post_init__(self) -> None:
         limits = {
             "max_list": (1, 1 << 16), "filter_capacity": (1, MOST_TENANTS), "filter_error": (1e-6, 0.5),
-            "rebuild_interval": (1, 1 << 30), "bucket_factor": (1, 1 << 20), "scan_factor": (1, 1 << 20),
+            "rebuild_interval": (1, 1 << 30), "bucket_factor": (1, MOST_EFFORT), "scan_factor": (1, MOST_EFFORT),
         }  # fmt: skip
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
@@ -91,6 +93,38 @@ class CuratorSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How far a search goes. scan_factor, bucket_factor: instead of those of the settings.
+
+    The rest is the second design's (see `curator`): spread_weight takes a node's spread, so many times, off its
+    distance (0.2 to 0.4 there); prune ends the search of the tree at nodes so many times as far as the nearest bucket
+    (1.6 there); most_buckets ends it at so many buckets; beam goes on from so many nodes of each level, instead of from
+    the nearest first.
+    """
+
+    scan_factor: int | None = None
+    bucket_factor: int | None = None
+    spread_weight: float = 0.0
+    prune: float = math.inf
+    most_buckets: int | None = None
+    beam: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("scan_factor", "bucket_factor", "most_buckets", "beam"):
+            given = getattr(self, name)
+            if given is not None and not 1 <= given <= MOST_EFFORT:
+                raise InputError(f"{name} is {given}; it must be from 1 to {MOST_EFFORT:,}")
+        if not 0 <= self.spread_weight <= 1 or not self.prune >= 1:
+            raise InputError(f"spread_weight {self.spread_weight} must be from 0 to 1, prune {self.prune} 1 at least")
+
+    def limits(self, settings: CuratorSettings, top: int) -> np.ndarray:
+        """As the kernel takes them, int64 [4]."""
+        scanned = (self.scan_factor or settings.scan_factor) * top
+        found = (self.bucket_factor or settings.bucket_factor) * scanned
+        return np.array([found, scanned, self.most_buckets or MOST_EFFORT, self.beam or 0], np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What searches took, int64 [q] each: nodes of the tree looked at, distances to centroids, to vectors, and nodes
     whose vectors were compared.
@@ -105,20 +139,18 @@ class Work:
 class Curator:
     """The shared index. Many threads may search it at once; what changes it waits for them, and they for it."""
 
-    def __init__(
-        self, centroids: np.ndarray, parents: np.ndarray, settings: CuratorSettings, metric: Metric = "cosine"
-    ) -> None:
-        """Without vectors. centroids, parents: a tree as `train_tree` makes it."""
+    def __init__(self, clusters: ClusterTree, settings: CuratorSettings, metric: Metric = "cosine") -> None:
+        """Without vectors."""
         if metric not in METRICS:
             raise InputError(f"no metric {metric!r}; there are {', '.join(METRICS)}")
-        self.settings, self.metric, self.centroids, self.parents = settings, metric, centroids, parents
+        self.settings, self.metric, self.clusters = settings, metric, clusters
         self.tenants: list[str] = []
         self.next_label = 0
         self._numbers: dict[str, int] = {}
         try:
             self.tree = _native.TenantTree(
-                np.ascontiguousarray(centroids, np.float32), np.ascontiguousarray(parents, np.int32),
-                settings.max_list, settings.filter_words, settings.filter_hashes, settings.rebuild_interval,
+                clusters.centroids, clusters.spreads, clusters.parents, settings.max_list,
+                settings.filter_words, settings.filter_hashes, settings.rebuild_interval,
             )  # fmt: skip
         except ValueError as error:
             raise InputError(f"no tree of clusters: {error}") from None
@@ -136,7 +168,7 @@ class Curator:
         them.
         """
         settings = settings or CuratorSettings()
-        return cls(*train_tree(_prepared(x, None, metric, "sample"), settings.shape, progress), settings, metric)
+        return cls(train_tree(_prepared(x, None, metric, "sample"), settings.shape, progress), settings, metric)
 
     # ---- what there is ----
 
@@ -147,7 +179,7 @@ class Curator:
 
     @property
     def dimensions(self) -> int:
-        return int(self.centroids.shape[1])
+        return int(self.clusters.centroids.shape[1])
 
     def bytes(self) -> dict[str, int]:
         """Held, by part: `vectors` here and those `mapped` from a file, and what comes on top of them: the `tree`,
@@ -275,38 +307,46 @@ class Curator:
 
     # ---- searches ----
 
-    def search(self, queries: np.ndarray, top: int, tenant: str | Sequence[str], **limits: int | None) -> Hits:
-        """The `top` best of what the tenant may read; ids are labels. tenant: of all queries, or one each. limits: see
-        `search_with_work`.
+    def search(self, queries: np.ndarray, top: int, tenant: str | Sequence[str], **effort: Any) -> Hits:
+        """The `top` best of what the tenant may read; ids are labels. tenant: of all queries, or one each. effort:
+        fields of `Effort`.
         """
-        return self.search_with_work(queries, top, tenant, **limits)[0]
+        return self.search_with_work(queries, top, tenant, **effort)[0]
 
     def search_with_work(
-        self,
-        queries: np.ndarray,
-        top: int,
-        tenant: str | Sequence[str],
-        *,
-        scan_factor: int | None = None,
-        bucket_factor: int | None = None,
+        self, queries: np.ndarray, top: int, tenant: str | Sequence[str], **effort: Any
     ) -> tuple[Hits, Work]:
-        """The same, and what it took. scan_factor, bucket_factor: instead of the settings'."""
-        if not 1 <= top <= MOST_TOP:
-            raise InputError(f"top is {top}: ask for 1 to {MOST_TOP:,} vectors")
-        scan, bucket = scan_factor or self.settings.scan_factor, bucket_factor or self.settings.bucket_factor
-        if min(scan, bucket) < 1:
-            raise InputError(f"scan_factor {scan} and bucket_factor {bucket} must be 1 at least")
-        asked = _prepared(queries, self.dimensions, self.metric, "queries")
+        """The same, and what it took."""
         if isinstance(tenant, str):
-            tenants = np.full(len(asked), self.number(tenant), np.uint32)
-        elif len(tenant) == len(asked):
+            tenants = np.full(len(queries), self.number(tenant), np.uint32)
+        elif len(tenant) == len(queries):
             tenants = np.array([self.number(one) for one in tenant], np.uint32)
         else:
-            raise InputError(f"{len(tenant):,} tenants for {len(asked):,} queries: name one, or one each")
+            raise InputError(f"{len(tenant):,} tenants for {len(queries):,} queries: name one, or one each")
+        return self._searched(self.tree.search, queries, tenants, top, Effort(**effort))
+
+    def search_among(
+        self, queries: np.ndarray, top: int, labels: Any, *, tenant: str | None = None, **effort: Any
+    ) -> tuple[Hits, Work]:
+        """The `top` best of the vectors with these labels, of which a tenant sees those it may read: for filters of any
+        kind, such as what two tenants share (`readable`, `np.intersect1d`). A tree of the labels is made for the call.
+        """
+        among = _labels(labels)
+        if tenant is not None:
+            among = np.intersect1d(among, self.readable(tenant))
+        return self._searched(self.tree.search_among, queries, among, top, Effort(**effort))
+
+    def _searched(
+        self, search: Callable[..., None], queries: np.ndarray, where: np.ndarray, top: int, effort: Effort
+    ) -> tuple[Hits, Work]:
+        if not 1 <= top <= MOST_TOP:
+            raise InputError(f"top is {top}: ask for 1 to {MOST_TOP:,} vectors")
+        asked = _prepared(queries, self.dimensions, self.metric, "queries")
         labels, distances = np.empty((len(asked), top), np.int64), np.empty((len(asked), top), np.float32)
         told = np.empty((len(asked), 4), np.int64)
         if len(asked):
-            self.tree.search(padded(asked), tenants, bucket * scan * top, scan * top, labels, distances, told)
+            limits = effort.limits(self.settings, top)
+            search(padded(asked), where, limits, effort.spread_weight, effort.prune, labels, distances, told)
         # |q - x|^2 = 2 - 2 q.x of vectors of length 1
         scores = 1 - distances / 2 if self.metric == "cosine" else -distances
         return Hits(ids=labels, scores=scores), Work(**dict(zip(Work.__slots__, told.T, strict=True)))
@@ -328,7 +368,7 @@ class TenantVectors(VectorIndex):
 
     @property
     def nbytes(self) -> int:
-        return self.count * self.dimensions * np.dtype(np.float32).itemsize + self.index.centroids.nbytes
+        return self.count * self.dimensions * np.dtype(np.float32).itemsize + self.index.clusters.centroids.nbytes
 
     def search(self, queries: np.ndarray, top: int) -> Hits:
         return self.index.search(queries, top, self.tenant)

@@ -5,7 +5,7 @@
     vectors         float32 [count, d], of length 1 with the metric `cosine`
     labels, owners, leaves   int64, int32 (-1: no owner), int32 [count]
     access, access_ends      uint32: numbers of the tenants that may read each vector, rising; int64 [count]: their ends
-    centroids, parents       float32 [nodes, d], int32 [nodes]: the tree, level by level
+    centroids, spreads, parents   float32 [nodes, d], [nodes], int32 [nodes]: the tree, level by level
     filters                  uint64 [nodes, words]
     list_nodes, list_tenants, list_ends, list_ids   of each short list int32, int32, int64; uint32 places of vectors
     texts, text_ends, sha256   as in `vector_file`
@@ -30,7 +30,7 @@ from memwall.errors import InputError
 from memwall.formats import checked_json
 from memwall.formats.checked_json import Fields
 from memwall.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
-from memwall.retrieve.cluster_tree import TreeShape
+from memwall.retrieve.cluster_tree import ClusterTree, TreeShape
 from memwall.retrieve.curator import METRICS, MOST_TENANTS, Curator, CuratorSettings
 from memwall.retrieve.vector_file import (
     DIGEST,
@@ -46,7 +46,8 @@ KEY, VERSION = "memwall-tenants", 1
 _AT_ONCE = 1 << 13
 _KINDS = {
     "vectors": np.float32, "labels": np.int64, "owners": np.int32, "leaves": np.int32, "access": np.uint32,
-    "access_ends": np.int64, "centroids": np.float32, "parents": np.int32, "filters": np.uint64,
+    "access_ends": np.int64, "centroids": np.float32, "spreads": np.float32, "parents": np.int32,
+    "filters": np.uint64,
     "list_nodes": np.int32, "list_tenants": np.int32, "list_ends": np.int64, "list_ids": np.uint32, DIGEST: np.uint8,
 }  # fmt: skip
 _TEXT_KINDS = {"texts": np.uint8, "text_ends": np.int64}
@@ -63,8 +64,8 @@ def write_curator(
     """The file appears whole or not at all. text: of a label, where vectors were made of texts; model: by what."""
     held = index.tree.state()
     labels = held["labels"]
-    held["filters"] = held["filters"].reshape(len(index.parents), index.settings.filter_words)
-    held |= {"centroids": index.centroids, "parents": index.parents}
+    held["filters"] = held["filters"].reshape(len(index.clusters.parents), index.settings.filter_words)
+    held |= {name: getattr(index.clusters, name) for name in ClusterTree.__slots__}
     if text is not None:
         held |= text_arrays([text(label) for label in labels.tolist()])
     settings = dataclasses.asdict(index.settings)
@@ -149,8 +150,9 @@ class CuratorFile:
         nodes = shapes["parents"][0] if shapes["parents"] else 0
         lists = shapes["list_nodes"][0] if shapes["list_nodes"] else 0
         expected: dict[str, tuple[int, ...]] = {
-            "vectors": (count, d), "centroids": (nodes, d), "parents": (nodes,), "filters": (nodes, words),
-            "list_nodes": (lists,), "list_tenants": (lists,), "list_ends": (lists,), DIGEST: (32,),
+            "vectors": (count, d), "centroids": (nodes, d), "spreads": (nodes,), "parents": (nodes,),
+            "filters": (nodes, words), "list_nodes": (lists,), "list_tenants": (lists,), "list_ends": (lists,),
+            DIGEST: (32,),
         }  # fmt: skip
         expected |= dict.fromkeys(("labels", "owners", "leaves", "access_ends", "text_ends"), (count,))
         for name, kind in wanted.items():
@@ -163,10 +165,11 @@ class CuratorFile:
 
     def _index(self, settings: CuratorSettings, metric: Any, tenants: list[Any]) -> Curator:
         held = {name: np.array(self._file.tensor(name)) for name in _KINDS if name not in ("vectors", DIGEST)}
-        if not np.isfinite(held["centroids"]).all():
-            raise InputError(f"{self.path}: tensor centroids has NaN or infinite numbers")
-        centroids, parents = held.pop("centroids"), held.pop("parents")
-        index = Curator(centroids, parents, settings, metric)
+        for name in ("centroids", "spreads"):
+            if not np.isfinite(held[name]).all():
+                raise InputError(f"{self.path}: tensor {name} has NaN or infinite numbers")
+        clusters = ClusterTree(**{name: held.pop(name) for name in ClusterTree.__slots__})
+        index = Curator(clusters, settings, metric)
         for name in tenants:
             if not isinstance(name, str) or index.add_tenant(name) != len(index.tenants) - 1:
                 raise InputError(f"{self.path}: tenants are different names, got {checked_json.shown(name)} again")

@@ -35,9 +35,9 @@ nb::object owned(std::vector<T>&& values) {
 
 class Tree {
  public:
-  Tree(Array<const float, 2> centroids, Array<const std::int32_t, 1> parents, std::int64_t max_list, std::int64_t filter_words, int filter_hashes,
+  Tree(Array<const float, 2> centroids, Array<const float, 1> spreads, Array<const std::int32_t, 1> parents, std::int64_t max_list, std::int64_t filter_words, int filter_hashes,
        std::int64_t rebuild_interval)
-      : tree_(settings(max_list, filter_words, filter_hashes, rebuild_interval, centroids, parents), centroids.data(), parents.data(),
+      : tree_(settings(max_list, filter_words, filter_hashes, rebuild_interval, centroids, spreads, parents), centroids.data(), spreads.data(), parents.data(),
               static_cast<std::int64_t>(centroids.shape(0)), static_cast<std::int64_t>(centroids.shape(1))) {}
 
   // Vectors, each with a label that no other has and an owner (-1: none), who may read it.
@@ -75,22 +75,24 @@ class Tree {
     tree_.rebuild_filters();
   }
 
-  void search(Array<const float, 2> queries, Tenants tenants, std::int64_t found_most, std::int64_t scanned_most, Array<std::int64_t, 2> labels,
+  // limits: most vectors in buckets, and scanned; most buckets; nodes of a beam, 0 for none
+  void search(Array<const float, 2> queries, Tenants tenants, Array<const std::int64_t, 1> limits, float spread_weight, float prune, Array<std::int64_t, 2> labels,
               Array<float, 2> distances, Array<std::int64_t, 2> statistics) const {
-    const auto count = static_cast<std::int64_t>(queries.shape(0)), top = static_cast<std::int64_t>(labels.shape(1));
-    require(static_cast<std::int64_t>(queries.shape(1)) == (tree_.cols() + mw::kQueryPad - 1) / mw::kQueryPad * mw::kQueryPad, "queries are padded to a multiple of 16");
-    require(tenants.shape(0) == queries.shape(0) && labels.shape(0) == queries.shape(0) && distances.shape(0) == queries.shape(0) && statistics.shape(0) == queries.shape(0),
-            "there is one tenant and one row of answers per query");
-    require(distances.shape(1) == labels.shape(1) && top > 0 && statistics.shape(1) == mw::kNumStatistics, "answers differ in size");
-    std::vector<mw::SearchStatistics> told(static_cast<std::size_t>(count));
-    const mw::SearchTask task{queries.data(), tenants.data(), count, top, found_most, scanned_most, labels.data(), distances.data(), told.data()};
-    nb::gil_scoped_release release;
-    std::shared_lock guard(lock_);
-    tree_.search(task);
-    for (std::size_t i = 0; i < told.size(); ++i) {
-      std::int64_t* row = statistics.data() + i * mw::kNumStatistics;
-      row[0] = told[i].nodes, row[1] = told[i].centroid_distances, row[2] = told[i].vector_distances, row[3] = told[i].buckets;
-    }
+    require(tenants.shape(0) == queries.shape(0), "there is one tenant per query");
+    searched(queries, limits, spread_weight, prune, labels, distances, statistics, [&](mw::SearchTask task) {
+      task.tenants = tenants.data();
+      tree_.search(task);
+    });
+  }
+  // among: labels of the vectors that are searched; those that are none are passed over
+  void search_among(Array<const float, 2> queries, Labels among, Array<const std::int64_t, 1> limits, float spread_weight, float prune, Array<std::int64_t, 2> labels,
+                    Array<float, 2> distances, Array<std::int64_t, 2> statistics) const {
+    searched(queries, limits, spread_weight, prune, labels, distances, statistics, [&](const mw::SearchTask& task) {
+      std::vector<std::uint32_t> slots;
+      for (std::size_t i = 0; i < among.shape(0); ++i)
+        if (const std::int64_t slot = tree_.slot_of(among.data()[i]); slot >= 0) slots.push_back(static_cast<std::uint32_t>(slot));
+      tree_.search_among(task, tree_.among(std::move(slots)));
+    });
   }
 
   std::int64_t count() const {
@@ -216,11 +218,30 @@ class Tree {
   static constexpr std::uint32_t kMostTenants = 1u << 24;
 
   static mw::TreeSettings settings(std::int64_t max_list, std::int64_t filter_words, int filter_hashes, std::int64_t rebuild_interval, const Array<const float, 2>& centroids,
-                                   const Array<const std::int32_t, 1>& parents) {
-    require(centroids.shape(0) == parents.shape(0) && centroids.shape(0) > 0 && centroids.shape(1) > 0, "there is one parent per centroid");
+                                   const Array<const float, 1>& spreads, const Array<const std::int32_t, 1>& parents) {
+    require(centroids.shape(0) == parents.shape(0) && spreads.shape(0) == parents.shape(0) && centroids.shape(0) > 0 && centroids.shape(1) > 0, "there is one parent per centroid");
     require(centroids.shape(0) < (1u << 31), "there are too many nodes");
     require(max_list > 0 && filter_words > 0 && filter_words < (1 << 24) && filter_hashes > 0 && filter_hashes <= mw::kMostHashes && rebuild_interval > 0, "settings out of range");
     return {max_list, filter_words, filter_hashes, rebuild_interval};
+  }
+
+  template <class F>
+  void searched(const Array<const float, 2>& queries, const Array<const std::int64_t, 1>& limits, float spread_weight, float prune, Array<std::int64_t, 2>& labels,
+                Array<float, 2>& distances, Array<std::int64_t, 2>& statistics, F&& search) const {
+    const auto count = static_cast<std::int64_t>(queries.shape(0)), top = static_cast<std::int64_t>(labels.shape(1));
+    require(static_cast<std::int64_t>(queries.shape(1)) == (tree_.cols() + mw::kQueryPad - 1) / mw::kQueryPad * mw::kQueryPad, "queries are padded to a multiple of 16");
+    require(labels.shape(0) == queries.shape(0) && distances.shape(0) == queries.shape(0) && statistics.shape(0) == queries.shape(0), "there is one row of answers per query");
+    require(distances.shape(1) == labels.shape(1) && top > 0 && statistics.shape(1) == mw::kNumStatistics && limits.shape(0) == 4, "answers or limits differ in size");
+    std::vector<mw::SearchStatistics> told(static_cast<std::size_t>(count));
+    const std::int64_t* most = limits.data();
+    const mw::SearchTask task{queries.data(), nullptr, count, top, most[0], most[1], spread_weight, prune, most[2], most[3], labels.data(), distances.data(), told.data()};
+    nb::gil_scoped_release release;
+    std::shared_lock guard(lock_);
+    search(task);
+    for (std::size_t i = 0; i < told.size(); ++i) {
+      std::int64_t* row = statistics.data() + i * mw::kNumStatistics;
+      row[0] = told[i].nodes, row[1] = told[i].centroid_distances, row[2] = told[i].vector_distances, row[3] = told[i].buckets;
+    }
   }
 
   template <class F>
@@ -243,15 +264,18 @@ class Tree {
 
 void bind_tenant_tree(nb::module_& m) {
   nb::class_<Tree>(m, "TenantTree", "Vectors that many tenants share, in one tree of clusters")
-      .def(nb::init<Array<const float, 2>, Array<const std::int32_t, 1>, std::int64_t, std::int64_t, int, std::int64_t>(), "centroids"_a.noconvert(), "parents"_a.noconvert(),
+      .def(nb::init<Array<const float, 2>, Array<const float, 1>, Array<const std::int32_t, 1>, std::int64_t, std::int64_t, int, std::int64_t>(), "centroids"_a.noconvert(),
+           "spreads"_a.noconvert(), "parents"_a.noconvert(),
            "max_list"_a, "filter_words"_a, "filter_hashes"_a, "rebuild_interval"_a)
       .def("insert", &Tree::insert, "vectors"_a.noconvert(), "labels"_a.noconvert(), "owners"_a.noconvert())
       .def("grant", &Tree::grant, "labels"_a.noconvert(), "tenants"_a.noconvert())
       .def("revoke", &Tree::revoke, "labels"_a.noconvert(), "tenants"_a.noconvert())
       .def("remove", &Tree::remove, "labels"_a.noconvert())
       .def("rebuild_filters", &Tree::rebuild_filters)
-      .def("search", &Tree::search, "queries"_a.noconvert(), "tenants"_a.noconvert(), "found_most"_a, "scanned_most"_a, "labels"_a.noconvert(), "distances"_a.noconvert(),
-           "statistics"_a.noconvert())
+      .def("search", &Tree::search, "queries"_a.noconvert(), "tenants"_a.noconvert(), "limits"_a.noconvert(), "spread_weight"_a, "prune"_a, "labels"_a.noconvert(),
+           "distances"_a.noconvert(), "statistics"_a.noconvert())
+      .def("search_among", &Tree::search_among, "queries"_a.noconvert(), "among"_a.noconvert(), "limits"_a.noconvert(), "spread_weight"_a, "prune"_a, "labels"_a.noconvert(),
+           "distances"_a.noconvert(), "statistics"_a.noconvert())
       .def("count", &Tree::count)
       .def("count_of", &Tree::count_of, "tenant"_a)
       .def("owners_of", &Tree::owners_of, "labels"_a.noconvert())

@@ -112,8 +112,9 @@ std::int64_t WordPool::bytes() const {
 
 // ---- the tree ----
 
-TenantTree::TenantTree(const TreeSettings& settings, const float* centroids, const std::int32_t* parents, std::int64_t nodes, std::int64_t cols)
+TenantTree::TenantTree(const TreeSettings& settings, const float* centroids, const float* spreads, const std::int32_t* parents, std::int64_t nodes, std::int64_t cols)
     : settings_(settings), cols_(cols), nodes_(static_cast<std::size_t>(nodes)), centroids_(centroids, centroids + nodes * cols),
+      spreads_(spreads, spreads + nodes),
       filters_(static_cast<std::size_t>(nodes * settings.filter_words)), table_(16, kNone) {
   if (nodes < 1 || parents[0] != -1) throw std::invalid_argument("the first node of a tree is its root");
   for (std::int64_t i = 1; i < nodes; ++i) {
@@ -126,6 +127,21 @@ TenantTree::TenantTree(const TreeSettings& settings, const float* centroids, con
     node.parent = parent;
     node.level = above.level + 1;
     if (node.level > kMostLevels) throw std::invalid_argument("the tree has too many levels");
+  }
+  // leaves from left to right: children lie behind their parent, so sizes are summed from the last node and places given from the first
+  for (std::size_t i = nodes_.size(); i-- > 0;) {
+    Node& node = nodes_[i];
+    if (node.leaf()) node.last_leaf = 1;
+    if (node.parent >= 0) nodes_[static_cast<std::size_t>(node.parent)].last_leaf += node.last_leaf;
+  }
+  for (Node& node : nodes_) {
+    node.last_leaf += node.first_leaf;
+    std::uint32_t at = node.first_leaf;
+    for (std::int32_t i = 0; i < node.num_children; ++i) {
+      Node& child = nodes_[static_cast<std::size_t>(node.first_child + i)];
+      child.first_leaf = at;
+      at += child.last_leaf;
+    }
   }
   while (chunk_shift_ < 16 && (cols * 4) << (chunk_shift_ + 1) <= kChunkBytes) ++chunk_shift_;
   chunk_mask_ = (1u << chunk_shift_) - 1;
@@ -472,7 +488,7 @@ TenantTree::Bytes TenantTree::bytes() const {
   Bytes told{};
   const std::int64_t chunk = (std::int64_t{4} << chunk_shift_) * cols_;
   for (const auto& one : owned_) (one ? told.vectors : told.mapped) += chunk;
-  told.tree = of(centroids_) + of(nodes_);
+  told.tree = of(centroids_) + of(spreads_) + of(nodes_);
   told.filters = of(filters_) + of(stale_) + of(gone_);
   for (const Node& node : nodes_) {
     told.lists += of(node.lists);

@@ -66,9 +66,19 @@ struct SearchTask {
   const std::uint32_t* tenants;  // [num_queries]
   std::int64_t num_queries, top;
   std::int64_t found_most, scanned_most;  // vectors in buckets at which the search of the tree ends, and of those scanned
+  float spread_weight;       // times a node's spread is taken off its distance
+  float prune;               // the search of the tree ends where distances are so many times that of the nearest bucket
+  std::int64_t most_buckets;
+  std::int64_t beam;         // nodes of a level that are gone on from; 0: the nearest node first, whatever its level
   std::int64_t* labels;                   // [num_queries, top], -1 where there are no more
   float* distances;                       // squared; infinity there
   SearchStatistics* statistics;           // [num_queries]
+};
+
+// Vectors that a filter lets through, in the order in which the tree's leaves lie: what is below a node are neighbours in it, so the
+// array is a tree of its own, made for one question.
+struct Among {
+  std::vector<std::uint32_t> leaves, slots;  // places of leaves from left to right, rising
 };
 
 // What a file has. Vectors stay where they are; all else is copied.
@@ -98,6 +108,7 @@ class TenantTree {
   };
   struct Node {
     std::int32_t parent = -1, first_child = 0, num_children = 0, level = 0;
+    std::uint32_t first_leaf = 0, last_leaf = 0;  // below it: places from left to right, the last one excluded
     std::vector<List> lists;              // in the order of tenants
     std::vector<std::uint32_t> members;   // of a leaf
     std::vector<Count> counts;            // of a leaf, in the order of tenants: vectors that each may read there
@@ -105,7 +116,7 @@ class TenantTree {
     bool leaf() const { return num_children == 0; }
   };
 
-  TenantTree(const TreeSettings& settings, const float* centroids, const std::int32_t* parents, std::int64_t nodes, std::int64_t cols);
+  TenantTree(const TreeSettings& settings, const float* centroids, const float* spreads, const std::int32_t* parents, std::int64_t nodes, std::int64_t cols);
 
   std::int64_t cols() const { return cols_; }
   std::int64_t size() const { return live_; }
@@ -129,6 +140,8 @@ class TenantTree {
   void remove(std::uint32_t slot);
   void rebuild_filters();  // of leaves that are stale
   void search(const SearchTask& task) const;
+  void search_among(const SearchTask& task, const Among& among) const;
+  Among among(std::vector<std::uint32_t> slots) const;
   std::vector<std::uint32_t> readable(std::uint32_t tenant) const;  // slots, as the tree leads to them
   void restore(const TreeState& state);
   std::string check() const;  // what is wrong in the tree, empty if nothing
@@ -169,14 +182,23 @@ class TenantTree {
   void table_remove(std::int64_t label);
   std::size_t table_place(std::int64_t label) const;
   void grow_table();
-  void find_buckets(const float* query, std::uint32_t tenant, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const;
-  void gather(std::uint32_t tenant, Scratch& scratch) const;
-  void search_one(const SearchTask& task, std::int64_t query, Scratch& scratch, bool share) const;
+  struct OfTenant;
+  struct OfFilter;
+  template <class Source>
+  void expand(const float* query, const Node& node, const Source& source, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const;
+  template <class Source>
+  void best_first(const float* query, const Source& source, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const;
+  template <class Source>
+  void level_by_level(const float* query, const Source& source, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const;
+  template <class Source>
+  void search_one(const SearchTask& task, std::int64_t query, const Source& source, Scratch& scratch, bool share) const;
+  template <class Make>
+  void search_all(const SearchTask& task, Make&& make) const;
 
   TreeSettings settings_;
   std::int64_t cols_;
   std::vector<Node> nodes_;
-  std::vector<float> centroids_;
+  std::vector<float> centroids_, spreads_;
   std::vector<std::uint64_t> filters_;
   WordPool pool_;
   std::vector<std::uint32_t> stale_;  // leaves

@@ -43,75 +43,146 @@ struct TenantTree::Scratch {
   std::vector<Best> best;
 };
 
-void TenantTree::find_buckets(const float* query, std::uint32_t tenant, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const {
-  const Probe found = probe(tenant);
-  auto& heap = scratch.heap;
-  auto& buckets = scratch.buckets;
-  heap.clear();
-  buckets.clear();
-  std::int64_t total = 0;
-  if (knows(0, found)) heap.push_back({0.0f, 0});
-  while (!heap.empty() && total < task.found_most) {
-    std::pop_heap(heap.begin(), heap.end());
-    const Near near = heap.back();
-    heap.pop_back();
-    ++told.nodes;
-    const Node& node = nodes_[near.node];
-    const List* list = find_list(near.node, tenant);
-    if (list || node.leaf()) {
-      const std::int64_t size = list ? list->ids.size : leaf_count(node, tenant);
-      if (size) buckets.push_back({near.distance, near.node, size});
-      total += size;
-      continue;
-    }
-    // children that do not know the tenant would be skipped later: their distances are not worth computing
-    scratch.children.clear();
-    scratch.rows.clear();
-    for (std::int32_t i = 0; i < node.num_children; ++i) {
-      const auto child = static_cast<std::uint32_t>(node.first_child + i);
-      if (!knows(child, found)) continue;
-      scratch.children.push_back(child);
-      scratch.rows.push_back(centroids_.data() + child * static_cast<std::size_t>(cols_));
-    }
-    const std::size_t count = scratch.children.size();
-    scratch.distances.resize(count);
-    tenant_distances(query, scratch.rows.data(), static_cast<std::int64_t>(count), cols_, scratch.distances.data());
-    told.centroid_distances += static_cast<std::int64_t>(count);
-    for (std::size_t i = 0; i < count; ++i) {
-      heap.push_back({scratch.distances[i], scratch.children[i]});
-      std::push_heap(heap.begin(), heap.end());
-    }
+// Where a search looks: at what a tenant may read, or at what a filter lets through.
+struct TenantTree::OfTenant {
+  const TenantTree& tree;
+  std::uint32_t tenant;
+  Probe found;
+
+  bool below(std::uint32_t node) const { return tree.knows(node, found); }
+  // vectors of a node that is to be gone no further down from; -1: of one that is
+  std::int64_t ends(std::uint32_t at) const {
+    if (const List* list = tree.find_list(at, tenant)) return list->ids.size;
+    return tree.nodes_[at].leaf() ? tree.leaf_count(tree.nodes_[at], tenant) : -1;
   }
-  std::sort(buckets.begin(), buckets.end(), [](const Bucket& a, const Bucket& b) { return a.distance != b.distance ? a.distance < b.distance : a.node < b.node; });
-  while (total > task.scanned_most && total - buckets.back().size >= task.top) {
-    total -= buckets.back().size;
-    buckets.pop_back();
+  void gather(std::uint32_t at, std::vector<std::uint32_t>& slots) const {
+    if (const List* list = tree.find_list(at, tenant)) {
+      const std::uint32_t* ids = tree.pool_.data(list->ids);
+      slots.insert(slots.end(), ids, ids + list->ids.size);
+      return;
+    }
+    for (const std::uint32_t slot : tree.nodes_[at].members)
+      if (tree.may_read(slot, tenant)) slots.push_back(slot);
   }
-  told.buckets = static_cast<std::int64_t>(buckets.size());
+};
+
+struct TenantTree::OfFilter {
+  const TenantTree& tree;
+  const Among& among;
+
+  std::pair<std::size_t, std::size_t> range(std::uint32_t node) const {
+    const auto& leaves = among.leaves;
+    const auto first = std::lower_bound(leaves.begin(), leaves.end(), tree.nodes_[node].first_leaf);
+    return {first - leaves.begin(), std::lower_bound(first, leaves.end(), tree.nodes_[node].last_leaf) - leaves.begin()};
+  }
+  bool below(std::uint32_t node) const {
+    const auto [first, last] = range(node);
+    return first < last;
+  }
+  std::int64_t ends(std::uint32_t node) const {
+    const auto [first, last] = range(node);
+    const auto size = static_cast<std::int64_t>(last - first);
+    return size <= tree.settings_.max_list || tree.nodes_[node].leaf() ? size : -1;
+  }
+  void gather(std::uint32_t node, std::vector<std::uint32_t>& slots) const {
+    const auto [first, last] = range(node);
+    slots.insert(slots.end(), among.slots.begin() + static_cast<std::ptrdiff_t>(first), among.slots.begin() + static_cast<std::ptrdiff_t>(last));
+  }
+};
+
+Among TenantTree::among(std::vector<std::uint32_t> slots) const {
+  const auto place = [&](std::uint32_t slot) { return nodes_[leaf_of_[slot]].first_leaf; };
+  std::sort(slots.begin(), slots.end(), [&](std::uint32_t a, std::uint32_t b) { return std::pair(place(a), a) < std::pair(place(b), b); });
+  slots.erase(std::unique(slots.begin(), slots.end()), slots.end());
+  Among made;
+  for (const std::uint32_t slot : slots) made.leaves.push_back(place(slot));
+  made.slots = std::move(slots);
+  return made;
 }
 
-void TenantTree::gather(std::uint32_t tenant, Scratch& scratch) const {
-  scratch.slots.clear();
-  for (const Bucket& bucket : scratch.buckets) {
-    if (const List* list = find_list(bucket.node, tenant)) {
-      const std::uint32_t* ids = pool_.data(list->ids);
-      scratch.slots.insert(scratch.slots.end(), ids, ids + list->ids.size);
-    } else {
-      for (const std::uint32_t slot : nodes_[bucket.node].members)
-        if (may_read(slot, tenant)) scratch.slots.push_back(slot);
-    }
-  }
+// Children with something below them go on the heap. Those without would be skipped later: their distances are not worth computing.
+template <class Source>
+void TenantTree::expand(const float* query, const Node& node, const Source& source, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const {
+  scratch.children.clear();
   scratch.rows.clear();
-  for (const std::uint32_t slot : scratch.slots) scratch.rows.push_back(row(slot));
+  for (std::int32_t i = 0; i < node.num_children; ++i) {
+    const auto child = static_cast<std::uint32_t>(node.first_child + i);
+    if (!source.below(child)) continue;
+    scratch.children.push_back(child);
+    scratch.rows.push_back(centroids_.data() + child * static_cast<std::size_t>(cols_));
+  }
+  const std::size_t count = scratch.children.size();
+  scratch.distances.resize(count);
+  tenant_distances(query, scratch.rows.data(), static_cast<std::int64_t>(count), cols_, scratch.distances.data());
+  told.centroid_distances += static_cast<std::int64_t>(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    // the vectors of a node that is spread wide may lie nearer than its middle
+    const float distance = std::max(scratch.distances[i] - task.spread_weight * spreads_[scratch.children[i]], 0.0f);
+    scratch.heap.push_back({distance, scratch.children[i]});
+    std::push_heap(scratch.heap.begin(), scratch.heap.end());
+  }
 }
 
-void TenantTree::search_one(const SearchTask& task, std::int64_t query, Scratch& scratch, bool share) const {
+template <class Source>
+void TenantTree::best_first(const float* query, const Source& source, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const {
+  std::int64_t total = 0;
+  while (!scratch.heap.empty() && total < task.found_most && static_cast<std::int64_t>(scratch.buckets.size()) < task.most_buckets) {
+    std::pop_heap(scratch.heap.begin(), scratch.heap.end());
+    const Near near = scratch.heap.back();
+    scratch.heap.pop_back();
+    // buckets come in the order of their distances, or near it: a child may lie nearer than its parent
+    if (total >= task.top && near.distance > task.prune * scratch.buckets.front().distance) break;
+    ++told.nodes;
+    const std::int64_t size = source.ends(near.node);
+    if (size < 0) expand(query, nodes_[near.node], source, task, scratch, told);
+    else if (size > 0) scratch.buckets.push_back({near.distance, near.node, size}), total += size;
+  }
+}
+
+template <class Source>
+void TenantTree::level_by_level(const float* query, const Source& source, const SearchTask& task, Scratch& scratch, SearchStatistics& told) const {
+  std::vector<Near> level;
+  while (!scratch.heap.empty()) {
+    level.swap(scratch.heap);
+    scratch.heap.clear();
+    // a heap orders by greatest distance last in this order: the nearest of the level are first after sorting backwards
+    std::sort(level.begin(), level.end(), [](const Near& a, const Near& b) { return b < a; });
+    std::int64_t inner = 0;
+    for (const Near& near : level) {
+      const std::int64_t size = source.ends(near.node);
+      if (size < 0 && ++inner > task.beam) continue;
+      ++told.nodes;
+      if (size < 0) expand(query, nodes_[near.node], source, task, scratch, told);
+      else if (size > 0) scratch.buckets.push_back({near.distance, near.node, size});
+    }
+  }
+}
+
+template <class Source>
+void TenantTree::search_one(const SearchTask& task, std::int64_t query, const Source& source, Scratch& scratch, bool share) const {
   SearchStatistics& told = task.statistics[query];
   told = {};
   const std::int64_t padded = (cols_ + kQueryPad - 1) / kQueryPad * kQueryPad;
   const float* x = task.queries + query * padded;
-  find_buckets(x, task.tenants[query], task, scratch, told);
-  gather(task.tenants[query], scratch);
+  auto& buckets = scratch.buckets;
+  scratch.heap.clear();
+  buckets.clear();
+  if (source.below(0)) scratch.heap.push_back({0.0f, 0});
+  if (task.beam > 0) level_by_level(x, source, task, scratch, told);
+  else best_first(x, source, task, scratch, told);
+  std::sort(buckets.begin(), buckets.end(), [](const Bucket& a, const Bucket& b) { return a.distance != b.distance ? a.distance < b.distance : a.node < b.node; });
+  std::int64_t total = 0;
+  for (const Bucket& bucket : buckets) total += bucket.size;
+  while (!buckets.empty() && (total > task.scanned_most || static_cast<std::int64_t>(buckets.size()) > task.most_buckets) && total - buckets.back().size >= task.top) {
+    total -= buckets.back().size;
+    buckets.pop_back();
+  }
+  told.buckets = static_cast<std::int64_t>(buckets.size());
+
+  scratch.slots.clear();
+  scratch.rows.clear();
+  for (const Bucket& bucket : buckets) source.gather(bucket.node, scratch.slots);
+  for (const std::uint32_t slot : scratch.slots) scratch.rows.push_back(row(slot));
   const std::size_t count = scratch.slots.size();
   told.vector_distances = static_cast<std::int64_t>(count);
   scratch.distances.resize(count);
@@ -143,15 +214,25 @@ void TenantTree::search_one(const SearchTask& task, std::int64_t query, Scratch&
   }
 }
 
-void TenantTree::search(const SearchTask& task) const {
+template <class Make>
+void TenantTree::search_all(const SearchTask& task, Make&& make) const {
   if (task.num_queries == 1) {
     Scratch scratch;
-    return search_one(task, 0, scratch, true);
+    return search_one(task, 0, make(0), scratch, true);
   }
   std::vector<Scratch> scratches(static_cast<std::size_t>(num_threads()));
   parallel_for(static_cast<std::size_t>(task.num_queries), 1, [&](std::size_t begin, std::size_t end, int worker) {
-    for (std::size_t query = begin; query < end; ++query) search_one(task, static_cast<std::int64_t>(query), scratches[static_cast<std::size_t>(worker)], false);
+    for (std::size_t query = begin; query < end; ++query)
+      search_one(task, static_cast<std::int64_t>(query), make(query), scratches[static_cast<std::size_t>(worker)], false);
   });
+}
+
+void TenantTree::search(const SearchTask& task) const {
+  search_all(task, [&](std::size_t query) { return OfTenant{*this, task.tenants[query], probe(task.tenants[query])}; });
+}
+
+void TenantTree::search_among(const SearchTask& task, const Among& among) const {
+  search_all(task, [&](std::size_t) { return OfFilter{*this, among}; });
 }
 
 std::vector<std::uint32_t> TenantTree::readable(std::uint32_t tenant) const {
