@@ -14,7 +14,7 @@ from memwall import kernels
 from memwall.errors import InputError
 from memwall.retrieve.base import unit
 from memwall.retrieve.cluster_tree import ClusterTree, TreeShape
-from memwall.retrieve.curator import Curator, CuratorSettings
+from memwall.retrieve.curator import Curator, CuratorSettings, Effort
 from tests.retrieve.test_embedding_storage import vectors
 
 SHAPE = TreeShape(branching=4, divisor=1, least_branching=4, points_per_centroid=3)
@@ -35,7 +35,7 @@ def grown(config: CuratorSettings = SMALL, *, count: int = 400, share: float = 0
 def lists_of(index: Curator, tenant: str) -> list[tuple[int, list[int]]]:
     """Nodes and labels of a tenant's short lists."""
     held, number = index.tree.state(), index.number(tenant)
-    starts = np.concatenate([[0], held["list_ends"][:-1]]).astype(int)
+    starts = np.concatenate([[0], held["list_ends"]])[:-1].astype(int)
     return [
         (int(node), sorted(held["labels"][held["list_ids"][start:end]].tolist()))
         for node, one, start, end in zip(
@@ -92,11 +92,11 @@ def test_fewer_factors_compare_fewer_vectors() -> None:
     assert (work.vector_distances <= 20).all()
     assert (work.vector_distances >= 5).all()
     assert (hits.ids >= 0).all()
-    full = index.search(X[:50], 5, "t5", scan_factor=1000)
+    full = index.search(X[:50], 5, "t5", Effort(scan_factor=1000))
     found = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(hits.ids.tolist(), full.ids.tolist(), strict=True)])
     assert found > 0.5
     # the first bucket holds more than may be compared: it stays, for there would be nothing else
-    _, work = index.search_with_work(X[:3], 1, "t5", scan_factor=1, bucket_factor=1)
+    _, work = index.search_with_work(X[:3], 1, "t5", Effort(scan_factor=1, bucket_factor=1))
     assert (work.vector_distances >= 1).all()
 
 
@@ -159,7 +159,7 @@ def test_any_filter_is_searched() -> None:
         for query, row in zip(X[:6], hits.ids.tolist(), strict=True):
             assert [label for label in row if label >= 0] == (nearest(index, query, wanted, 5) if len(wanted) else [])
         assert work.vector_distances.tolist() == [len(wanted)] * 6
-    few, work = index.search_among(X[:20], 2, np.arange(400), scan_factor=20, bucket_factor=2)
+    few, work = index.search_among(X[:20], 2, np.arange(400), effort=Effort(scan_factor=20, bucket_factor=2))
     assert (work.vector_distances <= 40).all()
     assert np.mean(few.ids[:, 0] == np.arange(20)) > 0.8
 
@@ -171,7 +171,7 @@ def test_any_filter_is_searched() -> None:
 def test_searches_go_less_far(effort: dict[str, Any], less: bool) -> None:
     index = grown(share=0.9)
     whole, all_work = index.search_with_work(X[:60], 3, "t5")
-    hits, work = index.search_with_work(X[:60], 3, "t5", **effort)
+    hits, work = index.search_with_work(X[:60], 3, "t5", Effort(**effort))
     assert (hits.ids >= 0).all()
     assert np.isin(hits.ids, index.readable("t5")).all()
     if less:
@@ -268,13 +268,13 @@ def test_rebuilt_filters_bring_searches_back_to_few_nodes() -> None:
     kept = {}
     for interval in (100, 1 << 30):
         index = grown(dataclasses.replace(SMALL, rebuild_interval=interval), share=1.0)
-        before = int(index.search_with_work(X[:20], 3, "t5", scan_factor=1000)[1].nodes.sum())
+        before = int(index.search_with_work(X[:20], 3, "t5", Effort(scan_factor=1000))[1].nodes.sum())
         index.delete(index.readable("t5")[8:])
-        kept[interval] = int(index.search_with_work(X[:20], 3, "t5", scan_factor=1000)[1].nodes.sum())
+        kept[interval] = int(index.search_with_work(X[:20], 3, "t5", Effort(scan_factor=1000))[1].nodes.sum())
         assert kept[interval] <= before
     assert kept[100] < kept[1 << 30] / 2
     index.tree.rebuild_filters()
-    assert int(index.search_with_work(X[:20], 3, "t5", scan_factor=1000)[1].nodes.sum()) <= kept[100]
+    assert int(index.search_with_work(X[:20], 3, "t5", Effort(scan_factor=1000))[1].nodes.sum()) <= kept[100]
 
 
 def test_memory_follows_permissions_not_copies() -> None:
@@ -321,7 +321,7 @@ def test_bad_input() -> None:
     ones = np.ones((3, 4), np.float32)
     wrong = ClusterTree(centroids=ones, spreads=ones[:, 0].copy(), parents=np.array([-1, 2, 0], np.int32))
     cases: list[tuple[Any, str]] = [
-        (lambda: index.search(X[:1], 3, "t9"), "no tenant 't9' in this index; did you mean t0"),
+        (lambda: index.search(X[:1], 3, "t0x"), "no tenant 't0x' in this index; did you mean t0\\?"),
         (lambda: index.search(X[:1], 0, "t0"), "top is 0"),
         (lambda: index.search(X[:3], 1, ["t0"]), "1 tenants for 3 queries"),
         (lambda: index.search(X[:1, :4], 1, "t0"), "4 dimensions; expected 32"),
@@ -336,8 +336,8 @@ def test_bad_input() -> None:
         (lambda: index.grant([-1], "t0"), "no vector -1"),
         (lambda: Curator.train(X, metric="dot"), "no metric 'dot'"),  # type: ignore[arg-type]
         (lambda: Curator(wrong, SMALL), "no tree of clusters"),
-        (lambda: index.search(X[:1], 1, "t0", scan_factor=0), "scan_factor is 0"),
-        (lambda: index.search(X[:1], 1, "t0", prune=0.5), "prune 0.5"),
+        (lambda: index.search(X[:1], 1, "t0", Effort(scan_factor=0)), "scan_factor is 0"),
+        (lambda: index.search(X[:1], 1, "t0", Effort(prune=0.5)), "prune 0.5"),
         (lambda: index.search_among(X[:1], 1, [0], tenant="t9"), "no tenant 't9'"),
         (lambda: CuratorSettings(max_list=0), "max_list is 0"),
         (lambda: CuratorSettings(filter_error=0.9), "filter_error is 0.9"),

@@ -89,10 +89,11 @@ def _told(path: Path, index: Curator) -> dict[str, Any]:
 
 
 def search_tenant(
-    path: Path, tenant: str | None, top: int, scan: int | None, *, verify: bool, quiet: bool,
+    path: Path, tenant: str | None, top: int, scan: int | None, *, verify: bool,
     queries: Callable[[Any], tuple[np.ndarray, list[str] | None]],
 ) -> dict[str, Any]:  # fmt: skip
     """What `memwall search` prints of such an index. queries: vectors and texts of the queries, for an opened file."""
+    from memwall.retrieve.curator import Effort
     from memwall.retrieve.curator_file import CuratorFile
 
     if tenant is None:
@@ -101,7 +102,7 @@ def search_tenant(
     file.index.number(tenant)
     asked, texts = queries(file)
     began = time.perf_counter()
-    hits, work = file.index.search_with_work(asked, top, tenant, scan_factor=scan)
+    hits, work = file.index.search_with_work(asked, top, tenant, Effort(scan_factor=scan))
     seconds = time.perf_counter() - began
     results = []
     for number, (ids, scores) in enumerate(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True)):

@@ -41,7 +41,6 @@ import numpy as np
 
 from memwall import _native
 from memwall.errors import InputError
-from memwall.kernels.row_scores import padded
 from memwall.retrieve.base import Hits, VectorIndex, checked_vectors, unit
 from memwall.retrieve.cluster_tree import ClusterTree, TreeShape, train_tree
 
@@ -117,14 +116,17 @@ class Effort:
         if not 0 <= self.spread_weight <= 1 or not self.prune >= 1:
             raise InputError(f"spread_weight {self.spread_weight} must be from 0 to 1, prune {self.prune} 1 at least")
 
-    def limits(self, settings: CuratorSettings, top: int) -> np.ndarray:
-        """As the kernel takes them, int64 [4]."""
+    def limits(self, settings: CuratorSettings, top: int) -> tuple[int, int, int, int]:
+        """As the kernel takes them."""
         scanned = (self.scan_factor or settings.scan_factor) * top
         found = (self.bucket_factor or settings.bucket_factor) * scanned
-        return np.array([found, scanned, self.most_buckets or MOST_EFFORT, self.beam or 0], np.int64)
+        return found, scanned, self.most_buckets or MOST_EFFORT, self.beam or 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_USUAL = Effort()
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What searches took, int64 [q] each: nodes of the tree looked at, distances to centroids, to vectors, and nodes
     whose vectors were compared.
@@ -307,26 +309,23 @@ class Curator:
 
     # ---- searches ----
 
-    def search(self, queries: np.ndarray, top: int, tenant: str | Sequence[str], **effort: Any) -> Hits:
-        """The `top` best of what the tenant may read; ids are labels. tenant: of all queries, or one each. effort:
-        fields of `Effort`.
-        """
-        return self.search_with_work(queries, top, tenant, **effort)[0]
+    def search(self, queries: np.ndarray, top: int, tenant: str | Sequence[str], effort: Effort | None = None) -> Hits:
+        """The `top` best of what the tenant may read; ids are labels. tenant: of all queries, or one each."""
+        return self.search_with_work(queries, top, tenant, effort)[0]
 
     def search_with_work(
-        self, queries: np.ndarray, top: int, tenant: str | Sequence[str], **effort: Any
+        self, queries: np.ndarray, top: int, tenant: str | Sequence[str], effort: Effort | None = None
     ) -> tuple[Hits, Work]:
         """The same, and what it took."""
         if isinstance(tenant, str):
-            tenants = np.full(len(queries), self.number(tenant), np.uint32)
-        elif len(tenant) == len(queries):
-            tenants = np.array([self.number(one) for one in tenant], np.uint32)
-        else:
+            return self._searched(self.tree.search, queries, self.number(tenant), top, effort)
+        if len(tenant) != len(queries):
             raise InputError(f"{len(tenant):,} tenants for {len(queries):,} queries: name one, or one each")
-        return self._searched(self.tree.search, queries, tenants, top, Effort(**effort))
+        each = np.array([self.number(one) for one in tenant], np.uint32)
+        return self._searched(self.tree.search_each, queries, each, top, effort)
 
     def search_among(
-        self, queries: np.ndarray, top: int, labels: Any, *, tenant: str | None = None, **effort: Any
+        self, queries: np.ndarray, top: int, labels: Any, *, tenant: str | None = None, effort: Effort | None = None
     ) -> tuple[Hits, Work]:
         """The `top` best of the vectors with these labels, of which a tenant sees those it may read: for filters of any
         kind, such as what two tenants share (`readable`, `np.intersect1d`). A tree of the labels is made for the call.
@@ -334,22 +333,20 @@ class Curator:
         among = _labels(labels)
         if tenant is not None:
             among = np.intersect1d(among, self.readable(tenant))
-        return self._searched(self.tree.search_among, queries, among, top, Effort(**effort))
+        return self._searched(self.tree.search_among, queries, among, top, effort)
 
     def _searched(
-        self, search: Callable[..., None], queries: np.ndarray, where: np.ndarray, top: int, effort: Effort
+        self, search: Callable[..., Any], queries: np.ndarray, where: Any, top: int, effort: Effort | None
     ) -> tuple[Hits, Work]:
         if not 1 <= top <= MOST_TOP:
             raise InputError(f"top is {top}: ask for 1 to {MOST_TOP:,} vectors")
-        asked = _prepared(queries, self.dimensions, self.metric, "queries")
-        labels, distances = np.empty((len(asked), top), np.int64), np.empty((len(asked), top), np.float32)
-        told = np.empty((len(asked), 4), np.int64)
-        if len(asked):
-            limits = effort.limits(self.settings, top)
-            search(padded(asked), where, limits, effort.spread_weight, effort.prune, labels, distances, told)
-        # |q - x|^2 = 2 - 2 q.x of vectors of length 1
-        scores = 1 - distances / 2 if self.metric == "cosine" else -distances
-        return Hits(ids=labels, scores=scores), Work(**dict(zip(Work.__slots__, told.T, strict=True)))
+        effort = effort or _USUAL
+        rest = top, effort.limits(self.settings, top), effort.spread_weight, effort.prune, self.metric == "cosine"
+        try:
+            labels, scores, told = search(queries, where, *rest)
+        except (TypeError, ValueError):  # no float32 rows of that size that lie close, or no numbers: look closer
+            labels, scores, told = search(_prepared(queries, self.dimensions, self.metric, "queries"), where, *rest)
+        return Hits(ids=labels, scores=scores), Work(*told.T)
 
 
 class TenantVectors(VectorIndex):

@@ -173,7 +173,8 @@ class CuratorFile:
         for name in tenants:
             if not isinstance(name, str) or index.add_tenant(name) != len(index.tenants) - 1:
                 raise InputError(f"{self.path}: tenants are different names, got {checked_json.shown(name)} again")
-        most = max((int(held[name].max(initial=-1)) for name in ("access", "owners", "list_tenants")), default=-1)
+        named = [held[name] for name in ("access", "owners", "list_tenants")]
+        most = max((int(array.max()) for array in named if len(array)), default=-1)
         if most >= len(tenants):
             raise InputError(f"{self.path}: names tenant {most}, but there are {len(tenants)}")
         filters = held.pop("filters").reshape(-1)

@@ -3,11 +3,15 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 #include <shared_mutex>
+#include <tuple>
 #include <utility>
 
 #include "tenant_tree.h"
@@ -21,16 +25,19 @@ template <class T, int Dimensions>
 using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 using Labels = Array<const std::int64_t, 1>;
 using Tenants = Array<const std::uint32_t, 1>;
+// most vectors in buckets, and of those scanned; most buckets; nodes of a beam, 0 for none
+using Limits = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 
 void require(bool holds, const char* message) {
   if (!holds) throw nb::value_error(message);
 }
 
-template <class T>
-nb::object owned(std::vector<T>&& values) {
+template <class T, std::size_t Dimensions = 1>
+nb::object owned(std::vector<T>&& values, std::array<std::size_t, Dimensions> shape = {}) {
   auto* held = new std::vector<T>(std::move(values));
   nb::capsule owner(held, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(held->data(), {held->size()}, owner).cast();
+  if constexpr (Dimensions == 1) shape[0] = held->size();
+  return nb::ndarray<nb::numpy, T, nb::ndim<Dimensions>>(held->data(), Dimensions, shape.data(), owner).cast();
 }
 
 class Tree {
@@ -75,19 +82,23 @@ class Tree {
     tree_.rebuild_filters();
   }
 
-  // limits: most vectors in buckets, and scanned; most buckets; nodes of a beam, 0 for none
-  void search(Array<const float, 2> queries, Tenants tenants, Array<const std::int64_t, 1> limits, float spread_weight, float prune, Array<std::int64_t, 2> labels,
-              Array<float, 2> distances, Array<std::int64_t, 2> statistics) const {
+  // Labels, scores and statistics. cosine: queries are brought to length 1, and scores are cosines; else squared distances, negative.
+  nb::object search(Array<const float, 2> queries, std::uint32_t tenant, std::int64_t top, Limits limits, float spread_weight, float prune, bool cosine) const {
+    return searched(queries, top, limits, spread_weight, prune, cosine, [&](mw::SearchTask task) {
+      task.tenant = tenant;
+      tree_.search(task);
+    });
+  }
+  nb::object search_each(Array<const float, 2> queries, Tenants tenants, std::int64_t top, Limits limits, float spread_weight, float prune, bool cosine) const {
     require(tenants.shape(0) == queries.shape(0), "there is one tenant per query");
-    searched(queries, limits, spread_weight, prune, labels, distances, statistics, [&](mw::SearchTask task) {
+    return searched(queries, top, limits, spread_weight, prune, cosine, [&](mw::SearchTask task) {
       task.tenants = tenants.data();
       tree_.search(task);
     });
   }
   // among: labels of the vectors that are searched; those that are none are passed over
-  void search_among(Array<const float, 2> queries, Labels among, Array<const std::int64_t, 1> limits, float spread_weight, float prune, Array<std::int64_t, 2> labels,
-                    Array<float, 2> distances, Array<std::int64_t, 2> statistics) const {
-    searched(queries, limits, spread_weight, prune, labels, distances, statistics, [&](const mw::SearchTask& task) {
+  nb::object search_among(Array<const float, 2> queries, Labels among, std::int64_t top, Limits limits, float spread_weight, float prune, bool cosine) const {
+    return searched(queries, top, limits, spread_weight, prune, cosine, [&](const mw::SearchTask& task) {
       std::vector<std::uint32_t> slots;
       for (std::size_t i = 0; i < among.shape(0); ++i)
         if (const std::int64_t slot = tree_.slot_of(among.data()[i]); slot >= 0) slots.push_back(static_cast<std::uint32_t>(slot));
@@ -226,22 +237,46 @@ class Tree {
   }
 
   template <class F>
-  void searched(const Array<const float, 2>& queries, const Array<const std::int64_t, 1>& limits, float spread_weight, float prune, Array<std::int64_t, 2>& labels,
-                Array<float, 2>& distances, Array<std::int64_t, 2>& statistics, F&& search) const {
-    const auto count = static_cast<std::int64_t>(queries.shape(0)), top = static_cast<std::int64_t>(labels.shape(1));
-    require(static_cast<std::int64_t>(queries.shape(1)) == (tree_.cols() + mw::kQueryPad - 1) / mw::kQueryPad * mw::kQueryPad, "queries are padded to a multiple of 16");
-    require(labels.shape(0) == queries.shape(0) && distances.shape(0) == queries.shape(0) && statistics.shape(0) == queries.shape(0), "there is one row of answers per query");
-    require(distances.shape(1) == labels.shape(1) && top > 0 && statistics.shape(1) == mw::kNumStatistics && limits.shape(0) == 4, "answers or limits differ in size");
-    std::vector<mw::SearchStatistics> told(static_cast<std::size_t>(count));
-    const std::int64_t* most = limits.data();
-    const mw::SearchTask task{queries.data(), nullptr, count, top, most[0], most[1], spread_weight, prune, most[2], most[3], labels.data(), distances.data(), told.data()};
-    nb::gil_scoped_release release;
-    std::shared_lock guard(lock_);
-    search(task);
-    for (std::size_t i = 0; i < told.size(); ++i) {
-      std::int64_t* row = statistics.data() + i * mw::kNumStatistics;
-      row[0] = told[i].nodes, row[1] = told[i].centroid_distances, row[2] = told[i].vector_distances, row[3] = told[i].buckets;
+  nb::object searched(const Array<const float, 2>& queries, std::int64_t top, const Limits& limits, float spread_weight, float prune, bool cosine, F&& search) const {
+    const std::size_t count = queries.shape(0), cols = queries.shape(1), each = static_cast<std::size_t>(top);
+    require(static_cast<std::int64_t>(cols) == tree_.cols(), "queries and vectors differ in size");
+    require(top > 0, "ask for one vector at least");
+    std::vector<std::int64_t> labels(count * each);
+    std::vector<float> scores(count * each);
+    std::vector<mw::SearchStatistics> told(count);
+    {
+      nb::gil_scoped_release release;
+      const std::vector<float> asked = prepared(queries.data(), count, cols, cosine);
+      const auto& [found_most, scanned_most, most_buckets, beam] = limits;
+      const mw::SearchTask task{asked.data(), nullptr, 0, static_cast<std::int64_t>(count), top, found_most, scanned_most, spread_weight, prune, most_buckets, beam,
+                                labels.data(), scores.data(), told.data()};
+      {
+        std::shared_lock guard(lock_);
+        if (count) search(task);
+      }
+      // |q - x|^2 = 2 - 2 q.x of vectors of length 1
+      for (float& one : scores) one = cosine ? 1.0f - one / 2 : -one;
     }
+    std::vector<std::int64_t> statistics;
+    for (const auto& one : told) statistics.insert(statistics.end(), {one.nodes, one.centroid_distances, one.vector_distances, one.buckets});
+    return nb::make_tuple(owned<std::int64_t, 2>(std::move(labels), {count, each}), owned<float, 2>(std::move(scores), {count, each}),
+                          owned<std::int64_t, 2>(std::move(statistics), {count, std::size_t{mw::kNumStatistics}}));
+  }
+
+  // Queries with zeros up to a multiple of 16 columns.
+  static std::vector<float> prepared(const float* queries, std::size_t count, std::size_t cols, bool cosine) {
+    const std::size_t padded = (cols + mw::kQueryPad - 1) / mw::kQueryPad * mw::kQueryPad;
+    std::vector<float> asked(count * padded);
+    for (std::size_t i = 0; i < count; ++i) {
+      const float* from = queries + i * cols;
+      float* to = asked.data() + i * padded;
+      double squares = 0;
+      for (std::size_t c = 0; c < cols; ++c) squares += static_cast<double>(from[c]) * from[c];
+      require(std::isfinite(squares) && (!cosine || squares > 0), "a query has numbers that are none, or no direction");
+      const float scale = cosine ? static_cast<float>(1.0 / std::sqrt(squares)) : 1.0f;
+      for (std::size_t c = 0; c < cols; ++c) to[c] = from[c] * scale;
+    }
+    return asked;
   }
 
   template <class F>
@@ -272,10 +307,9 @@ void bind_tenant_tree(nb::module_& m) {
       .def("revoke", &Tree::revoke, "labels"_a.noconvert(), "tenants"_a.noconvert())
       .def("remove", &Tree::remove, "labels"_a.noconvert())
       .def("rebuild_filters", &Tree::rebuild_filters)
-      .def("search", &Tree::search, "queries"_a.noconvert(), "tenants"_a.noconvert(), "limits"_a.noconvert(), "spread_weight"_a, "prune"_a, "labels"_a.noconvert(),
-           "distances"_a.noconvert(), "statistics"_a.noconvert())
-      .def("search_among", &Tree::search_among, "queries"_a.noconvert(), "among"_a.noconvert(), "limits"_a.noconvert(), "spread_weight"_a, "prune"_a, "labels"_a.noconvert(),
-           "distances"_a.noconvert(), "statistics"_a.noconvert())
+      .def("search", &Tree::search, "queries"_a.noconvert(), "tenant"_a, "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
+      .def("search_each", &Tree::search_each, "queries"_a.noconvert(), "tenants"_a.noconvert(), "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
+      .def("search_among", &Tree::search_among, "queries"_a.noconvert(), "among"_a.noconvert(), "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
       .def("count", &Tree::count)
       .def("count_of", &Tree::count_of, "tenant"_a)
       .def("owners_of", &Tree::owners_of, "labels"_a.noconvert())

@@ -237,7 +237,7 @@ std::size_t TenantTree::table_place(std::int64_t label) const {
 std::int64_t TenantTree::slot_of(std::int64_t label) const {
   if (label < 0) return -1;
   const std::uint32_t slot = table_[table_place(label)];
-  return slot == kNone ? -1 : slot;
+  return slot == kNone ? -1 : static_cast<std::int64_t>(slot);
 }
 
 void TenantTree::grow_table() {
@@ -415,12 +415,9 @@ void TenantTree::merge(std::uint32_t node, std::uint32_t tenant, const Probe& pr
     Span ids;
     for (std::uint32_t child = first; child < stop; ++child)
       if (List* list = find_list(child, tenant)) {
-        for (std::uint32_t i = 0; i < list->ids.size; ++i) {
-          const std::uint32_t slot = pool_.data(list->ids)[i];
-          pool_.insert(ids, ids.size, slot);
-          mark_stale(leaf_of_[slot]);  // filters below need not know the tenant any longer
-        }
+        for (std::uint32_t i = 0; i < list->ids.size; ++i) pool_.insert(ids, ids.size, pool_.data(list->ids)[i]);
         drop_list(child, list);
+        mark_stale(child);  // it need not know the tenant any longer
       }
     auto& lists = nodes_[parent].lists;
     lists.insert(by_tenant(lists, tenant), {tenant, ids});
@@ -434,45 +431,43 @@ std::int64_t TenantTree::leaf_count(const Node& node, std::uint32_t tenant) cons
   return at != node.counts.end() && at->tenant == tenant ? at->count : 0;
 }
 
-void TenantTree::mark_stale(std::uint32_t leaf) {
-  if (nodes_[leaf].stale) return;
-  nodes_[leaf].stale = true;
-  stale_.push_back(leaf);
+void TenantTree::mark_stale(std::uint32_t node) {
+  if (nodes_[node].stale) return;
+  nodes_[node].stale = true;
+  stale_.push_back(node);
 }
 
-void TenantTree::rebuild_leaf(std::uint32_t leaf) {
+// Of a leaf from its counts, of others from their children's and their own lists.
+void TenantTree::rebuild_filter(std::uint32_t at) {
+  const Node& node = nodes_[at];
   const auto words = static_cast<std::size_t>(settings_.filter_words);
-  std::fill_n(filters_.begin() + static_cast<std::ptrdiff_t>(leaf * words), words, 0);
-  for (const Count& one : nodes_[leaf].counts) {
+  std::uint64_t* filter = filters_.data() + at * words;
+  std::fill_n(filter, words, 0);
+  for (const Count& one : node.counts) {
     // below a list no filter knows the tenant: the first vector that comes down when the list splits must find it absent
     bool above = false;
-    for (std::int32_t node = nodes_[leaf].parent; node >= 0 && !above; node = nodes_[static_cast<std::size_t>(node)].parent)
-      above = find_list(static_cast<std::uint32_t>(node), one.tenant) != nullptr;
-    if (!above) learn(leaf, probe(one.tenant));
+    for (std::int32_t up = node.parent; up >= 0 && !above; up = nodes_[static_cast<std::size_t>(up)].parent)
+      above = find_list(static_cast<std::uint32_t>(up), one.tenant) != nullptr;
+    if (!above) learn(at, probe(one.tenant));
   }
+  if (node.leaf()) return;
+  const std::uint64_t* child = filters_.data() + static_cast<std::size_t>(node.first_child) * words;
+  for (std::int32_t i = 0; i < node.num_children; ++i, child += words)
+    for (std::size_t w = 0; w < words; ++w) filter[w] |= child[w];
+  for (const List& list : node.lists) learn(at, probe(list.tenant));
 }
 
 void TenantTree::rebuild_filters() {
-  std::vector<std::uint32_t> leaves, inner;
+  std::vector<std::uint32_t> nodes;
   std::vector<Gone> gone;
-  leaves.swap(stale_);
+  nodes.swap(stale_);
   gone.swap(gone_);
-  for (const std::uint32_t leaf : leaves) {
-    nodes_[leaf].stale = false;
-    rebuild_leaf(leaf);
-    for (std::int32_t node = nodes_[leaf].parent; node >= 0; node = nodes_[static_cast<std::size_t>(node)].parent) inner.push_back(static_cast<std::uint32_t>(node));
-  }
-  std::sort(inner.begin(), inner.end(), [](std::uint32_t a, std::uint32_t b) { return a > b; });  // children before their parents
-  inner.erase(std::unique(inner.begin(), inner.end()), inner.end());
-  const auto words = static_cast<std::size_t>(settings_.filter_words);
-  for (const std::uint32_t node : inner) {
-    std::uint64_t* filter = filters_.data() + node * words;
-    std::fill_n(filter, words, 0);
-    const std::uint64_t* child = filters_.data() + static_cast<std::size_t>(nodes_[node].first_child) * words;
-    for (std::int32_t i = 0; i < nodes_[node].num_children; ++i, child += words)
-      for (std::size_t w = 0; w < words; ++w) filter[w] |= child[w];
-    for (const List& list : nodes_[node].lists) learn(node, probe(list.tenant));
-  }
+  for (const std::uint32_t node : nodes) nodes_[node].stale = false;
+  for (std::size_t i = 0, count = nodes.size(); i < count; ++i)
+    for (std::int32_t up = nodes_[nodes[i]].parent; up >= 0; up = nodes_[static_cast<std::size_t>(up)].parent) nodes.push_back(static_cast<std::uint32_t>(up));
+  std::sort(nodes.begin(), nodes.end(), [](std::uint32_t a, std::uint32_t b) { return a > b; });  // children before their parents
+  nodes.erase(std::unique(nodes.begin(), nodes.end()), nodes.end());
+  for (const std::uint32_t node : nodes) rebuild_filter(node);
   // what filters over-reported may have kept lists apart
   for (const Gone& one : gone) {
     const Probe found = probe(one.tenant);

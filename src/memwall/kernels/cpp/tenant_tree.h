@@ -63,7 +63,8 @@ constexpr int kNumStatistics = 4;
 
 struct SearchTask {
   const float* queries;          // [num_queries, padded cols]
-  const std::uint32_t* tenants;  // [num_queries]
+  const std::uint32_t* tenants;  // [num_queries], or null: all are `tenant`
+  std::uint32_t tenant;
   std::int64_t num_queries, top;
   std::int64_t found_most, scanned_most;  // vectors in buckets at which the search of the tree ends, and of those scanned
   float spread_weight;       // times a node's spread is taken off its distance
@@ -112,7 +113,7 @@ class TenantTree {
     std::vector<List> lists;              // in the order of tenants
     std::vector<std::uint32_t> members;   // of a leaf
     std::vector<Count> counts;            // of a leaf, in the order of tenants: vectors that each may read there
-    bool stale = false;                   // of a leaf: its filter may know tenants that it need not
+    bool stale = false;                   // its filter may know tenants that it need not
     bool leaf() const { return num_children == 0; }
   };
 
@@ -138,7 +139,7 @@ class TenantTree {
   bool grant(std::uint32_t slot, std::uint32_t tenant);   // false: it may already
   bool revoke(std::uint32_t slot, std::uint32_t tenant);  // false: it may not
   void remove(std::uint32_t slot);
-  void rebuild_filters();  // of leaves that are stale
+  void rebuild_filters();  // of nodes that are stale, and of those above
   void search(const SearchTask& task) const;
   void search_among(const SearchTask& task, const Among& among) const;
   Among among(std::vector<std::uint32_t> slots) const;
@@ -173,8 +174,8 @@ class TenantTree {
   void split(std::uint32_t node, List* list, const Probe& probe);
   void merge(std::uint32_t node, std::uint32_t tenant, const Probe& probe);
   bool relist(std::uint32_t leaf, std::uint32_t tenant, const Probe& probe);
-  void mark_stale(std::uint32_t leaf);
-  void rebuild_leaf(std::uint32_t leaf);
+  void mark_stale(std::uint32_t node);
+  void rebuild_filter(std::uint32_t node);
   std::int64_t leaf_count(const Node& node, std::uint32_t tenant) const;
   void add_chunk();
   void own_chunk(std::uint32_t slot);
@@ -201,7 +202,7 @@ class TenantTree {
   std::vector<float> centroids_, spreads_;
   std::vector<std::uint64_t> filters_;
   WordPool pool_;
-  std::vector<std::uint32_t> stale_;  // leaves
+  std::vector<std::uint32_t> stale_;  // nodes
   std::vector<Gone> gone_;            // since filters were made anew
   std::vector<std::int64_t> totals_;  // vectors by tenant
 

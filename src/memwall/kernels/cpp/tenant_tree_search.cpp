@@ -228,7 +228,10 @@ void TenantTree::search_all(const SearchTask& task, Make&& make) const {
 }
 
 void TenantTree::search(const SearchTask& task) const {
-  search_all(task, [&](std::size_t query) { return OfTenant{*this, task.tenants[query], probe(task.tenants[query])}; });
+  search_all(task, [&](std::size_t query) {
+    const std::uint32_t tenant = task.tenants ? task.tenants[query] : task.tenant;
+    return OfTenant{*this, tenant, probe(tenant)};
+  });
 }
 
 void TenantTree::search_among(const SearchTask& task, const Among& among) const {
