@@ -25,7 +25,7 @@ def experiment() -> ModuleType:
 @pytest.fixture(scope="module")
 def held(experiment: ModuleType) -> Any:
     x = unit(vectors(3200, seed=1))
-    tags = [["all", *(["odd"] if place % 2 else []), *([f"t{place % 40}"])] for place in range(3200)]
+    tags = [["all", *(["odd"] if place % 2 else []), f"t{place % 200}"] for place in range(3200)]
     return experiment.Corpus(
         x=x[:3000], fresh=x[3000:3050], queries=x[3050:3150], tags=tags[:3000], asks=tags[3050:3150]
     )
@@ -104,18 +104,19 @@ def test_claims_can_fail(experiment: ModuleType, held: Any) -> None:
 def test_changes_and_filters(experiment: ModuleType, held: Any) -> None:
     sizes = dataclasses.replace(experiment.QUICK, changes=400)
     assert experiment.mix_claim(held, sizes).passed
-    assert experiment.rebuild_claim(held, experiment.by_tags(held)).passed
+    assert "never made anew" in experiment.rebuild_claim(held, experiment.by_tags(held)).measured
     may = experiment.by_tags(held)
     index = experiment.built_curator(held, may)
     assert experiment.file_claim(held, may, index).passed
     assert experiment.growth_claim(held, may, index).claim
 
 
-def test_texts_come_from_a_folder(experiment: ModuleType, tmp_path: Path) -> None:
+def test_texts_come_from_a_folder(experiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"holds no wikitext2-valid\.txt"):
         experiment.text_folder(tmp_path)
     (tmp_path / "wikitext2-valid.txt").write_text("")
     assert experiment.text_folder(tmp_path) == tmp_path
+    monkeypatch.setattr(experiment, "PACKAGES", ("rich", "numpy"))
     stretches = [chain for _, chain in experiment.source_stretches(20)]
-    assert ["stdlib"] in stretches
+    assert {"rich", "numpy"} <= {chain[0] for chain in stretches}
     assert all(len(chain) <= 4 for chain in stretches)

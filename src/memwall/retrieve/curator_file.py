@@ -170,9 +170,12 @@ class CuratorFile:
                 raise InputError(f"{self.path}: tensor {name} has NaN or infinite numbers")
         clusters = ClusterTree(**{name: held.pop(name) for name in ClusterTree.__slots__})
         index = Curator(clusters, settings, metric)
+        seen: set[str] = set()
         for name in tenants:
-            if not isinstance(name, str) or index.add_tenant(name) != len(index.tenants) - 1:
-                raise InputError(f"{self.path}: tenants are different names, got {checked_json.shown(name)} again")
+            if not isinstance(name, str) or name in seen:
+                raise InputError(f"{self.path}: tenants are different names, got {checked_json.shown(name)}")
+            seen.add(name)
+            index.add_tenant(name)
         named = [held[name] for name in ("access", "owners", "list_tenants")]
         most = max((int(array.max()) for array in named if len(array)), default=-1)
         if most >= len(tenants):
