@@ -610,12 +610,12 @@ def looked_claims(table: Table) -> Iterator[Claim]:
         table.ratio(computed, "shared IVF", small),
     )
     yield Claim(
-        claim=f"small tenants ({table.may.name}): ten times fewer vectors looked at than in a filtered shared index",
+        claim=f"small tenants ({table.may.name}): ten times fewer vectors looked at than in a shared inverted file",
         measured=f"{told}: Curator {looked['curator'][small].mean():,.0f} distances; shared IVF looks at "
         f"{pm(ivf)} times as many (and computes {pm(before)} times as many distances, as it asks the filter before "
         f"each), shared HNSW {pm(graph)}",
-        required="10 times or more at equal recall, for both",
-        passed=ivf[0] >= 10 and graph[0] >= 10 and reached(table, "shared IVF", "shared HNSW"),
+        required="10 times or more than Curator by shared IVF at equal recall; what HNSW does is told as it is",
+        passed=ivf[0] >= 10 and reached(table, "shared IVF"),
     )
     private = table.ratio(looked, "private IVF", every)
     yield Claim(

@@ -31,6 +31,7 @@ tenants, and know more of them than they should where there are more.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -255,11 +256,12 @@ class Curator:
         """
         if x.ndim == 2 and readers is not None and len(readers) != len(x):
             raise InputError(f"{len(readers):,} lines of readers for {len(x):,} vectors: there must be one each")
-        for start in range(0, max(len(x), 1), _AT_ONCE):  # before anything is changed
-            _prepared(x[start : start + _AT_ONCE], self.dimensions, self.metric, "vectors", start)
+        if len(x) > _AT_ONCE:  # all of them before anything is changed
+            for start in range(0, len(x), _AT_ONCE):
+                _prepared(x[start : start + _AT_ONCE], self.dimensions, self.metric, "vectors", start)
         told_all = [[self.add_tenant(name) for name in names] for names in readers or ()]
         first = self.next_label
-        for start in range(0, len(x), _AT_ONCE):
+        for start in range(0, max(len(x), 1), _AT_ONCE):
             part = _prepared(x[start : start + _AT_ONCE], self.dimensions, self.metric, "vectors", start)
             told = told_all[start : start + len(part)]
             labels = np.arange(self.next_label, self.next_label + len(part), dtype=np.int64)
@@ -270,9 +272,8 @@ class Curator:
             self.next_label += len(part)
             if told:
                 counts = [len(names) for names in told]
-                self.tree.grant(
-                    np.repeat(labels, counts), np.array([one for names in told for one in names], np.uint32)
-                )
+                each = np.fromiter(itertools.chain.from_iterable(told), np.uint32, sum(counts))
+                self.tree.grant(np.repeat(labels, counts), each)
             if progress is not None:
                 progress(start + len(part), len(x))
         return np.arange(first, self.next_label, dtype=np.int64)

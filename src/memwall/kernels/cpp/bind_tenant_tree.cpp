@@ -56,6 +56,7 @@ class Tree {
     for (std::size_t i = 0; i < labels.shape(0); ++i) {
       const std::int64_t label = labels.data()[i];
       require(label >= 0 && tree_.slot_of(label) < 0, "a label is negative or in use");
+      require(owners.data()[i] < static_cast<std::int32_t>(kMostTenants), "there are too many tenants");
       tree_.insert(x.data() + i * x.shape(1), label, owners.data()[i]);
       if (owners.data()[i] >= 0) tree_.grant(static_cast<std::uint32_t>(tree_.slot_of(label)), static_cast<std::uint32_t>(owners.data()[i]));
     }
@@ -226,7 +227,7 @@ class Tree {
   }
 
  private:
-  static constexpr std::uint32_t kMostTenants = 1u << 24;
+  static constexpr std::uint32_t kMostTenants = mw::TenantTree::kMostTenants;
 
   static mw::TreeSettings settings(std::int64_t max_list, std::int64_t filter_words, int filter_hashes, std::int64_t rebuild_interval, const Array<const float, 2>& centroids,
                                    const Array<const float, 1>& spreads, const Array<const std::int32_t, 1>& parents) {

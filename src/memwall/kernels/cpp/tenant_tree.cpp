@@ -2,8 +2,14 @@
 #include "tenant_tree.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "dispatch.h"
 #include "tenant_parts.h"
@@ -18,7 +24,7 @@ void tenant_distances(const float* query, const float* const* rows, std::int64_t
 
 namespace {
 
-constexpr std::int64_t kChunkBytes = 1 << 20;
+constexpr std::int64_t kChunkBytes = 1 << 22;
 constexpr std::uint32_t kNone = 0xffffffffu;
 
 // Sizes of rooms: 1, 2, 3, 4, 6, 8, 12, 16, ...
@@ -47,6 +53,14 @@ auto by_tenant(std::vector<Entry>& entries, std::uint32_t tenant) {
 template <class Entry>
 auto by_tenant(const std::vector<Entry>& entries, std::uint32_t tenant) {
   return std::lower_bound(entries.begin(), entries.end(), tenant, [](const Entry& one, std::uint32_t t) { return one.tenant < t; });
+}
+
+// Inserts; room grows by an eighth, as these are many and short.
+template <class Entry>
+auto put(std::vector<Entry>& entries, typename std::vector<Entry>::iterator at, const Entry& entry) {
+  const auto place = at - entries.begin();
+  if (entries.size() == entries.capacity()) entries.reserve(entries.size() + entries.size() / 8 + 2);
+  return entries.insert(entries.begin() + place, entry);
 }
 
 }  // namespace
@@ -212,8 +226,23 @@ std::uint32_t TenantTree::nearest_leaf(const float* x) const {
 
 // ---- vectors ----
 
+void TenantTree::Freed::operator()(float* held) const { std::free(held); }
+
+// In pages as large as there are: rows of a list lie anywhere, and small pages would have to be looked up for each.
+std::unique_ptr<float[], TenantTree::Freed> TenantTree::new_chunk() const {
+  constexpr std::size_t kPage = std::size_t{2} << 20;
+  const std::size_t bytes = (sizeof(float) * static_cast<std::size_t>(cols_) << chunk_shift_);
+  const std::size_t room = (bytes + 4095) / 4096 * 4096;
+  void* held = nullptr;
+  if (posix_memalign(&held, room >= kPage ? kPage : 4096, room)) throw std::bad_alloc();
+#if defined(__linux__)
+  if (room >= kPage) madvise(held, room / kPage * kPage, MADV_HUGEPAGE);
+#endif
+  return std::unique_ptr<float[], Freed>(static_cast<float*>(held));
+}
+
 void TenantTree::add_chunk() {
-  owned_.push_back(std::make_unique<float[]>(static_cast<std::size_t>((std::int64_t{1} << chunk_shift_) * cols_)));
+  owned_.push_back(new_chunk());
   chunks_.push_back(owned_.back().get());
 }
 
@@ -222,7 +251,7 @@ void TenantTree::own_chunk(std::uint32_t slot) {
   const std::size_t chunk = slot >> chunk_shift_;
   if (owned_[chunk]) return;
   const auto size = static_cast<std::size_t>((std::int64_t{1} << chunk_shift_) * cols_);
-  auto copy = std::make_unique<float[]>(size);
+  auto copy = new_chunk();
   std::memcpy(copy.get(), chunks_[chunk], sizeof(float) * size);
   owned_[chunk] = std::move(copy);
   chunks_[chunk] = owned_[chunk].get();
@@ -285,7 +314,8 @@ void TenantTree::insert(const float* x, std::int64_t label, std::int32_t owner) 
   labels_[slot] = label;
   owners_[slot] = owner;
   leaf_of_[slot] = nearest_leaf(x);
-  nodes_[leaf_of_[slot]].members.push_back(slot);
+  auto& members = nodes_[leaf_of_[slot]].members;
+  put(members, members.end(), slot);
   table_add(slot);
   ++live_;
 }
@@ -324,8 +354,8 @@ bool TenantTree::grant(std::uint32_t slot, std::uint32_t tenant) {
   ++totals_[tenant];
   auto& counts = nodes_[leaf_of_[slot]].counts;
   const auto at = by_tenant(counts, tenant);
-  if (at != counts.end() && at->tenant == tenant) ++at->count;
-  else counts.insert(at, {tenant, 1});
+  if (at != counts.end() && at->tenant == tenant) at->count = std::min(at->count + 1u, kMany);
+  else put(counts, at, Count{tenant, 1});
   place(slot, tenant, probe(tenant), 0);
   return true;
 }
@@ -335,7 +365,7 @@ void TenantTree::place(std::uint32_t slot, std::uint32_t tenant, const Probe& pr
     if (!knows(node, probe)) {
       learn(node, probe);
       auto& lists = nodes_[node].lists;
-      const auto list = lists.insert(by_tenant(lists, tenant), {tenant, {}});
+      const auto list = put(lists, by_tenant(lists, tenant), List{tenant, {}});
       return pool_.insert(list->ids, 0, slot);
     }
     if (List* list = find_list(node, tenant)) {
@@ -363,7 +393,8 @@ bool TenantTree::revoke(std::uint32_t slot, std::uint32_t tenant) {
   const std::uint32_t leaf = leaf_of_[slot];
   auto& counts = nodes_[leaf].counts;
   const auto count = by_tenant(counts, tenant);
-  const std::uint32_t left = --count->count;
+  const std::int64_t left = count->count < kMany ? count->count - 1 : counted(nodes_[leaf], tenant);
+  count->count = static_cast<std::uint32_t>(std::min<std::int64_t>(left, kMany)) & kMany;
   if (left == 0) {
     counts.erase(count);
     gone_.push_back({leaf, tenant});
@@ -391,7 +422,7 @@ bool TenantTree::relist(std::uint32_t leaf, std::uint32_t tenant, const Probe& p
   const std::int64_t count = leaf_count(nodes_[leaf], tenant);
   if (count == 0 || 2 * count > settings_.max_list) return false;
   auto& lists = nodes_[leaf].lists;
-  const auto list = lists.insert(by_tenant(lists, tenant), {tenant, {}});
+  const auto list = put(lists, by_tenant(lists, tenant), List{tenant, {}});
   for (const std::uint32_t slot : nodes_[leaf].members)
     if (may_read(slot, tenant)) pool_.insert(list->ids, list->ids.size, slot);
   learn(leaf, probe);
@@ -420,7 +451,7 @@ void TenantTree::merge(std::uint32_t node, std::uint32_t tenant, const Probe& pr
         mark_stale(child);  // it need not know the tenant any longer
       }
     auto& lists = nodes_[parent].lists;
-    lists.insert(by_tenant(lists, tenant), {tenant, ids});
+    put(lists, by_tenant(lists, tenant), List{tenant, ids});
   }
 }
 
@@ -428,7 +459,12 @@ void TenantTree::merge(std::uint32_t node, std::uint32_t tenant, const Probe& pr
 
 std::int64_t TenantTree::leaf_count(const Node& node, std::uint32_t tenant) const {
   const auto at = by_tenant(node.counts, tenant);
-  return at != node.counts.end() && at->tenant == tenant ? at->count : 0;
+  if (at == node.counts.end() || at->tenant != tenant) return 0;
+  return at->count < kMany ? at->count : counted(node, tenant);
+}
+
+std::int64_t TenantTree::counted(const Node& node, std::uint32_t tenant) const {
+  return std::count_if(node.members.begin(), node.members.end(), [&](std::uint32_t slot) { return may_read(slot, tenant); });
 }
 
 void TenantTree::mark_stale(std::uint32_t node) {

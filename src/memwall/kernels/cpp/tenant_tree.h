@@ -104,9 +104,11 @@ class TenantTree {
     std::uint32_t tenant;
     Span ids;
   };
+  // A leaf that has more of a tenant's vectors than `count` can say is counted when it must be.
   struct Count {
-    std::uint32_t tenant, count;
+    std::uint32_t tenant : 20, count : 12;
   };
+  static constexpr std::uint32_t kMostTenants = 1u << 20, kMany = (1u << 12) - 1;
   struct Node {
     std::int32_t parent = -1, first_child = 0, num_children = 0, level = 0;
     std::uint32_t first_leaf = 0, last_leaf = 0;  // below it: places from left to right, the last one excluded
@@ -162,6 +164,10 @@ class TenantTree {
     std::uint32_t leaf, tenant;
   };
 
+  struct Freed {
+    void operator()(float* held) const;
+  };
+
   Probe probe(std::uint32_t tenant) const;
   bool knows(std::uint32_t node, const Probe& probe) const;
   void learn(std::uint32_t node, const Probe& probe);
@@ -177,6 +183,8 @@ class TenantTree {
   void mark_stale(std::uint32_t node);
   void rebuild_filter(std::uint32_t node);
   std::int64_t leaf_count(const Node& node, std::uint32_t tenant) const;
+  std::int64_t counted(const Node& node, std::uint32_t tenant) const;
+  std::unique_ptr<float[], Freed> new_chunk() const;
   void add_chunk();
   void own_chunk(std::uint32_t slot);
   void table_add(std::uint32_t slot);
@@ -209,7 +217,7 @@ class TenantTree {
   int chunk_shift_ = 0;
   std::uint32_t chunk_mask_ = 0;
   std::vector<const float*> chunks_;
-  std::vector<std::unique_ptr<float[]>> owned_;  // null: the chunk lies in memory of someone else
+  std::vector<std::unique_ptr<float[], Freed>> owned_;  // null: the chunk lies in memory of someone else
   std::vector<std::int64_t> labels_;             // -1: the slot is free
   std::vector<std::int32_t> owners_;
   std::vector<std::uint32_t> leaf_of_;

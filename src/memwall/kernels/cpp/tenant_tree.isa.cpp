@@ -1,4 +1,4 @@
-// Four rows at a time, while the next four are fetched: rows of a list lie anywhere.
+// Four rows at a time, while others are fetched: rows of a list lie anywhere.
 #include "tenant_tree.h"
 
 #include <cstring>
@@ -8,7 +8,7 @@
 namespace mw::MW_ISA {
 namespace {
 
-constexpr int kRows = 4;
+constexpr int kRows = 4, kAhead = 8;  // rows compared at once, and how far ahead they are fetched
 
 template <int Rows>
 MW_INLINE void some_rows(const float* query, const float* const* rows, std::int64_t following, std::int64_t cols, float* out) {
@@ -17,7 +17,7 @@ MW_INLINE void some_rows(const float* query, const float* const* rows, std::int6
   for (; col + kWidth <= cols; col += kWidth) {
     const Vf x = load<Vf>(query + col);
     for (int r = 0; r < Rows; ++r) {
-      if (r < following) __builtin_prefetch(rows[Rows + r] + col);
+      if (r < following) __builtin_prefetch(rows[kAhead + r] + col);
       const Vf difference = load<Vf>(rows[r] + col) - x;
       sum[r] += difference * difference;
     }
@@ -37,7 +37,7 @@ MW_INLINE void some_rows(const float* query, const float* const* rows, std::int6
 
 void distances(const float* query, const float* const* rows, std::int64_t count, std::int64_t cols, float* out) {
   std::int64_t at = 0;
-  for (; at + kRows <= count; at += kRows) some_rows<kRows>(query, rows + at, count - at - kRows, cols, out + at);
+  for (; at + kRows <= count; at += kRows) some_rows<kRows>(query, rows + at, count - at - kAhead, cols, out + at);
   for (; at < count; ++at) some_rows<1>(query, rows + at, 0, cols, out + at);
 }
 

@@ -321,8 +321,9 @@ void TenantTree::restore(const TreeState& state) {
   for (const auto& [leaf, tenant] : pairs) {
     auto& counts = nodes_[leaf].counts;
     if (counts.empty() || counts.back().tenant != tenant) counts.push_back({tenant, 0});
-    ++counts.back().count;
+    counts.back().count = std::min(counts.back().count + 1u, kMany);
   }
+  for (Node& node : nodes_) node.counts.shrink_to_fit(), node.members.shrink_to_fit();
   for (std::int64_t i = 0; i < state.num_lists; ++i) {
     const std::int32_t node = state.list_nodes[i], tenant = state.list_tenants[i];
     require(node >= 0 && node < nodes && tenant >= 0, "a short list has a node or a tenant that is none");
@@ -334,6 +335,7 @@ void TenantTree::restore(const TreeState& state) {
       pool_.insert(lists.back().ids, lists.back().ids.size, state.list_ids[at]);
     }
   }
+  for (Node& node : nodes_) node.lists.shrink_to_fit();
   const std::string wrong = check();
   if (!wrong.empty()) throw std::invalid_argument(wrong);
 }
