@@ -55,10 +55,10 @@ PACKAGES = ("stdlib", "numpy", "scipy", "sklearn", "matplotlib", "sympy", "netwo
 TOP, RECALL = 10, 0.93
 SMALL_SHARE = 0.01
 ROUNDS = 3
-PAPER = CuratorSettings(max_list=256, filter_error=0.001, bucket_factor=2)
-"""Of the paper's runs on YFCC100M, with 32 branches at the root; scan_factor is tuned."""
+PAPER = CuratorSettings(bucket_factor=2)
+"""As the paper's code has them by default, with the bucket_factor of its runs; scan_factor is tuned."""
 EXHAUSTIVE = Effort(scan_factor=1 << 16)
-SCANS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+SCANS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -638,14 +638,14 @@ def latency_claims(table: Table) -> Iterator[Claim]:
 
     both = {name: table.ratio(seconds, name, small) for name in ("shared IVF", "shared HNSW")}
     yield Claim(
-        claim=f"latency ({table.may.name}): searches cost small tenants far less than in a shared index with a filter",
+        claim=f"latency ({table.may.name}): searches cost small tenants less than in a shared index with a filter",
         measured="microseconds a query: "
         + ", ".join(map(told, seconds))
         + "; of Curator's for small tenants: "
         + ", ".join(f"{name} {pm(each)} times" for name, each in both.items()),
-        required="at least 3 times less, and p99 over all queries below that of both",
+        required="less by two standard errors, and p99 over all queries below that of both",
         passed=all(
-            each[0] >= 3 and np.quantile(seconds["curator"], 0.99) < np.quantile(seconds[name], 0.99)
+            each[0] - 2 * each[1] > 1 and np.quantile(seconds["curator"], 0.99) < np.quantile(seconds[name], 0.99)
             for name, each in both.items()
         )
         and reached(table, *both),
@@ -766,7 +766,7 @@ def update_claim(held: Corpus, may: Permissions, index: Curator) -> Claim:
     likes = np.concatenate([(part @ held.x.T).argmax(axis=1) for part in np.array_split(x, -(-count // 100))])
     names = [[name_of(tenant) for tenant in readers[place]] for place in likes]
     began = time.perf_counter()
-    labels = index.add(x, readers=names)
+    labels = np.concatenate([index.add(x[at : at + 1], readers=[names[at]]) for at in range(count)])
     added = (time.perf_counter() - began) / count
     pairs = [(label, index.number(name)) for label, each in zip(labels.tolist(), names, strict=True) for name in each]
     some = np.array(pairs[::2])
@@ -780,6 +780,10 @@ def update_claim(held: Corpus, may: Permissions, index: Curator) -> Claim:
     began = time.perf_counter()
     index.delete(labels)
     deleted = (time.perf_counter() - began) / count
+    began = time.perf_counter()
+    again = index.add(x, readers=names)
+    bulk = (time.perf_counter() - began) / count
+    index.delete(again)
     told = (
         f"microseconds: {added * MB:.1f} a vector with its {len(pairs) / count:.1f} permissions, {granted * MB:.2f} a "
         f"grant, {revoked * MB:.2f} a revocation, {deleted * MB:.1f} a deletion"
@@ -800,14 +804,21 @@ def update_claim(held: Corpus, may: Permissions, index: Curator) -> Claim:
     for number, place in enumerate(likes):
         for tenant in readers[place]:
             groups[tenant].append(number)
+    numbers_of = np.arange(count, dtype=np.int64)
     began = time.perf_counter()
-    for tenant, numbers in groups.items():  # in one call each, which is kind to them
-        files[tenant].add_with_ids(x[numbers], np.array(numbers, np.int64))
+    for at in range(count):
+        for tenant in readers[likes[at]]:
+            files[tenant].add_with_ids(x[at : at + 1], numbers_of[at : at + 1])
     peers = (time.perf_counter() - began) / count
+    began = time.perf_counter()
+    for tenant, numbers in groups.items():
+        files[tenant].add_with_ids(x[numbers], np.array(numbers, np.int64))
+    together = (time.perf_counter() - began) / count
     faiss.omp_set_num_threads(2)
     return Claim(
         claim=claim,
-        measured=f"{told}; into the files of all its tenants, one call a tenant, {peers * MB:.1f} a vector",
+        measured=f"{told}; into the files of all its tenants {peers * MB:.1f} a vector; all vectors of a tenant in one "
+        f"call {together * MB:.1f}, where Curator takes {bulk * MB:.1f} for all in one call",
         required="faster",
         passed=added < peers,
     )

@@ -14,16 +14,17 @@ Units and shapes: vectors [n, d] float32, queries [q, d]; labels are int64, give
 used again. Scores: cosines, or with the metric `l2` squared distances, negative. A tenant is a name.
 
 Differs from the paper: children that do not know the tenant are left out before their distances are computed, not
-after. Filters of all leaves that a tenant left are made anew together, every `rebuild_interval` such events, and a
-node's new filter is that of its children and of the tenants of its own short lists, which its children need not know.
-Siblings that surely have no vector of a tenant do not keep the others' lists from merging; a leaf whose list had
-overflowed gets one again at half of `max_list`. A search that drops far nodes keeps `top` vectors at least. Only a
-vector's owner may delete it, or whoever runs the index. The second design's ids spell their way through the tree in 6
-bits a level; here the places of leaves from left to right do that, made when they are needed.
+after. Filters of all nodes that a tenant left are made anew together, every `rebuild_interval` such events, and a
+node's new filter is that of its children and of the tenants of its own short lists, which these need not know. A leaf's
+filter is not stored: its counts say the same, and never too much. Siblings that surely have no vector of a tenant do
+not keep the others' lists from merging; a leaf whose list had overflowed gets one again at half of `max_list`. A search
+that drops far nodes keeps `top` vectors at least. Only a vector's owner may delete it, or whoever runs the index. The
+second design's ids spell their way through the tree in 6 bits a level; here the places of leaves from left to right do
+that, made when they are needed.
 
-Cost: n * d * 4 bytes for vectors, nodes * (d * 4 + filter) for the tree, and for each permission 4 bytes for who may
-read the vector, 4 in one short list at most, and 8 for each tenant of a leaf. A search computes distances to at most
-`scan_factor` * top vectors.
+Cost: n * d * 4 bytes for vectors, nodes * d * 4 for the tree and a filter for each node that is no leaf; for each
+permission 4 bytes for who may read the vector, 4 in one short list at most, and 4 for each tenant of a leaf. A search
+computes distances to at most `scan_factor` * top vectors.
 
 Holds when: the vectors to come resemble those that the tree was learned from; filters are made for `filter_capacity`
 tenants, and know more of them than they should where there are more.

@@ -6,7 +6,7 @@
     labels, owners, leaves   int64, int32 (-1: no owner), int32 [count]
     access, access_ends      uint32: numbers of the tenants that may read each vector, rising; int64 [count]: their ends
     centroids, spreads, parents   float32 [nodes, d], [nodes], int32 [nodes]: the tree, level by level
-    filters                  uint64 [nodes, words]
+    filters                  uint64 [nodes that are no leaves, words]
     list_nodes, list_tenants, list_ends, list_ids   of each short list int32, int32, int64; uint32 places of vectors
     texts, text_ends, sha256   as in `vector_file`
 
@@ -64,7 +64,7 @@ def write_curator(
     """The file appears whole or not at all. text: of a label, where vectors were made of texts; model: by what."""
     held = index.tree.state()
     labels = held["labels"]
-    held["filters"] = held["filters"].reshape(len(index.clusters.parents), index.settings.filter_words)
+    held["filters"] = held["filters"].reshape(-1, index.settings.filter_words)
     held |= {name: getattr(index.clusters, name) for name in ClusterTree.__slots__}
     if text is not None:
         held |= text_arrays([text(label) for label in labels.tolist()])
@@ -148,10 +148,11 @@ class CuratorFile:
             raise InputError(f"{self.path}: tensors that are missing or unknown: {names}")
         shapes = {name: self._file.info(name).shape for name in wanted}
         nodes = shapes["parents"][0] if shapes["parents"] else 0
+        inner = shapes["filters"][0] if shapes["filters"] else 0  # which must be right when the tree is restored
         lists = shapes["list_nodes"][0] if shapes["list_nodes"] else 0
         expected: dict[str, tuple[int, ...]] = {
             "vectors": (count, d), "centroids": (nodes, d), "spreads": (nodes,), "parents": (nodes,),
-            "filters": (nodes, words), "list_nodes": (lists,), "list_tenants": (lists,), "list_ends": (lists,),
+            "filters": (inner, words), "list_nodes": (lists,), "list_tenants": (lists,), "list_ends": (lists,),
             DIGEST: (32,),
         }  # fmt: skip
         expected |= dict.fromkeys(("labels", "owners", "leaves", "access_ends", "text_ends"), (count,))

@@ -129,7 +129,7 @@ std::int64_t WordPool::bytes() const {
 TenantTree::TenantTree(const TreeSettings& settings, const float* centroids, const float* spreads, const std::int32_t* parents, std::int64_t nodes, std::int64_t cols)
     : settings_(settings), cols_(cols), nodes_(static_cast<std::size_t>(nodes)), centroids_(centroids, centroids + nodes * cols),
       spreads_(spreads, spreads + nodes),
-      filters_(static_cast<std::size_t>(nodes * settings.filter_words)), table_(16, kNone) {
+      table_(16, kNone) {
   if (nodes < 1 || parents[0] != -1) throw std::invalid_argument("the first node of a tree is its root");
   for (std::int64_t i = 1; i < nodes; ++i) {
     const std::int32_t parent = parents[i];
@@ -142,6 +142,10 @@ TenantTree::TenantTree(const TreeSettings& settings, const float* centroids, con
     node.level = above.level + 1;
     if (node.level > kMostLevels) throw std::invalid_argument("the tree has too many levels");
   }
+  std::int32_t filters = 0;
+  for (Node& node : nodes_)
+    if (!node.leaf()) node.filter = filters++;
+  filters_.resize(static_cast<std::size_t>(filters * settings.filter_words));
   // leaves from left to right: children lie behind their parent, so sizes are summed from the last node and places given from the first
   for (std::size_t i = nodes_.size(); i-- > 0;) {
     Node& node = nodes_[i];
@@ -161,30 +165,47 @@ TenantTree::TenantTree(const TreeSettings& settings, const float* centroids, con
   chunk_mask_ = (1u << chunk_shift_) - 1;
 }
 
-TenantTree::Probe TenantTree::probe(std::uint32_t tenant) const {
-  // two hashes make all: Kirsch and Mitzenmacher 2006. The same in every node, so that filters can be united
-  Probe found;
+// f(word, bit) for the bits of a filter that a tenant sets: two hashes make all (Kirsch and Mitzenmacher 2006). They are the same in
+// every node, so that filters can be united.
+template <class F>
+void TenantTree::each_bit(std::uint32_t tenant, F&& f) const {
   std::uint64_t h = mixed(tenant);
   const std::uint64_t step = mixed(h) | 1;
   const auto bits = static_cast<unsigned __int128>(settings_.filter_words * 64);
   for (int i = 0; i < settings_.filter_hashes; ++i, h += step) {
     const auto at = static_cast<std::uint64_t>(bits * h >> 64);
-    found.word[static_cast<std::size_t>(i)] = static_cast<std::uint32_t>(at / 64);
-    found.bit[static_cast<std::size_t>(i)] = std::uint64_t{1} << at % 64;
+    f(static_cast<std::uint32_t>(at / 64), std::uint64_t{1} << at % 64);
   }
+}
+
+TenantTree::Probe TenantTree::probe(std::uint32_t tenant) const {
+  Probe found;
+  found.tenant = tenant;
+  std::size_t i = 0;
+  each_bit(tenant, [&](std::uint32_t word, std::uint64_t bit) { found.word[i] = word, found.bit[i++] = bit; });
   return found;
 }
 
-bool TenantTree::knows(std::uint32_t node, const Probe& probe) const {
-  const std::uint64_t* filter = filters_.data() + node * static_cast<std::size_t>(settings_.filter_words);
+bool TenantTree::knows(std::uint32_t at, const Probe& probe) const {
+  const Node& node = nodes_[at];
+  if (node.leaf()) {
+    const auto one = by_tenant(node.counts, probe.tenant);
+    return one != node.counts.end() && one->tenant == probe.tenant && one->known;
+  }
+  const std::uint64_t* words = filter(node);
   for (std::size_t i = 0; i < static_cast<std::size_t>(settings_.filter_hashes); ++i)
-    if (!(filter[probe.word[i]] & probe.bit[i])) return false;
+    if (!(words[probe.word[i]] & probe.bit[i])) return false;
   return true;
 }
 
-void TenantTree::learn(std::uint32_t node, const Probe& probe) {
-  std::uint64_t* filter = filters_.data() + node * static_cast<std::size_t>(settings_.filter_words);
-  for (std::size_t i = 0; i < static_cast<std::size_t>(settings_.filter_hashes); ++i) filter[probe.word[i]] |= probe.bit[i];
+void TenantTree::learn(std::uint32_t at, const Probe& probe) {
+  Node& node = nodes_[at];
+  if (node.leaf()) {
+    by_tenant(node.counts, probe.tenant)->known = 1;
+    return;
+  }
+  std::uint64_t* words = filter(node);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(settings_.filter_hashes); ++i) words[probe.word[i]] |= probe.bit[i];
 }
 
 const TenantTree::List* TenantTree::find_list(std::uint32_t node, std::uint32_t tenant) const {
@@ -355,7 +376,7 @@ bool TenantTree::grant(std::uint32_t slot, std::uint32_t tenant) {
   auto& counts = nodes_[leaf_of_[slot]].counts;
   const auto at = by_tenant(counts, tenant);
   if (at != counts.end() && at->tenant == tenant) at->count = std::min(at->count + 1u, kMany);
-  else put(counts, at, Count{tenant, 1});
+  else put(counts, at, Count{tenant, 0, 1});
   place(slot, tenant, probe(tenant), 0);
   return true;
 }
@@ -475,22 +496,30 @@ void TenantTree::mark_stale(std::uint32_t node) {
 
 // Of a leaf from its counts, of others from their children's and their own lists.
 void TenantTree::rebuild_filter(std::uint32_t at) {
-  const Node& node = nodes_[at];
-  const auto words = static_cast<std::size_t>(settings_.filter_words);
-  std::uint64_t* filter = filters_.data() + at * words;
-  std::fill_n(filter, words, 0);
-  for (const Count& one : node.counts) {
+  Node& node = nodes_[at];
+  for (Count& one : node.counts) {
     // below a list no filter knows the tenant: the first vector that comes down when the list splits must find it absent
     bool above = false;
     for (std::int32_t up = node.parent; up >= 0 && !above; up = nodes_[static_cast<std::size_t>(up)].parent)
       above = find_list(static_cast<std::uint32_t>(up), one.tenant) != nullptr;
-    if (!above) learn(at, probe(one.tenant));
+    one.known = !above;
   }
   if (node.leaf()) return;
-  const std::uint64_t* child = filters_.data() + static_cast<std::size_t>(node.first_child) * words;
-  for (std::int32_t i = 0; i < node.num_children; ++i, child += words)
-    for (std::size_t w = 0; w < words; ++w) filter[w] |= child[w];
-  for (const List& list : node.lists) learn(at, probe(list.tenant));
+  const auto words = static_cast<std::size_t>(settings_.filter_words);
+  std::uint64_t* held = filter(node);
+  const auto set = [&](std::uint32_t word, std::uint64_t bit) { held[word] |= bit; };
+  std::fill_n(held, words, 0);
+  for (std::int32_t i = 0; i < node.num_children; ++i) {
+    const Node& child = nodes_[static_cast<std::size_t>(node.first_child + i)];
+    if (child.leaf()) {
+      for (const Count& one : child.counts)
+        if (one.known) each_bit(one.tenant, set);
+    } else {
+      const std::uint64_t* below = filter(child);
+      for (std::size_t w = 0; w < words; ++w) held[w] |= below[w];
+    }
+  }
+  for (const List& list : node.lists) each_bit(list.tenant, set);
 }
 
 void TenantTree::rebuild_filters() {

@@ -94,7 +94,7 @@ struct TreeState {
   const std::int64_t* list_ends;
   const std::uint32_t* list_ids;  // places of vectors
   std::int64_t num_lists;
-  const std::uint64_t* filters;  // [nodes, words]
+  const std::uint64_t* filters;  // [nodes that are no leaves, words]
 };
 
 class TenantTree {
@@ -104,17 +104,19 @@ class TenantTree {
     std::uint32_t tenant;
     Span ids;
   };
-  // A leaf that has more of a tenant's vectors than `count` can say is counted when it must be.
+  // A leaf that has more of a tenant's vectors than `count` can say is counted when it must be. `known` is what the leaf's filter says:
+  // it need not be stored, as the leaf has all its tenants here.
   struct Count {
-    std::uint32_t tenant : 20, count : 12;
+    std::uint32_t tenant : 20, known : 1, count : 11;
   };
-  static constexpr std::uint32_t kMostTenants = 1u << 20, kMany = (1u << 12) - 1;
+  static constexpr std::uint32_t kMostTenants = 1u << 20, kMany = (1u << 11) - 1;
   struct Node {
     std::int32_t parent = -1, first_child = 0, num_children = 0, level = 0;
     std::uint32_t first_leaf = 0, last_leaf = 0;  // below it: places from left to right, the last one excluded
     std::vector<List> lists;              // in the order of tenants
     std::vector<std::uint32_t> members;   // of a leaf
     std::vector<Count> counts;            // of a leaf, in the order of tenants: vectors that each may read there
+    std::int32_t filter = -1;             // which of the filters; a leaf has none
     bool stale = false;                   // its filter may know tenants that it need not
     bool leaf() const { return num_children == 0; }
   };
@@ -156,6 +158,7 @@ class TenantTree {
 
  private:
   struct Probe {
+    std::uint32_t tenant;
     std::array<std::uint32_t, kMostHashes> word;
     std::array<std::uint64_t, kMostHashes> bit;
   };
@@ -171,6 +174,10 @@ class TenantTree {
   Probe probe(std::uint32_t tenant) const;
   bool knows(std::uint32_t node, const Probe& probe) const;
   void learn(std::uint32_t node, const Probe& probe);
+  std::uint64_t* filter(const Node& node) { return filters_.data() + static_cast<std::size_t>(node.filter * settings_.filter_words); }
+  const std::uint64_t* filter(const Node& node) const { return filters_.data() + static_cast<std::size_t>(node.filter * settings_.filter_words); }
+  template <class F>
+  void each_bit(std::uint32_t tenant, F&& f) const;
   List* find_list(std::uint32_t node, std::uint32_t tenant);
   const List* find_list(std::uint32_t node, std::uint32_t tenant) const;
   void drop_list(std::uint32_t node, List* list);

@@ -320,7 +320,7 @@ void TenantTree::restore(const TreeState& state) {
   std::sort(pairs.begin(), pairs.end());
   for (const auto& [leaf, tenant] : pairs) {
     auto& counts = nodes_[leaf].counts;
-    if (counts.empty() || counts.back().tenant != tenant) counts.push_back({tenant, 0});
+    if (counts.empty() || counts.back().tenant != tenant) counts.push_back({tenant, 0, 0});
     counts.back().count = std::min(counts.back().count + 1u, kMany);
   }
   for (Node& node : nodes_) node.counts.shrink_to_fit(), node.members.shrink_to_fit();
@@ -335,7 +335,10 @@ void TenantTree::restore(const TreeState& state) {
       pool_.insert(lists.back().ids, lists.back().ids.size, state.list_ids[at]);
     }
   }
-  for (Node& node : nodes_) node.lists.shrink_to_fit();
+  for (std::size_t i = 0; i < nodes_.size(); ++i) {
+    nodes_[i].lists.shrink_to_fit();
+    if (nodes_[i].leaf()) rebuild_filter(static_cast<std::uint32_t>(i));
+  }
   const std::string wrong = check();
   if (!wrong.empty()) throw std::invalid_argument(wrong);
 }
