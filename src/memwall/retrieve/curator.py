@@ -263,13 +263,16 @@ class Curator:
         told_all = [[self.add_tenant(name) for name in names] for names in readers or ()]
         first = self.next_label
         for start in range(0, max(len(x), 1), _AT_ONCE):
-            part = _prepared(x[start : start + _AT_ONCE], self.dimensions, self.metric, "vectors", start)
-            told = told_all[start : start + len(part)]
+            part, told = x[start : start + _AT_ONCE], told_all[start : start + _AT_ONCE]
             labels = np.arange(self.next_label, self.next_label + len(part), dtype=np.int64)
             owners = np.full(len(part), -1 if owner is None else self.add_tenant(owner), np.int32)
             if owner is None and told:
                 owners[:] = [names[0] if names else -1 for names in told]
-            self.tree.insert(part, labels, owners)
+            try:
+                self.tree.insert(part, labels, owners, self.metric == "cosine")
+            except (TypeError, ValueError):  # as in a search
+                part = _prepared(part, self.dimensions, self.metric, "vectors", start)
+                self.tree.insert(part, labels, owners, self.metric == "cosine")
             self.next_label += len(part)
             if told:
                 counts = [len(names) for names in told]

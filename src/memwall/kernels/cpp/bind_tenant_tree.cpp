@@ -47,17 +47,20 @@ class Tree {
       : tree_(settings(max_list, filter_words, filter_hashes, rebuild_interval, centroids, spreads, parents), centroids.data(), spreads.data(), parents.data(),
               static_cast<std::int64_t>(centroids.shape(0)), static_cast<std::int64_t>(centroids.shape(1))) {}
 
-  // Vectors, each with a label that no other has and an owner (-1: none), who may read it.
-  void insert(Array<const float, 2> x, Labels labels, Array<const std::int32_t, 1> owners) {
+  // Vectors, each with a label that no other has and an owner (-1: none), who may read it; all or none. cosine: they are brought to length 1.
+  void insert(Array<const float, 2> x, Labels labels, Array<const std::int32_t, 1> owners, bool cosine) {
     require(static_cast<std::int64_t>(x.shape(1)) == tree_.cols(), "vectors and centroids differ in size");
     require(labels.shape(0) == x.shape(0) && owners.shape(0) == x.shape(0), "there is one label and one owner per vector");
     nb::gil_scoped_release release;
+    const std::vector<float> rows = prepared(x.data(), x.shape(0), x.shape(1), x.shape(1), cosine);
     std::unique_lock guard(lock_);
     for (std::size_t i = 0; i < labels.shape(0); ++i) {
-      const std::int64_t label = labels.data()[i];
-      require(label >= 0 && tree_.slot_of(label) < 0, "a label is negative or in use");
+      require(labels.data()[i] >= 0 && tree_.slot_of(labels.data()[i]) < 0, "a label is negative or in use");
       require(owners.data()[i] < static_cast<std::int32_t>(kMostTenants), "there are too many tenants");
-      tree_.insert(x.data() + i * x.shape(1), label, owners.data()[i]);
+    }
+    for (std::size_t i = 0; i < labels.shape(0); ++i) {
+      const std::int64_t label = labels.data()[i];
+      tree_.insert(rows.data() + i * x.shape(1), label, owners.data()[i]);
       if (owners.data()[i] >= 0) tree_.grant(static_cast<std::uint32_t>(tree_.slot_of(label)), static_cast<std::uint32_t>(owners.data()[i]));
     }
   }
@@ -247,7 +250,7 @@ class Tree {
     std::vector<mw::SearchStatistics> told(count);
     {
       nb::gil_scoped_release release;
-      const std::vector<float> asked = prepared(queries.data(), count, cols, cosine);
+      const std::vector<float> asked = prepared(queries.data(), count, cols, (cols + mw::kQueryPad - 1) / mw::kQueryPad * mw::kQueryPad, cosine);
       const auto& [found_most, scanned_most, most_buckets, beam] = limits;
       const mw::SearchTask task{asked.data(), nullptr, 0, static_cast<std::int64_t>(count), top, found_most, scanned_most, spread_weight, prune, most_buckets, beam,
                                 labels.data(), scores.data(), told.data()};
@@ -264,16 +267,15 @@ class Tree {
                           owned<std::int64_t, 2>(std::move(statistics), {count, std::size_t{mw::kNumStatistics}}));
   }
 
-  // Queries with zeros up to a multiple of 16 columns.
-  static std::vector<float> prepared(const float* queries, std::size_t count, std::size_t cols, bool cosine) {
-    const std::size_t padded = (cols + mw::kQueryPad - 1) / mw::kQueryPad * mw::kQueryPad;
+  // Rows with zeros up to so many columns, checked, and of length 1 where cosines are asked for.
+  static std::vector<float> prepared(const float* queries, std::size_t count, std::size_t cols, std::size_t padded, bool cosine) {
     std::vector<float> asked(count * padded);
     for (std::size_t i = 0; i < count; ++i) {
       const float* from = queries + i * cols;
       float* to = asked.data() + i * padded;
       double squares = 0;
       for (std::size_t c = 0; c < cols; ++c) squares += static_cast<double>(from[c]) * from[c];
-      require(std::isfinite(squares) && (!cosine || squares > 0), "a query has numbers that are none, or no direction");
+      require(std::isfinite(squares) && (!cosine || squares > 0), "a vector has numbers that are none, or no direction");
       const float scale = cosine ? static_cast<float>(1.0 / std::sqrt(squares)) : 1.0f;
       for (std::size_t c = 0; c < cols; ++c) to[c] = from[c] * scale;
     }
@@ -303,7 +305,7 @@ void bind_tenant_tree(nb::module_& m) {
       .def(nb::init<Array<const float, 2>, Array<const float, 1>, Array<const std::int32_t, 1>, std::int64_t, std::int64_t, int, std::int64_t>(), "centroids"_a.noconvert(),
            "spreads"_a.noconvert(), "parents"_a.noconvert(),
            "max_list"_a, "filter_words"_a, "filter_hashes"_a, "rebuild_interval"_a)
-      .def("insert", &Tree::insert, "vectors"_a.noconvert(), "labels"_a.noconvert(), "owners"_a.noconvert())
+      .def("insert", &Tree::insert, "vectors"_a.noconvert(), "labels"_a.noconvert(), "owners"_a.noconvert(), "cosine"_a)
       .def("grant", &Tree::grant, "labels"_a.noconvert(), "tenants"_a.noconvert())
       .def("revoke", &Tree::revoke, "labels"_a.noconvert(), "tenants"_a.noconvert())
       .def("remove", &Tree::remove, "labels"_a.noconvert())

@@ -24,7 +24,7 @@ void tenant_distances(const float* query, const float* const* rows, std::int64_t
 
 namespace {
 
-constexpr std::int64_t kChunkBytes = 1 << 22;
+constexpr std::size_t kChunkBytes = 2 << 20;  // a large page
 constexpr std::uint32_t kNone = 0xffffffffu;
 
 // Sizes of rooms: 1, 2, 3, 4, 6, 8, 12, 16, ...
@@ -161,8 +161,7 @@ TenantTree::TenantTree(const TreeSettings& settings, const float* centroids, con
       at += child.last_leaf;
     }
   }
-  while (chunk_shift_ < 16 && (cols * 4) << (chunk_shift_ + 1) <= kChunkBytes) ++chunk_shift_;
-  chunk_mask_ = (1u << chunk_shift_) - 1;
+  chunk_rows_ = static_cast<std::uint32_t>(std::max<std::size_t>(kChunkBytes / (sizeof(float) * static_cast<std::size_t>(cols)), 1));
 }
 
 // f(word, bit) for the bits of a filter that a tenant sets: two hashes make all (Kirsch and Mitzenmacher 2006). They are the same in
@@ -251,13 +250,11 @@ void TenantTree::Freed::operator()(float* held) const { std::free(held); }
 
 // In pages as large as there are: rows of a list lie anywhere, and small pages would have to be looked up for each.
 std::unique_ptr<float[], TenantTree::Freed> TenantTree::new_chunk() const {
-  constexpr std::size_t kPage = std::size_t{2} << 20;
-  const std::size_t bytes = (sizeof(float) * static_cast<std::size_t>(cols_) << chunk_shift_);
-  const std::size_t room = (bytes + 4095) / 4096 * 4096;
+  const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(cols_) * chunk_rows_;
   void* held = nullptr;
-  if (posix_memalign(&held, room >= kPage ? kPage : 4096, room)) throw std::bad_alloc();
+  if (posix_memalign(&held, kChunkBytes, (bytes + kChunkBytes - 1) / kChunkBytes * kChunkBytes)) throw std::bad_alloc();
 #if defined(__linux__)
-  if (room >= kPage) madvise(held, room / kPage * kPage, MADV_HUGEPAGE);
+  madvise(held, (bytes + kChunkBytes - 1) / kChunkBytes * kChunkBytes, MADV_HUGEPAGE);
 #endif
   return std::unique_ptr<float[], Freed>(static_cast<float*>(held));
 }
@@ -269,9 +266,9 @@ void TenantTree::add_chunk() {
 
 // A file's memory is not written to: the chunk of a slot that is used again is copied first.
 void TenantTree::own_chunk(std::uint32_t slot) {
-  const std::size_t chunk = slot >> chunk_shift_;
+  const std::size_t chunk = slot / chunk_rows_;
   if (owned_[chunk]) return;
-  const auto size = static_cast<std::size_t>((std::int64_t{1} << chunk_shift_) * cols_);
+  const auto size = chunk_rows_ * static_cast<std::size_t>(cols_);
   auto copy = new_chunk();
   std::memcpy(copy.get(), chunks_[chunk], sizeof(float) * size);
   owned_[chunk] = std::move(copy);
@@ -321,7 +318,7 @@ void TenantTree::insert(const float* x, std::int64_t label, std::int32_t owner) 
   if (free_.empty()) {
     if (labels_.size() >= kNone - 1) throw std::length_error("an index holds 2^32 - 2 vectors at most");
     slot = static_cast<std::uint32_t>(labels_.size());
-    if (slot >> chunk_shift_ == chunks_.size()) add_chunk();
+    if (slot / chunk_rows_ == chunks_.size()) add_chunk();
     labels_.push_back(-1);
     owners_.push_back(-1);
     leaf_of_.push_back(0);
@@ -331,7 +328,7 @@ void TenantTree::insert(const float* x, std::int64_t label, std::int32_t owner) 
     free_.pop_back();
     own_chunk(slot);
   }
-  std::memcpy(owned_[slot >> chunk_shift_].get() + (slot & chunk_mask_) * cols_, x, sizeof(float) * static_cast<std::size_t>(cols_));
+  std::memcpy(owned_[slot / chunk_rows_].get() + slot % chunk_rows_ * static_cast<std::size_t>(cols_), x, sizeof(float) * static_cast<std::size_t>(cols_));
   labels_[slot] = label;
   owners_[slot] = owner;
   leaf_of_[slot] = nearest_leaf(x);
@@ -546,7 +543,7 @@ void TenantTree::rebuild_filters() {
 TenantTree::Bytes TenantTree::bytes() const {
   const auto of = [](const auto& held) { return static_cast<std::int64_t>(held.capacity() * sizeof held[0]); };
   Bytes told{};
-  const std::int64_t chunk = (std::int64_t{4} << chunk_shift_) * cols_;
+  const std::int64_t chunk = 4 * cols_ * chunk_rows_;
   for (const auto& one : owned_) (one ? told.vectors : told.mapped) += chunk;
   told.tree = of(centroids_) + of(spreads_) + of(nodes_);
   told.filters = of(filters_) + of(stale_) + of(gone_);

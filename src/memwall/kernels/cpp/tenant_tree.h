@@ -133,7 +133,7 @@ class TenantTree {
   const WordPool& pool() const { return pool_; }
   Span access(std::uint32_t slot) const { return access_[slot]; }
   bool live(std::uint32_t slot) const { return labels_[slot] >= 0; }
-  const float* row(std::uint32_t slot) const { return chunks_[slot >> chunk_shift_] + (slot & chunk_mask_) * cols_; }
+  const float* row(std::uint32_t slot) const { return chunks_[slot / chunk_rows_] + slot % chunk_rows_ * static_cast<std::size_t>(cols_); }
   bool may_read(std::uint32_t slot, std::uint32_t tenant) const;
   std::int64_t count_of(std::uint32_t tenant) const { return tenant < totals_.size() ? totals_[tenant] : 0; }
   std::int64_t slot_of(std::int64_t label) const;  // -1: no such vector
@@ -221,8 +221,7 @@ class TenantTree {
   std::vector<Gone> gone_;            // since filters were made anew
   std::vector<std::int64_t> totals_;  // vectors by tenant
 
-  int chunk_shift_ = 0;
-  std::uint32_t chunk_mask_ = 0;
+  std::uint32_t chunk_rows_ = 1;
   std::vector<const float*> chunks_;
   std::vector<std::unique_ptr<float[], Freed>> owned_;  // null: the chunk lies in memory of someone else
   std::vector<std::int64_t> labels_;             // -1: the slot is free

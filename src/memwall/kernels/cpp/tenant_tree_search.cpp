@@ -289,7 +289,7 @@ void TenantTree::restore(const TreeState& state) {
   owners_.assign(state.owners, state.owners + count);
   leaf_of_.assign(state.leaves, state.leaves + count);
   access_.assign(count, {});
-  const std::size_t each = std::size_t{1} << chunk_shift_;
+  const std::size_t each = chunk_rows_;
   for (std::size_t start = 0; start < count; start += each) {
     if (start + each <= count) {
       owned_.push_back(nullptr);
