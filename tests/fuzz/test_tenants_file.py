@@ -47,7 +47,7 @@ def test_the_good_file_is_read(tmp_path: Path) -> None:
     read(tmp_path / "good")
 
 
-@settings(bounded, max_examples=60)
+@settings(bounded, max_examples=40)
 @given(data=st.data())
 def test_changed_files(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "x"
@@ -55,7 +55,7 @@ def test_changed_files(data: st.DataObject, tmp_path: Path) -> None:
     survives(lambda: read(path))
 
 
-@settings(bounded, max_examples=150)
+@settings(bounded, max_examples=80)
 @given(data=st.data())
 def test_contents_that_are_not_sealed(data: st.DataObject, tmp_path: Path) -> None:
     """A header or some numbers changed, and the digest not looked at."""

@@ -194,7 +194,7 @@ operation = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=35, deadline=None, derandomize=True)
 @given(
     operations=st.lists(operation, max_size=40),
     max_list=st.integers(1, 9),
