@@ -49,6 +49,7 @@ from memwall.retrieve.cluster_tree import ClusterTree, TreeShape, train_tree
 Metric = Literal["cosine", "l2"]
 METRICS = ("cosine", "l2")
 MOST_TENANTS, MOST_TOP, LONGEST_NAME, MOST_EFFORT = 1 << 20, 1 << 16, 200, 1 << 20
+MOST_INTERVAL = 1 << 40
 _WORD_BITS = 64
 _AT_ONCE = 1 << 14
 
@@ -75,7 +76,7 @@ class CuratorSettings:
     def __post_init__(self) -> None:
         limits = {
             "max_list": (1, 1 << 16), "filter_capacity": (1, MOST_TENANTS), "filter_error": (1e-6, 0.5),
-            "rebuild_interval": (1, 1 << 30), "bucket_factor": (1, MOST_EFFORT), "scan_factor": (1, MOST_EFFORT),
+            "rebuild_interval": (1, MOST_INTERVAL), "bucket_factor": (1, MOST_EFFORT), "scan_factor": (1, MOST_EFFORT),
         }  # fmt: skip
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
