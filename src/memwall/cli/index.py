@@ -272,6 +272,15 @@ def _choose(
 # ---- search --------------------------------------------------------------------------------------------------------
 
 
+Tenant = Annotated[
+    str | None, typer.Option(help="Who asks, of an index with tenants: what it may read is searched.", metavar="NAME")
+]
+Scan = Annotated[
+    int | None,
+    typer.Option(help="With --tenant: vectors compared at most for each of --top (default: 256).", min=1, max=1 << 20),
+]
+
+
 def search(
     path: Annotated[Path, typer.Argument(help="What `memwall index` wrote.", metavar="INDEX")],
     queries: Annotated[
@@ -283,16 +292,8 @@ def search(
     ],
     *,
     top: Annotated[int, typer.Option(help="How many of the nearest.", min=1, max=10_000)] = 10,
-    tenant: Annotated[
-        str | None,
-        typer.Option(help="Who asks, of an index with tenants: what it may read is searched.", metavar="NAME"),
-    ] = None,
-    scan: Annotated[
-        int | None,
-        typer.Option(
-            help="With --tenant: vectors compared at most for each of --top (default: 256).", min=1, max=1 << 20
-        ),
-    ] = None,
+    tenant: Tenant = None,
+    scan: Scan = None,
     model: EmbeddingModel = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Do not compare the file's digest, for which all of it is read.")

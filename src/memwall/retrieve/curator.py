@@ -49,7 +49,7 @@ from memwall.retrieve.cluster_tree import ClusterTree, TreeShape, train_tree
 Metric = Literal["cosine", "l2"]
 METRICS = ("cosine", "l2")
 MOST_TENANTS, MOST_TOP, LONGEST_NAME, MOST_EFFORT = 1 << 20, 1 << 16, 200, 1 << 20
-MOST_INTERVAL = 1 << 40
+MOST_INTERVAL = 1 << 31
 _WORD_BITS = 64
 _AT_ONCE = 1 << 14
 
