@@ -24,6 +24,9 @@ it judged flat latency over tenants all of whose vectors are compared, too; it l
 tenant in one call. Memory came to 1.50 and 1.69 times the shared inverted file: filters of leaves, most of it, have
 not been stored since.
 
+The whole run after that, with nothing beside it (two cores with AVX-512, 165 s), had all claims pass. Against private
+inverted files, small tenants of tags compute 3.3 times as many distances, as nearly all of their vectors are compared.
+
 Latencies mean something only where nothing else works the machine.
 """
 
