@@ -25,12 +25,14 @@ from memwall.cli.spann import (
     reads_told,
     search_settings,
 )
+from memwall.cli.tenants import index_tenants, search_tenant
 from memwall.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from memwall.retrieve.base import Hits
+    from memwall.retrieve.curator_file import CuratorFile
     from memwall.retrieve.embedding_storage import Fitted, Form, Metric, Point
     from memwall.retrieve.spann import SearchSettings
     from memwall.retrieve.spann_file import SpannFile
@@ -91,7 +93,18 @@ EmbeddingModel = Annotated[
 ]
 MetricName = Annotated[
     str,
-    typer.Option(help="What scores are: cosine, inner (products), or with --spann l2 (distances).", metavar="METRIC"),
+    typer.Option(
+        help="What scores are: cosine, inner (products), or with --spann or --tenants l2 (squared distances, negative).",
+        metavar="METRIC",
+    ),
+]
+Tenants = Annotated[
+    Path | None,
+    typer.Option(
+        help="Who may read what: a line for each vector with the names of its tenants, its owner first. Makes one "
+        "index that all of them share; no other may find the vector.",
+        metavar="FILE",
+    ),
 ]
 
 
@@ -118,6 +131,7 @@ def index(
     packed: Packed = False,
     machines: Machines = None,
     model: EmbeddingModel = None,
+    tenants: Tenants = None,
     threads: Threads = None,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -127,11 +141,20 @@ def index(
 
     A file of vectors is read a piece at a time; the index appears whole or not at all. `memwall search` reads it.
     """
+    lists = IndexOptions(heads=heads, replicas=replicas, list_pages=list_pages, packed=packed, machines=machines)
+    if tenants is not None:
+        if spann:
+            raise InputError("--spann and --tenants are two kinds of index: give one of them")
+        lists.refuse()
+        if any(one is not None for one in (codec, reduce, memory, points, fit)):
+            raise InputError("--tenants keeps vectors as float32: leave out --codec, --reduce, --memory and --fit")
+        x, texts, made_by = _vectors(vectors, model, threads, quiet)
+        index_tenants(x, out, tenants, metric, texts=texts, model=made_by, json=json, quiet=quiet)
+        return
     from memwall.hardware.units import format_bytes
     from memwall.retrieve.embedding_storage import Fitted
     from memwall.retrieve.vector_file import write_vectors
 
-    lists = IndexOptions(heads=heads, replicas=replicas, list_pages=list_pages, packed=packed, machines=machines)
     if spann:
         _only_lists(reduce=reduce, points=points, fit=fit)
         x, texts, made_by = _vectors(vectors, model, threads, quiet)
@@ -290,6 +313,15 @@ def _choose(
 # ---- search --------------------------------------------------------------------------------------------------------
 
 
+Tenant = Annotated[
+    str | None, typer.Option(help="Who asks, of an index with tenants: what it may read is searched.", metavar="NAME")
+]
+Scan = Annotated[
+    int | None,
+    typer.Option(help="With --tenant: vectors compared at most for each of --top (default: 256).", min=1, max=1 << 20),
+]
+
+
 def search(
     path: Annotated[Path, typer.Argument(help="What `memwall index` wrote.", metavar="INDEX")],
     queries: Annotated[
@@ -303,6 +335,8 @@ def search(
     top: Annotated[int, typer.Option(help="How many of the nearest.", min=1, max=10_000)] = 10,
     lists: MostLists = None,
     ratio: Ratio = None,
+    tenant: Tenant = None,
+    scan: Scan = None,
     model: EmbeddingModel = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Do not compare the file's digest, for which all of it is read.")
@@ -318,6 +352,7 @@ def search(
     --spann only heads are held, and the lists of near heads are read.
     """
     from memwall.memory import peak_resident_bytes
+    from memwall.retrieve.curator_file import holds_tenants
     from memwall.retrieve.spann_file import is_spann
     from memwall.retrieve.vector_file import VectorFile
 
@@ -325,11 +360,17 @@ def search(
         from memwall import kernels
 
         kernels.set_num_threads(threads)
-    if is_spann(path):
+    lists_kept, tenants_kept = is_spann(path), holds_tenants(path)
+    if not lists_kept and (lists is not None or ratio is not None):
+        raise InputError(f"--lists and --ratio are of indexes made with --spann; {path} has all its vectors scored")
+    if not tenants_kept and (tenant is not None or scan is not None):
+        raise InputError(f"{path}: has no tenants (`memwall index --tenants` makes such an index)")
+    if lists_kept:
         _search_lists(path, queries, top, search_settings(lists, ratio), model, not unchecked, json, quiet)
         return
-    if lists is not None or ratio is not None:
-        raise InputError(f"--lists and --ratio are of indexes made with --spann; {path} has all its vectors scored")
+    if tenants_kept:
+        _search_tenant(path, queries, tenant, top, scan, model, verify=not unchecked, json=json, quiet=quiet)
+        return
     file = VectorFile(path, verify=not unchecked)
     asked, texts = _queries(queries, file, model, quiet)
     began = time.perf_counter()
@@ -389,6 +430,27 @@ def _results(hits: Hits, file: VectorFile | SpannFile, texts: list[str] | None) 
     return results
 
 
+def _search_tenant(
+    path: Path, queries: str, tenant: str | None, top: int, scan: int | None, model: str | None, *, verify: bool,
+    json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    from memwall.hardware.units import format_seconds
+    from memwall.memory import peak_resident_bytes
+
+    told = search_tenant(
+        path, tenant, top, scan, verify=verify, queries=lambda file: _queries(queries, file, model, quiet)
+    )
+    if json:
+        print_json({**told, "peak_resident_bytes": peak_resident_bytes()})
+        return
+    _show(told["results"], with_text=any("text" in hit for one in told["results"] for hit in one["hits"]))
+    note(
+        f"memwall: {len(told['results'])} queries in {format_seconds(told['seconds'])}, each compared with "
+        f"{told['work_per_query']['vector_distances']:,.0f} of the {told['readable']:,} vectors that {tenant} may read",
+        quiet=quiet,
+    )
+
+
 def _rate(file: VectorFile, count: int, seconds: float) -> str:
     from memwall.hardware.units import format_bytes, format_seconds
 
@@ -414,7 +476,7 @@ def _show(results: list[dict[str, Any]], *, with_text: bool) -> None:
 
 
 def _queries(
-    queries: str, file: VectorFile | SpannFile, model: str | None, quiet: bool
+    queries: str, file: VectorFile | SpannFile | CuratorFile, model: str | None, quiet: bool
 ) -> tuple[np.ndarray, list[str] | None]:
     """Vectors, and the texts that they were made of. The file's word on its model opens nothing: who asks names it."""
     if queries.endswith(".npy"):

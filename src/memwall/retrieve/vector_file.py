@@ -71,7 +71,7 @@ def write_vectors(
                 digests[name].update(np.ascontiguousarray(array).data)
             if progress is not None:
                 progress(start + len(part), len(x))
-        writer.write(DIGEST, _digest(told, {name: one.digest() for name, one in digests.items()}))
+        writer.write(DIGEST, digest_of(told, {name: one.digest() for name, one in digests.items()}))
 
 
 class VectorFile:
@@ -95,7 +95,7 @@ class VectorFile:
         wanted[DIGEST] = ((32,), np.dtype(np.uint8))
         self._check(wanted, count)
         if verify:
-            self._verify(text)
+            verify_digest(self._file, text)
         tables = {name: self._table("tables", name) for name in one.table_shapes(m)}
         reducer = None
         if kind is not None:
@@ -142,17 +142,6 @@ class VectorFile:
         if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] != len(blob)):
             raise InputError(f"{self.path}: text_ends do not divide the {len(blob):,} bytes of texts")
         return Texts(blob, ends)
-
-    def _verify(self, text: str) -> None:
-        found = {}
-        for name in self._file.names():
-            if name != DIGEST:
-                digest, flat = hashlib.sha256(), self._file.tensor(name).reshape(-1).view(np.uint8)
-                for start in range(0, len(flat), _HASHED_AT_ONCE):
-                    digest.update(flat[start : start + _HASHED_AT_ONCE].data)
-                found[name] = digest.digest()
-        if not np.array_equal(_digest(text, found), self._file.tensor(DIGEST)):
-            raise InputError(f"{self.path}: its bytes are not those that were written (the digest differs)")
 
 
 class Texts(Sequence[str]):
@@ -222,12 +211,27 @@ def _tables(fitted: Fitted) -> dict[str, np.ndarray]:
 
 
 def text_arrays(texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Tensors `texts` and `text_ends` of a file."""
     parts = [text.encode("utf-8", errors="surrogatepass") for text in texts]
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     return {"texts": np.frombuffer(b"".join(parts), np.uint8), "text_ends": ends}
 
 
-def _digest(told: str, digests: Mapping[str, bytes]) -> np.ndarray:
+def verify_digest(file: SafetensorsFile, told: str) -> None:
+    """InputError where a file's bytes are not those that were sealed with its metadata `told`; reads all of it."""
+    found = {}
+    for name in file.names():
+        if name != DIGEST:
+            digest, flat = hashlib.sha256(), file.tensor(name).reshape(-1).view(np.uint8)
+            for start in range(0, len(flat), _HASHED_AT_ONCE):
+                digest.update(flat[start : start + _HASHED_AT_ONCE].data)
+            found[name] = digest.digest()
+    if not np.array_equal(digest_of(told, found), file.tensor(DIGEST)):
+        raise InputError(f"{file.path}: its bytes are not those that were written (the digest differs)")
+
+
+def digest_of(told: str, digests: Mapping[str, bytes]) -> np.ndarray:
+    """What seals a file: of its metadata, and of each other tensor's SHA-256 by name."""
     whole = hashlib.sha256(told.encode())
     for name in sorted(digests):
         whole.update(digests[name])

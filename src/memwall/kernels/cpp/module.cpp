@@ -29,6 +29,7 @@ void bind_tiled_attention(nb::module_& m);  // attention whose tiles are paramet
 void bind_lora(nb::module_& m, nb::class_<Program>&);  // low-rank additions to products
 void bind_row_scores(nb::module_& m);   // queries against vectors in few bits
 void bind_vector_search(nb::module_& m);  // trees, graphs and lists of vectors
+void bind_tenant_tree(nb::module_& m);  // one tree of vectors for many tenants
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -63,6 +64,7 @@ NB_MODULE(_native, m) {
   bind_nearest(m);
   bind_row_scores(m);
   bind_vector_search(m);
+  bind_tenant_tree(m);
   bind_information(m);
   bind_scan(m);
   bind_tiled_attention(m);
