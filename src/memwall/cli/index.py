@@ -94,7 +94,8 @@ EmbeddingModel = Annotated[
 MetricName = Annotated[
     str,
     typer.Option(
-        help="What scores are: cosine, inner (products), or with --spann or --tenants l2 (squared distances, negative).",
+        help="What scores are: cosine or inner (products); with --spann or --tenants cosine or l2 (squared distances, "
+        "negative).",
         metavar="METRIC",
     ),
 ]
