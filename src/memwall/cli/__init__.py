@@ -25,6 +25,7 @@ from memwall.cli import (
     plan,
     probe,
     run,
+    search,
     serve,
     simulate,
     stream,
@@ -47,8 +48,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, tenants, study, simulate, hdl, kernel,
-    probe, bench, systems, evidence,
+    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, search, tenants, study, simulate, hdl,
+    kernel, probe, bench, systems, evidence,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)
