@@ -22,6 +22,7 @@ from memwall.cli import (
     hdl,
     index,
     kernel,
+    map,
     plan,
     probe,
     run,
@@ -46,7 +47,7 @@ app = typer.Typer(
 )
 
 VERBS = (
-    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, study, simulate, hdl, kernel, probe,
+    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, map, study, simulate, hdl, kernel, probe,
     bench, systems, evidence,
 )  # fmt: skip
 for verb in VERBS:

@@ -2,7 +2,7 @@
 a cluster serves a model best, `simulate split` how many devices prompts and tokens need, `simulate profile` measures
 this machine's engine for both, `simulate accllm` runs a model on an FPGA card, `simulate nanoflow` says what bounds an
 iteration, `simulate paging` how much eviction policies would fetch, `simulate context` what long contexts cost,
-`simulate attention-io` how little attention can move.
+`simulate attention-io` how little attention can move, `simulate oblivious-map` what hiding accesses takes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from memwall.cli.bench import _loads
 from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_command, complete_weights
 from memwall.cli.context import context
 from memwall.cli.nanoflow import nanoflow
+from memwall.cli.oblivious import oblivious_map
 from memwall.cli.paging import paging
 from memwall.cli.plan import _complete_machine
 from memwall.cli.printing import format_table, note, print_json, progress_bar
@@ -43,6 +44,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "paging", paging)
     add_command(group, "context", context)
     add_command(group, "attention-io", attention_io)
+    add_command(group, "oblivious-map", oblivious_map)
     app.add_typer(group, name="simulate")
 
 

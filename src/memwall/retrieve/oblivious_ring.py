@@ -1,0 +1,156 @@
+"""Commands to an oblivious map and its replies, through rings in memory of a host that only forwards bytes.
+
+A client and the map share a key; from it comes one key for each direction. A command is (operation, key, value), a
+reply (status, value): each has one length, whatever it asks and whatever was found, and is sealed under its place in
+the order, so that one that was changed, left out, repeated or put elsewhere ends the connection. The map takes what
+lies in the ring as one batch. See `bolt` for what the host sees of the pages then.
+
+Units and shapes: a command takes 5 + V + 16 bytes, a reply 1 + V + 16, V being the bytes of a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from memwall.errors import InputError
+from memwall.retrieve.bolt import ABSENT, DELETE, FOUND, FULL, GET, NONE, ObliviousMap
+from memwall.retrieve.untrusted import KEY_BYTES, TAG_BYTES, Tampered, aes_gcm
+
+STATUSES = {ABSENT: "absent", FOUND: "found", FULL: "full"}
+REFUSED = 3
+"""Status of a command that is none."""
+
+
+def derived_key(key: bytes, purpose: str) -> bytes:
+    """32 bytes for one purpose, from which neither the key nor another purpose's follows."""
+    if len(key) != KEY_BYTES:
+        raise InputError(f"a key of {len(key)} bytes; it has {KEY_BYTES}")
+    aes_gcm(key)  # says what to install
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=purpose.encode()).derive(key)
+
+
+class Ring:
+    """Slots of one length between a writer and a reader, on the host; `moved` counts what it forwards."""
+
+    def __init__(self, num_slots: int, slot_bytes: int) -> None:
+        if num_slots < 1:
+            raise InputError(f"a ring of {num_slots} slots: one at least")
+        self.slots = np.zeros((num_slots, slot_bytes), np.uint8)
+        self.written = self.taken = 0
+
+    def __len__(self) -> int:
+        return self.written - self.taken
+
+    def push(self, packet: bytes) -> bool:
+        """False where the ring is full."""
+        if len(packet) != self.slots.shape[1]:
+            raise InputError(f"a packet of {len(packet)} bytes; this ring's have {self.slots.shape[1]}")
+        if len(self) == len(self.slots):
+            return False
+        self.slots[self.written % len(self.slots)] = np.frombuffer(packet, np.uint8)
+        self.written += 1
+        return True
+
+    def pop(self) -> bytes | None:
+        """None where it is empty."""
+        if not len(self):
+            return None
+        packet = self.slots[self.taken % len(self.slots)].tobytes()
+        self.taken += 1
+        return packet
+
+    @property
+    def moved_bytes(self) -> int:
+        """Forwarded so far."""
+        return self.written * self.slots.shape[1]
+
+
+class _Direction:
+    """Packets one way, sealed under their place."""
+
+    def __init__(self, key: bytes, purpose: str) -> None:
+        self._cipher, self._place = aes_gcm(derived_key(key, purpose)), 0
+
+    def _nonce(self) -> bytes:
+        self._place += 1
+        return self._place.to_bytes(12, "little")
+
+    def seal(self, plain: bytes) -> bytes:
+        return bytes(self._cipher.encrypt(self._nonce(), plain, None))
+
+    def open(self, packet: bytes) -> bytes:
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            return bytes(self._cipher.decrypt(self._nonce(), packet, None))
+        except InvalidTag:
+            raise Tampered(
+                f"packet {self._place} is not the one that was sent in this place, or the key is another one"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """status: absent, found, full or refused. value: what the key had before, None where it had nothing."""
+
+    status: str
+    value: bytes | None
+
+
+def rings(value_bytes: int, num_slots: int = 1024) -> tuple[Ring, Ring]:
+    """(commands, replies) for values of that length."""
+    return Ring(num_slots, 5 + value_bytes + TAG_BYTES), Ring(num_slots, 1 + value_bytes + TAG_BYTES)
+
+
+class Client:
+    """Seals commands and opens replies, in order. A key is for one connection."""
+
+    def __init__(self, key: bytes, value_bytes: int) -> None:
+        self.value_bytes = value_bytes
+        self._out, self._in = _Direction(key, "memwall map commands"), _Direction(key, "memwall map replies")
+
+    def command(self, op: int, key: int, value: bytes | None = None) -> bytes:
+        """A packet. value: of PUT, exactly `value_bytes`."""
+        if not 0 <= key <= NONE:
+            raise InputError(f"key {key}: from 0 to {NONE:,}")
+        value = bytes(self.value_bytes) if value is None else value
+        if len(value) != self.value_bytes:
+            raise InputError(f"a value of {len(value)} bytes; this map's have {self.value_bytes}")
+        return self._out.seal(bytes([op]) + key.to_bytes(4, "little") + value)
+
+    def reply(self, packet: bytes) -> Reply:
+        plain = self._in.open(packet)
+        status = STATUSES.get(plain[0], "refused")
+        return Reply(status=status, value=plain[1:] if plain[0] == FOUND else None)
+
+
+class Device:
+    """The map's end: takes what lies in the ring of commands, carries it out, and answers."""
+
+    def __init__(self, served: ObliviousMap, key: bytes) -> None:
+        self.served = served
+        self._in, self._out = _Direction(key, "memwall map commands"), _Direction(key, "memwall map replies")
+
+    def serve(self, commands: Ring, replies: Ring, most: int = 1024) -> int:
+        """One batch of at most so many commands, and no more than replies have room; returns how many it was."""
+        room = min(most, len(replies.slots) - len(replies), len(commands))
+        packets = [commands.pop() or b"" for _ in range(room)]
+        if not packets:
+            return 0
+        size = 5 + self.served.settings.value_bytes
+        plain = b"".join([self._in.open(packet) for packet in packets])
+        rows = np.frombuffer(plain, np.uint8).reshape(len(packets), size)
+        asked = rows[:, 0]
+        # a command that is none costs what others cost
+        ops = np.where(asked <= DELETE, asked, GET)
+        keys = np.ascontiguousarray(rows[:, 1:5]).view(np.uint32)[:, 0]
+        found = self.served.access(ops, keys, np.ascontiguousarray(rows[:, 5:]))
+        statuses = np.where(asked <= DELETE, found.statuses, REFUSED).astype(np.uint8)
+        for status, value in zip(statuses.tolist(), found.values, strict=True):
+            replies.push(self._out.seal(bytes([status]) + value.tobytes()))
+        return len(packets)
