@@ -19,8 +19,8 @@ def test_the_simulation_is_the_map_without_pages(share: float) -> None:
     draw = np.random.default_rng(4)
     words = draw.integers(0, 1 << 64, 2 * 512 + 4 * accesses, np.uint64)
     keys = draw.integers(0, 512, accesses).astype(np.uint32)
-    given = iter([bytes(8), words[:1024].tobytes(), *(words[at : at + 4].tobytes() for at in range(1024, len(words), 4))])
-    found = ObliviousMap(shape, HostMemory(shape.num_pages, shape.page_bytes), bytes(32), entropy=lambda _: next(given))
+    stream = iter([bytes(8), words.tobytes() + bytes(1 << 16)])
+    found = ObliviousMap(shape, HostMemory(shape.num_pages, shape.page_bytes), bytes(32), entropy=lambda _: next(stream))
     found.fill(np.arange(512), np.zeros((512, 1), np.uint8))
     pending = []
     for key in keys:
@@ -40,7 +40,9 @@ def test_the_simulation_is_the_map_without_pages(share: float) -> None:
 def test_bounds_hold(order: str) -> None:
     found = fullness(MapSettings(capacity=1 << 14), 300_000, seed=1, order=order)
     assert found.hold
-    assert found.mean_pending == pytest.approx(found.settings.num_pages / 2, rel=0.03)
+    # a single item that moves waits alone
+    mean = 0.8 if order == "one" else found.settings.num_pages / 2
+    assert found.mean_pending == pytest.approx(mean, rel=0.03)
     assert found.mean_private == pytest.approx(found.settings.private_bins * 8, rel=0.03)
     assert found.to_dict()["bounds"]["load"]["most"] == found.max_load >= found.max_page_load
 

@@ -170,7 +170,7 @@ def test_a_copy_of_an_earlier_state_does_not_take_later_pages(tmp_path: Path) ->
     state = (path / "state").read_bytes()
     everything(path)
     (path / "state").write_bytes(state)
-    with MapFile(path, KEY) as file, pytest.raises(Tampered):
+    with pytest.raises(Tampered), MapFile(path, KEY) as file:
         file.get(range(200))
 
 

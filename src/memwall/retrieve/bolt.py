@@ -51,6 +51,7 @@ COUNTS = (
 """What the native half counts, in its order."""
 MOST_AT_ONCE = 1 << 12
 _PLACED_AT_ONCE = 1 << 16
+_DRAWN_AT_ONCE = 1 << 12
 
 
 class MapOverflow(MemwallError):
@@ -248,7 +249,7 @@ class ObliviousMap:
                 f"the store has {store.num_pages} pages of {store.page_bytes} bytes; this map needs "
                 f"{settings.num_pages} of {settings.page_bytes}"
             )
-        self.settings, self.entropy = settings, entropy
+        self.settings, self.entropy, self._drawn = settings, entropy, np.zeros(0, np.uint64)
         self.private = private or PrivateStore(settings, seed=int.from_bytes(entropy(8), "little"))
         self.pages = SealedPages(store, key, self.private.arrays["versions"])
         self._stopped = "" if private is not None else "it has not been filled: call fill(), with items or without"
@@ -257,7 +258,12 @@ class ObliviousMap:
         return self.private.count("items")
 
     def _words(self, count: int, each: int) -> np.ndarray:
-        return np.frombuffer(self.entropy(8 * count * each), np.uint64).reshape(count, each)
+        """uint64 [count, each], fetched some at a time: the system's call costs more than its bytes."""
+        wanted = count * each
+        if len(self._drawn) < wanted:
+            self._drawn = np.frombuffer(self.entropy(8 * max(wanted, _DRAWN_AT_ONCE)), np.uint64)
+        found, self._drawn = self._drawn[:wanted], self._drawn[wanted:]
+        return found.reshape(count, each)
 
     def _failed(self, failure: str) -> MemwallError:
         settings = self.settings

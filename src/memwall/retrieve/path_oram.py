@@ -281,7 +281,7 @@ class TreeMap:
         )  # fmt: skip
         made: Any = np.zeros(len(keys), fields)
         made["key"], made["live"] = keys, 1
-        low, high = np.array([0]), np.array([len(keys)])
+        low, high = np.zeros(min(1, len(keys)), np.int64), np.array([len(keys)] * min(1, len(keys)))
         while len(low):
             middle = (low + high) // 2
             parts = {"left": (low, middle), "right": (middle + 1, high)}

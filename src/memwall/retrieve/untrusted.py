@@ -62,7 +62,7 @@ class Trace:
         else:
             self.writes += len(pages)
         if self.log is not None:
-            self.log.append((op, pages.astype(np.uint32)))
+            self.log.append((op, np.array(pages, np.uint32)))
 
     @property
     def visible_bytes(self) -> int:
@@ -142,7 +142,7 @@ class HostFile(UntrustedStore):
             os.close(self._descriptor)
             raise InputError(f"{path}: {found:,} bytes; {num_pages:,} pages of {page_bytes} bytes are {size:,}")
         self._map = mmap.mmap(self._descriptor, size) if size else None
-        flat = np.frombuffer(self._map or b"", np.uint8)
+        flat = np.zeros(0, np.uint8) if self._map is None else np.frombuffer(self._map, np.uint8)
         self.data = flat.reshape(num_pages, page_bytes)
 
     def _load(self, pages: np.ndarray) -> np.ndarray:
