@@ -152,7 +152,7 @@ SEQUENCES: dict[str, Callable[[int], np.ndarray]] = {
 @pytest.mark.parametrize("sequence", SEQUENCES)
 def test_pages_are_drawn_evenly_whatever_is_asked(sequence: str, op: int) -> None:
     shape = MapSettings(capacity=256, value_bytes=5, private_share=0.25)
-    found, count = made(shape, 256), 6000
+    found, count = made(shape, 256), 3000
     keys = SEQUENCES[sequence](count)
     for key in keys:
         found.access(np.array([op]), np.array([key]), np.zeros((1, 5), np.uint8))

@@ -189,7 +189,7 @@ def rebuild(
         if capacity is not None:
             if capacity < len(file.map):
                 raise InputError(f"--capacity {capacity:,}: the map holds {len(file.map):,} items")
-            settings = replace(settings, capacity=capacity)
+            settings = replace(settings, capacity=capacity, page_slots=None)
         if private_share is not None:
             settings = replace(settings, private_share=private_share)
         file.rebuild(_fitting(settings, private_share, memory, settings.value_bytes))
