@@ -1,4 +1,4 @@
-"""`memwall map` and `memwall simulate oblivious-map`: values come back, traces are what the host saw, bad input is told."""
+"""`memwall map`, `memwall simulate oblivious-map`: values, traces of what the host saw, bad input."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def test_memory_chooses_the_share(memwall: Callable, tmp_path: Path) -> None:
         (["create", "OTHER", "--capacity", "10", "--value-bytes", "2", "--from", "PAIRS"], "has 3 bytes"),
     ],
 )
-def test_bad_input(
-    arguments: list[str], says: str, memwall: Callable, made: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_bad_input(arguments: list[str], says: str, memwall: Callable, made: tuple[Path, Path], tmp_path: Path) -> None:
     path, key = made
     (tmp_path / "bad.txt").write_text("1\tone\n2 two\n")
     names = {"MAP": path, "OTHER": tmp_path / "other", "BAD": tmp_path / "bad.txt", "PAIRS": tmp_path / "pairs.txt"}

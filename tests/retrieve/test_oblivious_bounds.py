@@ -20,7 +20,9 @@ def test_the_simulation_is_the_map_without_pages(share: float) -> None:
     words = draw.integers(0, 1 << 64, 2 * 512 + 4 * accesses, np.uint64)
     keys = draw.integers(0, 512, accesses).astype(np.uint32)
     stream = iter([bytes(8), words.tobytes() + bytes(1 << 16)])
-    found = ObliviousMap(shape, HostMemory(shape.num_pages, shape.page_bytes), bytes(32), entropy=lambda _: next(stream))
+    found = ObliviousMap(
+        shape, HostMemory(shape.num_pages, shape.page_bytes), bytes(32), entropy=lambda _: next(stream)
+    )
     found.fill(np.arange(512), np.zeros((512, 1), np.uint8))
     pending = []
     for key in keys:

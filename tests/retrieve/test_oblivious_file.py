@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -117,17 +118,17 @@ def test_wherever_it_breaks_off_the_map_is_that_of_a_commit(
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "open"])
 @pytest.mark.parametrize("after", range(7))
-def test_rebuilding_may_break_off_as_well(step: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rebuilding_may_break_off_as_well(
+    step: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = made(tmp_path / "map")
     first = MapFile(path, KEY)
     first.put({3: b"changed"})
     first.close()
     with monkeypatch.context() as patch:
         crash(patch, step, after)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             MapFile(path, KEY).close()
-        except KeyboardInterrupt:
-            pass
     assert everything(path) == ITEMS
 
 
@@ -148,8 +149,8 @@ def test_a_map_that_stopped_is_not_saved(tmp_path: Path) -> None:
 def test_rebuilding_changes_its_shape(tmp_path: Path) -> None:
     path = made(tmp_path / "map")
     with MapFile(path, KEY) as file:
-        with pytest.raises(DoesNotFit, match="full .200 items"):
-            file.put({key: b"" for key in range(1000, 1100)})
+        with pytest.raises(DoesNotFit, match=r"full \(200 items"):
+            file.put(dict.fromkeys(range(1000, 1100), b""))
         file.commit()
         file.rebuild(MapSettings(capacity=500, value_bytes=20, private_share=0.5))
         assert file.settings.capacity == 500
@@ -160,8 +161,8 @@ def test_rebuilding_changes_its_shape(tmp_path: Path) -> None:
     assert {key: found[key] for key in ITEMS} == ITEMS
     with MapFile(path, KEY) as file:
         assert file.get([2000]) == [b"y" * 20]
+        file.commit()
         with pytest.raises(InputError, match="has 20 bytes"):
-            file.commit()
             file.rebuild(MapSettings(capacity=500, value_bytes=12))
 
 

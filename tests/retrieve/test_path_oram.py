@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_paths_are_read_and_written_whole() -> None:
     for (_, reads), (_, writes) in zip(log[::2], log[1::2], strict=True):
         assert reads.tolist() == writes.tolist()
         assert reads[0] == 0
-        assert all((after - 1) // 2 == before for before, after in zip(reads, reads[1:], strict=False))
+        assert all((after - 1) // 2 == before for before, after in itertools.pairwise(reads))
         leaves.append(int(reads[-1]))
     assert len(set(leaves)) > 40  # another path each time
 

@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 MapPath = Annotated[Path, typer.Argument(help="Folder of the map.", metavar="MAP")]
 KeyFile = Annotated[
     Path,
-    typer.Option("--key", help="File with the map's key, 32 bytes. Keep it where the host cannot read it.", metavar="FILE"),
+    typer.Option("--key", help="File with the map's key, 32 bytes. The host must not read it.", metavar="FILE"),
 ]
 Keys = Annotated[list[int], typer.Argument(help="Keys, whole numbers from 0 to 4,294,967,295.", metavar="KEY...")]
 Pairs = Annotated[
@@ -47,7 +47,9 @@ Pairs = Annotated[
 Share = Annotated[
     float | None,
     typer.Option(
-        help="Share of the bins that are private memory (default: 0.2). More of them, fewer visible bytes.", min=0, max=1
+        help="Share of the bins that are private memory (default: 0.2). More of it, fewer visible bytes.",
+        min=0,
+        max=1,
     ),
 ]
 Room = Annotated[
@@ -58,7 +60,7 @@ Room = Annotated[
 ]
 TraceFile = Annotated[
     Path | None,
-    typer.Option("--trace", help="Write what the host saw: op, page and bytes of every access, as CSV.", metavar="FILE"),
+    typer.Option("--trace", help="Write what the host saw, as CSV: op, page, bytes of every access.", metavar="FILE"),
 ]
 
 
@@ -174,7 +176,7 @@ def rebuild(
     path: MapPath,
     *,
     key: KeyFile,
-    capacity: Annotated[int | None, typer.Option(help="Items that it can hold from now on.", min=4, max=MOST_ITEMS)] = None,
+    capacity: Annotated[int | None, typer.Option(help="Items it can hold from now on.", min=4, max=MOST_ITEMS)] = None,
     private_share: Share = None,
     memory: Room = None,
     json: AsJson = False,
@@ -263,9 +265,7 @@ def _shown(value: bytes | None) -> dict[str, Any]:
         return {"found": True, "base64": base64.b64encode(value).decode()}
 
 
-def _report(
-    what: str, keys: list[int], values: list[bytes | None], file: MapFile, json: bool, quiet: bool
-) -> None:
+def _report(what: str, keys: list[int], values: list[bytes | None], file: MapFile, json: bool, quiet: bool) -> None:
     told = {what: [{"key": one, **_shown(value)} for one, value in zip(keys, values, strict=True)], **_seen(file)}
     if json:
         print_json(told)
@@ -299,7 +299,7 @@ def _write_trace(path: Path, file: MapFile) -> None:
     with temporary.open("w", encoding="utf-8") as out:
         out.write("op,page,bytes\n")
         out.writelines(
-            f"{'write' if op else 'read'},{page},{size}\n" for op, page in zip(ops.tolist(), pages.tolist(), strict=True)
+            f"{'write' if op else 'read'},{page},{size}\n" for op, page in zip(ops.tolist(), pages, strict=True)
         )
     os.replace(temporary, path)
 
@@ -321,9 +321,14 @@ def _told(file: MapFile) -> dict[str, Any]:
 def _show(told: dict[str, Any]) -> None:
     from memwall.hardware.units import format_bytes
 
-    typer.echo(f"{told['map']}  {told['items']:,} of {told['capacity']:,} items, values of up to {told['value_bytes']} bytes")
+    typer.echo(
+        f"{told['map']}  {told['items']:,} of {told['capacity']:,} items, values of up to {told['value_bytes']} bytes"
+    )
     rows = [[name, format_bytes(taken)] for name, taken in told["private_bytes"].items()]
-    rows += [["private together", format_bytes(told["private_bytes_together"])], ["host", format_bytes(told["host_bytes"])]]
+    rows += [
+        ["private together", format_bytes(told["private_bytes_together"])],
+        ["host", format_bytes(told["host_bytes"])],
+    ]
     typer.echo(format_table(["part", "bytes"], rows, right=frozenset({1})))
     typer.echo(
         f"an access moves {told['bytes_per_access']:,.0f} visible bytes on average, in pages of {told['page_bytes']} "

@@ -223,7 +223,7 @@ class PrivateStore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replies:
-    """statuses uint8 [n]: whether the key was there (ABSENT, FOUND), or FULL. values [n, V]: what it had, else zeros."""
+    """statuses uint8 [n]: whether the key was there (ABSENT, FOUND), or FULL. values [n, V]: what it had, or zeros."""
 
     statuses: np.ndarray
     values: np.ndarray

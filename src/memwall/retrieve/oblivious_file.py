@@ -320,7 +320,14 @@ def _sync_folder(path: Path) -> None:
 
 
 def _write(
-    folder: Path, settings: MapSettings, key: bytes, keys: np.ndarray, values: np.ndarray, *, epoch: int, generation: int
+    folder: Path,
+    settings: MapSettings,
+    key: bytes,
+    keys: np.ndarray,
+    values: np.ndarray,
+    *,
+    epoch: int,
+    generation: int,
 ) -> None:
     """Pages and a state of a map with these items."""
     store = HostFile(folder / f"pages-{epoch}", settings.num_pages, settings.page_bytes)

@@ -118,7 +118,8 @@ class PathOram:
         """First blocks 0 to n - 1, each as deep on its path as there is room; every bucket is written once."""
         ids = np.arange(len(leaves), dtype=np.uint32)
         blocks = np.concatenate(
-            [ids.view(np.uint8).reshape(-1, 4), leaves.astype(np.uint32).view(np.uint8).reshape(-1, 4), payloads], axis=1
+            [ids.view(np.uint8).reshape(-1, 4), leaves.astype(np.uint32).view(np.uint8).reshape(-1, 4), payloads],
+            axis=1,
         )
         left = ids
         for level in range(self.depth, -1, -1):
@@ -408,7 +409,9 @@ class TreeMap:
 class Scan:
     """All pairs in large pages; every access reads and writes all of them."""
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray, path: Path | None = None, *, rows: int = SCAN_ROWS) -> None:
+    def __init__(
+        self, keys: np.ndarray, values: np.ndarray, path: Path | None = None, *, rows: int = SCAN_ROWS
+    ) -> None:
         """rows: pairs a page."""
         self.count, self.rows = len(keys), rows
         self._fields = np.dtype([("key", "<u4"), ("value", "u1", (values.shape[1],))])

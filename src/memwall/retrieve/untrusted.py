@@ -212,8 +212,6 @@ class SealedPages:
         self._count += len(pages)
         data, size, encrypt = plain.tobytes(), self.plain_bytes, self._cipher.encrypt
         nonces = self._nonces(pages, versions)
-        sealed = b"".join(
-            [encrypt(nonce, data[at * size : at * size + size], None) for at, nonce in enumerate(nonces)]
-        )
+        sealed = b"".join([encrypt(nonce, data[at * size : at * size + size], None) for at, nonce in enumerate(nonces)])
         self.store.write(pages, np.frombuffer(sealed, np.uint8).reshape(len(pages), self.store.page_bytes))
         self.versions[pages] = versions
