@@ -38,7 +38,7 @@ from memwall.claims import Claim, Progress, main, not_run
 from memwall.errors import InputError
 from memwall.retrieve.bolt import ABSENT, DELETE, FOUND, FULL, GET, PUT, MapSettings, ObliviousMap
 from memwall.retrieve.oblivious_bounds import fullness
-from memwall.retrieve.oblivious_ring import Client, Device, rings
+from memwall.retrieve.oblivious_ring import connected, rings
 from memwall.retrieve.path_oram import OramArray, Scan, TreeMap
 from memwall.retrieve.untrusted import READ, WRITE, HostFile, HostMemory
 
@@ -352,7 +352,7 @@ def messages_claim() -> Claim:
     told = {}
     for op in (GET, PUT, DELETE):
         found = made(SEEN, SEEN.capacity, seed=40, logged=True)
-        client, device, (commands, replies) = Client(bytes(32), 8), Device(found, bytes(32)), rings(8, 512)
+        (client, device), (commands, replies) = connected(found, bytes(32)), rings(8, 512)
         for key in range(500):
             commands.push(client.command(op, key, bytes(8)))
         device.serve(commands, replies)
@@ -583,8 +583,7 @@ def shares_claims(sizes: Sizes, folder: Path, tick: Callable[[str], None]) -> It
         return lambda: maps[share].access(np.full(sizes.calls, GET), draw.integers(0, sizes.items, sizes.calls))
 
     def through(share: float) -> Callable[[], object]:
-        key = bytes([int(share * 100)] * 32)
-        client, device, (commands, replies) = Client(key, 8), Device(maps[share], key), rings(8, 1000)
+        (client, device), (commands, replies) = connected(maps[share], bytes(32)), rings(8, 1000)
 
         def ask() -> None:
             for start in range(0, sizes.calls, 1000):

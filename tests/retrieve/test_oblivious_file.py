@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memwall.errors import DoesNotFit, InputError, MemwallError
 from memwall.retrieve import oblivious_file
@@ -203,6 +205,24 @@ def test_states_that_are_none(change: Any, says: str, tmp_path: Path) -> None:
     with pytest.raises(MemwallError, match=says):
         MapFile(path, KEY)
     assert not shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    path = made(tmp_path_factory.mktemp("states") / "map")
+    return path, (path / "state").read_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 1 << 40), st.integers(1, 255), st.booleans())
+def test_a_byte_that_differs_is_refused(states: tuple[Path, bytes], at: int, change: int, early: bool) -> None:
+    """Anywhere, and in the header more often than its share is."""
+    path, data = states
+    changed = bytearray(data)
+    changed[at % (300 if early else len(data))] ^= change
+    (path / "state").write_bytes(changed)
+    with pytest.raises(MemwallError):
+        MapFile(path, KEY)
 
 
 def test_keys_and_names(tmp_path: Path) -> None:

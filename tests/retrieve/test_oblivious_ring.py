@@ -7,7 +7,7 @@ import pytest
 
 from memwall.errors import InputError
 from memwall.retrieve.bolt import DELETE, GET, PUT, MapSettings, ObliviousMap
-from memwall.retrieve.oblivious_ring import Client, Device, Ring, derived_key, rings
+from memwall.retrieve.oblivious_ring import Client, Device, Ring, connected, derived_key, rings
 from memwall.retrieve.untrusted import HostMemory, Tampered
 
 pytest.importorskip("cryptography", reason="packets are sealed with the extra `oblivious`")
@@ -18,7 +18,7 @@ def pair(slots: int = 64) -> tuple[Client, Device, Ring, Ring]:
     shape = MapSettings(capacity=64, value_bytes=4)
     served = ObliviousMap(shape, HostMemory(shape.num_pages, shape.page_bytes), bytes(32))
     served.fill()
-    return Client(KEY, 4), Device(served, KEY), *rings(4, slots)
+    return *connected(served, KEY), *rings(4, slots)
 
 
 def test_commands_are_answered_in_order() -> None:
@@ -78,7 +78,9 @@ def test_no_more_is_taken_than_replies_have_room() -> None:
 def test_what_is_not_next_is_refused(change: str) -> None:
     client, device, commands, replies = pair()
     if change == "another key":
-        client = Client(bytes(32), 4)
+        client, salt = Client(bytes(32), 4), client.salt
+        client.meet(device.salt)
+        assert client.salt != salt
     first, second = client.command(GET, 1), client.command(GET, 2)
     sent = {"changed": [first[:-1] + bytes([first[-1] ^ 1])], "repeated": [first, first], "left out": [second],
             "another key": [first]}[change]  # fmt: skip
@@ -94,9 +96,27 @@ def test_a_reply_is_no_command() -> None:
     commands.push(client.command(GET, 1))
     device.serve(commands, replies)
     packet = replies.pop() or b""
+    other = Client(KEY, 4)
+    other.meet(device.salt)
     with pytest.raises(Tampered):
-        Client(bytes(32), 4).reply(packet)
+        other.reply(packet)
     assert client.reply(packet).status == "absent"
+
+
+def test_a_connection_cannot_be_played_again() -> None:
+    client, device, commands, replies = pair()
+    packet = client.command(PUT, 1, b"once")
+    again = Device(device.served, KEY)
+    again.meet(client.salt)  # the host sends the client's salt and packets to a device that was started anew
+    commands.push(packet)
+    with pytest.raises(Tampered):
+        again.serve(commands, replies)
+    with pytest.raises(InputError, match="meet once"):
+        again.meet(client.salt)
+    with pytest.raises(InputError, match="meet first"):
+        Client(KEY, 4).command(GET, 1)
+    with pytest.raises(InputError, match="16 bytes"):
+        Client(KEY, 4).meet(b"short")
 
 
 def test_a_command_that_is_none_costs_an_access() -> None:

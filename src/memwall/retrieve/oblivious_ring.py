@@ -1,6 +1,7 @@
 """Commands to an oblivious map and its replies, through rings in memory of a host that only forwards bytes.
 
-A client and the map share a key; from it comes one key for each direction. A command is (operation, key, value), a
+A client and the map share a key; from it and a random salt of each end, which they tell each other when they meet,
+comes one key for each direction of this connection. A command is (operation, key, value), a
 reply (status, value): each has one length, whatever it asks and whatever was found, and is sealed under its place in
 the order, so that one that was changed, left out, repeated or put elsewhere ends the connection. The map takes what
 lies in the ring as one batch. See `bolt` for what the host sees of the pages then.
@@ -10,6 +11,7 @@ Units and shapes: a command takes 5 + V + 16 bytes, a reply 1 + V + 16, V being 
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +21,12 @@ from memwall.retrieve.bolt import ABSENT, DELETE, FOUND, FULL, GET, NONE, Oblivi
 from memwall.retrieve.untrusted import KEY_BYTES, TAG_BYTES, Tampered, aes_gcm
 
 STATUSES = {ABSENT: "absent", FOUND: "found", FULL: "full"}
+SALT_BYTES = 16
 REFUSED = 3
 """Status of a command that is none."""
 
 
-def derived_key(key: bytes, purpose: str) -> bytes:
+def derived_key(key: bytes, purpose: str, salt: bytes = b"") -> bytes:
     """32 bytes for one purpose, from which neither the key nor another purpose's follows."""
     if len(key) != KEY_BYTES:
         raise InputError(f"a key of {len(key)} bytes; it has {KEY_BYTES}")
@@ -31,7 +34,7 @@ def derived_key(key: bytes, purpose: str) -> bytes:
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=purpose.encode()).derive(key)
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt or None, info=purpose.encode()).derive(key)
 
 
 class Ring:
@@ -73,8 +76,8 @@ class Ring:
 class _Direction:
     """Packets one way, sealed under their place."""
 
-    def __init__(self, key: bytes, purpose: str) -> None:
-        self._cipher, self._place = aes_gcm(derived_key(key, purpose)), 0
+    def __init__(self, key: bytes, purpose: str, salt: bytes) -> None:
+        self._cipher, self._place = aes_gcm(derived_key(key, f"memwall map {purpose}", salt)), 0
 
     def _nonce(self) -> bytes:
         self._place += 1
@@ -107,12 +110,35 @@ def rings(value_bytes: int, num_slots: int = 1024) -> tuple[Ring, Ring]:
     return Ring(num_slots, 5 + value_bytes + TAG_BYTES), Ring(num_slots, 1 + value_bytes + TAG_BYTES)
 
 
-class Client:
-    """Seals commands and opens replies, in order. A key is for one connection."""
+class _End:
+    """One end of a connection: `salt` goes to the other one, and its salt to `meet`, before the first packet."""
+
+    def __init__(self, key: bytes) -> None:
+        derived_key(key, "check")
+        self._key, self.salt = key, secrets.token_bytes(SALT_BYTES)
+        self._directions: dict[str, _Direction] = {}
+
+    def _meet(self, salts: bytes) -> None:
+        if self._directions or len(salts) != 2 * SALT_BYTES:
+            raise InputError(f"ends meet once, and a salt has {SALT_BYTES} bytes")
+        self._directions = {what: _Direction(self._key, what, salts) for what in ("commands", "replies")}
+
+    def _way(self, what: str) -> _Direction:
+        if not self._directions:
+            raise InputError("a client and a map's end meet first: give meet() the other one's salt")
+        return self._directions[what]
+
+
+class Client(_End):
+    """Seals commands and opens replies, in order."""
 
     def __init__(self, key: bytes, value_bytes: int) -> None:
+        super().__init__(key)
         self.value_bytes = value_bytes
-        self._out, self._in = _Direction(key, "memwall map commands"), _Direction(key, "memwall map replies")
+
+    def meet(self, salt: bytes) -> None:
+        """salt: the device's. Neither end can be made to use this connection's keys again."""
+        self._meet(self.salt + salt)
 
     def command(self, op: int, key: int, value: bytes | None = None) -> bytes:
         """A packet. value: of PUT, exactly `value_bytes`."""
@@ -121,29 +147,34 @@ class Client:
         value = bytes(self.value_bytes) if value is None else value
         if len(value) != self.value_bytes:
             raise InputError(f"a value of {len(value)} bytes; this map's have {self.value_bytes}")
-        return self._out.seal(bytes([op]) + key.to_bytes(4, "little") + value)
+        return self._way("commands").seal(bytes([op]) + key.to_bytes(4, "little") + value)
 
     def reply(self, packet: bytes) -> Reply:
-        plain = self._in.open(packet)
+        plain = self._way("replies").open(packet)
         status = STATUSES.get(plain[0], "refused")
         return Reply(status=status, value=plain[1:] if plain[0] == FOUND else None)
 
 
-class Device:
+class Device(_End):
     """The map's end: takes what lies in the ring of commands, carries it out, and answers."""
 
     def __init__(self, served: ObliviousMap, key: bytes) -> None:
+        super().__init__(key)
         self.served = served
-        self._in, self._out = _Direction(key, "memwall map commands"), _Direction(key, "memwall map replies")
+
+    def meet(self, salt: bytes) -> None:
+        """salt: the client's."""
+        self._meet(salt + self.salt)
 
     def serve(self, commands: Ring, replies: Ring, most: int = 1024) -> int:
         """One batch of at most so many commands, and no more than replies have room; returns how many it was."""
+        incoming, outgoing = self._way("commands"), self._way("replies")
         room = min(most, len(replies.slots) - len(replies), len(commands))
         packets = [commands.pop() or b"" for _ in range(room)]
         if not packets:
             return 0
         size = 5 + self.served.settings.value_bytes
-        plain = b"".join([self._in.open(packet) for packet in packets])
+        plain = b"".join([incoming.open(packet) for packet in packets])
         rows = np.frombuffer(plain, np.uint8).reshape(len(packets), size)
         asked = rows[:, 0]
         # a command that is none costs what others cost
@@ -152,5 +183,13 @@ class Device:
         found = self.served.access(ops, keys, np.ascontiguousarray(rows[:, 5:]))
         statuses = np.where(asked <= DELETE, found.statuses, REFUSED).astype(np.uint8)
         for status, value in zip(statuses.tolist(), found.values, strict=True):
-            replies.push(self._out.seal(bytes([status]) + value.tobytes()))
+            replies.push(outgoing.seal(bytes([status]) + value.tobytes()))
         return len(packets)
+
+
+def connected(served: ObliviousMap, key: bytes) -> tuple[Client, Device]:
+    """Both ends, where one process has them."""
+    client, device = Client(key, served.settings.value_bytes), Device(served, key)
+    client.meet(device.salt)
+    device.meet(client.salt)
+    return client, device
