@@ -67,7 +67,7 @@ class Sizes:
 FULL_SIZES = Sizes(commands=1_000_000, powers=(16, 18, 20), accesses=10_000_000, growth=(12, 14, 16, 18, 20),
                    single=40_000, windows=10_000, items=1 << 20, flat=(12, 16, 20), rounds=7, calls=20_000)  # fmt: skip
 QUICK_SIZES = Sizes(commands=60_000, powers=(16,), accesses=400_000, growth=(12, 16), single=4000, windows=4000,
-                    items=1 << 15, flat=(12, 15), rounds=3, calls=4000)  # fmt: skip
+                    items=1 << 18, flat=(12, 18), rounds=3, calls=4000)  # fmt: skip
 
 
 def seeded(seed: int) -> Callable[[int], bytes]:

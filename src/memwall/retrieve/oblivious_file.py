@@ -75,6 +75,11 @@ class _Journaled(UntrustedStore):
         self._journal: int | None = None
         self.changed = np.zeros(pages.num_pages, np.bool_)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there was an access; some move no page."""
+        return self._journal is not None
+
     def begin(self) -> None:
         """The journal is on the disk before anything is read: that it is there says that something was."""
         if self._journal is None:
@@ -227,7 +232,7 @@ class MapFile:
 
     def commit(self) -> None:
         """All accesses so far last. After an error that stopped the map it is refused: open it again."""
-        if not self._journal_path(self.generation).exists():
+        if not self._store.begun:
             return
         self.map._check_running()
         self._store.sync()
@@ -249,7 +254,7 @@ class MapFile:
 
         settings: as for `create`; values must not become shorter than those that are held.
         """
-        if self._store.changed.any():
+        if self._store.begun:
             raise InputError(f"{self.path}: accesses that were not committed; commit before a rebuild")
         inner = self.map.settings
         if settings is not None:

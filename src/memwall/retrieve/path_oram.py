@@ -349,7 +349,7 @@ class TreeMap:
     def _take(self, pointer: Pointer) -> _Node:
         payload = np.zeros(self.oram.payload_bytes, np.uint8)
         assert self.oram.access(pointer[1], pointer[0], 0, payload, "take")
-        told = NODE.unpack_from(payload)
+        told = NODE.unpack_from(payload.tobytes())
         value = payload[NODE.size :].tobytes()
         return _Node(told[0], bool(told[1]), told[2:5], told[5:8], value, self.oram.new_leaf())
 
