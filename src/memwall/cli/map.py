@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memwall.retrieve.bolt import MapSettings
     from memwall.retrieve.oblivious_file import MapFile
 
-MOST_ITEMS = 1 << 30
+MOST_ITEMS = 1 << 29
 
 
 def register(app: typer.Typer) -> None:

@@ -50,6 +50,7 @@ COUNTS = (
 )  # fmt: skip
 """What the native half counts, in its order."""
 MOST_AT_ONCE = 1 << 12
+MOST_ITEMS = 1 << 29
 _PLACED_AT_ONCE = 1 << 16
 _DRAWN_AT_ONCE = 1 << 12
 
@@ -74,7 +75,7 @@ class MapSettings:
     """Items that a page can hold; None: the paper's bound. Below it pages overflow."""
 
     def __post_init__(self) -> None:
-        for name, least, most in (("capacity", 4, 1 << 30), ("value_bytes", 1, 1 << 20), ("bin_items", 1, 24)):
+        for name, least, most in (("capacity", 4, MOST_ITEMS), ("value_bytes", 1, 1 << 20), ("bin_items", 1, 24)):
             if not least <= getattr(self, name) <= most:
                 raise InputError(f"{name} {getattr(self, name)}: from {least} to {most:,}")
         if not 0 <= self.private_share <= 1:

@@ -36,7 +36,7 @@ import numpy as np
 from memwall.errors import DoesNotFit, InputError
 from memwall.formats import checked_json
 from memwall.formats.checked_json import Fields
-from memwall.retrieve.bolt import DELETE, GET, PUT, MapSettings, ObliviousMap, PrivateStore, Replies
+from memwall.retrieve.bolt import DELETE, GET, MOST_ITEMS, PUT, MapSettings, ObliviousMap, PrivateStore, Replies
 from memwall.retrieve.oblivious_ring import derived_key
 from memwall.retrieve.untrusted import KEY_BYTES, TAG_BYTES, HostFile, Tampered, UntrustedStore, aes_gcm
 
@@ -378,7 +378,7 @@ def _read_header(path: Path, head: bytes) -> tuple[dict[str, Any], MapSettings]:
     inner.only(*names)
     slots = inner.integer("page_slots", 1, 32) if inner.values.get("page_slots") is not None else None
     settings = MapSettings(
-        capacity=inner.integer("capacity", 4, 1 << 30),
+        capacity=inner.integer("capacity", 4, MOST_ITEMS),
         value_bytes=inner.integer("value_bytes", 1, 1 << 20),
         bin_items=inner.integer("bin_items", 1, 24),
         private_share=inner.number("private_share", 0, 1),

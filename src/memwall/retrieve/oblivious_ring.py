@@ -43,7 +43,8 @@ class Ring:
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         if num_slots < 1:
             raise InputError(f"a ring of {num_slots} slots: one at least")
-        self.slots = np.zeros((num_slots, slot_bytes), np.uint8)
+        self.num_slots, self.slot_bytes = num_slots, slot_bytes
+        self.data = bytearray(num_slots * slot_bytes)
         self.written = self.taken = 0
 
     def __len__(self) -> int:
@@ -51,47 +52,51 @@ class Ring:
 
     def push(self, packet: bytes) -> bool:
         """False where the ring is full."""
-        if len(packet) != self.slots.shape[1]:
-            raise InputError(f"a packet of {len(packet)} bytes; this ring's have {self.slots.shape[1]}")
-        if len(self) == len(self.slots):
+        size = self.slot_bytes
+        if len(packet) != size:
+            raise InputError(f"a packet of {len(packet)} bytes; this ring's have {size}")
+        if self.written - self.taken == self.num_slots:
             return False
-        self.slots[self.written % len(self.slots)] = np.frombuffer(packet, np.uint8)
+        at = self.written % self.num_slots * size
+        self.data[at : at + size] = packet
         self.written += 1
         return True
 
     def pop(self) -> bytes | None:
         """None where it is empty."""
-        if not len(self):
+        if self.written == self.taken:
             return None
-        packet = self.slots[self.taken % len(self.slots)].tobytes()
+        at = self.taken % self.num_slots * self.slot_bytes
         self.taken += 1
-        return packet
+        return bytes(self.data[at : at + self.slot_bytes])
 
     @property
     def moved_bytes(self) -> int:
         """Forwarded so far."""
-        return self.written * self.slots.shape[1]
+        return self.written * self.slot_bytes
 
 
 class _Direction:
     """Packets one way, sealed under their place."""
 
     def __init__(self, key: bytes, purpose: str, salt: bytes) -> None:
-        self._cipher, self._place = aes_gcm(derived_key(key, f"memwall map {purpose}", salt)), 0
-
-    def _nonce(self) -> bytes:
-        self._place += 1
-        return self._place.to_bytes(12, "little")
-
-    def seal(self, plain: bytes) -> bytes:
-        return bytes(self._cipher.encrypt(self._nonce(), plain, None))
-
-    def open(self, packet: bytes) -> bytes:
+        cipher = aes_gcm(derived_key(key, f"memwall map {purpose}", salt))
         from cryptography.exceptions import InvalidTag
 
+        self._encrypt, self._decrypt, self._invalid = cipher.encrypt, cipher.decrypt, InvalidTag
+        self._place = 0
+
+    def seal(self, plain: bytes) -> bytes:
+        self._place += 1
+        sealed: bytes = self._encrypt(self._place.to_bytes(12, "little"), plain, None)
+        return sealed
+
+    def open(self, packet: bytes) -> bytes:
+        self._place += 1
         try:
-            return bytes(self._cipher.decrypt(self._nonce(), packet, None))
-        except InvalidTag:
+            plain: bytes = self._decrypt(self._place.to_bytes(12, "little"), packet, None)
+            return plain
+        except self._invalid:
             raise Tampered(
                 f"packet {self._place} is not the one that was sent in this place, or the key is another one"
             ) from None
@@ -169,7 +174,7 @@ class Device(_End):
     def serve(self, commands: Ring, replies: Ring, most: int = 1024) -> int:
         """One batch of at most so many commands, and no more than replies have room; returns how many it was."""
         incoming, outgoing = self._way("commands"), self._way("replies")
-        room = min(most, len(replies.slots) - len(replies), len(commands))
+        room = min(most, replies.num_slots - len(replies), len(commands))
         packets = [commands.pop() or b"" for _ in range(room)]
         if not packets:
             return 0
@@ -182,8 +187,10 @@ class Device(_End):
         keys = np.ascontiguousarray(rows[:, 1:5]).view(np.uint32)[:, 0]
         found = self.served.access(ops, keys, np.ascontiguousarray(rows[:, 5:]))
         statuses = np.where(asked <= DELETE, found.statuses, REFUSED).astype(np.uint8)
-        for status, value in zip(statuses.tolist(), found.values, strict=True):
-            replies.push(outgoing.seal(bytes([status]) + value.tobytes()))
+        size = 1 + self.served.settings.value_bytes
+        told = np.concatenate([statuses[:, None], found.values], axis=1).tobytes()
+        for at in range(0, len(told), size):
+            replies.push(outgoing.seal(told[at : at + size]))
         return len(packets)
 
 
