@@ -47,8 +47,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, map, study, simulate, hdl, kernel, probe,
-    bench, systems, evidence,
+    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, map, study, simulate, hdl, kernel,
+    probe, bench, systems, evidence,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)
