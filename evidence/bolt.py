@@ -24,9 +24,9 @@ What whole runs of 1 December 2026 found (two cores of an EPYC, nothing beside i
   which a client without a table of all leaves needs, it is 45.
 - First placement: 0.43 us an item at 131,072 items and 0.92 at 1,048,576. Pages are written once and in order, but
   places in a position map of 50 MB are not in a cache any more, and its memory is touched for the first time.
-- Alpha: medians fell at every step, in the library (3.84, 3.25, 2.32, 0.52 us) and through rings (9.98, 9.26, 8.47, 6.68
-  us), but some steps not by two standard errors of rounds apart. After that run steps are paired by round, rounds are 21
-  instead of 7, and the first placement is timed three times instead of once.
+- Alpha: medians fell at every step, in the library (3.84, 3.25, 2.32, 0.52 us) and through rings (9.98, 9.26, 8.47,
+  6.68 us), but some steps not by two standard errors of rounds apart. After that run steps are paired by round, rounds
+  are 21 instead of 7, and the first placement is timed three times instead of once.
 - A client's access fell to 1 / 1.49 of its time from alpha = 1 % to 100 %, where the paper's board shows 1.9. The two
   halves are others here: four seals a command and Python's part of the rings stay, 6.7 us, and pages come to 3.3 us
   more. In the library, where pages are nearly all, it is 7.4.
