@@ -354,8 +354,8 @@ def _write_state(
     ).encode()
     private = made.private
     parts = [made.pages.key, private.seed.to_bytes(8, "little")]
-    parts += [private.arrays[name] for name in PrivateStore.shapes(made.settings)]
-    payload = b"".join([part if isinstance(part, bytes) else part.tobytes() for part in parts])
+    parts += [private.arrays[name].tobytes() for name in PrivateStore.shapes(made.settings)]
+    payload = b"".join(parts)
     payload += np.packbits(changed).tobytes()
     cipher, prefix = aes_gcm(derived_key(key, "memwall map state")), bytes.fromhex(json.loads(header)["nonce"])
     temporary = path.with_name("state.new")
