@@ -22,6 +22,7 @@ from memwall.cli import (
     hdl,
     index,
     kernel,
+    map,
     plan,
     probe,
     run,
@@ -48,8 +49,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, search, tenants, study, simulate, hdl,
-    kernel, probe, bench, systems, evidence,
+    run, serve, batch, plan, compress, convert, tune, fit, stream, eval, index, search, tenants, map, study, simulate,
+    hdl, kernel, probe, bench, systems, evidence,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)

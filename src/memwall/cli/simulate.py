@@ -3,7 +3,7 @@ a cluster serves a model best, `simulate split` how many devices prompts and tok
 this machine's engine for both, `simulate accllm` runs a model on an FPGA card, `simulate nanoflow` says what bounds an
 iteration, `simulate paging` how much eviction policies would fetch, `simulate context` what long contexts cost,
 `simulate attention-io` how little attention can move, `simulate fusemax` what an accelerator makes of it, `simulate
-cascade` how many passes a kernel needs.
+cascade` how many passes a kernel needs, `simulate oblivious-map` what hiding accesses takes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from memwall.cli.command import AsJson, Debug, Model, Quiet, Threads, add_comman
 from memwall.cli.context import context
 from memwall.cli.fusemax import cascade, fusemax
 from memwall.cli.nanoflow import nanoflow
+from memwall.cli.oblivious import oblivious_map
 from memwall.cli.paging import paging
 from memwall.cli.plan import _complete_machine
 from memwall.cli.printing import format_table, note, print_json, progress_bar
@@ -47,6 +48,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "attention-io", attention_io)
     add_command(group, "fusemax", fusemax)
     add_command(group, "cascade", cascade)
+    add_command(group, "oblivious-map", oblivious_map)
     app.add_typer(group, name="simulate")
 
 

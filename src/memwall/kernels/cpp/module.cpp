@@ -30,6 +30,7 @@ void bind_lora(nb::module_& m, nb::class_<Program>&);  // low-rank additions to 
 void bind_row_scores(nb::module_& m);   // queries against vectors in few bits
 void bind_vector_search(nb::module_& m);  // trees, graphs and lists of vectors
 void bind_tenant_tree(nb::module_& m);  // one tree of vectors for many tenants
+void bind_oblivious(nb::module_& m);    // the private half of an oblivious map, and of Path ORAM
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -65,6 +66,7 @@ NB_MODULE(_native, m) {
   bind_row_scores(m);
   bind_vector_search(m);
   bind_tenant_tree(m);
+  bind_oblivious(m);
   bind_information(m);
   bind_scan(m);
   bind_tiled_attention(m);
