@@ -2,7 +2,7 @@
 a cluster serves a model best, `simulate split` how many devices prompts and tokens need, `simulate profile` measures
 this machine's engine for both, `simulate accllm` runs a model on an FPGA card, `simulate nanoflow` says what bounds an
 iteration, `simulate paging` how much eviction policies would fetch, `simulate context` what long contexts cost,
-`simulate attention-io` how little attention can move.
+`simulate attention-io` how little attention can move, `simulate translation` what page walks cost.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from memwall.cli.paging import paging
 from memwall.cli.plan import _complete_machine
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.simulate_fpga import accllm
+from memwall.cli.translation import translation
 from memwall.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "paging", paging)
     add_command(group, "context", context)
     add_command(group, "attention-io", attention_io)
+    add_command(group, "translation", translation)
     app.add_typer(group, name="simulate")
 
 

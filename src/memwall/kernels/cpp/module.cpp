@@ -28,6 +28,7 @@ void bind_scan(nb::module_& m);         // state space layers, static 8-bit prod
 void bind_tiled_attention(nb::module_& m);  // attention whose tiles are parameters
 void bind_lora(nb::module_& m, nb::class_<Program>&);  // low-rank additions to products
 void bind_row_scores(nb::module_& m);   // queries against vectors in few bits
+void bind_translation(nb::module_& m);  // address translation of a simulated core
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -61,6 +62,7 @@ NB_MODULE(_native, m) {
   bind_planes(m);
   bind_nearest(m);
   bind_row_scores(m);
+  bind_translation(m);
   bind_information(m);
   bind_scan(m);
   bind_tiled_attention(m);
