@@ -8,6 +8,7 @@ import pytest
 from memwall.errors import InputError
 from memwall.simulate.access_kernels import (
     KERNELS,
+    VERTEX_BYTES,
     breadth_first,
     cross_sections,
     embedding_bags,
@@ -53,19 +54,19 @@ def test_traces_are_as_long_as_asked_for_repeat_and_stay_in_their_arrays(name: s
 
 
 def test_a_search_reads_and_finds_what_plain_code_would() -> None:
-    first, targets = kronecker(8, 8, 1)
+    first, targets = kronecker(8, 4, 1)
     trace = breadth_first(3000, 5, scale=8)
     addresses, kinds = data(trace)
     vertices, edges, queue = (region.start for region in trace.regions[1:])
-    source = int(addresses[1] - vertices) // 64
+    source = int(addresses[1] - vertices) // VERTEX_BYTES
     found, waiting, told = {source}, [source], []
     for at, vertex in enumerate(waiting):
-        told += [(queue + 4 * at, READ), (vertices + 64 * vertex, READ)]
+        told += [(queue + 4 * at, READ), (vertices + VERTEX_BYTES * vertex, READ)]
         for edge in range(first[vertex], first[vertex + 1]):
             end = int(targets[edge])
-            told += [(edges + 4 * edge, READ), (vertices + 64 * end, READ)]
+            told += [(edges + 4 * edge, READ), (vertices + VERTEX_BYTES * end, READ)]
             if end not in found:
-                told += [(vertices + 64 * end, WRITE), (queue + 4 * len(waiting), WRITE)]
+                told += [(vertices + VERTEX_BYTES * end, WRITE), (queue + 4 * len(waiting), WRITE)]
                 found.add(end)
                 waiting.append(end)
     whole = min(len(told), 3000)
@@ -74,7 +75,7 @@ def test_a_search_reads_and_finds_what_plain_code_would() -> None:
 
 
 def test_page_rank_pulls_along_every_edge() -> None:
-    first, targets = kronecker(8, 8, 1)
+    first, targets = kronecker(8, 4, 1)
     trace = page_rank(2000, 5, scale=8)
     addresses, _ = data(trace)
     vertices, edges, bounds, ranks = (region.start for region in trace.regions[1:])
@@ -82,7 +83,7 @@ def test_page_rank_pulls_along_every_edge() -> None:
     while len(told) < 2000:
         told.append(bounds + 8 * vertex)
         for edge in range(first[vertex], first[vertex + 1]):
-            told += [edges + 4 * edge, vertices + 64 * int(targets[edge])]
+            told += [edges + 4 * edge, vertices + VERTEX_BYTES * int(targets[edge])]
         told.append(ranks + 8 * vertex)
         vertex = (vertex + 1) % 256
     assert addresses.tolist() == told[:2000]

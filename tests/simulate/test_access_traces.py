@@ -19,10 +19,12 @@ ROW = st.tuples(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(ROW, min_size=1, max_size=20), st.booleans())
-def test_both_forms_hold_the_same(tmp_path: Path, rows: list[tuple[str, int, int, int, int]], hexadecimal: bool) -> None:
+def test_both_forms_hold_the_same(
+    tmp_path: Path, rows: list[tuple[str, int, int, int, int]], hexadecimal: bool
+) -> None:
     text = tmp_path / "trace.txt"
-    lines = [f"{kind} {address:#x} {gap} {depends} {process}  # why" if hexadecimal else
-             f"{kind} {address} {gap} {depends} {process}" for kind, address, gap, depends, process in rows]  # fmt: skip
+    form = "{} {:#x} {} {} {}  # why" if hexadecimal else "{} {} {} {} {}"
+    lines = [form.format(*row) for row in rows]
     text.write_text("# a trace\n\n" + "\n".join(lines))
     first = read_trace(text)
     save_trace(tmp_path / "trace.npy", first)
@@ -79,7 +81,7 @@ def test_bad_arrays(tmp_path: Path) -> None:
             read_trace(path)
     np.save(path, np.arange(1000))
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(InputError, match="cannot be read|not an array"):
+    with pytest.raises(InputError, match=r"cannot be read|not an array"):
         read_trace(path)
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="not an array"):

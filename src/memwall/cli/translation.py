@@ -47,7 +47,7 @@ def translation(
         typer.Option(
             help="Between commas, or `all`; gains are beside the first. radix walks page tables, victima parks "
             "translations in the L2 cache (-all without the predictor, -srrip without its replacement, -walks and "
-            "-evictions with one way in), pom-tlb keeps 64K in memory; ideal ones: tlb-2k to tlb-128k, l3tlb-15 to -40.",
+            "-evictions with one way in), pom-tlb keeps 64K in memory; ideal ones: tlb-2k to tlb-128k, l3tlb-15 to 40.",
             metavar="NAMES",
         ),
     ] = SHOWN,
@@ -55,9 +55,7 @@ def translation(
         bool, typer.Option("--virtualised", help="In a virtual machine: each step of a walk is translated, too.")
     ] = False,
     large_pages: Annotated[float, typer.Option(help="Share of 2 MiB regions that are one page.")] = 0.3,
-    scattered: Annotated[
-        bool, typer.Option("--scattered", help="Neighbouring pages lie far apart in memory.")
-    ] = False,
+    scattered: Annotated[bool, typer.Option("--scattered", help="Neighbouring pages lie far apart in memory.")] = False,
     l2: Annotated[str, typer.Option(help="L2 cache: 1MiB, 2MiB, 4MiB or 8MiB.", metavar="BYTES")] = "2MiB",
     l3: Annotated[str, typer.Option(help="L3 cache of the core, 11 ways.", metavar="BYTES")] = "1408KiB",
     memory_latency: Annotated[float, typer.Option(help="Of memory, nanoseconds.", min=1, max=10_000)] = 45,

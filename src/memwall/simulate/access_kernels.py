@@ -2,7 +2,7 @@
 
 Each takes a number of accesses and a seed. Graph kernels walk a Kronecker graph; look-ups of cross sections search
 sorted grids; embedding rows are drawn by Zipf's law; keys and values lie in pages that memwall's own page pool hands
-out to sequences that grow together. `stream` is the control, `mixed` has data that is used again beside pages that are not.
+out to sequences that grow together. `stream` is the control, `mixed` has data that stays cached and pages that do not.
 
 An array begins at a multiple of 2 MiB, with 2 MiB free behind it. Code: every 64 accesses a line of a loop is fetched,
 now and then one from 256 KiB of other code.
@@ -83,7 +83,7 @@ class Recorder:
                           processes=self._layout.process, regions=tuple(self._layout.regions))  # fmt: skip
 
 
-def random_updates(accesses: int, seed: int, *, num_bytes: int = 1 * GIB) -> Trace:
+def random_updates(accesses: int, seed: int, *, num_bytes: int = 2 * GIB) -> Trace:
     """Numbers of a large array, drawn evenly, read, changed and written back."""
     layout, draw = Layout(), np.random.default_rng(seed)
     start = layout.array(num_bytes)
@@ -95,8 +95,10 @@ def random_updates(accesses: int, seed: int, *, num_bytes: int = 1 * GIB) -> Tra
 
 # ---- graphs --------------------------------------------------------------------------------------------------------
 
-VERTEX_BYTES = 64
-"""Of a vertex's record, as graph libraries keep it: bounds of its edges, a rank or a parent, and room for properties."""
+VERTEX_BYTES = 256
+"""Of a vertex's record, as property graphs keep it: bounds of its edges, a rank or a parent, properties."""
+QUADRANTS = np.repeat(np.arange(4, dtype=np.uint8), (146, 49, 48, 13))
+"""Of 256: a source's and a target's bit (0, 1: target, 2: source, 3: both), shares 0.57, 0.19, 0.19 and 0.05."""
 
 
 @lru_cache(maxsize=1)
@@ -105,18 +107,20 @@ def kronecker(scale: int, edges_per_vertex: int, seed: int) -> tuple[np.ndarray,
     draw = np.random.default_rng(seed)
     edges = edges_per_vertex << scale
     sources, targets = np.zeros(edges, np.uint32), np.zeros(edges, np.uint32)
-    for bit in range(scale):  # quadrants with shares 0.57, 0.19, 0.19 and 0.05
-        point = draw.random(edges, np.float32)
-        sources |= (point >= 0.76).astype(np.uint32) << np.uint32(bit)
-        targets |= (((point >= 0.57) & (point < 0.76)) | (point >= 0.95)).astype(np.uint32) << np.uint32(bit)
+    for begin in range(0, edges, 1 << 18):
+        part = slice(begin, begin + (1 << 18))
+        for bit in range(scale):
+            quadrant = QUADRANTS[draw.integers(0, 256, len(sources[part]), np.uint8)]
+            sources[part] |= (quadrant >> 1).astype(np.uint32) << np.uint32(bit)
+            targets[part] |= (quadrant & 1).astype(np.uint32) << np.uint32(bit)
     names = draw.permutation(1 << scale).astype(np.uint32)
     keys = np.sort(names[sources].astype(np.uint64) << np.uint64(32) | names[targets])
     counts = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=1 << scale)
     return np.concatenate([[0], np.cumsum(counts)]), (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
 
 
-def breadth_first(accesses: int, seed: int, *, scale: int = 22, edges_per_vertex: int = 8) -> Trace:
-    """Levels of a search from a vertex with many edges: the queue, each vertex's record, its edges, their ends' records."""
+def breadth_first(accesses: int, seed: int, *, scale: int = 22, edges_per_vertex: int = 4) -> Trace:
+    """Levels of a search from a vertex with many edges: queue, each vertex's record, its edges, their ends' records."""
     first, targets = kronecker(scale, edges_per_vertex, 1)
     draw, layout = np.random.default_rng(seed), Layout()
     record = Recorder("bfs", accesses, layout)
@@ -140,7 +144,9 @@ def breadth_first(accesses: int, seed: int, *, scale: int = 22, edges_per_vertex
     return record.trace(seed)
 
 
-def _explored(chunk: np.ndarray, first: np.ndarray, targets: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _explored(
+    chunk: np.ndarray, first: np.ndarray, targets: np.ndarray, found: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Ends of all edges of these vertices, and which of them are found by that edge."""
     ends = targets[_edges(chunk, first)]
     fresh = np.zeros(len(ends), bool)
@@ -170,7 +176,8 @@ def _search_steps(
     total = int(edge_start[-1]) + 2 * len(chunk)
     addresses, kinds = np.zeros(total, np.int64), np.full(total, READ, np.uint8)
     gaps, depends = np.full(total, 3, np.uint8), np.zeros(total, np.uint8)
-    addresses[vertex_at], addresses[vertex_at + 1] = queue + 4 * (taken + np.arange(len(chunk))), vertices + 64 * chunk
+    addresses[vertex_at] = queue + 4 * (taken + np.arange(len(chunk)))
+    addresses[vertex_at + 1] = vertices + VERTEX_BYTES * chunk
     addresses[edge_at] = edge_list + 4 * _edges(chunk, first)
     addresses[edge_at + 1] = vertices + VERTEX_BYTES * ends.astype(np.int64)
     depends[vertex_at + 1], depends[edge_at + 1] = 1, 1
@@ -181,8 +188,8 @@ def _search_steps(
     return addresses, kinds, gaps, depends
 
 
-def page_rank(accesses: int, seed: int, *, scale: int = 22, edges_per_vertex: int = 8) -> Trace:
-    """An iteration that pulls: bounds of a vertex's edges, each edge's end, that vertex's record; the new rank is written."""
+def page_rank(accesses: int, seed: int, *, scale: int = 22, edges_per_vertex: int = 4) -> Trace:
+    """An iteration that pulls: bounds of a vertex's edges, each edge's end and its record; the new rank is written."""
     first, targets = kronecker(scale, edges_per_vertex, 1)
     draw, layout = np.random.default_rng(seed), Layout()
     record = Recorder("pagerank", accesses, layout)
@@ -200,7 +207,9 @@ def page_rank(accesses: int, seed: int, *, scale: int = 22, edges_per_vertex: in
         gaps, depends = np.full(total, 2, np.uint8), np.zeros(total, np.uint8)
         addresses[start[:-1]] = bounds + 8 * chunk
         addresses[edge_at] = edge_list + 4 * np.arange(first[chunk[0]], first[chunk[-1] + 1])
-        addresses[edge_at + 1] = vertices + VERTEX_BYTES * targets[first[chunk[0]] : first[chunk[-1] + 1]].astype(np.int64)
+        addresses[edge_at + 1] = vertices + VERTEX_BYTES * targets[first[chunk[0]] : first[chunk[-1] + 1]].astype(
+            np.int64
+        )
         depends[edge_at + 1] = 1
         addresses[start[1:] - 1], kinds[start[1:] - 1] = ranks + 8 * chunk, WRITE
         record.add(addresses, kinds, gaps, depends)
@@ -211,7 +220,7 @@ def page_rank(accesses: int, seed: int, *, scale: int = 22, edges_per_vertex: in
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def embedding_bags(accesses: int, seed: int, *, tables: int = 26, rows: int = 1 << 17, row_bytes: int = 256,
+def embedding_bags(accesses: int, seed: int, *, tables: int = 26, rows: int = 1 << 18, row_bytes: int = 256,
                    exponent: float = 1.05) -> Trace:  # fmt: skip
     """Samples that take a row of each table: the index, then the row's lines; rows are popular by Zipf's law."""
     draw, layout = np.random.default_rng(seed), Layout()
@@ -231,7 +240,7 @@ def embedding_bags(accesses: int, seed: int, *, tables: int = 26, rows: int = 1 
     return record.trace(seed)
 
 
-def cross_sections(accesses: int, seed: int, *, nuclides: int = 128, points: int = 8192) -> Trace:
+def cross_sections(accesses: int, seed: int, *, nuclides: int = 256, points: int = 6144) -> Trace:
     """Look-ups as reactor physics makes them: a binary search among all nuclides' energies, a row of indexes, and for
     each nuclide of the material two neighbouring points of its own grid (48 bytes each).
     """
@@ -268,7 +277,7 @@ def cross_sections(accesses: int, seed: int, *, nuclides: int = 128, points: int
 
 
 def key_value_pages(accesses: int, seed: int, *, sequences: int = 64, tokens: int = 4096, page_tokens: int = 16,
-                    head_bytes: int = 64, heads: int = 8, layers: int = 4) -> Trace:  # fmt: skip
+                    head_bytes: int = 64, heads: int = 8, layers: int = 8) -> Trace:  # fmt: skip
     """Decode attention of one head over paged keys and values: entries of the block table, then the head's part of each
     page. Pages are handed out by memwall's pool to sequences that grow in turn, each by a prompt's worth at once.
     """
@@ -311,14 +320,17 @@ def stream(accesses: int, seed: int) -> Trace:
     return record.trace(seed)
 
 
-def mixed(accesses: int, seed: int, *, hot_bytes: int = 1536 * KIB, cold_bytes: int = 512 * MIB, every: int = 16) -> Trace:
-    """Data that fits into the second level, read at random, and now and then a number of a large array."""
+def mixed(accesses: int, seed: int, *, hot_bytes: int = 1 * MIB, records: int = 8192, every: int = 4) -> Trace:
+    """Data that is used again and fits into the second level: an array, and records of a line that lie 32 KiB apart, as
+    heads of lists or columns of wide tables do, so that their translations fit into no TLB.
+    """
     layout, draw = Layout(), np.random.default_rng(seed)
     record = Recorder("mixed", accesses, layout)
-    hot, cold = layout.array(hot_bytes), layout.array(cold_bytes)
+    hot, sparse = layout.array(hot_bytes), layout.array(records * 32 * KIB)
+    places = sparse + 32 * KIB * np.arange(records) + LINE * np.random.default_rng(1).integers(0, 512, records)
     turns = -(-accesses // every)
     steps = [(hot + LINE * draw.integers(0, hot_bytes // LINE, turns), READ, 8, 0) for _ in range(every - 1)]
-    record.loop([*steps, (cold + LINE * draw.integers(0, cold_bytes // LINE, turns), READ, 8, 0)])
+    record.loop([*steps, (places[draw.integers(0, records, turns)], READ, 8, 0)])
     return record.trace(seed)
 
 

@@ -133,7 +133,9 @@ def _read_array(path: Path, limit: int | None) -> Trace:
     addresses = np.asarray(table if names is None else table["address"])
     for name in names or ():
         if name not in FIELDS or table[name].dtype.kind not in "iu" or table[name].ndim != 1:
-            raise InputError(f"{path}: field {name} ({table.dtype[name]}); whole numbers in {', '.join(FIELDS)} are read")
+            raise InputError(
+                f"{path}: field {name} ({table.dtype[name]}); whole numbers in {', '.join(FIELDS)} are read"
+            )
         if name != "address":
             columns[name] = np.asarray(table[name])
     _check_range(path, "address", addresses, (1 << ADDRESS_BITS) - 1)

@@ -19,6 +19,8 @@ from memwall.errors import InputError
 from memwall.hardware.units import KIB, MIB, BytesPerSecond, Seconds
 
 LINE_BYTES = 64
+MEMORY_SECONDS = Seconds(45e-9)
+MEMORY_BYTES_PER_S = BytesPerSecond(19.2e9)
 SECOND_CYCLES = {1 * MIB: 12, 2 * MIB: 16, 4 * MIB: 22, 8 * MIB: 30}
 """Latency of a second level of that size (paper)."""
 
@@ -60,8 +62,8 @@ class CoreModel:
     code: CacheLevel = CacheLevel(num_bytes=32 * KIB, ways=8, cycles=4)
     second: CacheLevel = CacheLevel(num_bytes=2 * MIB, ways=16, cycles=16)
     third: CacheLevel = CacheLevel(num_bytes=1408 * KIB, ways=11, cycles=35)
-    memory_seconds: Seconds = Seconds(45e-9)
-    memory_bytes_per_s: BytesPerSecond = BytesPerSecond(19.2e9)
+    memory_seconds: Seconds = MEMORY_SECONDS
+    memory_bytes_per_s: BytesPerSecond = MEMORY_BYTES_PER_S
 
     def __post_init__(self) -> None:
         if not (1 <= self.width <= 64 and 1 <= self.window <= 255 and 1 <= self.outstanding_misses <= 4096):

@@ -1,12 +1,12 @@
-"""Translations parked in the second-level cache: what that spares of page walks, beside larger TLBs and a TLB in memory.
+"""Translations parked in the second-level cache: what that spares of page walks, beside larger TLBs and one in memory.
 
 *Source*: Victima: Drastically Increasing Address Translation Reach by Leveraging Underutilized Cache Resources,
 Kanellopoulos, 2023, MICRO, arXiv 2310.04158; official simulator CMU-SAFARI/Victima (Sniper).
 *Idea*: a line of leaf entries that a walk brought into the L2 cache is turned into a TLB block: eight translations,
 looked up by page number while a walk begins, which a hit aborts. Two counters of each entry (walks, walks that read
 memory) say which pages deserve that; blocks of translations outlive data while TLBs miss much.
-*Units and shapes*: a trace is `access_traces.Trace`; cycles of the core, bytes, 4 KiB and 2 MiB pages. Counters of a run
-are those of `kernels/cpp/translation.cpp`, which `victima_reference` repeats slowly.
+*Units and shapes*: a trace is `access_traces.Trace`; cycles of the core, bytes, 4 KiB and 2 MiB pages. Counters are
+those of `kernels/cpp/translation.cpp`, which `victima_reference` repeats slowly.
 *Decided here*, where the paper was not at hand or is silent. Walkers' reads begin at L2. Two walks at once; probes need
 no walker. What turns into a block leaves the place of its physical address for that of its page number. An aborted walk
 has read nothing yet. Entries that map nothing, or another size, are no translations. Only walks on the critical path
@@ -56,7 +56,7 @@ class Tlb:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """What is parked and how it is kept. Corners: (walks, walks to memory) of a page that deserves it, both included."""
+    """What is parked, and how it is kept. Corners: (walks, walks to memory) of pages that deserve it, both included."""
 
     on_walk: bool = True
     on_eviction: bool = True

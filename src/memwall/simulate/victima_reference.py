@@ -204,7 +204,9 @@ class SlowMachine:
                 if block is None:
                     continue
                 self.tlbs[name].touch(block)
-                assert block.payload + (page & 511 if size else 0) == self.resolve(process, page)[0], "an old translation"
+                assert block.payload + (page & 511 if size else 0) == self.resolve(process, page)[0], (
+                    "an old translation"
+                )
                 if name == "third":
                     self.counters["third_tlb_hits"] += 1
                     self.counters["second_tlb_miss_cycles"] += self.settings["third_tlb_cycles"]
@@ -306,7 +308,9 @@ class SlowMachine:
 
     # ---- walks ---------------------------------------------------------------------------------------------------
 
-    def _walk(self, table: SlowTable, host: int, process: int, page: int, when: int, cause: str, nested: bool) -> Walked:
+    def _walk(
+        self, table: SlowTable, host: int, process: int, page: int, when: int, cause: str, nested: bool
+    ) -> Walked:
         entry = table.ensure(page)
         leaf, level, cycles, memory, line = entry.size + 1, 4, self.settings["walk_cache_2_cycles"], False, 0
         for cached in range(leaf + 1, 5):
@@ -361,7 +365,9 @@ class SlowMachine:
                 self.counters["host_walks"] += 1
                 self._count(entry, memory)
             if self.settings["victima"] and self.settings["on_walk"] and self._deserves(entry):
-                self._insert(walked.line, "nested", 0, number, entry.size, self._neighbours(self.host, page), when + cycles)
+                self._insert(
+                    walked.line, "nested", 0, number, entry.size, self._neighbours(self.host, page), when + cycles
+                )
         out = tlb.insert(number, Block(("nested", entry.size, number), 0))
         if out and self.settings["victima"] and self.settings["on_eviction"]:
             self._nested_evicted(out, when + cycles)

@@ -11,8 +11,8 @@ from memwall.hardware.units import MIB
 from memwall.simulate.victima import Result
 
 COLUMNS = (
-    "trace", "variant", "IPC", "gain", "TLB misses/kilo", "walks/kilo", "walk", "TLB miss", "background", "data misses/kilo",
-    "reach",
+    "trace", "variant", "IPC", "gain", "TLB misses/kilo", "walks/kilo", "walk", "TLB miss", "background",
+    "data misses/kilo", "reach",
 )  # fmt: skip
 COLOURS = {"instructions": "#4c78a8", "data": "#f58518", "translation": "#e45756"}
 WIDTH, BAR, LEFT, RIGHT = 760, 18, 190, 60
@@ -35,8 +35,8 @@ def cells(result: Result, base: Result) -> list[str]:
         result.trace, result.variant, f"{result.instructions_per_cycle:.3f}",
         "" if result is base else f"{gain(result, base):+.1%}", f"{result.per_kilo('second_tlb_misses'):.2f}",
         f"{result.per_kilo('walks'):.2f}", f"{result.share('walk_cycles', 'walks'):.0f}",
-        f"{result.share('second_tlb_miss_cycles', 'second_tlb_misses'):.0f}", f"{result.per_kilo('background_walks'):.2f}",
-        f"{result.per_kilo('second_misses_data'):.2f}", reach,
+        f"{result.share('second_tlb_miss_cycles', 'second_tlb_misses'):.0f}",
+        f"{result.per_kilo('background_walks'):.2f}", f"{result.per_kilo('second_misses_data'):.2f}", reach,
     ]  # fmt: skip
 
 
@@ -53,7 +53,9 @@ def picture(runs: Sequence[Sequence[Result]]) -> str:
     for result, parts in bars:
         y += 12 if result.trace != trace else 0
         trace = result.trace
-        drawn.append(f'<text x="{LEFT - 8}" y="{y + 13:.0f}" text-anchor="end">{escape(trace)}: {escape(result.variant)}</text>')
+        drawn.append(
+            f'<text x="{LEFT - 8}" y="{y + 13:.0f}" text-anchor="end">{escape(trace)}: {escape(result.variant)}</text>'
+        )
         x = float(LEFT)
         for name, cycles in parts.items():
             width = (WIDTH - LEFT - RIGHT) * cycles / most
