@@ -36,6 +36,7 @@ LONGER: dict[str, str] = {
     "cli/nanoflow.py:nanoflow": "the same",
     "cli/context.py:context": "the same",
     "cli/attention_io.py:attention_io": "the same",
+    "cli/translation.py:translation": "the same",
 }
 
 SKIPPED_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -59,7 +59,8 @@ def translation(
     l2: Annotated[str, typer.Option(help="L2 cache: 1MiB, 2MiB, 4MiB or 8MiB.", metavar="BYTES")] = "2MiB",
     l3: Annotated[str, typer.Option(help="L3 cache of the core, 11 ways.", metavar="BYTES")] = "1408KiB",
     memory_latency: Annotated[float, typer.Option(help="Of memory, nanoseconds.", min=1, max=10_000)] = 45,
-    memory_rate: Annotated[str, typer.Option(help="Of the core's channel.")] = "19.2GB/s",
+    memory_rate: Annotated[str, typer.Option(help="Of memory, for this core.")] = "57.6GB/s",
+    walkers: Annotated[int, typer.Option(help="Walks at once; real cores have 2 to 4.", min=1, max=64)] = 50,
     warm: Annotated[float, typer.Option(help="Share of a trace that fills caches and does not count.")] = 0.25,
     save: Annotated[
         Path | None, typer.Option(help="Write the only kernel's accesses (.npy), to be read again.", metavar="FILE")
@@ -83,7 +84,10 @@ def translation(
     if plot is not None:
         check_picture(plot)
     names = _names("--variants", variants)
-    machine = _machine(l2, l3, memory_latency, memory_rate, virtualised, large_pages, scattered, seed)
+    machine = replace(
+        _machine(l2, l3, memory_latency, memory_rate), walkers=walkers, virtualised=virtualised,
+        large_pages=large_pages, scattered=scattered, seed=seed,
+    )  # fmt: skip
     sources = _sources(traces or [], kernels, parse_count(accesses), seed, save)
     runs: list[list[Result]] = []
     with progress_bar("translation", quiet=quiet) as bar:
@@ -127,10 +131,7 @@ def _names(option: str, text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _machine(
-    l2: str, l3: str, memory_latency: float, memory_rate: str, virtualised: bool, large_pages: float, scattered: bool,
-    seed: int,
-) -> Machine:  # fmt: skip
+def _machine(l2: str, l3: str, memory_latency: float, memory_rate: str) -> Machine:
     from memwall.hardware.units import GB, Seconds, parse_bytes, parse_rate
     from memwall.simulate.core_model import SECOND_CYCLES, CoreModel
     from memwall.simulate.victima import Machine
@@ -144,7 +145,7 @@ def _machine(
         second=replace(core.second, num_bytes=second, cycles=SECOND_CYCLES[second]),
         third=replace(core.third, num_bytes=parse_bytes(l3)),
     )
-    return Machine(core=core, virtualised=virtualised, large_pages=large_pages, scattered=scattered, seed=seed)
+    return Machine(core=core)
 
 
 def _sources(files: list[Path], kernels: str | None, accesses: int, seed: int, save: Path | None) -> list[Any]:

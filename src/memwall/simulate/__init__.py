@@ -14,6 +14,10 @@ choice of a schedule, attention_schedules and attention_gradients carry them out
 memory_trace, whose lines caches serve; attention_levels asks tier by tier of a machine, attention_io_report draws
 and tells.
 
+Address translation: access_traces are accesses of a core and files of them, access_kernels programs that are known to
+miss TLBs; core_model has a core, its caches and memory, victima TLBs, walks and what spares them (in C++),
+victima_reference and core_reference the same slowly, victima_report tells.
+
 Hardware: hdl turns designs written in Amaranth into Verilog, runs them clock by clock and counts their cells;
 xr_npe_hdl is XR-NPE's multiply-add unit, xr_npe_array the array of such units with its bytes, cycles and energy.
 FPGA cards: dsp_packing is several narrow products in one multiplier, event_engine units that work side by side,

@@ -7,14 +7,14 @@ looked up by page number while a walk begins, which a hit aborts. Two counters o
 memory) say which pages deserve that; blocks of translations outlive data while TLBs miss much.
 *Units and shapes*: a trace is `access_traces.Trace`; cycles of the core, bytes, 4 KiB and 2 MiB pages. Counters are
 those of `kernels/cpp/translation.cpp`, which `victima_reference` repeats slowly.
-*Decided here*, where the paper was not at hand or is silent. Walkers' reads begin at L2. Two walks at once; probes need
-no walker. What turns into a block leaves the place of its physical address for that of its page number. An aborted walk
-has read nothing yet. Entries that map nothing, or another size, are no translations. Only walks on the critical path
-count for an entry; counters cost no traffic. Background walks take memory's channel, no walker. Misses per kilo of
-instructions are those of the last 50,000 instructions. In a virtual machine the guest's leaf line becomes the TLB
-block, the host's the nested one, and of eight pages those are known whose frames stand in the two lines that the walk
-read. Arrays are mapped in order before a trace begins; whether a 2 MiB region is one page is drawn by its number. A
-lookup in the TLB in memory is one read of the right line, whatever the size of the page.
+*Decided here*, where the paper was not at hand or is silent. Walkers' reads begin at L2. Probes need no walker. What
+turns into a block leaves the place of its physical address for that of its page number. An aborted walk has read
+nothing yet. Entries that map nothing, or another size, are no translations. Only walks on the critical path count for
+an entry; counters cost no traffic. Background walks take memory's channel, no walker. Misses per kilo of instructions
+are those of the last 50,000. In a virtual machine the guest's leaf line becomes the TLB block, the host's the nested
+one, and of eight pages those are known whose frames stand in the two lines that the walk read. Arrays are mapped in
+order before a trace begins; whether a 2 MiB region is one page is drawn by its number. A look-up in the TLB in memory
+is one read of the right line, whatever the size of the page.
 *Cost*: about 0.2 microseconds an access; 16 bytes a mapped page.
 *Holds when*: page numbers have 36 bits; one core; up to 64 GiB in small pages.
 """
@@ -97,7 +97,8 @@ class Machine:
         Tlb(entries=32, ways=4, cycles=4), Tlb(entries=16, ways=4, cycles=4), Tlb(entries=16, ways=4, cycles=4),
     )  # fmt: skip
     """Of entries at level 2, 3 and 4."""
-    walkers: int = 2
+    walkers: int = 50
+    """Walks at once: that many in the official simulator's configuration, so no limit; real cores have 2 to 4."""
     blocks: Blocks | None = None
     software_entries: int = 0
     software_ways: int = 16
