@@ -46,12 +46,12 @@ def test_a_drop_that_is_too_small_fails(experiment: ModuleType) -> None:
 
 
 def test_a_small_whole_run(experiment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    small = replace(experiment.QUICK, kernels=("xsbench",), accesses=20_000, predictor_accesses=20_000)
+    small = replace(experiment.QUICK, kernels=("kv-pages-small",), accesses=20_000, predictor_accesses=20_000)
     monkeypatch.setattr(experiment, "QUICK", small)
     told: list[str] = []
     claims = experiment.run(True, None, lambda done, whole, what: told.append(what))
-    assert len(claims) == 13
-    assert "xsbench 0: virtual victima" in told
+    assert len(claims) == 15
+    assert "kv-pages-small 0: virtual victima" in told
     by_claim = {claim.claim: claim for claim in claims}
     assert by_claim["a TLB and a cache of one set miss as often as LRU does"].passed
     with pytest.raises(InputError, match="holds no trace"):

@@ -35,7 +35,7 @@ def translation(
         str | None,
         typer.Option(
             help="Kernels whose accesses are recorded, between commas, or `all`: random, random-4g, bfs, pagerank, "
-            f"embeddings, xsbench, kv-pages, stream, mixed (default: {DEFAULT_KERNELS}).",
+            f"embeddings, xsbench, kv-pages (these five also as -small), stream, mixed (default: {DEFAULT_KERNELS}).",
             metavar="NAMES",
         ),
     ] = None,
