@@ -1,6 +1,6 @@
 """Claims of Victima: translations in an under-used L2 cache spare walks, at little cost to data.
 
-Traces: the irregular kernels of `simulate.access_kernels` in two sizes, three seeds of each (other random numbers,
+Traces: the irregular kernels of `simulate.access_kernels` in two sizes, two seeds of each (other random numbers,
 other 2 MiB regions in one page), 2,000,000 accesses a trace of which the first quarter warms up. Means are geometric
 over all traces, errors those of the mean of paired differences of logarithms. The machine is that of the paper's
 simulator as far as its configuration tells; what was decided is in `simulate.victima`. IPC is modelled, without
@@ -67,7 +67,7 @@ class Sizes:
     predictor_accesses: int
 
 
-FULL = Sizes(kernels=IRREGULAR, accesses=2_000_000, seeds=3, predictor_accesses=2_000_000)
+FULL = Sizes(kernels=IRREGULAR, accesses=2_000_000, seeds=2, predictor_accesses=1_000_000)
 QUICK = Sizes(
     kernels=("random", "embeddings-small", "kv-pages-small"), accesses=600_000, seeds=1, predictor_accesses=400_000
 )
