@@ -12,7 +12,8 @@ import pytest
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     path = tmp_path / "scan.txt"
-    path.write_text("".join(f"r {4096 * (at % 4000):#x} 3\n" for at in range(8000)))
+    lines = [f"r {4096 * page + 64 * (page // 32 % 64):#x} 3\n" for page in range(4000)]  # in all sets of the caches
+    path.write_text("".join(2 * lines))
     return path
 
 
@@ -60,7 +61,7 @@ def test_kernels_are_drawn_saved_and_read_again(memwall: Callable, tmp_path: Pat
         (["--warm", "1"], "1 excluded"),
         (["--plot", "picture.png"], "end"),
         (["--save", "x.npy"], "the files are there already"),
-        (["--accesses", "1t"], "--accesses"),
+        (["--accesses", "1t"], "'1t' is not a count"),
         (["--memory-rate", "fast"], "not a rate"),
     ],
 )
