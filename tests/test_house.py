@@ -38,6 +38,7 @@ LONGER: dict[str, str] = {
     "cli/attention_io.py:attention_io": "the same",
     "cli/fusemax.py:fusemax": "the same",
     "cli/index.py:index": "the same",
+    "cli/translation.py:translation": "the same",
 }
 
 SKIPPED_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

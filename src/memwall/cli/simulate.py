@@ -3,7 +3,8 @@ a cluster serves a model best, `simulate split` how many devices prompts and tok
 this machine's engine for both, `simulate accllm` runs a model on an FPGA card, `simulate nanoflow` says what bounds an
 iteration, `simulate paging` how much eviction policies would fetch, `simulate context` what long contexts cost,
 `simulate attention-io` how little attention can move, `simulate fusemax` what an accelerator makes of it, `simulate
-cascade` how many passes a kernel needs, `simulate oblivious-map` what hiding accesses takes.
+cascade` how many passes a kernel needs, `simulate oblivious-map` what hiding accesses takes, `simulate translation`
+what page walks cost.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from memwall.cli.paging import paging
 from memwall.cli.plan import _complete_machine
 from memwall.cli.printing import format_table, note, print_json, progress_bar
 from memwall.cli.simulate_fpga import accllm
+from memwall.cli.translation import translation
 from memwall.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, "fusemax", fusemax)
     add_command(group, "cascade", cascade)
     add_command(group, "oblivious-map", oblivious_map)
+    add_command(group, "translation", translation)
     app.add_typer(group, name="simulate")
 
 

@@ -17,6 +17,10 @@ them, einsum_passes finds how often a rank is gone over, einsum_work counts oper
 out, attention_cascades has the known ones. fusemax prices them on an accelerator, with fusemax_energy and
 fusemax_workloads; fusemax_report and einsum_report tell.
 
+Address translation: access_traces are accesses of a core and files of them, access_kernels programs that are known to
+miss TLBs; core_model has a core, its caches and memory, victima TLBs, walks and what spares them (in C++),
+victima_reference and core_reference the same slowly, victima_report tells.
+
 Hardware: hdl turns designs written in Amaranth into Verilog, runs them clock by clock and counts their cells;
 xr_npe_hdl is XR-NPE's multiply-add unit, xr_npe_array the array of such units with its bytes, cycles and energy.
 FPGA cards: dsp_packing is several narrow products in one multiplier, event_engine units that work side by side,

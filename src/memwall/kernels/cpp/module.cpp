@@ -31,6 +31,7 @@ void bind_row_scores(nb::module_& m);   // queries against vectors in few bits
 void bind_vector_search(nb::module_& m);  // trees, graphs and lists of vectors
 void bind_tenant_tree(nb::module_& m);  // one tree of vectors for many tenants
 void bind_oblivious(nb::module_& m);    // the private half of an oblivious map, and of Path ORAM
+void bind_translation(nb::module_& m);  // address translation of a simulated core
 
 NB_MODULE(_native, m) {
   m.doc() = "memwall's compiled kernels; use them through memwall.kernels";
@@ -67,6 +68,7 @@ NB_MODULE(_native, m) {
   bind_vector_search(m);
   bind_tenant_tree(m);
   bind_oblivious(m);
+  bind_translation(m);
   bind_information(m);
   bind_scan(m);
   bind_tiled_attention(m);
