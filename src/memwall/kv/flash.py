@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from memwall.errors import DoesNotFit
-from memwall.kv.direct_reads import ReadQueue, try_direct
+from memwall.memory.direct_reader import ReadQueue, try_direct
 from memwall.memory.arena import SMALL_BYTES, allocated_bytes
 from memwall.memory.pages import round_up
 
