@@ -4,9 +4,9 @@ The demo model is relufied: embedding and attention are its own to begin with, i
 two matrices of other sizes, drawn at random, in Falcon's form (LayerNorm, biases, attention and feed-forward one after
 the other). All of it is trained on docstrings of the standard library and installed packages
 (`studies.library_text`), with a penalty on the number of active neurons that is turned up while more than DENSITY of
-them are active and down while fewer are: published models of this kind (ProSparse, relufied Falcon) reach their sparsity
-by long training or by such a penalty, and minutes of training are not long. Text that is judged on shares no stretch
-with it.
+them are active and down while fewer are: published models of this kind (ProSparse, relufied Falcon) reach their
+sparsity by long training or by such a penalty, and minutes of training are not long. Text that is judged on shares no
+stretch with it.
 
     python evidence/_relu_model_torch.py      trains it, some minutes; a second run reads it
 
@@ -152,7 +152,6 @@ def train(recipe: Recipe, folder: Path, progress: Progress | None = None) -> dic
             shutil.copyfile(item, folder / item.name)
     config = ModelConfig.from_directory(folder)
     text = tokens(folder.parent, Tokenizer.from_directory(folder))
-    text = text[: int(0.98 * len(text))]
     decoder = begun(config)
     watch = Watch(decoder)
     matrices = [p for p in decoder.parameters() if p.dim() == 2]
@@ -195,6 +194,20 @@ def model(recipe: Recipe, progress: Progress | None = None) -> Path:
     if not (folder / "model.safetensors").is_file():
         train(recipe, folder, progress)
     return folder
+
+
+def training_windows(folder: Path, count: int, length: int) -> np.ndarray:
+    """Some `count` tokens of the text that the model was trained on, in windows [W, T] spread over it."""
+    text = tokens(folder.parent, Tokenizer.from_directory(folder))
+    whole = len(text) // length
+    chosen = np.linspace(0, whole - 1, min(max(count // length, 1), whole)).astype(int)
+    return text[: whole * length].reshape(whole, length)[chosen]
+
+
+def training_words(folder: Path, count: int) -> str:
+    """The same as words."""
+    tokenizer = Tokenizer.from_directory(folder)
+    return "\n\n".join(tokenizer.decode(window.tolist()) for window in training_windows(folder, count, 512))
 
 
 if __name__ == "__main__":

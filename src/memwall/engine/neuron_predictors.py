@@ -26,12 +26,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """epochs over batches of `batch` tokens; rate: Adam's largest, falling to zero. missed: share of active neurons
-    that thresholds let go. held_out: share of the tokens, the last ones, on which thresholds are set.
+    """steps over batches of `batch` tokens drawn at random; rate: Adam's largest, falling to zero. missed: share of the
+    active neurons that thresholds let go. held_out: share of the tokens, the last ones, on which thresholds are set.
     """
 
     rank: int = 64
-    epochs: int = 2
+    steps: int = 300
     batch: int = 256
     rate: float = 3e-3
     missed: float = 0.03
@@ -39,8 +39,8 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.epochs < 0 or self.batch < 1 or not self.rate > 0:
-            raise InputError(f"{self}: rank and batch must be 1 or more, epochs not below zero, the rate above it")
+        if self.rank < 1 or self.steps < 0 or self.batch < 1 or not self.rate > 0:
+            raise InputError(f"{self}: rank and batch must be 1 or more, steps not below zero, the rate above it")
         if not 0 < self.missed < 1 or not 0 < self.held_out < 1:
             raise InputError(f"missed {self.missed:g} and held_out {self.held_out:g} must be between 0 and 1")
 
@@ -142,29 +142,25 @@ def _descend(
     parts = [predictor.down, predictor.up, predictor.bias]
     moments = [(np.zeros_like(part), np.zeros_like(part)) for part in parts]
     draw = np.random.default_rng(settings.seed)
-    steps = max(len(x) // settings.batch, 1)
-    whole, step = settings.epochs * steps, 0
     scale = 1.0 / np.sqrt(np.mean(np.square(predictor.scores(seen[: settings.batch]))) + 1e-9)
     predictor.up *= scale  # logits of about one, wherever they began
     predictor.bias *= scale
-    for _ in range(settings.epochs):
-        order = draw.permutation(len(x))
-        for batch in np.array_split(order, steps):
-            labels = x[batch] @ first.T + shift > 0
-            inputs = seen[batch]
-            low = inputs @ predictor.down.T
-            scores = low @ predictor.up.T + predictor.bias
-            share = max(float(labels.mean()), 1e-4)
-            np.clip(scores, -30, 30, out=scores)
-            error = 1 / (1 + np.exp(-scores)) - labels
-            error *= np.where(labels, 0.5 / share, 0.5 / (1 - share)) / labels.size * labels.shape[1]
-            slopes = [(error @ predictor.up).T @ inputs, error.T @ low, error.sum(0)]
-            step += 1
-            rate = settings.rate * (1 - (step - 1) / whole)
-            for part, slope, (mean, square) in zip(parts, slopes, moments, strict=True):
-                mean += 0.1 * (slope - mean)
-                square += 0.01 * (slope * slope - square)
-                ahead = mean / (1 - 0.9**step)
-                part -= np.float32(rate) * ahead / (np.sqrt(square / (1 - 0.99**step)) + 1e-8)
-            if progress is not None:
-                progress(step, whole)
+    for step in range(1, settings.steps + 1):
+        batch = draw.integers(0, len(x), min(settings.batch, len(x)))
+        labels = x[batch] @ first.T + shift > 0
+        inputs = seen[batch]
+        low = inputs @ predictor.down.T
+        scores = low @ predictor.up.T + predictor.bias
+        share = max(float(labels.mean()), 1e-4)
+        np.clip(scores, -30, 30, out=scores)
+        error = 1 / (1 + np.exp(-scores)) - labels
+        error *= np.where(labels, 0.5 / share, 0.5 / (1 - share)) / labels.size * labels.shape[1]
+        slopes = [(error @ predictor.up).T @ inputs, error.T @ low, error.sum(0)]
+        rate = settings.rate * (1 - (step - 1) / settings.steps)
+        for part, slope, (mean, square) in zip(parts, slopes, moments, strict=True):
+            mean += 0.1 * (slope - mean)
+            square += 0.01 * (slope * slope - square)
+            ahead = mean / (1 - 0.9**step)
+            part -= np.float32(rate) * ahead / (np.sqrt(square / (1 - 0.99**step)) + 1e-8)
+        if progress is not None:
+            progress(step, settings.steps)

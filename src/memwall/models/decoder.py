@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from memwall import kernels
+from memwall.errors import InputError
 from memwall.kernels.lora import LoraBatch
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache, SelectedCache, StreamedFeedForward
@@ -153,6 +154,8 @@ class Decoder:
 
     def adapt(self, lora: LoraBatch | None) -> None:
         """From now on products get what `lora` adds to the rows that it says; rows as in `batch` or `hidden`."""
+        if lora is not None and self.config.neurons is not None:
+            raise InputError("neurons that stream from disk take no adapter; give the model that they were made of")
         self._lora = lora
         self._steps.clear()
 
