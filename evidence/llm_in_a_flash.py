@@ -105,7 +105,7 @@ def see(folder: Path, windows: np.ndarray) -> Seen:
     """Runs the whole model over windows [W, T]."""
     length = windows.shape[1]
     made = load_decoder(
-        folder, Settings(weights="source", segment_tokens=length, context_tokens=length, logit_rows=length)
+        folder, Settings(weights="float16", segment_tokens=length, context_tokens=length, logit_rows=length)
     )
     config, decoder = made.config, made.decoder
     places = {f"model.layers.{layer}.mlp.up_proj.weight": layer for layer in range(config.num_layers)}
@@ -131,7 +131,7 @@ def see(folder: Path, windows: np.ndarray) -> Seen:
 def streamed_losses(folder: Path, windows: np.ndarray, report: Progress) -> tuple[np.ndarray, NeuronStream]:
     """Nats token by token, each token's neurons predicted and read."""
     length = windows.shape[1]
-    made = load_decoder(folder, Settings(weights="source", segment_tokens=8, context_tokens=length, window=WINDOW))
+    made = load_decoder(folder, Settings(weights="float16", segment_tokens=8, context_tokens=length, window=WINDOW))
     stream = made.decoder.feed_forward
     assert isinstance(stream, NeuronStream)
     losses = []
@@ -415,7 +415,7 @@ def command_claim(whole: Path, streamed: Path) -> Claim:
         command = [sys.executable, "-m", "memwall", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
-    words = ["Return a new array with the same shape", "--max-new-tokens", "32", "--ignore-eos", "--weights", "source"]
+    words = ["Return a new array with the same shape", "--max-new-tokens", "32", "--ignore-eos", "--weights", "float16"]
     free = json.loads(memwall("run", str(streamed), *words, "--json", "--window", "2").stdout)
     budget = free["plan"]["peak_bytes"]["ram"]
     refused = memwall("run", str(whole), *words, "--memory", str(budget))

@@ -50,7 +50,7 @@ def edited(folder: Path, out: Path, **changes: object) -> Path:
 
 
 def loaded(folder: Path, **settings: object) -> LoadedDecoder:
-    return load_decoder(folder, Settings(weights="source", segment_tokens=64, context_tokens=128, **settings))
+    return load_decoder(folder, Settings(weights="float16", segment_tokens=64, context_tokens=128, **settings))
 
 
 def logits(made: LoadedDecoder, *, one_by_one: bool = True) -> np.ndarray:

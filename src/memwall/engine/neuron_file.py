@@ -32,6 +32,7 @@ from memwall.kv import build
 from memwall.models.checkpoint import SINGLE_NAME, Checkpoint
 from memwall.models.config import ModelConfig
 from memwall.models.neurons import FILE_NAME, KEY, NeuronLayout
+from memwall.models.precision import source_spec
 from memwall.models.tokenizer import Tokenizer
 
 WINDOWS = 8
@@ -115,8 +116,8 @@ def check_source(source: Path, config: ModelConfig) -> None:
 
 def feed_forward_inputs(source: Path, ids: np.ndarray, told: Progress) -> list[np.ndarray]:
     """Of each layer what its feed-forward reads, float32 [tokens, H], for sequences of tokens [S, T]."""
-    tokens = ids.shape[1]
-    loaded = load_decoder(source, Settings(weights="source", segment_tokens=tokens, context_tokens=tokens))
+    tokens, shape = ids.shape[1], ModelConfig.from_directory(source)
+    loaded = load_decoder(source, Settings(weights=source_spec(shape), segment_tokens=tokens, context_tokens=tokens))
     config, decoder = loaded.config, loaded.decoder
     places = {f"model.layers.{layer}.mlp.up_proj.weight": layer for layer in range(config.num_layers)}
     found: list[list[np.ndarray]] = [[] for _ in places]

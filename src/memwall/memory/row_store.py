@@ -117,7 +117,7 @@ class RowStore:
             return np.concatenate([taken, behind])
         if len(places) > both:
             self.drop(places[both:])
-            taken = self.places[keys]  # some of the last ones may have moved
+            taken = self.places[keys].astype(np.int64)  # some of the last ones may have moved
         return taken
 
     def _settle(self, places: np.ndarray, keys: np.ndarray, now: int) -> None:

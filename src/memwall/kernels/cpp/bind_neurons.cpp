@@ -60,6 +60,6 @@ void neurons(const std::string& form, bool gated, float threshold, Array<const s
 }  // namespace
 
 void bind_neurons(nb::module_& m) {
-  m.def("neurons", &neurons, "form"_a, "gated"_a, "threshold"_a, "rows"_a.noconvert(), "x"_a.noconvert(), "biases"_a, "active"_a.noconvert(),
+  m.def("neurons", &neurons, "form"_a, "gated"_a, "threshold"_a, "rows"_a.noconvert(), "x"_a.noconvert(), "biases"_a.none(), "active"_a.noconvert(),
         "out"_a.noconvert());
 }
