@@ -166,6 +166,7 @@ class Bench:
             self.readers["attention"].read([(layer * size, size)], [self.resident[layer].reshape(-1)])
         self.stores: list[RowStore] = []
         self.mode, self.now, self.gap = "", 0, 0
+        self.most_window = self.fitting_window()
 
     def close(self) -> None:
         self._ahead.shutdown()
@@ -235,21 +236,36 @@ class Bench:
 
     # ---- sparse -----------------------------------------------------------------------------------------------------
 
+    def rows(self, window: int) -> list[int]:
+        """Of each layer, so that windows of so many tokens have room."""
+        found = []
+        for wanted in self.sets:
+            counts = np.add.accumulate(np.pad(wanted, ((1, 0), (0, 0))).astype(np.int32), axis=0)
+            most = int((counts[window:] > counts[:-window]).sum(1).max())
+            found.append(min(int(SLACK * most), self.shape.neurons))
+        return found
+
+    def fitting_window(self) -> int:
+        """The longest up to the shape's own that half of the model has room for."""
+        sizes = {"num_keys": self.shape.neurons, "row_bytes": self.shape.row_bytes, "side": 1}
+        for window in range(self.shape.window, 1, -1):
+            if (
+                sum(RowStore.predict_bytes(capacity=rows, **sizes) for rows in self.rows(window))
+                <= self.arena.free_bytes
+            ):
+                return window
+        return 1
+
     def begin(self, mode: str, window: int | None = None) -> None:
-        """Empty stores for a mode, within what the arena has left, and the tokens that fill its window."""
+        """Empty stores for a mode, and the tokens that fill its window. window: another than fits, outside the cap."""
         for store in self.stores:
             store.release()
         self.mode, self.now = mode, 0
-        window = 0 if mode == "predictor" else window or self.shape.window
-        self.window = window
-        self.stores = []
-        for wanted in self.sets:
-            counts = np.add.accumulate(np.pad(wanted, ((1, 0), (0, 0))).astype(np.int32), axis=0)
-            most = int((counts[max(window, 1) :] > counts[: -max(window, 1)]).sum(1).max())
-            sizes = {"num_keys": self.shape.neurons, "row_bytes": self.shape.row_bytes, "side": 1}
-            rows = min(int(SLACK * most), self.shape.neurons)
-            self.stores.append(RowStore(self.arena, "window", capacity=rows, **sizes))
-        for _ in range(window):
+        self.window = 0 if mode == "predictor" else window or self.most_window
+        arena = self.arena if window is None else Arena(8 << 30, Ledger())
+        sizes = {"num_keys": self.shape.neurons, "row_bytes": self.shape.row_bytes, "side": 1}
+        self.stores = [RowStore(arena, "window", capacity=rows, **sizes) for rows in self.rows(max(self.window, 1))]
+        for _ in range(self.window):
             self.sparse_token(Spent())
 
     def sparse_token(self, spent: Spent) -> None:
@@ -476,7 +492,7 @@ def management(bench: Bench, tokens: int) -> dict[str, list[float]]:
         want = np.flatnonzero(wanted[now % len(wanted)])
         for name, store in made.items():
             began = time.perf_counter()
-            missing, leaving = store.missing(want, now), store.idle(now - shape.window + 1)
+            missing, leaving = store.missing(want, now), store.idle(now - bench.most_window + 1)
             if name == "exchange":
                 places = store.exchange(leaving, missing, now)
             else:
@@ -487,11 +503,11 @@ def management(bench: Bench, tokens: int) -> dict[str, list[float]]:
         began = time.perf_counter()
         used_at[np.isin(keys, want)] = now
         new = np.setdiff1d(want, keys, assume_unique=True)
-        staying = used_at >= now - shape.window + 1
+        staying = used_at >= now - bench.most_window + 1
         rows = np.concatenate([rows[staying], fresh[: len(new)]])
         sides = np.concatenate([sides[staying], np.full((len(new), 1), HOLES, np.float32)])
         keys, used_at = np.concatenate([keys[staying], new]), np.concatenate([used_at[staying], np.full(len(new), now)])
         found["rebuild"].append(time.perf_counter() - began)
     for store in made.values():
         store.release()
-    return {name: each[shape.window :] for name, each in found.items()}
+    return {name: each[bench.most_window :] for name, each in found.items()}

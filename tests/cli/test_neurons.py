@@ -12,7 +12,14 @@ from memwall.engine.neuron_file import make_flash_model
 from memwall.engine.neuron_predictors import Training
 from tests.engine.relu_models import write_relu_model
 
-ASK = ("A city", "--ignore-eos", "--max-new-tokens", "4", "--weights", "float16")
+ASK = (
+    "A city by the sea, where all the ships come in",
+    "--ignore-eos",
+    "--max-new-tokens",
+    "4",
+    "--weights",
+    "float16",
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,9 @@ def test_windows_are_for_streamed_models(memwall: Any, whole: Path) -> None:
 def test_plans_count_the_window(memwall: Any, whole: Path, streamed: Path) -> None:
     found = {}
     for folder in (whole, streamed):
-        done = memwall("plan", folder, "--memory", "4GB", "--weights", "float16", "--context", "64", "--json")
+        done = memwall(
+            "plan", folder, "--memory", "4GB", "--weights", "float16", "--context", "64", "--no-measure", "--json"
+        )
         assert done.exit_code == 0, done.stderr
         found[folder] = {row["owner"]: row["bytes"] for row in json.loads(done.stdout)["rows"]}
     assert found[streamed]["neurons/window"] > 0

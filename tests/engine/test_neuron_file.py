@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memwall.compress.model import compress_model
 from memwall.engine import neuron_file
 from memwall.engine.neuron_file import make_flash_model
 from memwall.engine.neuron_predictors import Training
@@ -73,3 +74,10 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="full"):
         make_flash_model(tmp_path / "whole", tmp_path / "out", max_tokens=1024, training=QUICK)
     assert [item.name for item in tmp_path.iterdir()] == ["whole"]
+
+
+def test_what_needs_all_weights_refuses_streamed_models(tmp_path: Path) -> None:
+    write_relu_model(tmp_path / "whole", "llama")
+    make_flash_model(tmp_path / "whole", tmp_path / "out", max_tokens=1024, training=QUICK)
+    with pytest.raises(InputError, match="stream from disk"):
+        compress_model(tmp_path / "out", tmp_path / "packed", method="rtn")

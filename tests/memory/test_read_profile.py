@@ -63,6 +63,8 @@ def test_measures_a_file(tmp_path: Path) -> None:
     assert profile.chunks == (4096, 16384)
     assert profile.depths == (1, 4)
     assert [done for done, _, _ in told] == list(range(8))
+    with pytest.raises(InputError, match="too small"):
+        measure_reads(path, chunks=(4096, 8192), room=np.zeros(4096, np.uint8))
     with pytest.raises(InputError, match="too few"):
         measure_reads(path, chunks=(1 << 20,))
 

@@ -180,7 +180,9 @@ class NeuronStream:
     def _measured_gap(self) -> int:
         size = self.layout.row_bytes
         chunks = [size * times for times in (1, 2, 4, 8) if size * times <= self.reader.file_bytes]
-        profile = measure_reads(self.reader.path, chunks=chunks, depths=(self.reader.threads,), seconds=PROFILE_SECONDS)
+        depths, room = (self.reader.threads,), self._pieces.reshape(-1)
+        chunks = [chunk for chunk in chunks if chunk <= room.nbytes]
+        profile = measure_reads(self.reader.path, chunks=chunks, depths=depths, seconds=PROFILE_SECONDS, room=room)
         return profile.break_even_bytes(size, self.reader.threads) // size
 
     # ---- the seam of `Decoder` -----------------------------------------------------------------------------------

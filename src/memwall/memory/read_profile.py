@@ -84,18 +84,23 @@ def measure_reads(
     depths: Sequence[int] = DEPTHS,
     seconds: float = 0.05,
     rounds: int = 1,
+    room: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> ReadProfile:
     """Reads random pieces of a file for so long at each size and depth, all of them in turn in each round: medians over
-    rounds. InputError where the file is smaller than the largest piece.
+    rounds. room: uint8 at an address of whole sectors to read to, so that none is taken. InputError where the file or
+    the room is smaller than the largest piece.
     """
     file_bytes = Path(path).stat().st_size if Path(path).is_file() else 0
     if file_bytes < max(chunks):
         raise InputError(f"{path}: {file_bytes:,} bytes are too few for pieces of {max(chunks):,}")
     draw = np.random.default_rng(0)
     readers = {depth: DirectReader(path, depth) for depth in depths}
-    room = aligned_bytes(max(BATCH_BYTES, max(chunks)))
-    room.fill(0)  # pages must be there, or their coming is measured
+    if room is None:
+        room = aligned_bytes(max(BATCH_BYTES, max(chunks)))
+        room.fill(0)  # pages must be there, or their coming is measured
+    if room.nbytes < max(chunks):
+        raise InputError(f"room of {room.nbytes:,} bytes is too small for pieces of {max(chunks):,}")
     found: dict[tuple[int, int], list[float]] = {(chunk, depth): [] for chunk in chunks for depth in depths}
     try:
         for turn in range(rounds):
@@ -104,7 +109,7 @@ def measure_reads(
                     progress(
                         turn * len(found) + done, rounds * len(found), f"reads of {chunk // KIB} KiB, {depth} deep"
                     )
-                count = max(min(BATCH_BYTES // chunk, 16 * depth), 1)
+                count = max(min(room.nbytes // chunk, 16 * depth), 1)
                 addresses = room.ctypes.data + np.arange(count) * chunk
                 moved, began = 0, time.perf_counter()
                 while moved == 0 or time.perf_counter() - began < seconds:

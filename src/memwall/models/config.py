@@ -245,6 +245,14 @@ def check_attention(config: ModelConfig) -> None:
 _RELU = ("silu", "swish", "relu", "fatrelu")
 _ACTIVATIONS = {"llama": _RELU, "mistral": _RELU}
 """What families' gates may be activated by, beside SiLU."""
+def check_whole(config: ModelConfig) -> None:
+    """InputError for models whose neurons lie in a file of their own, where all weights are worked on."""
+    if config.neurons is not None:
+        raise InputError(
+            "this model's neurons stream from disk, and this needs all weights: give the model that it was made of"
+        )
+
+
 # What transformers assumes for a field that config.json leaves out.
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "mixtral": 131072}
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "mixtral": 8}

@@ -24,7 +24,7 @@ from torch.nn import functional
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.models.checkpoint import Checkpoint
-from memwall.models.config import HEAD, ModelConfig, check_attention
+from memwall.models.config import HEAD, ModelConfig, check_attention, check_whole
 from memwall.models.rope import inverse_frequencies
 
 # observer(tensor name, x): called with the input [..., cols] of each linear layer
@@ -278,6 +278,7 @@ class TorchDecoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         check_attention(config)
+        check_whole(config)
         self.config = config
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
