@@ -147,7 +147,7 @@ class Bench:
         self.arena = Arena(shape.model_bytes // 2, Ledger())
         self.x = np.random.default_rng(1).standard_normal((1, shape.width)).astype(np.float32)
         self.out, self.scores = np.zeros_like(self.x), np.empty((1, 4 * shape.width), np.float32)
-        self.active = np.empty(shape.neurons, np.float32)
+        self.active = np.empty(max(shape.neurons, PIECE_BYTES // shape.row_bytes), np.float32)
         self._ahead = ThreadPoolExecutor(1)
         self._pieces = [aligned_bytes(PIECE_BYTES) for _ in range(2)]
         self.resident = self.arena.allocate("attention", (shape.layers, 4 * shape.width, 2 * shape.width), np.uint8)
@@ -213,7 +213,7 @@ class Bench:
                 for rows in self._pieces_of("attention", layer * attention, (layer + 1) * attention, 2 * shape.width):
                     self._attend(rows)
             if held is not None:
-                self._neurons(held[:held_rows])
+                self._neurons(held[layer * held_rows : (layer + 1) * held_rows])
             begin = layer * layer_bytes + held_rows * shape.row_bytes
             for rows in self._pieces_of("bundled", begin, (layer + 1) * layer_bytes, shape.row_bytes):
                 self._neurons(rows)
@@ -335,6 +335,11 @@ class Bench:
             store.data[places[own]] = staged[at[run] // size + keys[own] - keys[first[run]]]
         return len(first), int(spans.sum())
 
+    def profile(self, rounds: int) -> ReadProfile:
+        """What reads cost, from half a neuron on."""
+        chunks = tuple(self.shape.row_bytes // 2 << power for power in range(6))
+        return measure_reads(self.paths["bundled"], chunks=chunks, depths=(1, 8, DEPTH), seconds=0.06, rounds=rounds)
+
     # ---- all of them in turn ----------------------------------------------------------------------------------------
 
     def measure(self, mode: str, tokens: int) -> Spent:
@@ -348,13 +353,12 @@ class Bench:
         else:
             rows, held = 0, None
             if mode == "hybrid":
-                # attention and as many neurons as make half of the model; their numbers do not matter, their bytes do
-                share = self.shape.model_bytes / 2 - self.shape.attention_bytes
-                rows = int(share / self.shape.layers / self.shape.row_bytes)
+                # attention and as many neurons as half of the model has room for; their numbers do not matter
                 for store in self.stores:
                     store.release()
                 self.stores = []
-                held = self.arena.allocate("held", (rows, self.shape.row_bytes), np.uint8)
+                rows = int(0.99 * self.arena.free_bytes / self.shape.layers / self.shape.row_bytes)
+                held = self.arena.allocate("held", (self.shape.layers * rows, self.shape.row_bytes), np.uint8)
                 held.view(np.float16)[:] = 0.01
             counted = sum(reader.stats.read_bytes for reader in self.readers.values())
             before, began = device_bytes(), time.perf_counter()
@@ -390,8 +394,7 @@ class Ladder:
 def climb(bench: Bench, rounds: int, tokens: dict[str, int], progress: Callable[[int, int, str], None]) -> Ladder:
     """All modes in turn in each round, and the disk's rate at the two sizes of pieces before and after."""
     half, whole = bench.shape.row_bytes // 2, bench.shape.row_bytes
-    chunks = tuple(half << power for power in range(6))
-    profile = measure_reads(bench.paths["bundled"], chunks=chunks, depths=(1, 8, DEPTH), seconds=0.06, rounds=3)
+    profile = bench.profile(rounds=3)
     bench.gap = profile.break_even_bytes(whole, DEPTH) // whole
     found = Ladder({mode: [] for mode in MODES}, profile, [], [])
     for turn in range(rounds):
