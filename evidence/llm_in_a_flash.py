@@ -74,7 +74,7 @@ class Sizes:
 
 FULL = Sizes(
     windows=16, rank=64, train_tokens=32_768, training_steps=400,
-    shape=Shape(width=4096, neurons=16384, layers=4, rank=128), rounds=4,
+    shape=Shape(width=4096, neurons=16384, layers=4, rank=128), rounds=3,
     tokens={"naive": 1, "hybrid": 1, "mapped": 1, "predictor": 5, "window": 15, "bundled": 15, "merged": 15},
 )  # fmt: skip
 QUICK = Sizes(
@@ -212,7 +212,7 @@ def ablation_claim(folder: Path, config: ModelConfig, known: list[np.ndarray], s
         for layer in layers:
 
             def share(rank: int, source: int, layer: int = layer) -> float:
-                return share_for_recall(checkpoint, config, layer, known, seen, rank, source, sizes.training_steps // 2)
+                return share_for_recall(checkpoint, config, layer, known, seen, rank, source, sizes.training_steps // 4)
 
             for rank in (8, 32, 128):
                 ranked.setdefault(rank, []).append(share(rank, layer))
@@ -491,7 +491,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
             claims.append(management_claim(bench, 20 if quick else 60))
             costs = calibrated(bench, bench.profile(rounds=2))
             report(0, 1, "latencies told and measured")
-            told = forecasts(bench, costs, (1, 4) if quick else (1, 2, 4, 8), 6 if quick else 12)
+            told = forecasts(bench, costs, (1, 4) if quick else (1, 2, 4, 8), 4 if quick else 6)
             claims.append(forecast_claim(told, bench))
         finally:
             bench.close()

@@ -19,7 +19,7 @@ from memwall.errors import InputError
 from memwall.kernels.lora import LoraBatch
 from memwall.memory import Arena
 from memwall.models.base import DecoderCache, SelectedCache, StreamedFeedForward
-from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention, check_whole
 from memwall.models.decode import DecodeStep, Layer, Norm
 from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
@@ -307,6 +307,8 @@ class Decoder:
         sin: np.ndarray,
         cache: DecoderCache,
     ) -> None:
+        if self.feed_forward is None:
+            check_whole(self.config)
         num_tokens = len(hidden)
         blocks = [slice(a, min(a + BLOCK_ROWS, num_tokens)) for a in range(0, num_tokens, BLOCK_ROWS)]
         keys, values = self._buffers["keys"][:num_tokens], self._buffers["values"][:num_tokens]
