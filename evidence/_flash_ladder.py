@@ -26,8 +26,8 @@ from statistics import median
 
 import numpy as np
 
-from memwall.engine.flash_costs import FlashCosts, WindowCounts, window_counts
 from memwall.engine.llm_in_a_flash import merged
+from memwall.hardware import GIB
 from memwall.kernels.neurons import add_neurons
 from memwall.kernels.row_scores import row_scores
 from memwall.memory import Arena, Ledger
@@ -195,10 +195,10 @@ class Bench:
             coming = self._ahead.submit(read, turn + 1) if turn + 1 < len(starts) else None
             yield rows
 
-    def _attend(self, rows: np.ndarray) -> None:
+    def attend(self, rows: np.ndarray) -> None:
         row_scores("float16", self.shape.width, rows, self.x, cosine=False)
 
-    def _neurons(self, rows: np.ndarray) -> None:
+    def neurons(self, rows: np.ndarray) -> None:
         biases = np.full((len(rows), 1), HOLES, np.float32)
         add_neurons("float16", rows, self.x, self.out, self.active[: len(rows)][None], biases=biases)
 
@@ -208,22 +208,22 @@ class Bench:
         layer_bytes, attention = shape.neurons * shape.row_bytes, 8 * shape.width**2
         for layer in range(shape.layers):
             if attention_held:
-                self._attend(self.resident[layer])
+                self.attend(self.resident[layer])
             else:
                 for rows in self._pieces_of("attention", layer * attention, (layer + 1) * attention, 2 * shape.width):
-                    self._attend(rows)
+                    self.attend(rows)
             if held is not None:
-                self._neurons(held[layer * held_rows : (layer + 1) * held_rows])
+                self.neurons(held[layer * held_rows : (layer + 1) * held_rows])
             begin = layer * layer_bytes + held_rows * shape.row_bytes
             for rows in self._pieces_of("bundled", begin, (layer + 1) * layer_bytes, shape.row_bytes):
-                self._neurons(rows)
+                self.neurons(rows)
 
     def mapped_token(self) -> None:
         """Over maps whose pages have left memory."""
         shape = self.shape
         for name, parts, wide, work in (
-            ("attention", 4 * shape.width * shape.layers, 2 * shape.width, self._attend),
-            ("bundled", shape.neurons * shape.layers, shape.row_bytes, self._neurons),
+            ("attention", 4 * shape.width * shape.layers, 2 * shape.width, self.attend),
+            ("bundled", shape.neurons * shape.layers, shape.row_bytes, self.neurons),
         ):
             with self.paths[name].open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -262,7 +262,7 @@ class Bench:
             store.release()
         self.mode, self.now = mode, 0
         self.window = 0 if mode == "predictor" else window or self.most_window
-        arena = self.arena if window is None else Arena(8 << 30, Ledger())
+        arena = self.arena if window is None else Arena(8 * GIB, Ledger())
         sizes = {"num_keys": self.shape.neurons, "row_bytes": self.shape.row_bytes, "side": 1}
         self.stores = [RowStore(arena, "window", capacity=rows, **sizes) for rows in self.rows(max(self.window, 1))]
         for _ in range(self.window):
@@ -274,7 +274,7 @@ class Bench:
         began = time.perf_counter()
         for layer, store in enumerate(self.stores):
             one = time.perf_counter()
-            self._attend(self.resident[layer])
+            self.attend(self.resident[layer])
             low = row_scores("float16", self.shape.width, self.predictors[0], self.x, cosine=False)
             row_scores("float16", self.shape.rank, self.predictors[1], low, cosine=False)
             two = time.perf_counter()
@@ -406,111 +406,3 @@ def climb(bench: Bench, rounds: int, tokens: dict[str, int], progress: Callable[
                 found.half_rate.append(rates.rate(half, DEPTH))
                 found.whole_rate.append(rates.rate(whole, DEPTH))
     return found
-
-
-def calibrated(bench: Bench, profile: ReadProfile) -> FlashCosts:
-    """Costs of this machine from calls of their own: products over some rows, bookkeeping without reads."""
-    shape = bench.shape
-    rows = np.zeros((min(shape.neurons, (64 << 20) // shape.row_bytes), shape.row_bytes), np.uint8)
-    rows.view(np.float16)[:] = 0.01
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        bench._neurons(rows)
-        times.append(time.perf_counter() - began)
-    others = []
-    for _ in range(7):
-        for layer in range(shape.layers):
-            began = time.perf_counter()
-            bench._attend(bench.resident[layer])
-            low = row_scores("float16", shape.width, bench.predictors[0], bench.x, cosine=False)
-            row_scores("float16", shape.rank, bench.predictors[1], low, cosine=False)
-            others.append(time.perf_counter() - began)
-    # rows of few bytes: keys, not bytes, are what bookkeeping costs, as rows that come take places of those that go
-    store = RowStore(
-        Arena(1 << 30, Ledger()), "keys", num_keys=shape.neurons, capacity=shape.neurons, row_bytes=64, side=1
-    )
-    draw, counts, seconds = np.random.default_rng(3), [], []
-    for now in range(60):
-        keys = np.flatnonzero(draw.random(shape.neurons) < (0.01 if now % 2 else 0.2))
-        began = time.perf_counter()
-        missing = store.missing(keys, now)
-        places = store.exchange(store.idle(now - 2), missing, now)
-        store.side[places] = HOLES
-        seconds.append(time.perf_counter() - began)
-        counts.append(len(keys) + 2 * len(missing))
-    slope, base = np.polyfit(counts[10:], seconds[10:], 1)
-    return FlashCosts(
-        profile=profile, depth=DEPTH, call_seconds=max(float(base), 0.0), key_seconds=max(float(slope), 0.0),
-        held_bytes_per_s=rows.nbytes / median(times), other_seconds=median(others),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
-    window: int
-    mode: str
-    predicted: float
-    measured: float
-
-
-def forecasts(bench: Bench, costs: FlashCosts, windows: tuple[int, ...], tokens: int) -> list[Forecast]:
-    """Token latencies by window and pieces: told from counts and costs alone, then measured."""
-    found = []
-    for window in windows:
-        for mode in ("window", "bundled"):
-            counts: list[WindowCounts] = [window_counts(wanted, window) for wanted in bench.sets]
-            told = sum(
-                sum(
-                    costs.layer_seconds(
-                        predicted=each.predicted, loaded=each.loaded, held=each.held, row_bytes=bench.shape.row_bytes,
-                        pieces=2 if mode == "window" else 1,
-                    ).values()
-                )
-                for each in counts
-            )  # fmt: skip
-            spent = Spent()
-            bench.begin(mode, window)
-            for _ in range(tokens):
-                bench.sparse_token(spent)
-            found.append(Forecast(window=window, mode=mode, predicted=told, measured=spent.seconds / spent.tokens))
-    return found
-
-
-def management(bench: Bench, tokens: int) -> dict[str, list[float]]:
-    """Seconds a token of one layer's store: rows exchanged in place, swapped with the last, or arrays built anew."""
-    shape, wanted = bench.shape, bench.sets[0]
-    found: dict[str, list[float]] = {"exchange": [], "swap": [], "rebuild": []}
-    made = {
-        name: RowStore(
-            Arena(4 << 30, Ledger()), name, num_keys=shape.neurons, capacity=shape.neurons, row_bytes=shape.row_bytes,
-            side=1,
-        )
-        for name in ("exchange", "swap")
-    }  # fmt: skip
-    rows, sides = np.empty((0, shape.row_bytes), np.uint8), np.empty((0, 1), np.float32)
-    keys, used_at = np.empty(0, np.int64), np.empty(0, np.int64)
-    fresh = np.zeros((shape.neurons, shape.row_bytes), np.uint8)
-    for now in range(tokens):
-        want = np.flatnonzero(wanted[now % len(wanted)])
-        for name, store in made.items():
-            began = time.perf_counter()
-            missing, leaving = store.missing(want, now), store.idle(now - bench.most_window + 1)
-            if name == "exchange":
-                places = store.exchange(leaving, missing, now)
-            else:
-                store.drop(leaving)
-                places = store.append(missing, now)
-            store.side[places] = HOLES
-            found[name].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        used_at[np.isin(keys, want)] = now
-        new = np.setdiff1d(want, keys, assume_unique=True)
-        staying = used_at >= now - bench.most_window + 1
-        rows = np.concatenate([rows[staying], fresh[: len(new)]])
-        sides = np.concatenate([sides[staying], np.full((len(new), 1), HOLES, np.float32)])
-        keys, used_at = np.concatenate([keys[staying], new]), np.concatenate([used_at[staying], np.full(len(new), now)])
-        found["rebuild"].append(time.perf_counter() - began)
-    for store in made.values():
-        store.release()
-    return {name: each[bench.most_window :] for name, each in found.items()}

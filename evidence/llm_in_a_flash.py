@@ -28,7 +28,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -36,11 +35,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from _flash_ladder import MODES, Bench, Ladder, Shape, calibrated, climb, forecasts, management, sets_like
+from _flash_calls import calibrated, forecasts, management
+from _flash_ladder import MODES, Bench, Ladder, Shape, climb, sets_like
+from _flash_volumes import WINDOW, spread, volume_claims
 
 from memwall import kv
 from memwall.claims import Claim, Progress, main, not_run
-from memwall.engine.flash_costs import window_counts
 from memwall.engine.llm_in_a_flash import NeuronStream
 from memwall.engine.loading import Settings, cache_shape, load_decoder
 from memwall.engine.neuron_file import first_matrix, make_flash_model
@@ -52,8 +52,6 @@ from memwall.models.config import ModelConfig
 from memwall.models.tokenizer import Tokenizer
 from memwall.plan.choose import held_out_text
 
-WINDOWS = range(1, 9)
-WINDOW = 5
 CONTEXT = 256
 SHIFTED = 0.04
 """Share of neurons that are active in layers of a published shape: those of OPT and Falcon have 3 to 5 %."""
@@ -81,12 +79,6 @@ QUICK = Sizes(
     windows=2, rank=64, train_tokens=8192, training_steps=60, shape=Shape(width=2048, neurons=8192, layers=2, rank=64),
     rounds=3, tokens={"naive": 1, "hybrid": 1, "mapped": 1, "predictor": 3, "window": 8, "bundled": 8, "merged": 8},
 )  # fmt: skip
-
-
-def spread(values: Sequence[float], scale: float = 1.0) -> str:
-    """Mean and standard error."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{scale * mean(values):.3g} +- {scale * error:.1g}"
 
 
 # ---- the model and its predictors -----------------------------------------------------------------------------------
@@ -229,94 +221,6 @@ def ablation_claim(folder: Path, config: ModelConfig, known: list[np.ndarray], s
     )
 
 
-# ---- volumes --------------------------------------------------------------------------------------------------------
-
-
-def loads_with_rows(wanted: np.ndarray, rows: int, rule: str) -> float:
-    """Neurons loaded a token where `rows` stay by least recent use or by Belady's rule; [T, F] booleans."""
-    tokens, neurons = wanted.shape
-    if rule == "belady":
-        upcoming = np.full((tokens + 1, neurons), tokens, np.int64)
-        for at in range(tokens - 1, -1, -1):
-            upcoming[at] = np.where(wanted[at], at, upcoming[at + 1])
-    order = np.full(neurons, -1, np.int64)  # when each was last used
-    held = np.zeros(neurons, bool)
-    loaded = []
-    for at in range(tokens):
-        now = wanted[at]
-        loaded.append(int((now & ~held).sum()))
-        held |= now
-        order[now] = at
-        over = int(held.sum()) - rows
-        if over > 0:
-            may = np.flatnonzero(held & ~now)
-            worth = order[may] if rule == "lru" else -upcoming[at + 1][may]
-            held[may[np.argpartition(worth, min(over, len(may)) - 1)[:over]]] = False
-    return mean(loaded[WINDOW:])
-
-
-def volume_claims(active: list[np.ndarray], config: ModelConfig, windows: int) -> Iterator[Claim]:
-    """Of predicted sets; windows of text are looked at one by one."""
-    inner, hidden = config.intermediate_size, config.hidden_size
-    row_bytes = 2 * hidden * (3 if config.gated else 2)
-    ffn = config.num_layers * inner * row_bytes
-    model = 2 * config.num_parameters
-    parts = [np.split(each, windows) for each in active]
-    loads = {k: [mean(window_counts(p, k).loaded for p in layer) for layer in parts] for k in WINDOWS}
-    predicted = sum(float(each.mean()) for each in active) * inner * row_bytes
-    read = {k: sum(loads[k]) * row_bytes for k in WINDOWS}
-    yield Claim(
-        claim="bytes read a token fall with prediction, and again with the window",
-        measured=f"naive {format_bytes(model)}, hybrid {format_bytes(model // 2)}, predictor "
-        f"{format_bytes(round(predicted))}, window of {WINDOW} {format_bytes(round(read[WINDOW]))}: "
-        f"{model / 2 / read[WINDOW]:.1f} times fewer than hybrid; of the feed-forward {predicted / ffn:.1%} predicted, "
-        f"{read[WINDOW] / ffn:.1%} read",
-        required="naive > hybrid > predictor > window; window at least 4 times below hybrid",
-        passed=model / 2 > predicted > read[WINDOW] and read[WINDOW] <= model / 8,
-    )
-    totals = [[sum(window_counts(layer[w], k).loaded for layer in parts) for w in range(windows)] for k in WINDOWS]
-    steps = [[a - b for a, b in zip(x, y, strict=True)] for x, y in pairwise(totals)]
-    shrinking = all(mean(each) > 0 for each in steps) and all(mean(a) > mean(b) for a, b in pairwise(steps))
-    yield Claim(
-        claim="what is held is concave in the window: memory buys less and less",
-        measured="read a token for k = 1 to 8, of all neurons: "
-        + ", ".join(f"{sum(loads[k]) / config.num_layers / inner:.2%}" for k in WINDOWS)
-        + "; each step saves less than the one before, by window of text "
-        + ", ".join(spread([a - b for a, b in zip(x, y, strict=True)]) for x, y in pairwise(steps))
-        + " neurons",
-        required="falling, and by less with every token more",
-        passed=shrinking,
-    )
-    most, held, found = [], [], {name: [] for name in ("window", "lru", "belady", "lru of all")}
-    for parted in parts:
-        most.append(max(int(window_rows(part, WINDOW).max()) for part in parted))
-        held.append(round(mean(window_counts(part, WINDOW).held for part in parted)))
-        found["window"].append(mean(window_counts(part, WINDOW).loaded for part in parted))
-        for name, rule, rows in (
-            ("lru", "lru", held[-1]),
-            ("belady", "belady", held[-1]),
-            ("lru of all", "lru", most[-1]),
-        ):
-            found[name].append(mean(loads_with_rows(part, rows, rule) for part in parted))
-    sums = {name: sum(each) for name, each in found.items()}
-    yield Claim(
-        claim="in the rows that it holds a window reads little more than least recent use, and no rule less than "
-        "Belady's",
-        measured=f"a token, over all layers: window {sums['window']:.0f}, LRU {sums['lru']:.0f}, Belady "
-        f"{sums['belady']:.0f} neurons, in {sum(held)} rows of {config.num_layers * inner}; LRU in the {sum(most)} "
-        f"rows that are set aside for the tokens that want most {sums['lru of all']:.0f}",
-        required="window within 1.5 times LRU; Belady below both, in every layer",
-        passed=sums["window"] <= 1.5 * sums["lru"]
-        and all(b <= min(a, c) for a, b, c in zip(found["lru"], found["belady"], found["window"], strict=True)),
-    )
-
-
-def window_rows(wanted: np.ndarray, window: int) -> np.ndarray:
-    """Neurons that each `window` successive tokens want together."""
-    counts = np.add.accumulate(np.pad(wanted, ((1, 0), (0, 0))).astype(np.int32), axis=0)
-    return (counts[window:] > counts[:-window]).sum(1)
-
-
 # ---- times ----------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +268,12 @@ def ladder_claims(bench: Bench, ladder: Ladder) -> Iterator[Claim]:
         required="within 1 %, with direct reads",
         passed=direct and bool(off) and max(map(abs, off)) < 0.01,
     )
+
+
+def piece_claims(bench: Bench, ladder: Ladder) -> Iterator[Claim]:
+    """What larger pieces gain."""
+    shape, split = bench.shape, ladder.spent["bundled"]
+    whole = sum(each.tokens for each in split)
     ratios = []
     for apart, bundled in zip(ladder.spent["window"], ladder.spent["bundled"], strict=True):
         ratios.append((apart.read_seconds / apart.loaded) / (bundled.read_seconds / bundled.loaded))
@@ -488,6 +398,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
         try:
             ladder = climb(bench, sizes.rounds, sizes.tokens, report)
             claims += ladder_claims(bench, ladder)
+            claims += piece_claims(bench, ladder)
             claims.append(management_claim(bench, 20 if quick else 60))
             costs = calibrated(bench, bench.profile(rounds=2))
             report(0, 1, "latencies told and measured")
