@@ -32,7 +32,7 @@ from memwall.kernels.neurons import add_neurons
 from memwall.kernels.row_scores import row_scores
 from memwall.memory import Arena, Ledger
 from memwall.memory.direct_reader import DirectReader, aligned_bytes
-from memwall.memory.read_profile import ReadProfile, measure_reads
+from memwall.memory.read_profile import ReadProfile, measure_copies, measure_reads
 from memwall.memory.row_store import RowStore
 
 PIECE_BYTES = 8 << 20
@@ -395,7 +395,8 @@ def climb(bench: Bench, rounds: int, tokens: dict[str, int], progress: Callable[
     """All modes in turn in each round, and the disk's rate at the two sizes of pieces before and after."""
     half, whole = bench.shape.row_bytes // 2, bench.shape.row_bytes
     profile = bench.profile(rounds=3)
-    bench.gap = profile.break_even_bytes(whole, DEPTH) // whole
+    copies = measure_copies(aligned_bytes(PIECE_BYTES), whole, 0.05)
+    bench.gap = profile.break_even_bytes(whole, DEPTH, copies) // whole
     found = Ladder({mode: [] for mode in MODES}, profile, [], [])
     for turn in range(rounds):
         for number, mode in enumerate(MODES):

@@ -15,7 +15,9 @@ token's.
 
 Changed after results were seen, and to be read so: rules were compared in the rows that are set aside at first, and the
 window read 2.6 times what LRU reads there. That stands, and is told: rows are set aside for the most that its tokens
-want together, which most tokens do not, and a window leaves the rest empty where LRU fills it.
+want together, which most tokens do not, and a window leaves the rest empty where LRU fills it. Rows that came in one
+read over a gap are copied to their places; the break-even did not count that, and merging cost 9 ms of 91 instead of
+saving any.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memwall.errors import InputError
-from memwall.memory.read_profile import ReadProfile, measure_reads
+from memwall.memory.read_profile import ReadProfile, measure_copies, measure_reads
 
 # a drive of 1,000 reads a second until it is full at 64 MB/s
 CHUNKS = (4096, 16384, 65536, 262144)
@@ -42,14 +42,18 @@ def test_gaps_are_worth_reading_over_as_long_as_asking_costs_more() -> None:
     full = ReadProfile(chunks=CHUNKS, depths=(32,), bytes_per_s=((64e6,),) * 4)
     assert full.break_even_bytes(4096) == 0
     slower = ReadProfile(chunks=CHUNKS, depths=(32,), bytes_per_s=((64e6,), (32e6,), (16e6,), (8e6,)))
-    assert slower.break_even_bytes(4096) == 0
+    assert slower.break_even_bytes(4096) == -1
+    # what came in one read must be copied: 8 KiB at 9 MB/s take 0.91 ms of the 2, and 1.09 ms are 69,700 bytes
+    copied = PROFILE.break_even_bytes(4096, copy_bytes_per_s=9e6)
+    assert 2 * 4096 + copied == pytest.approx(69_700, rel=0.05)
+    assert PROFILE.break_even_bytes(4096, copy_bytes_per_s=1e6) == -1
 
 
 @given(chunk=st.integers(512, 1 << 20), depth=st.integers(1, 64))
 def test_a_gap_that_is_worth_it_costs_no_more(chunk: int, depth: int) -> None:
     gap = PROFILE.break_even_bytes(chunk, depth)
     apart = 2 * chunk / PROFILE.rate(chunk, depth)
-    assert gap == 0 or (2 * chunk + gap) / PROFILE.rate(2 * chunk + gap, depth) <= apart * (1 + 1e-9)
+    assert gap < 0 or (2 * chunk + gap) / PROFILE.rate(2 * chunk + gap, depth) <= apart * (1 + 1e-9)
 
 
 def test_measures_a_file(tmp_path: Path) -> None:
@@ -67,6 +71,12 @@ def test_measures_a_file(tmp_path: Path) -> None:
         measure_reads(path, chunks=(4096, 8192), room=np.zeros(4096, np.uint8))
     with pytest.raises(InputError, match="too few"):
         measure_reads(path, chunks=(1 << 20,))
+
+
+def test_copies_are_measured_where_there_is_room() -> None:
+    assert measure_copies(np.zeros(1 << 16, np.uint8), 512, 0.001) > 0
+    with pytest.raises(InputError, match="too small"):
+        measure_copies(np.zeros(1000, np.uint8), 512)
 
 
 def test_bad_tables_are_told() -> None:

@@ -34,7 +34,7 @@ from memwall.kernels.neurons import add_neurons
 from memwall.memory import Arena, Charge
 from memwall.memory.arena import allocated_bytes
 from memwall.memory.direct_reader import DirectReader
-from memwall.memory.read_profile import measure_reads
+from memwall.memory.read_profile import measure_copies, measure_reads
 from memwall.memory.row_store import RowStore
 from memwall.models.config import ModelConfig
 from memwall.models.neurons import FILE_NAME, NeuronLayout
@@ -183,7 +183,8 @@ class NeuronStream:
         depths, room = (self.reader.threads,), self._pieces.reshape(-1)
         chunks = [chunk for chunk in chunks if chunk <= room.nbytes]
         profile = measure_reads(self.reader.path, chunks=chunks, depths=depths, seconds=PROFILE_SECONDS, room=room)
-        return profile.break_even_bytes(size, self.reader.threads) // size
+        copies = measure_copies(room, size, PROFILE_SECONDS)
+        return profile.break_even_bytes(size, self.reader.threads, copies) // size
 
     # ---- the seam of `Decoder` -----------------------------------------------------------------------------------
 

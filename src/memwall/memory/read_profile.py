@@ -61,20 +61,37 @@ class ReadProfile:
         """Of so many reads, handed over together."""
         return num_reads * chunk_bytes / self.rate(chunk_bytes, min(depth, num_reads)) if num_reads else 0.0
 
-    def break_even_bytes(self, chunk_bytes: int, depth: int = 32) -> int:
-        """The largest gap between two pieces of that size over which one read is no slower than two."""
+    def break_even_bytes(self, chunk_bytes: int, depth: int = 32, copy_bytes_per_s: float = math.inf) -> int:
+        """The largest gap between two pieces of that size over which one read is no slower than two; -1 where even
+        neighbours are better read apart. copy_bytes_per_s: of bringing what came in one read to two places.
+        """
         apart = 2 * chunk_bytes / self.rate(chunk_bytes, depth)
 
         def together(gap: int) -> float:
-            return (2 * chunk_bytes + gap) / self.rate(2 * chunk_bytes + gap, depth)
+            whole = 2 * chunk_bytes + gap
+            return whole / self.rate(whole, depth) + 2 * chunk_bytes / copy_bytes_per_s
 
         low, high = 0, max(self.chunks[-1], chunk_bytes)
         if together(0) > apart:
-            return 0
+            return -1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if together(middle) <= apart else (low, middle)
         return low
+
+
+def measure_copies(room: np.ndarray, row_bytes: int, seconds: float = 0.01) -> float:
+    """Bytes a second of rows that go to places of their own within `room`, uint8 with two rows at least."""
+    rows = room[: room.nbytes // row_bytes * row_bytes].reshape(-1, row_bytes)
+    half = len(rows) // 2
+    if half < 1:
+        raise InputError(f"room of {room.nbytes:,} bytes is too small to copy rows of {row_bytes:,} in")
+    order = np.random.default_rng(0).permutation(half)
+    moved, began = 0, time.perf_counter()
+    while moved == 0 or time.perf_counter() - began < seconds:
+        rows[half + order] = rows[order]
+        moved += half * row_bytes
+    return moved / (time.perf_counter() - began)
 
 
 def measure_reads(

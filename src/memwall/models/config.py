@@ -245,6 +245,8 @@ def check_attention(config: ModelConfig) -> None:
 _RELU = ("silu", "swish", "relu", "fatrelu")
 _ACTIVATIONS = {"llama": _RELU, "mistral": _RELU}
 """What families' gates may be activated by, beside SiLU."""
+
+
 def check_whole(config: ModelConfig) -> None:
     """InputError for models whose neurons lie in a file of their own, where all weights are worked on."""
     if config.neurons is not None:
