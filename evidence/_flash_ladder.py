@@ -38,6 +38,7 @@ from memwall.memory.row_store import RowStore
 PIECE_BYTES = 8 << 20
 DEPTH = 32
 SLACK = 1.1
+MOST_TOKENS = 512
 MODES = ("naive", "hybrid", "mapped", "predictor", "window", "bundled", "merged")
 SPARSE = ("predictor", "window", "bundled", "merged")
 HOLES = -2.0
@@ -77,6 +78,7 @@ class Shape:
 
 def sets_like(predicted: list[np.ndarray], shape: Shape) -> list[np.ndarray]:
     """Of each layer [T, neurons] booleans: a small model's sets ([T', F] each), side by side at other times."""
+    predicted = [each[:MOST_TOKENS] for each in predicted]
     count = len(predicted[0])
     apart = count // 3
     found = []
