@@ -10,6 +10,7 @@ import pytest
 
 from memwall.engine.neuron_file import make_flash_model
 from memwall.engine.neuron_predictors import Training
+from memwall.plan import make_plan
 from tests.engine.relu_models import write_relu_model
 
 ASK = (
@@ -89,13 +90,10 @@ def test_windows_are_for_streamed_models(memwall: Any, whole: Path) -> None:
     assert memwall("run", whole, *ASK).exit_code == 0
 
 
-def test_plans_count_the_window(memwall: Any, whole: Path, streamed: Path) -> None:
+def test_plans_count_the_window(whole: Path, streamed: Path) -> None:
     found = {}
     for folder in (whole, streamed):
-        done = memwall(
-            "plan", folder, "--memory", "4GB", "--weights", "float16", "--context", "64", "--no-measure", "--json"
-        )
-        assert done.exit_code == 0, done.stderr
-        found[folder] = {row["owner"]: row["bytes"] for row in json.loads(done.stdout)["rows"]}
+        plan = make_plan(folder, weights="float16", context=64, measure=False, profile=False)
+        found[folder] = {row.owner: row.nbytes for row in plan.rows}
     assert found[streamed]["neurons/window"] > 0
     assert found[streamed]["weights/float16"] < found[whole]["weights/float16"]
