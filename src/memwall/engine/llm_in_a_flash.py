@@ -44,6 +44,8 @@ OWNER = "neurons/window"
 STAGE = "neurons/stage"
 STREAM_BYTES = 2 * MIB
 """Of a prompt's layers, read at once; two such pieces are held."""
+LOOSE_BYTES = 2 * MIB
+"""Counted for what lies outside the arena meanwhile: lists of neurons, copies of rows, stacks of threads."""
 FEW_TOKENS = 4
 """So many at once are predicted and read as one; more are streamed like a prompt."""
 DEFAULT_WINDOW = 5
@@ -84,7 +86,7 @@ def store_bytes(config: ModelConfig, window: int) -> int:
 def stage_bytes(layout: NeuronLayout, segment_tokens: int) -> int:
     """What else streaming takes: two pieces, activations, scores."""
     shapes = _stage_forms(layout, segment_tokens).values()
-    return sum(allocated_bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize) for shape, dtype in shapes)
+    return LOOSE_BYTES + sum(allocated_bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize) for shape, dtype in shapes)
 
 
 def _stage_forms(layout: NeuronLayout, segment_tokens: int) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -141,8 +143,9 @@ class NeuronStream:
         self._ahead = ThreadPoolExecutor(1, "memwall-ahead")
         self.stores: list[RowStore] = []
         self._stage: dict[str, np.ndarray] = {}
-        self._charge: Charge | None = None
+        self._charges: list[Charge] = []
         try:
+            self._charges.append(arena.charge(STAGE, LOOSE_BYTES))
             self._stage = arena.allocate_all(STAGE, _stage_forms(self.layout, segment_tokens))
             for rows in self.layout.rows(window):
                 sizes = {"num_keys": self.layout.num_neurons, "capacity": rows, "row_bytes": self.layout.row_bytes}
@@ -155,7 +158,8 @@ class NeuronStream:
         whole = self._stage["pieces"][begin : begin + 2 * rows * self.layout.row_bytes]
         self._pieces = whole.reshape(2, rows, self.layout.row_bytes)
         self._biases = [self._layer_biases(layer) for layer in range(self.layout.num_layers)]
-        self._charge = arena.charge(OWNER, sum(biases.nbytes for biases in self._biases if biases is not None))
+        nbytes = sum(biases.nbytes for biases in self._biases if biases is not None)
+        self._charges.append(arena.charge(OWNER, nbytes))
         self.gap_rows = self._measured_gap() if gap_rows is None else gap_rows
 
     def release(self) -> None:
@@ -166,9 +170,9 @@ class NeuronStream:
             store.release()
         for array in self._stage.values():
             self._arena.free(array)
-        if self._charge is not None:
-            self._charge.release()
-        self.stores, self._stage = [], {}
+        for charge in self._charges:
+            charge.release()
+        self.stores, self._stage, self._charges = [], {}, []
 
     def _layer_biases(self, layer: int) -> np.ndarray | None:
         """float32 [neurons, 1 or 2], of what comes before the last part; views where there is one."""
