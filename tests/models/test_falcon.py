@@ -85,7 +85,7 @@ def test_forms() -> None:
         ({"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn"),
         ({"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
         ({"num_ln_in_parallel_attn": 3, "new_decoder_architecture": True}, "num_ln_in_parallel_attn"),
-        ({"activation": "relu"}, "activation 'relu' is not supported"),
+        ({"activation": "silu"}, "activation 'silu' is not supported"),
         ({"ffn_hidden_size": 0}, "ffn_hidden_size"),
         ({"layer_norm_epsilon": -1}, "layer_norm_epsilon"),
         ({"bias": 1}, "bias"),

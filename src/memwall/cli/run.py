@@ -24,6 +24,7 @@ from memwall.cli.command import (
     add_command,
     complete_model,
 )
+from memwall.cli.neurons import with_window
 from memwall.cli.printing import note, print_json, progress_bar
 from memwall.cli.run_report import result_object, summary
 from memwall.cli.saved_cache import (
@@ -83,6 +84,7 @@ class Request:
     deadline: float | None = None
     cache_codec: str = EXACT
     lora: Path | None = None
+    window: int | None = None
 
 
 def run(
@@ -130,6 +132,14 @@ def run(
     lora: Annotated[
         Path | None,
         typer.Option(help="An adapter (PEFT's LoRA directory) that the model runs with.", metavar="DIR"),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens whose neurons stay in memory, of a model that streams them (default: 5, or as many as fit).",
+            min=1,
+            metavar="TOKENS",
+        ),
     ] = None,
     chunks: Chunks = None,
     chunk_store: ChunkStoreFolder = None,
@@ -179,6 +189,7 @@ def run(
         deadline=deadline,
         cache_codec=cache_codec,
         lora=lora,
+        window=window,
     )
     check_options(request)
     if lora is not None and (chunks or history or save_cache or load_cache):
@@ -301,7 +312,7 @@ def start(
         extra |= lone_bytes(adapter, ModelConfig.from_directory(path))
     if request.sampling.temperature > 0:
         extra |= sampling_bytes(ModelConfig.from_directory(path))
-    plan_for = partial(
+    plan_for: Callable[..., Plan] = partial(
         make_plan,
         path,
         budget=request.budget,
@@ -309,8 +320,11 @@ def start(
         threads=request.threads,
         measure=False,
         profile=False,
-        extra_bytes=extra,
     )
+    window, plan_for = with_window(
+        path, request.window, plan_for, extra, weights=request.weights, kv=request.kv,
+        context=request.context or needed_tokens,
+    )  # fmt: skip
     plan = plan_for(weights=request.weights, kv=request.kv, context=request.context or needed_tokens)
     settings = Settings(
         weights=plan.choice.weights,
@@ -318,6 +332,7 @@ def start(
         context_tokens=plan.choice.context,
         segment_tokens=plan.choice.segment_tokens,
         threads=request.threads,
+        window=window,
     )
     try:
         with progress_bar("loading", quiet=request.quiet) as bar:

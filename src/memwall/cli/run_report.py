@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memwall.cli.neurons import figures, stream_of, told
 from memwall.cli.printing import format_table
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def result_object(session: Session, plan: Plan) -> dict[str, Any]:
             "tokens_per_s": timings.decode_tokens_per_s,
         },
         "stack": stack_object(session),
+        "neurons": figures(stream) if (stream := stream_of(session)) is not None else None,
         "storage": session.cache.report() or None,
         "ledger": ledger_rows(session, plan),
         "cache": cache_object(session),
@@ -137,6 +139,7 @@ def summary(session: Session, plan: Plan, request: Request, *, verbose: bool) ->
         format_table(headers, rows, right=frozenset({2, 3})),
         *cache_line(session),
         *stack_line(session),
+        *([told(stream)] if (stream := stream_of(session)) is not None else []),
         f"peak resident {format_bytes(peak)}{share}",
     ]
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from memwall.hardware.units import format_bytes
 from memwall.memory import Arena, Charge, Ledger, measure_runtime, peak_resident_bytes
 from memwall.memory.resident import RUNTIME_OWNER
 from memwall.models.checkpoint import Checkpoint
-from memwall.models.config import ModelConfig
+from memwall.models.config import ModelConfig, check_whole
 from memwall.models.precision import bits_of
 
 UNCAPPED_BYTES = 1 << 62
@@ -95,6 +95,7 @@ def compress_model(
     began, source, out = time.perf_counter(), Path(model_directory), Path(out_directory)
     check_output(out, force=force)
     config = ModelConfig.from_directory(source)
+    check_whole(config)
     with Checkpoint(source, config) as checkpoint:
         if checkpoint.manifest is not None:
             raise InputError(f"{source}: is already compressed; give the float model it was made from")

@@ -26,7 +26,7 @@ from memwall.hardware.units import format_bytes
 from memwall.memory import Arena, Charge, Ledger, measure_runtime, peak_resident_bytes, reset_peak_resident
 from memwall.memory.resident import RUNTIME_OWNER
 from memwall.models.checkpoint import Checkpoint
-from memwall.models.config import ModelConfig
+from memwall.models.config import ModelConfig, check_whole
 from memwall.models.lora import LoraWeights
 from memwall.models.precision import is_matrix, resolve, source_spec
 from memwall.models.tokenizer import Tokenizer
@@ -136,6 +136,7 @@ def tune_model(
         raise MissingDependency("torch", "torch")
     chosen = tune_method(method, options, teacher=teacher is not None)
     config = ModelConfig.from_directory(model)
+    check_whole(config)
     if teacher is not None:
         teacher_config(teacher, config.vocab_size)
     with Checkpoint(model, config) as checkpoint:

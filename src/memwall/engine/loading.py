@@ -46,6 +46,8 @@ class Settings:
     logit_rows: int = 1
     threads: int | None = None
     exact: bool = False
+    window: int | None = None
+    """Tokens whose neurons stay in memory, of a model that streams them; None: `llm_in_a_flash.DEFAULT_WINDOW`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,18 @@ def load_decoder(
         else:
             ledger, arena = beside.ledger, beside
         weights = load_weights(config, checkpoint, specs, arena, progress=progress)
-    decoder = _decoder(config, weights, arena, settings, sequences, shared=shared)
+    try:
+        decoder = _decoder(config, weights, arena, settings, sequences, shared=shared)
+        if config.neurons is not None:
+            from memwall.engine.llm_in_a_flash import DEFAULT_WINDOW, NeuronStream
+
+            decoder.feed_forward = NeuronStream(
+                config, weights, model, arena, window=settings.window or DEFAULT_WINDOW,
+                segment_tokens=settings.segment_tokens,
+            )  # fmt: skip
+    except BaseException:
+        weights.release()
+        raise
     return LoadedDecoder(
         config=config, weights=weights, decoder=decoder, arena=arena, ledger=ledger, runtime_bytes=runtime_bytes
     )

@@ -15,7 +15,7 @@ from memwall.kernels.attention import (
     merge_partials,
     predict_attention_scratch_bytes,
 )
-from memwall.kernels.elementwise import gelu, int8_rows, layer_norm, rms_norm, rope, store_int8, swiglu
+from memwall.kernels.elementwise import gelu, int8_rows, layer_norm, relu, rms_norm, rope, store_int8, swiglu
 from memwall.kernels.encode import encode
 from memwall.kernels.linear import Matrix, gather_rows, linear, matrix, predict_scratch_bytes, roundings, scratch_bytes
 
@@ -40,6 +40,7 @@ __all__ = [
     "num_threads",
     "predict_attention_scratch_bytes",
     "predict_scratch_bytes",
+    "relu",
     "rms_norm",
     "rope",
     "roundings",

@@ -6,7 +6,7 @@ import numpy as np
 
 from memwall import _native
 
-__all__ = ["gelu", "int8_rows", "layer_norm", "rms_norm", "rope", "store_int8", "swiglu"]
+__all__ = ["gelu", "int8_rows", "layer_norm", "relu", "rms_norm", "rope", "store_int8", "swiglu"]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> np.ndarray:
@@ -46,6 +46,17 @@ def gelu(x: np.ndarray, out: np.ndarray, *, near: bool = False) -> np.ndarray:
     near: with the tanh that comes near to Phi (Hendrycks 2016, arXiv 1606.08415, section 2). Returns `out`.
     """
     _native.gelu(x, near, out)
+    return out
+
+
+def relu(x: np.ndarray, out: np.ndarray, *, threshold: float = 0.0, up: np.ndarray | None = None) -> np.ndarray:
+    """out = x where that is above the threshold, else 0, times `up` if there is one; on [tokens, width]; `out` may be
+    `x` or `up`. Returns `out`.
+    """
+    if up is None:
+        _native.relu(x, threshold, out)
+    else:
+        _native.reglu(x, up, threshold, out)
     return out
 
 

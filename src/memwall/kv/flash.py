@@ -27,8 +27,8 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from memwall.errors import DoesNotFit
-from memwall.kv.direct_reads import ReadQueue, try_direct
 from memwall.memory.arena import SMALL_BYTES, allocated_bytes
+from memwall.memory.direct_reader import ReadQueue, try_direct
 from memwall.memory.pages import round_up
 
 HALF_BYTES, FLOAT_BYTES, ENTRY_BYTES = 2, 4, 4

@@ -12,6 +12,16 @@ import numpy as np
 from memwall.kernels import Program
 
 
+class StreamedFeedForward(Protocol):
+    """The feed-forwards of a model whose neurons are not among its weights (`models.neurons`)."""
+
+    def run(self, layer: int, x: np.ndarray, residual: np.ndarray) -> None:
+        """residual [T, H] += the layer's feed-forward of x [T, H]; both float32."""
+
+    def release(self) -> None:
+        """Gives back what it holds."""
+
+
 class DecoderCache(Protocol):
     """Keys and values of the tokens seen so far, in a form of the cache's own choosing."""
 

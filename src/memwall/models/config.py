@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,9 +21,14 @@ from memwall.models import falcon, ssm_config
 from memwall.models.falcon import FalconShape
 from memwall.models.fused import Names
 from memwall.models.hub import missing_hint
+from memwall.models.neurons import KEY as NEURONS_KEY
+from memwall.models.neurons import NeuronLayout
+from memwall.models.rope_config import MAX_POSITION as MAX_POSITION
+from memwall.models.rope_config import RopeConfig as RopeConfig
+from memwall.models.rope_config import read_rope
 from memwall.models.ssm_config import SsmConfig
 
-FeedForwardKind = Literal["swiglu", "gelu", "gelu_tanh"]
+FeedForwardKind = Literal["swiglu", "reglu", "gelu", "gelu_tanh", "relu"]
 Role = Literal["embedding", "head", "linear", "norm", "bias", "router", "expert", "other"]
 
 ARCHITECTURES = {
@@ -37,34 +42,12 @@ ARCHITECTURES = {
     "FalconForCausalLM": "falcon",
 }
 FAMILIES = tuple(ARCHITECTURES.values())
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = ("float32", "float16", "bfloat16")
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 HEAD_SCALE = "lm_head.scale"
 """Of the head's inputs, where these are integers of 8 bits."""
 MAX_EXPERT_TENSORS = 100_000
-MAX_POSITION = 2**28
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding; fields that the type does not use keep their defaults.
-
-    attention_factor multiplies cos and sin; it is resolved here (YaRN derives it from `factor` when the file names
-    none).
-    """
-
-    type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    attention_factor: float = 1.0
-    original_max_position: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +70,10 @@ class ModelConfig:
     """A decoder of one of the supported families. `source` is the Hugging Face configuration it was read from.
 
     ssm: of families without attention (Mamba); their heads are those of the scan. layer_norm: norms take the mean off
-    and have biases, rms_norm_eps being theirs; else they are RMS norms. feed_forward: its activation, `swiglu` (of two
-    products, gate and up) or a GELU (of up alone), exact or by tanh. parallel: attention and feed-forward read the same
-    hidden state and are added together; shared_norm: through one norm.
+    and have biases, rms_norm_eps being theirs; else they are RMS norms. feed_forward: its activation, `swiglu` or
+    `reglu` (of two products, gate and up), `relu` or a GELU (of up alone), exact or by tanh. relu_threshold: what a
+    ReLU's input must be above. neurons: where the feed-forward's matrices are, if not among the weights. parallel:
+    attention and feed-forward read the same hidden state and are added together; shared_norm: through one norm.
     """
 
     family: str
@@ -119,6 +103,8 @@ class ModelConfig:
     ssm: SsmConfig | None = None
     layer_norm: bool = False
     feed_forward: FeedForwardKind = "swiglu"
+    relu_threshold: float = 0.0
+    neurons: NeuronLayout | None = None
     parallel: bool = False
     shared_norm: bool = False
     falcon: FalconShape | None = None
@@ -156,8 +142,8 @@ class ModelConfig:
             )
         hidden_size = fields.integer("hidden_size", 1, 2**20)
         if family == falcon.NAME:
-            return _falcon_model(fields, hidden_size)
-        fields.text("hidden_act", "silu", ("silu", "swish"))
+            return _with_neurons(_falcon_model(fields, hidden_size), fields)
+        activation = fields.text("hidden_act", "silu", _ACTIVATIONS.get(family, ("silu", "swish")))
         if family in ssm_config.FAMILIES:
             return _ssm_model(fields, family, hidden_size)
         shared = _of_all(fields)
@@ -165,7 +151,7 @@ class ModelConfig:
         max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION, _DEFAULT_POSITIONS[family])
         num_experts, per_token = _experts(fields, family, shared["num_layers"])
         attention_bias = family in ("llama", "qwen3") and fields.flag("attention_bias", False)
-        return ModelConfig(
+        config = ModelConfig(
             **shared,
             family=family,
             hidden_size=hidden_size,
@@ -174,7 +160,7 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, 1e-5 if family == "mixtral" else 1e-6),
-            rope=_rope(fields, family, max_position),
+            rope=read_rope(fields, family, max_position),
             max_position=max_position,
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             sliding_windows=_sliding_windows(fields, family, shared["num_layers"]),
@@ -185,7 +171,10 @@ class ModelConfig:
             num_experts=num_experts,
             num_experts_per_token=per_token,
             norm_topk_prob=num_experts > 0,
+            feed_forward="reglu" if "relu" in activation else "swiglu",
+            relu_threshold=fields.number("hidden_act_param", 0.0, 1e6, 0.01) if activation == "fatrelu" else 0.0,
         )
+        return _with_neurons(config, fields)
 
     def stored_names(self) -> Names | None:
         """What tensors of Hugging Face's files are here; None where they go by the same names."""
@@ -196,7 +185,7 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward multiplies an activated product (gate) with another (up)."""
-        return self.feed_forward == "swiglu"
+        return self.feed_forward in ("swiglu", "reglu")
 
     @property
     def query_size(self) -> int:
@@ -250,6 +239,19 @@ def check_attention(config: ModelConfig) -> None:
         raise InputError(
             f"a {config.family} model keeps a state and has no attention, which this needs; it can be run, planned, "
             "evaluated (memwall run, plan, eval) and compressed (memwall compress --method quamba2)"
+        )
+
+
+_RELU = ("silu", "swish", "relu", "fatrelu")
+_ACTIVATIONS = {"llama": _RELU, "mistral": _RELU}
+"""What families' gates may be activated by, beside SiLU."""
+
+
+def check_whole(config: ModelConfig) -> None:
+    """InputError for models whose neurons lie in a file of their own, where all weights are worked on."""
+    if config.neurons is not None:
+        raise InputError(
+            "this model's neurons stream from disk, and this needs all weights: give the model that it was made of"
         )
 
 
@@ -345,70 +347,6 @@ def _window(fields: Fields, default: int | None) -> int | None:
     return None
 
 
-def _rope(fields: Fields, family: str, max_position: int) -> RopeConfig:
-    name = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
-    rope = Fields(fields.mapping(name, {}), f"{fields.source}: {name}")
-    if any(isinstance(value, Mapping) for value in rope.values.values()):
-        raise InputError(f"{rope.source}: settings per kind of layer are not supported; one for all layers is")
-    theta = fields.number("rope_theta", 1.0001, 1e15, 1e6 if family == "mixtral" else 1e4)
-    theta = rope.number("rope_theta", 1.0001, 1e15, theta)
-    kind = rope.text("rope_type", rope.text("type", "default"), ROPE_TYPES)
-    for place in (fields, rope):
-        if place.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
-            raise place.error(
-                "partial_rotary_factor", place.values["partial_rotary_factor"], "1 (the whole head turns)"
-            )
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(type=kind, theta=theta, factor=rope.number("factor", 1e-6, 1e6))
-    # transformers lets the field at the top win over the one inside
-    holder = fields if fields.has("original_max_position_embeddings") else rope
-    original = holder.integer("original_max_position_embeddings", 1, MAX_POSITION, max_position)
-    if kind == "llama3":
-        low = rope.number("low_freq_factor", 1e-6, 1e6)
-        high = rope.number("high_freq_factor", 1e-6, 1e6)
-        if high <= low:
-            raise rope.error("high_freq_factor", high, f"above low_freq_factor ({low:g})")
-        return RopeConfig(
-            type=kind,
-            theta=theta,
-            factor=rope.number("factor", 1e-6, 1e6),
-            original_max_position=original,
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
-    return _yarn(rope, theta, original, max_position)
-
-
-def _yarn(rope: Fields, theta: float, original: int, max_position: int) -> RopeConfig:
-    factor = rope.number("factor", 1e-6, 1e6, max_position / original)
-    attention_factor = rope.values.get("attention_factor")
-    if attention_factor is None:
-        scale, scale_all = rope.number("mscale", 0.0, 1e6, 0.0), rope.number("mscale_all_dim", 0.0, 1e6, 0.0)
-        both = scale > 0 and scale_all > 0
-        attention_factor = (
-            _yarn_scale(factor, scale) / _yarn_scale(factor, scale_all) if both else _yarn_scale(factor, 1.0)
-        )
-    else:
-        attention_factor = rope.number("attention_factor", 1e-6, 1e6)
-    return RopeConfig(
-        type="yarn",
-        theta=theta,
-        factor=factor,
-        attention_factor=attention_factor,
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", 0.0, 1e6, 32.0) or 32.0,
-        beta_slow=rope.number("beta_slow", 0.0, 1e6, 1.0) or 1.0,
-        truncate=rope.flag("truncate", True),
-    )
-
-
-def _yarn_scale(factor: float, scale: float) -> float:
-    """Temperature correction of YaRN (Peng 2023, equation 22)."""
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
-
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     prefix = f"model.layers.{layer}."
     hidden, query, kv = config.hidden_size, config.query_size, config.kv_size
@@ -431,7 +369,12 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     if not config.num_experts:
         gate = (("gate_proj", inner, hidden),) if config.gated else ()
         for name, rows, cols in (*gate, ("up_proj", inner, hidden), ("down_proj", hidden, inner)):
-            yield from _linear(prefix + "mlp." + name, rows, cols, config.mlp_bias, layer)
+            specs = _linear(prefix + "mlp." + name, rows, cols, config.mlp_bias, layer)
+            yield from (spec for spec in specs if config.neurons is None or spec.role == "bias")
+        if config.neurons is not None:
+            rank = config.neurons.ranks[layer]
+            yield from _linear(f"{prefix}mlp.predictor.down", rank, hidden, False, layer)
+            yield from _linear(f"{prefix}mlp.predictor.up", inner, rank, True, layer)
         return
     block = prefix + "block_sparse_moe."
     yield TensorSpec(name=block + "gate.weight", shape=(config.num_experts, hidden), role="router", layer=layer)
@@ -450,6 +393,19 @@ def _linear(name: str, rows: int, cols: int, bias: bool, layer: int) -> Iterator
     yield TensorSpec(name=name + ".weight", shape=(rows, cols), role="linear", layer=layer)
     if bias:
         yield TensorSpec(name=name + ".bias", shape=(rows,), role="bias", layer=layer)
+
+
+def _with_neurons(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """With the layout of neurons that lie in a file of their own, if the configuration has one."""
+    if not fields.has(NEURONS_KEY):
+        return config
+    if config.feed_forward not in ("relu", "reglu") or config.num_experts:
+        raise InputError(f"{fields.source}: {NEURONS_KEY} goes with a ReLU feed-forward without experts")
+    layout = NeuronLayout.read(
+        Fields(fields.mapping(NEURONS_KEY), f"{fields.source}: {NEURONS_KEY}"), num_layers=config.num_layers,
+        num_neurons=config.intermediate_size, width=config.hidden_size, parts=3 if config.gated else 2,
+    )  # fmt: skip
+    return replace(config, neurons=layout)
 
 
 def _ssm_layer_tensors(ssm: SsmConfig, layer: int) -> Iterator[TensorSpec]:
@@ -487,7 +443,7 @@ def _falcon_model(fields: Fields, hidden_size: int) -> ModelConfig:
         hidden_size=hidden_size,
         **shape.settings(),
         rms_norm_eps=fields.number("layer_norm_epsilon", 0.0, 1.0, 1e-5),
-        rope=_rope(fields, falcon.NAME, max_position),
+        rope=read_rope(fields, falcon.NAME, max_position),
         max_position=max_position,
         tie_word_embeddings=fields.flag("tie_word_embeddings", True),
         sliding_windows=(None,) * shared["num_layers"],

@@ -72,7 +72,7 @@ class Layer:
         self.inner_targets = (4, 5) if config.gated else (5,)
         self.gate_up = [f"{mlp}{name}_proj.weight" for name in self.inner]
         self.gate_up_bias = [vector(f"{mlp}{name}_proj.bias") for name in self.inner]
-        self._near = config.feed_forward == "gelu_tanh"
+        self._kind, self._threshold = config.feed_forward, config.relu_threshold
         self.down, self.down_bias = mlp + "down_proj.weight", vector(mlp + "down_proj.bias")
         moe = prefix + "block_sparse_moe."
         self.router = moe + "gate.weight"
@@ -83,16 +83,22 @@ class Layer:
 
     def activate(self, inner: Sequence[np.ndarray]) -> np.ndarray:
         """What `down` reads, of what gate_up's products made; it lies in the first of these."""
-        if len(inner) == 2:
+        if self._kind == "swiglu":
             return kernels.swiglu(inner[0], inner[1], inner[0])
-        return kernels.gelu(inner[0], inner[0], near=self._near)
+        if self._kind in ("relu", "reglu"):
+            return kernels.relu(inner[0], inner[0], threshold=self._threshold, up=inner[1] if len(inner) == 2 else None)
+        return kernels.gelu(inner[0], inner[0], near=self._kind == "gelu_tanh")
 
     def record_activation(self, program: kernels.Program, inner: Sequence[np.ndarray]) -> np.ndarray:
         """Adds it to a program; gives where the result lies."""
-        if len(inner) == 2:
+        if self._kind == "swiglu":
             program.swiglu(inner[0], inner[1], inner[0])
+        elif self._kind == "reglu":
+            program.reglu(inner[0], inner[1], self._threshold, inner[0])
+        elif self._kind == "relu":
+            program.relu(inner[0], self._threshold, inner[0])
         else:
-            program.gelu(inner[0], self._near, inner[0])
+            program.gelu(inner[0], self._kind == "gelu_tanh", inner[0])
         return inner[0]
 
 

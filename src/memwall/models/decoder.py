@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from memwall import kernels
+from memwall.errors import InputError
 from memwall.kernels.lora import LoraBatch
 from memwall.memory import Arena
-from memwall.models.base import DecoderCache, SelectedCache
-from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention
+from memwall.models.base import DecoderCache, SelectedCache, StreamedFeedForward
+from memwall.models.config import EMBEDDING, HEAD, ModelConfig, check_attention, check_whole
 from memwall.models.decode import DecodeStep, Layer, Norm
 from memwall.models.rope import rope_tables
 from memwall.models.weights import Weights
@@ -45,11 +46,10 @@ def activation_shapes(config: ModelConfig, segment_tokens: int, logit_rows: int 
         "values": (segment_tokens, kv_width),
         "cos": (segment_tokens, config.head_dim // 2),
         "sin": (segment_tokens, config.head_dim // 2),
-        "normed": (block, config.hidden_size),
+        "normed": (block if config.neurons is None else segment_tokens, config.hidden_size),
         "queries": (block, q_width),
         "attended": (block, q_width),
-        **({"gate": (block, config.intermediate_size)} if config.gated else {}),
-        "up": (block, config.intermediate_size),
+        **(dict.fromkeys(_inner(config), (block, config.intermediate_size))),
         "logits": (logit_rows, config.vocab_size),
     }
     if config.num_experts:
@@ -57,6 +57,13 @@ def activation_shapes(config: ModelConfig, segment_tokens: int, logit_rows: int 
         shapes["expert_in"] = (block, config.hidden_size)
         shapes["expert_out"] = (block, config.hidden_size)
     return shapes
+
+
+def _inner(config: ModelConfig) -> tuple[str, ...]:
+    """What the decoder itself makes of a feed-forward."""
+    if config.neurons is not None:
+        return ()
+    return ("gate", "up") if config.gated else ("up",)
 
 
 def activation_bytes(config: ModelConfig, segment_tokens: int, logit_rows: int = 1) -> int:
@@ -128,6 +135,8 @@ class Decoder:
         self.exact = exact
         self.segment_tokens = segment_tokens
         self.observer: Observer | None = None
+        self.feed_forward: StreamedFeedForward | None = None
+        """Of a model whose neurons are not among its weights; whoever makes the decoder sets it."""
         self._lora: LoraBatch | None = None
         self._steps: dict[tuple[int, bool], DecodeStep] = {}
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
@@ -145,6 +154,8 @@ class Decoder:
 
     def adapt(self, lora: LoraBatch | None) -> None:
         """From now on products get what `lora` adds to the rows that it says; rows as in `batch` or `hidden`."""
+        if lora is not None and self.config.neurons is not None:
+            raise InputError("neurons that stream from disk take no adapter; give the model that they were made of")
         self._lora = lora
         self._steps.clear()
 
@@ -154,6 +165,8 @@ class Decoder:
             self._arena.free(buffer)
         self._buffers = {}
         self._scratch.release()
+        if self.feed_forward is not None:
+            self.feed_forward.release()
 
     def forward(self, tokens: np.ndarray, cache: DecoderCache, *, all_logits: bool = False) -> np.ndarray:
         """Run new tokens [T] through the model and keep their keys and values in `cache`.
@@ -234,9 +247,9 @@ class Decoder:
 
     def _decode_step(self, num_rows: int = 1) -> DecodeStep | None:
         """The recorded form of one token's layers, or of a batch's; None where a layer's calls depend on its numbers
-        (experts) or an observer wants to see them.
+        (experts, streamed neurons) or an observer wants to see them.
         """
-        if self.config.num_experts or self.observer is not None:
+        if self.config.num_experts or self.config.neurons is not None or self.observer is not None:
             return None
         apart = self._lora is not None and self._lora.lengthens
         step = self._steps.get((num_rows, apart))
@@ -294,6 +307,8 @@ class Decoder:
         sin: np.ndarray,
         cache: DecoderCache,
     ) -> None:
+        if self.feed_forward is None:
+            check_whole(self.config)
         num_tokens = len(hidden)
         blocks = [slice(a, min(a + BLOCK_ROWS, num_tokens)) for a in range(0, num_tokens, BLOCK_ROWS)]
         keys, values = self._buffers["keys"][:num_tokens], self._buffers["values"][:num_tokens]
@@ -324,6 +339,10 @@ class Decoder:
                 self._add_product(index, rows, attended, layer.output, layer.output_bias, OUTPUT, hidden[rows])
             if layer.post_norm is not None:
                 layer.post_norm.into(hidden[rows], normed)
+            if self.feed_forward is not None:
+                if layer.parallel:
+                    self._add_product(index, rows, attended, layer.output, layer.output_bias, OUTPUT, hidden[rows])
+                continue
             if self.config.num_experts:
                 self._experts(layer, normed, hidden[rows])
                 continue
@@ -331,9 +350,14 @@ class Decoder:
             if layer.parallel:  # not before: the feed-forward's norm reads the same hidden state
                 self._add_product(index, rows, attended, layer.output, layer.output_bias, OUTPUT, hidden[rows])
             self._add_product(index, rows, inner, layer.down, layer.down_bias, DOWN, hidden[rows])
+        if self.feed_forward is not None:  # a layer's neurons come once, for all rows
+            self.feed_forward.run(index, self._buffers["normed"][:num_tokens], hidden)
         cache.settle(index)
 
     def _block(self, name: str, rows: slice) -> np.ndarray:
+        """Where a block of rows is worked; what streamed neurons read is kept of all of them."""
+        if name == "normed" and self.feed_forward is not None:
+            return self._buffers[name][rows]
         return self._buffers[name][: rows.stop - rows.start]
 
     def _finish_heads(

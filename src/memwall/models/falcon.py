@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from memwall.errors import InputError
 from memwall.formats.checked_json import Fields, shown
@@ -25,7 +25,7 @@ MAX_POSITIONS = 2048
 """What transformers takes where the configuration says nothing."""
 NEAR = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate")
 """Names of GELU with a tanh."""
-ACTIVATIONS = ("gelu", "gelu_python", *NEAR)
+ACTIVATIONS = ("gelu", "gelu_python", *NEAR, "relu")
 _NAMES = {
     "transformer.word_embeddings.weight": "model.embed_tokens.weight",
     "transformer.ln_f.weight": "model.norm.weight",
@@ -51,7 +51,7 @@ class FalconShape:
     head_dim: int
     intermediate_size: int
     bias: bool
-    near_gelu: bool
+    activation: Literal["gelu", "gelu_tanh", "relu"]
     parallel: bool
     shared_norm: bool
 
@@ -60,7 +60,7 @@ class FalconShape:
         return {
             "num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim,
             "intermediate_size": self.intermediate_size, "qkv_bias": self.bias, "output_bias": self.bias,
-            "mlp_bias": self.bias, "layer_norm": True, "feed_forward": "gelu_tanh" if self.near_gelu else "gelu",
+            "mlp_bias": self.bias, "layer_norm": True, "feed_forward": self.activation,
             "parallel": self.parallel, "shared_norm": self.shared_norm,
         }  # fmt: skip
 
@@ -124,7 +124,7 @@ def read(fields: Fields, hidden_size: int) -> FalconShape:
         head_dim=head_dim,
         intermediate_size=fields.integer("ffn_hidden_size", 1, 2**22, 4 * hidden_size),
         bias=fields.flag("bias", False),
-        near_gelu=_activation(fields) in NEAR,
+        activation=_activation(fields),
         parallel=parallel,
         shared_norm=_norms(fields, new=new, parallel=parallel) == 1,
     )
@@ -151,11 +151,13 @@ def _norms(fields: Fields, *, new: bool, parallel: bool) -> int:
     return norms
 
 
-def _activation(fields: Fields) -> str:
+def _activation(fields: Fields) -> Literal["gelu", "gelu_tanh", "relu"]:
     activation = fields.text("activation", "gelu")
     if activation not in ACTIVATIONS:
         raise InputError(
             f"{fields.source}: activation {shown(activation)} is not supported; those of Falcon are "
             f"{', '.join(ACTIVATIONS)}"
         )
-    return activation
+    if activation == "relu":
+        return "relu"
+    return "gelu_tanh" if activation in NEAR else "gelu"

@@ -24,7 +24,7 @@ from torch.nn import functional
 from memwall.errors import InputError
 from memwall.formats import codec
 from memwall.models.checkpoint import Checkpoint
-from memwall.models.config import HEAD, ModelConfig, check_attention
+from memwall.models.config import HEAD, ModelConfig, check_attention, check_whole
 from memwall.models.rope import inverse_frequencies
 
 # observer(tensor name, x): called with the input [..., cols] of each linear layer
@@ -177,7 +177,9 @@ class Context:
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, or a GELU between two projections. The names of the three differ between dense models and experts."""
+    """SwiGLU or ReGLU, or a GELU or ReLU between two projections. The names of the three differ between dense
+    models and experts.
+    """
 
     def __init__(
         self, config: ModelConfig, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -185,7 +187,7 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.names = names
-        self.gated, self.form = config.gated, "tanh" if config.feed_forward == "gelu_tanh" else "none"
+        self.gated, self.form, self.threshold = config.gated, config.feed_forward, config.relu_threshold
         for name, shape in zip(names, ((hidden, inner), (hidden, inner), (inner, hidden))):
             if config.gated or name != names[0]:
                 self.add_module(name, nn.Linear(*shape, bias=bias))
@@ -193,10 +195,17 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up, down = (self.get_submodule(name) for name in self.names[1:])
         if self.gated:
-            result: Tensor = down(functional.silu(self.get_submodule(self.names[0])(x)) * up(x))
+            result: Tensor = down(self._activated(self.get_submodule(self.names[0])(x)) * up(x))
         else:
-            result = down(functional.gelu(up(x), approximate=self.form))
+            result = down(self._activated(up(x)))
         return result
+
+    def _activated(self, x: Tensor) -> Tensor:
+        if self.form == "swiglu":
+            return functional.silu(x)
+        if self.form in ("relu", "reglu"):
+            return functional.relu(x) if self.threshold == 0 else functional.threshold(x, self.threshold, 0.0)
+        return functional.gelu(x, approximate="tanh" if self.form == "gelu_tanh" else "none")
 
 
 class Experts(nn.Module):
@@ -269,6 +278,7 @@ class TorchDecoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         check_attention(config)
+        check_whole(config)
         self.config = config
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from memwall import __version__, kv
+from memwall.engine.llm_in_a_flash import DEFAULT_WINDOW, STAGE, stage_bytes, store_bytes
+from memwall.engine.llm_in_a_flash import OWNER as NEURONS
 from memwall.engine.loading import RUNTIME_HEADROOM_BYTES, cache_shape
 from memwall.engine.sampling import Sampler
 from memwall.engine.session import SAMPLING
@@ -95,6 +97,9 @@ class ModelSpace(Space):
         self.stack = stack
         self.extra_bytes = dict(extra_bytes or {})
         self.runtime_bytes = runtime_bytes + self.extra_bytes.pop(RUNTIME, 0)
+        self.window_bytes = self.extra_bytes.pop(NEURONS, 0)
+        if config.neurons is not None and not self.window_bytes:
+            self.window_bytes = store_bytes(config, DEFAULT_WINDOW)
         self.headroom_bytes = headroom_bytes
         self.shape = cache_shape(config)
         self.max_context = config.max_position
@@ -182,6 +187,10 @@ class ModelSpace(Space):
         if processes := kv.processes(choice.kv, self.shape):
             rows.append(PlanRow(owner=PROCESSES, tier=PROCESS_TIER, nbytes=processes * PROCESS_RUNTIME_BYTES))
         rows.append(PlanRow(owner=ACTIVATIONS, tier=device, nbytes=work))
+        if self.config.neurons is not None:
+            staged = stage_bytes(self.config.neurons, choice.segment_tokens)
+            rows += [PlanRow(owner=owner, tier=device, nbytes=size)
+                     for owner, size in ((NEURONS, self.window_bytes), (STAGE, staged))]  # fmt: skip
         sizes = (self.config, self.specs(choice.weights), choice.segment_tokens)
         if self.config.ssm is None:
             scratch = scratch_bytes(*sizes, threads=choice.threads)

@@ -48,6 +48,17 @@ mw::Step gelu(In<2> x, bool near, Out<2> out) {
   return [=] { mw::gelu(x.data(), static_cast<std::int64_t>(x.shape(0) * x.shape(1)), near, out.data()); };
 }
 
+mw::Step relu(In<2> x, float threshold, Out<2> out) {
+  require(x.shape(0) == out.shape(0) && x.shape(1) == out.shape(1), "relu: out must have the shape of x");
+  return [=] { mw::relu(x.data(), nullptr, threshold, static_cast<std::int64_t>(x.shape(0) * x.shape(1)), out.data()); };
+}
+
+mw::Step reglu(In<2> gate, In<2> up, float threshold, Out<2> out) {
+  require(gate.shape(0) == up.shape(0) && gate.shape(1) == up.shape(1), "reglu: gate and up must have one shape");
+  require(gate.shape(0) == out.shape(0) && gate.shape(1) == out.shape(1), "reglu: out must have the shape of gate");
+  return [=] { mw::relu(gate.data(), up.data(), threshold, static_cast<std::int64_t>(gate.shape(0) * gate.shape(1)), out.data()); };
+}
+
 mw::Step add(In<2> x, Out<2> out) {
   require(x.shape(0) == out.shape(0) && x.shape(1) == out.shape(1), "add: out must have the shape of x");
   return [=] {
@@ -78,4 +89,6 @@ void bind_elementwise(nb::module_& m, nb::class_<Program>& program) {
   m.def("store_int8", &store_int8, "x"_a.noconvert(), "places"_a.noconvert(), "out"_a.noconvert());
   bind_step(m, program, "swiglu", &swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert());
   bind_step(m, program, "gelu", &gelu, "x"_a.noconvert(), "near"_a, "out"_a.noconvert());
+  bind_step(m, program, "relu", &relu, "x"_a.noconvert(), "threshold"_a, "out"_a.noconvert());
+  bind_step(m, program, "reglu", &reglu, "gate"_a.noconvert(), "up"_a.noconvert(), "threshold"_a, "out"_a.noconvert());
 }

@@ -58,6 +58,15 @@ void gelu(const float* x, std::int64_t count, bool near, float* out) {
   });
 }
 
+void relu(const float* x, const float* up, float threshold, std::int64_t count, float* out) {
+  parallel_for(static_cast<std::size_t>(count), kChunk, [&](std::size_t begin, std::size_t end, int) {
+    if (up == nullptr)
+      for (std::size_t i = begin; i < end; ++i) out[i] = x[i] <= threshold ? 0.0f : x[i];
+    else
+      for (std::size_t i = begin; i < end; ++i) out[i] = x[i] <= threshold ? 0.0f : x[i] * up[i];
+  });
+}
+
 void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int8_t* out) {
   const auto kernel = elementwise_kernels_in_use().to_int8;
   parallel_for(static_cast<std::size_t>(rows), rows_per_chunk(heads * dim), [&](std::size_t begin, std::size_t end, int) {

@@ -28,6 +28,8 @@ void rope(float* x, const float* cos, const float* sin, std::int64_t tokens, std
           std::int64_t half);
 void swiglu(const float* gate, const float* up, std::int64_t count, float* out);
 void gelu(const float* x, std::int64_t count, bool near, float* out);
+// out = x where that is above the threshold, else 0; times up, if there is one. out may be x or up.
+void relu(const float* x, const float* up, float threshold, std::int64_t count, float* out);
 // Row i of x [rows, heads, dim] goes to row places[i] of out [.., heads, dim + 2]; codes are to nearest, ties to even, and a head with
 // infinities or what is no number gets a scale that is none.
 void store_int8(const float* x, const std::int64_t* places, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int8_t* out);

@@ -27,6 +27,7 @@ void bind_information(nb::module_& m);  // shifts of blocks under which codes te
 void bind_scan(nb::module_& m);         // state space layers, static 8-bit products
 void bind_tiled_attention(nb::module_& m);  // attention whose tiles are parameters
 void bind_lora(nb::module_& m, nb::class_<Program>&);  // low-rank additions to products
+void bind_neurons(nb::module_& m);      // a feed-forward of rows, a neuron each
 void bind_row_scores(nb::module_& m);   // queries against vectors in few bits
 void bind_vector_search(nb::module_& m);  // trees, graphs and lists of vectors
 void bind_tenant_tree(nb::module_& m);  // one tree of vectors for many tenants
@@ -64,6 +65,7 @@ NB_MODULE(_native, m) {
   bind_range_coder(m);
   bind_planes(m);
   bind_nearest(m);
+  bind_neurons(m);
   bind_row_scores(m);
   bind_vector_search(m);
   bind_tenant_tree(m);
