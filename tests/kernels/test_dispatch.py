@@ -81,3 +81,11 @@ def test_neither_threads_nor_what_was_fetched_ahead_change_a_bit() -> None:
                 np.testing.assert_array_equal(got, want)
     finally:
         kernels.set_num_threads(before)
+
+
+def test_no_two_bound_classes_have_one_name() -> None:
+    # nanobind knows types by name: classes called alike in two files are one to it, and it only warns
+    command = [sys.executable, "-W", "error", "-c", "import memwall._native"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -36,9 +36,9 @@ const char* name_of(mw::MapFailure failure) {
   }
 }
 
-class Core {
+class PyObliviousCore {
  public:
-  Core(U32 capacity, U32 private_bins, U32 page_slots, Array<U32, 3> table, Array<U32, 1> heads, Array<U8, 1> loads, Array<U32, 1> frame_keys,
+  PyObliviousCore(U32 capacity, U32 private_bins, U32 page_slots, Array<U32, 3> table, Array<U32, 1> heads, Array<U8, 1> loads, Array<U32, 1> frame_keys,
        Array<U32, 1> frame_next, Array<U8, 2> frame_values, Array<std::int64_t, 1> counts, U64 seed)
       : table_(table), heads_(heads), loads_(loads), keys_(frame_keys), next_(frame_next), values_(frame_values), counts_(counts),
         shape_(checked(capacity, private_bins, page_slots)),
@@ -103,9 +103,9 @@ class Core {
   std::size_t planned_ = 0;
 };
 
-class Tree {
+class PyPathTree {
  public:
-  Tree(U32 depth, U32 bucket_blocks, Array<U8, 2> stash, Array<std::int64_t, 1> count)
+  PyPathTree(U32 depth, U32 bucket_blocks, Array<U8, 2> stash, Array<std::int64_t, 1> count)
       : stash_(stash), count_(count), shape_(checked(depth, bucket_blocks)), tree_(shape_, stash_.data(), stash_.shape(0), count_.data()) {}
 
   bool access(const Array<U8, 2>& path, U32 leaf, U32 id, U32 new_leaf, const std::string& fate, const Array<U8, 1>& payload) {
@@ -162,18 +162,18 @@ nb::dict simulate(U32 items, U32 bins, U32 private_bins, std::int64_t accesses, 
 }  // namespace
 
 void bind_oblivious(nb::module_& m) {
-  nb::class_<Core>(m, "ObliviousCore", "The private half of an oblivious map; see oblivious.h")
+  nb::class_<PyObliviousCore>(m, "ObliviousCore", "The private half of an oblivious map; see oblivious.h")
       .def(nb::init<U32, U32, U32, Array<U32, 3>, Array<U32, 1>, Array<U8, 1>, Array<U32, 1>, Array<U32, 1>, Array<U8, 2>, Array<std::int64_t, 1>, U64>(),
            "capacity"_a, "private_bins"_a, "page_slots"_a, "table"_a.noconvert(), "heads"_a.noconvert(), "loads"_a.noconvert(),
            "frame_keys"_a.noconvert(), "frame_next"_a.noconvert(), "frame_values"_a.noconvert(), "counts"_a.noconvert(), "seed"_a)
-      .def("plan", &Core::plan, "ops"_a, "keys"_a, "words"_a, "pages"_a.noconvert(), "statuses"_a.noconvert())
-      .def("apply", &Core::apply, "ops"_a, "keys"_a, "pages"_a.noconvert(), "values"_a.noconvert())
-      .def("place", &Core::place, "keys"_a, "values"_a, "words"_a, "bins"_a.noconvert())
-      .def("private_items", &Core::private_items, "keys"_a.noconvert(), "values"_a.noconvert())
-      .def("where", &Core::where, "key"_a);
-  nb::class_<Tree>(m, "PathTree", "A path of Path ORAM in plain bytes; see path_tree.h")
+      .def("plan", &PyObliviousCore::plan, "ops"_a, "keys"_a, "words"_a, "pages"_a.noconvert(), "statuses"_a.noconvert())
+      .def("apply", &PyObliviousCore::apply, "ops"_a, "keys"_a, "pages"_a.noconvert(), "values"_a.noconvert())
+      .def("place", &PyObliviousCore::place, "keys"_a, "values"_a, "words"_a, "bins"_a.noconvert())
+      .def("private_items", &PyObliviousCore::private_items, "keys"_a.noconvert(), "values"_a.noconvert())
+      .def("where", &PyObliviousCore::where, "key"_a);
+  nb::class_<PyPathTree>(m, "PathTree", "A path of Path ORAM in plain bytes; see path_tree.h")
       .def(nb::init<U32, U32, Array<U8, 2>, Array<std::int64_t, 1>>(), "depth"_a, "bucket_blocks"_a, "stash"_a.noconvert(), "count"_a.noconvert())
-      .def("access", &Tree::access, "path"_a.noconvert(), "leaf"_a, "id"_a, "new_leaf"_a, "fate"_a, "payload"_a.noconvert())
-      .def("give", &Tree::give, "id"_a, "leaf"_a, "payload"_a);
+      .def("access", &PyPathTree::access, "path"_a.noconvert(), "leaf"_a, "id"_a, "new_leaf"_a, "fate"_a, "payload"_a.noconvert())
+      .def("give", &PyPathTree::give, "id"_a, "leaf"_a, "payload"_a);
   m.def("simulate_bins", &simulate, "items"_a, "bins"_a, "private_bins"_a, "accesses"_a, "seed"_a, "order"_a, "keys"_a.none(), "words"_a.none());
 }

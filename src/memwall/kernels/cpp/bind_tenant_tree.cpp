@@ -40,9 +40,9 @@ nb::object owned(std::vector<T>&& values, std::array<std::size_t, Dimensions> sh
   return nb::ndarray<nb::numpy, T, nb::ndim<Dimensions>>(held->data(), Dimensions, shape.data(), owner).cast();
 }
 
-class Tree {
+class PyTenantTree {
  public:
-  Tree(Array<const float, 2> centroids, Array<const float, 1> spreads, Array<const std::int32_t, 1> parents, std::int64_t max_list, std::int64_t filter_words, int filter_hashes,
+  PyTenantTree(Array<const float, 2> centroids, Array<const float, 1> spreads, Array<const std::int32_t, 1> parents, std::int64_t max_list, std::int64_t filter_words, int filter_hashes,
        std::int64_t rebuild_interval)
       : tree_(settings(max_list, filter_words, filter_hashes, rebuild_interval, centroids, spreads, parents), centroids.data(), spreads.data(), parents.data(),
               static_cast<std::int64_t>(centroids.shape(0)), static_cast<std::int64_t>(centroids.shape(1))) {}
@@ -301,28 +301,28 @@ class Tree {
 }  // namespace
 
 void bind_tenant_tree(nb::module_& m) {
-  nb::class_<Tree>(m, "TenantTree", "Vectors that many tenants share, in one tree of clusters")
+  nb::class_<PyTenantTree>(m, "TenantTree", "Vectors that many tenants share, in one tree of clusters")
       .def(nb::init<Array<const float, 2>, Array<const float, 1>, Array<const std::int32_t, 1>, std::int64_t, std::int64_t, int, std::int64_t>(), "centroids"_a.noconvert(),
            "spreads"_a.noconvert(), "parents"_a.noconvert(),
            "max_list"_a, "filter_words"_a, "filter_hashes"_a, "rebuild_interval"_a)
-      .def("insert", &Tree::insert, "vectors"_a.noconvert(), "labels"_a.noconvert(), "owners"_a.noconvert(), "cosine"_a)
-      .def("grant", &Tree::grant, "labels"_a.noconvert(), "tenants"_a.noconvert())
-      .def("revoke", &Tree::revoke, "labels"_a.noconvert(), "tenants"_a.noconvert())
-      .def("remove", &Tree::remove, "labels"_a.noconvert())
-      .def("rebuild_filters", &Tree::rebuild_filters)
-      .def("search", &Tree::search, "queries"_a.noconvert(), "tenant"_a, "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
-      .def("search_each", &Tree::search_each, "queries"_a.noconvert(), "tenants"_a.noconvert(), "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
-      .def("search_among", &Tree::search_among, "queries"_a.noconvert(), "among"_a.noconvert(), "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
-      .def("count", &Tree::count)
-      .def("count_of", &Tree::count_of, "tenant"_a)
-      .def("owners_of", &Tree::owners_of, "labels"_a.noconvert())
-      .def("readers", &Tree::readers, "label"_a)
-      .def("readable", &Tree::readable, "tenant"_a)
-      .def("rows", &Tree::rows, "labels"_a.noconvert(), "out"_a.noconvert())
-      .def("state", &Tree::state)
-      .def("restore", &Tree::restore, "vectors"_a.noconvert(), "labels"_a.noconvert(), "owners"_a.noconvert(), "leaves"_a.noconvert(), "access_ends"_a.noconvert(),
+      .def("insert", &PyTenantTree::insert, "vectors"_a.noconvert(), "labels"_a.noconvert(), "owners"_a.noconvert(), "cosine"_a)
+      .def("grant", &PyTenantTree::grant, "labels"_a.noconvert(), "tenants"_a.noconvert())
+      .def("revoke", &PyTenantTree::revoke, "labels"_a.noconvert(), "tenants"_a.noconvert())
+      .def("remove", &PyTenantTree::remove, "labels"_a.noconvert())
+      .def("rebuild_filters", &PyTenantTree::rebuild_filters)
+      .def("search", &PyTenantTree::search, "queries"_a.noconvert(), "tenant"_a, "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
+      .def("search_each", &PyTenantTree::search_each, "queries"_a.noconvert(), "tenants"_a.noconvert(), "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
+      .def("search_among", &PyTenantTree::search_among, "queries"_a.noconvert(), "among"_a.noconvert(), "top"_a, "limits"_a, "spread_weight"_a, "prune"_a, "cosine"_a)
+      .def("count", &PyTenantTree::count)
+      .def("count_of", &PyTenantTree::count_of, "tenant"_a)
+      .def("owners_of", &PyTenantTree::owners_of, "labels"_a.noconvert())
+      .def("readers", &PyTenantTree::readers, "label"_a)
+      .def("readable", &PyTenantTree::readable, "tenant"_a)
+      .def("rows", &PyTenantTree::rows, "labels"_a.noconvert(), "out"_a.noconvert())
+      .def("state", &PyTenantTree::state)
+      .def("restore", &PyTenantTree::restore, "vectors"_a.noconvert(), "labels"_a.noconvert(), "owners"_a.noconvert(), "leaves"_a.noconvert(), "access_ends"_a.noconvert(),
            "access"_a.noconvert(), "list_nodes"_a.noconvert(), "list_tenants"_a.noconvert(), "list_ends"_a.noconvert(), "list_ids"_a.noconvert(), "filters"_a.noconvert(),
            nb::keep_alive<1, 2>())
-      .def("check", &Tree::check, "What is wrong in the tree; empty if nothing")
-      .def("bytes", &Tree::bytes);
+      .def("check", &PyTenantTree::check, "What is wrong in the tree; empty if nothing")
+      .def("bytes", &PyTenantTree::bytes);
 }
