@@ -35,7 +35,7 @@ stay, 6.7 us, and pages come to 3.4 us more. In the library, where pages are nea
 
 That half an item waits for each page holds for keys that are drawn evenly: one key alone leaves one item waiting. It is
 private either way. With c = 16 the largest load of 2^16 items, 21, is the bound itself; smaller maps pass their bound
-within 10^9 accesses (2^8 and 2^10 items, c = 8: 13 over 12.0 and 12.3), so maps on disk have a slot more.
+within 10^9 accesses (2^8, 2^10 and 2^12 items, c = 8: 13 over 12.0, 12.3 and 12.6), so maps on disk have a slot more.
 """
 
 from __future__ import annotations
