@@ -61,6 +61,8 @@ RUNTIME_SPREAD_BYTES = 768 * 1024
 DEFAULT_RUNTIME_BYTES = 64_000_000
 #: what level formats add to it: pages of code, tables and working arrays of the encoder (measured on the same)
 LEVEL_FORMAT_BYTES = 1280 * 1024
+#: what the libraries of streamed neurons add to it (0.8 to 0.93 MB, measured on the same)
+NEURON_LIBRARY_BYTES = 1 << 20
 PROCESSES, PROCESS_TIER = "runtime/storage process", "storage"
 #: what the interpreter and libraries of a storage process take (measured on Linux x86-64, Python 3.11)
 PROCESS_RUNTIME_BYTES = 43_000_000
@@ -199,6 +201,7 @@ class ModelSpace(Space):
             rows.append(PlanRow(owner=TABLES, tier=device, nbytes=table_bytes(self.config)))
         rows.append(PlanRow(owner=SCRATCH, tier=device, nbytes=scratch))
         runtime = self.runtime_bytes + (LEVEL_FORMAT_BYTES if level_formats(self.specs(choice.weights)) else 0)
+        runtime += 0 if self.config.neurons is None else NEURON_LIBRARY_BYTES
         rows.append(PlanRow(owner=RUNTIME, tier=host, nbytes=runtime))
         rows.append(PlanRow(owner=HEADROOM, tier=host, nbytes=self.headroom_bytes))
         rows += [PlanRow(owner=owner, tier=host, nbytes=size) for owner, size in self.extra_bytes.items()]
