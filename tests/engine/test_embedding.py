@@ -19,7 +19,8 @@ def test_texts_in_their_order() -> None:
     assert together.shape == (len(TEXTS), embedder.dimensions)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
     for at in (0, 1, 50):
-        np.testing.assert_allclose(embedder.embed([TEXTS[at]])[0], together[at], atol=1e-5)
+        # other numbers of rows at once, so products add up in another order
+        np.testing.assert_allclose(embedder.embed([TEXTS[at]])[0], together[at], atol=1e-4)
     assert told[-1] == (len(TEXTS), len(TEXTS))
     assert embedder.embed([]).shape == (0, embedder.dimensions)
     with pytest.raises(InputError, match=r"text 2 has .* tokens; the model takes 1 to"):

@@ -300,8 +300,6 @@ def start(
     from memwall.models import ModelConfig
     from memwall.plan import RUNTIME, make_plan, sampling_bytes
 
-    if request.budget is not None and request.budget.ram is not None:
-        runtime_growth_bytes += _unforeseen_bytes(path, runtime_growth_bytes)
     extra = {RUNTIME: runtime_growth_bytes, **(extra_bytes or {})}
     adapter = None
     if request.lora is not None:
@@ -321,11 +319,16 @@ def start(
         measure=False,
         profile=False,
     )
-    window, plan_for = with_window(
-        path, request.window, plan_for, extra, weights=request.weights, kv=request.kv,
-        context=request.context or needed_tokens,
-    )  # fmt: skip
-    plan = plan_for(weights=request.weights, kv=request.kv, context=request.context or needed_tokens)
+    choice = {"weights": request.weights, "kv": request.kv, "context": request.context or needed_tokens}
+    window, fitting = with_window(path, request.window, plan_for, extra, **choice)
+    plan = fitting(**choice)
+    if request.budget is not None and request.budget.ram is not None:
+        # after a plan, whose own libraries are here then
+        unforeseen = _unforeseen_bytes(path, runtime_growth_bytes)
+        if unforeseen:
+            extra[RUNTIME] += unforeseen
+            window, fitting = with_window(path, request.window, plan_for, extra, **choice)
+            plan = fitting(**choice)
     settings = Settings(
         weights=plan.choice.weights,
         kv=plan.choice.kv,
@@ -344,7 +347,7 @@ def start(
             fill_budget(session)  # the plan allows for a larger program than this one may be
         watch_signals(session)
     except BudgetExceeded as refused:
-        raise DoesNotFit(_what_would_fit(request, plan, plan_for, refused)) from refused
+        raise DoesNotFit(_what_would_fit(request, plan, fitting, refused)) from refused
     return session, plan
 
 
@@ -357,10 +360,13 @@ def _unforeseen_bytes(path: Path, runtime_growth_bytes: int) -> int:
     from memwall.engine.loading import warm_up
     from memwall.memory import resident_bytes
     from memwall.memory.pages import round_up
-    from memwall.plan.predict import RUNTIME_SPREAD_BYTES, measured_runtime_bytes
+    from memwall.models import ModelConfig
+    from memwall.plan.predict import NEURON_LIBRARY_BYTES, RUNTIME_SPREAD_BYTES, measured_runtime_bytes
 
     warm_up({})
-    more = resident_bytes(exact=True) - measured_runtime_bytes(path) - runtime_growth_bytes
+    streams = ModelConfig.from_directory(path).neurons is not None
+    foreseen = measured_runtime_bytes(path) + runtime_growth_bytes + (NEURON_LIBRARY_BYTES if streams else 0)
+    more = resident_bytes(exact=True) - foreseen
     return round_up(more, GROWTH_STEP_BYTES) if more > RUNTIME_SPREAD_BYTES else 0
 
 
