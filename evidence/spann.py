@@ -13,10 +13,11 @@ Standard errors are of paired differences by query.
 
 What whole runs of 1 December 2026 found (two cores of an EPYC with AVX-512; 218,000 texts and 100,000 skewed vectors,
 34,901 and 15,993 heads; the second, in this form and beside other work, 936 s, with packages that had changed: 14
-claims pass and 8 fail, the four kinds below on either set; its pages differ from the first one's by up to 8 %). Pages of texts at recall 0.90 and 0.95: 36.9 and 72.1. Without closure
-2.2 and 3.0 times as many, with nearest heads at equal bytes 1.5 and 1.7, with heads that are drawn 1.2 and 1.1, and of
-faiss' lists on disk 1.40 and 1.52 (skewed: 1.92 and 2.13). 23 MB stay in memory; `memwall search` takes 84 MB in all,
-where vectors take 112 and lists 591. diskannpy did not end within 100 s. What failed:
+claims pass and 8 fail, the four kinds below on either set; its pages differ from the first one's by up to 8 %). Pages
+of texts at recall 0.90 and 0.95: 36.9 and 72.1. Without closure 2.2 and 3.0 times as many, with nearest heads at equal
+bytes 1.5 and 1.7, with heads that are drawn 1.2 and 1.1, and of faiss' lists on disk 1.40 and 1.52 (skewed: 1.92 and
+2.13). 23 MB stay in memory; `memwall search` takes 84 MB in all, where vectors take 112 and lists 591. diskannpy did
+not end within 100 s. What failed:
 
 - Query-aware pruning reads as many pages as a fixed number of lists, 0.98 to 1.04 ± 0.01 times. How far a query's other
   neighbours are has little to do with how far its nearest head is: squared distances of that head have their median at
