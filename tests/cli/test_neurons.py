@@ -97,3 +97,10 @@ def test_plans_count_the_window(whole: Path, streamed: Path) -> None:
         found[folder] = {row.owner: row.nbytes for row in plan.rows}
     assert found[streamed]["neurons/window"] > 0
     assert found[streamed]["weights/float16"] < found[whole]["weights/float16"]
+
+
+def test_conversion_knows_models_by_name_and_refuses_those_without_zeros(memwall: Any, tmp_path: Path) -> None:
+    result = memwall("convert", "demo", str(tmp_path / "out"), "--stream-neurons")
+    assert result.exit_code == 2
+    assert "swiglu" in result.stderr
+    assert not (tmp_path / "out").exists()

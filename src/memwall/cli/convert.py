@@ -80,10 +80,11 @@ def _stream_neurons(
     from memwall.engine.neuron_file import make_flash_model
     from memwall.engine.neuron_predictors import Training
     from memwall.hardware.units import format_bytes
+    from memwall.models import model_directory
 
     with progress_bar("converting", quiet=quiet) as bar:
         report = make_flash_model(
-            source, out, text=text, training=Training(rank=rank, missed=missed), progress=bar.labelled
+            model_directory(source), out, text=text, training=Training(rank=rank, missed=missed), progress=bar.labelled
         )
     judged = [
         {name: getattr(each, name) for name in ("active", "predicted", "recall", "precision", "missed_weight")}
