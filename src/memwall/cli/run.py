@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 DEMO = "demo"
 GROWTH_STEP_BYTES = 512 * 1024
 """Growth of a process counts in such steps: the smallest budget named by one run is the smallest of the next."""
+LEFT_FREE_BYTES = 256 * 1024
+"""Of what a plan leaves free for a larger process, for what comes in after it was measured."""
 MARKS = "0123456789-_."
 """What names of models have, and words do not."""
 
@@ -320,15 +323,10 @@ def start(
         profile=False,
     )
     choice = {"weights": request.weights, "kv": request.kv, "context": request.context or needed_tokens}
+    if request.budget is not None and request.budget.ram is not None:
+        extra[RUNTIME] += _unforeseen_bytes(path, runtime_growth_bytes, partial(plan_for, extra_bytes=extra, **choice))
     window, fitting = with_window(path, request.window, plan_for, extra, **choice)
     plan = fitting(**choice)
-    if request.budget is not None and request.budget.ram is not None:
-        # after a plan, whose own libraries are here then
-        unforeseen = _unforeseen_bytes(path, runtime_growth_bytes)
-        if unforeseen:
-            extra[RUNTIME] += unforeseen
-            window, fitting = with_window(path, request.window, plan_for, extra, **choice)
-            plan = fitting(**choice)
     settings = Settings(
         weights=plan.choice.weights,
         kv=plan.choice.kv,
@@ -351,11 +349,11 @@ def start(
     return session, plan
 
 
-def _unforeseen_bytes(path: Path, runtime_growth_bytes: int) -> int:
-    """What this process holds, ready to load, beyond what a plan foresees; 0 where that is no more than it leaves free.
+def _unforeseen_bytes(path: Path, runtime_growth_bytes: int, plan: Callable[[], object]) -> int:
+    """What this process holds, ready to load, beyond what a plan foresees and leaves free.
 
     A plan's figure is that of another process, and libraries come in as they lie in the file cache, in pieces of up to
-    2 MiB: a plan that fills its budget would end for want of them.
+    2 MiB: a plan that fills its budget would end for want of them. plan: makes one, and so brings in what that needs.
     """
     from memwall.engine.loading import warm_up
     from memwall.memory import resident_bytes
@@ -363,11 +361,13 @@ def _unforeseen_bytes(path: Path, runtime_growth_bytes: int) -> int:
     from memwall.models import ModelConfig
     from memwall.plan.predict import NEURON_LIBRARY_BYTES, RUNTIME_SPREAD_BYTES, measured_runtime_bytes
 
+    with suppress(DoesNotFit):
+        plan()
     warm_up({})
     streams = ModelConfig.from_directory(path).neurons is not None
     foreseen = measured_runtime_bytes(path) + runtime_growth_bytes + (NEURON_LIBRARY_BYTES if streams else 0)
-    more = resident_bytes(exact=True) - foreseen
-    return round_up(more, GROWTH_STEP_BYTES) if more > RUNTIME_SPREAD_BYTES else 0
+    more = resident_bytes(exact=True) - foreseen - (RUNTIME_SPREAD_BYTES - LEFT_FREE_BYTES)
+    return round_up(max(more, 0), GROWTH_STEP_BYTES)
 
 
 def _what_would_fit(request: Request, plan: Plan, plan_for: Callable[..., Plan], refused: BudgetExceeded) -> str:
