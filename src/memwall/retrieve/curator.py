@@ -20,7 +20,7 @@ filter is not stored: its counts say the same, and never too much. Siblings that
 not keep the others' lists from merging; a leaf whose list had overflowed gets one again at half of `max_list`. A search
 that drops far nodes keeps `top` vectors at least. Only a vector's owner may delete it, or whoever runs the index. The
 second design's ids spell their way through the tree in 6 bits a level; here the places of leaves from left to right do
-that, made when they are needed.
+that, made when they are needed. Not there: its leaves of at most 128 vectors, and its ids as they are stored.
 
 Cost: n * d * 4 bytes for vectors, nodes * d * 4 for the tree and a filter for each node that is no leaf; for each
 permission 4 bytes for who may read the vector, 4 in one short list at most, and 4 for each tenant of a leaf. A search
@@ -379,7 +379,7 @@ class TenantVectors(VectorIndex):
 
 def _prepared(x: np.ndarray, dimensions: int | None, metric: Metric, what: str, first: int = 0) -> np.ndarray:
     """float32, of length 1 where cosines are asked for."""
-    found = checked_vectors(x, dimensions, what)
+    found = checked_vectors(x, dimensions, what, first)
     if metric != "cosine":
         return found
     if not (found != 0).any(axis=1).all():
