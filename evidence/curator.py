@@ -53,15 +53,14 @@ import numpy as np
 
 from memwall import kernels
 from memwall.claims import Claim, Progress, main, not_run
-from memwall.errors import InputError, MissingDependency
+from memwall.errors import MissingDependency
 from memwall.hardware.system import cache_directory
 from memwall.hardware.units import GB, MB
 from memwall.retrieve.base import unit
 from memwall.retrieve.curator import Curator, CuratorSettings, Effort
 from memwall.retrieve.curator_file import CuratorFile, write_curator
-from memwall.studies.passages import paragraphs, speeches
+from memwall.studies.passages import paragraphs, speeches, text_folder
 
-SHARED = Path("shared/data")
 PACKAGES = ("stdlib", "numpy", "scipy", "sklearn", "matplotlib", "sympy", "networkx", "transformers", "torch", "PIL",
             "rich", "_pytest", "hypothesis", "huggingface_hub", "pip", "jinja2")  # fmt: skip
 TOP, RECALL = 10, 0.93
@@ -111,19 +110,6 @@ class Corpus:
     queries: np.ndarray
     tags: list[list[str]]
     asks: list[list[str]]
-
-
-def text_folder(data: Path | None) -> Path | None:
-    """The folder with wikitext2-valid.txt and tinyshakespeare.txt."""
-    if data is not None:
-        for folder in (data, data / "text"):
-            if (folder / "wikitext2-valid.txt").is_file():
-                return folder
-        raise InputError(f"--data {data}: holds no wikitext2-valid.txt, nor does its folder `text`")
-    for parent in Path(__file__).resolve().parents:
-        if (parent / SHARED / "text" / "wikitext2-valid.txt").is_file():
-            return parent / SHARED / "text"
-    return None
 
 
 def source_stretches(most: int) -> Iterator[tuple[str, list[str]]]:
@@ -966,7 +952,7 @@ def run(quick: bool, data: Path | None, progress: Progress | None = None) -> lis
     if importlib.util.find_spec("sklearn") is None:
         raise MissingDependency("scikit-learn", "learn")
     sizes, threads = QUICK if quick else FULL, kernels.num_threads()
-    held = corpus(sizes, text_folder(data), progress)
+    held = corpus(sizes, text_folder(data, Path(__file__)), progress)
     sets = [by_tags(held), by_lot(held, sizes)]
     claims = [mix_claim(held, sizes), rebuild_claim(held, sets[0])]
     peers = importlib.util.find_spec("faiss") is not None

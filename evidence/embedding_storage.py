@@ -48,7 +48,7 @@ import ml_dtypes
 import numpy as np
 
 from memwall.claims import Claim, Progress, alternately, main, not_run
-from memwall.errors import InputError, MissingDependency
+from memwall.errors import MissingDependency
 from memwall.hardware.system import cache_directory
 from memwall.hardware.units import GB, MB
 from memwall.retrieve.base import unit
@@ -57,9 +57,8 @@ from memwall.retrieve.ranking import Judged, Measured, measure, ndcg
 from memwall.retrieve.reducers import Pca, sample
 from memwall.retrieve.vector_codecs import VECTOR_CODECS, vector_codec
 from memwall.retrieve.vector_file import VectorFile, write_vectors
-from memwall.studies.passages import Pairs, docstrings, paragraphs, speeches
+from memwall.studies.passages import Pairs, docstrings, paragraphs, speeches, text_folder
 
-SHARED = Path("shared/data")
 NUMERICAL = ("networkx", "numpy", "sklearn", "scipy", "matplotlib", "sympy")
 LIBRARY = ("stdlib",)
 OTHERS = ("rich", "_pytest", "hypothesis", "huggingface_hub", "jinja2", "PIL", "pip", "torch", "transformers")
@@ -108,19 +107,6 @@ class Subject:
 
 
 # ---- texts and vectors ---------------------------------------------------------------------------------------------
-
-
-def text_folder(data: Path | None) -> Path | None:
-    """The folder with wikitext2-valid.txt and tinyshakespeare.txt."""
-    if data is not None:
-        for folder in (data, data / "text"):
-            if (folder / "wikitext2-valid.txt").is_file():
-                return folder
-        raise InputError(f"--data {data}: holds no wikitext2-valid.txt, nor does its folder `text`")
-    for parent in Path(__file__).resolve().parents:
-        if (parent / SHARED / "text" / "wikitext2-valid.txt").is_file():
-            return parent / SHARED / "text"
-    return None
 
 
 def corpora(folder: Path | None, most: int) -> list[Pairs]:
@@ -562,7 +548,7 @@ def library_claim(one: Subject) -> Claim:
 def run(quick: bool, data: Path | None, progress: Progress | None = None) -> list[Claim]:
     if importlib.util.find_spec("torch") is None:
         raise MissingDependency("torch", "torch")
-    sizes, folder = QUICK if quick else FULL, text_folder(data)
+    sizes, folder = QUICK if quick else FULL, text_folder(data, Path(__file__))
     claims = [cast_claim(), file_claim(unit(np.random.default_rng(1).standard_normal((20_000, 384), np.float32)))]
     found = subjects(folder, sizes, progress)
     table = measured(found, sizes, progress)

@@ -13,6 +13,7 @@ import pytest
 from memwall.cli.evidence import load_experiment
 from memwall.errors import InputError
 from memwall.retrieve.base import unit
+from memwall.studies.passages import text_folder
 from memwall.systems import find_system
 from tests.retrieve.test_embedding_storage import vectors
 
@@ -113,9 +114,9 @@ def test_changes_and_filters(experiment: ModuleType, held: Any) -> None:
 
 def test_texts_come_from_a_folder(experiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"holds no wikitext2-valid\.txt"):
-        experiment.text_folder(tmp_path)
+        text_folder(tmp_path, Path(experiment.__file__))
     (tmp_path / "wikitext2-valid.txt").write_text("")
-    assert experiment.text_folder(tmp_path) == tmp_path
+    assert text_folder(tmp_path, Path(experiment.__file__)) == tmp_path
     monkeypatch.setattr(experiment, "PACKAGES", ("rich", "numpy"))
     stretches = [chain for _, chain in experiment.source_stretches(20)]
     assert {"rich", "numpy"} <= {chain[0] for chain in stretches}

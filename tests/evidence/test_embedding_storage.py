@@ -12,6 +12,7 @@ from memwall.cli.evidence import load_experiment
 from memwall.errors import InputError
 from memwall.retrieve.embedding_storage import Point
 from memwall.retrieve.ranking import Judged, Measured
+from memwall.studies.passages import text_folder
 from memwall.systems import find_system
 from tests.retrieve.test_embedding_storage import vectors
 
@@ -56,10 +57,10 @@ def test_casts_and_files(experiment: ModuleType) -> None:
 
 def test_texts_come_from_a_folder(experiment: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no wikitext2-valid\.txt"):
-        experiment.text_folder(tmp_path)
+        text_folder(tmp_path, Path(experiment.__file__))
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "wikitext2-valid.txt").write_text("")
-    assert experiment.text_folder(tmp_path) == tmp_path / "text"
+    assert text_folder(tmp_path, Path(experiment.__file__)) == tmp_path / "text"
 
 
 def test_what_is_judged_is_not_what_was_learned_from(experiment: ModuleType) -> None:

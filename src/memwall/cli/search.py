@@ -78,7 +78,7 @@ def search(
         kernels.set_num_threads(threads)
     lists_kept, tenants_kept = is_spann(path), holds_tenants(path)
     if not lists_kept and (lists is not None or ratio is not None):
-        raise InputError(f"--lists and --ratio are of indexes made with --spann; {path} has all its vectors scored")
+        raise InputError(f"--lists and --ratio are of indexes made with --spann; {path} is none")
     if not tenants_kept and (tenant is not None or scan is not None):
         raise InputError(f"{path}: has no tenants (`memwall index --tenants` makes such an index)")
     if lists_kept:

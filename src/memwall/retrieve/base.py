@@ -76,8 +76,8 @@ class Best:
         return Hits(ids=self.ids, scores=self.scores)
 
 
-def checked_vectors(vectors: np.ndarray, dimensions: int | None, what: str) -> np.ndarray:
-    """[n, d] as float32; InputError for another shape, and for NaN and infinities."""
+def checked_vectors(vectors: np.ndarray, dimensions: int | None, what: str, first: int = 0) -> np.ndarray:
+    """[n, d] as float32; InputError for another shape, and for NaN and infinities. first: place of the first one."""
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise InputError(f"{what}: expected vectors [n, d], got shape {list(vectors.shape)}")
     if vectors.dtype.kind not in "fiu" and vectors.dtype.name != "bfloat16":
@@ -87,7 +87,8 @@ def checked_vectors(vectors: np.ndarray, dimensions: int | None, what: str) -> n
     with np.errstate(over="ignore"):
         found = np.ascontiguousarray(vectors, np.float32)
     if not np.isfinite(found).all():
-        raise InputError(f"{what}: vector {int(np.argmin(np.isfinite(found).all(axis=1)))} has NaN or infinite numbers")
+        place = first + int(np.argmin(np.isfinite(found).all(axis=1)))
+        raise InputError(f"{what}: vector {place} has NaN or infinite numbers")
     return found
 
 

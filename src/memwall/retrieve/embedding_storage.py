@@ -240,7 +240,7 @@ class StoredVectors(VectorIndex):
 def pieces(fitted: Fitted, x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(first vector, float32 vectors) in order, checked, as many as are encoded at once."""
     for start in range(0, len(x), ENCODED_AT_ONCE):
-        yield start, checked_vectors(x[start : start + ENCODED_AT_ONCE], fitted.d, f"vectors from {start}")
+        yield start, checked_vectors(x[start : start + ENCODED_AT_ONCE], fitted.d, "vectors", start)
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------

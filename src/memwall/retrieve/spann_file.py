@@ -67,7 +67,7 @@ def prepared(x: np.ndarray, metric: SpannMetric, beside: Path, element: str | No
     pieces = range(0, len(x), _CHECKED_AT_ONCE)
     ready = x.dtype.name == kind and x.flags.c_contiguous
     for begin in pieces if not whole else ():
-        part = checked_vectors(x[begin : begin + _CHECKED_AT_ONCE], None, f"vectors from {begin}")
+        part = checked_vectors(x[begin : begin + _CHECKED_AT_ONCE], None, "vectors", begin)
         if metric == "cosine":
             lengths = np.linalg.norm(part, axis=1)
             if (lengths == 0).any():
@@ -80,7 +80,7 @@ def prepared(x: np.ndarray, metric: SpannMetric, beside: Path, element: str | No
     with tempfile.TemporaryFile(dir=beside.parent) as file:
         for begin in pieces:
             part = np.asarray(x[begin : begin + _CHECKED_AT_ONCE])
-            part = part if whole else checked_vectors(part, None, f"vectors from {begin}")
+            part = part if whole else checked_vectors(part, None, "vectors", begin)
             (unit(part) if metric == "cosine" else part).astype(kind).tofile(file)
         file.flush()
         if not len(x):

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from memwall.errors import InputError
+
+SHARED = Path("shared/data")
 LONGEST, SHORTEST = 600, 80
 """Characters of a passage."""
 QUERY = (15, 240)
@@ -47,6 +50,21 @@ def pairs_of(name: str, found: Iterator[tuple[str, str]]) -> Pairs:
             kept.setdefault(passage, query)
     ordered = sorted(kept, key=lambda words: hashlib.sha256(words.encode()).digest())
     return Pairs(name=name, queries=[kept[one] for one in ordered], passages=ordered)
+
+
+def text_folder(data: Path | None, experiment: Path) -> Path | None:
+    """The folder with wikitext2-valid.txt and tinyshakespeare.txt: under `data`, else beside the checkout that holds
+    the file of an experiment, if it lies there.
+    """
+    if data is not None:
+        for folder in (data, data / "text"):
+            if (folder / "wikitext2-valid.txt").is_file():
+                return folder
+        raise InputError(f"--data {data}: holds no wikitext2-valid.txt, nor does its folder `text`")
+    for parent in experiment.resolve().parents:
+        if (parent / SHARED / "text" / "wikitext2-valid.txt").is_file():
+            return parent / SHARED / "text"
+    return None
 
 
 def docstrings(name: str, packages: tuple[str, ...], most: int) -> Pairs:
